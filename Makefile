@@ -1,0 +1,56 @@
+# make demo    install, then adapt the built-in network to handwritten digits
+# make test    install, then run the tests
+# Any target takes PYTHON=python3.12 (the interpreter) and VENV=folder (where to install).
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/
+
+.PHONY: demo test test-slow check parity benchmarks clean
+
+demo: install-test
+	$(RUN)flaxtransfer train --resume
+
+test: install-test
+	$(RUN)python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: install-test
+	$(RUN)python -m pytest -m slow $(ARGS)
+
+check: install-dev
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+parity: install-parity
+	$(RUN)python -m pytest -m parity tests/parity $(ARGS)
+
+benchmarks: install-parity
+	$(RUN)python experiments/benchmarks/train_step.py --model resnet50 --compare both
+	$(RUN)python experiments/benchmarks/train_step.py --model resnet18 --compare both
+
+clean:
+	rm -rf $(VENV) build dist
+
+# One environment serves all targets; a target adds its extra the first time it is asked for.
+# What was installed is remembered beside the interpreter's version and the two files that decide
+# it, so that a second call costs a comparison, and another PYTHON makes the environment anew.
+.PHONY: venv install-test install-dev install-parity
+
+venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.12 ..." >&2; \
+	  exit 2; }
+	@want=$$($(PYTHON) -c 'import sys; print(sys.version)'); \
+	have=$$($(RUN)python -c 'import sys; print(sys.version)' 2>/dev/null || true); \
+	if [ "$$want" != "$$have" ]; then \
+	  rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
+	fi
+
+install-test install-dev install-parity: install-%: venv
+	@want=$$(cat pyproject.toml constraints.txt | cksum); \
+	if [ "$$want" != "$$(cat $(VENV)/.installed-$* 2>/dev/null)" ]; then \
+	  echo "installing flaxtransfer[$*] into $(VENV)"; \
+	  PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN)python -m pip install --quiet -c constraints.txt -e '.[$*]' \
+	  && printf '%s\n' "$$want" > $(VENV)/.installed-$*; \
+	fi

@@ -1,0 +1,95 @@
+"""Transfer learning for pre-trained ResNets in JAX.
+
+Everything public is here under one name; the rooms behind it are imported when a name is first
+used, so that ``import flaxtransfer`` costs little more than jax itself.
+
+>>> import flaxtransfer as ft
+>>> mask = ft.stage(4) - ft.batch_norm()
+>>> mask
+stage(4) - batch_norm()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flaxtransfer.architectures import RESNETS, ResNetConfig
+    from flaxtransfer.batchnorm import Norm, policy
+    from flaxtransfer.checkpoint import Checkpoints
+    from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
+    from flaxtransfer.labels import label, rest
+    from flaxtransfer.masks import (
+        Mask,
+        adapter,
+        batch_norm,
+        biases,
+        everything,
+        glob,
+        head,
+        kernels,
+        matrices,
+        parse,
+        resolve,
+        stage,
+        stages,
+        stem,
+        up_to,
+    )
+    from flaxtransfer.models import Model, resnet
+    from flaxtransfer.optimizers import FROZEN, Group, carry, layerwise_decay, partition
+    from flaxtransfer.strategies import from_scratch, head_then_fine_tune
+    from flaxtransfer.table import table
+    from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
+    from flaxtransfer.training.feed import Batch, Feed, held_out, source_feed
+    from flaxtransfer.training.interrupts import Interrupted
+    from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
+    from flaxtransfer.training.phases import Phase, Plan, cross_entropy, smoothed_cross_entropy
+    from flaxtransfer.training.run_folder import environment
+    from flaxtransfer.transfer import TransferReport, transfer
+    from flaxtransfer.types import Params, Variables
+    from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
+
+_ROOMS = {
+    "architectures": ("RESNETS", "ResNetConfig"),
+    "batchnorm": ("Norm", "policy"),
+    "checkpoint": ("Checkpoints",),
+    "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
+    "labels": ("label", "rest"),
+    "masks": (
+        "Mask", "adapter", "batch_norm", "biases", "everything", "glob", "head", "kernels",
+        "matrices", "parse", "resolve", "stage", "stages", "stem", "up_to",
+    ),
+    "models": ("Model", "resnet"),
+    "optimizers": ("FROZEN", "Group", "carry", "layerwise_decay", "partition"),
+    "strategies": ("from_scratch", "head_then_fine_tune"),
+    "table": ("table",),
+    "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
+    "training.feed": ("Batch", "Feed", "held_out", "source_feed"),
+    "training.interrupts": ("Interrupted",),
+    "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),
+    "training.phases": ("Phase", "Plan", "cross_entropy", "smoothed_cross_entropy"),
+    "training.run_folder": ("environment",),
+    "transfer": ("TransferReport", "transfer"),
+    "types": ("Params", "Variables"),
+    "weights": ("Checkpoint", "Preprocessing", "load", "save"),
+}  # fmt: skip
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_ROOM_OF)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        room = _ROOM_OF[name]
+    except KeyError:
+        raise AttributeError(f"module 'flaxtransfer' has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(f"flaxtransfer.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

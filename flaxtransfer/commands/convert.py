@@ -1,0 +1,35 @@
+"""``flaxtransfer convert``: any checkpoint that can be read, as safetensors under torchvision's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from flaxtransfer.weights import load, save
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Read a checkpoint and write it as safetensors with torchvision's names.
+
+    Args:
+      source: a .safetensors or .pth file, or "builtin".
+      target: the .safetensors file to write.
+      dtype: of the numbers in the file.
+    """
+
+    source: tyro.conf.Positional[str]
+    target: tyro.conf.Positional[Path]
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+def convert(options: Convert, console: Console) -> None:
+    """Runs ``flaxtransfer convert``."""
+    checkpoint = load(options.source)
+    save(options.target, checkpoint, dtype=np.dtype(options.dtype))
+    console.print(f"{checkpoint!r} -> {options.target} ({options.dtype})", highlight=False)

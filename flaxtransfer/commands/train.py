@@ -1,0 +1,321 @@
+"""``flaxtransfer train``: adapt a pre-trained network to a set of images, and test it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from flaxtransfer.data import Source, Splits, open_source, stratified_split
+from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
+from flaxtransfer.table import table
+from flaxtransfer.models import Model, resnet
+from flaxtransfer.strategies import from_scratch, head_then_fine_tune
+from flaxtransfer.training.evaluation import Evaluation, evaluate
+from flaxtransfer.training.feed import Feed, held_out, source_feed
+from flaxtransfer.training.loop import Fitted, Options, fit
+from flaxtransfer.training.phases import Plan
+from flaxtransfer.training.run_folder import write_json
+from flaxtransfer.transfer import transfer
+from flaxtransfer.types import Variables
+from flaxtransfer.weights import Checkpoint, load
+
+SUMMARY_FILE = "summary.json"
+
+MOST_IMAGES_FOR_COMPARISON = 1000
+"""Training sets up to this size are also trained from scratch, where nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Adapt a pre-trained network to your images: the head first, then everything.
+
+    Without any option this is the main job: the built-in checkpoint learns handwritten digits from
+    5 labels a class and is tested on all the others, beside the same network from scratch.
+
+    Args:
+      data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
+      weights: "builtin", or a .safetensors or .pth file of a ResNet.
+      run: run folder; by default runs/<data>-seed<seed>.
+      resume: continue the run in the folder, if there is one.
+      labels_per_class: use so many labels of each class and test on all others. By default 5 for
+        the digits and all for other data; 0 means all.
+      val_per_class: so many of those labels validate instead of train.
+      val_fraction: share of the labelled images that validates, where all labels are used.
+      test_fraction: share of the images that tests, where all labels are used.
+      head: "new" starts the head at zero, "keep" takes the checkpoint's, "resize" its first rows.
+      batch_size: images a step.
+      head_steps: steps of the head alone; by default 100, or 3 epochs if that is more.
+      fine_tune_steps: steps of everything; by default 200, or 10 epochs if that is more.
+      head_learning_rate: peak rate of the head alone.
+      learning_rate: peak rate of everything.
+      weight_decay: decoupled, on kernels.
+      patience: evaluations without a better validation accuracy that end a phase.
+      flip: mirror images in training; "auto" decides by the names of the classes.
+      compare: also train from scratch; by default with at most 1000 training images.
+      scratch_learning_rate: peak rate of that comparison.
+      compute: "bfloat16" for accelerators; parameters and statistics stay float32.
+      seed: of the split, the head, the order and the augmentation.
+      workers: processes that decode images; 0 uses threads.
+      skip_corrupt: leave out unreadable images instead of stopping.
+      download: allow a tfds: data set to be fetched.
+      tensorboard: also write TensorBoard events (extra tb).
+      evaluate_every: steps between validations, each with a checkpoint; by default an epoch, at
+        most ten times a phase.
+    """
+
+    data: str = "digits"
+    weights: str = "builtin"
+    run: Path | None = None
+    resume: bool = False
+    labels_per_class: int | None = None
+    val_per_class: int = 0
+    val_fraction: float | None = None
+    test_fraction: float | None = None
+    head: Literal["new", "keep", "resize"] = "new"
+    batch_size: int = 64
+    head_steps: int | None = None
+    fine_tune_steps: int | None = None
+    head_learning_rate: float = 3e-3
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-2
+    patience: int | None = None
+    flip: Literal["auto", "yes", "no"] = "auto"
+    compare: bool | None = None
+    scratch_learning_rate: float = 3e-3
+    compute: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    workers: int = 0
+    skip_corrupt: bool = False
+    download: bool = False
+    tensorboard: bool = False
+    evaluate_every: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}"
+            for name in ("batch_size", "head_learning_rate", "learning_rate", "evaluate_every")
+            if getattr(self, name) is not None and getattr(self, name) <= 0
+        ]
+        problems += [
+            f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}"
+            for name in ("labels_per_class", "head_steps", "fine_tune_steps", "seed", "workers")
+            if getattr(self, name) is not None and getattr(self, name) < 0
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what is learned, for the run's configuration."""
+        silent = ("run", "resume", "tensorboard", "workers", "download", "compare")
+        return {k: v for k, v in asdict(self).items() if k not in silent}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The parts of a training job, made from the options before anything is trained."""
+
+    source: Source
+    splits: Splits
+    checkpoint: Checkpoint
+    model: Model
+    variables: Variables
+    feed: Feed
+    plan: Plan
+
+    def test(self, model: Model, variables: Variables) -> Evaluation:
+        """Accuracy and loss on the images that were kept apart."""
+        preprocessing = self.checkpoint.preprocessing
+        batches = held_out(self.source, self.splits.test, preprocessing)
+        return evaluate(model, variables, batches, preprocessing)
+
+
+def train(options: Train, console: Console) -> None:
+    """Runs ``flaxtransfer train`` and prints what it found; the run folder keeps everything."""
+    folder = options.run or Path("runs") / f"{_file_name(options.data)}-seed{options.seed}"
+    if options.resume and (folder / SUMMARY_FILE).exists():
+        check_finished(folder, options)
+        print_summary(json.loads((folder / SUMMARY_FILE).read_text()), folder, console)
+        return
+    started = time.monotonic()
+    job = prepare(options)
+    _print_job(job, options, console)
+    fitted = _fit(options, job.model, job.variables, job.plan, job.feed, folder)
+    rows = [_row("pre-trained", job.test(job.model, fitted.variables), fitted, started)]
+    for line in (*fitted.notes, *map(str, fitted.audits)):
+        console.print(line, highlight=False)
+    few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
+    if few if options.compare is None else options.compare:
+        started = time.monotonic()
+        rows.append(_train_from_scratch(options, job, fitted.steps, folder, started))
+    summary = {
+        "data": options.data,
+        "train_images": len(job.splits.train),
+        "validation_images": len(job.splits.val),
+        "test_images": len(job.splits.test),
+        "options": json.loads(json.dumps(options.identity())),
+        "results": rows,
+    }
+    write_json(folder / SUMMARY_FILE, summary)
+    print_summary(summary, folder, console)
+
+
+def prepare(options: Train) -> Job:
+    """Opens the data and the weights and puts network, labels and batches together."""
+    source = open_source(
+        options.data, download=options.download, skip_corrupt=options.skip_corrupt
+    )
+    splits = split(source, options)
+    checkpoint = load(options.weights)
+    classes = len(source.class_names)
+    dtype = jnp.bfloat16 if options.compute == "bfloat16" else None
+    model, variables, _ = transfer(
+        checkpoint, classes=classes, head=options.head, seed=options.seed, dtype=dtype
+    )
+    flip = options.flip == "yes" or (
+        options.flip == "auto" and flip_keeps_labels(source.class_names)
+    )
+    preprocessing = checkpoint.preprocessing
+    feed = source_feed(
+        source,
+        splits.train,
+        splits.val,
+        preprocessing,
+        batch_size=options.batch_size,
+        transform=training_transform(preprocessing, flip=flip),
+        seed=options.seed,
+        workers=options.workers,
+    )
+    plan = head_then_fine_tune(
+        variables["params"],
+        head_steps=_steps(options.head_steps, 100, 3, feed),
+        fine_tune_steps=_steps(options.fine_tune_steps, 200, 10, feed),
+        head_learning_rate=options.head_learning_rate,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        patience=options.patience,
+    )
+    return Job(source, splits, checkpoint, model, variables, feed, plan)
+
+
+def split(source: Source, options: Train) -> Splits:
+    """The parts of the data that a run trains, validates and tests on."""
+    labels_per_class = options.labels_per_class
+    if labels_per_class is None:
+        labels_per_class = 5 if options.data == "digits" else 0
+    return stratified_split(
+        source.labels(),
+        labels_per_class=labels_per_class or None,
+        val_per_class=options.val_per_class or None,
+        val_fraction=options.val_fraction,
+        test_fraction=options.test_fraction,
+        seed=options.seed,
+        class_names=source.class_names,
+    )
+
+
+def check_finished(folder: Path, options: Train) -> None:
+    """Refuses to pass off the results of other options as those of these."""
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    wanted = json.loads(json.dumps(options.identity()))
+    differences = [
+        f"{name} is {summary['options'].get(name)!r} there and {value!r} here"
+        for name, value in wanted.items()
+        if summary["options"].get(name) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} belongs to another run: {'; '.join(differences)}; give a new folder"
+        )
+
+
+def print_summary(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    """The short table at the end, and the test accuracy as the very last line."""
+    results = Table(title=f"{summary['train_images']} training images of {summary['data']}")
+    for column in ("start", "steps", "seconds", "test loss", "test accuracy"):
+        results.add_column(column, justify="left" if column == "start" else "right")
+    for row in summary["results"]:
+        results.add_row(
+            row["start"],
+            str(row["steps"]),
+            f"{row['seconds']:.0f}",
+            f"{row['loss']:.3f}",
+            f"{100 * row['accuracy']:.1f} %",
+        )
+    console.print(results)
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"test accuracy: {100 * summary['results'][0]['accuracy']:.2f} % of "
+        f"{summary['test_images']} images that were not trained on",
+        highlight=False,
+    )
+
+
+def _train_from_scratch(
+    options: Train, job: Job, steps: int, folder: Path, started: float
+) -> dict[str, Any]:
+    """The same network, images, augmentation and number of steps, from random weights."""
+    model = resnet(job.model.config, dtype=job.model.dtype)
+    size = job.checkpoint.preprocessing.size
+    image_shape = (size, size, job.model.config.in_channels)
+    variables = model.init(jax.random.key(options.seed), image_shape)
+    plan = from_scratch(
+        variables["params"],
+        steps=steps,
+        learning_rate=options.scratch_learning_rate,
+        weight_decay=options.weight_decay,
+        patience=options.patience,
+    )
+    inner = replace(options, resume=options.resume or (folder / "from_scratch").exists())
+    fitted = _fit(inner, model, variables, plan, job.feed, folder / "from_scratch")
+    return _row("from scratch", job.test(model, fitted.variables), fitted, started)
+
+
+def _fit(
+    options: Train, model: Model, variables: Variables, plan: Plan, feed: Feed, folder: Path
+) -> Fitted:
+    return fit(
+        model,
+        variables,
+        plan,
+        feed,
+        folder,
+        seed=options.seed,
+        config={"options": options.identity()},
+        resume=options.resume,
+        options=Options(evaluate_every=options.evaluate_every, tensorboard=options.tensorboard),
+    )
+
+
+def _row(start: str, result: Evaluation, fitted: Fitted, started: float) -> dict[str, Any]:
+    seconds = round(time.monotonic() - started, 1)
+    return {"start": start, "steps": fitted.steps, "seconds": seconds, **result.to_json()}
+
+
+def _print_job(job: Job, options: Train, console: Console) -> None:
+    counts = ", ".join(
+        f"{len(part)} {name}" for name, part in zip(Splits._fields, job.splits, strict=True)
+    )
+    skipped = getattr(job.source, "skipped", ())
+    if skipped:
+        console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
+    console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
+    console.print(f"{job.checkpoint!r}", highlight=False)
+    last = job.plan.phases[-1]
+    console.print(table(job.variables, last.labels, last.groups, last.batch_norm_policy()))
+
+
+def _steps(given: int | None, least: int, epochs: int, feed: Feed) -> int:
+    return max(least, epochs * feed.steps_per_epoch) if given is None else given
+
+
+def _file_name(data: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in data.rstrip("/").split("/")[-1])
+

@@ -1,0 +1,205 @@
+"""A folder of images with one sub-folder a class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+
+from flaxtransfer.data.decode import FORMATS, ImageError, decode, is_image
+from flaxtransfer.data.source import Example, position
+
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSource:
+    """Images of a folder, decoded when asked for; made by ``open_folder``."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    files: tuple[str, ...]  # relative to root, with "/"
+    targets: np.ndarray = field(repr=False)
+    skipped: tuple[str, ...] = ()  # "file: reason"
+    min_side: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example:
+        index = position(index, len(self.files))
+        path = self.root / self.files[index]
+        image = decode(path, name=str(path), min_side=self.min_side)
+        return {"image": image, "label": int(self.targets[index])}
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 ``[examples]``."""
+        return self.targets.copy()
+
+
+def open_folder(
+    path: str | os.PathLike[str], *, skip_corrupt: bool = False, min_side: int | None = None
+) -> FolderSource:
+    """Opens ``path/<class>/**/<image>``.
+
+    The classes are the sub-folders in natural order (``img2`` before ``img10``), the images of a
+    class its files at any depth in the same order, so that the numbering depends on the names
+    alone. Hidden files and folders (a leading dot) are ignored. The first bytes of every file are
+    looked at, so that a stray ``Thumbs.db`` is met now and not in the middle of an epoch.
+
+    Args:
+      path: the folder; ``~`` is expanded.
+      skip_corrupt: leave out files that are no image or cannot be decoded, and list them in
+        ``skipped`` with the reason. It decodes every file once.
+      min_side: see ``open_source``.
+
+    Returns:
+      The source; images are RGB uint8 as ``decode`` converts them.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it has no class folders, only one, empty ones, images outside of them, files that
+        are no image, or it is a folder of splits.
+    """
+    if min_side is not None and min_side < 1:
+        raise ValueError(f"min_side is {min_side}; it is a number of pixels, 1 or more")
+    root = Path(path).expanduser()
+    if not os.fspath(path):
+        raise ValueError("'folder:' needs a path, as in 'folder:scans'")
+    if not root.is_dir():
+        raise FileNotFoundError(_missing(root))
+    names = _class_folders(root)
+    files = [
+        (f"{name}/{file}", label)
+        for label, name in enumerate(names)
+        for file in _files_below(root / name)
+    ]
+    bad = _unreadable(root, [file for file, _ in files], skip_corrupt, min_side)
+    if bad and not skip_corrupt:
+        raise ValueError(
+            f"{root}: {_some(list(bad.values()))}; remove them, or leave them out with "
+            "skip_corrupt=True"
+        )
+    files = [(file, label) for file, label in files if file not in bad]
+    targets = np.array([label for _, label in files], np.int64)
+    empty = sorted(set(range(len(names))) - set(targets.tolist()))
+    if empty:
+        raise ValueError(
+            f"{root}: no {'readable ' if bad else ''}image in the class folder(s) "
+            f"{[names[label] for label in empty]}; add images or remove the folder(s)"
+            + (f" (left out: {_some(list(bad.values()))})" if bad else "")
+        )
+    return FolderSource(
+        root=root,
+        class_names=tuple(names),
+        files=tuple(file for file, _ in files),
+        targets=targets,
+        skipped=tuple(bad.values()),
+        min_side=min_side,
+    )
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sorts numbers inside names by their value.
+
+    >>> sorted(["img10", "img2", "a"], key=natural_key)
+    ['a', 'img2', 'img10']
+    """
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part], name
+
+
+def _missing(root: Path) -> str:
+    if root.exists():
+        return f"{root} is a file; give the folder that holds one sub-folder a class"
+    text = f"there is no folder {root}"
+    parent = root.parent
+    if parent.is_dir():
+        beside = sorted(
+            (entry.name for entry in parent.iterdir() if _shown(entry.name) and entry.is_dir()),
+            key=natural_key,
+        )
+        return text + f"; folders in {parent.resolve()}: {_some(beside) or 'none'}"
+    return text + f", nor {parent}"
+
+
+def _shown(name: str) -> bool:
+    return not name.startswith(".")
+
+
+def _class_folders(root: Path) -> list[str]:
+    entries = [entry for entry in root.iterdir() if _shown(entry.name)]
+    names = sorted((entry.name for entry in entries if entry.is_dir()), key=natural_key)
+    loose = sorted(
+        (entry.name for entry in entries if entry.is_file() and is_image(_head(entry))),
+        key=natural_key,
+    )
+    layout = f"wanted {root}/<class>/<image>"
+    if not names:
+        found = f"only images: {_some(loose)}" if loose else "nothing that could be a class"
+        raise ValueError(f"{root} has no class folders ({found}); {layout}")
+    if loose:
+        raise ValueError(f"{root}: images outside the class folders: {_some(loose)}; {layout}")
+    inside = [entry for name in names for entry in (root / name).iterdir() if _shown(entry.name)]
+    if {name.lower() for name in names} <= _SPLIT_NAMES and inside and all(map(_is_dir, inside)):
+        raise ValueError(
+            f"{root} holds splits, {names}, not classes; open one of them: "
+            f"'folder:{root}/{names[0]}'"
+        )
+    if len(names) == 1:
+        raise ValueError(
+            f"{root} has one class folder, {names[0]!r}; a classifier needs two or more ({layout})"
+        )
+    return names
+
+
+def _is_dir(entry: Path) -> bool:
+    return entry.is_dir()
+
+
+def _files_below(folder: Path) -> list[str]:
+    found = []
+    for here, folders, files in os.walk(folder):
+        folders[:] = filter(_shown, folders)
+        base = Path(here).relative_to(folder)
+        found += [(base / file).as_posix() for file in files if _shown(file)]
+    return sorted(found, key=natural_key)
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(16)
+
+
+def _unreadable(
+    root: Path, files: list[str], decode_all: bool, min_side: int | None
+) -> dict[str, str]:
+    """``{file: "file: reason"}`` for those that are no image or, when asked, do not decode."""
+
+    def reason(file: str) -> str | None:
+        try:
+            if not is_image(_head(root / file)):
+                return f"{file}: not an image in {', '.join(FORMATS)}"
+            if decode_all:
+                decode(root / file, name=file, min_side=min_side or 1)
+        except ImageError as error:
+            return str(error)
+        except OSError as error:
+            return f"{file}: cannot be read ({error.strerror})"
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        reasons = pool.map(reason, files)
+        return {file: text for file, text in zip(files, reasons, strict=True) if text is not None}
+
+
+def _some(items: Iterable[str], most: int = 5) -> str:
+    items = list(items)
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

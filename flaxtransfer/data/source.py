@@ -1,0 +1,239 @@
+"""What a data set is here: random access to labelled images, and the names of the classes."""
+
+from __future__ import annotations
+
+import operator
+import os
+from dataclasses import dataclass
+from typing import Protocol, SupportsIndex, TypedDict, runtime_checkable
+
+import numpy as np
+
+from flaxtransfer.paths import suggest
+
+SCHEMES = ("digits", "tfds:<name>[/config][:version][:split]", "folder:<path>")
+
+
+class Example(TypedDict):
+    """One labelled image: ``image`` is uint8 ``[height, width, channels]``."""
+
+    image: np.ndarray
+    label: int
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Labelled images with random access; the order never changes.
+
+    A class of yours is a source as soon as it has these four members; nothing has to be
+    inherited. It must be picklable to be used with worker processes, and safe to read from
+    several threads at once.
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class; a label is a position in this tuple."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example:
+        """The example at ``index``, which lies in ``0 .. len - 1``."""
+        ...
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 ``[examples]``, without decoding an image."""
+        ...
+
+
+def open_source(
+    spec: str,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    skip_corrupt: bool = False,
+    min_side: int | None = None,
+) -> Source:
+    """Opens the data set that ``spec`` names.
+
+    Arrays that are in memory already need no ``spec``: see ``ArraySource``.
+
+    Args:
+      spec: ``"digits"`` (scikit-learn's handwritten digits, 8 x 8 px, built on first use),
+        ``"tfds:<name>[/config][:version][:split]"`` (a prepared TensorFlow Datasets data set, read
+        without TensorFlow; the split may be a slice such as ``train[:80%]`` and is ``train`` when
+        left out), or ``"folder:<path>"`` (one sub-folder of images a class).
+      cache_dir: where prepared data sets lie, in the layout of TensorFlow Datasets. Default for
+        ``digits``: the environment variable FLAXTRANSFER_CACHE, else ``~/.cache/flaxtransfer``;
+        for ``tfds:`` that library's own default (TFDS_DATA_DIR, else ``~/tensorflow_datasets``).
+      download: whether a ``tfds:`` data set that is not prepared may be fetched from the internet.
+      skip_corrupt: for ``folder:``, leave out files that are no image or cannot be decoded, and
+        list them in ``source.skipped``; every file is read once to find them.
+      min_side: for images from files: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size
+        as long as its shorter side keeps this many pixels. It is several times faster, and
+        differs slightly from resizing the full image.
+
+    Returns:
+      The source.
+
+    Raises:
+      ValueError: the spec is not understood, or names something that does not exist.
+      FileNotFoundError: the folder or the prepared data set is missing.
+
+    >>> open_source("digit")
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown data source 'digit'; did you mean 'digits'? known: 'digits', ...
+    """
+    scheme, colon, rest = spec.partition(":")
+    if spec == "digits":
+        from flaxtransfer.data.digits import open_digits
+
+        return open_digits(cache_dir)
+    if scheme == "tfds" and colon:
+        from flaxtransfer.data.tfds import open_tfds
+
+        return open_tfds(rest, data_dir=cache_dir, download=download, min_side=min_side)
+    if scheme == "folder" and colon:
+        from flaxtransfer.data.folder import open_folder
+
+        return open_folder(rest, skip_corrupt=skip_corrupt, min_side=min_side)
+    raise ValueError(_unknown(spec, scheme, bool(colon)))
+
+
+def _unknown(spec: str, scheme: str, has_colon: bool) -> str:
+    text = f"unknown data source {spec!r}"
+    if scheme == "digits":
+        text += ": 'digits' takes nothing after it;"
+    elif not has_colon and os.path.isdir(os.path.expanduser(spec)):
+        text += f"; it is a folder: write 'folder:{spec}';"
+    else:
+        text += suggest(scheme, ["digits", "tfds", "folder"]) or ";"
+    known = ", ".join(repr(scheme) for scheme in SCHEMES)
+    text += f" known: {known}"
+    if not has_colon and spec.isidentifier():
+        text += f" (a TensorFlow Datasets name is written 'tfds:{spec}')"
+    return text
+
+
+def position(index: SupportsIndex, length: int) -> int:
+    """``index`` as an int inside ``0 .. length - 1``.
+
+    Negative positions are refused: they come from arithmetic that went wrong more often than
+    from a wish for the last example.
+
+    >>> position(np.int64(2), 3)
+    2
+    """
+    value = operator.index(index)
+    if not 0 <= value < length:
+        raise IndexError(f"example {value} does not exist: there are {length} (0 to {length - 1})")
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Labelled images that are in memory.
+
+    Float images must lie in 0 .. 1 and are stored as ``round(255 * x)``; scale other ranges
+    yourself, since only you know what their black and white are.
+
+    Args:
+      images: uint8 or float ``[examples, height, width]`` or ``[..., channels]``.
+      labels: integers ``[examples]``, each a position in ``class_names``.
+      class_names: the names of the classes; ``"0"``, ``"1"``, ... up to the largest label when
+        left out.
+
+    Raises:
+      TypeError: a dtype that has no agreed meaning as a pixel or a label.
+      ValueError: shapes or ranges that do not fit together; all that is wrong is listed at once.
+
+    >>> source = ArraySource(np.zeros((2, 4, 4), np.uint8), [1, 0], ("cat", "dog"))
+    >>> len(source), source[0]["image"].shape, source.class_names[source[0]["label"]]
+    (2, (4, 4, 1), 'dog')
+    """
+
+    images: np.ndarray
+    targets: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: object,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
+        images, targets = np.asarray(images), np.asarray(labels)
+        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+            raise TypeError(
+                f"images are {images.dtype}; give uint8 (0 to 255) or floats in 0 .. 1"
+                + ("; for 16 bits: images / 65535" if images.dtype == np.uint16 else "")
+            )
+        if not np.issubdtype(targets.dtype, np.integer):
+            raise TypeError(
+                f"labels are {targets.dtype}; give integers, the positions in class_names"
+            )
+        if isinstance(class_names, str):
+            raise TypeError(f"class_names is one string, {class_names!r}; give a tuple of strings")
+        problems = _array_problems(images, targets, class_names)
+        if problems:
+            raise ValueError("these arrays are no data set: " + "; ".join(problems))
+        if class_names is None:
+            class_names = tuple(str(label) for label in range(int(targets.max()) + 1))
+        if images.dtype != np.uint8:
+            images = np.rint(images * 255).astype(np.uint8)
+        if images.ndim == 3:
+            images = images[..., None]
+        # Read-only, so that a transform that works in place cannot change the data set.
+        images = images.view()
+        images.flags.writeable = False
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "targets", targets.astype(np.int64))
+        object.__setattr__(self, "class_names", tuple(class_names))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example:
+        index = position(index, len(self.images))
+        return {"image": self.images[index], "label": int(self.targets[index])}
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 ``[examples]``."""
+        return self.targets.copy()
+
+
+def _array_problems(
+    images: np.ndarray, targets: np.ndarray, class_names: tuple[str, ...] | None
+) -> list[str]:
+    problems = []
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        problems.append(
+            f"images have shape {images.shape}, wanted [examples, height, width(, channels)], "
+            "none of them 0"
+        )
+    elif images.dtype != np.uint8:
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0 and high <= 1):  # so that a NaN is caught as well
+            problems.append(
+                f"float images must lie in 0 .. 1, these span {low:g} .. {high:g} "
+                "(divide by the value of white, or give uint8)"
+            )
+    if targets.ndim != 1 or (images.ndim and len(targets) != len(images)):
+        problems.append(
+            f"labels have shape {targets.shape}, wanted one a image: ({len(images)},)"
+            if images.ndim
+            else f"labels have shape {targets.shape}, wanted [examples]"
+        )
+    if class_names is not None and len(set(class_names)) != len(class_names):
+        twice = sorted({name for name in class_names if tuple(class_names).count(name) > 1})
+        problems.append(f"class names given twice: {twice}")
+    if targets.size:
+        low, high = int(targets.min()), int(targets.max())
+        top = None if class_names is None else len(class_names) - 1
+        if low < 0 or (top is not None and high > top):
+            wanted = "0 or more" if top is None else f"0 .. {top} ({top + 1} class names)"
+            problems.append(f"labels span {low} .. {high}, wanted {wanted}")
+    return problems

@@ -1,0 +1,268 @@
+"""A prepared TensorFlow Datasets data set, read without TensorFlow."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
+
+from flaxtransfer.data.decode import decode
+from flaxtransfer.data.source import Example, position
+from flaxtransfer.paths import suggest
+
+_SPEC = re.compile(
+    r"(?P<name>\w+)(/(?P<config>[^:/]+))?(:(?P<version>\d+\.\d+\.\d+))?(:(?P<split>.+))?"
+)
+_BLOCK = 512  # records read at once when only their labels are wanted
+
+
+@dataclass(frozen=True, eq=False)
+class TfdsSource:
+    """Images of a TensorFlow Datasets split, decoded when asked for; made by ``open_tfds``."""
+
+    name: str
+    class_names: tuple[str, ...]
+    data: Any  # tfds.core.data_sources.BaseDataSource with undecoded images
+    image_key: str
+    label_key: str
+    channels: Literal[1, 3]
+    min_side: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example:
+        index = position(index, len(self.data))
+        example = self.data[index]
+        image = decode(
+            example[self.image_key],
+            name=f"example {index} of {self.name}",
+            channels=self.channels,
+            min_side=self.min_side,
+        )
+        return {"image": image, "label": int(example[self.label_key])}
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 ``[examples]``; reads every record once, decodes none."""
+        return self._labels.copy()
+
+    @cached_property
+    def _labels(self) -> np.ndarray:
+        count = len(self.data)
+        found = np.empty(count, np.int64)
+        for start in range(0, count, _BLOCK):
+            block = range(start, min(start + _BLOCK, count))
+            found[block] = [example[self.label_key] for example in self.data.__getitems__(block)]
+        if found.min() < 0:
+            raise ValueError(
+                f"{self.name}: {(found < 0).sum()} of {count} examples have no label "
+                f"({self.label_key} is negative, as in test sets whose answers are kept back)"
+            )
+        return found
+
+
+def open_tfds(
+    spec: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    min_side: int | None = None,
+) -> TfdsSource:
+    """Opens ``<name>[/config][:version][:split]``.
+
+    The data set must have been prepared in the array_record format, which allows random access.
+    Reading never needs TensorFlow; preparing some data sets does.
+
+    Args:
+      spec: for example ``food101``, ``imagenette/160px-v2:train[:80%]``, ``mnist:3.0.1:test``. The
+        split defaults to ``train``.
+      data_dir: where TensorFlow Datasets keeps prepared data; its own default when left out.
+      download: whether to fetch and prepare what is missing. Without internet, its retries take
+        minutes to give up, so that nothing is fetched unasked.
+      min_side: see ``open_source``.
+
+    Returns:
+      The source; images are RGB, or gray where the data set says one channel.
+
+    Raises:
+      FileNotFoundError: the data set is not prepared in ``data_dir``.
+      ValueError: unknown name, config or split; not array_record; no image or no class label.
+      RuntimeError: ``download`` was asked for and failed.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise ValueError(
+            f"'tfds:{spec}' is not of the form 'tfds:<name>[/config][:version][:split]', for "
+            "example 'tfds:food101:train[:80%]'"
+        )
+    split = match["split"] or "train"
+    full_name = spec.removesuffix(f":{match['split']}") if match["split"] else spec
+    builder = _builder(match, full_name, data_dir)
+    if not _prepared(builder):
+        builder = _fetch(builder, match, full_name, data_dir, download)
+    _check_format(builder, full_name)
+    _check_split(builder, full_name, split)
+    image_key, label_key = _keys(builder, full_name)
+    return TfdsSource(
+        name=f"tfds:{full_name}:{split}",
+        class_names=_class_names(builder.info.features[label_key]),
+        data=_data(builder, full_name, split, image_key),
+        image_key=image_key,
+        label_key=label_key,
+        channels=1 if builder.info.features[image_key].shape[-1] == 1 else 3,
+        min_side=min_side,
+    )
+
+
+def _builder(match: re.Match[str], full_name: str, data_dir: Any, **kwargs: Any) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import list_imported_builders
+
+    name, config, version = match["name"], match["config"], match["version"]
+    kwargs |= {"data_dir": None if data_dir is None else os.fspath(data_dir)}
+    try:
+        return tfds.builder(full_name, **kwargs)
+    except tfds.core.DatasetNotFoundError as error:
+        known = [*list_imported_builders(), *_folders(data_dir)]
+        raise ValueError(
+            f"TensorFlow Datasets knows no data set {name!r}{suggest(name, known)} "
+            f"({len(known)} names are known)"
+        ) from error
+    except (ValueError, AssertionError) as error:
+        configs = list(tfds.builder_cls(name).builder_configs)
+        text = f"'tfds:{full_name}' cannot be opened"
+        if config is not None and config not in configs:
+            text += f": {name} has " + (
+                f"the configs {configs}{suggest(config, configs)}" if configs else "no configs"
+            )
+        elif version is not None:
+            there = sorted({str(tfds.builder_cls(name).VERSION), *_folders(data_dir, name)})
+            text += f": version {version} does not exist; there are {there}"
+        else:
+            text += f": {error}"
+        raise ValueError(text) from error
+
+
+def _folders(data_dir: Any, *inside: str) -> list[str]:
+    """Names of the folders below the data folder, which is where prepared data lie."""
+    from tensorflow_datasets.core.constants import DATA_DIR
+
+    folder = Path(DATA_DIR if data_dir is None else data_dir).expanduser().joinpath(*inside)
+    if not folder.is_dir():
+        return []
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(name for name in names if name != "downloads" and not name.startswith("."))
+
+
+def _prepared(builder: Any) -> bool:
+    return (Path(builder.data_path) / "dataset_info.json").is_file()
+
+
+def _fetch(
+    builder: Any, match: re.Match[str], full_name: str, data_dir: Any, download: bool
+) -> Any:
+    if not download:
+        there = _folders(data_dir)
+        raise FileNotFoundError(
+            f"'tfds:{full_name}' is not prepared: there is no data set in {builder.data_path} "
+            f"(prepared here: {', '.join(there) or 'none'}). Prepare it once, where there is "
+            "internet, with download=True, or give the folder where it lies as cache_dir"
+        )
+    builder = _builder(match, full_name, data_dir, file_format="array_record")
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        # Another process that prepared the same data set at once has won.
+        if isinstance(error, FileExistsError) and _prepared(builder):
+            return _builder(match, full_name, data_dir)
+        text = f"'tfds:{full_name}' could not be prepared in {builder.data_path}: "
+        if isinstance(error, ModuleNotFoundError) and error.name == "tensorflow":
+            text += (
+                "the code that prepares this data set uses TensorFlow. Install tensorflow-cpu to "
+                "prepare it once with file_format='array_record'; reading does not need it"
+            )
+        else:
+            text += f"{type(error).__name__}: {error}"
+        raise RuntimeError(text) from error
+    return builder
+
+
+def _check_format(builder: Any, full_name: str) -> None:
+    found = builder.info.file_format
+    if found is None or found.value != "array_record":
+        raise ValueError(
+            f"'tfds:{full_name}' is prepared in {builder.data_path} as "
+            f"{found.value if found else 'an unknown format'}, which has no random access (or, for "
+            "parquet, loses examples); prepare it in another cache_dir with download=True, which "
+            "writes array_record"
+        )
+
+
+def _check_split(builder: Any, full_name: str, split: str) -> None:
+    splits = builder.info.splits
+    known = f"'tfds:{full_name}' has the splits " + ", ".join(
+        f"{name} ({info.num_examples} examples)" for name, info in splits.items()
+    )
+    for part in split.split("+"):
+        name = part.split("[")[0].strip()
+        if name not in (*splits, "all"):
+            raise ValueError(f"there is no split {name!r}{suggest(name, list(splits))}; {known}")
+    try:
+        count = splits[split].num_examples
+    except (ValueError, KeyError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the split {split!r} cannot be taken: {reason}; {known}") from error
+    if count < 1:
+        raise ValueError(f"the split {split!r} holds no example; {known}")
+
+
+def _keys(builder: Any, full_name: str) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    named = builder.info.supervised_keys
+    named = named[:2] if named is not None and len(named) >= 2 else ("image", "label")
+    found = []
+    for wanted, (kind_name, kind) in zip(named, kinds.items(), strict=True):
+        fitting = [key for key in features if isinstance(features[key], kind)]
+        if wanted in fitting:
+            found.append(wanted)
+        elif len(fitting) == 1:
+            found.append(fitting[0])
+        else:
+            listed = ", ".join(f"{key} ({type(features[key]).__name__})" for key in features)
+            raise ValueError(
+                f"'tfds:{full_name}' is no image classification data set: it has "
+                f"{len(fitting) or 'no'} {kind.__name__} feature(s) where one {kind_name} is "
+                f"wanted; its features: {listed}"
+            )
+    return found[0], found[1]
+
+
+def _class_names(feature: Any) -> tuple[str, ...]:
+    # A label whose names were never given still knows how many there are.
+    try:
+        return tuple(feature.names)
+    except ValueError:
+        return tuple(str(label) for label in range(feature.num_classes))
+
+
+def _data(builder: Any, full_name: str, split: str, image_key: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        data = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+        data[0]
+    # Missing or torn record files surface as whatever the reader met first.
+    except Exception as error:
+        raise ValueError(
+            f"'tfds:{full_name}' in {builder.data_path} is damaged ({type(error).__name__}: "
+            f"{error}); delete that folder and prepare it again with download=True"
+        ) from error
+    return data

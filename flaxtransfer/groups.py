@@ -1,0 +1,199 @@
+"""What a label means: an optimizer with its learning rate and decay, or standing still."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from flaxtransfer.masks import Mask, as_mask, matrices, resolve
+from flaxtransfer.paths import flatten, listing, map_with_path, suggest
+
+__all__ = ["FROZEN", "Frozen", "Group", "Schedule", "check_groups", "trainable_mask"]
+
+Schedule = Callable[[Any], Any]
+"""``step -> learning rate``, as optax's schedules."""
+
+# optax's names for decay and its mask, in the optimizers that apply it themselves.
+_DECAY_NAMES = ("weight_decay", "weight_decay_rate")
+_DECAY_MASK_NAMES = ("mask", "weight_decay_mask")
+
+
+class Frozen:
+    """The type of ``FROZEN``."""
+
+    def __repr__(self) -> str:
+        return "FROZEN"
+
+    def __reduce__(self) -> str:
+        # By name, so that a copied or unpickled FROZEN is still the one that ``is`` compares with.
+        return "FROZEN"
+
+
+FROZEN = Frozen()
+"""The group of leaves that do not move: no gradient, no decay, no optimizer state."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """An optimizer with its own learning rate and weight decay.
+
+    Use it where learning rates are to be read, scaled and printed. Any optax transformation can
+    stand in its place, but hides its learning rate.
+
+    Weight decay goes to the leaves in ``decay_mask`` alone, by default the matrices: neither
+    biases nor BatchNorm. An optimizer that knows decay (adamw, lion, lamb, ...) applies its own
+    kind, with this value also where that is 0: optax's adamw would otherwise decay by 1e-4. For
+    any other (sgd, adam, ...) the decay is added to the gradient, after clipping and before the
+    optimizer, as torch's SGD does: an L2 penalty.
+
+    Args:
+      optimizer: an optax function of ``learning_rate``: ``optax.adamw``, or with more settings
+        ``functools.partial(optax.sgd, momentum=0.9)``.
+      learning_rate: a number, or an optax schedule.
+      weight_decay: coefficient, at least 0.
+      decay_mask: which leaves decay; a mask or its expression.
+
+    Raises:
+      TypeError, ValueError: a setting that cannot be meant; the text says which.
+
+    References:
+      I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019.
+
+    >>> Group(optax.adamw, learning_rate=1e-3).weight_decay
+    0.0
+    """
+
+    optimizer: Callable[..., optax.GradientTransformation]
+    learning_rate: float | Schedule
+    weight_decay: float = 0.0
+    decay_mask: Mask = matrices()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decay_mask", as_mask(self.decay_mask))
+        if not callable(self.optimizer):
+            raise TypeError(
+                "optimizer is the function, such as optax.adamw, without its learning rate; not "
+                f"{self.optimizer!r}"
+            )
+        known = _parameters(self.optimizer)
+        if known and "learning_rate" not in known:
+            raise ValueError(f"{_name(self.optimizer)} takes no learning_rate; it takes {known}")
+        if isinstance(self.optimizer, functools.partial):
+            ours = ("learning_rate", *_DECAY_NAMES, *_DECAY_MASK_NAMES)
+            doubled = [name for name in self.optimizer.keywords if name in ours]
+            if doubled or self.optimizer.args:
+                raise ValueError(
+                    "give learning_rate, weight_decay and decay_mask to Group, not to partial: "
+                    f"{_name(self.optimizer)} already has {self.optimizer.args or doubled}"
+                )
+        if not callable(self.learning_rate):
+            _check_number("learning_rate", self.learning_rate)
+        _check_number("weight_decay", self.weight_decay)
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optax transformation, for a tree of this group's leaves."""
+        known = _parameters(self.optimizer)
+        decay_name = next((name for name in _DECAY_NAMES if name in known), None)
+        mask_name = next((name for name in _DECAY_MASK_NAMES if name in known), None)
+        mask = functools.partial(_mask_tree, self.decay_mask)
+        if decay_name and mask_name:
+            own = {decay_name: self.weight_decay, mask_name: mask}
+            return self.optimizer(learning_rate=self.learning_rate, **own)
+        # An optimizer that decays but cannot be told which leaves is told not to.
+        own = {decay_name: 0.0} if decay_name else {}
+        optimizer = self.optimizer(learning_rate=self.learning_rate, **own)
+        if not self.weight_decay:
+            return optimizer
+        return optax.chain(optax.add_decayed_weights(self.weight_decay, mask=mask), optimizer)
+
+
+def check_groups(groups: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, str]:
+    """Checks that every label has its group, and every group its leaves.
+
+    A ``FROZEN`` group may have none: trees of trainable leaves hold no frozen label.
+
+    Args:
+      groups: for each label a ``Group``, an optax transformation or ``FROZEN``.
+      labels: nested dict of label names.
+
+    Returns:
+      ``{path: label}``.
+
+    Raises:
+      ValueError: a label without group, or a group without leaves; all in one text.
+      TypeError: a group of another type, or a label that is no string.
+    """
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups are a dict by label, not {groups!r}")
+    flat = flatten(labels)
+    wrong = [f"{n!r}: {group!r}" for n, group in groups.items() if not _is_group(group)]
+    wrong += [f"{path!r}: {name!r}" for path, name in flat.items() if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(
+            "labels are strings, and a group is a Group, an optax transformation or FROZEN; not "
+            + listing(wrong)
+        )
+    used = dict.fromkeys(flat.values())
+    problems = [
+        f"label {name!r} has no group{suggest(name, groups)} "
+        f"(leaves {listing(path for path in flat if flat[path] == name)})"
+        for name in used
+        if name not in groups
+    ]
+    problems += [
+        f"group {name!r} has no leaves{suggest(name, used)}"
+        for name, group in groups.items()
+        if name not in used and group is not FROZEN
+    ]
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}. Labels: {', '.join(used)}; groups: {', '.join(groups)}"
+        )
+    return flat
+
+
+def trainable_mask(labels: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of booleans that is True where the leaf's group is not ``FROZEN``.
+
+    Raises:
+      ValueError, TypeError: as ``check_groups``.
+
+    >>> trainable_mask({"conv1": "frozen", "fc": "new"}, {"frozen": FROZEN, "new": optax.sgd(0.1)})
+    {'conv1': False, 'fc': True}
+    """
+    check_groups(groups, labels)
+    return map_with_path(lambda path, name: groups[name] is not FROZEN, labels)
+
+
+def _is_group(value: Any) -> bool:
+    return value is FROZEN or isinstance(value, Group | optax.GradientTransformation)
+
+
+def _mask_tree(mask: Mask, tree: Mapping[str, Any]) -> dict[str, Any]:
+    # A group without a leaf that decays is no mistake: take the head's bias alone.
+    return resolve(mask, tree, allow_empty=True)
+
+
+def _parameters(optimizer: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(optimizer).parameters)
+    except (TypeError, ValueError):  # A builtin says nothing about its parameters.
+        return []
+
+
+def _name(optimizer: Callable[..., Any]) -> str:
+    function = optimizer.func if isinstance(optimizer, functools.partial) else optimizer
+    return getattr(function, "__name__", repr(function))
+
+
+def _check_number(name: str, value: Any) -> None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is a number, not {value!r}") from None
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} is a finite number of at least 0, not {value!r}")

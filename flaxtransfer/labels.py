@@ -1,0 +1,115 @@
+"""Every leaf gets exactly one label, and the table a person reads before step 0."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flaxtransfer.masks import Mask, selected
+from flaxtransfer.paths import flatten, listing, map_with_path
+from flaxtransfer.table import Row, Table, Total, table
+
+__all__ = ["Rest", "Row", "Table", "Total", "label", "rest", "table"]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What no other rule takes; made by ``rest``."""
+
+    def __repr__(self) -> str:
+        return "rest()"
+
+
+def rest() -> Rest:
+    """The rule for every leaf that no other rule takes; it may well be none.
+
+    It is no mask, for what it selects depends on the other rules.
+    """
+    return Rest()
+
+
+def label(params: Mapping[str, Any], rules: Mapping[str, Mask | str | Rest]) -> dict[str, Any]:
+    """Gives every leaf exactly one label.
+
+    Use it to say, once, which parts of a network are treated alike; gradient, optimizer, learning
+    rate, decay and the BatchNorm policy all follow the labels. It does not say how they are
+    treated: that is what groups are for.
+
+    Args:
+      params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
+      rules: for each label a mask, a mask's expression, or (once) ``rest()``.
+
+    Returns:
+      Nested dict of str with the structure of ``params``.
+
+    Raises:
+      ValueError: leaves that no rule or several rules take, rules that take nothing, expressions
+        that cannot be read, more than one ``rest()``. All of them are in one text.
+      TypeError: a rule of another type, or a label that is no string.
+
+    >>> from flaxtransfer.masks import head
+    >>> label({"bn1": {"scale": 0}, "fc": {"bias": 0}}, {"new": head(), "frozen": rest()})
+    {'bn1': {'scale': 'frozen'}, 'fc': {'bias': 'new'}}
+    """
+    _check_types(rules)
+    flat = flatten(params)
+    problems = [] if flat else ["the tree has no leaves"]
+    if flat and all(path.split("/")[0] in ("params", "batch_stats") for path in flat):
+        problems.append('this looks like variables: label variables["params"]')
+
+    taken: dict[str, frozenset[str]] = {}
+    for name, rule in rules.items():
+        if isinstance(rule, Rest):
+            continue
+        try:
+            taken[name] = selected(rule, params)
+        except ValueError as error:
+            problems.append(f"label {name!r}: {error}")
+    rests = [name for name, rule in rules.items() if isinstance(rule, Rest)]
+    if len(rests) > 1:
+        problems.append(f"rest() can be given once, not to {' and '.join(map(repr, rests))}")
+
+    labels = {path: [n for n, paths in taken.items() if path in paths] for path in flat}
+    problems += _overlaps(labels)
+    gap = [path for path, names in labels.items() if not names]
+    if rests:
+        labels |= {path: [rests[0]] for path in gap}
+    elif gap:
+        problems.append(f"no label takes {_leaves(gap)}; widen a mask or add a label for rest()")
+    if problems:
+        raise ValueError(
+            "the labels do not give every leaf exactly one label:"
+            + "".join(f"\n- {problem}" for problem in problems)
+        )
+    return map_with_path(lambda path, leaf: labels[path][0], params)
+
+
+def _check_types(rules: Mapping[str, Any]) -> None:
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules are a dict of masks by label, not {rules!r}")
+    wrong = [
+        f"{name!r}: {rule!r}"
+        for name, rule in rules.items()
+        if not (isinstance(name, str) and name and isinstance(rule, Mask | str | Rest))
+    ]
+    if wrong:
+        raise TypeError(
+            "a label is a string and its rule a mask, an expression such as 'head()', or rest(); "
+            f"not {', '.join(wrong)}"
+        )
+
+
+def _overlaps(labels: Mapping[str, list[str]]) -> list[str]:
+    """One line for each combination of labels that compete for leaves."""
+    competing: dict[tuple[str, ...], list[str]] = {}
+    for path, names in labels.items():
+        if len(names) > 1:
+            competing.setdefault(tuple(names), []).append(path)
+    return [
+        f"{' and '.join(map(repr, names))} all take {_leaves(paths)}; "
+        f"subtract one mask from the other"
+        for names, paths in competing.items()
+    ]
+
+
+def _leaves(paths: list[str]) -> str:
+    return f"{len(paths)} {'leaf' if len(paths) == 1 else 'leaves'}: {listing(paths)}"

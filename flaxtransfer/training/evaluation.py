@@ -1,0 +1,101 @@
+"""Accuracy and loss over every example of a set, each counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxtransfer.models import Model
+from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
+from flaxtransfer.training.feed import Batch
+from flaxtransfer.training.step import forward
+from flaxtransfer.types import Variables
+from flaxtransfer.weights import Preprocessing
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the examples of a set.
+
+    Args:
+      accuracy: share of examples whose largest logit is the label's.
+      loss: mean negative log-likelihood in nats.
+      examples: how many there were.
+    """
+
+    accuracy: float
+    loss: float
+    examples: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """Plain numbers for a metrics file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the network said about each example, in the order of the batches.
+
+    Args:
+      logits: float32 [examples, classes].
+      labels: int [examples].
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+
+    def evaluation(self) -> Evaluation:
+        """The means over all examples."""
+        logits = self.logits.astype(np.float64)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        log_partition = np.log(np.exp(shifted).sum(axis=-1))
+        losses = log_partition - shifted[np.arange(len(shifted)), self.labels]
+        correct = logits.argmax(axis=-1) == self.labels
+        return Evaluation(float(correct.mean()), float(losses.mean()), len(losses))
+
+
+def predict(
+    model: Model,
+    variables: Variables,
+    batches: Iterable[Batch],
+    preprocessing: Preprocessing,
+    mesh: Mesh | None = None,
+) -> Predictions:
+    """Runs the network over all batches, with running statistics, leaving out padding.
+
+    Args:
+      model: the network.
+      variables: its parameters and statistics.
+      batches: ``image`` uint8, ``label``, and ``weight`` 0 where an example is padding.
+      preprocessing: that belongs to the weights.
+      mesh: devices; by default all of them.
+
+    Raises:
+      ValueError: no example at all.
+    """
+    mesh = mesh or make_mesh()
+    run = forward(model, preprocessing)
+    variables = place_replicated(variables, mesh)
+    logits, labels = [], []
+    for batch in batches:
+        output = np.asarray(run(variables, place_batch(batch["image"], mesh)))
+        label = np.asarray(batch["label"])
+        keep = np.asarray(batch.get("weight", np.ones(len(label)))) > 0
+        logits.append(output[keep])
+        labels.append(label[keep])
+    if not sum(map(len, labels)):
+        raise ValueError("there is nothing to evaluate: the set has no examples")
+    return Predictions(np.concatenate(logits), np.concatenate(labels))
+
+
+def evaluate(
+    model: Model,
+    variables: Variables,
+    batches: Iterable[Batch],
+    preprocessing: Preprocessing,
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """Accuracy and loss of the network on ``batches``; arguments as for ``predict``."""
+    return predict(model, variables, batches, preprocessing, mesh).evaluation()

@@ -1,0 +1,346 @@
+"""The training loop: phases in order, each step in a stated order, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.lock import hold
+from flaxtransfer.models import Model
+from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
+from flaxtransfer.training import audit, run_folder
+from flaxtransfer.training.evaluation import Evaluation, evaluate
+from flaxtransfer.training.feed import Batch, Feed
+from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
+from flaxtransfer.training.metrics import MetricsWriter
+from flaxtransfer.training.phases import Phase, Plan
+from flaxtransfer.training.progress import progress_bar
+from flaxtransfer.training.state import State, advance, start
+from flaxtransfer.training.step import Metrics, train_step
+from flaxtransfer.types import Variables
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or the gradient became NaN or infinite; checkpoints before it are intact."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is logged, validated and saved; nothing here changes what is learned.
+
+    Args:
+      log_every: steps between two lines of training metrics.
+      evaluate_every: steps between two validations; each ends with a checkpoint. By default one
+        epoch, but at most ten times in a phase.
+      keep_best: how many of the best validated checkpoints are kept besides the latest.
+      tensorboard: also write TensorBoard events (extra ``tb``).
+    """
+
+    log_every: int = 10
+    evaluate_every: int | None = None
+    keep_best: int = 1
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the plan a state stands: the part of a checkpoint that is not an array.
+
+    Args:
+      phase: index of the phase.
+      phase_start: step of the run at which the phase began.
+      phase_step: steps done in the phase.
+      best: best validation accuracy of the run so far, or None before any.
+      without_improvement: validations of this phase since its own best.
+      phase_best: best validation accuracy of this phase, or None.
+    """
+
+    phase: int = 0
+    phase_start: int = 0
+    phase_step: int = 0
+    best: float | None = None
+    without_improvement: int = 0
+    phase_best: float | None = None
+
+    @property
+    def step(self) -> int:
+        """Step of the run."""
+        return self.phase_start + self.phase_step
+
+    def validated(self, accuracy: float) -> Position:
+        """The position after a validation."""
+        improved = self.phase_best is None or accuracy > self.phase_best
+        return replace(
+            self,
+            best=accuracy if self.best is None else max(self.best, accuracy),
+            phase_best=accuracy if improved else self.phase_best,
+            without_improvement=0 if improved else self.without_improvement + 1,
+        )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a run ended with.
+
+    Args:
+      variables: of the best validated state, or of the last step where nothing was validated.
+      steps: optimizer steps of all phases.
+      validation: of ``variables``, or None without a validation set.
+      audits: one a phase.
+      notes: what happened that a person should know (a damaged checkpoint passed over, ...).
+    """
+
+    variables: Variables
+    steps: int
+    validation: Evaluation | None
+    audits: tuple[audit.Audit, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Run:
+    """What every part of the loop needs; fixed for the length of one ``fit``."""
+
+    model: Model
+    plan: Plan
+    feed: Feed
+    folder: Path
+    options: Options
+    mesh: Mesh
+    store: Checkpoints
+    metrics: MetricsWriter
+    request: Request
+    notes: list[str] = field(default_factory=list)
+
+
+def fit(
+    model: Model,
+    variables: Variables,
+    plan: Plan,
+    feed: Feed,
+    folder: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    options: Options | None = None,
+    mesh: Mesh | None = None,
+) -> Fitted:
+    """Trains ``variables`` through the phases of ``plan`` and leaves a complete run folder.
+
+    Args:
+      model: from ``ft.transfer`` or ``ft.resnet``.
+      variables: where to start; not changed.
+      plan: what moves, how fast and when.
+      feed: batches as functions of the step.
+      folder: the run folder; new, or with ``resume`` one of the very same run.
+      seed: of the run's random key.
+      config: further JSON values that identify the run; a resumed run must have the same.
+      resume: continue from the last sound checkpoint, exactly; start where there is none.
+      options: logging, validation, saving.
+      mesh: devices; by default all of them.
+
+    Returns:
+      The best validated variables, or the last ones without a validation set.
+
+    Raises:
+      ValueError: the folder holds another run, or an unfinished one and ``resume`` is not set, or
+        somebody else is writing it; the loss is not finite (``NonFiniteLoss``).
+      OSError: the folder cannot be written.
+      Interrupted: SIGINT or SIGTERM; the run can be resumed.
+    """
+    folder = Path(folder)
+    options = options or Options()
+    identity = run_folder.identity(model, plan, seed, config)
+    run_folder.check(folder, identity, resume=resume)
+    with hold(folder), watch_signals() as request:
+        run_folder.prepare(folder, identity)
+        with Checkpoints.open(folder / "checkpoints", keep_best=options.keep_best) as store:
+            mesh = mesh or make_mesh()
+            first = start(variables, plan.phases[0], seed)
+            state, position, notes = _restore(store, plan, first)
+            with MetricsWriter(
+                folder, step=position.step, tensorboard=options.tensorboard
+            ) as metrics:
+                run = _Run(
+                    model, plan, feed, folder, options, mesh, store, metrics, request, notes
+                )
+                return _train(run, place_replicated(state, mesh), position)
+
+
+def _train(run: _Run, state: State, position: Position) -> Fitted:
+    audits = []
+    for index in range(position.phase, len(run.plan.phases)):
+        phase = run.plan.phases[index]
+        if index > position.phase:
+            state = place_replicated(advance(state, phase), run.mesh)
+            position = Position(index, position.step, 0, position.best)
+        before = _digests_at_start(run, index, state, position)
+        state, position = _run_phase(run, phase, state, position)
+        audits.append(audit.compare(phase, before, audit.frozen_digests(state, phase)))
+        state = _best(run, state, position)
+    run_folder.write_audit(run.folder, audits)
+    variables = state.variables()
+    validation = _evaluate(run, state)
+    run_folder.finish(run.folder, run.model, variables, run.feed, position.step, validation)
+    return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
+
+
+def _run_phase(
+    run: _Run, phase: Phase, state: State, position: Position
+) -> tuple[State, Position]:
+    """The order of a step, and why.
+
+    1. Read the batch of this step: its number is the data position, so nothing else is saved.
+    2. Step. Metrics stay on the device: fetching them each time would stall the next step.
+    3. Log, now and then: fetch what is pending and stop at the first loss that is not finite,
+       before anything of it can reach a checkpoint.
+    4. Validate and save: always together, so that a checkpoint has the metric it is ranked by.
+    5. Ask whether to end: patience, then a signal, with the state of this very step saved.
+    """
+    total = phase.total_steps(run.feed.steps_per_epoch)
+    every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
+    step_function = train_step(run.model, phase, run.feed)
+    pending: list[tuple[int, Metrics]] = []
+    text = ""
+    with (
+        _reading(run.feed, position.step) as batches,
+        progress_bar(phase.name, total, start=position.phase_step) as show,
+    ):
+        while position.phase_step < total and not _out_of_patience(phase, position):
+            batch = next(batches)
+            placed = place_batch({k: batch[k] for k in ("image", "label")}, run.mesh)
+            state, metrics = step_function(state, placed)
+            position = replace(position, phase_step=position.phase_step + 1)
+            pending.append((position.step, metrics))
+            done = position.phase_step == total
+            interrupted = run.request.signal_number is not None
+            validate = done or position.phase_step % every == 0
+            if validate or interrupted or position.phase_step % run.options.log_every == 0:
+                text = _log(run, phase, pending)
+                pending.clear()
+            if validate:
+                position, accuracy = _validate(run, state, position)
+                text = text if accuracy is None else f"{text} validation {100 * accuracy:.1f} %"
+                _save(run, state, position, accuracy)
+            elif interrupted:
+                _save(run, state, position, None)
+            show(position.phase_step, text)
+            if run.request.signal_number is not None and (validate or interrupted):
+                raise Interrupted(run.request.signal_number, position.step)
+    return state, position
+
+
+@contextmanager
+def _reading(feed: Feed, step: int) -> Iterator[Iterator[Batch]]:
+    """Batches from ``step`` on; ends the threads that read ahead, where there are any."""
+    batches = feed.train(step)
+    try:
+        yield batches
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+def _out_of_patience(phase: Phase, position: Position) -> bool:
+    return phase.patience is not None and position.without_improvement >= phase.patience
+
+
+def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str:
+    """Writes the means since the last line; returns the text for the bar."""
+    values = [
+        (step, {name: float(value) for name, value in metrics.items()})
+        for step, metrics in jax.device_get(list(pending))
+    ]
+    for step, metrics in values:
+        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if bad:
+            listed = ", ".join(f"{name} is {value}" for name, value in bad.items())
+            latest = run.store.latest()
+            kept = "no checkpoint yet" if latest is None else f"the checkpoint of step {latest}"
+            raise NonFiniteLoss(
+                f"{listed} at step {step} ({phase.name}); stopped, {kept} is kept in "
+                f"{run.folder}; try a lower learning rate or clip the gradient"
+            )
+    means = {
+        name: float(np.mean([metrics[name] for _, metrics in values])) for name in values[0][1]
+    }
+    run.metrics.write("train", values[-1][0], {"phase": phase.name, **means})
+    return f"loss {means['loss']:.3f} accuracy {100 * means['accuracy']:.1f} %"
+
+
+def _evaluate(run: _Run, state: State) -> Evaluation | None:
+    if run.feed.validation is None:
+        return None
+    batches, preprocessing = run.feed.validation(), run.feed.preprocessing
+    return evaluate(run.model, state.variables(), batches, preprocessing, run.mesh)
+
+
+def _validate(run: _Run, state: State, position: Position) -> tuple[Position, float | None]:
+    result = _evaluate(run, state)
+    if result is None:
+        return position, None
+    phase = run.plan.phases[position.phase].name
+    run.metrics.write("validation", position.step, {"phase": phase, **result.to_json()})
+    return position.validated(result.accuracy), result.accuracy
+
+
+def _save(run: _Run, state: State, position: Position, accuracy: float | None) -> None:
+    run.store.save(position.step, state, asdict(position), metric=accuracy)
+
+
+def _restore(
+    store: Checkpoints, plan: Plan, first: State
+) -> tuple[State, Position, list[str]]:
+    """The newest sound checkpoint, or the start where there is none."""
+    if store.latest() is None:
+        return first, Position(), []
+    restored = store.restore(_abstract_of(plan, first))
+    notes = [f"checkpoint of step {step} is damaged and was passed over: {reason}"
+             for step, reason in restored.skipped]
+    return restored.tree, Position(**restored.meta), notes
+
+
+def _abstract_of(plan: Plan, like: State) -> Callable[[Mapping[str, Any]], State]:
+    """The state's shape depends on the phase that a checkpoint was written in."""
+
+    def abstract(meta: Mapping[str, Any]) -> State:
+        variables = {"params": like.params, "batch_stats": like.batch_stats}
+        return jax.eval_shape(lambda: start(variables, plan.phases[meta["phase"]], 0))
+
+    return abstract
+
+
+def _best(run: _Run, state: State, position: Position) -> State:
+    """The best validated state of the run so far; the given one where nothing was validated.
+
+    Its step becomes the current one: data and checkpoints go on, they do not go back.
+    """
+    best = run.store.best()
+    if position.best is None or best is None or best == position.step:
+        return state
+    restored = run.store.restore(_abstract_of(run.plan, state), step="best")
+    return place_replicated(restored.tree._replace(step=np.int32(position.step)), run.mesh)
+
+
+def _digests_at_start(
+    run: _Run, index: int, state: State, position: Position
+) -> Mapping[str, str]:
+    """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
+    path = run.folder / f"frozen-{index}.json"
+    if position.phase_step == 0 or not path.exists():
+        digests = audit.frozen_digests(state, run.plan.phases[index])
+        run_folder.write_json(path, digests)
+    return json.loads(path.read_text())

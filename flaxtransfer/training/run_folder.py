@@ -1,0 +1,198 @@
+"""The files of a run: what it was, what it ran on, and what came out of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxtransfer.models import Model
+from flaxtransfer.optimizers import FROZEN, Group
+from flaxtransfer.training.audit import Audit
+from flaxtransfer.training.evaluation import Evaluation
+from flaxtransfer.training.feed import Feed
+from flaxtransfer.training.phases import Plan
+from flaxtransfer.types import Variables
+from flaxtransfer.weights import Checkpoint, save
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+AUDIT_FILE = "audit.json"
+RESULT_FILE = "result.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def identity(
+    model: Model, plan: Plan, seed: int, config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What makes a run this run and no other, as plain JSON.
+
+    Learning-rate schedules are recorded by their values at a few steps: functions have no name
+    that could be compared.
+    """
+    phases = {
+        phase.name: {
+            "length": {"steps": phase.steps, "epochs": phase.epochs},
+            "groups": {name: _describe(group) for name, group in phase.groups.items()},
+            "leaves": _count_labels(phase.labels),
+            "clip": phase.clip,
+            "ema": phase.ema,
+            "patience": phase.patience,
+        }
+        for phase in plan.phases
+    }
+    raw = {"model": asdict(model.config), "seed": seed, "phases": phases, **(config or {})}
+    return json.loads(json.dumps(raw))
+
+
+def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
+    """Refuses a folder that holds another run, or an unfinished one that is not to be resumed.
+
+    Raises:
+      ValueError: see above; the text lists every setting that differs.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        if [name for name in others if not name.startswith(".")]:
+            raise ValueError(
+                f"{folder} is not a run folder (it has no {CONFIG_FILE}, but {', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}); give a new folder"
+            )
+        return
+    try:
+        existing = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}); give a new folder") from error
+    differences = list(_differences(existing, wanted))
+    if differences:
+        raise ValueError(
+            f"{folder} belongs to another run: {'; '.join(differences)}; give a new folder"
+        )
+    if not resume:
+        state = "a finished" if (folder / RESULT_FILE).exists() else "an unfinished"
+        raise ValueError(
+            f"{folder} holds {state} run of this very configuration; add --resume (resume=True) "
+            "to continue it, or give a new folder"
+        )
+
+
+def prepare(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Writes the configuration and the environment of a run, once."""
+    if not (folder / CONFIG_FILE).exists():
+        write_json(folder / ENVIRONMENT_FILE, environment())
+        write_json(folder / CONFIG_FILE, wanted)
+
+
+def weights_of(folder: Path) -> Path:
+    """The weights of a finished run.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or the run in it has not finished.
+    """
+    path = folder / WEIGHTS_FILE
+    if path.is_file():
+        return path
+    if (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"the run in {folder} has not finished (no {WEIGHTS_FILE}); "
+            "continue it with flaxtransfer train --resume"
+        )
+    runs = sorted(str(p.parent) for p in folder.parent.glob(f"*/{WEIGHTS_FILE}"))
+    raise FileNotFoundError(
+        f"{folder} is not a run folder"
+        + (f"; runs beside it: {', '.join(runs)}" if runs else " (it has no config.json)")
+    )
+
+
+def write_audit(folder: Path, audits: Sequence[Audit]) -> None:
+    """Writes what the audits of all phases found."""
+    write_json(folder / AUDIT_FILE, [asdict(audit) for audit in audits])
+
+
+def finish(
+    folder: Path,
+    model: Model,
+    variables: Variables,
+    feed: Feed,
+    steps: int,
+    validation: Evaluation | None,
+) -> None:
+    """Writes the weights with their preprocessing, then the result that marks the run as done."""
+    checkpoint = Checkpoint(
+        variables=jax.tree.map(np.asarray, jax.device_get(variables)),
+        config=model.config,
+        preprocessing=feed.preprocessing,
+        source=str(folder),
+        format="flaxtransfer",
+        sha256="",
+        class_names=feed.class_names,
+    )
+    save(folder / WEIGHTS_FILE, checkpoint)
+    result = {"steps": steps, "validation": validation and validation.to_json()}
+    write_json(folder / RESULT_FILE, result)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader, or a killed writer, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """The versions and devices that a run saw."""
+    packages = ("flaxtransfer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "devices": [str(device) for device in jax.devices()],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _count_labels(labels: Mapping[str, Any]) -> dict[str, int]:
+    leaves = jax.tree.leaves(labels)
+    return {name: leaves.count(name) for name in sorted(set(leaves))}
+
+
+def _describe(group: Any) -> Any:
+    if not isinstance(group, Group):
+        return "FROZEN" if group is FROZEN else type(group).__name__
+    rate = group.learning_rate
+    return {
+        "optimizer": getattr(group.optimizer, "__name__", str(group.optimizer)),
+        "learning_rate": [float(rate(step)) for step in (0, 1, 10, 100, 1000)]
+        if callable(rate)
+        else rate,
+        "weight_decay": group.weight_decay,
+        "decay_mask": repr(group.decay_mask),
+    }
+
+
+def _differences(existing: Any, wanted: Any, path: str = "") -> Iterator[str]:
+    if isinstance(existing, Mapping) and isinstance(wanted, Mapping):
+        for name in [*existing, *(n for n in wanted if n not in existing)]:
+            inner = f"{path}.{name}" if path else name
+            yield from _differences(existing.get(name), wanted.get(name), inner)
+    elif existing != wanted:
+        yield f"{path} is {existing!r} there and {wanted!r} here"

@@ -1,0 +1,82 @@
+"""The training step: pure, jit-compiled, donated, with gradients of the trainable leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flaxtransfer.data.normalisation import normalise
+from flaxtransfer.models import Model
+from flaxtransfer.optimizers import frozen, merge, trainable
+from flaxtransfer.training.feed import Batch, Feed
+from flaxtransfer.training.phases import Phase
+from flaxtransfer.training.state import State, optimizer
+from flaxtransfer.types import Variables
+from flaxtransfer.weights import Preprocessing
+
+Metrics = dict[str, jax.Array]
+
+
+def train_step(
+    model: Model, phase: Phase, feed: Feed
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The step of one phase, to be compiled once.
+
+    The gradient is taken with respect to the trainable leaves, so that the backward pass ends at
+    the lowest of them. (Differentiating everything and zeroing afterwards costs the whole pass
+    again as soon as a norm over all gradients is logged.) Clipping, decay, the average and the
+    logged norms therefore see trainable leaves only.
+
+    Returns:
+      ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
+      ``loss`` in nats, ``accuracy`` and ``gradient_norm`` before clipping.
+    """
+    update = optimizer(phase).update
+    norm = phase.batch_norm_policy()
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        still = frozen(state.params, phase.labels, phase.groups)
+        images = normalise(batch["image"], feed.preprocessing.mean, feed.preprocessing.std)
+        loss_key = jax.random.fold_in(state.key, state.step)
+
+        def objective(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+            variables = {"params": merge(still, moving), "batch_stats": state.batch_stats}
+            logits, batch_stats = model.apply(variables, images, norm=norm)
+            losses = phase.loss(logits, batch["label"], loss_key)
+            return losses.mean(), (batch_stats, logits)
+
+        moving = trainable(state.params, phase.labels, phase.groups)
+        (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(moving)
+        updates, opt_state = update(gradient, state.opt_state, moving)
+        moved = optax.apply_updates(moving, updates)
+        ema = state.ema
+        if phase.ema is not None:
+            ema = optax.incremental_update(moved, ema, 1 - phase.ema)
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
+            "gradient_norm": optax.tree.norm(gradient),
+        }
+        params = merge(still, moved)
+        return State(state.step + 1, params, batch_stats, opt_state, ema, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+@lru_cache(maxsize=8)
+def forward(
+    model: Model, preprocessing: Preprocessing
+) -> Callable[[Variables, jax.Array], jax.Array]:
+    """The compiled evaluation pass: uint8 images [batch, height, width, 3] -> float32 logits."""
+
+    @jax.jit
+    def logits(variables: Variables, images: jax.Array) -> jax.Array:
+        normal = normalise(images, preprocessing.mean, preprocessing.std)
+        return model.apply(variables, normal, norm="running")[0]
+
+    return logits

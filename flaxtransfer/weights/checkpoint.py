@@ -1,0 +1,66 @@
+"""A pre-trained network as a value: its arrays, its shape, and what belongs to them."""
+
+import dataclasses
+
+import numpy as np
+
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.paths import flatten
+from flaxtransfer.types import Variables
+from flaxtransfer.weights.preprocessing import Preprocessing
+
+__all__ = ["Checkpoint"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint:
+    """Weights together with everything that is needed to use them as they were meant.
+
+    `load` makes one from a file and `save` writes one. It holds numpy arrays, so that it can be
+    read and written without a device; `transfer` turns it into a model.
+
+    Args:
+        variables: {"params": ..., "batch_stats": ...}, nested dictionaries of float32 arrays;
+            kernels are [height, width, in, out] and [in, out].
+        config: the shape of the network.
+        preprocessing: how an image is prepared for these weights.
+        source: where the weights came from, for a person to read.
+        format: the naming of the file: "torchvision" or "huggingface".
+        sha256: checksum of the file in hexadecimal; "" for weights that never were in a file.
+        class_names: a name for each output of the head, where they are known.
+        notes: what was done on the way (conversions, prefixes, assumed preprocessing).
+
+    Raises:
+        ValueError: class names or preprocessing that do not fit the config.
+    """
+
+    variables: Variables
+    config: ResNetConfig
+    preprocessing: Preprocessing
+    source: str = "memory"
+    format: str = "torchvision"
+    sha256: str = ""
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", tuple(self.class_names))
+            if len(self.class_names) != self.config.classes:
+                raise ValueError(
+                    f"{len(self.class_names)} class names for a head of {self.config.classes} "
+                    f"classes ({self.source})"
+                )
+        if len(self.preprocessing.mean) != self.config.in_channels:
+            raise ValueError(
+                f"the preprocessing has {len(self.preprocessing.mean)} channels and the network "
+                f"{self.config.in_channels} ({self.source})"
+            )
+
+    def __repr__(self) -> str:
+        parameters = sum(int(np.size(leaf)) for leaf in flatten(self.variables["params"]).values())
+        return (
+            f"Checkpoint({self.config.name}, {self.config.classes} classes, "
+            f"{self.config.in_channels} channels, {parameters:,} parameters, "
+            f"{self.format} names, from {self.source!r}, sha256 {self.sha256[:8] or 'none'})"
+        )

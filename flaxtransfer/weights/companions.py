@@ -1,0 +1,95 @@
+"""What belongs to the weights of a file, from wherever it is recorded."""
+
+import dataclasses
+
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.weights import header, huggingface, sidecar, torchvision
+from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
+from flaxtransfer.weights.tensors import Tensors
+
+__all__ = ["Companions", "companions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Companions:
+    """Preprocessing and class names, and where they come from."""
+
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
+    """The most trustworthy record wins: header, files beside, published name, ImageNet's default.
+
+    Args:
+        file: the weights' file.
+        config: the network that it holds.
+        format: the naming of the file.
+
+    Raises:
+        ValueError: a record that contradicts the weights or cannot be read.
+    """
+    own = header.read(file.metadata)
+    if own is not None:
+        if own.config != config:
+            raise ValueError(
+                f"{file.path} says in its header that it is {own.config} and holds {config}"
+            )
+        return Companions(
+            own.preprocessing, own.class_names, ("preprocessing: from the file's header",)
+        )
+    beside = file.path.with_name("config.json")
+    settings = sidecar.read_json(beside)
+    if format == "huggingface":
+        problems = huggingface.other_graph(settings)
+        if problems:
+            raise ValueError(f"{beside} describes another network: {'; '.join(problems)}")
+        names = sidecar.hf_class_names(settings)
+    else:
+        names = sidecar.timm_class_names(settings)
+    if names is not None and len(names) != config.classes:
+        raise ValueError(
+            f"{beside} names {len(names)} classes and the head of {file.path} has {config.classes}"
+        )
+    preprocessing, notes = _fitted(*_preprocessing(file, settings), config, file)
+    return Companions(preprocessing, names, tuple(notes))
+
+
+def _preprocessing(file: Tensors, settings: dict) -> tuple[Preprocessing | None, list[str]]:
+    timm = sidecar.timm_preprocessing(settings)
+    if timm is not None:
+        return timm[0], ["preprocessing: from config.json beside the file", *timm[1]]
+    processor = file.path.with_name("preprocessor_config.json")
+    theirs = sidecar.hf_preprocessing(sidecar.read_json(processor))
+    if theirs is not None:
+        return theirs[0], [f"preprocessing: from {processor.name} beside the file", *theirs[1]]
+    published = torchvision.published(file.path.name, file.sha256)
+    if published is not None:
+        return published, ["preprocessing: that of the file torchvision publishes by this name"]
+    return None, []
+
+
+def _fitted(
+    preprocessing: Preprocessing | None, notes: list[str], config: ResNetConfig, file: Tensors
+) -> tuple[Preprocessing, list[str]]:
+    """One mean and std for each channel of the network."""
+    channels = config.in_channels
+    if preprocessing is None and channels == len(IMAGENET.mean):
+        return IMAGENET, ["preprocessing: none is recorded, ImageNet's is assumed"]
+    if preprocessing is None:
+        # A guess at the statistics of bands that nobody described would be a silent error.
+        assumed = dataclasses.replace(IMAGENET, mean=(0.0,) * channels, std=(1.0,) * channels)
+        return assumed, [
+            f"preprocessing: none is recorded for {channels} channels, which are left in 0..1"
+        ]
+    if len(preprocessing.mean) == 1:
+        preprocessing = dataclasses.replace(
+            preprocessing, mean=preprocessing.mean * channels, std=preprocessing.std * channels
+        )
+    if len(preprocessing.mean) != channels:
+        raise ValueError(
+            f"the preprocessing beside {file.path} has {len(preprocessing.mean)} channels, and the "
+            f"network {channels}"
+        )
+    return preprocessing, notes

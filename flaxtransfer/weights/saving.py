@@ -1,0 +1,97 @@
+"""Checkpoints into files that both this package and torchvision load strictly."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxtransfer.paths import flatten
+from flaxtransfer.weights import header, rename, safetensors_file, torchvision
+from flaxtransfer.weights.architecture import differences, leaf_shapes
+from flaxtransfer.weights.checkpoint import Checkpoint
+
+__all__ = ["save"]
+
+DTYPES = ("float32", "float16")
+
+
+def save(path: str | os.PathLike[str], checkpoint: Checkpoint, dtype: Any = np.float32) -> str:
+    """Writes weights, config, preprocessing and class names into one `.safetensors` file.
+
+    The names and axes are torchvision's, whatever the file they were read from, so that
+    `torchvision.models.resnet50().load_state_dict(..., strict=True)` takes them. The file appears
+    whole or not at all, and the same checkpoint gives the same bytes.
+
+    Args:
+        path: where to; its folder has to exist. A file there is replaced.
+        checkpoint: what to write; its arrays may be of numpy or jax.
+        dtype: float32, or float16 for half the size.
+
+    Returns:
+        The sha256 of the file in hexadecimal.
+
+    Raises:
+        ValueError: another suffix or dtype, leaves that do not form the checkpoint's network, or
+            numbers that are not finite in the dtype.
+        FileNotFoundError: no such folder.
+
+    >>> import tempfile
+    >>> from flaxtransfer.architectures import ResNetConfig
+    >>> from flaxtransfer.paths import unflatten
+    >>> from flaxtransfer.weights.preprocessing import IMAGENET
+    >>> tiny = ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2)
+    >>> ones = unflatten({path: np.ones(s, np.float32) for path, s in leaf_shapes(tiny).items()})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     digest = save(f"{folder}/tiny.safetensors", Checkpoint(ones, tiny, IMAGENET))
+    >>> len(digest)
+    64
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"weights are written as .safetensors, not as {path.name!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+    try:
+        kind = np.dtype(dtype).name
+    except TypeError:
+        kind = str(dtype)
+    if kind not in DTYPES:
+        raise ValueError(f"weights are written as {' or '.join(DTYPES)}, not as {kind}")
+
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten(checkpoint.variables).items()}
+    problems = differences(leaves, leaf_shapes(checkpoint.config))
+    if problems:
+        raise ValueError(
+            f"the leaves do not form {checkpoint.config.name}:\n  " + "\n  ".join(problems)
+        )
+    with np.errstate(over="ignore"):
+        leaves = {name: leaf.astype(kind) for name, leaf in leaves.items()}
+    broken = [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()]
+    if broken:
+        raise ValueError(f"these leaves hold NaN or infinite numbers as {kind}: {broken}")
+    data = safetensors_file.write(
+        rename.to_keys(torchvision.TABLE, leaves), header.write(checkpoint)
+    )
+    _replace(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Puts the bytes there in one step, durably; a reader sees the old file or the new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; weights are as readable as any other file here.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,141 @@
+"""What the files beside a checkpoint say: preprocessing, class names, the kind of graph.
+
+timm keeps everything in `config.json`; Hugging Face keeps the graph and the labels there, and the
+preprocessing in `preprocessor_config.json`. Other JSON files of these names are left alone.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flaxtransfer.weights.preprocessing import Preprocessing
+
+__all__ = [
+    "hf_class_names",
+    "hf_preprocessing",
+    "read_json",
+    "timm_class_names",
+    "timm_preprocessing",
+]
+
+# Pillow's numbers for its filters, which Hugging Face stores.
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# From this side on, a ConvNext processor warps the image to a square and cuts nothing.
+_CONVNEXT_WARPS = 384
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is no file.
+
+    Raises:
+        ValueError: a file that is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, beside the weights, is no JSON ({error}); repair it or take it away"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}, beside the weights, is no JSON object; take it away")
+    return content
+
+
+def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
+    """The preprocessing in timm's `config.json`, and notes; None if it is not one.
+
+    >>> timm_preprocessing({"pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.95,
+    ...     "interpolation": "bicubic", "mean": [0.5], "std": [0.5]}})[0].resize
+    235
+    """
+    fields = config.get("pretrained_cfg")
+    if not isinstance(fields, Mapping) or "mean" not in fields:
+        return None
+    _require(fields, ("input_size", "mean", "std"), "timm's pretrained_cfg")
+    size = fields["input_size"][-1]
+    notes = []
+    if fields.get("crop_mode", "center") != "center":
+        notes.append(f"timm's crop_mode {fields['crop_mode']!r} is replaced by a centre crop")
+    return Preprocessing(
+        fields["mean"],
+        fields["std"],
+        size=size,
+        resize=max(size, math.floor(size / fields.get("crop_pct", 0.875))),
+        interpolation=fields.get("interpolation", "bicubic"),
+    ), notes
+
+
+def timm_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The label names in timm's `config.json`, in the order of the outputs; None without any."""
+    names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
+    return tuple(map(str, names)) if names else None
+
+
+def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
+    """The preprocessing in Hugging Face's `preprocessor_config.json`, and notes; None if absent.
+
+    >>> hf_preprocessing({"image_mean": [0.5], "image_std": [0.5], "crop_pct": 0.875,
+    ...     "size": {"shortest_edge": 224}, "resample": 3})[0]
+    Preprocessing(mean=(0.5,), std=(0.5,), size=224, resize=256, interpolation='bicubic')
+    """
+    if "image_mean" not in config and "size" not in config:
+        return None
+    _require(config, ("size", "image_mean", "image_std"), "preprocessor_config.json")
+    notes = []
+    shortest = _side(config["size"])
+    if config.get("do_center_crop") and "crop_size" in config:
+        size, resize = _side(config["crop_size"]), shortest
+    elif shortest < _CONVNEXT_WARPS:
+        # Written by releases before crop_pct existed: the processor's own default.
+        size = shortest
+        resize = int(shortest / (config.get("crop_pct") or 224 / 256))
+    else:
+        size = resize = shortest
+        notes.append("the image processor warps to a square; a centre crop replaces that")
+    mean, std = config["image_mean"], config["image_std"]
+    if not config.get("do_normalize", True):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    resample = config.get("resample", 3)
+    return Preprocessing(
+        mean, std, size=size, resize=resize, interpolation=_RESAMPLE.get(resample, str(resample))
+    ), notes
+
+
+def hf_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names in Hugging Face's `id2label`; None if there are none but "LABEL_0".
+
+    >>> hf_class_names({"id2label": {"1": "dog", "0": "cat"}})
+    ('cat', 'dog')
+    """
+    labels = config.get("id2label")
+    if not isinstance(labels, Mapping) or not labels:
+        return None
+    try:
+        ordered = {int(number): str(name) for number, name in labels.items()}
+    except ValueError as error:
+        raise ValueError(f"id2label in config.json has keys that are no numbers: {error}") from None
+    if sorted(ordered) != list(range(len(ordered))):
+        raise ValueError(f"id2label in config.json skips numbers: it has {sorted(ordered)}")
+    if all(name == f"LABEL_{number}" for number, name in ordered.items()):
+        return None
+    return tuple(ordered[number] for number in range(len(ordered)))
+
+
+def _side(size: Any) -> int:
+    """The side in pixels, however the release at hand wrote it."""
+    if isinstance(size, Mapping):
+        for name in ("shortest_edge", "height"):
+            if name in size:
+                return int(size[name])
+        raise ValueError(f"preprocessor_config.json has a size that gives no side: {dict(size)}")
+    return int(size)
+
+
+def _require(fields: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
+    missing = [name for name in names if fields.get(name) is None]
+    if missing:
+        raise ValueError(f"{what} beside the weights lacks {', '.join(missing)}")

@@ -1,0 +1,160 @@
+"""Folders of images: numbering, what is ignored, and every way a folder can be wrong."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flaxtransfer.data import ImageError, Source, open_source
+
+
+def put(path, value=0, size=(4, 3)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes, natural order against alphabetic order, nesting and hidden files."""
+    put(tmp_path / "class10" / "b.png", 10)
+    put(tmp_path / "class2" / "img10.png", 3)
+    put(tmp_path / "class2" / "img9.bmp", 2)
+    put(tmp_path / "class2" / "deep" / "x.tif", 1)
+    (tmp_path / "class2" / ".DS_Store").write_bytes(b"junk")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "README.txt").write_text("about the data")
+    return tmp_path
+
+
+def test_classes_and_files_are_numbered_in_natural_order(tree):
+    source = open_source(f"folder:{tree}")
+    assert isinstance(source, Source)
+    assert source.class_names == ("class2", "class10")
+    assert source.files == ("class2/deep/x.tif", "class2/img9.bmp", "class2/img10.png",
+                            "class10/b.png")  # fmt: skip
+    assert source.labels().tolist() == [0, 0, 0, 1]
+    assert source.labels().dtype == np.int64
+    assert [source[i]["image"][0, 0, 0] for i in range(len(source))] == [1, 2, 3, 10]
+    assert source[3]["label"] == 1
+    assert source[0]["image"].shape == (3, 4, 3)
+    assert source.skipped == ()
+
+
+def test_the_contents_decide_not_the_extension(tmp_path):
+    put(tmp_path / "a" / "really.png")
+    (tmp_path / "a" / "really.png").rename(tmp_path / "a" / "claims.jpg")
+    put(tmp_path / "b" / "x.png")
+    (tmp_path / "b" / "x.png").rename(tmp_path / "b" / "no_extension")
+    assert len(open_source(f"folder:{tmp_path}")) == 2
+
+
+def test_home_is_expanded_and_the_source_pickles(tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree.parent))
+    source = pickle.loads(pickle.dumps(open_source(f"folder:~/{tree.name}")))
+    assert source[3]["image"][0, 0, 0] == 10
+
+
+def test_labels_need_no_image(tree):
+    source = open_source(f"folder:{tree}")
+    for file in source.files:
+        (tree / file).unlink()
+    assert source.labels().tolist() == [0, 0, 0, 1]
+
+
+def test_a_file_that_is_no_image_is_named_at_opening(tree):
+    (tree / "class10" / "notes.txt").write_text("x")
+    (tree / "class2" / "empty.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"class2/empty\.png: not an image.*class10/notes\.txt"):
+        open_source(f"folder:{tree}")
+
+
+def test_a_damaged_image_is_named_when_it_is_read(tree):
+    path = tree / "class10" / "b.png"
+    path.write_bytes(path.read_bytes()[:50])
+    source = open_source(f"folder:{tree}")
+    with pytest.raises(ImageError, match=r"class10/b\.png: the image cannot be decoded"):
+        source[3]
+
+
+def test_skip_corrupt_leaves_out_and_lists(tree):
+    put(tree / "class10" / "c.png", 11)
+    path = tree / "class10" / "b.png"
+    path.write_bytes(path.read_bytes()[:50])
+    (tree / "class2" / "notes.txt").write_text("x")
+    source = open_source(f"folder:{tree}", skip_corrupt=True)
+    assert len(source) == 4
+    assert source.labels().tolist() == [0, 0, 0, 1]
+    assert [text.split(":")[0] for text in source.skipped] == ["class2/notes.txt", "class10/b.png"]
+    assert "cannot be decoded" in source.skipped[1]
+    assert source[3]["image"][0, 0, 0] == 11
+
+
+def test_skipping_a_whole_class_is_an_error(tree):
+    (tree / "class10" / "b.png").write_bytes(b"junk")
+    text = r"no readable image in the class folder\(s\) \['class10'\].*left out: class10/b\.png"
+    with pytest.raises(ValueError, match=text):
+        open_source(f"folder:{tree}", skip_corrupt=True)
+
+
+def test_many_bad_files_are_counted(tree):
+    for index in range(8):
+        (tree / "class2" / f"{index}.csv").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"class2/4\.csv: not an image[^,]*(,[^,]*){5}, and 3 more"
+    ):
+        open_source(f"folder:{tree}")
+
+
+def test_a_missing_folder_lists_its_neighbours(tmp_path):
+    (tmp_path / "scans").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*scan; folders in .*: scans"):
+        open_source(f"folder:{tmp_path}/scan")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/a/b, nor .*/a"):
+        open_source(f"folder:{tmp_path}/a/b")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"x\.zip is a file; give the folder"):
+        open_source(f"folder:{tmp_path}/x.zip")
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ([], r"has no class folders \(nothing that could be a class\); wanted .*/<class>/<image>"),
+        (["a.png", "b.png"], r"has no class folders \(only images: a\.png, b\.png\)"),
+        (["a/1.png", "b/1.png", "c.png"], r"images outside the class folders: c\.png"),
+        (["a/1.png"], "has one class folder, 'a'; a classifier needs two or more"),
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png"],
+         r"holds splits, \['train', 'val'\], not classes; open one of them: 'folder:.*/train'"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_another_layout_says_what_is_wanted(tmp_path, files, text):
+    for file in files:
+        put(tmp_path / file)
+    with pytest.raises(ValueError, match=text):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_classes_that_are_called_train_and_test_are_classes(tmp_path):
+    put(tmp_path / "train" / "1.png")  # locomotives, say
+    put(tmp_path / "test" / "1.png")
+    assert open_source(f"folder:{tmp_path}").class_names == ("test", "train")
+
+
+def test_an_empty_class_is_named(tmp_path):
+    put(tmp_path / "a" / "1.png")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match=r"no image in the class folder\(s\) \['b', 'c'\]"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_min_side_reaches_the_decoder(tmp_path):
+    for name in "ab":
+        put(tmp_path / name / "x.jpg", 90, size=(64, 32))
+    assert open_source(f"folder:{tmp_path}", min_side=16)[0]["image"].shape == (16, 32, 3)
+    with pytest.raises(ValueError, match="min_side is 0"):
+        open_source(f"folder:{tmp_path}", min_side=0)

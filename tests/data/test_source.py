@@ -1,0 +1,141 @@
+"""Sources in memory, and the names by which sources are opened."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flaxtransfer.data import ArraySource, Source, open_source
+
+GRAY = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "shape"),
+    [
+        (GRAY, (3, 4, 1)),
+        (GRAY[..., None], (3, 4, 1)),
+        (np.zeros((2, 3, 4, 13), np.uint8), (3, 4, 13)),
+    ],
+)
+def test_arrays_become_height_width_channels(images, shape):
+    source = ArraySource(images, [0, 1])
+    assert isinstance(source, Source)
+    assert source[0]["image"].shape == shape
+    assert source[0]["image"].dtype == np.uint8
+    assert source[1] == {"image": pytest.approx(images[1].reshape(shape)), "label": 1}
+
+
+def test_floats_are_scaled_by_255_and_rounded():
+    images = np.array([[[0.0, 1.0, 0.5, 0.1]]])
+    # 0.5 * 255 = 127.5 goes to the even 128; 0.1 * 255 = 25.5 to 26, the double being above.
+    assert ArraySource(images, [0])[0]["image"].ravel().tolist() == [0, 255, 128, 26]
+
+
+def test_labels_are_a_copy_and_images_read_only():
+    source = ArraySource(GRAY, [0, 1])
+    source.labels()[:] = 7
+    assert source.labels().tolist() == [0, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        source[0]["image"][:] = 0
+    GRAY[0, 0, 0] = GRAY[0, 0, 0]  # the caller's own array stays writable
+
+
+def test_class_names_default_to_numbers():
+    assert ArraySource(GRAY, [0, 2]).class_names == ("0", "1", "2")
+    assert ArraySource(GRAY, [0, 0], ("a", "b")).class_names == ("a", "b")
+
+
+def test_pickle_keeps_the_source():
+    again = pickle.loads(pickle.dumps(ArraySource(GRAY, [0, 1], ("a", "b"))))
+    assert again.class_names == ("a", "b")
+    np.testing.assert_array_equal(again[1]["image"][..., 0], GRAY[1])
+
+
+@pytest.mark.parametrize("index", [-1, 2, np.int64(5)])
+def test_a_position_outside_is_an_index_error(index):
+    source = ArraySource(GRAY, [0, 1])
+    with pytest.raises(IndexError, match=rf"example {index} does not exist: there are 2 \(0 to 1"):
+        source[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((GRAY.astype(np.uint16), [0, 1]), TypeError, "images are uint16; .*images / 65535"),
+        ((GRAY.astype(np.int64), [0, 1]), TypeError, "images are int64; give uint8"),
+        ((GRAY, [0.0, 1.0]), TypeError, "labels are float64; give integers"),
+        ((GRAY, [0, 1], "ab"), TypeError, "class_names is one string, 'ab'"),
+        ((GRAY[0], [0, 1, 0]), ValueError, r"images have shape \(3, 4\), wanted \[examples"),
+        ((GRAY[:0], []), TypeError, "labels are float64"),
+        ((GRAY[:0], np.zeros(0, int)), ValueError, r"images have shape \(0, 3, 4\)"),
+        ((GRAY * 1.0, [0, 1]), ValueError, r"must lie in 0 \.\. 1, these span 0 \.\. 23"),
+        ((GRAY * np.nan, [0, 1]), ValueError, r"these span nan \.\. nan"),
+        ((GRAY, [0]), ValueError, r"labels have shape \(1,\), wanted one a image: \(2,\)"),
+        ((GRAY, [[0, 1]]), ValueError, r"labels have shape \(1, 2\)"),
+        ((GRAY, [-1, 0]), ValueError, r"labels span -1 \.\. 0, wanted 0 or more"),
+        (
+            (GRAY, [0, 2], ("a", "b")),
+            ValueError,
+            r"labels span 0 \.\. 2, wanted 0 \.\. 1 \(2 class",
+        ),
+        ((GRAY, [0, 1], ("a", "a")), ValueError, r"class names given twice: \['a'\]"),
+    ],
+)
+def test_wrong_arrays_say_what_is_wrong(arguments, error, text):
+    with pytest.raises(error, match=text):
+        ArraySource(*arguments)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ValueError, match=r"must lie in.*shape \(1,\).*labels span -3"):
+        ArraySource(GRAY * 1.0, [-3])
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("digit", r"unknown data source 'digit'; did you mean 'digits'\?.*known: 'digits', 'tfds:"),
+        ("digits:train", "'digits' takes nothing after it"),
+        ("fodler:x", r"did you mean 'folder'\?"),
+        ("mnist", r"\(a TensorFlow Datasets name is written 'tfds:mnist'\)"),
+        ("", "unknown data source ''"),
+        ("tfds:", r"'tfds:' is not of the form 'tfds:<name>\[/config\]"),
+        ("folder:", "'folder:' needs a path"),
+    ],
+)
+def test_an_unknown_source_names_those_that_exist(spec, text):
+    with pytest.raises(ValueError, match=text):
+        open_source(spec)
+
+
+def test_a_bare_folder_is_told_its_scheme(tmp_path):
+    with pytest.raises(ValueError, match=f"it is a folder: write 'folder:{tmp_path}'"):
+        open_source(str(tmp_path))
+
+
+def test_importing_the_package_imports_no_reader():
+    heavy = ["grain", "tensorflow_datasets", "PIL", "sklearn", "tensorflow"]
+    code = (
+        "import sys, flaxtransfer.data as d; d.open_source, d.stratified_split, d.ArraySource;"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    import flaxtransfer.data
+
+    assert "open_source" in dir(flaxtransfer.data)
+    with pytest.raises(AttributeError, match="has no attribute 'open_sauce'"):
+        _ = flaxtransfer.data.open_sauce
+
+
+def test_every_exported_name_exists():
+    import flaxtransfer.data
+
+    for name in flaxtransfer.data.__all__:
+        assert getattr(flaxtransfer.data, name).__name__ == name

@@ -1,0 +1,83 @@
+"""Gradients of torchvision, in float64, where rounding does not hide a wrong formula.
+
+In float32 torch's gradient of a whole network differs from its own float64 one by up to a per
+cent, so that a tolerance there would have no power.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from flaxtransfer.architectures import RESNETS
+from flaxtransfer.models import resnet
+from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.weights import rename
+from flaxtransfer.weights import torchvision as naming
+from flaxtransfer.weights.architecture import leaf_shapes
+
+pytestmark = pytest.mark.parity
+
+LIMIT = 1e-10  # of the largest entry of each leaf's gradient
+
+
+def leaves_from(tensors, config):
+    shapes = leaf_shapes(config)
+    arrays = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
+    return rename.to_leaves(naming.TABLE, arrays, shapes, what="torch")
+
+
+def both(torch, network, config, norm):
+    """Gradients of a random linear function of the logits, and the new statistics."""
+    network = network.double().train(norm == "batch")
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64)
+    weights = torch.randn(3, config.classes, generator=generator, dtype=torch.float64)
+    before = leaves_from(network.state_dict(), config)
+    before = unflatten({path: leaf.copy() for path, leaf in before.items()})
+
+    (network(images) * weights).sum().backward()
+    gradients = {key: value.grad for key, value in network.named_parameters()}
+    theirs = leaves_from({**network.state_dict(), **gradients}, config)
+
+    with jax.enable_x64(True):
+        model = resnet(config)
+
+        def loss(params, statistics, x):
+            variables = {"params": params, "batch_stats": statistics}
+            logits, new = model.apply(variables, x, norm=norm)
+            return (logits * weights.numpy()).sum(), new
+
+        ours, new = jax.jit(jax.grad(loss, has_aux=True))(
+            before["params"], before["batch_stats"], images.permute(0, 2, 3, 1).numpy()
+        )
+        ours = flatten({"params": ours, "batch_stats": new})
+        return {path: np.asarray(leaf) for path, leaf in ours.items()}, theirs
+
+
+def differing(ours, theirs, kind):
+    return {
+        path: float(np.abs(ours[path] - theirs[path]).max() / np.abs(theirs[path]).max())
+        for path in theirs
+        if path.startswith(kind)
+        and not np.abs(ours[path] - theirs[path]).max() <= LIMIT * np.abs(theirs[path]).max()
+    }
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_with_running_statistics(torch, torchvision, making, name):
+    torch.manual_seed(0)
+    network = making.randomise(torchvision.models.get_model(name, weights=None), 4)
+    ours, theirs = both(torch, network, RESNETS[name], "running")
+    assert len(ours) == len(theirs)
+    assert differing(ours, theirs, "params/") == {}
+    assert differing(ours, theirs, "batch_stats/") == {}  # which nothing may have moved
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_with_batch_statistics(torch, torchvision, making, name):
+    torch.manual_seed(0)
+    network = making.randomise(torchvision.models.get_model(name, weights=None), 5)
+    ours, theirs = both(torch, network, RESNETS[name], "batch")
+    assert differing(ours, theirs, "params/") == {}
+    means = {path: leaf for path, leaf in theirs.items() if path.endswith("/mean")}
+    assert differing(ours, means, "batch_stats/") == {}

@@ -1,0 +1,120 @@
+"""Evaluation logits of torchvision, timm and transformers, in float32, through a file.
+
+The peers are the reference: their own networks, with random weights and random BatchNorm
+statistics, saved with safetensors and read by `load`.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from flaxtransfer.architectures import RESNETS
+from flaxtransfer.models import resnet
+from flaxtransfer.weights import load
+
+pytestmark = pytest.mark.parity
+
+LIMIT = 5e-6  # of max |logit|; float32 sums in another order
+
+
+CLASSES = 11
+
+
+@functools.cache
+def forward(config):
+    """Compiled once for all peers."""
+    model = resnet(config)
+    return jax.jit(lambda variables, images: model.apply(variables, images)[0])
+
+
+def compare(torch, network, path, size, format, logits=lambda output: output):
+    from safetensors.torch import save_file
+
+    save_file(network.state_dict(), path)
+    checkpoint = load(path)
+    assert checkpoint.format == format
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = logits(network(images)).numpy()
+    ours = forward(checkpoint.config)(checkpoint.variables, images.permute(0, 2, 3, 1).numpy())
+    assert theirs.std() > 1e-3  # of constant logits any network would be a match
+    assert np.abs(ours - theirs).max() <= LIMIT * np.abs(theirs).max()
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, 64) for name in RESNETS), ("resnet18", 224), ("resnet50", 224),
+     ("wide_resnet50_2", 64), ("resnext50_32x4d", 64)],
+)  # fmt: skip
+def test_torchvision(torch, torchvision, making, tmp_path, name, size):
+    torch.manual_seed(0)
+    network = making.randomise(
+        torchvision.models.get_model(name, weights=None, num_classes=CLASSES), 0
+    )
+    checkpoint = compare(torch, network, tmp_path / "w.safetensors", size, "torchvision")
+    assert checkpoint.config.name == name
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_timm(torch, torchvision, making, tmp_path, name):
+    import timm
+
+    torch.manual_seed(0)
+    network = making.randomise(timm.create_model(name, pretrained=False, num_classes=CLASSES), 1)
+    checkpoint = compare(torch, network, tmp_path / "w.safetensors", 64, "torchvision")
+    assert (checkpoint.config.name, checkpoint.config.classes) == (name, CLASSES)
+
+
+# The depths of microsoft/resnet-18 .. 152, whose configurations these are.
+@pytest.mark.parametrize("name", RESNETS)
+def test_transformers(torch, torchvision, making, tmp_path, name):
+    import transformers
+
+    config = RESNETS[name]
+    torch.manual_seed(0)
+    network = transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(
+            depths=list(config.depths),
+            hidden_sizes=[64 * 2**stage * config.expansion for stage in range(4)],
+            layer_type=config.block,
+            num_labels=CLASSES,
+        )
+    )
+    checkpoint = compare(
+        torch,
+        making.randomise(network, 2),
+        tmp_path / "w.safetensors",
+        64,
+        "huggingface",
+        lambda output: output.logits,
+    )
+    assert (checkpoint.config.name, checkpoint.config.classes) == (name, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["resnet50d", "resnet26t", "seresnet50", "resnetv2_50"])
+def test_timms_other_networks_are_refused(torch, torchvision, tmp_path, name):
+    import timm
+    from safetensors.torch import save_file
+
+    network = timm.create_model(name, pretrained=False)
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="is not supported"):
+        load(tmp_path / "w.safetensors")
+
+
+def test_published_names_bring_torchvisions_preprocessing(torchvision):
+    from flaxtransfer.weights.torchvision import RESIZE
+
+    published = {}
+    for name in torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"]):
+        for weights in torchvision.models.get_model_weights(name):
+            digits = weights.url.rsplit("-", 1)[1].removesuffix(".pth")
+            transform = weights.transforms()
+            published[digits] = transform.resize_size[0]
+            assert (transform.crop_size, transform.interpolation.value) == ([224], "bilinear")
+            assert transform.mean == [0.485, 0.456, 0.406]
+            assert transform.std == [0.229, 0.224, 0.225]
+    assert published.items() <= RESIZE.items()

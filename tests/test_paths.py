@@ -1,0 +1,227 @@
+"""Paths, globs, segments and did-you-mean."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flaxtransfer import globs
+from flaxtransfer.paths import (
+    SEGMENT_ORDER,
+    flatten,
+    listing,
+    map_with_path,
+    match,
+    nearest,
+    segment_of,
+    segments,
+    suggest,
+    unflatten,
+)
+
+keys = st.text("abé0_.*[{ ", min_size=1, max_size=3)
+trees = st.dictionaries(
+    keys,
+    st.recursive(st.integers(), lambda inner: st.dictionaries(keys, inner, min_size=1, max_size=3)),
+    max_size=4,
+)
+
+
+@given(trees)
+def test_unflatten_is_the_inverse_of_flatten(tree):
+    assert unflatten(flatten(tree)) == tree
+
+
+@given(trees)
+def test_paths_and_order_of_leaves_are_those_of_jax(tree):
+    # Peer: jax.tree_util, which sorts the keys.
+    expected = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    assert flatten(tree) == expected
+    assert jax.tree.structure(map_with_path(lambda path, leaf: path, tree)) == jax.tree.structure(
+        tree
+    )
+
+
+def test_map_with_path_gives_each_leaf_its_path():
+    tree = {"layer1": {"0": {"conv1": {"kernel": 3}}}, "fc": {"bias": 4}}
+    assert map_with_path(lambda path, leaf: (path, leaf * 2), tree) == {
+        "layer1": {"0": {"conv1": {"kernel": ("layer1/0/conv1/kernel", 6)}}},
+        "fc": {"bias": ("fc/bias", 8)},
+    }
+
+
+def test_nodes_without_leaves_have_no_path_and_stay():
+    tree = {"a": {}, "b": {"c": optax.MaskedNode(), "d": None, "e": 1}}
+    assert flatten(tree) == {"b/e": 1}
+    assert map_with_path(lambda path, leaf: path, tree) == {
+        "a": {},
+        "b": {"c": optax.MaskedNode(), "d": None, "e": "b/e"},
+    }
+
+
+def test_shapes_without_arrays_are_leaves():
+    leaf = jax.ShapeDtypeStruct((3, 4), "float32")
+    assert flatten({"fc": {"kernel": leaf}}) == {"fc/kernel": leaf}
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "text"),
+    [
+        ([1, 2], TypeError, "nested dict is needed, not list"),
+        ({"a": {1: 0}}, TypeError, "key 1 in 'a' is no string"),
+        ({"a": [np.zeros(2)]}, TypeError, "'a' holds a list"),
+        ({"a": {"b/c": 0}}, ValueError, "key 'b/c' in 'a' is empty or holds a '/'"),
+        ({"": 0}, ValueError, "key '' is empty"),
+        ({0: 1, "a": {None: 2}}, TypeError, "key 0 is no string, key None in 'a' is no string"),
+    ],
+)
+def test_trees_without_clear_paths_are_refused(tree, error, text):
+    with pytest.raises(error, match=text.replace("[", r"\[")):
+        flatten(tree)
+    with pytest.raises(error):
+        map_with_path(lambda path, leaf: leaf, tree)
+
+
+@pytest.mark.parametrize(
+    ("flat", "text"),
+    [
+        ({"a//b": 1}, "'a//b' has an empty component"),
+        ({"": 1}, "'' has an empty component"),
+        ({"a": 1, "a/b": 2}, "'a' is a leaf, and 'a/b' runs through it"),
+        ({"a/b": 1, "a": 2, "/": 3}, "runs through it; '/' has an empty component"),
+    ],
+)
+def test_flat_names_without_a_tree_are_refused(flat, text):
+    with pytest.raises(ValueError, match=text):
+        unflatten(flat)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches", "misses"),
+    [
+        ("fc/kernel", ["fc/kernel"], ["fc/kernels", "xfc/kernel", "fc", "a/fc/kernel"]),
+        ("fc/*", ["fc/kernel", "fc/bias"], ["fc", "fc/a/b"]),
+        ("*", ["fc"], ["fc/kernel"]),
+        ("**", ["fc", "fc/kernel", "a/b/c"], []),
+        ("layer4/**", ["layer4/0/bn1/scale", "layer4"], ["layer40/0/bn1/scale", "layer3/0"]),
+        ("**/bias", ["bias", "fc/bias", "a/b/bias"], ["fc/bias2", "unbias", "bias/a"]),
+        ("a/**/b", ["a/b", "a/x/b", "a/x/y/b"], ["ab", "a/xb", "a/b/c"]),
+        ("**/a/**", ["a", "x/a", "a/x", "x/a/y"], ["xa", "b"]),
+        ("conv?/kernel", ["conv1/kernel"], ["conv/kernel", "conv10/kernel", "conv//kernel"]),
+        ("layer[34]/*", ["layer3/0", "layer4/1"], ["layer2/0", "layer34/0"]),
+        ("layer[0-2]", ["layer0", "layer2"], ["layer3", "layer-"]),
+        ("layer[!0-2]", ["layer3", "layer-"], ["layer1", "layer"]),
+        ("layer[^1]", ["layer2"], ["layer1"]),
+        ("a[]]", ["a]"], ["a", "a[]]"]),
+        ("a[*]", ["a*"], ["ab", "a"]),
+        ("a[{]", ["a{"], ["a"]),
+        ("a[+-9]b", ["a5b", "a+b"], ["a/b"]),
+        ("a[!x]b", ["ayb"], ["a/b", "axb"]),
+        ("a.b", ["a.b"], ["axb"]),
+        ("{a,b}/x", ["a/x", "b/x"], ["c/x", "{a,b}/x", "a", "x"]),
+        ("layer{3,4/1}/k", ["layer3/k", "layer4/1/k"], ["layer4/k", "layer3/1/k"]),
+        ("bn{,1,2}", ["bn", "bn1", "bn2"], ["bn3"]),
+        ("{a{b,c},d}", ["ab", "ac", "d"], ["a", "b", "abc"]),
+        ("{a,b}{c,d}", ["ac", "ad", "bc", "bd"], ["ab", "a"]),
+        ("{a}", ["a"], ["{a}"]),
+        ("{**,x}/k", ["k", "a/b/k", "x/k"], ["a/kk"]),
+        ("a,b", ["a,b"], ["a", "b"]),
+    ],
+)
+def test_glob(pattern, matches, misses):
+    assert [path for path in matches if not match(pattern, path)] == []
+    assert [path for path in misses if match(pattern, path)] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("", "empty component"),
+        ("/fc", "empty component"),
+        ("fc/", "empty component"),
+        ("a//b", "empty component"),
+        ("{,a}/b", "empty component"),
+        ("a{b", "never closes a brace"),
+        ("a}b", "never opened"),
+        ("a[b", r"never closes a '\['"),
+        ("a[]", r"never closes a '\['"),
+        ("layer**", "'\\*\\*' stands for whole components"),
+        ("a[9-0]", "range 9-0 runs backwards"),
+    ],
+)
+def test_globs_outside_the_grammar_are_refused(pattern, text):
+    with pytest.raises(ValueError, match=text):
+        globs.check(pattern)
+    with pytest.raises(ValueError, match=text):
+        match(pattern, "fc/kernel")
+
+
+@given(st.lists(st.text("ab1.", min_size=1, max_size=4), min_size=1, max_size=4).map("/".join))
+def test_a_plain_path_is_a_glob_for_itself_alone(path):
+    assert match(path, path)
+    assert not match(path, path + "x")
+    assert not match(path, "x/" + path)
+
+
+@pytest.mark.parametrize(
+    ("name", "candidates", "expected"),
+    [
+        ("layr2", SEGMENT_ORDER, "layer2"),
+        ("HEAD", SEGMENT_ORDER, "head"),
+        ("fc", ["conv1/kernel", "fc/kernel"], "fc/kernel"),
+        ("conv9/kernel", ["layer1/0/conv1/kernel", "fc/bias"], "layer1/0/conv1/kernel"),
+        ("layer5/0/bn1/scale", ["layer4/0/bn1/scale", "layer4/0/bn1/bias"], "layer4/0/bn1/scale"),
+        ("decoder/kernl", ["decoder/bias", "decoder/kernel", "head/kernel"], "decoder/kernel"),
+    ],
+)
+def test_nearest_name_comes_first(name, candidates, expected):
+    assert nearest(name, candidates)[0] == expected
+    assert repr(expected) in suggest(name, candidates)
+
+
+def test_nothing_alike_suggests_nothing():
+    assert nearest("xyz", SEGMENT_ORDER) == []
+    assert suggest("xyz", SEGMENT_ORDER) == ""
+
+
+def test_suggestions_are_at_most_n():
+    assert nearest("layer", SEGMENT_ORDER, n=2) == ["layer1", "layer2"]
+    assert suggest("layer", ["layer1", "layer2"]) == "; did you mean 'layer1' or 'layer2'?"
+
+
+def test_listing_counts_what_it_leaves_out():
+    assert listing(map(str, range(10)), most=3) == "0, 1, 2 and 7 more"
+    assert listing([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "segment"),
+    [
+        ("conv1/kernel", "stem"),
+        ("bn1/mean", "stem"),
+        ("layer1/0/conv1/kernel", "layer1"),
+        ("layer4/2/downsample/1/scale", "layer4"),
+        ("fc/bias", "head"),
+        ("adapter/kernel", "adapter"),
+    ],
+)
+def test_segment_of_torchvision_names(path, segment):
+    assert segment_of(path) == segment
+
+
+@pytest.mark.parametrize(
+    "path", ["overhead/kernel", "layer0/x", "layer/x", "layer1x/y", "decoder/fc"]
+)
+def test_foreign_paths_have_no_segment(path):
+    with pytest.raises(ValueError, match="belongs to no segment"):
+        segment_of(path)
+
+
+def test_segments_come_in_the_order_of_the_network():
+    paths = ["fc/bias", "layer10/0/a", "layer2/0/a", "adapter/kernel", "bn1/scale", "layer2/1/b"]
+    assert segments(paths) == ["adapter", "stem", "layer2", "layer10", "head"]

@@ -1,0 +1,239 @@
+"""Claims about a run: what moves, what does not, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from small import SIZE, batch, feed, network, two_phases
+
+import flaxtransfer as ft
+from flaxtransfer.paths import flatten
+from flaxtransfer.training.audit import digest
+from flaxtransfer.training.loop import NonFiniteLoss
+from flaxtransfer.training.metrics import read_metrics
+from flaxtransfer.training.state import advance, start
+from flaxtransfer.training.step import train_step
+
+
+def digests(tree):
+    return {path: digest(leaf) for path, leaf in flatten(tree).items()}
+
+
+def test_frozen_leaves_are_bit_identical_with_decay_clipping_and_average(tmp_path):
+    model, variables = network()
+    # A frozen -0.0 must not become +0.0 by adding a zero update.
+    stem = variables["params"]["conv1"]
+    stem["kernel"] = stem["kernel"].at[0, 0, 0, 0].set(-0.0)
+    before = digests(variables)
+    plan = two_phases(variables["params"], ema=0.9)
+    fitted = ft.fit(model, variables, plan, feed(validation=False), tmp_path / "run")
+    after = digests(fitted.variables)
+    same = {path for path in before if before[path] == after[path]}
+    assert same == {p for p in before if p.split("/")[1] in ("conv1", "bn1")}  # the stem and its statistics, and nothing else
+    assert [audit.moved for audit in fitted.audits] == [(), ()]
+    assert fitted.audits[0].leaves > fitted.audits[1].leaves > 0
+    assert not any(row["moved"] for row in json.loads((tmp_path / "run/audit.json").read_text()))
+
+
+def test_the_audit_notices_a_leaf_that_moved(tmp_path, monkeypatch):
+    import flaxtransfer.training.step as step
+
+    model, variables = network()
+    plan = two_phases(variables["params"], steps=2)
+    merge = step.merge
+
+    def drifting_merge(still, moved):
+        whole = merge(still, moved)
+        whole["bn1"] = jax.tree.map(lambda leaf: leaf * 1.0001, whole["bn1"])
+        return whole
+
+    monkeypatch.setattr(step, "merge", drifting_merge)
+    fitted = ft.fit(model, variables, plan, feed(), tmp_path / "run")
+    assert "params/bn1/scale" in fitted.audits[0].moved
+    assert "MOVED" in str(fitted.audits[0])
+
+
+def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
+    model, variables = network()
+    folder = tmp_path / "run"
+    plan = two_phases(variables["params"], steps=40)
+    fitted = ft.fit(model, variables, plan, feed(), folder, config={"data": "brightness"})
+    assert fitted.validation.accuracy > 0.9
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "audit.json",
+            "model.safetensors", "result.json"} <= names  # fmt: skip
+    rows = read_metrics(folder)
+    assert {row["kind"] for row in rows} == {"train", "validation"}
+    loaded = ft.load(folder / "model.safetensors")
+    assert loaded.class_names == ("dark", "gray", "bright")
+    for path, leaf in flatten(loaded.variables).items():
+        np.testing.assert_array_equal(leaf, np.asarray(flatten(fitted.variables)[path]))
+
+
+def test_unfreezing_keeps_the_moments_of_leaves_that_already_trained():
+    model, variables = network()
+    plan = two_phases(variables["params"])
+    state = start(variables, plan.phases[0], 0)
+    step = train_step(model, plan.phases[0], feed())
+    for number in range(3):
+        state, _ = step(state, batch(number))
+    moments = state.opt_state
+    after = advance(state, plan.phases[1])
+    find = lambda tree: [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+                         if "['fc']['kernel']" in jax.tree_util.keystr(path)]  # fmt: skip  # noqa: E731
+    before, now = find(moments), find(after.opt_state)
+    assert len(before) == len(now) == 2  # Adam's two moments
+    for old, new in zip(before, now, strict=True):
+        assert float(abs(old).max()) > 0
+        np.testing.assert_array_equal(old, new)
+
+
+def test_clipping_uses_the_norm_of_trainable_gradients_alone():
+    """Against optax's own clip on the gradient of the trainable leaves, taken by jax.grad."""
+    model, variables = network()
+    phase = replace(two_phases(variables["params"]).phases[0], clip=1e-3, groups={
+        "new": ft.Group(optax.sgd, 1.0), "frozen": ft.FROZEN})  # fmt: skip
+    images = (batch(0)["image"].astype(np.float32) / 255 - 0.5) / 0.25
+
+    def loss(fc):
+        params = {**variables["params"], "fc": fc}
+        logits, _ = model.apply({**variables, "params": params}, images, norm="running")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch(0)["label"]).mean()
+
+    gradient = jax.grad(loss)(variables["params"]["fc"])
+    clipped, _ = optax.clip_by_global_norm(1e-3).update(gradient, optax.EmptyState())
+    expected = optax.apply_updates(variables["params"]["fc"], jax.tree.map(lambda g: -g, clipped))
+    state, metrics = train_step(model, phase, feed())(start(variables, phase, 0), batch(0))
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(state.params["fc"][name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+def test_head_only_step_costs_at_most_036_of_a_full_one():
+    """Compiled cost analysis of ResNet-50, with clipping and gradient-norm logging on."""
+    model = ft.resnet("resnet50", classes=10)
+    variables = model.abstract()
+
+    def flops(rules, groups):
+        phase = ft.Phase(ft.label(variables["params"], rules), groups, steps=1, clip=1.0)
+        state = jax.eval_shape(lambda: start(variables_of(variables), phase, 0))
+        shapes = {"image": jax.ShapeDtypeStruct((2, 64, 64, 3), np.uint8),
+                  "label": jax.ShapeDtypeStruct((2,), np.int32)}  # fmt: skip
+        compiled = train_step(model, phase, feed()).lower(state, shapes).compile()
+        return compiled.cost_analysis()["flops"]
+
+    def variables_of(abstract):
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+
+    sgd = ft.Group(optax.sgd, 0.1)
+    head = flops({"new": ft.head(), "frozen": ft.rest()}, {"new": sgd, "frozen": ft.FROZEN})
+    full = flops({"all": ft.everything()}, {"all": sgd})
+    assert head <= 0.36 * full
+
+
+def test_patience_ends_a_phase_early(tmp_path):
+    model, variables = network()
+    plan = two_phases(variables["params"], steps=400, patience=2)
+    options = ft.Options(evaluate_every=2)
+    fitted = ft.fit(model, variables, plan, feed(), tmp_path / "run", options=options)
+    assert fitted.steps < 200
+    best = max(row["accuracy"] for row in read_metrics(tmp_path / "run")
+               if row["kind"] == "validation")  # fmt: skip
+    assert fitted.validation.accuracy == best  # the best validated state was restored
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    model, variables = network()
+
+    def poison(number):
+        good = batch(number)
+        return good if number < 11 else {**good, "label": np.full(8, -7, np.int32)}
+
+    def loss(logits, labels, key):
+        plain = ft.cross_entropy(logits, labels.clip(0), key)
+        return jax.numpy.where(labels < 0, jax.numpy.nan, plain)
+
+    plan = two_phases(variables["params"], steps=20, loss=loss)
+    options = ft.Options(evaluate_every=5)
+    data = replace(feed(validation=False), train=lambda k: (poison(n) for n in range(k, 99)))
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan.* at step 12 .*checkpoint of step 10"):
+        ft.fit(model, variables, plan, data, tmp_path / "run", options=options)
+    with ft.Checkpoints.open(tmp_path / "run/checkpoints", read_only=True) as store:
+        assert store.latest() == 10
+
+
+def test_another_configuration_is_refused_and_an_unfinished_run_needs_resume(tmp_path):
+    model, variables = network()
+    plan = two_phases(variables["params"], steps=2)
+    ft.fit(model, variables, plan, feed(), tmp_path / "run", config={"data": "a"})
+    with pytest.raises(ValueError, match="belongs to another run: data is 'a' there and 'b' here"):
+        ft.fit(model, variables, plan, feed(), tmp_path / "run", config={"data": "b"}, resume=True)
+    with pytest.raises(ValueError, match=r"a finished run of this very configuration.*--resume"):
+        ft.fit(model, variables, plan, feed(), tmp_path / "run", config={"data": "a"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"not a run folder .*thesis\.tex"):
+        ft.fit(model, variables, plan, feed(), tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_checkpoint_and_resume_goes_on(tmp_path, number):
+    model, variables = network()
+    plan = two_phases(variables["params"])
+
+    def interrupting(step):
+        if step == 5:
+            signal.raise_signal(number)
+        return batch(step)
+
+    with pytest.raises(ft.Interrupted, match=f"{number.name} at step 6"):
+        ft.fit(model, variables, plan, feed(make=interrupting), tmp_path / "run")
+    resumed = ft.fit(model, variables, plan, feed(), tmp_path / "run", resume=True)
+    straight = ft.fit(model, variables, plan, feed(), tmp_path / "straight")
+    assert digests(resumed.variables) == digests(straight.variables)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == sorted(
+        row["step"] for row in read_metrics(tmp_path / "run")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"steps": None}, "give steps or epochs"),
+        ({"steps": 3, "epochs": 1.0}, "give steps or epochs"),
+        ({"steps": -1}, "steps must be positive, not -1"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), not 1.0"),
+        ({"clip": 0.0}, "clip must be positive, not 0.0"),
+    ],
+)
+def test_a_phase_refuses_what_makes_no_sense(changes, text):
+    _, variables = network()
+    phase = two_phases(variables["params"]).phases[0]
+    with pytest.raises(ValueError, match=text):
+        replace(phase, **changes)
+
+
+def test_a_plan_refuses_phases_that_train_nothing_or_share_a_name():
+    _, variables = network()
+    phase = two_phases(variables["params"]).phases[0]
+    nothing = replace(phase, groups={"new": ft.FROZEN, "frozen": ft.FROZEN})
+    with pytest.raises(ValueError, match="phase 'head' trains nothing: frozen are new, frozen"):
+        ft.Plan([nothing])
+    with pytest.raises(ValueError, match="repeated: head"):
+        ft.Plan([phase, phase])
+    with pytest.raises(ValueError, match="at least one phase"):
+        ft.Plan([])
+
+
+def test_batch_norm_of_a_frozen_subtree_uses_running_statistics():
+    _, variables = network()
+    policy = two_phases(variables["params"]).phases[1].batch_norm_policy()
+    assert "bn1" not in policy
+    assert "layer1/0/bn1" in policy
+    assert SIZE == 16

@@ -1,0 +1,355 @@
+"""What is tolerated in a file, and said; and every way in which a file is refused."""
+
+import json
+import re
+import shutil
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxtransfer.architectures import RESNETS, ResNetConfig
+from flaxtransfer.paths import flatten
+from flaxtransfer.weights import load, safetensors_file, torch_file
+from flaxtransfer.weights.tensors import strip
+
+
+def same(a, b):
+    a, b = flatten(a), flatten(b)
+    return list(a) == list(b) and all(np.array_equal(a[path], b[path]) for path in a)
+
+
+def test_the_result_is_complete_float32_and_of_this_file(golden):
+    path = golden / "torchvision_basic" / "model.safetensors"
+    checkpoint = load(str(path))
+    assert {leaf.dtype for leaf in flatten(checkpoint.variables).values()} == {np.dtype("f4")}
+    assert set(checkpoint.variables) == {"params", "batch_stats"}
+    assert len(checkpoint.sha256) == 64
+    assert checkpoint.source == str(path)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "notes"),
+    [
+        (("module.",), {"the prefix 'module.' was removed from the keys"}),
+        (("_orig_mod.",), {"the prefix '_orig_mod.' was removed from the keys"}),
+        (("module.", "_orig_mod."), {"the prefix 'module.' was removed from the keys",
+                                     "the prefix '_orig_mod.' was removed from the keys"}),
+    ],
+)  # fmt: skip
+def test_prefixes_are_removed_and_said(basic, write, prefixes, notes):
+    plain = load(write(basic, "plain.safetensors"))
+    wrapped = load(write({"".join(prefixes) + key: basic[key] for key in basic}))
+    assert same(wrapped.variables, plain.variables)
+    assert notes <= set(wrapped.notes)
+
+
+def test_prefixes_that_merge_keys_are_refused():
+    with pytest.raises(ValueError, match=r"two keys name 'fc.bias' once"):
+        strip({"module.fc.bias": 0, "fc.bias": 1})
+
+
+def test_only_the_start_of_a_key_is_a_prefix(basic, write):
+    basic["layer1.0.module.conv1.weight"] = basic.pop("layer1.0.conv1.weight")
+    with pytest.raises(ValueError, match=r"unexpected: layer1\.0\.module\.conv1\.weight"):
+        load(write(basic))
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
+def test_other_precisions_become_float32_and_that_is_said(basic, tmp_path, kind):
+    dtype = jnp.bfloat16 if kind == "bfloat16" else kind
+    stored = {
+        key: array.astype(dtype) if array.dtype == np.float32 else array
+        for key, array in basic.items()
+    }
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(safetensors_file.write(stored, {}))
+    checkpoint = load(path)
+    leaves = flatten(checkpoint.variables)
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("f4")}
+    bias = np.asarray(stored["fc.bias"], np.float32)
+    np.testing.assert_array_equal(leaves["params/fc/bias"], bias)
+    assert f"{len(leaves)} leaves were {kind} and are float32 now" in checkpoint.notes
+
+
+@pytest.mark.parametrize("form", ["torchvision", "huggingface"])
+def test_the_format_may_be_said(golden, form):
+    assert load(golden / f"{form}_basic", format=form).format == form
+
+
+@pytest.mark.parametrize("model", [None, "resnet-basic-1-2-1-1w4", ResNetConfig(
+    "basic", (1, 2, 1, 1), 4, classes=999, in_channels=9)])  # fmt: skip
+def test_the_model_may_be_said_without_classes_and_channels(golden, model):
+    assert load(golden / "torchvision_basic", model=model).config.classes == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("resnet50", ["holds resnet-basic-1-2-1-1w4", "basic blocks (1, 2, 1, 1), width 4",
+                      "not resnet50"]),
+        (RESNETS["resnet18"], ["holds resnet-basic-1-2-1-1w4", "not resnet18 (basic blocks",
+                               "width 64"]),
+        ("resnet51", ["no model 'resnet51'", "did you mean", "'resnet50'", "resnet152"]),
+    ],
+)  # fmt: skip
+def test_another_model_than_the_file_is_refused(golden, model, parts):
+    with pytest.raises(ValueError, match="resnet") as caught:
+        load(golden / "torchvision_basic", model=model)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+# --- keys and numbers --------------------------------------------------------------------------
+
+
+def without_block(arrays):
+    return {key: array for key, array in arrays.items() if not key.startswith("layer1.0.conv2")}
+
+
+def with_nan(arrays):
+    arrays["layer2.0.conv1.weight"][0, 0, 0, 0] = np.nan
+    arrays["fc.bias"][:2] = np.inf
+    return arrays
+
+
+def negative_variance(arrays):
+    arrays["bn1.running_var"][1] = -1e-3
+    return arrays
+
+
+def too_large(arrays):
+    return arrays | {"fc.bias": np.full(7, 1e300)}
+
+
+def integers(arrays):
+    return arrays | {"fc.bias": np.zeros(7, np.int32)}
+
+
+def deep_stem(arrays):
+    arrays["conv1.0.weight"] = arrays.pop("conv1.weight")
+    return arrays
+
+
+def attention(arrays):
+    return arrays | {"layer1.0.se.fc1.weight": np.zeros((1, 4, 1, 1), np.float32)}
+
+
+def headless(arrays):
+    return {key: array for key, array in arrays.items() if not key.startswith("fc.")}
+
+
+def other_network(arrays):
+    del arrays
+    return {"features.0.weight": np.zeros(3, np.float32), "conv1.weight": np.zeros(3, np.float32)}
+
+
+def pre_activation(arrays):
+    del arrays
+    return {"stages.0.blocks.0.conv1.weight": np.zeros(3, np.float32)}
+
+
+DAMAGES = {
+    without_block: ["does not fit resnet-basic-1-2-1-1w4 under torchvision's names",
+                    "1 missing, 0 unexpected", "missing: layer1.0.conv2.weight [4, 4, 3, 3]"],
+    with_nan: ["NaN or infinite (as float32) in 2 leaves", "params/layer2/0/conv1/kernel: 1 of 288",
+               "params/fc/bias: 2 of 7"],
+    negative_variance: ["running variances below 0: batch_stats/bn1/var"],
+    too_large: ["NaN or infinite (as float32) in 1 leaves", "params/fc/bias: 7 of 7"],
+    integers: ["no floating-point numbers", "params/fc/bias", "int32"],
+    deep_stem: ["missing: conv1.weight", "unexpected: conv1.0.weight", "a deep stem",
+                "not supported"],
+    attention: ["unexpected: layer1.0.se.fc1.weight", "attention over channels"],
+    headless: ["2 missing", "missing: fc.weight", "missing: fc.bias"],
+    other_network: ["holds no ResNet under the names of torchvision or huggingface",
+                    "features.0.weight"],
+    pre_activation: ["holds no ResNet", "pre-activation ResNet"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_what_does_not_fit_is_refused_by_name(basic, write, damage):
+    path = write(damage(basic))
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        load(path)
+    assert [part for part in DAMAGES[damage] if part not in str(caught.value)] == []
+
+
+def test_a_format_that_does_not_fit_names_the_one_that_does(golden):
+    with pytest.raises(ValueError, match="names of huggingface; format='torchvision' fits better"):
+        load(golden / "torchvision_basic", format="huggingface")
+    with pytest.raises(ValueError, match="no format 'keras'; there are: torchvision, huggingface"):
+        load(golden / "torchvision_basic", format="keras")
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def file_of(data, name="weights.safetensors"):
+    def make(folder, whole):
+        (folder / name).write_bytes(data(whole) if callable(data) else data)
+        return folder / name
+
+    return make
+
+
+FILES = {
+    "empty": (file_of(b""), ["the file is empty"]),
+    "empty torch file": (file_of(b"", "w.pth"), ["the file is empty"]),
+    "half": (file_of(lambda whole: whole[: len(whole) // 2]),
+             ["no complete safetensors file", "by its header it has"]),
+    "one byte short": (file_of(lambda whole: whole[:-1]), ["no complete safetensors file"]),
+    "one byte long": (file_of(lambda whole: whole + b"\0"), ["no complete safetensors file"]),
+    "header cut": (file_of(lambda whole: whole[:100]),
+                   ["no complete safetensors file", "its header should end at byte"]),
+    "header damaged": (file_of(lambda whole: whole[:8] + b"]" + whole[9:]),
+                       ["no complete safetensors file", "not the JSON"]),
+    "a few letters": (file_of(b"weights"), ["no complete safetensors file"]),
+    "no arrays": (file_of(safetensors_file.write({}, {})), ["holds no arrays"]),
+    "pointer": (file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+                ["Git LFS pointer", "git lfs pull"]),
+    "web page": (file_of(b"<!DOCTYPE html><html>"), ["a web page"]),
+    "torch file as safetensors": (file_of(b"PK\x03\x04 and more"), ["give it the suffix .pth"]),
+    "safetensors as torch file": (file_of(lambda whole: whole, "w.pt"),
+                                  ["give it the suffix .safetensors"]),
+    "text as torch file": (file_of(b"hello, this is text", "w.bin"), ["no file of torch.save"]),
+    "another kind": (file_of(b"...", "w.onnx"), [".onnx is not a kind", ".safetensors, .pth"]),
+    "no suffix": (file_of(b"...", "w"), ["no suffix is not a kind"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_damaged_or_foreign_file_is_refused(golden, tmp_path, case):
+    make, parts = FILES[case]
+    path = make(tmp_path, (golden / "torchvision_basic" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        load(path)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_missing_file_names_the_nearest(basic, write):
+    folder = write(basic, "resnet18_best.safetensors").parent
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'resnet18_best\.safe"):
+        load(folder / "resnet18_bets.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"checkpoints there: resnet18_best\.safetensors"):
+        load(folder / "zzz.pth")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load(folder / "no" / "zzz.pth")
+
+
+def test_a_folder_must_hold_one_checkpoint(basic, write, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"with 0 checkpoints in it.*no .safetensors"):
+        load(tmp_path)
+    write(basic, "first.safetensors")
+    assert load(tmp_path).config.width == 4
+    write(basic, "second.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"first\.safetensors, second\.safetensors"):
+        load(tmp_path)
+    write(basic, "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert load(tmp_path).config.width == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("hf://timm/resnet50.a1_in1k", "addresses are not fetched.*hf download"),
+        ("https://example.org/resnet18.pth", "addresses are not fetched"),
+        ("", "the source is empty"),
+    ],
+)
+def test_a_source_that_is_no_path(source, text):
+    with pytest.raises(ValueError, match=text):
+        load(source)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_without_torch_the_extra_is_named(tmp_path, monkeypatch, suffix):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(ImportError, match=r"pip install 'flaxtransfer\[torch\]'.*\.safetensors"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "weights", "note"),
+    [
+        ({"state_dict": {"a": 1}, "epoch": 3}, {"a": 1}, "'state_dict'"),
+        ({"model": {"a": 1}}, {"a": 1}, "'model'"),
+        ({"model": {"state_dict": {"a": 1}}}, {"a": 1}, "'state_dict'"),
+        ({"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}}, {"a": 2},
+         "'state_dict_ema' (not those under 'state_dict')"),
+        ({"model": {"a": 1}, "model_ema": {"a": 2}}, {"a": 2}, "(not those under 'model')"),
+        ({"model": 5, "a": 1}, {"model": 5, "a": 1}, ""),
+    ],
+)  # fmt: skip
+def test_wrappers_of_training_scripts(content, weights, note):
+    found, notes = torch_file.unwrap(content)
+    assert found == weights
+    assert note in " ".join(notes)
+
+
+def test_a_file_that_is_no_mapping_is_refused():
+    with pytest.raises(ValueError, match="holds a list and no tensors by name"):
+        torch_file.unwrap([1, 2])
+
+
+# --- what lies beside ----------------------------------------------------------------------------
+
+
+def beside(golden, tmp_path, name, change):
+    folder = tmp_path / "copy"
+    shutil.copytree(golden / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"downsample_in_bottleneck": True}, "downsample_in_bottleneck is True, and only False"),
+        ({"downsample_in_first_stage": True}, "downsample_in_first_stage is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'relu'"),
+        ({"id2label": {"0": "a", "1": "b"}}, "names 2 classes and the head .* has 3"),
+        ({"id2label": {"0": "a", "2": "b", "3": "c"}}, r"skips numbers: it has \[0, 2, 3\]"),
+        ({"id2label": {"a": "a"}}, "keys that are no numbers"),
+    ],
+)
+def test_a_hugging_face_config_that_contradicts_the_weights(golden, tmp_path, change, text):
+    folder = beside(
+        golden, tmp_path, "huggingface_bottleneck", lambda config: config.update(change)
+    )
+    with pytest.raises(ValueError, match=text):
+        load(folder)
+
+
+def test_generic_labels_are_no_names(golden, tmp_path):
+    labels = {"id2label": {str(n): f"LABEL_{n}" for n in range(3)}}
+    folder = beside(golden, tmp_path, "huggingface_basic", lambda config: config.update(labels))
+    assert load(folder).class_names is None
+
+
+def test_timm_label_names(golden, tmp_path):
+    names = [f"class {n}" for n in range(8)]
+    folder = beside(golden, tmp_path, "timm", lambda config: config.update(label_names=names))
+    assert load(folder).class_names == tuple(names)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"label_names": names[1:]}))
+    with pytest.raises(ValueError, match=r"config\.json names 7 classes .* has 8"):
+        load(folder)
+
+
+def test_a_broken_json_beside_the_weights_is_named(basic, write):
+    path = write(basic)
+    (path.parent / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json, beside the weights, is no JSON"):
+        load(path)
+
+
+def test_somebody_elses_config_json_is_left_alone(basic, write):
+    path = write(basic)
+    (path.parent / "config.json").write_text('{"learning_rate": 0.1}')
+    assert load(path).notes == ("preprocessing: none is recorded, ImageNet's is assumed",)

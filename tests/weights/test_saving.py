@@ -1,0 +1,189 @@
+"""What is written is read back equal, appears whole or not at all, and is torchvision's."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.weights import IMAGENET, Checkpoint, Preprocessing, load, safetensors_file, save
+from flaxtransfer.weights.architecture import leaf_shapes
+
+CONFIG = ResNetConfig("bottleneck", (1, 2, 1, 1), 4, 32, 4, classes=3, in_channels=5)
+BANDS = Preprocessing((0.1, 0.2, 0.3, 0.4, 1 / 3), (0.5,) * 5, 64, 72, "bicubic")
+
+
+@pytest.fixture
+def checkpoint():
+    rng = np.random.default_rng(0)
+    leaves = {
+        path: abs(rng.normal(size=shape)).astype(np.float32)
+        for path, shape in leaf_shapes(CONFIG).items()
+    }
+    return Checkpoint(unflatten(leaves), CONFIG, BANDS, class_names=("a", "ß", "c, d"))
+
+
+def leaves_of(checkpoint):
+    return flatten(checkpoint.variables)
+
+
+def test_there_and_back(checkpoint, tmp_path):
+    digest = save(tmp_path / "w.safetensors", checkpoint)
+    back = load(tmp_path / "w.safetensors")
+    for field in ("config", "preprocessing", "class_names", "format"):
+        assert getattr(back, field) == getattr(checkpoint, field)
+    assert back.sha256 == digest
+    assert back.notes == ("preprocessing: from the file's header",)
+    before, after = leaves_of(checkpoint), leaves_of(back)
+    assert list(before) == list(after)
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
+    digests = {save(tmp_path / f"{n}.safetensors", checkpoint) for n in range(5)}
+    assert len(digests) == 1
+    back = load(tmp_path / "0.safetensors")
+    assert save(tmp_path / "again.safetensors", back) in digests
+
+
+def test_half_precision_is_half_the_size_and_rounds(checkpoint, tmp_path):
+    save(tmp_path / "full.safetensors", checkpoint)
+    save(tmp_path / "half.safetensors", checkpoint, np.float16)
+    full, half = (os.path.getsize(tmp_path / f"{n}.safetensors") for n in ("full", "half"))
+    assert half < 0.6 * full
+    for path, leaf in leaves_of(load(tmp_path / "half.safetensors")).items():
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(
+            leaf, leaves_of(checkpoint)[path].astype(np.float16).astype(np.float32)
+        )
+
+
+def test_arrays_of_jax_are_written_as_well(checkpoint, tmp_path):
+    expected = save(tmp_path / "numpy.safetensors", checkpoint)
+    arrays = unflatten({path: jnp.asarray(leaf) for path, leaf in leaves_of(checkpoint).items()})
+    other = dataclasses.replace(checkpoint, variables=arrays)
+    assert save(tmp_path / "jax.safetensors", other, "float32") == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision_basic", "torchvision_bottleneck", "torchvision_grouped"]
+)
+def test_keys_and_numbers_are_those_torchvision_wrote(golden, tmp_path, name):
+    # The peer's own file is the reference; its counters of batches are the only difference.
+    path = golden / name / "model.safetensors"
+    save(tmp_path / "w.safetensors", load(path))
+    theirs, ours = load_file(path), load_file(tmp_path / "w.safetensors")
+    assert {key for key in theirs if not key.endswith("num_batches_tracked")} == set(ours)
+    assert all(np.array_equal(theirs[key], ours[key]) for key in ours)
+
+
+def test_other_readers_find_their_mark(checkpoint, tmp_path):
+    save(tmp_path / "w.safetensors", checkpoint)
+    with safe_open(tmp_path / "w.safetensors", "np") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "error", "text"),
+    [
+        ("w.pth", "float32", ValueError, r"written as \.safetensors, not as 'w\.pth'"),
+        ("w.safetensors", "bfloat16", ValueError, "float32 or float16, not as bfloat16"),
+        ("w.safetensors", "flaot16", ValueError, "float32 or float16, not as flaot16"),
+        ("no/w.safetensors", "float32", FileNotFoundError, "no folder .*no to write"),
+    ],
+)
+def test_refusals(checkpoint, tmp_path, name, dtype, error, text):
+    with pytest.raises(error, match=text):
+        save(tmp_path / name, checkpoint, dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leaves_that_are_another_network_are_listed(checkpoint, tmp_path):
+    leaves = leaves_of(checkpoint)
+    leaves["params/fc/bais"] = leaves.pop("params/fc/bias")
+    leaves["params/conv1/kernel"] = leaves["params/conv1/kernel"][..., :3]
+    with pytest.raises(ValueError, match="do not form resnext") as caught:
+        save(tmp_path / "w.safetensors",
+             dataclasses.replace(checkpoint, variables=unflatten(leaves)))  # fmt: skip
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing: params/fc/bias [3]",
+        "  unexpected: params/fc/bais; did you mean 'params/fc/bias'?",
+        "  shape: params/conv1/kernel is [7, 7, 5, 3] and should be [7, 7, 5, 4]",
+    ]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (7e4, "float16")])
+def test_numbers_that_the_file_could_not_hold(checkpoint, tmp_path, value, dtype):
+    leaves = leaves_of(checkpoint)
+    leaves["params/fc/bias"][1] = value
+    with pytest.raises(ValueError, match=rf"infinite numbers as {dtype}: \['params/fc/bias'\]"):
+        save(tmp_path / "w.safetensors", checkpoint, dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_old_file(checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    old = save(path, checkpoint)
+
+    def fail(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(path, checkpoint, "float16")
+    assert load(path).sha256 == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_as_readable_as_others(checkpoint, tmp_path):
+    (tmp_path / "other").write_text("")
+    save(tmp_path / "w.safetensors", checkpoint)
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+# --- the header ----------------------------------------------------------------------------------
+
+
+def rewritten(path, change):
+    """The file again, with another flaxtransfer header."""
+    arrays = load_file(path)
+    with safe_open(path, "np") as file:
+        content = json.loads(file.metadata()["flaxtransfer"])
+    change(content)
+    path.write_bytes(safetensors_file.write(arrays, {"flaxtransfer": json.dumps(content)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda c: c.update(version=2), "version 2, and this flaxtransfer reads version 1"),
+        (lambda c: c.pop("config"), "cannot be used: no 'config'"),
+        (lambda c: c["config"].update(depths=[1]), "cannot be used: depths must be 4"),
+        (lambda c: c["config"].update(stride=2), "cannot be used: .*stride"),
+        (lambda c: c["config"].update(classes=4), r"classes=4.* and holds .*classes=3"),
+        (lambda c: c["preprocessing"].update(size=-1), "cannot be used: this is no preproc"),
+        (lambda c: c.update(class_names=["a"]), "1 class names for a head of 3 classes"),
+    ],
+)
+def test_a_header_that_contradicts_the_weights_is_refused(checkpoint, tmp_path, change, text):
+    path = tmp_path / "w.safetensors"
+    save(path, checkpoint)
+    with pytest.raises(ValueError, match=text):
+        load(rewritten(path, change))
+
+
+def test_a_checkpoint_checks_itself(checkpoint):
+    with pytest.raises(ValueError, match="2 class names for a head of 3 classes"):
+        dataclasses.replace(checkpoint, class_names=("a", "b"))
+    with pytest.raises(ValueError, match="3 channels and the network 5"):
+        dataclasses.replace(checkpoint, preprocessing=IMAGENET)
+    assert re.search(r"3 classes, 5 channels, [\d,]+ parameters", repr(checkpoint))
