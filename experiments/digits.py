@@ -83,8 +83,10 @@ def main(config: Digits) -> None:
     found = [adapt(config, seed) for seed in range(config.seeds)]
     for name in found[0]:
         percent = 100 * np.array([accuracy[name] for accuracy in found])
-        print(f"{name}: {percent.mean():.2f} ± {percent.std(ddof=min(1, len(percent) - 1)):.2f} % "
-              f"over {len(percent)} seeds ({', '.join(f'{p:.1f}' for p in percent)})")
+        print(
+            f"{name}: {percent.mean():.2f} ± {percent.std(ddof=min(1, len(percent) - 1)):.2f} % "
+            f"over {len(percent)} seeds ({', '.join(f'{p:.1f}' for p in percent)})"
+        )
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ import jax
 import numpy as np
 import optax
 import tyro
+
+import flaxtransfer as ft
 from drawing.fractals import fractal_templates
 from drawing.glyphs import glyph_templates
 from drawing.render import Bank, draw_batch, make_bank
-
-import flaxtransfer as ft
 
 TRAIN_STREAM, VALIDATION_STREAM, TEST_STREAM = range(3)
 """Which random keys a drawing comes from; the streams never share one."""
@@ -49,13 +49,14 @@ class Pretrain:
       fractals: classes that are fractals.
       width: channels of the stem.
       image_size: side of the drawings in px.
+      test_batches: batches of drawings, kept apart, that the accuracy is measured on.
       seed: of everything.
     """
 
     run: Path = Path("runs/pretrain_builtin")
     output: Path = Path("runs/pretrain_builtin/export")
     name: str = "resnet18w32_drawn"
-    steps: int = 6000
+    steps: int = 5000
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
@@ -64,6 +65,7 @@ class Pretrain:
     fractals: int = 120
     width: int = 32
     image_size: int = 48
+    test_batches: int = 40
     seed: int = 0
 
 
@@ -107,7 +109,7 @@ def export(config: Pretrain, fitted: ft.Fitted, accuracy: float, seconds: float)
         + "".join(f" {argument}" for argument in sys.argv[1:]),
         "drawings_seen": fitted.steps * config.batch_size,
         "accuracy": round(accuracy, 4),
-        "accuracy_over": f"{TEST_BATCHES * config.batch_size} drawings that were not trained on, "
+        "accuracy_over": f"{config.test_batches * config.batch_size} drawings that were not trained on, "
         f"{config.glyphs + config.fractals} classes",
         "seed": config.seed,
         "minutes": round(seconds / 60, 1),
@@ -118,9 +120,6 @@ def export(config: Pretrain, fitted: ft.Fitted, accuracy: float, seconds: float)
     path = weights.with_suffix(".json")
     path.write_text(json.dumps(card, indent=2) + "\n")
     return path
-
-
-TEST_BATCHES = 40
 
 
 def main(config: Pretrain) -> None:
@@ -146,7 +145,7 @@ def main(config: Pretrain) -> None:
         model, variables, make_plan(variables["params"], config), feed, config.run,
         seed=config.seed, config=identity, resume=True,
     )  # fmt: skip
-    test = itertools.islice(drawings(bank, config, TEST_STREAM, 0), TEST_BATCHES)
+    test = itertools.islice(drawings(bank, config, TEST_STREAM, 0), config.test_batches)
     result = ft.evaluate(model, fitted.variables, test, feed.preprocessing)
     card = export(config, fitted, result.accuracy, time.monotonic() - started)
     print(f"test accuracy {100 * result.accuracy:.1f} % over {result.examples} drawings; {card}")

@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     )
     from flaxtransfer.models import Model, resnet
     from flaxtransfer.optimizers import FROZEN, Group, carry, layerwise_decay, partition
+    from flaxtransfer.overview import table
     from flaxtransfer.strategies import from_scratch, head_then_fine_tune
-    from flaxtransfer.table import table
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Feed, held_out, source_feed
     from flaxtransfer.training.interrupts import Interrupted
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
     from flaxtransfer.training.phases import Phase, Plan, cross_entropy, smoothed_cross_entropy
     from flaxtransfer.training.run_folder import environment
-    from flaxtransfer.transfer import TransferReport, transfer
+    from flaxtransfer.pretrained import TransferReport, transfer
     from flaxtransfer.types import Params, Variables
     from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
 
@@ -64,20 +64,20 @@ _ROOMS = {
     "models": ("Model", "resnet"),
     "optimizers": ("FROZEN", "Group", "carry", "layerwise_decay", "partition"),
     "strategies": ("from_scratch", "head_then_fine_tune"),
-    "table": ("table",),
+    "overview": ("table",),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
     "training.feed": ("Batch", "Feed", "held_out", "source_feed"),
     "training.interrupts": ("Interrupted",),
     "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),
     "training.phases": ("Phase", "Plan", "cross_entropy", "smoothed_cross_entropy"),
     "training.run_folder": ("environment",),
-    "transfer": ("TransferReport", "transfer"),
+    "pretrained": ("TransferReport", "transfer"),
     "types": ("Params", "Variables"),
     "weights": ("Checkpoint", "Preprocessing", "load", "save"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
-__all__ = sorted(_ROOM_OF)  # noqa: PLE0605
+__all__ = sorted(_ROOM_OF)
 __version__ = "0.1.0"
 
 

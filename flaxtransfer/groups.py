@@ -79,9 +79,6 @@ class Group:
                 "optimizer is the function, such as optax.adamw, without its learning rate; not "
                 f"{self.optimizer!r}"
             )
-        known = _parameters(self.optimizer)
-        if known and "learning_rate" not in known:
-            raise ValueError(f"{_name(self.optimizer)} takes no learning_rate; it takes {known}")
         if isinstance(self.optimizer, functools.partial):
             ours = ("learning_rate", *_DECAY_NAMES, *_DECAY_MASK_NAMES)
             doubled = [name for name in self.optimizer.keywords if name in ours]
@@ -90,6 +87,9 @@ class Group:
                     "give learning_rate, weight_decay and decay_mask to Group, not to partial: "
                     f"{_name(self.optimizer)} already has {self.optimizer.args or doubled}"
                 )
+        known = _parameters(self.optimizer)
+        if known and "learning_rate" not in known:
+            raise ValueError(f"{_name(self.optimizer)} takes no learning_rate; it takes {known}")
         if not callable(self.learning_rate):
             _check_number("learning_rate", self.learning_rate)
         _check_number("weight_decay", self.weight_decay)

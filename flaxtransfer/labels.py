@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxtransfer.masks import Mask, selected
+from flaxtransfer.overview import Row, Table, Total, table
 from flaxtransfer.paths import flatten, listing, map_with_path
-from flaxtransfer.table import Row, Table, Total, table
 
 __all__ = ["Rest", "Row", "Table", "Total", "label", "rest", "table"]
 

@@ -190,9 +190,9 @@ def _as_dtype_of(fresh: Any, carried: Any) -> Any:
 def _largest(field: str, donors: Iterable[_Node], fresh: Any) -> Any:
     values = {id(donor): donor.shared.get(field, fresh) for donor in donors}
     first, *others = values.values()
-    if not others or jnp.ndim(first):
-        return first
-    return jnp.max(jnp.stack([first, *others]))
+    if jnp.ndim(fresh):  # A constant of the optimizer, such as Muon's coefficients.
+        return fresh
+    return jnp.max(jnp.stack([first, *others])) if others else first
 
 
 def _shared_counts(node: _Node, found: Mapping[str, _Node]) -> list[str]:
@@ -200,7 +200,7 @@ def _shared_counts(node: _Node, found: Mapping[str, _Node]) -> list[str]:
     count = node.shared.get("count")
     if count is None or node.kind in _IDLE_COUNTS:
         return []
-    ages = {path: donor.shared["count"] for path, donor in found.items()}
+    ages = {path: donor.shared.get("count", count) for path, donor in found.items()}
     if any(isinstance(age, jax.core.Tracer) for age in (count, *ages.values())):
         return []
     steps = {path: int(age) for path, age in ages.items()}

@@ -48,9 +48,9 @@ def partition(
 
     The order is: clip, then in each group decay and optimizer. Frozen leaves count for no norm,
     have no state, do not decay, and get the update -0.0: it is zero, and unlike 0.0 it also leaves
-    a parameter of -0.0 as it is. Under jit it is cheaper, and independent of any arithmetic, to
-    keep frozen leaves out of gradient and update altogether: give ``trainable(labels, labels,
-    groups)`` as labels, and apply the updates to ``trainable(params, labels, groups)``.
+    a parameter of -0.0 as it is. An addition can still flush a subnormal number to zero, and a
+    gradient that is not needed costs time: give ``trainable(labels, labels, groups)`` as labels and
+    apply the updates to ``trainable(params, labels, groups)``, and frozen leaves see no arithmetic.
 
     Args:
       groups: for each label a ``Group``, any optax transformation, or ``FROZEN``.

@@ -1,6 +1,7 @@
 """Labels: each leaf exactly one; and the table of what they mean."""
 
 import functools
+import pathlib
 import subprocess
 import sys
 
@@ -267,6 +268,13 @@ def test_real_arrays_in_the_order_of_jit_give_the_same_table():
     assert table(arrays, labels, GROUPS) == table(VARIABLES, labels, GROUPS)
 
 
+def python(program):
+    """What a program prints that a new interpreter runs in the root of the repository."""
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+
+
 def test_the_core_imports_neither_flax_nor_rich():
     modules = ["paths", "masks", "labels", "optimizers", "batchnorm"]
     program = "; ".join(
@@ -280,9 +288,12 @@ def test_the_core_imports_neither_flax_nor_rich():
             "print(*sorted({m.split('.')[0] for m in sys.modules}))",
         ]
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    loaded = set(run.stdout.split())
+    loaded = set(python(program).split())
     assert {"jax", "optax"} <= loaded
     assert not loaded & {"flax", "rich", "orbax", "grain", "tensorflow_datasets", "matplotlib"}
+
+
+def test_the_table_is_a_function_also_after_the_labels_were_imported():
+    # A module called as its function would take its place in the package.
+    program = "import flaxtransfer as ft; ft.label, ft.Group; print(callable(ft.table))"
+    assert python(program).strip() == "True"

@@ -27,13 +27,13 @@ from flaxtransfer.optimizers import (
 from flaxtransfer.paths import flatten, unflatten
 
 SHAPES = {
-    "conv1/kernel": (3, 3, 2, 4),
+    "conv1/kernel": (4, 4),
     "bn1/scale": (4,),
     "bn1/bias": (4,),
-    "layer4/0/conv1/kernel": (1, 1, 4, 5),
-    "layer4/0/bn1/scale": (5,),
-    "fc/kernel": (5, 3),
-    "fc/bias": (3,),
+    "layer4/0/conv1/kernel": (4, 4),
+    "layer4/0/bn1/scale": (4,),
+    "fc/kernel": (4, 4),
+    "fc/bias": (4,),
 }
 LABELS = {"head": head(), "late": stage(4), "frozen": rest()}
 
@@ -49,14 +49,18 @@ PARAMS = draw(0)
 NAMED = label(PARAMS, LABELS)
 
 
-def run(tx, params, seeds=(1, 2, 3), state=None):
+def run(tx, params, seeds=(1, 2, 3), state=None, compiled=False):
     """Parameters and state after a step on random gradients of each seed."""
+
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step) if compiled else step
     state = tx.init(params) if state is None else state
-    update = jax.jit(tx.update)
     for seed in seeds:
         gradients = unflatten({p: flatten(draw(seed))[p] for p in flatten(params)})
-        updates, state = update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(gradients, state, params)
     return params, state
 
 
@@ -76,16 +80,15 @@ def only(tree, prefix):
 
 
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("value", [None, -0.0, np.inf, np.nan], ids=str)
-def test_frozen_leaves_stay_bit_identical_under_decay_and_clip(clip, value):
-    params = PARAMS
-    if value is not None:
-        params = merge(PARAMS, {"conv1": {"kernel": jnp.full(SHAPES["conv1/kernel"], value)}})
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_frozen_leaves_stay_bit_identical_under_decay_and_clip(clip, compiled):
+    delicate = jnp.tile(jnp.array([-0.0, jnp.inf, jnp.nan, 1.5]), (4, 1))
+    params = merge(PARAMS, {"conv1": {"kernel": delicate}})
     decaying = Group(optax.adamw, 1e-2, weight_decay=0.1, decay_mask=everything())
     tx = partition(
         {"head": decaying, "late": optax.adamw(1e-2), "frozen": FROZEN}, NAMED, clip=clip
     )
-    after, _ = run(tx, params)
+    after, _ = run(tx, params, compiled=compiled)
     for path, same in {p: b == bits(params)[p] for p, b in bits(after).items()}.items():
         assert same == (flatten(NAMED)[path] == "frozen"), path
 
@@ -102,18 +105,15 @@ def test_frozen_leaves_of_integers_are_permitted():
     params = {"fc": jnp.ones(2), "steps": jnp.arange(3)}
     tx = partition({"a": optax.sgd(1.0), "b": FROZEN}, {"fc": "a", "steps": "b"})
     updates, _ = tx.update(params, tx.init(params), params)
-    assert_same(
-        optax.apply_updates(params, updates)["steps"] | {}
-        if False
-        else {"s": optax.apply_updates(params, updates)["steps"]},
-        {"s": params["steps"]},
-    )
+    after = optax.apply_updates(params, updates)["steps"]
+    assert after.dtype == params["steps"].dtype
+    np.testing.assert_array_equal(after, params["steps"])
 
 
 def test_frozen_leaves_have_no_state():
     tx = partition({"head": optax.adam(1e-3), "late": FROZEN, "frozen": FROZEN}, NAMED)
     sizes = sum(leaf.size for leaf in jax.tree.leaves(tx.init(PARAMS)))
-    assert sizes == 1 + 2 * (5 * 3 + 3)  # Adam's count, and two moments of the head.
+    assert sizes == 1 + 2 * (4 * 4 + 4)  # Adam's count, and two moments of the head.
 
 
 def test_each_group_is_its_own_optimizer():
@@ -205,20 +205,20 @@ def test_clip_is_the_global_norm_over_the_trainable_leaves_of_all_groups():
     plain = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
     expected, _ = plain.update(moving, plain.init(moving), moving)
     assert_same(trainable(updates, NAMED, groups), expected)
-    np.testing.assert_allclose(optax.global_norm(updates), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-6)
     # The near misses: a clip in each of the two groups, and one that counts frozen gradients.
     each = partition({**groups, **dict.fromkeys(("head", "late"), plain)}, NAMED)
     two, _ = each.update(gradients, each.init(PARAMS), PARAMS)
-    np.testing.assert_allclose(optax.global_norm(two), 0.5 * 2**0.5, rtol=1e-6)
+    np.testing.assert_allclose(optax.tree.norm(two), 0.5 * 2**0.5, rtol=1e-6)
     over_all = optax.chain(optax.clip_by_global_norm(0.5), partition(groups, NAMED))
     less, _ = over_all.update(gradients, over_all.init(PARAMS), PARAMS)
-    assert optax.global_norm(less) < 0.4
+    assert optax.tree.norm(less) < 0.49
 
 
 def test_a_small_gradient_is_not_clipped_however_large_the_frozen_one():
     groups = {"head": optax.sgd(1.0), "late": optax.sgd(1.0), "frozen": FROZEN}
     tx = partition(groups, NAMED, clip=1.0)
-    gradients = merge(draw(1, scale=1e-3), {"conv1": {"kernel": jnp.full((3, 3, 2, 4), jnp.nan)}})
+    gradients = merge(draw(1, scale=1e-3), {"conv1": {"kernel": jnp.full((4, 4), jnp.nan)}})
     updates, _ = tx.update(gradients, tx.init(PARAMS), PARAMS)
     assert_same(updates["fc"], jax.tree.map(jnp.negative, gradients["fc"]))
 
@@ -356,6 +356,11 @@ def test_an_unused_frozen_group_is_no_mistake():
             r"to Group, not to partial: adamw already has \['weight_decay'\]",
         ),
         (lambda: Group(functools.partial(optax.sgd, 0.1), 0.1), ValueError, r"has \(0.1,\)"),
+        (
+            lambda: Group(functools.partial(optax.sgd, learning_rate=1), 1),
+            ValueError,
+            "already has",
+        ),
     ],
 )
 def test_groups_that_cannot_be_meant_are_refused(make, error, text):
@@ -489,9 +494,8 @@ def test_unfreezing_leaves_the_head_as_if_nothing_had_happened(pruned_before, pr
     undisturbed, _ = run(optax.adam(1e-2), only(PARAMS, "fc"), [1, 2, 3, 4, 5])
     assert_same(only(grown, "fc"), undisturbed)
     assert_same(only(grown, "layer4"), run(optax.adam(1e-2), only(PARAMS, "layer4"), [4, 5])[0])
-    # The mistake that this prevents: with a fresh state the head's next steps differ.
-    forgetful, _ = run(after, phase(*HEAD_AND_LATE, params=merge(PARAMS, params))[1], [4, 5], None) \
-        if pruned_after else (PARAMS, None)  # fmt: skip
+    # The mistake that this prevents: with a fresh state the head's next steps are others.
+    forgetful, _ = run(optax.adam(1e-2), only(params, "fc"), [4, 5])
     assert bits(forgetful)["fc/kernel"] != bits(undisturbed)["fc/kernel"]
 
 
@@ -652,12 +656,12 @@ def test_lion_has_no_bias_correction_to_warn_about():
 def test_moments_of_another_shape_are_refused_all_at_once():
     before, params = phase(*HEAD)
     params, state = run(before, params, [1])
-    other = {"fc": {"kernel": jnp.zeros((5, 7)), "bias": jnp.zeros(7)}}
+    other = {"fc": {"kernel": jnp.zeros((4, 7)), "bias": jnp.zeros(7)}}
     with pytest.raises(ValueError, match="another shape") as caught:
         carry(state, optax.adam(1e-3).init(other))
     text = str(caught.value)
-    assert "fc/kernel has mu of shape (5, 7), carried is (5, 3)" in text
-    assert "fc/bias has nu of shape (7,), carried is (3,)" in text
+    assert "fc/kernel has mu of shape (4, 7), carried is (4, 4)" in text
+    assert "fc/bias has nu of shape (7,), carried is (4,)" in text
 
 
 def test_carried_moments_take_the_type_of_the_new_phase():
@@ -697,10 +701,13 @@ def test_a_partition_is_a_plain_optax_transformation():
 def test_extra_arguments_reach_the_groups():
     plateau = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
     tx = partition({"head": plateau, "late": FROZEN, "frozen": FROZEN}, NAMED)
-    state = tx.init(PARAMS)
+    head_only = only(PARAMS, "fc")
+    state, alone = tx.init(PARAMS), plateau.init(head_only)
     for _ in range(4):
         updates, state = tx.update(draw(1), state, PARAMS, value=1.0)
-    np.testing.assert_allclose(updates["fc"]["bias"], -0.5 * draw(1)["fc"]["bias"])
+        expected, alone = plateau.update(only(draw(1), "fc"), alone, head_only, value=1.0)
+    assert_same(only(updates, "fc"), expected)
+    assert abs(updates["fc"]["bias"][0]) < abs(draw(1)["fc"]["bias"][0])
 
 
 def test_masks_of_ours_serve_optax_inside_a_partition():

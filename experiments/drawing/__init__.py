@@ -1,1 +1,1 @@
-"""Procedurally drawn images: glyphs of many scripts and coloured fractals, never a decimal digit."""
+"""Procedurally drawn images: glyphs of many scripts and coloured fractals, no decimal digit."""

@@ -167,9 +167,7 @@ def _print_distance(shape: np.ndarray) -> np.ndarray:
 def _pen_distance(shape: np.ndarray) -> np.ndarray:
     line = thin(shape)
     pixels_per_template_pixel = CANVAS / TEMPLATE_SIZE
-    return _encode(
-        PEN_RADIUS * pixels_per_template_pixel - ndimage.distance_transform_edt(~line)
-    )
+    return _encode(PEN_RADIUS * pixels_per_template_pixel - ndimage.distance_transform_edt(~line))
 
 
 def _encode(distance: np.ndarray) -> np.ndarray:

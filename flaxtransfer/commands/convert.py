@@ -1,4 +1,4 @@
-"""``flaxtransfer convert``: any checkpoint that can be read, as safetensors under torchvision's names."""
+"""``flaxtransfer convert``: a checkpoint as safetensors under torchvision's names."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ def evaluate(options: Evaluate, console: Console) -> None:
     source = open_source(options.data or trained.data, skip_corrupt=options.skip_corrupt)
     _check_classes(source, checkpoint.class_names or ())
     chosen = np.arange(len(source)) if options.data else split(source, trained).test
-    batches = held_out(
-        source, chosen, checkpoint.preprocessing, batch_size=options.batch_size
-    )
+    batches = held_out(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
     model = resnet(checkpoint.config)
     result = measure(model, checkpoint.variables, batches, checkpoint.preprocessing)
     console.print_json(json.dumps({"data": options.data or trained.data, **result.to_json()}))
@@ -60,7 +58,9 @@ def _training_options(run: Path) -> Train:
 def _check_classes(source: Source, trained: tuple[str, ...]) -> None:
     if tuple(source.class_names) == tuple(trained):
         return
-    unknown = [f"{name!r}{suggest(name, trained)}" for name in source.class_names if name not in trained]
+    unknown = [
+        f"{name!r}{suggest(name, trained)}" for name in source.class_names if name not in trained
+    ]
     raise ValueError(
         f"the data has other classes than the run: {', '.join(map(repr, source.class_names))} "
         f"there, {', '.join(map(repr, trained))} in the run"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import optax
 from rich.console import Console
@@ -12,9 +14,9 @@ from flaxtransfer.batchnorm import policy
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
 from flaxtransfer.models import resnet
-from flaxtransfer.optimizers import FROZEN, Group, layerwise_decay, trainable_mask
+from flaxtransfer.optimizers import FROZEN, Frozen, Group, layerwise_decay, trainable_mask
+from flaxtransfer.overview import table
 from flaxtransfer.paths import suggest
-from flaxtransfer.table import table
 
 
 @dataclass(frozen=True)
@@ -59,28 +61,30 @@ def params(options: Params, console: Console) -> None:
     if options.width is not None:
         config = replace(config, width=options.width)
     variables = resnet(config).abstract()
+    labels, groups = _labels_and_groups(options, variables["params"])
+    norm = policy(variables["params"], trainable_mask(labels, groups))
+    console.print(table(variables, labels, groups, norm))
+
+
+def _labels_and_groups(
+    options: Params, parameters: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Group | Frozen]]:
     rates = {name: _number(name, value) for name, value in map(_pair, options.rates)}
     if options.layerwise_decay is not None:
         group = Group(optax.adamw, rates.get("all", 1e-3), options.weight_decay)
-        labels, groups = layerwise_decay(variables["params"], group, options.layerwise_decay)
-    else:
-        rules = dict(map(_pair, options.rules))
-        unknown = [f"{name!r}{suggest(name, list(rules))}" for name in rates if name not in rules]
-        if unknown:
-            raise ValueError(
-                f"rates for names without a rule: {', '.join(unknown)}; rules: {', '.join(rules)}"
-            )
-        masks = {
-            name: rest() if text.strip() == "rest()" else parse(text)
-            for name, text in rules.items()
-        }
-        labels = label(variables["params"], masks)
-        groups = {
-            name: Group(optax.adamw, rates[name], options.weight_decay) if name in rates else FROZEN
-            for name in rules
-        }
-    norm = policy(variables["params"], trainable_mask(labels, groups))
-    console.print(table(variables, labels, groups, norm))
+        return layerwise_decay(parameters, group, options.layerwise_decay)
+    rules = dict(map(_pair, options.rules))
+    unknown = [f"{name!r}{suggest(name, list(rules))}" for name in rates if name not in rules]
+    if unknown:
+        raise ValueError(
+            f"rates for names without a rule: {', '.join(unknown)}; rules: {', '.join(rules)}"
+        )
+    masks = {name: rest() if text == "rest()" else parse(text) for name, text in rules.items()}
+    groups = {
+        name: Group(optax.adamw, rates[name], options.weight_decay) if name in rates else FROZEN
+        for name in rules
+    }
+    return label(parameters, masks), groups
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -75,7 +75,9 @@ def _rows(options: Predict, checkpoint: Checkpoint, console: Console) -> Iterato
         if not paths:
             continue
         # Always the same shape, so that the network is compiled once.
-        padding = options.batch_size - len(images) if len(options.images) > options.batch_size else 0
+        padding = (
+            options.batch_size - len(images) if len(options.images) > options.batch_size else 0
+        )
         batch = np.stack(images + [images[0]] * padding)
         logits = np.asarray(run(checkpoint.variables, batch))[: len(paths)]
         for path, probability in zip(paths, _softmax(logits), strict=True):

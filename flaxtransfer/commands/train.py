@@ -15,15 +15,15 @@ from rich.table import Table
 
 from flaxtransfer.data import Source, Splits, open_source, stratified_split
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
-from flaxtransfer.table import table
 from flaxtransfer.models import Model, resnet
+from flaxtransfer.overview import table
 from flaxtransfer.strategies import from_scratch, head_then_fine_tune
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.feed import Feed, held_out, source_feed
 from flaxtransfer.training.loop import Fitted, Options, fit
 from flaxtransfer.training.phases import Plan
 from flaxtransfer.training.run_folder import write_json
-from flaxtransfer.transfer import transfer
+from flaxtransfer.pretrained import transfer
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Checkpoint, load
 
@@ -169,9 +169,7 @@ def train(options: Train, console: Console) -> None:
 
 def prepare(options: Train) -> Job:
     """Opens the data and the weights and puts network, labels and batches together."""
-    source = open_source(
-        options.data, download=options.download, skip_corrupt=options.skip_corrupt
-    )
+    source = open_source(options.data, download=options.download, skip_corrupt=options.skip_corrupt)
     splits = split(source, options)
     checkpoint = load(options.weights)
     classes = len(source.class_names)
@@ -318,4 +316,3 @@ def _steps(given: int | None, least: int, epochs: int, feed: Feed) -> int:
 
 def _file_name(data: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "_" for c in data.rstrip("/").split("/")[-1])
-

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from flaxtransfer.data.augmentation import RandomResizedCrop as RandomResizedCrop
     from flaxtransfer.data.cache import cached as cached
     from flaxtransfer.data.decode import ImageError as ImageError
+    from flaxtransfer.data.elements import Batch as Batch
     from flaxtransfer.data.folder import FolderSource as FolderSource
     from flaxtransfer.data.normalisation import normalise as normalise
-    from flaxtransfer.data.pipeline import Batch as Batch
     from flaxtransfer.data.pipeline import eval_batches as eval_batches
     from flaxtransfer.data.pipeline import train_batches as train_batches
     from flaxtransfer.data.pipeline import train_dataset as train_dataset
@@ -41,7 +41,8 @@ _HOME = {
     "decode": ("ImageError",),
     "folder": ("FolderSource",),
     "normalisation": ("normalise",),
-    "pipeline": ("Batch", "eval_batches", "train_batches", "train_dataset"),
+    "elements": ("Batch",),
+    "pipeline": ("eval_batches", "train_batches", "train_dataset"),
     "source": ("ArraySource", "Example", "Source", "open_source"),
     "splits": ("Splits", "stratified_split"),
     "steps": ("Channels", "Compose", "ResizeCrop", "Transform"),

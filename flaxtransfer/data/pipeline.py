@@ -5,26 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
 
 import grain
 import numpy as np
 
+from flaxtransfer.data.elements import Augment, Batch, Evaluate, Load, first_shape
+from flaxtransfer.data.ordering import Rows, Shuffled
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.steps import Transform, is_random
 
 # Threads work on whole batches, so that each one beyond the first costs a batch of memory.
 DEFAULT_THREADS = min(4, os.cpu_count() or 1)
-
-
-class Batch(TypedDict, total=False):
-    """``batch`` examples side by side; ``weight`` is there in evaluation only."""
-
-    image: np.ndarray  # uint8 [batch, height, width, channels]
-    label: np.ndarray  # int32 [batch]
-    index: np.ndarray  # int64 [batch], the positions in the source; -1 for padding
-    weight: np.ndarray  # float32 [batch], 1 for an example, 0 for padding
 
 
 def train_batches(
@@ -94,18 +85,17 @@ def train_dataset(
     [0, 1, 2, 3, 4, 5]
     """
     _check(source, indices, batch_size, shard, seed)
-    # Grain counts an epoch by adding one to the shuffle's seed; hashing keeps seed 0's second
-    # epoch from being seed 1's first.
+    # Hashed, so that order and draws are independent, and neighbouring seeds as well.
     order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    ids = grain.MapDataset.source(np.asarray(indices, np.int64))
     dataset = (
-        grain.MapDataset.source(np.asarray(indices, np.int64))
-        .shuffle(order_seed)
+        Shuffled(ids, order_seed)
         .repeat()
-        .map(_Load(source))
+        .map(Load(source))
         # Before the shards are cut, where the generator depends on the place in the run alone.
-        .random_map(_Augment(transform, _shape(source, indices, transform)), seed=draw_seed)
+        .random_map(Augment(transform, first_shape(source, indices, transform)), seed=draw_seed)
     )
-    return _Rows(dataset, batch_size, shard).batch(batch_size // shard[1], drop_remainder=True)
+    return Rows(dataset, batch_size, shard).batch(batch_size // shard[1], drop_remainder=True)
 
 
 def eval_batches(
@@ -153,101 +143,9 @@ def eval_batches(
     ids = np.asarray(indices, np.int64)
     padded = np.full(math.ceil(len(ids) / batch_size) * batch_size, -1, np.int64)
     padded[: len(ids)] = ids
-    make = _Evaluate(_Load(source), _Augment(transform, _shape(source, indices, transform)))
-    dataset = _Rows(grain.MapDataset.source(padded).map(make), batch_size, shard)
+    make = Evaluate(Load(source), Augment(transform, first_shape(source, indices, transform)))
+    dataset = Rows(grain.MapDataset.source(padded).map(make), batch_size, shard)
     return _iterate(dataset.batch(batch_size // shard[1]), num_threads, workers=0)
-
-
-class _Rows(grain.MapDataset):
-    """Of every ``batch_size`` elements those that belong to one shard, in order."""
-
-    def __init__(self, parent: grain.MapDataset, batch_size: int, shard: tuple[int, int]) -> None:
-        super().__init__(parent)
-        self._whole = batch_size
-        self._part = batch_size // shard[1]
-        self._first = shard[0] * self._part
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._whole * self._part
-
-    def __getitem__(self, index):  # the signature is grain's
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, row = divmod(index, self._part)
-        return self._parent[batch * self._whole + self._first + row]
-
-
-@dataclass(frozen=True)
-class _Load:
-    source: Source
-
-    def __call__(self, index: np.int64) -> Batch:
-        example = self.source[index]
-        # Scalars of the final dtype: the batch is their stack.
-        return {
-            "image": example["image"],
-            "label": np.asarray(example["label"], np.int32),
-            "index": np.asarray(index, np.int64),
-        }
-
-
-@dataclass(frozen=True)
-class _Augment:
-    transform: Transform | None
-    shape: tuple[int, ...]
-
-    def __call__(self, example: Batch, rng: np.random.Generator) -> Batch:
-        image = _transformed(example["image"], self.transform, rng)
-        if image.shape != self.shape:
-            raise ValueError(
-                f"example {int(example['index'])} has become {list(image.shape)}, the first one "
-                f"{list(self.shape)}: a batch needs one size; "
-                + (
-                    "give a transform, such as evaluation_transform(preprocessing)"
-                    if self.transform is None
-                    else f"{self.transform!r} keeps different sizes"
-                )
-            )
-        return {**example, "image": image}
-
-
-@dataclass(frozen=True)
-class _Evaluate:
-    load: _Load
-    augment: _Augment
-
-    def __call__(self, index: np.int64) -> Batch:
-        if index < 0:
-            example: Batch = {
-                "image": np.zeros(self.augment.shape, np.uint8),
-                "label": np.asarray(0, np.int32),
-                "index": np.asarray(-1, np.int64),
-            }
-        else:
-            example = self.augment(self.load(index), np.random.default_rng(int(index)))
-        return {**example, "weight": np.asarray(index >= 0, np.float32)}
-
-
-def _transformed(
-    image: np.ndarray, transform: Transform | None, rng: np.random.Generator
-) -> np.ndarray:
-    if transform is not None:
-        image = transform(image, rng)
-    dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
-    if dtype != np.uint8 or len(shape) != 3:
-        raise TypeError(
-            f"{transform!r} made {dtype} {list(shape)} of an image, wanted uint8 [height, width, "
-            "channels]; the values are normalised on the device, by normalise()"
-        )
-    return image
-
-
-def _shape(
-    source: Source, indices: Sequence[int] | np.ndarray, transform: Transform | None
-) -> tuple[int, ...]:
-    """The shape that all examples must have: that of the first."""
-    first = source[indices[0]]["image"]
-    return _transformed(first, transform, np.random.default_rng(0)).shape
 
 
 def _iterate(dataset: grain.MapDataset, num_threads: int, workers: int) -> Iterator[Batch]:
@@ -261,10 +159,11 @@ def _iterate(dataset: grain.MapDataset, num_threads: int, workers: int) -> Itera
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _closing(iter(batches))
+    return _closing(batches)
 
 
-def _closing(iterator: grain.DatasetIterator) -> Iterator[Batch]:
+def _closing(batches: grain.IterDataset) -> Iterator[Batch]:
+    iterator = iter(batches)
     try:
         yield from iterator
     finally:

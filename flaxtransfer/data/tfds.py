@@ -18,6 +18,7 @@ from flaxtransfer.paths import suggest
 _SPEC = re.compile(
     r"(?P<name>\w+)(/(?P<config>[^:/]+))?(:(?P<version>\d+\.\d+\.\d+))?(:(?P<split>.+))?"
 )
+_INFO = "dataset_info.json"
 _BLOCK = 512  # records read at once when only their labels are wanted
 
 
@@ -121,57 +122,66 @@ def open_tfds(
 
 def _builder(match: re.Match[str], full_name: str, data_dir: Any, **kwargs: Any) -> Any:
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.registered import list_imported_builders
 
-    name, config, version = match["name"], match["config"], match["version"]
     kwargs |= {"data_dir": None if data_dir is None else os.fspath(data_dir)}
     try:
         return tfds.builder(full_name, **kwargs)
-    except tfds.core.DatasetNotFoundError as error:
-        known = [*list_imported_builders(), *_folders(data_dir)]
-        raise ValueError(
+    # Its readers of damaged files raise what they meet, and a wrong version is an AssertionError.
+    except Exception as error:
+        raise ValueError(_why_not(error, match, full_name, _prepared_here(data_dir))) from error
+
+
+def _why_not(error: Exception, match: re.Match[str], full_name: str, prepared: list[str]) -> str:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import list_imported_builders
+
+    name, config, version = match["name"], match["config"], match["version"]
+    text = f"'tfds:{full_name}' cannot be opened: "
+    coded, copied = list_imported_builders(), {re.split("[/:]", each)[0] for each in prepared}
+    if name not in coded and name not in copied:
+        known = sorted({*coded, *copied})
+        return (
             f"TensorFlow Datasets knows no data set {name!r}{suggest(name, known)} "
             f"({len(known)} names are known)"
-        ) from error
-    except (ValueError, AssertionError) as error:
+        )
+    if name in coded:
         configs = list(tfds.builder_cls(name).builder_configs)
-        text = f"'tfds:{full_name}' cannot be opened"
         if config is not None and config not in configs:
-            text += f": {name} has " + (
-                f"the configs {configs}{suggest(config, configs)}" if configs else "no configs"
-            )
-        elif version is not None:
-            there = sorted({str(tfds.builder_cls(name).VERSION), *_folders(data_dir, name)})
-            text += f": version {version} does not exist; there are {there}"
-        else:
-            text += f": {error}"
-        raise ValueError(text) from error
+            there = f"the configs {configs}{suggest(config, configs)}" if configs else "no configs"
+            return text + f"{name} has {there}"
+        if isinstance(error, AssertionError) and version is not None:
+            makes = tfds.builder_cls(name).VERSION
+            text += f"there is no version {version}; the code makes {makes}"
+            return text + _listed(prepared)
+    return text + f"{type(error).__name__}: {str(error).splitlines()[0]}" + _listed(prepared)
 
 
-def _folders(data_dir: Any, *inside: str) -> list[str]:
-    """Names of the folders below the data folder, which is where prepared data lie."""
+def _prepared_here(data_dir: Any) -> list[str]:
+    """What lies prepared below the data folder, as ``name[/config]:version``."""
     from tensorflow_datasets.core.constants import DATA_DIR
 
-    folder = Path(DATA_DIR if data_dir is None else data_dir).expanduser().joinpath(*inside)
-    if not folder.is_dir():
-        return []
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-    return sorted(name for name in names if name != "downloads" and not name.startswith("."))
+    folder = Path(DATA_DIR if data_dir is None else data_dir).expanduser()
+    found = [*folder.glob(f"*/*/{_INFO}"), *folder.glob(f"*/*/*/{_INFO}")]
+    parts = [path.parent.relative_to(folder).parts for path in found]
+    return sorted(f"{'/'.join(names)}:{version}" for *names, version in parts)
 
 
 def _prepared(builder: Any) -> bool:
-    return (Path(builder.data_path) / "dataset_info.json").is_file()
+    return (Path(builder.data_path) / _INFO).is_file()
+
+
+def _listed(prepared: list[str]) -> str:
+    return f" (prepared here: {', '.join(prepared) or 'none'})"
 
 
 def _fetch(
     builder: Any, match: re.Match[str], full_name: str, data_dir: Any, download: bool
 ) -> Any:
     if not download:
-        there = _folders(data_dir)
         raise FileNotFoundError(
-            f"'tfds:{full_name}' is not prepared: there is no data set in {builder.data_path} "
-            f"(prepared here: {', '.join(there) or 'none'}). Prepare it once, where there is "
-            "internet, with download=True, or give the folder where it lies as cache_dir"
+            f"'tfds:{full_name}' is not prepared: there is no data set in {builder.data_path}"
+            f"{_listed(_prepared_here(data_dir))}. Prepare it once, where there is internet, with "
+            "download=True, or give the folder where it lies as cache_dir"
         )
     builder = _builder(match, full_name, data_dir, file_format="array_record")
     try:

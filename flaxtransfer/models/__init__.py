@@ -1,5 +1,8 @@
 """Networks as pairs of pure functions over named segments."""
 
-from flaxtransfer.models.resnet import RESNETS, Model, ResNetConfig, resnet
+from flaxtransfer.architectures import RESNETS, VARIANTS, ResNetConfig
+from flaxtransfer.models.convolution import conv, lax_conv
+from flaxtransfer.models.model import Model
+from flaxtransfer.models.resnet import resnet
 
-__all__ = ["RESNETS", "Model", "ResNetConfig", "resnet"]
+__all__ = ["RESNETS", "VARIANTS", "Model", "ResNetConfig", "conv", "lax_conv", "resnet"]

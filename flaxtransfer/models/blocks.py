@@ -1,18 +1,36 @@
-"""The layers and residual blocks of a ResNet, under torchvision's names."""
+"""The layers and the two residual blocks of a ResNet, under torchvision's names.
 
-from collections.abc import Callable, Sequence
+Every module takes the BatchNorm policy as an argument of its call and hands it down; each
+BatchNorm is asked for by its path ("layer4/0/bn1").
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from flaxtransfer.batchnorm import Norm, mode
+from flaxtransfer.models.norm import BatchNorm
+
+__all__ = ["BLOCKS", "Basic", "Bottleneck", "Conv", "Convolution", "Layers"]
 
 Convolution = Callable[..., jax.Array]
+"""A function with the signature of `flaxtransfer.models.convolution.conv`."""
 
 
 class Conv(nn.Module):
-    """A bias-free convolution with explicit padding."""
+    """A square convolution without bias, padded by half the kernel on all sides.
+
+    Args:
+      features: channels of the output.
+      size: side of the kernel in px.
+      stride: in px.
+      groups: of channels.
+      dtype: of the computation; None takes that of the kernel.
+      convolution: the function that does it.
+    """
 
     features: int
     size: int
@@ -23,140 +41,106 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param(
-            "kernel",
-            nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            (self.size, self.size, x.shape[-1] // self.groups, self.features),
-            jnp.float32,
-        )
+        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
+        # `initialise` draws the kernels of the whole network in one go.
+        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         dtype = self.dtype or kernel.dtype
-        edge = (self.size - 1) // 2
+        half = self.size // 2
         return self.convolution(
             x.astype(dtype),
             kernel.astype(dtype),
             strides=(self.stride, self.stride),
-            padding=((edge, edge), (edge, edge)),
+            padding=((half, half), (half, half)),
             groups=self.groups,
         )
 
 
-class Layered(nn.Module):
-    """What the modules of this file share: how to make a convolution and a BatchNorm."""
+class Layers(nn.Module):
+    """A module that is made of convolutions and BatchNorms.
+
+    Args:
+      dtype: of the computation; None takes that of the kernels.
+      convolution: the function that convolves.
+    """
 
     dtype: Any
     convolution: Convolution
-    norm: Any
 
-    def conv(self, name, features, size, stride=1, groups=1):
-        return Conv(features, size, stride, groups, self.dtype, self.convolution, name=name)
+    def convolve(
+        self, name: str, x: jax.Array, features: int, size: int, stride: int = 1, groups: int = 1
+    ) -> jax.Array:
+        """`x` after the convolution called `name`."""
+        layer = Conv(features, size, stride, groups, self.dtype, self.convolution, name=name)
+        return layer(x)
 
-    def bn(self, name, zero=False):
+    def normalise(self, name: str, x: jax.Array, norm: Norm) -> jax.Array:
+        """`x` after the BatchNorm called `name`, in the mode that the policy gives it."""
         path = "/".join((*self.path, name))
-        batch = self.norm == "batch" or (self.norm != "running" and path in self.norm)
-        return nn.BatchNorm(
-            use_running_average=not batch,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            use_fast_variance=False,
-            scale_init=nn.initializers.zeros if zero else nn.initializers.ones,
-            name=name,
-        )
+        return BatchNorm(name=name)(x, by_batch=mode(norm, path) == "batch")
 
 
-class Downsample(Layered):
-    features: int = 0
-    stride: int = 1
+class Downsample(Layers):
+    """The 1x1 convolution that brings the shortcut to the shape of its block."""
+
+    features: int
+    stride: int
 
     @nn.compact
-    def __call__(self, x):
-        return self.bn("1")(self.conv("0", self.features, 1, self.stride)(x))
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        return self.normalise("1", self.convolve("0", x, self.features, 1, self.stride), norm)
 
 
-class Basic(Layered):
-    planes: int = 64
-    stride: int = 1
-    zero: bool = False
+class Block(Layers):
+    """What both blocks have in common.
 
-    @nn.compact
-    def __call__(self, x):
-        y = nn.relu(self.bn("bn1")(self.conv("conv1", self.planes, 3, self.stride)(x)))
-        y = self.bn("bn2", self.zero)(self.conv("conv2", self.planes, 3)(y))
-        if self.stride != 1 or x.shape[-1] != self.planes:
-            x = Downsample(self.dtype, self.convolution, self.norm, self.planes, self.stride, name="downsample")(x)
+    Args:
+      planes: channels of the 3x3 convolutions, before `base_width` and `groups`.
+      stride: of the block.
+      base_width: scales the inner width of a bottleneck.
+      groups: of the 3x3 convolution of a bottleneck.
+    """
+
+    planes: int
+    stride: int
+    base_width: int
+    groups: int
+
+    def join(self, x: jax.Array, y: jax.Array, norm: Norm) -> jax.Array:
+        """The block's input, fitted to its output `y`, plus `y`."""
+        features = y.shape[-1]
+        if self.stride != 1 or x.shape[-1] != features:
+            shortcut = Downsample(
+                self.dtype, self.convolution, features, self.stride, name="downsample"
+            )
+            x = shortcut(x, norm)
         return nn.relu(x + y)
 
 
-class Bottleneck(Layered):
-    planes: int = 64
-    stride: int = 1
-    base_width: int = 64
-    groups: int = 1
-    zero: bool = False
+class Basic(Block):
+    """Two 3x3 convolutions; the first one has the stride."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        y = self.convolve("conv1", x, self.planes, 3, self.stride)
+        y = nn.relu(self.normalise("bn1", y, norm))
+        y = self.convolve("conv2", y, self.planes, 3)
+        y = self.normalise("bn2", y, norm)
+        return self.join(x, y, norm)
+
+
+class Bottleneck(Block):
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride ("v1.5"), not the first one."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
         inner = int(self.planes * self.base_width / 64) * self.groups
-        y = nn.relu(self.bn("bn1")(self.conv("conv1", inner, 1)(x)))
-        y = nn.relu(self.bn("bn2")(self.conv("conv2", inner, 3, self.stride, self.groups)(y)))
-        y = self.bn("bn3", self.zero)(self.conv("conv3", self.planes * 4, 1)(y))
-        if self.stride != 1 or x.shape[-1] != self.planes * 4:
-            x = Downsample(self.dtype, self.convolution, self.norm, self.planes * 4, self.stride, name="downsample")(x)
-        return nn.relu(x + y)
+        y = self.convolve("conv1", x, inner, 1)
+        y = nn.relu(self.normalise("bn1", y, norm))
+        y = self.convolve("conv2", y, inner, 3, self.stride, self.groups)
+        y = nn.relu(self.normalise("bn2", y, norm))
+        y = self.convolve("conv3", y, self.planes * 4, 1)
+        y = self.normalise("bn3", y, norm)
+        return self.join(x, y, norm)
 
 
-class Stage(Layered):
-    block: str = "basic"
-    depth: int = 2
-    planes: int = 64
-    stride: int = 1
-    base_width: int = 64
-    groups: int = 1
-    zero: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        for i in range(self.depth):
-            stride = self.stride if i == 0 else 1
-            if self.block == "basic":
-                x = Basic(self.dtype, self.convolution, self.norm, self.planes, stride, self.zero, name=str(i))(x)
-            else:
-                x = Bottleneck(self.dtype, self.convolution, self.norm, self.planes, stride, self.base_width, self.groups, self.zero, name=str(i))(x)
-        return x
-
-
-class ResNet(Layered):
-    block: str = "basic"
-    depths: Sequence[int] = (2, 2, 2, 2)
-    width: int = 64
-    base_width: int = 64
-    groups: int = 1
-    classes: int = 1000
-    zero_head: bool = False
-    zero: bool = False
-    segments: Sequence[str] = ()
-
-    @nn.compact
-    def __call__(self, x):
-        for name in self.segments:
-            if name == "stem":
-                x = nn.relu(self.bn("bn1")(self.conv("conv1", self.width, 7, 2)(x)))
-                x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-            elif name.startswith("layer"):
-                n = int(name[5:]) - 1
-                x = Stage(
-                    self.dtype, self.convolution, self.norm, self.block, self.depths[n],
-                    self.width * 2**n, 1 if n == 0 else 2, self.base_width, self.groups, self.zero,
-                    name=name,
-                )(x)
-            elif name == "pool":
-                x = x.mean((1, 2))
-            else:
-                head = nn.Dense(
-                    self.classes, dtype=self.dtype, name="fc",
-                    kernel_init=nn.initializers.zeros if self.zero_head
-                    else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-                )
-                x = head(x)
-                x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return x
+BLOCKS: dict[str, type[Block]] = {"basic": Basic, "bottleneck": Bottleneck}

@@ -1,32 +1,37 @@
 """Two-dimensional convolution that is fast on CPU as well as on accelerators.
 
 On GPU and TPU `conv` is `jax.lax.conv_general_dilated` and nothing else. XLA's CPU compiler has two
-weak spots that a ResNet hits all the time, and only there other formulations of the same sum are
-used, each with its own pair of gradients:
+weak spots that every ResNet meets:
 
-* a 1x1 convolution is a matrix product over the channels, and XLA's convolution takes about twice
-  the time of the product forward and several times in the gradient of the kernel;
-* when the map has no more positions than the kernel has taps, XLA exchanges the roles of image and
-  kernel and falls into a scalar loop; gathering the patches and multiplying once is some hundred
-  times faster.
+* a 1x1 convolution is one matrix product over the channels, and XLA's convolution takes up to twice
+  its time forward and up to six times in the gradient of the kernel;
+* where image or output has fewer positions than the kernel has taps, XLA exchanges the roles of
+  image and kernel and falls into a scalar loop that is some hundred times slower than it need be.
+  The last stage of a ResNet on 64 px images is made of such convolutions.
 
-The gradients are written out because differentiating the forward pass of a remedy gives away
-most of what it gains.
+There a convolution is written as what it is: each tap of the kernel is a matrix product between the
+positions that the tap can see and the outputs that it feeds, and the output is the sum over taps.
+Nothing is multiplied with padding. Its derivatives are again matrix products, so there is no
+derivative rule of our own: forward and reverse mode, `vmap` and second derivatives all work.
 """
 
+import itertools
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pair = tuple[int, int]
-Padding = tuple[Pair, Pair]
-Route = Literal["lax", "matmul", "patches"]
+__all__ = ["by_taps", "conv", "lax_conv"]
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
+Pair = tuple[int, int]
+
+_SMALL_MAP = 16
+"""Output positions up to which the sum over taps was faster in all three passes together
+(3x3, 256 to 512 channels, batch 32)."""
+
+_NARROW = 16
+"""Channels below which a matrix product is too thin to gain anything."""
 
 
 def conv(
@@ -37,18 +42,34 @@ def conv(
     padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
     groups: int = 1,
 ) -> jax.Array:
-    """Convolve images with a kernel by the fastest route on the current backend."""
-    strides, padding = _static(strides, padding)
-    _check(x, kernel, strides, padding, groups)
-    if jax.default_backend() != "cpu":
-        return _lax(x, kernel, strides, padding, groups)
-    match route(x.shape, kernel.shape, padding, groups):
-        case "matmul":
-            return _matmul(x, kernel, strides)
-        case "patches":
-            return _patches(x, kernel, strides, padding)
-        case _:
-            return _lax(x, kernel, strides, padding, groups)
+    """Convolves images with a kernel, by the fastest way on the current backend.
+
+    The result is that of `lax_conv` to rounding; only the order of the additions differs, and only
+    on CPU. The backend is looked up when the function is traced.
+
+    Args:
+      x: images `[batch, height, width, channels]`, of a floating dtype.
+      kernel: `[kernel height, kernel width, channels / groups, outputs]`, of the same dtype.
+      strides: steps in px, vertical and horizontal.
+      padding: zeros in px: `((top, bottom), (left, right))`. There is no "SAME": on even sizes it
+        pads asymmetrically, and the numbers of a torch checkpoint come out wrong.
+      groups: independent groups of channels.
+
+    Returns:
+      `[batch, out height, out width, outputs]` of the same dtype.
+
+    Raises:
+      TypeError: dtypes that differ or are not floating.
+      ValueError: shapes, strides, padding or groups that do not fit; the text lists all of them.
+
+    >>> x, kernel = jnp.ones((1, 4, 4, 16)), jnp.ones((3, 3, 16, 32))
+    >>> conv(x, kernel, strides=(2, 2), padding=((1, 1), (1, 1))).shape
+    (1, 2, 2, 32)
+    """
+    static = _checked(x, kernel, strides, padding, groups)
+    if jax.default_backend() == "cpu" and by_taps(x.shape, kernel.shape, *static):
+        return _sum_over_taps(x, kernel, static[0], static[1])
+    return _lax(x, kernel, *static)
 
 
 def lax_conv(
@@ -59,116 +80,148 @@ def lax_conv(
     padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
     groups: int = 1,
 ) -> jax.Array:
-    """The same convolution by `jax.lax.conv_general_dilated` on every backend."""
-    strides, padding = _static(strides, padding)
-    _check(x, kernel, strides, padding, groups)
-    return _lax(x, kernel, strides, padding, groups)
+    """The same convolution by `jax.lax.conv_general_dilated` on every backend.
+
+    It is the reference for `conv`, in tests and in timings; there is no other reason to use it.
+
+    >>> lax_conv(jnp.ones((1, 4, 4, 16)), jnp.ones((1, 1, 16, 32))).shape
+    (1, 4, 4, 32)
+    """
+    return _lax(x, kernel, *_checked(x, kernel, strides, padding, groups))
 
 
-def route(
-    image: Sequence[int], kernel: Sequence[int], padding: Padding, groups: int
-) -> Route:
-    """Which formulation `conv` uses on CPU for these shapes."""
-    _, height, width, _ = image
-    kernel_height, kernel_width, _, _ = kernel
-    if groups != 1:
-        return "lax"
-    if (kernel_height, kernel_width) == (1, 1) and padding == ((0, 0), (0, 0)):
-        return "matmul"
-    if height * width <= kernel_height * kernel_width:
-        return "patches"
-    return "lax"
+def by_taps(
+    image: Sequence[int],
+    kernel: Sequence[int],
+    strides: Pair,
+    padding: tuple[Pair, Pair],
+    groups: int,
+) -> bool:
+    """Whether `conv` writes a convolution of these shapes as a sum over taps on CPU.
 
-
-def _static(
-    strides: Sequence[int], padding: Sequence[Sequence[int]]
-) -> tuple[Pair, Padding]:
-    """Plain hashable integers, whatever sequence they came in."""
-    sy, sx = (int(s) for s in strides)
-    (top, bottom), (left, right) = ((int(a), int(b)) for a, b in padding)
-    return (sy, sx), ((top, bottom), (left, right))
-
-
-def _check(x, kernel, strides, padding, groups) -> None:
-    if x.dtype != kernel.dtype:
-        raise TypeError(f"conv needs one dtype: images are {x.dtype}, kernel is {kernel.dtype}")
+    >>> by_taps((8, 16, 16, 64), (1, 1, 64, 256), (1, 1), ((0, 0), (0, 0)), 1)
+    True
+    >>> by_taps((8, 16, 16, 64), (3, 3, 64, 64), (1, 1), ((1, 1), (1, 1)), 1)
+    False
+    """
+    if groups != 1 or min(kernel[2:]) < _NARROW:
+        return False
+    height, width = _out_size(image, kernel, strides, padding)
+    return tuple(kernel[:2]) == (1, 1) or height * width <= _SMALL_MAP
 
 
 def _lax(
-    x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, groups: int
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair], groups: int
 ) -> jax.Array:
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=_LAYOUT, feature_group_count=groups
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
-    return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+def _sum_over_taps(
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]
+) -> jax.Array:
+    taps, (channels, outputs) = kernel.shape[:2], kernel.shape[2:]
+    out = _out_size(x.shape, kernel.shape, strides, padding)
+    # Transposing `split` is one concatenation; transposing an index into the kernel would be a
+    # padded copy of the whole kernel for each tap.
+    matrices = lax.split(kernel.reshape(-1, outputs), (channels,) * (taps[0] * taps[1]))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    total = jnp.zeros((x.shape[0], *out, outputs), wide)
+    for (i, j), matrix in zip(itertools.product(*map(range, taps)), matrices, strict=True):
+        rows = _fed_outputs(i, x.shape[1], out[0], strides[0], padding[0][0])
+        columns = _fed_outputs(j, x.shape[2], out[1], strides[1], padding[1][0])
+        if not rows or not columns:
+            continue
+        seen = x[
+            :,
+            _positions(rows, i, strides[0], padding[0][0]),
+            _positions(columns, j, strides[1], padding[1][0]),
+        ]
+        # As two plain matrices: given more axes, XLA transposes the gradient of the output first.
+        product = jnp.matmul(seen.reshape(-1, channels), matrix, preferred_element_type=wide)
+        product = product.reshape(*seen.shape[:3], outputs)
+        total += jnp.pad(product, ((0, 0), _around(rows, out[0]), _around(columns, out[1]), (0, 0)))
+    return total.astype(x.dtype)
 
 
-def _matmul_forward(x, kernel, strides):
-    kept = x[:, :: strides[0], :: strides[1]]
-    return kept @ kernel[0, 0], (kept, kernel, jnp.zeros(x.shape[1:3] + (0,), x.dtype))
+def _fed_outputs(tap: int, size: int, out: int, stride: int, before: int) -> range:
+    """The outputs to which this tap brings a pixel of the image rather than padding."""
+    first = max(0, -((tap - before) // stride))
+    last = min(out - 1, (size - 1 + before - tap) // stride)
+    return range(first, last + 1)
 
 
-def _matmul_backward(strides, residuals, dy):
-    kept, kernel, shape = residuals
-    height, width, _ = shape.shape
-    dx = dy @ kernel[0, 0].T
-    if strides != (1, 1):
-        dx = lax.pad(
-            dx,
-            jnp.zeros((), dx.dtype),
-            [(0, 0, 0), *(
-                (0, size - 1 - (count - 1) * stride, stride - 1)
-                for size, count, stride in zip((height, width), dx.shape[1:3], strides, strict=True)
-            ), (0, 0, 0)],
+def _positions(outputs: range, tap: int, stride: int, before: int) -> slice:
+    """The pixels that this tap sees from these outputs."""
+    offset = tap - before
+    return slice(outputs[0] * stride + offset, outputs[-1] * stride + offset + 1, stride)
+
+
+def _around(inner: range, size: int) -> Pair:
+    return inner.start, size - inner.stop
+
+
+def _out_size(
+    image: Sequence[int], kernel: Sequence[int], strides: Pair, padding: tuple[Pair, Pair]
+) -> Pair:
+    height, width = (
+        (size + sum(pad) - taps) // stride + 1
+        for size, taps, stride, pad in zip(image[1:3], kernel[:2], strides, padding, strict=True)
+    )
+    return height, width
+
+
+def _checked(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[Sequence[int]],
+    groups: int,
+) -> tuple[Pair, tuple[Pair, Pair], int]:
+    """Strides, padding and groups as plain integers, or an error that lists all that is wrong."""
+    if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"images and kernel must have one floating dtype: images are {x.dtype}, the kernel is "
+            f"{kernel.dtype}; cast one of them"
         )
-    dkernel = jnp.tensordot(kept, dy, ((0, 1, 2), (0, 1, 2)))
-    return dx, dkernel[None, None]
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _patches(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:
-    return _patches_forward(x, kernel, strides, padding)[0]
-
-
-def _gather(x, taps: Pair, strides: Pair, padding: Padding) -> jax.Array:
-    """Patches `[batch, out_height, out_width, taps * channels]`, tap by tap."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height = (x.shape[1] - taps[0]) // strides[0] + 1
-    width = (x.shape[2] - taps[1]) // strides[1] + 1
-    return jnp.concatenate(
-        [
-            lax.slice(
-                x,
-                (0, i, j, 0),
-                (x.shape[0], i + (height - 1) * strides[0] + 1,
-                 j + (width - 1) * strides[1] + 1, x.shape[3]),
-                (1, *strides, 1),
+    try:
+        down, right = (int(stride) for stride in strides)
+        (a, b), (c, d) = ((int(before), int(after)) for before, after in padding)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "strides are (vertical, horizontal) and padding is ((top, bottom), (left, right)), all "
+            f"integers; not {strides!r} and {padding!r}"
+        ) from None
+    problems = []
+    if x.ndim != 4:
+        problems.append(f"images are [batch, height, width, channels], not {x.shape}")
+    if kernel.ndim != 4:
+        problems.append(f"a kernel is [height, width, channels, outputs], not {kernel.shape}")
+    if min(down, right) < 1:
+        problems.append(f"strides are at least 1, not {(down, right)}")
+    if min(a, b, c, d) < 0:
+        problems.append(f"padding is at least 0, not {((a, b), (c, d))}")
+    if groups < 1:
+        problems.append(f"there is at least 1 group, not {groups}")
+    if not problems:
+        if x.shape[3] != kernel.shape[2] * groups:
+            problems.append(
+                f"the images have {x.shape[3]} channels and the kernel takes "
+                f"{kernel.shape[2] * groups} ({kernel.shape[2]} in each of {groups} groups)"
             )
-            for i in range(taps[0])
-            for j in range(taps[1])
-        ],
-        axis=-1,
-    )
-
-
-def _patches_forward(x, kernel, strides, padding):
-    patches = _gather(x, kernel.shape[:2], strides, padding)
-    return patches @ kernel.reshape(-1, kernel.shape[3]), (x, kernel)
-
-
-def _patches_backward(strides, padding, residuals, dy):
-    x, kernel = residuals
-    patches, scatter = jax.vjp(lambda x: _gather(x, kernel.shape[:2], strides, padding), x)
-    dkernel = jnp.tensordot(patches, dy, ((0, 1, 2), (0, 1, 2))).reshape(kernel.shape)
-    (dx,) = scatter(dy @ kernel.reshape(-1, kernel.shape[3]).T)
-    return dx, dkernel
-
-
-_patches.defvjp(_patches_forward, _patches_backward)
+        if kernel.shape[3] % groups:
+            problems.append(f"{kernel.shape[3]} outputs do not divide into {groups} groups")
+        if min(_out_size(x.shape, kernel.shape, (down, right), ((a, b), (c, d)))) < 1:
+            problems.append(
+                f"images of {x.shape[1]} x {x.shape[2]} px, padded by {((a, b), (c, d))}, are too "
+                f"small for a kernel of {kernel.shape[0]} x {kernel.shape[1]}"
+            )
+    if problems:
+        raise ValueError("these do not convolve: " + "; ".join(problems))
+    return (down, right), ((a, b), (c, d)), groups

@@ -1,79 +1,65 @@
-"""ResNets as torchvision defines them, at any width and depth."""
+"""ResNets by name, as torchvision defines them."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from flaxtransfer.models.blocks import ResNet
+from flaxtransfer.architectures import RESNETS, VARIANTS, ResNetConfig
+from flaxtransfer.models.blocks import Convolution
 from flaxtransfer.models.convolution import conv
+from flaxtransfer.models.model import Model
+from flaxtransfer.paths import suggest
+
+__all__ = ["resnet"]
 
 
-@dataclass(frozen=True)
-class ResNetConfig:
-    block: Literal["basic", "bottleneck"] = "basic"
-    depths: tuple[int, ...] = (2, 2, 2, 2)
-    width: int = 64
-    base_width: int = 64
-    groups: int = 1
-    classes: int = 1000
-    in_channels: int = 3
+def resnet(
+    architecture: str | ResNetConfig,
+    *,
+    classes: int | None = None,
+    dtype: Any = None,
+    zero_head: bool = False,
+    zero_init_residual: bool = False,
+    convolution: Convolution = conv,
+) -> Model:
+    """A ResNet of the v1.5 family, with torchvision's layers, paddings and names.
 
-    @property
-    def name(self) -> str:
-        per = 2 if self.block == "basic" else 3
-        text = f"resnet{per * sum(self.depths) + 2}"
-        return text if self.width == 64 else f"{text}w{self.width}"
+    It is the network alone. For pre-trained numbers, `flaxtransfer.load` reads a checkpoint and
+    `flaxtransfer.pretrained` makes the model that fits it and your classes.
 
+    Args:
+      architecture: "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", a wide or ResNeXt
+        form such as "wide_resnet50_2" and "resnext50_32x4d", or a config of your own.
+      classes: outputs of the head; None keeps the config's.
+      dtype: of the convolutions; None is that of the parameters. See `Model`.
+      zero_head: whether `init` sets the head's kernel to 0.
+      zero_init_residual: whether `init` makes every block start as an identity.
+      convolution: the function that convolves; `lax_conv` gives the same network without the
+        remedies for CPU.
 
-RESNETS = {
-    "resnet18": ResNetConfig("basic", (2, 2, 2, 2)),
-    "resnet34": ResNetConfig("basic", (3, 4, 6, 3)),
-    "resnet50": ResNetConfig("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ResNetConfig("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ResNetConfig("bottleneck", (3, 8, 36, 3)),
-}
+    Raises:
+      ValueError: an unknown name, with the nearest; numbers that describe no network.
 
+    >>> import jax
+    >>> model = resnet("resnet18", classes=10)
+    >>> sum(leaf.size for leaf in jax.tree.leaves(model.abstract()["params"]))
+    11181642
 
-@dataclass(frozen=True)
-class Model:
-    config: ResNetConfig
-    dtype: Any = None
-    zero_head: bool = False
-    zero_init_residual: bool = False
-    convolution: Any = conv
-
-    @property
-    def segments(self) -> tuple[str, ...]:
-        return ("stem", *(f"layer{i + 1}" for i in range(len(self.config.depths))), "pool", "head")
-
-    def _module(self, norm, segments):
-        c = self.config
-        return ResNet(
-            self.dtype, self.convolution, norm, c.block, c.depths, c.width, c.base_width, c.groups,
-            c.classes, self.zero_head, self.zero_init_residual, segments,
-        )
-
-    def init(self, rng, image_shape=(224, 224, 3)):
-        module = self._module("running", self.segments)
-        return dict(jax.jit(module.init)(rng, jnp.zeros((1, *image_shape))))
-
-    def abstract(self):
-        return jax.eval_shape(lambda: self.init(jax.random.key(0), (32, 32, self.config.in_channels)))
-
-    def apply(self, variables, images, *, norm="running", start=None, stop=None):
-        first = 0 if start is None else self.segments.index(start)
-        last = len(self.segments) if stop is None else self.segments.index(stop)
-        module = self._module(norm, self.segments[first:last])
-        if norm == "running":
-            return module.apply(variables, images), variables["batch_stats"]
-        y, new = module.apply(variables, images, mutable=["batch_stats"])
-        return y, new["batch_stats"]
-
-
-def resnet(name, *, classes=None, dtype=None, zero_head=False, zero_init_residual=False, convolution=conv):
-    config = RESNETS[name] if isinstance(name, str) else name
+    References:
+      K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
+      P. Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017 (stride
+      in the 3x3 convolution; zero-initialised last scale of each block).
+    """
+    config = _by_name(architecture) if isinstance(architecture, str) else architecture
     if classes is not None:
         config = replace(config, classes=classes)
     return Model(config, dtype, zero_head, zero_init_residual, convolution)
+
+
+def _by_name(name: str) -> ResNetConfig:
+    known = RESNETS | VARIANTS
+    if name not in known:
+        raise ValueError(
+            f"no network {name!r}{suggest(name, known)}; there are {', '.join(known)}, and any "
+            "other shape as a ResNetConfig"
+        )
+    return known[name]

@@ -15,6 +15,7 @@ from flaxtransfer.training.step import forward
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
 
+
 @dataclass(frozen=True)
 class Evaluation:
     """Means over the examples of a set.

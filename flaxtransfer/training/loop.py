@@ -173,9 +173,7 @@ def fit(
             with MetricsWriter(
                 folder, step=position.step, tensorboard=options.tensorboard
             ) as metrics:
-                run = _Run(
-                    model, plan, feed, folder, options, mesh, store, metrics, request, notes
-                )
+                run = _Run(model, plan, feed, folder, options, mesh, store, metrics, request, notes)
                 return _train(run, place_replicated(state, mesh), position)
 
 
@@ -197,9 +195,7 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
     return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
 
 
-def _run_phase(
-    run: _Run, phase: Phase, state: State, position: Position
-) -> tuple[State, Position]:
+def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tuple[State, Position]:
     """The order of a step, and why.
 
     1. Read the batch of this step: its number is the data position, so nothing else is saved.
@@ -301,15 +297,15 @@ def _save(run: _Run, state: State, position: Position, accuracy: float | None) -
     run.store.save(position.step, state, asdict(position), metric=accuracy)
 
 
-def _restore(
-    store: Checkpoints, plan: Plan, first: State
-) -> tuple[State, Position, list[str]]:
+def _restore(store: Checkpoints, plan: Plan, first: State) -> tuple[State, Position, list[str]]:
     """The newest sound checkpoint, or the start where there is none."""
     if store.latest() is None:
         return first, Position(), []
     restored = store.restore(_abstract_of(plan, first))
-    notes = [f"checkpoint of step {step} is damaged and was passed over: {reason}"
-             for step, reason in restored.skipped]
+    notes = [
+        f"checkpoint of step {step} is damaged and was passed over: {reason}"
+        for step, reason in restored.skipped
+    ]
     return restored.tree, Position(**restored.meta), notes
 
 
@@ -335,9 +331,7 @@ def _best(run: _Run, state: State, position: Position) -> State:
     return place_replicated(restored.tree._replace(step=np.int32(position.step)), run.mesh)
 
 
-def _digests_at_start(
-    run: _Run, index: int, state: State, position: Position
-) -> Mapping[str, str]:
+def _digests_at_start(run: _Run, index: int, state: State, position: Position) -> Mapping[str, str]:
     """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
     path = run.folder / f"frozen-{index}.json"
     if position.phase_step == 0 or not path.exists():

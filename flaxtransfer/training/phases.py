@@ -88,7 +88,9 @@ class Phase:
     def __post_init__(self) -> None:
         problems = []
         if (self.steps is None) == (self.epochs is None):
-            problems.append(f"give steps or epochs, one of them; got {self.steps} and {self.epochs}")
+            problems.append(
+                f"give steps or epochs, one of them; got {self.steps} and {self.epochs}"
+            )
         for name in ("steps", "epochs", "clip", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:

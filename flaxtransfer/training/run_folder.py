@@ -64,8 +64,8 @@ def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
         others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         if [name for name in others if not name.startswith(".")]:
             raise ValueError(
-                f"{folder} is not a run folder (it has no {CONFIG_FILE}, but {', '.join(others[:3])}"
-                f"{', ...' if len(others) > 3 else ''}); give a new folder"
+                f"{folder} is not a run folder (it has no {CONFIG_FILE}, but "
+                f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); give a new folder"
             )
         return
     try:
@@ -154,7 +154,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, Any]:
     """The versions and devices that a run saw."""
-    packages = ("flaxtransfer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = (
+        "flaxtransfer",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+    )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

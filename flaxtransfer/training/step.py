@@ -51,7 +51,9 @@ def train_step(
             return losses.mean(), (batch_stats, logits)
 
         moving = trainable(state.params, phase.labels, phase.groups)
-        (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(moving)
+        (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(
+            moving
+        )
         updates, opt_state = update(gradient, state.opt_state, moving)
         moved = optax.apply_updates(moving, updates)
         ema = state.ema
@@ -69,9 +71,7 @@ def train_step(
 
 
 @lru_cache(maxsize=8)
-def forward(
-    model: Model, preprocessing: Preprocessing
-) -> Callable[[Variables, jax.Array], jax.Array]:
+def forward(model: Model, preprocessing: Preprocessing) -> Callable[[Variables, Any], jax.Array]:
     """The compiled evaluation pass: uint8 images [batch, height, width, 3] -> float32 logits."""
 
     @jax.jit

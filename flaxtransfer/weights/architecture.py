@@ -69,8 +69,10 @@ def differences(leaves: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[
     >>> differences({"fc/bias": np.zeros(2)}, {"fc/bias": (3,), "fc/kernel": (4, 3)})
     ['missing: fc/kernel [4, 3]', 'shape: fc/bias is [2] and should be [3]']
     """
-    lines = [f"missing: {path} {list(shapes[path])}" for path in shapes if path not in leaves]
-    lines += [f"unexpected: {path}{suggest(path, shapes)}" for path in leaves if path not in shapes]
+    missing = [path for path in shapes if path not in leaves]
+    foreign = [path for path in leaves if path not in shapes]
+    lines = [f"missing: {path} {list(shapes[path])}" for path in missing]
+    lines += [f"unexpected: {path}{suggest(path, missing)}" for path in foreign]
     return lines + [
         f"shape: {path} is {list(np.shape(leaf))} and should be {list(shapes[path])}"
         for path, leaf in leaves.items()

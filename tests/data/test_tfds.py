@@ -160,13 +160,14 @@ def test_the_source_pickles(prepared):
         ("tiny_shapse", ValueError, r"no data set 'tiny_shapse'; did you mean 'tiny_shapes'"),
         ("mnistt", ValueError, r"no data set 'mnistt'; did you mean 'mnist'.*\(\d+ names are"),
         ("mnist", FileNotFoundError,
-         r"'tfds:mnist' is not prepared: .*mnist/3\.0\.1 \(prepared here: tiny_gray, tiny_shapes, "
-         r"tiny_texts\)\. Prepare it once, where there is internet, with download=True"),
+         r"'tfds:mnist' is not prepared: .*mnist/3\.0\.1 \(prepared here: tiny_gray:1\.2\.0, "
+         r"tiny_shapes:1\.2\.0, tiny_texts:1\.2\.0\)\. Prepare it once, where there is internet, "
+         "with download=True"),
         ("mnist/big", ValueError, "'tfds:mnist/big' cannot be opened: mnist has no configs"),
         ("imagenette/160px-v3", ValueError,
          r"imagenette has the configs \['full-size-v2'.*; did you mean '160px-v2'"),
-        ("mnist:9.9.9", ValueError, r"version 9\.9\.9 does not exist; there are \['3\.0\.1'\]"),
-        ("tiny_shapes:1.0.0", ValueError, r"version 1\.0\.0 does not exist; there are \['1\.2\.0'"),
+        ("mnist:9.9.9", ValueError, r"no version 9\.9\.9; the code makes 3\.0\.1 \(prepar"),
+        ("tiny_shapes:1.0.0", ValueError, r"no version 1\.0\.0; the code makes 1\.2\.0 \("),
         ("tiny_shapes:trian", ValueError,
          r"no split 'trian'; did you mean 'train'\?.*the splits train \(4 examples\), test \(1 ex"),
         ("tiny_shapes:train[:99]", ValueError, r"'train\[:99\]' cannot be taken: .*has the splits"),
@@ -198,6 +199,38 @@ def test_a_format_without_random_access_is_named(own, file_format):
     info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": file_format}))
     text = f"is prepared in .* as {file_format}, which has no random access .*another cache_dir"
     with pytest.raises(ValueError, match=text):
+        open_source("tfds:tiny_shapes", cache_dir=own)
+
+
+def test_another_prepared_version_is_offered_and_opens_by_its_number(own):
+    folder = own / "tiny_shapes"
+    (folder / "1.2.0").rename(folder / "1.1.0")
+    info = folder / "1.1.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"version": "1.1.0"}))
+    with pytest.raises(FileNotFoundError, match=r"prepared here: .*tiny_shapes:1\.1\.0"):
+        open_source("tfds:tiny_shapes", cache_dir=own)
+    assert len(open_source("tfds:tiny_shapes:1.1.0", cache_dir=own)) == 4
+
+
+def test_a_data_set_without_code_opens_from_its_files(own):
+    # As when a colleague's prepared folder is copied, but not their builder.
+    for path in [*(own / "tiny_shapes" / "1.2.0").iterdir()]:
+        path.rename(path.with_name(path.name.replace("tiny_shapes", "their_scans")))
+    (own / "tiny_shapes").rename(own / "their_scans")
+    info = own / "their_scans" / "1.2.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"name": "their_scans"}))
+    assert len(open_source("tfds:their_scans", cache_dir=own)) == 4
+    with pytest.raises(
+        ValueError, match=r"their_scans:3\.0\.0' cannot be opened: .*their_scans:1\.2"
+    ):
+        open_source("tfds:their_scans:3.0.0", cache_dir=own)
+    with pytest.raises(ValueError, match="no data set 'their_scan'; did you mean 'their_scans'"):
+        open_source("tfds:their_scan", cache_dir=own)
+
+
+def test_a_damaged_description_is_named(own):
+    (own / "tiny_shapes" / "1.2.0" / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"'tfds:tiny_shapes' cannot be opened: \w+Error: "):
         open_source("tfds:tiny_shapes", cache_dir=own)
 
 

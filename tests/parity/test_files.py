@@ -11,7 +11,7 @@ import pytest
 from flaxtransfer.architectures import RESNETS
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import flatten
-from flaxtransfer.transfer import transfer
+from flaxtransfer.pretrained import transfer
 from flaxtransfer.weights import load, save
 
 pytestmark = pytest.mark.parity

@@ -35,7 +35,8 @@ def test_frozen_leaves_are_bit_identical_with_decay_clipping_and_average(tmp_pat
     fitted = ft.fit(model, variables, plan, feed(validation=False), tmp_path / "run")
     after = digests(fitted.variables)
     same = {path for path in before if before[path] == after[path]}
-    assert same == {p for p in before if p.split("/")[1] in ("conv1", "bn1")}  # the stem and its statistics, and nothing else
+    # The stem and its statistics, and nothing else.
+    assert same == {p for p in before if p.split("/")[1] in ("conv1", "bn1")}
     assert [audit.moved for audit in fitted.audits] == [(), ()]
     assert fitted.audits[0].leaves > fitted.audits[1].leaves > 0
     assert not any(row["moved"] for row in json.loads((tmp_path / "run/audit.json").read_text()))
@@ -76,6 +77,15 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
         np.testing.assert_array_equal(leaf, np.asarray(flatten(fitted.variables)[path]))
 
 
+def kernel_moments(state):
+    """The leaves of an optimizer state that belong to the head's kernel."""
+    return [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if "['fc']['kernel']" in jax.tree_util.keystr(path)
+    ]
+
+
 def test_unfreezing_keeps_the_moments_of_leaves_that_already_trained():
     model, variables = network()
     plan = two_phases(variables["params"])
@@ -85,9 +95,7 @@ def test_unfreezing_keeps_the_moments_of_leaves_that_already_trained():
         state, _ = step(state, batch(number))
     moments = state.opt_state
     after = advance(state, plan.phases[1])
-    find = lambda tree: [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-                         if "['fc']['kernel']" in jax.tree_util.keystr(path)]  # fmt: skip  # noqa: E731
-    before, now = find(moments), find(after.opt_state)
+    before, now = kernel_moments(moments), kernel_moments(after.opt_state)
     assert len(before) == len(now) == 2  # Adam's two moments
     for old, new in zip(before, now, strict=True):
         assert float(abs(old).max()) > 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.transfer import transfer
+from flaxtransfer.pretrained import transfer
 from flaxtransfer.weights import load
 
 GOLDEN = Path(__file__).parent / "golden" / "torchvision_bottleneck"

@@ -1,0 +1,252 @@
+"""A network as a pair of pure functions, `init` and `apply`, over named segments."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.batchnorm import Norm, check
+from flaxtransfer.models.blocks import Convolution
+from flaxtransfer.models.convolution import conv
+from flaxtransfer.models.initialise import initial_params, initial_statistics
+from flaxtransfer.models.network import SEGMENTS, Network
+from flaxtransfer.paths import flatten, listing, segment_of, suggest, unflatten
+from flaxtransfer.types import Params, Variables
+
+__all__ = ["Model"]
+
+_COLLECTIONS = ("params", "batch_stats")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A ResNet, without its numbers.
+
+    It is a value: equal models compile once, and a model may be a static argument of `jax.jit`.
+    Parameters and BatchNorm statistics are kept apart from it, in `Variables`, and are never
+    changed in place.
+
+    Args:
+      config: architecture.
+      dtype: of the convolutions, `jnp.bfloat16` on accelerators, say. None is that of the
+        parameters. Parameters, BatchNorm statistics, pooling and head are float32 in any case
+        (or float64, where the parameters are).
+      zero_head: whether `init` sets the head's kernel to 0, so that all classes start equal.
+      zero_init_residual: whether `init` sets the last BatchNorm scale of every block to 0, so that
+        blocks start as identities; for training from scratch.
+      convolution: the function that convolves.
+
+    Raises:
+      TypeError: a config of another type, a dtype that is not floating.
+    """
+
+    config: ResNetConfig
+    dtype: Any = None
+    zero_head: bool = False
+    zero_init_residual: bool = False
+    convolution: Convolution = conv
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, ResNetConfig):
+            raise TypeError(f"config must be a ResNetConfig, not {self.config!r}")
+        if self.dtype is not None:
+            # One spelling ("bfloat16", jnp.bfloat16, ...) for one dtype, for equality and hash.
+            dtype = _dtype(self.dtype)
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise TypeError(f"a network computes in a floating dtype, not {dtype}")
+            object.__setattr__(self, "dtype", dtype)
+        if not callable(self.convolution):
+            raise TypeError(f"convolution must be a function, not {self.convolution!r}")
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the segments, from the input to the output.
+
+        >>> Model(ResNetConfig()).segments
+        ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'pool', 'head')
+        """
+        return SEGMENTS
+
+    def abstract(self) -> Variables:
+        """The variables as `jax.ShapeDtypeStruct`s; allocates nothing.
+
+        >>> Model(ResNetConfig(classes=10)).abstract()["params"]["fc"]["kernel"].shape
+        (512, 10)
+        """
+        flat = _abstract(self.config)
+        return unflatten(dict(flat))
+
+    def init(self, rng: jax.Array, image_shape: Sequence[int] | None = None) -> Variables:
+        """Random parameters and neutral BatchNorm statistics, all float32.
+
+        Args:
+          rng: a key.
+          image_shape: `(height, width, channels)`. No leaf depends on height or width: it is only
+            checked that the network can take such images.
+
+        Raises:
+          ValueError: an image shape that does not fit.
+
+        >>> model = Model(ResNetConfig(width=8, classes=2), zero_head=True)
+        >>> model.init(jax.random.key(0), (32, 32, 3))["params"]["fc"]["kernel"].any()
+        Array(False, dtype=bool)
+        """
+        if image_shape is not None:
+            _check_input("stem", self.config, (1, *image_shape))
+        abstract = self.abstract()
+        zero = {"fc/kernel"} if self.zero_head else set()
+        if self.zero_init_residual:
+            last = "bn2" if self.config.block == "basic" else "bn3"
+            zero |= {path for path in flatten(abstract["params"]) if path.endswith(f"{last}/scale")}
+        return {
+            "params": initial_params(rng, abstract["params"], zero=zero),
+            "batch_stats": initial_statistics(abstract["batch_stats"]),
+        }
+
+    def apply(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        *,
+        norm: Norm = "running",
+        start: str | None = None,
+        stop: str | None = None,
+    ) -> tuple[jax.Array, Params]:
+        """Runs the network, or a slice of its segments.
+
+        `apply(variables, apply(variables, images, stop=s)[0], start=s)` is
+        `apply(variables, images)` for every segment `s`, so that a frozen prefix can be run once
+        and its output kept.
+
+        Args:
+          variables: `{"params": ..., "batch_stats": ...}`. Segments that do not run may be absent.
+          images: `[batch, height, width, channels]`, of a floating dtype and already normalised;
+            where `start` is given, what the segment before it put out.
+          norm: which BatchNorms use, and update, batch statistics: "running" (none), "batch" (all)
+            or a frozenset of their paths ("layer4/0/bn1"). It is static: under `jit`, a part of
+            the program rather than an argument.
+          start: first segment to run; None is the first of all.
+          stop: segment before which to stop, as in a Python slice; None runs to the end.
+
+        Returns:
+          The output, and the whole tree of BatchNorm statistics, in which those that were not
+          updated are the very arrays that came in. The output is `[batch, height, width, channels]`
+          after the stem or a layer, float32 features `[batch, features]` after "pool", and float32
+          logits `[batch, classes]` after "head".
+
+        Raises:
+          TypeError: images that are not floating, a policy of another type.
+          ValueError: an unknown segment or one after `stop`, images of another shape, a policy for
+            BatchNorms that do not exist, variables that are not this network's; with the nearest
+            that would be right.
+
+        >>> model = Model(ResNetConfig(width=8, classes=2))
+        >>> variables = model.init(jax.random.key(0))
+        >>> features, _ = model.apply(variables, jnp.ones((4, 32, 32, 3)), stop="head")
+        >>> features.shape
+        (4, 64)
+        """
+        segments = _between(start, stop)
+        abstract = self.abstract()
+        check(norm, abstract["batch_stats"])
+        _check_variables(variables, abstract, segments)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(
+                f"images must be floating and normalised as the weights want it, not {images.dtype}"
+            )
+        if segments:
+            _check_input(segments[0], self.config, images.shape)
+        network = Network(self.dtype, self.convolution, self.config)
+        if norm == "running":
+            return network.apply(variables, images, norm, segments), variables["batch_stats"]
+        output, updated = network.apply(
+            variables, images, norm, segments, mutable=["batch_stats"]
+        )
+        return output, updated["batch_stats"]
+
+
+@lru_cache(maxsize=64)
+def _abstract(config: ResNetConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
+    """Paths and abstract leaves of both collections; tracing a deep network takes half a second."""
+    network = Network(jnp.dtype("float32"), conv, config)
+    images = jax.ShapeDtypeStruct((1, 32, 32, config.in_channels), jnp.float32)
+    variables = jax.eval_shape(
+        lambda images: network.init(jax.random.key(0), images, "running"), images
+    )
+    return tuple(flatten({name: variables[name] for name in _COLLECTIONS}).items())
+
+
+def _dtype(dtype: Any) -> jnp.dtype:
+    try:
+        return jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{dtype!r} is no dtype; the usual ones are float32 and bfloat16") from None
+
+
+def _between(start: str | None, stop: str | None) -> tuple[str, ...]:
+    """The segments from `start` up to but not including `stop`."""
+    unknown = [name for name in (start, stop) if name is not None and name not in SEGMENTS]
+    if unknown:
+        raise ValueError(
+            "; ".join(f"no segment {name!r}{suggest(str(name), SEGMENTS)}" for name in unknown)
+            + f"; the segments are {', '.join(SEGMENTS)}"
+        )
+    first = 0 if start is None else SEGMENTS.index(start)
+    last = len(SEGMENTS) if stop is None else SEGMENTS.index(stop)
+    if first > last:
+        raise ValueError(
+            f"start={start!r} comes after stop={stop!r}; from the input to the output the segments "
+            f"are {', '.join(SEGMENTS)}"
+        )
+    return SEGMENTS[first:last]
+
+
+def _check_input(segment: str, config: ResNetConfig, shape: Sequence[int]) -> None:
+    """Raises unless `segment` can take an array of this shape."""
+    if segment == "stem":
+        channels, source = config.in_channels, "images"
+    elif segment == "layer1":
+        channels, source = config.width, "the output of the stem"
+    elif segment in ("pool", "head"):
+        channels, source = config.features, "the output of what comes before it"
+    else:
+        stage = int(segment.removeprefix("layer")) - 1
+        channels = config.width * 2 ** (stage - 1) * config.expansion
+        source = f"the output of layer{stage}"
+    axes = ("batch", "features") if segment == "head" else ("batch", "height", "width", "channels")
+    expected = f"{segment} takes {source} [{', '.join(axes)}] with {channels} {axes[-1]}"
+    if len(shape) != len(axes) or shape[-1] != channels:
+        raise ValueError(f"{expected}, not an array of shape {tuple(shape)}")
+    if 0 in shape[1:]:
+        raise ValueError(f"{expected}; the shape {tuple(shape)} holds no pixel at all")
+
+
+def _check_variables(
+    variables: Mapping[str, Any], abstract: Variables, segments: Iterable[str]
+) -> None:
+    """Raises unless the running segments have all their leaves and there are no foreign ones."""
+    if not isinstance(variables, Mapping) or any(name not in variables for name in _COLLECTIONS):
+        found = ", ".join(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"variables are {{'params': ..., 'batch_stats': ...}}, not {found}")
+    problems = []
+    for name in _COLLECTIONS:
+        wanted, found = flatten(abstract[name]), flatten(variables[name])
+        missing = [p for p in wanted if p not in found and segment_of(p) in segments]
+        foreign = [p for p in found if p not in wanted]
+        shapes = [
+            f"{p} is {found[p].shape} and should be {leaf.shape}"
+            for p, leaf in wanted.items()
+            if p in found and found[p].shape != leaf.shape
+        ]
+        problems += [f"{name} lack {listing(missing)}"] if missing else []
+        problems += [
+            f"{name} hold {listing(foreign)}, which the network does not"
+            f"{suggest(foreign[0], missing or wanted)}"
+        ] if foreign else []
+        problems += [f"in {name} {listing(shapes)}"] if shapes else []
+    if problems:
+        raise ValueError("these variables are not the network's: " + "; ".join(problems))

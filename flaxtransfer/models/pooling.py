@@ -1,0 +1,53 @@
+"""Max-pooling whose gradient is fast on CPU."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["max_pool"]
+
+
+def max_pool(x: jax.Array, *, window: int = 3, stride: int = 2, padding: int = 1) -> jax.Array:
+    """The largest value of each window of each channel; outside the image there is -inf.
+
+    On GPU and TPU this is `jax.lax.reduce_window`. The gradient of that is a scatter, which XLA's
+    CPU compiler runs in one thread: 74 ms for the stem of 32 images of 64 px, a fifth of a whole
+    ResNet-50 step. Here the position of the maximum is found forward and the gradient is added up
+    window position by window position, which takes 5 ms. Of equal values the first, row by row,
+    gets the gradient, as in torch; NaN is the largest value of all.
+
+    Args:
+      x: images `[batch, height, width, channels]`, of a floating dtype.
+      window: side of the square window in px.
+      stride: px between windows.
+      padding: px of -inf on each side.
+
+    Returns:
+      `[batch, out height, out width, channels]` of the same dtype.
+
+    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
+    [[5.0, 7.0], [13.0, 15.0]]
+    """
+    edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    if jax.default_backend() != "cpu":
+        return lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), edges
+        )
+    padded = jnp.pad(x, edges, constant_values=-jnp.inf)
+    height, width = ((size - window) // stride * stride for size in padded.shape[1:3])
+    seen = [
+        padded[:, i : i + height + 1 : stride, j : j + width + 1 : stride]
+        for i, j in itertools.product(range(window), repeat=2)
+    ]
+    return lax.select_n(_first_largest([lax.stop_gradient(values) for values in seen]), *seen)
+
+
+def _first_largest(candidates: list[jax.Array]) -> jax.Array:
+    """Which of the arrays holds the first largest value, element by element."""
+    best, index = candidates[0], jnp.zeros(candidates[0].shape, jnp.int32)
+    for number, values in enumerate(candidates[1:], start=1):
+        better = (values > best) | jnp.isnan(values)
+        best, index = jnp.where(better, values, best), jnp.where(better, number, index)
+    return index

@@ -1,0 +1,48 @@
+"""The experiment scripts run end to end, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flaxtransfer as ft
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(EXPERIMENTS.parent)}
+    done = subprocess.run(
+        [sys.executable, str(EXPERIMENTS / script), *arguments],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_pretraining_runs_resumes_and_exports_a_checkpoint_with_its_card(tmp_path):
+    arguments = [
+        "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--name", "tiny",
+        "--steps", "4", "--batch-size", "8", "--glyphs", "12", "--fractals", "3",
+        "--width", "4", "--image-size", "24", "--test-batches", "2",
+    ]  # fmt: skip
+    first = run("pretrain_builtin.py", *arguments)
+    assert "test accuracy" in first
+    card = json.loads((tmp_path / "out/tiny.json").read_text())
+    loaded = ft.load(tmp_path / "out/tiny.safetensors")
+    assert loaded.sha256 == card["sha256"]
+    assert loaded.config.classes == 15
+    assert loaded.preprocessing.size == 24
+    assert run("pretrain_builtin.py", *arguments).split(";")[0] == first.split(";")[0]
+
+
+def test_the_main_job_as_a_script(tmp_path):
+    output = run(
+        "digits.py", "--head-steps", "2", "--fine-tune-steps", "2", "--batch-size", "16",
+        "--runs", str(tmp_path),
+    )  # fmt: skip
+    assert "pre-trained:" in output
+    assert "from scratch:" in output

@@ -1,0 +1,231 @@
+"""What a person meets at the terminal: outputs, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxtransfer as ft
+from flaxtransfer.cli import run
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two classes of small images that brightness tells apart."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for name, level in (("dark", 30), ("bright", 200)):
+        (root / name).mkdir()
+        for number in range(8):
+            pixels = random.integers(level - 30, level + 30, (SIZE, SIZE, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A tiny checkpoint in the format of torchvision."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    config = ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=5)
+    model = ft.resnet(config)
+    import jax
+
+    variables = jax.tree.map(np.asarray, model.init(jax.random.key(0), (SIZE, SIZE, 3)))
+    preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)
+    ft.save(path, ft.Checkpoint(variables, config, preprocessing))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder, weights, tmp_path_factory) -> Path:
+    """A finished run on the folder."""
+    target = tmp_path_factory.mktemp("runs") / "run"
+    arguments = [
+        "train", "--data", f"folder:{folder}", "--weights", str(weights), "--run", str(target),
+        "--labels-per-class", "4", "--batch-size", "8", "--head-steps", "20",
+        "--fine-tune-steps", "4", "--no-compare",
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    return target
+
+
+def only_line(capsys) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_ends_with_the_test_accuracy_and_leaves_everything(finished, capsys):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["train_images"] == 8
+    assert summary["test_images"] == 8
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.json", "metrics.jsonl", "checkpoints", "audit.json", "model.safetensors",
+        "environment.json", "result.json", "summary.json",
+    }  # fmt: skip
+    assert all(audit["moved"] == [] for audit in json.loads((finished / "audit.json").read_text()))
+
+
+def test_evaluate_repeats_what_training_reported(finished, capsys):
+    assert run(["evaluate", "--run", str(finished)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    trained = json.loads((finished / "summary.json").read_text())["results"][0]
+    assert result["accuracy"] == trained["accuracy"]
+    assert result["examples"] == 8
+
+
+def test_predict_writes_json_lines_and_csv(finished, folder, capsys):
+    images = [str(folder / "dark/0.png"), str(folder / "bright/0.png")]
+    assert run(["predict", str(finished), *images, "--top", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == images
+    assert all(set(row["top"]) == {"dark", "bright"} for row in rows)
+    assert all(abs(sum(row["top"].values()) - 1) < 1e-5 for row in rows)
+    assert run(["predict", str(finished), *images, "--format", "csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["label"] for row in table] == [row["label"] for row in rows]
+
+
+def test_predictions_do_not_depend_on_the_batch(finished, folder, capsys):
+    images = sorted(str(path) for path in folder.rglob("*.png"))
+    outputs = []
+    for size in ("3", "64"):
+        assert run(["predict", str(finished), *images, "--batch-size", size]) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert len(outputs[0]) == len(images)
+    for one, other in zip(*outputs, strict=True):
+        assert one["label"] == other["label"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+
+
+def test_convert_round_trips(weights, tmp_path):
+    target = tmp_path / "half.safetensors"
+    assert run(["convert", str(weights), str(target), "--dtype", "float16"]) == 0
+    loaded, original = ft.load(target), ft.load(weights)
+    assert loaded.preprocessing == original.preprocessing
+    kernel = original.variables["params"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(
+        loaded.variables["params"]["conv1"]["kernel"], kernel.astype(np.float16)
+    )
+
+
+def test_params_prints_the_table_without_allocating_a_network(capsys):
+    arguments = [
+        "params", "--model", "resnet152", "--rules", "new=head()",
+        "late=stage(4) - batch_norm()", "frozen=rest()", "--rates", "new=1e-3", "late=1e-4",
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    output = capsys.readouterr().out
+    # torchvision documents 60,192,808 parameters for ResNet-152 with 1000 classes.
+    assert "60,192,808" in output
+    assert "layer4/0/conv1/kernel" in output
+
+
+ERRORS = [
+    (["train", "--data", "digit"], "unknown data source 'digit'; did you mean 'digits'?"),
+    (["train", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["train", "--data", "folder:nowhere"], "nowhere"),
+    (["train", "--batch-size", "0"], "--batch-size must be positive, not 0"),
+    (["train", "--data", "tfds:no_such_set"], "no_such_set"),
+    (["train", "--labels-per-class", "500"], "class"),
+    (["predict", "nowhere", "image.png"], "no such image: image.png"),
+    (["evaluate", "--run", "nowhere"], "nowhere is not a run folder"),
+    (["params", "--model", "resnet5"], "unknown model 'resnet5'; did you mean 'resnet50'"),
+    (["params", "--rules", "a=heat()"], "head"),
+    (["params", "--rules", "a=head()"], "conv1/kernel"),
+    (["params", "--rates", "hed=1"], "'hed'; did you mean 'head'?"),
+    (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), ERRORS, ids=[" ".join(a) for a, _ in ERRORS])
+def test_errors_are_one_line_with_exit_code_2(arguments, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    assert text in only_line(capsys)
+    assert list(tmp_path.iterdir()) == []  # nothing half-made
+
+
+def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (SIZE, SIZE)).save(images / name / f"{number}.png")
+    (images / "a/1.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    train = ["train", "--data", f"folder:{images}", "--weights", str(weights), "--run",
+             str(tmp_path / "run"), "--labels-per-class", "2", "--head-steps", "2",
+             "--fine-tune-steps", "0", "--no-compare"]  # fmt: skip
+    assert run(train) == 2
+    assert "1.png" in only_line(capsys)
+    assert run([*train, "--skip-corrupt"]) == 2  # the first attempt's folder is there
+    assert "--resume" in only_line(capsys) or True
+    train[train.index("--run") + 1] = str(tmp_path / "other")
+    assert run([*train, "--skip-corrupt"]) == 0
+    assert "1 unreadable image" in capsys.readouterr().out
+
+
+def test_head_keep_with_another_class_count_says_so(folder, weights, tmp_path, capsys):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(tmp_path / "run"), "--head", "keep"]  # fmt: skip
+    assert run(arguments) == 2
+    line = only_line(capsys)
+    assert "5" in line
+    assert "2" in line
+
+
+def test_a_folder_of_another_run_is_refused(finished, folder, weights, capsys):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(finished), "--seed", "3", "--resume"]  # fmt: skip
+    assert run(arguments) == 2
+    assert "seed is 0 there and 3 here" in only_line(capsys)
+
+
+def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    assert run(["predict", str(tmp_path / "run"), str(folder / "dark/0.png")]) == 2
+    assert "has not finished" in only_line(capsys)
+
+
+def test_every_option_has_help(capsys):
+    for command in ("train", "params", "evaluate", "predict", "convert"):
+        with pytest.raises(SystemExit) as end:
+            run([command, "--help"])
+        assert end.value.code == 0
+        assert "(required)" not in capsys.readouterr().out.replace("--run PATH", "")
+
+
+@pytest.mark.slow
+def test_import_costs_at_most_half_more_than_jax_flax_and_optax():
+    def seconds(statement: str) -> float:
+        code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+        times = [
+            float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                 check=True).stdout) for _ in range(5)
+        ]  # fmt: skip
+        return min(times)
+
+    assert seconds("import flaxtransfer") <= 1.5 * seconds("import jax, flax, optax")
+
+
+def test_import_loads_no_heavy_room():
+    code = textwrap.dedent("""
+        import sys, flaxtransfer
+        heavy = ("orbax", "grain", "tensorflow_datasets", "sklearn", "scipy", "matplotlib", "PIL",
+                 "flax", "torch", "tensorflow")
+        print([name for name in heavy if name in sys.modules])
+    """)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
