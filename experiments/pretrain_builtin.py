@@ -109,8 +109,8 @@ def export(config: Pretrain, fitted: ft.Fitted, accuracy: float, seconds: float)
         + "".join(f" {argument}" for argument in sys.argv[1:]),
         "drawings_seen": fitted.steps * config.batch_size,
         "accuracy": round(accuracy, 4),
-        "accuracy_over": f"{config.test_batches * config.batch_size} drawings that were not trained on, "
-        f"{config.glyphs + config.fractals} classes",
+        "accuracy_over": f"{config.test_batches * config.batch_size} drawings that were not "
+        f"trained on, {config.glyphs + config.fractals} classes",
         "seed": config.seed,
         "minutes": round(seconds / 60, 1),
         "versions": {name: str(v) for name, v in ft.environment()["packages"].items()},

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from flaxtransfer.models import Model, resnet
     from flaxtransfer.optimizers import FROZEN, Group, carry, layerwise_decay, partition
     from flaxtransfer.overview import table
+    from flaxtransfer.pretrained import TransferReport, transfer
     from flaxtransfer.strategies import from_scratch, head_then_fine_tune
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Feed, held_out, source_feed
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
     from flaxtransfer.training.phases import Phase, Plan, cross_entropy, smoothed_cross_entropy
     from flaxtransfer.training.run_folder import environment
-    from flaxtransfer.pretrained import TransferReport, transfer
     from flaxtransfer.types import Params, Variables
     from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
 

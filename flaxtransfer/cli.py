@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -59,6 +60,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interruption:
         errors.print(str(interruption), markup=False)
         return 128 + interruption.signal_number
+    except BrokenPipeError:
+        # Whoever read the output, `head` say, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError) as error:
         errors.print(f"flaxtransfer: {_one_line(error)}", markup=False)
         return USER_ERROR

@@ -101,13 +101,22 @@ class Table:
                 "yes" if row.trainable else "no",
                 row.norm or "",
             )
+        # A path cut short names no leaf; the other columns fold where the terminal is narrow.
+        leaves.columns[0].no_wrap = True
+        leaves.columns[0].min_width = max((len(row.path) for row in self.rows), default=4)
+        return Stack(leaves, self.summary())
+
+    def summary(self) -> Any:
+        """The totals alone, as a table of rich: for logs, where the leaves would be too many."""
+        from rich.table import Table as RichTable
+
         sums = RichTable("label", "leaves", "parameters", "trainable", "MB")
         for total in self.totals:
             numbers = (total.leaves, total.parameters, total.trainable)
             sums.add_row(total.label, *(f"{n:,}" for n in numbers), f"{total.bytes / 1e6:,.2f}")
         for column in sums.columns[1:]:
             column.justify = "right"
-        return Stack(leaves, sums)
+        return sums
 
 
 def table(

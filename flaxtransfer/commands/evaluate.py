@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import tyro
 from rich.console import Console
 
 from flaxtransfer.commands.train import Train, split
@@ -30,7 +31,7 @@ class Evaluate:
       skip_corrupt: leave out unreadable images instead of stopping.
     """
 
-    run: Path
+    run: tyro.conf.Positional[Path]
     data: str | None = None
     batch_size: int = 256
     skip_corrupt: bool = False

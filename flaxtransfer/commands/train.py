@@ -17,13 +17,13 @@ from flaxtransfer.data import Source, Splits, open_source, stratified_split
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.models import Model, resnet
 from flaxtransfer.overview import table
+from flaxtransfer.pretrained import transfer
 from flaxtransfer.strategies import from_scratch, head_then_fine_tune
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.feed import Feed, held_out, source_feed
 from flaxtransfer.training.loop import Fitted, Options, fit
 from flaxtransfer.training.phases import Plan
 from flaxtransfer.training.run_folder import write_json
-from flaxtransfer.pretrained import transfer
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Checkpoint, load
 
@@ -59,7 +59,7 @@ class Train:
       weight_decay: decoupled, on kernels.
       patience: evaluations without a better validation accuracy that end a phase.
       flip: mirror images in training; "auto" decides by the names of the classes.
-      compare: also train from scratch; by default with at most 1000 training images.
+      compare: also train from scratch; "auto" does with at most 1000 training images.
       scratch_learning_rate: peak rate of that comparison.
       compute: "bfloat16" for accelerators; parameters and statistics stay float32.
       seed: of the split, the head, the order and the augmentation.
@@ -88,7 +88,7 @@ class Train:
     weight_decay: float = 1e-2
     patience: int | None = None
     flip: Literal["auto", "yes", "no"] = "auto"
-    compare: bool | None = None
+    compare: Literal["auto", "yes", "no"] = "auto"
     scratch_learning_rate: float = 3e-3
     compute: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
@@ -98,7 +98,8 @@ class Train:
     tensorboard: bool = False
     evaluate_every: int | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises a ValueError that lists every number out of range."""
         problems = [
             f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}"
             for name in ("batch_size", "head_learning_rate", "learning_rate", "evaluate_every")
@@ -139,6 +140,7 @@ class Job:
 
 def train(options: Train, console: Console) -> None:
     """Runs ``flaxtransfer train`` and prints what it found; the run folder keeps everything."""
+    options.check()
     folder = options.run or Path("runs") / f"{_file_name(options.data)}-seed{options.seed}"
     if options.resume and (folder / SUMMARY_FILE).exists():
         check_finished(folder, options)
@@ -152,7 +154,7 @@ def train(options: Train, console: Console) -> None:
     for line in (*fitted.notes, *map(str, fitted.audits)):
         console.print(line, highlight=False)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
-    if few if options.compare is None else options.compare:
+    if options.compare == "yes" or (options.compare == "auto" and few):
         started = time.monotonic()
         rows.append(_train_from_scratch(options, job, fitted.steps, folder, started))
     summary = {
@@ -306,8 +308,9 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
     console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
-    last = job.plan.phases[-1]
-    console.print(table(job.variables, last.labels, last.groups, last.batch_norm_policy()))
+    for phase in job.plan.phases:
+        overview = table(job.variables, phase.labels, phase.groups, phase.batch_norm_policy())
+        console.print(f"phase {phase.name!r} moves:", overview.summary())
 
 
 def _steps(given: int | None, least: int, epochs: int, feed: Feed) -> int:

@@ -52,7 +52,9 @@ def initial_params(rng: jax.Array, abstract: Params, *, zero: Collection[str] = 
     """
     flat = flatten(abstract)
     drawn = {path: leaf for path, leaf in flat.items() if path.endswith("kernel")}
-    specs = tuple((path, leaf.shape, leaf.dtype) for path, leaf in drawn.items() if path not in zero)
+    specs = tuple(
+        (path, leaf.shape, leaf.dtype) for path, leaf in drawn.items() if path not in zero
+    )
     kernels = _draw(rng, specs) if specs else {}
 
     def value(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -95,9 +97,9 @@ def _draw(
         np.concatenate([np.arange(count, dtype=np.uint32) for count in counts]),
     )
     deviations = np.array([_deviation(shape) for _, shape, _ in specs], np.float32)
-    values = jax.vmap(lambda key, deviation: deviation * jax.random.normal(key, (_BLOCK,), jnp.float32))(
-        keys, np.repeat(deviations, counts)
-    )
+    values = jax.vmap(
+        lambda key, deviation: deviation * jax.random.normal(key, (_BLOCK,), jnp.float32)
+    )(keys, np.repeat(deviations, counts))
     ends = np.cumsum(counts)
     return {
         path: values[end - count : end].ravel()[: math.prod(shape)].reshape(shape).astype(dtype)

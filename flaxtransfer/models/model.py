@@ -163,9 +163,7 @@ class Model:
         network = Network(self.dtype, self.convolution, self.config)
         if norm == "running":
             return network.apply(variables, images, norm, segments), variables["batch_stats"]
-        output, updated = network.apply(
-            variables, images, norm, segments, mutable=["batch_stats"]
-        )
+        output, updated = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
         return output, updated["batch_stats"]
 
 
@@ -243,10 +241,14 @@ def _check_variables(
             if p in found and found[p].shape != leaf.shape
         ]
         problems += [f"{name} lack {listing(missing)}"] if missing else []
-        problems += [
-            f"{name} hold {listing(foreign)}, which the network does not"
-            f"{suggest(foreign[0], missing or wanted)}"
-        ] if foreign else []
+        problems += (
+            [
+                f"{name} hold {listing(foreign)}, which the network does not"
+                f"{suggest(foreign[0], missing or wanted)}"
+            ]
+            if foreign
+            else []
+        )
         problems += [f"in {name} {listing(shapes)}"] if shapes else []
     if problems:
         raise ValueError("these variables are not the network's: " + "; ".join(problems))

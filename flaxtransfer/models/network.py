@@ -52,9 +52,7 @@ class Network(Layers):
                 x = _wide(x).mean((1, 2))
             elif segment == "head":
                 # `initialise` fills the kernel.
-                head = nn.Dense(
-                    self.config.classes, kernel_init=nn.initializers.zeros, name="fc"
-                )
+                head = nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="fc")
                 x = head(_wide(x))
             else:
                 number = int(segment.removeprefix("layer"))

@@ -166,7 +166,9 @@ def fit(
     run_folder.check(folder, identity, resume=resume)
     with hold(folder), watch_signals() as request:
         run_folder.prepare(folder, identity)
-        with Checkpoints.open(folder / "checkpoints", keep_best=options.keep_best) as store:
+        with Checkpoints.open(
+            folder / run_folder.CHECKPOINTS, keep_best=options.keep_best
+        ) as store:
             mesh = mesh or make_mesh()
             first = start(variables, plan.phases[0], seed)
             state, position, notes = _restore(store, plan, first)

@@ -23,6 +23,7 @@ from flaxtransfer.training.phases import Plan
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Checkpoint, save
 
+CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 AUDIT_FILE = "audit.json"
@@ -72,6 +73,8 @@ def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
         existing = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not readable as JSON ({error}); give a new folder") from error
+    if not _has_checkpoint(folder):
+        return  # It never got anywhere: there is nothing to lose and nothing to continue.
     differences = list(_differences(existing, wanted))
     if differences:
         raise ValueError(
@@ -86,8 +89,8 @@ def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
 
 
 def prepare(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Writes the configuration and the environment of a run, once."""
-    if not (folder / CONFIG_FILE).exists():
+    """Writes the configuration and the environment of a run before its first checkpoint."""
+    if not _has_checkpoint(folder):
         write_json(folder / ENVIRONMENT_FILE, environment())
         write_json(folder / CONFIG_FILE, wanted)
 
@@ -170,6 +173,10 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         "devices": [str(device) for device in jax.devices()],
     }
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ import unicodedata
 import jax
 import numpy as np
 import pytest
+
 from drawing.fractals import COLOURINGS, fractal_templates
 from drawing.glyphs import glyph_templates, thin
 from drawing.render import draw_batch, make_bank
