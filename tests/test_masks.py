@@ -81,7 +81,7 @@ def starting(*prefixes):
         (head() | stage(4) - batch_norm(), {"fc/kernel", "fc/bias", "layer4/0/conv2/kernel"}),
         ((head() | stage(4)) - biases(), starting("layer4/") | {"fc/kernel"}),
     ],
-    ids=repr,
+    ids=lambda value: repr(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_a_mask_selects(mask, expected):
     assert selected(mask, TREE) == expected

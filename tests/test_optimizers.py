@@ -136,7 +136,11 @@ def test_adamw_does_not_decay_by_its_own_default():
     assert bits(default)["fc/kernel"] != bits(after)["fc/kernel"]
 
 
-@pytest.mark.parametrize("optimizer", [optax.adamw, optax.lion, optax.lamb, optax.adan], ids=str)
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adamw, optax.lion, optax.lamb, optax.adan],
+    ids=lambda optimizer: optimizer.__name__,
+)
 def test_optimizers_that_decay_do_it_themselves_on_matrices_alone(optimizer):
     group = Group(optimizer, learning_rate=1e-2, weight_decay=0.3)
     after, _ = run(group.transformation(), PARAMS)
