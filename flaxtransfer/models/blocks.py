@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from flaxtransfer.batchnorm import Norm, mode
-from flaxtransfer.models.norm import BatchNorm
 
 __all__ = ["BLOCKS", "Basic", "Bottleneck", "Conv", "Convolution", "Layers"]
 
@@ -76,7 +75,25 @@ class Layers(nn.Module):
     def normalise(self, name: str, x: jax.Array, norm: Norm) -> jax.Array:
         """`x` after the BatchNorm called `name`, in the mode that the policy gives it."""
         path = "/".join((*self.path, name))
-        return BatchNorm(name=name)(x, by_batch=mode(norm, path) == "batch")
+        by_batch = mode(norm, path) == "batch"
+        values = x.size // x.shape[-1]
+        if by_batch and values < 2:
+            raise ValueError(
+                f"{path} normalises by the batch, which needs at least 2 values in each channel; "
+                f"maps of shape {x.shape} have {values}: use larger images, a larger batch, or "
+                "norm='running'"
+            )
+        layer = nn.BatchNorm(
+            use_running_average=not by_batch,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=x.dtype,
+            # The fast form takes the difference of two large numbers and loses most of the digits
+            # of the variance in float32.
+            use_fast_variance=False,
+            name=name,
+        )
+        return layer(x)
 
 
 class Downsample(Layers):

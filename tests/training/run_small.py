@@ -20,7 +20,7 @@ def slowly(number: int) -> ft.Batch:
 
 def main(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
-    jax.config.update("jax_persistent_compilation_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model, variables = network()
     plan = two_phases(variables["params"], steps=60, ema=0.9)
     options = ft.Options(evaluate_every=3)
