@@ -137,6 +137,7 @@ def test_params_prints_the_table_without_allocating_a_network(capsys):
 ERRORS = [
     (["train", "--data", "digit"], "unknown data source 'digit'; did you mean 'digits'?"),
     (["train", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["train", "--model", "resnet50"], "holds resnet18w32"),
     (["train", "--data", "folder:nowhere"], "nowhere"),
     (["train", "--batch-size", "0"], "--batch-size must be positive, not 0"),
     (["train", "--data", "tfds:no_such_set"], "no_such_set"),
@@ -175,6 +176,29 @@ def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
     # The run folder of the failed attempt holds no checkpoint, and may be used again.
     assert run([*train, "--skip-corrupt"]) == 0
     assert "4 unreadable images" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(tmp_path / "file/run")]  # fmt: skip
+    assert run(arguments) == 2
+    assert "file" in only_line(capsys)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
+    folder, weights, tmp_path, capsys
+):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(tmp_path / "run"), "--labels-per-class", "4", "--head-steps", "4",
+                 "--fine-tune-steps", "20", "--learning-rate", "1e30",
+                 "--weight-decay", "0"]  # fmt: skip
+    assert run(arguments) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"(nan|inf) at step \d+ \(fine-tune\)", line), line
+    assert "the checkpoint of step" in line
+    assert run(["predict", str(tmp_path / "run"), str(folder / "dark/0.png")]) == 2
 
 
 def test_head_keep_with_another_class_count_says_so(folder, weights, tmp_path, capsys):

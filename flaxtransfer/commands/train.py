@@ -43,6 +43,8 @@ class Train:
     Args:
       data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
       weights: "builtin", or a .safetensors or .pth file of a ResNet.
+      model: architecture that the weights must be of, such as resnet50; by default whatever they
+        are.
       run: run folder; by default runs/<data>-seed<seed>.
       resume: continue the run in the folder, if there is one.
       labels_per_class: use so many labels of each class and test on all others. By default 5 for
@@ -73,6 +75,7 @@ class Train:
 
     data: str = "digits"
     weights: str = "builtin"
+    model: str | None = None
     run: Path | None = None
     resume: bool = False
     labels_per_class: int | None = None
@@ -173,7 +176,7 @@ def prepare(options: Train) -> Job:
     """Opens the data and the weights and puts network, labels and batches together."""
     source = open_source(options.data, download=options.download, skip_corrupt=options.skip_corrupt)
     splits = split(source, options)
-    checkpoint = load(options.weights)
+    checkpoint = load(options.weights, model=options.model)
     classes = len(source.class_names)
     dtype = jnp.bfloat16 if options.compute == "bfloat16" else None
     model, variables, _ = transfer(
