@@ -37,7 +37,8 @@ if TYPE_CHECKING:
         stem,
         up_to,
     )
-    from flaxtransfer.models import Model, resnet
+    from flaxtransfer.models.model import Model
+    from flaxtransfer.models.resnet import resnet
     from flaxtransfer.optimizers import FROZEN, Group, carry, layerwise_decay, partition
     from flaxtransfer.overview import table
     from flaxtransfer.pretrained import TransferReport, transfer

@@ -1,7 +1,7 @@
 """Two-dimensional convolution that is fast on CPU as well as on accelerators.
 
-On GPU and TPU `conv` is `jax.lax.conv_general_dilated` and nothing else. XLA's CPU compiler has three
-weak spots that every ResNet or ResNeXt meets:
+On GPU and TPU `conv` is `jax.lax.conv_general_dilated` and nothing else. XLA's CPU compiler has
+three weak spots that every ResNet or ResNeXt meets:
 
 * a 1x1 convolution is one matrix product over the channels, and XLA's convolution takes up to one
   and a half times as long forward and almost three times in the gradient of the kernel;

@@ -162,8 +162,11 @@ class Model:
             _check_input(segments[0], self.config, images.shape)
         network = Network(self.dtype, self.convolution, self.config)
         if norm == "running":
-            return network.apply(variables, images, norm, segments), variables["batch_stats"]
-        output, updated = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
+            output: Any = network.apply(variables, images, norm, segments)
+            return output, variables["batch_stats"]
+        # flax's signature does not say that `mutable` makes it a pair.
+        result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
+        output, updated = result
         return output, updated["batch_stats"]
 
 
@@ -228,8 +231,8 @@ def _check_variables(
 ) -> None:
     """Raises unless the running segments have all their leaves and there are no foreign ones."""
     if not isinstance(variables, Mapping) or any(name not in variables for name in _COLLECTIONS):
-        found = ", ".join(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(f"variables are {{'params': ..., 'batch_stats': ...}}, not {found}")
+        given = ", ".join(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"variables are {{'params': ..., 'batch_stats': ...}}, not {given}")
     problems = []
     for name in _COLLECTIONS:
         wanted, found = flatten(abstract[name]), flatten(variables[name])
@@ -241,14 +244,7 @@ def _check_variables(
             if p in found and found[p].shape != leaf.shape
         ]
         problems += [f"{name} lack {listing(missing)}"] if missing else []
-        problems += (
-            [
-                f"{name} hold {listing(foreign)}, which the network does not"
-                f"{suggest(foreign[0], missing or wanted)}"
-            ]
-            if foreign
-            else []
-        )
+        problems += [f"{name} hold {listing(foreign)}, unknown to the network"] if foreign else []
         problems += [f"in {name} {listing(shapes)}"] if shapes else []
     if problems:
         raise ValueError("these variables are not the network's: " + "; ".join(problems))

@@ -25,6 +25,7 @@ from flaxtransfer.training.feed import Batch, Feed
 from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
 from flaxtransfer.training.metrics import MetricsWriter
 from flaxtransfer.training.phases import Phase, Plan
+from flaxtransfer.training.position import Position
 from flaxtransfer.training.progress import progress_bar
 from flaxtransfer.training.state import State, advance, start
 from flaxtransfer.training.step import Metrics, train_step
@@ -51,42 +52,6 @@ class Options:
     evaluate_every: int | None = None
     keep_best: int = 1
     tensorboard: bool = False
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in the plan a state stands: the part of a checkpoint that is not an array.
-
-    Args:
-      phase: index of the phase.
-      phase_start: step of the run at which the phase began.
-      phase_step: steps done in the phase.
-      best: best validation accuracy of the run so far, or None before any.
-      without_improvement: validations of this phase since its own best.
-      phase_best: best validation accuracy of this phase, or None.
-    """
-
-    phase: int = 0
-    phase_start: int = 0
-    phase_step: int = 0
-    best: float | None = None
-    without_improvement: int = 0
-    phase_best: float | None = None
-
-    @property
-    def step(self) -> int:
-        """Step of the run."""
-        return self.phase_start + self.phase_step
-
-    def validated(self, accuracy: float) -> Position:
-        """The position after a validation."""
-        improved = self.phase_best is None or accuracy > self.phase_best
-        return replace(
-            self,
-            best=accuracy if self.best is None else max(self.best, accuracy),
-            phase_best=accuracy if improved else self.phase_best,
-            without_improvement=0 if improved else self.without_improvement + 1,
-        )
 
 
 @dataclass(frozen=True)
@@ -216,7 +181,7 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
         _reading(run.feed, position.step) as batches,
         progress_bar(phase.name, total, start=position.phase_step) as show,
     ):
-        while position.phase_step < total and not _out_of_patience(phase, position):
+        while position.phase_step < total and not position.out_of_patience(phase):
             batch = next(batches)
             placed = place_batch({k: batch[k] for k in ("image", "label")}, run.mesh)
             state, metrics = step_function(state, placed)
@@ -250,10 +215,6 @@ def _reading(feed: Feed, step: int) -> Iterator[Iterator[Batch]]:
         close = getattr(batches, "close", None)
         if close is not None:
             close()
-
-
-def _out_of_patience(phase: Phase, position: Position) -> bool:
-    return phase.patience is not None and position.without_improvement >= phase.patience
 
 
 def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str:
