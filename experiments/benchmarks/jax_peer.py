@@ -12,14 +12,13 @@ import numpy as np
 import optax
 from turns import Facts, serve
 
-import flaxtransfer as ft
-from flaxtransfer.models import conv, lax_conv
+from flaxtransfer.models import conv, lax_conv, resnet
 
 
 def prepare(job: Facts) -> tuple[Facts, Any]:
     """Compiles the step and warms it up."""
     cpu = jax.default_backend() == "cpu"
-    model = ft.resnet(
+    model = resnet(
         job["model"],
         dtype=None if cpu else jnp.bfloat16,
         convolution={"ours": conv, "lax": lax_conv}[job["contestant"]],
@@ -89,7 +88,7 @@ def _forward_flops(name: str, shape: tuple[int, ...]) -> int:
 
     The backward pass has two products of the same size for each of these.
     """
-    model = ft.resnet(name, convolution=lax_conv)
+    model = resnet(name, convolution=lax_conv)
     program = jax.make_jaxpr(model.apply)(
         model.abstract(), jax.ShapeDtypeStruct(shape, jnp.float32)
     )

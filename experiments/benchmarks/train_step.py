@@ -19,12 +19,25 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 from turns import Contestant, alternate
+
+Name = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+]
 
 PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312.0,
@@ -55,7 +68,7 @@ class TrainStep:
       json: file for the figures.
     """
 
-    model: str = "resnet50"
+    model: Name = "resnet50"
     image_size: int = 64
     batch_size: int = 32
     compare: Literal["torch", "lax", "both", "none"] = "both"
@@ -88,7 +101,7 @@ def measure(options: TrainStep) -> list[Contestant]:
     return contestants
 
 
-def figures(contestants: list[Contestant], options: TrainStep) -> list[dict[str, object]]:
+def figures(contestants: list[Contestant], options: TrainStep) -> list[dict[str, Any]]:
     """One dict for each contestant; utilisation is None where the device's peak is not known."""
     ours = contestants[0]
     peak = options.peak_tflops or PEAKS.get(ours.facts["device"])
@@ -108,7 +121,7 @@ def figures(contestants: list[Contestant], options: TrainStep) -> list[dict[str,
     ]
 
 
-def report(rows: list[dict[str, object]], options: TrainStep) -> Table:
+def report(rows: list[dict[str, Any]], options: TrainStep) -> Table:
     """The figures as a table; a ratio is our time over the contestant's."""
     table = Table(
         title=f"{options.model}, {options.image_size} px, batch {options.batch_size}, "

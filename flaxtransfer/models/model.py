@@ -144,11 +144,11 @@ class Model:
             BatchNorms that do not exist, variables that are not this network's; with the nearest
             that would be right.
 
-        >>> model = Model(ResNetConfig(width=8, classes=2))
+        >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=8))
         >>> variables = model.init(jax.random.key(0))
-        >>> features, _ = model.apply(variables, jnp.ones((4, 32, 32, 3)), stop="head")
-        >>> features.shape
-        (4, 64)
+        >>> maps, _ = model.apply(variables, jnp.ones((4, 32, 32, 3)), stop="layer1")
+        >>> maps.shape
+        (4, 8, 8, 8)
         """
         segments = _between(start, stop)
         abstract = self.abstract()

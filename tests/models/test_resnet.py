@@ -179,9 +179,9 @@ class TestBatchNorm:
 
     def test_running_statistics_are_the_very_same_arrays(self, small):
         model, variables = small
-        _, kept = model.apply(variables, self.images)
+        _, kept = model.apply(variables, self.images, stop="layer2")
         assert kept is variables["batch_stats"]
-        _, kept = model.apply(variables, self.images, norm=frozenset())
+        _, kept = model.apply(variables, self.images, norm=frozenset(), stop="layer2")
         assert all(
             a is b
             for a, b in zip(
@@ -192,7 +192,7 @@ class TestBatchNorm:
     def test_the_policy_decides_for_each_one(self, small):
         model, variables = small
         norm = frozenset({"bn1", "layer2/0/downsample/1"})
-        _, updated = model.apply(variables, self.images, norm=norm)
+        _, updated = model.apply(variables, self.images, norm=norm, stop="layer3")
         before = flatten(variables["batch_stats"])
         for path, leaf in flatten(updated).items():
             moved = path.rpartition("/")[0] in norm
@@ -200,14 +200,14 @@ class TestBatchNorm:
             assert bool((leaf == before[path]).all()) != moved
 
     def test_batch_statistics_follow_the_rule(self, small):
-        """new = 0.9 old + 0.1 batch, with the biased variance, by numpy from the convolution."""
+        """It is 0.9 old + 0.1 batch, with the biased variance, by numpy from the convolution."""
         model, variables = small
         variables = jax.tree.map(lambda leaf: leaf, variables)
         variables["batch_stats"]["bn1"] = {"mean": jnp.arange(16.0), "var": 2 + jnp.arange(16.0)}
         kernel = variables["params"]["conv1"]["kernel"]
         x = lax_conv(self.images, kernel, strides=(2, 2), padding=((3, 3), (3, 3)))
         x = np.asarray(x, np.float64)
-        _, updated = model.apply(variables, self.images, norm="batch")
+        _, updated = model.apply(variables, self.images, norm="batch", stop="layer1")
         found = updated["bn1"]
         mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
         np.testing.assert_allclose(found["mean"], 0.9 * np.arange(16) + 0.1 * mean, rtol=1e-5)
@@ -471,7 +471,7 @@ class TestErrors:
             small[0].apply(small[1], jnp.zeros(shape), start=start)
 
     def test_integer_images(self, small):
-        with pytest.raises(TypeError, match="floating and normalised .* not uint8"):
+        with pytest.raises(TypeError, match=r"floating and normalised .* not uint8"):
             small[0].apply(small[1], jnp.zeros((2, 16, 16, 3), "uint8"))
 
     @pytest.mark.parametrize("shape", [(32, 32), (32, 32, 1), (1, 32, 32, 3)])
