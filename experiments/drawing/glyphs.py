@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from pathlib import Path
 
@@ -21,6 +22,8 @@ FACES = (
     "DejaVuSansMono",
     "DejaVuSerif-Italic",
 )
+"""Printed faces in order of preference: a character takes the first four that hold it."""
+
 PEN_FACES = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif-Italic", "DejaVuSans-Oblique")
 """Faces whose thinned shapes stand for what a pen would write."""
 
@@ -145,14 +148,11 @@ def _templates_of(character: str, covered: dict[str, set[int]]) -> np.ndarray:
         return [face for face in faces if ord(character) in covered[face]]
 
     halves = []
+    half = TEMPLATES_PER_CLASS // 2
     for faces, distance in ((PEN_FACES, _pen_distance), (FACES, _print_distance)):
-        drawn = [
-            distance(shape)
-            for face in available(faces)
-            if (shape := _rasterise(character, face)) is not None
-        ]
-        repeated = [drawn[i % len(drawn)] for i in range(TEMPLATES_PER_CLASS // 2)]
-        halves.extend(repeated)
+        shapes = (_rasterise(character, face) for face in available(faces))
+        drawn = [distance(s) for s in itertools.islice((s for s in shapes if s is not None), half)]
+        halves.extend(drawn[i % len(drawn)] for i in range(half))
     planes = np.zeros((TEMPLATES_PER_CLASS, TEMPLATE_SIZE, TEMPLATE_SIZE, 2), np.uint8)
     planes[..., 0] = np.stack(halves)
     return planes
