@@ -1,11 +1,13 @@
 """What the built-in checkpoint is worth, from 1 to 100 digits a class, against its controls.
 
-    python experiments/what_transfers.py            # about an hour on 2 CPU cores; resumes
+    python experiments/what_transfers.py --tune --seeds 10 11   # from scratch: which rate
+    python experiments/what_transfers.py                          # then the table; an hour
     python experiments/what_transfers.py --print-only
 
-Every method sees the same labels of a seed and is tested on the same 40 % of the digits, which no
-label ever comes from. Results are appended to a file, one line each, and what is there already is
-not computed again.
+40 % of the digits are set apart once and for all; every method is tested on them and on nothing
+else. Labels are drawn from the other 60 %, the pool, differently for every seed; the learning rate
+from scratch is chosen on what a draw leaves of the pool. Results are appended to a file, one line
+each, and what is there already is not computed again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 import tyro
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 import flaxtransfer as ft
 from flaxtransfer.data import normalise
@@ -35,9 +38,11 @@ class WhatTransfers:
     Args:
       labels_per_class: label counts.
       methods: of "raw pixels", "random features", "features", "fine-tuned" and "scratch".
-      seeds: draws of labels, starting at 0.
+      seeds: draws of labels.
       steps: optimizer steps of fine-tuning (a third for the head alone) and from scratch.
-      scratch_learning_rate: of AdamW from scratch; see BUILD_NOTES.md for how it was chosen.
+      scratch_learning_rates: candidates for AdamW from scratch; the best of them on the pool, for
+        each label count, is the one whose test accuracy counts.
+      tune: try those candidates and nothing else; give seeds of their own.
       results: JSON lines.
       print_only: print the table of what is there.
     """
@@ -46,19 +51,21 @@ class WhatTransfers:
     methods: tuple[str, ...] = (
         "raw pixels", "random features", "features", "fine-tuned", "scratch"
     )  # fmt: skip
-    seeds: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = 300
-    scratch_learning_rate: float = 3e-3
+    scratch_learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    tune: bool = False
     results: Path = Path("runs/what_transfers.jsonl")
     print_only: bool = False
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The data of one seed and label count, and the networks that are compared."""
+    """The labels of one draw, where they are judged, and the networks that are compared."""
 
     source: ft.Source
-    splits: ft.Splits
+    labelled: np.ndarray
+    judged: np.ndarray
     checkpoint: ft.Checkpoint
     seed: int
     config: WhatTransfers
@@ -73,27 +80,34 @@ class Setting:
             object.__setattr__(self, name, value)
 
     def fit(self, start: ft.Variables, plan: ft.Plan) -> float:
-        """Test accuracy after training on the labels of this setting."""
-        preprocessing = self.checkpoint.preprocessing
+        """Accuracy after training on the labels of this setting."""
+        preprocessing, none = self.checkpoint.preprocessing, np.empty(0, np.int64)
         feed = ft.source_feed(
-            self.source, self.splits.train, self.splits.val, preprocessing,
-            batch_size=64, seed=self.seed,
-        )  # fmt: skip
+            self.source, self.labelled, none, preprocessing, batch_size=64, seed=self.seed
+        )
         with tempfile.TemporaryDirectory() as folder:
             options = ft.Options(evaluate_every=self.config.steps)
             fitted = ft.fit(self.model, start, plan, feed, folder, seed=self.seed, options=options)
-        test = ft.held_out(self.source, self.splits.test, preprocessing)
-        return ft.evaluate(self.model, fitted.variables, test, preprocessing).accuracy
+        judged = ft.held_out(self.source, self.judged, preprocessing)
+        return ft.evaluate(self.model, fitted.variables, judged, preprocessing).accuracy
+
+    def fit_scratch(self, learning_rate: float) -> float:
+        """Accuracy of the same network from random weights."""
+        params, steps = self.random["params"], self.config.steps
+        return self.fit(
+            self.random, ft.from_scratch(params, steps=steps, learning_rate=learning_rate)
+        )
 
     def probe(self, features: Callable[[np.ndarray], np.ndarray]) -> float:
-        """Test accuracy of logistic regression on standardised features."""
+        """Accuracy of logistic regression on standardised features."""
         train, test = (
             [features(self.images(part)), self.source.labels()[part]]
-            for part in (self.splits.train, self.splits.test)
+            for part in (self.labelled, self.judged)
         )
         scaler = StandardScaler().fit(train[0])
         model = LogisticRegression(C=0.1, max_iter=2000)
-        model.fit(scaler.transform(train[0]), train[1])
+        with threadpool_limits(1):  # BLAS threads that wait for one another take ten times as long.
+            model.fit(scaler.transform(train[0]), train[1])
         return float(model.score(scaler.transform(test[0]), test[1]))
 
     def images(self, positions: np.ndarray) -> np.ndarray:
@@ -137,12 +151,7 @@ def fine_tuned(setting: Setting) -> float:
 
 
 def scratch(setting: Setting) -> float:
-    plan = ft.from_scratch(
-        setting.random["params"],
-        steps=setting.config.steps,
-        learning_rate=setting.config.scratch_learning_rate,
-    )
-    return setting.fit(setting.random, plan)
+    return setting.fit_scratch(best_rate(setting.config, len(setting.labelled) // 10))
 
 
 METHODS: dict[str, Callable[[Setting], float]] = {
@@ -154,23 +163,52 @@ METHODS: dict[str, Callable[[Setting], float]] = {
 }
 
 
+def tuning_row(rate: float) -> str:
+    """What a candidate's accuracy on the pool is called in the results."""
+    return f"scratch at {rate:g}, pool"
+
+
+def best_rate(config: WhatTransfers, count: int) -> float:
+    """The learning rate from scratch with the best mean accuracy on the pool."""
+    found = read(config.results)
+    means = {
+        rate: np.mean([v for (m, c, _), v in found.items() if (m, c) == (tuning_row(rate), count)])
+        for rate in config.scratch_learning_rates
+        if any((m, c) == (tuning_row(rate), count) for m, c, _ in found)
+    }
+    if not means:
+        raise SystemExit(f"no learning rate was tried for {count} labels a class; run --tune first")
+    return max(means, key=lambda rate: means[rate])
+
+
 def main(config: WhatTransfers) -> None:
     """Computes what is missing and prints the table."""
     config.results.parent.mkdir(parents=True, exist_ok=True)
     source, checkpoint = ft.open_source("digits"), ft.load("builtin")
-    for seed in range(0 if config.print_only else config.seeds):
+    labels = source.labels()
+    apart = ft.stratified_split(labels, val_fraction=0.0, test_fraction=TEST_FRACTION)
+    pool = apart.train
+    for seed in () if config.print_only else config.seeds:
         for count in config.labels_per_class:
-            splits = ft.stratified_split(
-                source.labels(), labels_per_class=count, test_fraction=TEST_FRACTION, seed=seed
-            )
-            setting = Setting(source, splits, checkpoint, seed, config)
-            for name in config.methods:
+            draw = ft.stratified_split(labels[pool], labels_per_class=count, seed=seed)
+            judged = pool[draw.test] if config.tune else apart.test
+            setting = Setting(source, pool[draw.train], judged, checkpoint, seed, config)
+            for name, run in work(config).items():
                 if (name, count, seed) not in read(config.results):
-                    row = {"method": name, "labels": count, "seed": seed}
-                    row["accuracy"] = METHODS[name](setting)
+                    row = {"method": name, "labels": count, "seed": seed, "accuracy": run(setting)}
                     with config.results.open("a") as file:
                         file.write(json.dumps(row) + "\n")
     print_table(config, read(config.results))
+
+
+def work(config: WhatTransfers) -> dict[str, Callable[[Setting], float]]:
+    """What is to be computed for every setting, by the name of its row in the results."""
+    if not config.tune:
+        return {name: METHODS[name] for name in config.methods}
+    return {
+        tuning_row(rate): lambda setting, rate=rate: setting.fit_scratch(rate)
+        for rate in config.scratch_learning_rates
+    }
 
 
 def read(path: Path) -> dict[tuple[str, int, int], float]:
@@ -181,11 +219,12 @@ def read(path: Path) -> dict[tuple[str, int, int], float]:
 
 def print_table(config: WhatTransfers, found: dict[tuple[str, int, int], float]) -> None:
     """Mean ± sd in percent over the seeds there are, as a table in Markdown."""
-    print("| digits a class | " + " | ".join(config.methods) + " |")
-    print("|---" * (1 + len(config.methods)) + "|")
+    columns = tuple(work(config))
+    print("| digits a class | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
     for count in config.labels_per_class:
         cells = []
-        for name in config.methods:
+        for name in columns:
             values = [100 * v for (m, c, _), v in found.items() if (m, c) == (name, count)]
             spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
             cells.append(f"{np.mean(values):.1f} ± {spread:.1f}" if values else "")

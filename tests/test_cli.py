@@ -201,6 +201,28 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
     assert run(["predict", str(tmp_path / "run"), str(folder / "dark/0.png")]) == 2
 
 
+def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights, tmp_path, capsys):
+    """A limit on the size of files stands for the full disk; the same call fails alike."""
+    program = (
+        "import resource; from flaxtransfer.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main()"
+    )
+    target = tmp_path / "run"
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(target), "--labels-per-class", "4", "--batch-size", "8", "--head-steps", "2",
+                 "--fine-tune-steps", "2", "--compare", "no", "--resume"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"step \d+ was not written \(file too large\)", last), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (target / "model.safetensors").exists()
+    assert run(arguments) == 0
+    assert (target / "model.safetensors").exists()
+
+
 def test_head_keep_with_another_class_count_says_so(folder, weights, tmp_path, capsys):
     arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
                  str(tmp_path / "run"), "--head", "keep"]  # fmt: skip
