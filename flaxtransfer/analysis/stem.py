@@ -1,0 +1,212 @@
+"""How much of each first-layer filter an image without colour, or with other bands, can reach."""
+
+import io
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flaxtransfer.paths import listing
+
+__all__ = ["OPPONENT", "StemReport", "stem_report"]
+
+OPPONENT = 0.05
+"""Below this share a filter counts as opponent: what remains of it is a rounding of colour."""
+
+_DEAD = 1e-6
+"""Energy, relative to the strongest filter's, at which a filter says nothing about anything."""
+
+_EDGES = (0.0, OPPONENT, 1 / 3, 2 / 3, 0.95, 1.0)
+"""Ranges of the printed table. A filter of one colour only has a third."""
+
+_WIDTH = 100
+"""Characters a line of ``str(report)``, where there is no terminal to ask."""
+
+
+@dataclass(frozen=True)
+class StemReport:
+    """What ``stem_report`` returns; printed, a table.
+
+    Args:
+      shares: for each filter, by its index, the share of its energy that remains, 0 .. 1. Dead
+        filters have none.
+      energies: for each of those filters its part of the whole stem's energy; they sum to 1.
+      dead: indices of filters that are zero, or were trained to be nearly so.
+      bands: what the stem is fed from; 1 for replication.
+      adapted: whether through an adapter's kernel, and not by replication.
+    """
+
+    shares: dict[int, float]
+    energies: dict[int, float]
+    dead: tuple[int, ...]
+    bands: int
+    adapted: bool
+
+    @property
+    def opponent(self) -> tuple[int, ...]:
+        """Filters of which less than 5 % remains."""
+        return tuple(index for index, share in self.shares.items() if share < OPPONENT)
+
+    @property
+    def median(self) -> float | None:
+        """Of the shares of all filters that are not dead; None where all are."""
+        return float(np.median(list(self.shares.values()))) if self.shares else None
+
+    @property
+    def surviving(self) -> float | None:
+        """The share of the whole stem's energy that remains; None where all filters are dead."""
+        if not self.shares:
+            return None
+        return sum(share * self.energies[index] for index, share in self.shares.items())
+
+    def summary(self) -> str:
+        """One line."""
+        how = f"an adapter of {self.bands} bands" if self.adapted else "replication"
+        if self.median is None:
+            return f"all {len(self.dead)} filters of the stem are dead"
+        return (
+            f"{len(self.opponent)} of {len(self.shares)} filters are opponent (less than "
+            f"{OPPONENT:.0%} survives {how}); median share {self.median:.2f}; "
+            f"{self.surviving:.0%} of the stem's energy survives; {len(self.dead)} dead"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers for a metrics file."""
+        return {
+            "filters": len(self.shares) + len(self.dead),
+            "bands": self.bands,
+            "adapted": self.adapted,
+            "opponent": list(self.opponent),
+            "dead": list(self.dead),
+            "median": self.median,
+            "surviving": self.surviving,
+            "shares": {str(index): share for index, share in self.shares.items()},
+            "energies": {str(index): energy for index, energy in self.energies.items()},
+        }
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def __rich__(self) -> Any:
+        # Here, so that the numbers need no rich until they are printed.
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("share that survives", "filters", "of the energy", "which")
+        for low, high in itertools.pairwise(_EDGES):
+            last = high == _EDGES[-1]
+            found = [i for i, s in self.shares.items() if low <= s < high or (last and s >= low)]
+            name = "opponent" if high == OPPONENT else "achromatic" if last else ""
+            table.add_row(
+                f"{low:.2f} to {high:.2f} {name}".rstrip(),
+                str(len(found)),
+                f"{sum(self.energies[i] for i in found):.1%}",
+                listing(map(str, found), most=10),
+            )
+        if self.dead:
+            table.add_row("dead", str(len(self.dead)), "–", listing(map(str, self.dead), most=10))
+        for column in table.columns[1:3]:
+            column.justify = "right"
+        return Group(table, self.summary())
+
+
+def stem_report(stem_kernel: Any, adapter_kernel: Any = None) -> StemReport:
+    """The share of each first-layer filter's energy that survives replication, or an adapter.
+
+    A gray image in all three channels meets, of a filter k, only the sum over the channels, so
+
+        share = ‖k_R + k_G + k_B‖² / (3 ‖k‖²).
+
+    At each pixel of the window, k is a vector of three numbers, and the sum is its projection on
+    the gray axis (1, 1, 1) / √3, times √3. The share is thus the part of the filter's energy that
+    lies on that axis: 1 exactly where all three parts are equal (achromatic), 0 exactly where they
+    cancel at every pixel (opponent), and by Cauchy and Schwarz never outside. A filter of one
+    colour alone has 1/3, and so have filters of random numbers on average: a stem near that has
+    not learned to tell brightness from colour. Opponent filters are silent on replicated gray.
+    Unequal weights for the channels wake them, but all channels still show the same picture;
+    different pictures need tone curves, or a stem that learns.
+
+    With an adapter A ``[bands, 3]`` filter k becomes A k at each pixel of the window, and
+
+        share = ‖A k‖² / (‖A‖² ‖k‖²), with the spectral norm ‖A‖,
+
+    the energy relative to what the adapter passes on of the combination of channels that it passes
+    on best. Replication has ‖A‖² = 3, and n bands of which each channel is the mean have 3 / n, so
+    both give the share above; RGB itself (the identity) gives 1 for all. The adapter's gain
+    has no influence.
+
+    It is about independent bands of equal variance. It does not say how strongly a filter
+    responds to a given set of images.
+
+    Args:
+      stem_kernel: ``[kernel height, kernel width, 3, filters]``.
+      adapter_kernel: ``[1, 1, bands, 3]`` of a linear adapter; replication when left out.
+
+    Returns:
+      A ``StemReport``; ``print`` shows it.
+
+    Raises:
+      ValueError: kernels of another shape, values that are not finite, an adapter of zeros.
+
+    >>> gray, red, opponent = np.ones(3), np.eye(3)[0], np.array([1.0, 0.0, -1.0])
+    >>> kernel = np.stack([gray, red, opponent], axis=-1).reshape(1, 1, 3, 3)
+    >>> {filter: round(share, 3) for filter, share in stem_report(kernel).shares.items()}
+    {0: 1.0, 1: 0.333, 2: 0.0}
+
+    References:
+      A. Krizhevsky, I. Sutskever, G. E. Hinton, "ImageNet Classification with Deep Convolutional
+      Neural Networks", 2012 (figure 3: colour-agnostic and colour-specific filters).
+      I. Rafegas, M. Vanrell, "Color encoding in biologically-inspired convolutional neural
+      networks", 2018 (colour opponency of learned filters).
+    """
+    kernel = _checked(stem_kernel, "the stem's kernel", "[height, width, 3, filters]")
+    if kernel.ndim != 4 or kernel.shape[2] != 3 or 0 in kernel.shape:
+        raise ValueError(
+            f"the stem's kernel has shape {kernel.shape}, wanted [height, width, 3, filters]; the "
+            "kernel of torch's conv1 becomes that by transpose(2, 3, 1, 0)"
+        )
+    adapter = np.ones((1, 3)) if adapter_kernel is None else _checked_adapter(adapter_kernel)
+    # The Gram matrix of the channels is all of a filter that matters here.
+    gram = np.einsum("hwrc,hwsc->crs", kernel, kernel)
+    energy = np.trace(gram, axis1=1, axis2=2)
+    passed = np.einsum("nr,crs,ns->c", adapter, gram, adapter)
+    living = energy > _DEAD * energy.max()
+    gain = np.linalg.norm(adapter, 2) ** 2
+    # Rounding leaves an opponent filter at ± 1e-17.
+    shares = np.clip(passed[living] / (gain * energy[living]), 0, 1)
+    indices = np.flatnonzero(living).tolist()
+    parts = energy[living] / energy[living].sum()
+    return StemReport(
+        shares=dict(zip(indices, shares.tolist(), strict=True)),
+        energies=dict(zip(indices, parts.tolist(), strict=True)),
+        dead=tuple(np.flatnonzero(~living).tolist()),
+        bands=len(adapter),
+        adapted=adapter_kernel is not None,
+    )
+
+
+def _checked_adapter(adapter_kernel: Any) -> np.ndarray:
+    kernel = _checked(adapter_kernel, "the adapter's kernel", "[1, 1, bands, 3]")
+    if kernel.ndim != 4 or kernel.shape[:2] != (1, 1) or kernel.shape[3] != 3 or not kernel.size:
+        raise ValueError(f"the adapter's kernel has shape {kernel.shape}, wanted [1, 1, bands, 3]")
+    if not kernel.any():
+        raise ValueError("the adapter's kernel is all zeros: nothing reaches the stem")
+    return kernel[0, 0]
+
+
+def _checked(values: Any, what: str, shape: str) -> np.ndarray:
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{what} is a {type(values).__name__}, wanted an array {shape}, such as "
+            'params["conv1"]["kernel"]'
+        ) from error
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} has values that are not finite")
+    return array
