@@ -4,13 +4,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optax
 
 from flaxtransfer.masks import Mask, as_mask, matrices, resolve
 from flaxtransfer.paths import flatten, listing, map_with_path, suggest
+from flaxtransfer.schedules import WarmupCosine
 
 __all__ = ["FROZEN", "Frozen", "Group", "Schedule", "check_groups", "trainable_mask"]
 
@@ -53,7 +54,8 @@ class Group:
     Args:
       optimizer: an optax function of ``learning_rate``: ``optax.adamw``, or with more settings
         ``functools.partial(optax.sgd, momentum=0.9)``.
-      learning_rate: a number, or an optax schedule.
+      learning_rate: a number, an optax schedule, or a ``WarmupCosine``, which takes the length of
+        the phase.
       weight_decay: coefficient, at least 0.
       decay_mask: which leaves decay; a mask or its expression.
 
@@ -68,7 +70,7 @@ class Group:
     """
 
     optimizer: Callable[..., optax.GradientTransformation]
-    learning_rate: float | Schedule
+    learning_rate: float | Schedule | WarmupCosine
     weight_decay: float = 0.0
     decay_mask: Mask = matrices()
 
@@ -90,12 +92,27 @@ class Group:
         known = _parameters(self.optimizer)
         if known and "learning_rate" not in known:
             raise ValueError(f"{_name(self.optimizer)} takes no learning_rate; it takes {known}")
-        if not callable(self.learning_rate):
+        if not callable(self.learning_rate) and not isinstance(self.learning_rate, WarmupCosine):
             _check_number("learning_rate", self.learning_rate)
         _check_number("weight_decay", self.weight_decay)
 
+    def over(self, steps: int) -> "Group":
+        """The group for a phase of so many steps: its schedule as a function of the step."""
+        if not isinstance(self.learning_rate, WarmupCosine):
+            return self
+        return replace(self, learning_rate=self.learning_rate.over(steps))
+
     def transformation(self) -> optax.GradientTransformation:
-        """The optax transformation, for a tree of this group's leaves."""
+        """The optax transformation, for a tree of this group's leaves.
+
+        Raises:
+          ValueError: the schedule has not been told its length.
+        """
+        if isinstance(self.learning_rate, WarmupCosine):
+            raise ValueError(
+                f"{self.learning_rate} takes its length from a phase; outside of one, say it: "
+                "group.over(steps)"
+            )
         known = _parameters(self.optimizer)
         decay_name = next((name for name in _DECAY_NAMES if name in known), None)
         mask_name = next((name for name in _DECAY_MASK_NAMES if name in known), None)

@@ -274,4 +274,5 @@ def _unit_position(unit: str) -> tuple[tuple[int, int], int]:
 
 
 def _scaled(learning_rate: Any, factor: float) -> Any:
+    # A number and a WarmupCosine know how to be multiplied; a function does not.
     return Scaled(learning_rate, factor) if callable(learning_rate) else learning_rate * factor
