@@ -43,7 +43,18 @@ if TYPE_CHECKING:
     from flaxtransfer.overview import table
     from flaxtransfer.pretrained import TransferReport, transfer
     from flaxtransfer.schedules import WarmupCosine
-    from flaxtransfer.strategies import from_scratch, head_then_fine_tune
+    from flaxtransfer.strategies import (
+        RECIPES,
+        batch_norm_only,
+        discriminative,
+        feature_extraction,
+        from_scratch,
+        full_fine_tuning,
+        head_then_fine_tune,
+        l2_sp,
+        progressive_unfreezing,
+        surgical,
+    )
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Feed, held_out, source_feed
     from flaxtransfer.training.interrupts import Interrupted
@@ -68,7 +79,10 @@ _ROOMS = {
     "models": ("Model", "resnet"),
     "optimizers": ("FROZEN", "Group", "carry", "layerwise_decay", "partition"),
     "schedules": ("WarmupCosine",),
-    "strategies": ("from_scratch", "head_then_fine_tune"),
+    "strategies": (
+        "RECIPES", "batch_norm_only", "discriminative", "feature_extraction", "from_scratch",
+        "full_fine_tuning", "head_then_fine_tune", "l2_sp", "progressive_unfreezing", "surgical",
+    ),
     "overview": ("table",),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
     "training.feed": ("Batch", "Feed", "held_out", "source_feed"),

@@ -5,10 +5,11 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
+from flaxtransfer.anchors import decay_toward_start
 from flaxtransfer.masks import Mask, as_mask, matrices, resolve
 from flaxtransfer.paths import flatten, listing, map_with_path, suggest
 from flaxtransfer.schedules import WarmupCosine
@@ -58,6 +59,8 @@ class Group:
         the phase.
       weight_decay: coefficient, at least 0.
       decay_mask: which leaves decay; a mask or its expression.
+      decay_toward: "zero", or "start": the values that the leaves had when they first became
+        trainable. That decay is always an L2 penalty, added to the gradient.
 
     Raises:
       TypeError, ValueError: a setting that cannot be meant; the text says which.
@@ -73,6 +76,7 @@ class Group:
     learning_rate: float | Schedule | WarmupCosine
     weight_decay: float = 0.0
     decay_mask: Mask = matrices()
+    decay_toward: Literal["zero", "start"] = "zero"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay_mask", as_mask(self.decay_mask))
@@ -95,6 +99,8 @@ class Group:
         if not callable(self.learning_rate) and not isinstance(self.learning_rate, WarmupCosine):
             _check_number("learning_rate", self.learning_rate)
         _check_number("weight_decay", self.weight_decay)
+        if self.decay_toward not in ("zero", "start"):
+            raise ValueError(f"decay_toward is 'zero' or 'start', not {self.decay_toward!r}")
 
     def over(self, steps: int) -> "Group":
         """The group for a phase of so many steps: its schedule as a function of the step."""
@@ -117,7 +123,8 @@ class Group:
         decay_name = next((name for name in _DECAY_NAMES if name in known), None)
         mask_name = next((name for name in _DECAY_MASK_NAMES if name in known), None)
         mask = functools.partial(_mask_tree, self.decay_mask)
-        if decay_name and mask_name:
+        toward_start = self.decay_toward == "start"
+        if decay_name and mask_name and not toward_start:
             own = {decay_name: self.weight_decay, mask_name: mask}
             return self.optimizer(learning_rate=self.learning_rate, **own)
         # An optimizer that decays but cannot be told which leaves is told not to.
@@ -125,6 +132,9 @@ class Group:
         optimizer = self.optimizer(learning_rate=self.learning_rate, **own)
         if not self.weight_decay:
             return optimizer
+        if toward_start:
+            pull = optax.masked(decay_toward_start(self.weight_decay), mask)
+            return optax.chain(pull, optimizer)
         return optax.chain(optax.add_decayed_weights(self.weight_decay, mask=mask), optimizer)
 
 

@@ -312,7 +312,8 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
     console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
     for phase in job.plan.phases:
-        overview = table(job.variables, phase.labels, phase.groups, phase.batch_norm_policy())
+        resolved = phase.resolve(job.variables["params"])
+        overview = table(job.variables, resolved.labels, phase.groups, resolved.batch_norm_policy())
         console.print(f"phase {phase.name!r} moves:", overview.summary())
 
 

@@ -44,13 +44,24 @@ def identity(
             "length": {"steps": phase.steps, "epochs": phase.epochs},
             "groups": {name: _describe(group) for name, group in phase.groups.items()},
             "leaves": _count_labels(phase.labels),
+            "batch_norm": norm if isinstance(norm, str) else sorted(norm),
+            "recalibrate": None if phase.recalibrate is None else repr(phase.recalibrate),
+            "loss": getattr(phase.loss, "__name__", repr(phase.loss)),
             "clip": phase.clip,
             "ema": phase.ema,
             "patience": phase.patience,
         }
         for phase in plan.phases
+        for norm in (phase.batch_norm_policy(),)
     }
-    raw = {"model": asdict(model.config), "seed": seed, "phases": phases, **(config or {})}
+    raw = {
+        "model": asdict(model.config),
+        "seed": seed,
+        "phases": phases,
+        "patience": plan.patience,
+        "min_gain": plan.min_gain,
+        **(config or {}),
+    }
     return json.loads(json.dumps(raw))
 
 
@@ -202,6 +213,7 @@ def _describe(group: Any) -> Any:
         else rate,
         "weight_decay": group.weight_decay,
         "decay_mask": repr(group.decay_mask),
+        "decay_toward": group.decay_toward,
     }
 
 
