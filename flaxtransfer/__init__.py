@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
     from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
     from flaxtransfer.training.phases import Phase, Plan
+    from flaxtransfer.training.plan_file import load_plan, plan_from_yaml, plan_to_yaml, save_plan
     from flaxtransfer.training.recalibration import recalibrate
     from flaxtransfer.training.run_folder import environment
     from flaxtransfer.types import Params, Variables
@@ -90,6 +91,7 @@ _ROOMS = {
     "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),
     "training.losses": ("SmoothedCrossEntropy", "cross_entropy"),
     "training.phases": ("Phase", "Plan"),
+    "training.plan_file": ("load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"),
     "training.recalibration": ("recalibrate",),
     "training.run_folder": ("environment",),
     "pretrained": ("TransferReport", "transfer"),
