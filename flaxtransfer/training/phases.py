@@ -176,6 +176,11 @@ class Plan:
         if not 0 <= self.min_gain < 1:
             raise ValueError(f"min_gain is a share of at least 0 and less than 1: {self.min_gain}")
 
+    def __str__(self) -> str:
+        from flaxtransfer.training.plan_table import plan_text
+
+        return plan_text(self)
+
     def resolve(self, params: Params, steps_per_epoch: int = 1) -> Plan:
         """The plan for one network and one set of data; see ``Phase.resolve``."""
         phases = [phase.resolve(params, steps_per_epoch) for phase in self.phases]

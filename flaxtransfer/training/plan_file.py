@@ -123,7 +123,7 @@ def plan_from_yaml(text: str) -> Plan:
     problems: list[str] = []
     known = ("phases", "patience", "min_gain")
     document = _mapping(document, "the plan", known, problems)
-    entries = document.get("phases")
+    entries: Any = document.get("phases")
     if not problems and not (isinstance(entries, list) and entries):
         problems.append("phases must be a list with at least one phase")
     if not problems:
