@@ -150,7 +150,8 @@ def fit(
 
 
 def _train(run: _Run, state: State, position: Position) -> Fitted:
-    audits = []
+    # What ended before an interruption was audited then.
+    audits = run_folder.read_audits(run.folder)[: position.phase]
     while True:
         phase = run.plan.phases[position.phase]
         if position.phase_step == 0 and phase.recalibrate is not None:
@@ -158,12 +159,12 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
         before = _digests_at_start(run, state, position)
         state, position = _run_phase(run, phase, state, position)
         audits.append(audit.compare(phase, before, audit.frozen_digests(state, phase)))
+        run_folder.write_audits(run.folder, audits)
         state = _best(run, state, position)
         if not _decide(run, position):
             break
         position = position.next_phase()
         state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
-    run_folder.write_audit(run.folder, audits)
     variables = state.variables()
     validation = _evaluate(run, state)
     run_folder.finish(run.folder, run.model, variables, run.feed, position.step, validation)

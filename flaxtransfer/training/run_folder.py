@@ -127,9 +127,16 @@ def weights_of(folder: Path) -> Path:
     )
 
 
-def write_audit(folder: Path, audits: Sequence[Audit]) -> None:
-    """Writes what the audits of all phases found."""
+def write_audits(folder: Path, audits: Sequence[Audit]) -> None:
+    """Writes what the audits of the phases so far have found."""
     write_json(folder / AUDIT_FILE, [asdict(audit) for audit in audits])
+
+
+def read_audits(folder: Path) -> list[Audit]:
+    """The audits of the phases that have ended, in order; none for a new run."""
+    path = folder / AUDIT_FILE
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return [Audit(**{**row, "moved": tuple(row["moved"])}) for row in rows]
 
 
 def finish(

@@ -145,6 +145,10 @@ def test_a_run_that_stops_at_a_decision_takes_the_same_one_again(tmp_path):
         for name in ("run", "straight")
     )
     assert resumed == straight
+    names = ("run", "straight")
+    audits = [json.loads((tmp_path / name / "audit.json").read_text()) for name in names]
+    assert audits[0] == audits[1]
+    assert [audit["phase"] for audit in audits[0]] == ["head", "broken"]
     assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 12
 
 
