@@ -88,7 +88,7 @@ def make_plan(params: ft.Params, config: Pretrain) -> ft.Plan:
         groups={"all": ft.Group(optax.adamw, schedule, weight_decay=config.weight_decay)},
         steps=config.steps,
         name="pretrain",
-        loss=ft.smoothed_cross_entropy(config.label_smoothing),
+        loss=ft.SmoothedCrossEntropy(config.label_smoothing),
     )
     return ft.Plan([phase])
 

@@ -42,12 +42,27 @@ if TYPE_CHECKING:
     from flaxtransfer.optimizers import FROZEN, Group, carry, layerwise_decay, partition
     from flaxtransfer.overview import table
     from flaxtransfer.pretrained import TransferReport, transfer
-    from flaxtransfer.strategies import from_scratch, head_then_fine_tune
+    from flaxtransfer.schedules import WarmupCosine
+    from flaxtransfer.strategies import (
+        RECIPES,
+        batch_norm_only,
+        discriminative,
+        feature_extraction,
+        from_scratch,
+        full_fine_tuning,
+        head_then_fine_tune,
+        l2_sp,
+        progressive_unfreezing,
+        surgical,
+    )
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Feed, held_out, source_feed
     from flaxtransfer.training.interrupts import Interrupted
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
-    from flaxtransfer.training.phases import Phase, Plan, cross_entropy, smoothed_cross_entropy
+    from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
+    from flaxtransfer.training.phases import Phase, Plan
+    from flaxtransfer.training.plan_file import load_plan, plan_from_yaml, plan_to_yaml, save_plan
+    from flaxtransfer.training.recalibration import recalibrate
     from flaxtransfer.training.run_folder import environment
     from flaxtransfer.types import Params, Variables
     from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
@@ -64,13 +79,20 @@ _ROOMS = {
     ),
     "models": ("Model", "resnet"),
     "optimizers": ("FROZEN", "Group", "carry", "layerwise_decay", "partition"),
-    "strategies": ("from_scratch", "head_then_fine_tune"),
+    "schedules": ("WarmupCosine",),
+    "strategies": (
+        "RECIPES", "batch_norm_only", "discriminative", "feature_extraction", "from_scratch",
+        "full_fine_tuning", "head_then_fine_tune", "l2_sp", "progressive_unfreezing", "surgical",
+    ),
     "overview": ("table",),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
     "training.feed": ("Batch", "Feed", "held_out", "source_feed"),
     "training.interrupts": ("Interrupted",),
     "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),
-    "training.phases": ("Phase", "Plan", "cross_entropy", "smoothed_cross_entropy"),
+    "training.losses": ("SmoothedCrossEntropy", "cross_entropy"),
+    "training.phases": ("Phase", "Plan"),
+    "training.plan_file": ("load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"),
+    "training.recalibration": ("recalibrate",),
     "training.run_folder": ("environment",),
     "pretrained": ("TransferReport", "transfer"),
     "types": ("Params", "Variables"),

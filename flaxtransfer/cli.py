@@ -13,6 +13,7 @@ from rich.console import Console
 from flaxtransfer.commands.convert import Convert, convert
 from flaxtransfer.commands.evaluate import Evaluate, evaluate
 from flaxtransfer.commands.params import Params, params
+from flaxtransfer.commands.plan import Plan, plan
 from flaxtransfer.commands.predict import Predict, predict
 from flaxtransfer.commands.train import Train, train
 from flaxtransfer.sharding import guard_cpu_thread_pool
@@ -20,6 +21,7 @@ from flaxtransfer.training.interrupts import Interrupted
 
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Params, tyro.conf.subcommand("params")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
@@ -28,6 +30,7 @@ Command = (
 
 _RUN: dict[type, Callable[[Any, Console], None]] = {
     Train: train,
+    Plan: plan,
     Params: params,
     Evaluate: evaluate,
     Predict: predict,

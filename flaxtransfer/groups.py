@@ -4,13 +4,15 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import optax
 
+from flaxtransfer.anchors import decay_toward_start
 from flaxtransfer.masks import Mask, as_mask, matrices, resolve
 from flaxtransfer.paths import flatten, listing, map_with_path, suggest
+from flaxtransfer.schedules import WarmupCosine
 
 __all__ = ["FROZEN", "Frozen", "Group", "Schedule", "check_groups", "trainable_mask"]
 
@@ -53,9 +55,12 @@ class Group:
     Args:
       optimizer: an optax function of ``learning_rate``: ``optax.adamw``, or with more settings
         ``functools.partial(optax.sgd, momentum=0.9)``.
-      learning_rate: a number, or an optax schedule.
+      learning_rate: a number, an optax schedule, or a ``WarmupCosine``, which takes the length of
+        the phase.
       weight_decay: coefficient, at least 0.
       decay_mask: which leaves decay; a mask or its expression.
+      decay_toward: "zero", or "start": the values that the leaves had when they first became
+        trainable. That decay is always an L2 penalty, added to the gradient.
 
     Raises:
       TypeError, ValueError: a setting that cannot be meant; the text says which.
@@ -68,9 +73,10 @@ class Group:
     """
 
     optimizer: Callable[..., optax.GradientTransformation]
-    learning_rate: float | Schedule
+    learning_rate: float | Schedule | WarmupCosine
     weight_decay: float = 0.0
     decay_mask: Mask = matrices()
+    decay_toward: Literal["zero", "start"] = "zero"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay_mask", as_mask(self.decay_mask))
@@ -90,17 +96,35 @@ class Group:
         known = _parameters(self.optimizer)
         if known and "learning_rate" not in known:
             raise ValueError(f"{_name(self.optimizer)} takes no learning_rate; it takes {known}")
-        if not callable(self.learning_rate):
+        if not callable(self.learning_rate) and not isinstance(self.learning_rate, WarmupCosine):
             _check_number("learning_rate", self.learning_rate)
         _check_number("weight_decay", self.weight_decay)
+        if self.decay_toward not in ("zero", "start"):
+            raise ValueError(f"decay_toward is 'zero' or 'start', not {self.decay_toward!r}")
+
+    def over(self, steps: int) -> "Group":
+        """The group for a phase of so many steps: its schedule as a function of the step."""
+        if not isinstance(self.learning_rate, WarmupCosine):
+            return self
+        return replace(self, learning_rate=self.learning_rate.over(steps))
 
     def transformation(self) -> optax.GradientTransformation:
-        """The optax transformation, for a tree of this group's leaves."""
+        """The optax transformation, for a tree of this group's leaves.
+
+        Raises:
+          ValueError: the schedule has not been told its length.
+        """
+        if isinstance(self.learning_rate, WarmupCosine):
+            raise ValueError(
+                f"{self.learning_rate} takes its length from a phase; outside of one, say it: "
+                "group.over(steps)"
+            )
         known = _parameters(self.optimizer)
         decay_name = next((name for name in _DECAY_NAMES if name in known), None)
         mask_name = next((name for name in _DECAY_MASK_NAMES if name in known), None)
         mask = functools.partial(_mask_tree, self.decay_mask)
-        if decay_name and mask_name:
+        toward_start = self.decay_toward == "start"
+        if decay_name and mask_name and not toward_start:
             own = {decay_name: self.weight_decay, mask_name: mask}
             return self.optimizer(learning_rate=self.learning_rate, **own)
         # An optimizer that decays but cannot be told which leaves is told not to.
@@ -108,6 +132,9 @@ class Group:
         optimizer = self.optimizer(learning_rate=self.learning_rate, **own)
         if not self.weight_decay:
             return optimizer
+        if toward_start:
+            pull = optax.masked(decay_toward_start(self.weight_decay), mask)
+            return optax.chain(pull, optimizer)
         return optax.chain(optax.add_decayed_weights(self.weight_decay, mask=mask), optimizer)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "layerwise_decay",
     "merge",
     "partition",
+    "scaled",
     "trainable",
     "trainable_mask",
 ]
@@ -217,7 +218,7 @@ def layerwise_decay(
     last = len(order) - (1 if order and order[-1] == "head" else 0)
     factors = {name: decay ** (last - position) for position, name in enumerate(order)}
     groups = {
-        name: replace(group, learning_rate=_scaled(group.learning_rate, factor))
+        name: replace(group, learning_rate=scaled(group.learning_rate, factor))
         for name, factor in factors.items()
     }
     return map_with_path(lambda path, leaf: units[path], params), groups
@@ -273,5 +274,7 @@ def _unit_position(unit: str) -> tuple[tuple[int, int], int]:
     return segment_position(segment), int(block or -1)
 
 
-def _scaled(learning_rate: Any, factor: float) -> Any:
+def scaled(learning_rate: Any, factor: float) -> Any:
+    """A learning rate, a schedule or a ``WarmupCosine``, times a constant."""
+    # A number and a WarmupCosine know how to be multiplied; a function does not.
     return Scaled(learning_rate, factor) if callable(learning_rate) else learning_rate * factor

@@ -13,6 +13,7 @@ from flaxtransfer.groups import FROZEN, Group, check_groups, trainable_mask
 from flaxtransfer.masks import selected
 from flaxtransfer.paths import flatten, listing, segment_position
 from flaxtransfer.predicates import segment_or_empty
+from flaxtransfer.schedules import WarmupCosine
 
 __all__ = ["Row", "Table", "Total", "table"]
 
@@ -30,7 +31,8 @@ class Row:
       bytes: its size in memory.
       label: its label.
       trainable: whether it moves.
-      learning_rate: at step 0; None where it is frozen or hidden in an optax transformation.
+      learning_rate: at step 0, or the peak of a ``WarmupCosine``; None where it is frozen or hidden
+        in an optax transformation.
       scheduled: whether the learning rate changes with the step.
       weight_decay: the coefficient that really applies to it; None where it is hidden.
       norm: which statistics its BatchNorm uses; None where it is no BatchNorm's.
@@ -224,6 +226,8 @@ def _decaying(params: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str,
 def _learning_rate(group: Any) -> tuple[float | None, bool]:
     if not isinstance(group, Group):
         return None, False
+    if isinstance(group.learning_rate, WarmupCosine):
+        return group.learning_rate.peak, True
     if callable(group.learning_rate):
         return float(group.learning_rate(0)), True
     return float(group.learning_rate), False

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import flaxtransfer as ft
-from flaxtransfer.cli import Convert, Evaluate, Params, Predict, Train, run
+from flaxtransfer.cli import Convert, Evaluate, Params, Plan, Predict, Train, run
 
 SIZE = 16
 
@@ -142,6 +142,12 @@ ERRORS = [
     (["train", "--batch-size", "0"], "--batch-size must be positive, not 0"),
     (["train", "--data", "tfds:no_such_set"], "no_such_set"),
     (["train", "--labels-per-class", "500"], "class"),
+    (["train", "--strategy", "surgicl"], "no strategy 'surgicl'; did you mean 'surgical'?"),
+    (["train", "--strategy", "nowhere.yaml"], "there is no plan nowhere.yaml"),
+    (["train", "--strategy", "l2_sp", "--head-steps", "5"], "l2_sp takes no --head-steps"),
+    (["train", "--patience", "2"], "patience needs a validation set"),
+    (["plan", "--strategy", "unfreezing"], "did you mean 'progressive_unfreezing'?"),
+    (["plan", "--model", "resnet5"], "unknown model 'resnet5'"),
     (["predict", "nowhere", "image.png"], "no such image: image.png"),
     (["evaluate", "nowhere"], "nowhere is not a run folder"),
     (["params", "--model", "resnet5"], "unknown model 'resnet5'; did you mean 'resnet50'"),
@@ -176,6 +182,29 @@ def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
     # The run folder of the failed attempt holds no checkpoint, and may be used again.
     assert run([*train, "--skip-corrupt"]) == 0
     assert "4 unreadable images" in capsys.readouterr().out
+
+
+def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys):
+    """Progressive unfreezing by way of a file: the decisions are printed, and in the metrics."""
+    path = tmp_path / "plan.yaml"
+    command = ["plan", "--strategy", "progressive_unfreezing", "--out", str(path)]
+    assert run(command) == 0
+    assert "Ends after a phase without better validation" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("steps: 100", "steps: 4"))
+    target = tmp_path / "run"
+    train = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run", str(target),
+             "--labels-per-class", "4", "--val-per-class", "2", "--batch-size", "4",
+             "--compare", "no", "--strategy", str(path)]  # fmt: skip
+    assert run(train) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    rows = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    decisions = [row for row in rows if row["kind"] == "decision"]
+    assert decisions[0]["phase"] == "head"
+    for decision in decisions[1:]:
+        verdict = "kept" if decision["kept"] else "undone"
+        assert f"phase '{decision['phase']}' is {verdict}" in output
+    assert run([*train, "--learning-rate", "1"]) == 2
+    assert "edit the file instead" in only_line(capsys)
 
 
 def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, capsys):
@@ -246,7 +275,7 @@ def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
     assert "has not finished" in only_line(capsys)
 
 
-@pytest.mark.parametrize("command", [Train, Params, Evaluate, Predict, Convert])
+@pytest.mark.parametrize("command", [Train, Plan, Params, Evaluate, Predict, Convert])
 def test_every_option_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         run([command.__name__.lower(), "--help"])

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.commands.plan import strategy_plan
 from flaxtransfer.data import Source, Splits, open_source, stratified_split
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.models import Model, resnet
-from flaxtransfer.overview import table
 from flaxtransfer.pretrained import transfer
-from flaxtransfer.strategies import from_scratch, head_then_fine_tune
+from flaxtransfer.strategies import RECIPES, from_scratch
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.feed import Feed, held_out, source_feed
 from flaxtransfer.training.loop import Fitted, Options, fit
 from flaxtransfer.training.phases import Plan
+from flaxtransfer.training.plan_table import plan_table
 from flaxtransfer.training.run_folder import write_json
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Checkpoint, load
@@ -35,7 +36,7 @@ MOST_IMAGES_FOR_COMPARISON = 1000
 
 @dataclass(frozen=True)
 class Train:
-    """Adapt a pre-trained network to your images: the head first, then everything.
+    """Adapt a pre-trained network to your images, by default the head first and then everything.
 
     Without any option this is the main job: the built-in checkpoint learns handwritten digits from
     5 labels a class and is tested on all the others, beside the same network from scratch.
@@ -53,12 +54,17 @@ class Train:
       val_fraction: share of the labelled images that validates, where all labels are used.
       test_fraction: share of the images that tests, where all labels are used.
       head: "new" starts the head at zero, "keep" takes the checkpoint's, "resize" its first rows.
+      strategy: how to adapt: a recipe (head_then_fine_tune, feature_extraction, batch_norm_only,
+        progressive_unfreezing, discriminative, surgical, l2_sp, full_fine_tuning, from_scratch) or
+        the path of a plan, such as plan.yaml; "flaxtransfer plan" prints and writes them.
       batch_size: images a step.
+      steps: steps of a strategy of one phase, by default 300 or 10 epochs if that is more; of
+        each phase of progressive_unfreezing.
       head_steps: steps of the head alone; by default 100, or 3 epochs if that is more.
       fine_tune_steps: steps of everything; by default 200, or 10 epochs if that is more.
-      head_learning_rate: peak rate of the head alone.
-      learning_rate: peak rate of everything.
-      weight_decay: decoupled, on kernels.
+      head_learning_rate: peak rate of the head, where it has its own; by default the strategy's.
+      learning_rate: peak rate of all else that moves; by default the strategy's.
+      weight_decay: decoupled, on kernels; by default the strategy's.
       patience: evaluations without a better validation accuracy that end a phase.
       flip: mirror images in training; "auto" decides by the names of the classes.
       compare: also train from scratch; "auto" does with at most 1000 training images.
@@ -83,12 +89,14 @@ class Train:
     val_fraction: float | None = None
     test_fraction: float | None = None
     head: Literal["new", "keep", "resize"] = "new"
+    strategy: str = "head_then_fine_tune"
     batch_size: int = 64
+    steps: int | None = None
     head_steps: int | None = None
     fine_tune_steps: int | None = None
-    head_learning_rate: float = 3e-3
-    learning_rate: float = 3e-4
-    weight_decay: float = 1e-2
+    head_learning_rate: float | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
     patience: int | None = None
     flip: Literal["auto", "yes", "no"] = "auto"
     compare: Literal["auto", "yes", "no"] = "auto"
@@ -105,7 +113,13 @@ class Train:
         """Raises a ValueError that lists every number out of range."""
         problems = [
             f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}"
-            for name in ("batch_size", "head_learning_rate", "learning_rate", "evaluate_every")
+            for name in (
+                "batch_size",
+                "steps",
+                "head_learning_rate",
+                "learning_rate",
+                "evaluate_every",
+            )
             if getattr(self, name) is not None and getattr(self, name) <= 0
         ]
         problems += [
@@ -157,6 +171,7 @@ def train(options: Train, console: Console) -> None:
     for line in (*fitted.notes, *map(str, fitted.audits)):
         console.print(line, highlight=False)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
+    few = few and options.strategy != "from_scratch"
     if options.compare == "yes" or (options.compare == "auto" and few):
         started = time.monotonic()
         rows.append(_train_from_scratch(options, job, fitted.steps, folder, started))
@@ -196,16 +211,25 @@ def prepare(options: Train) -> Job:
         seed=options.seed,
         workers=options.workers,
     )
-    plan = head_then_fine_tune(
-        variables["params"],
-        head_steps=_steps(options.head_steps, 100, 3, feed),
-        fine_tune_steps=_steps(options.fine_tune_steps, 200, 10, feed),
-        head_learning_rate=options.head_learning_rate,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        patience=options.patience,
-    )
+    if options.strategy == "from_scratch":
+        variables = model.init(jax.random.key(options.seed))
+    plan = strategy_plan(options.strategy, variables["params"], _settings(options, feed))
     return Job(source, splits, checkpoint, model, variables, feed, plan)
+
+
+def _settings(options: Train, feed: Feed) -> dict[str, Any]:
+    """What of the options is for the strategy; lengths follow the size of the training set."""
+    names = ("steps", "head_steps", "fine_tune_steps", "head_learning_rate", "learning_rate",
+             "weight_decay", "patience")  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    lengths = {
+        "head_then_fine_tune": {"head_steps": (100, 3), "fine_tune_steps": (200, 10)},
+        "progressive_unfreezing": {"steps": (100, 5)},
+    }
+    if options.strategy in RECIPES:
+        for name, (least, epochs) in lengths.get(options.strategy, {"steps": (300, 10)}).items():
+            settings[name] = _steps(settings[name], least, epochs, feed)
+    return settings
 
 
 def split(source: Source, options: Train) -> Splits:
@@ -273,7 +297,7 @@ def _train_from_scratch(
         variables["params"],
         steps=steps,
         learning_rate=options.scratch_learning_rate,
-        weight_decay=options.weight_decay,
+        weight_decay=1e-2 if options.weight_decay is None else options.weight_decay,
         patience=options.patience,
     )
     inner = replace(options, resume=options.resume or (folder / "from_scratch").exists())
@@ -311,9 +335,7 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
     console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
-    for phase in job.plan.phases:
-        overview = table(job.variables, phase.labels, phase.groups, phase.batch_norm_policy())
-        console.print(f"phase {phase.name!r} moves:", overview.summary())
+    console.print(plan_table(job.plan, job.variables["params"]))
 
 
 def _steps(given: int | None, least: int, epochs: int, feed: Feed) -> int:

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 
 from flaxtransfer.batchnorm import Norm, mode
 
-__all__ = ["BLOCKS", "Basic", "Bottleneck", "Conv", "Convolution", "Layers"]
+__all__ = ["BLOCKS", "MOMENTUM", "Basic", "Bottleneck", "Conv", "Convolution", "Layers"]
+
+MOMENTUM = 0.9
+"""Share of the old running statistics that an update keeps; torch writes it as 0.1."""
 
 Convolution = Callable[..., jax.Array]
 """A function with the signature of `flaxtransfer.models.convolution.conv`."""
@@ -85,7 +88,7 @@ class Layers(nn.Module):
             )
         layer = nn.BatchNorm(
             use_running_average=not by_batch,
-            momentum=0.9,
+            momentum=MOMENTUM,
             epsilon=1e-5,
             dtype=x.dtype,
             # The fast form takes the difference of two large numbers and loses most of the digits

@@ -35,6 +35,8 @@ class Feed:
       validation: yields every validation example once, or None where there are none.
       preprocessing: that belongs to the weights; its mean and std normalise on the device.
       class_names: what the labels 0, 1, ... mean.
+      calibration: yields every training example once, without augmentation, for measuring
+        BatchNorm statistics; or None where there is no such pass.
     """
 
     train: Callable[[int], Iterator[Batch]]
@@ -42,6 +44,7 @@ class Feed:
     validation: Callable[[], Iterable[Batch]] | None
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
+    calibration: Callable[[], Iterable[Batch]] | None = None
 
 
 def source_feed(
@@ -83,15 +86,16 @@ def source_feed(
             start_step=start, workers=workers,
         )  # fmt: skip
 
-    def validating() -> Iterable[Batch]:
-        return eval_batches(source, validation, batch_size=batch_size, transform=plain)
+    def once(positions: np.ndarray) -> Iterable[Batch]:
+        return eval_batches(source, positions, batch_size=batch_size, transform=plain)
 
     return Feed(
         train=training,
         steps_per_epoch=-(-len(train) // batch_size),
-        validation=validating if len(validation) else None,
+        validation=(lambda: once(validation)) if len(validation) else None,
         preprocessing=preprocessing,
         class_names=tuple(source.class_names),
+        calibration=lambda: once(train),
     )
 
 

@@ -20,6 +20,7 @@ from flaxtransfer.lock import hold
 from flaxtransfer.models import Model
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import audit, run_folder
+from flaxtransfer.training.decision import check_feed, decide, score
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.feed import Batch, Feed
 from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
@@ -27,6 +28,7 @@ from flaxtransfer.training.metrics import MetricsWriter
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.training.position import Position
 from flaxtransfer.training.progress import progress_bar
+from flaxtransfer.training.recalibration import recalibrate
 from flaxtransfer.training.state import State, advance, start
 from flaxtransfer.training.step import Metrics, train_step
 from flaxtransfer.types import Variables
@@ -120,13 +122,16 @@ def fit(
       The best validated variables, or the last ones without a validation set.
 
     Raises:
-      ValueError: the folder holds another run, or an unfinished one and ``resume`` is not set, or
+      ValueError: labels that leave gaps, patience without a validation set; the folder holds
+        another run, or an unfinished one and ``resume`` is not set, or
         somebody else is writing it; the loss is not finite (``NonFiniteLoss``).
       OSError: the folder cannot be written.
       Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
     folder = Path(folder)
     options = options or Options()
+    plan = plan.resolve(variables["params"], feed.steps_per_epoch)
+    check_feed(plan, feed)
     identity = run_folder.identity(model, plan, seed, config)
     run_folder.check(folder, identity, resume=resume)
     with hold(folder), watch_signals() as request:
@@ -145,21 +150,45 @@ def fit(
 
 
 def _train(run: _Run, state: State, position: Position) -> Fitted:
-    audits = []
-    for index in range(position.phase, len(run.plan.phases)):
-        phase = run.plan.phases[index]
-        if index > position.phase:
-            state = place_replicated(advance(state, phase), run.mesh)
-            position = Position(index, position.step, 0, position.best)
-        before = _digests_at_start(run, index, state, position)
+    # What ended before an interruption was audited then.
+    audits = run_folder.read_audits(run.folder)[: position.phase]
+    while True:
+        phase = run.plan.phases[position.phase]
+        if position.phase_step == 0 and phase.recalibrate is not None:
+            state = _recalibrate(run, phase, state)
+        before = _digests_at_start(run, state, position)
         state, position = _run_phase(run, phase, state, position)
         audits.append(audit.compare(phase, before, audit.frozen_digests(state, phase)))
+        run_folder.write_audits(run.folder, audits)
         state = _best(run, state, position)
-    run_folder.write_audit(run.folder, audits)
+        if not _decide(run, position):
+            break
+        position = position.next_phase()
+        state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
     variables = state.variables()
     validation = _evaluate(run, state)
     run_folder.finish(run.folder, run.model, variables, run.feed, position.step, validation)
     return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
+
+
+def _decide(run: _Run, position: Position) -> bool:
+    """Whether another phase begins; what that was decided on goes into the metrics and notes."""
+    decision = decide(run.plan, position)
+    if decision.evidence:
+        run.metrics.write("decision", position.step, decision.evidence)
+    if decision.text:
+        run.notes.append(decision.text)
+    return decision.goes_on
+
+
+def _recalibrate(run: _Run, phase: Phase, state: State) -> State:
+    """The state with measured statistics in the BatchNorms that the phase names."""
+    assert run.feed.calibration is not None  # `check_feed` has asked for it.
+    measured = recalibrate(
+        run.model, state.variables(), run.feed.calibration(), run.feed.preprocessing,
+        phase.recalibrate, run.mesh,
+    )  # fmt: skip
+    return state._replace(batch_stats=place_replicated(measured, run.mesh))
 
 
 def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tuple[State, Position]:
@@ -253,11 +282,12 @@ def _validate(run: _Run, state: State, position: Position) -> tuple[Position, fl
         return position, None
     phase = run.plan.phases[position.phase].name
     run.metrics.write("validation", position.step, {"phase": phase, **result.to_json()})
-    return position.validated(result.accuracy), result.accuracy
+    return position.validated(score(run.plan, position, result.accuracy)), result.accuracy
 
 
 def _save(run: _Run, state: State, position: Position, accuracy: float | None) -> None:
-    run.store.save(position.step, state, asdict(position), metric=accuracy)
+    metric = None if accuracy is None else score(run.plan, position, accuracy)
+    run.store.save(position.step, state, asdict(position), metric=metric)
 
 
 def _restore(store: Checkpoints, plan: Plan, first: State) -> tuple[State, Position, list[str]]:
@@ -294,10 +324,10 @@ def _best(run: _Run, state: State, position: Position) -> State:
     return place_replicated(restored.tree._replace(step=np.int32(position.step)), run.mesh)
 
 
-def _digests_at_start(run: _Run, index: int, state: State, position: Position) -> Mapping[str, str]:
+def _digests_at_start(run: _Run, state: State, position: Position) -> Mapping[str, str]:
     """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
-    path = run.folder / f"frozen-{index}.json"
+    path = run.folder / f"frozen-{position.phase}.json"
     if position.phase_step == 0 or not path.exists():
-        digests = audit.frozen_digests(state, run.plan.phases[index])
+        digests = audit.frozen_digests(state, run.plan.phases[position.phase])
         run_folder.write_json(path, digests)
     return json.loads(path.read_text())

@@ -28,7 +28,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
         self._path = folder / METRICS_FILE
-        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        kept = [row for row in read_metrics(folder) if _happened(row, step)]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(_line(row) for row in kept))
         temporary.replace(self._path)
@@ -67,6 +67,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _happened(row: Mapping[str, Any], step: int) -> bool:
+    """Whether a run that continues at this step will not write the row again."""
+    # A decision follows the checkpoint of its step, and is taken again from it.
+    return step > 0 and (row["step"] < step or (row["step"] == step and row["kind"] != "decision"))
 
 
 def _line(row: Mapping[str, Any]) -> str:

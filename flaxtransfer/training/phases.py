@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
-import optax
 
 from flaxtransfer.batchnorm import Norm, policy
-from flaxtransfer.optimizers import FROZEN, trainable_mask
-
-Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""``(logits [batch, classes], labels [batch], key) -> losses [batch]``."""
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
-    """Softmax cross-entropy in nats, one value an example.
-
-    >>> import jax, jax.numpy as jnp
-    >>> float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), jax.random.key(0))[0]).__round__(4)
-    1.3863
-    """
-    del key  # A deterministic loss; others may mix examples or drop outputs.
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def smoothed_cross_entropy(amount: float) -> Loss:
-    """Cross-entropy against labels that give ``amount`` of their mass to all classes evenly.
-
-    References:
-      Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016.
-
-    >>> import jax, jax.numpy as jnp
-    >>> loss = smoothed_cross_entropy(0.1)
-    >>> float(loss(jnp.zeros((1, 4)), jnp.array([2]), jax.random.key(0))[0]).__round__(4)
-    1.3863
-    """
-
-    def loss(logits: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
-        del key  # See `cross_entropy`.
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), amount)
-        return optax.softmax_cross_entropy(logits, targets)
-
-    return loss
+from flaxtransfer.groups import FROZEN, Group, trainable_mask
+from flaxtransfer.labels import Rest, label
+from flaxtransfer.masks import Mask, as_mask, selected
+from flaxtransfer.training.losses import Loss, cross_entropy
+from flaxtransfer.types import Params
 
 
 @dataclass(frozen=True)
@@ -55,13 +24,17 @@ class Phase:
     printed or changed with ``dataclasses.replace`` before anything is allocated.
 
     Args:
-      labels: nested dict of label names with the structure of the parameters, from ``ft.label``.
+      labels: rules, ``{label: mask or ft.rest()}``; or what ``ft.label`` makes of them for one
+        network, a nested dict of label names.
       groups: what each label means: a ``Group``, any optax transformation, or ``FROZEN``.
       steps: optimizer steps; give this or ``epochs``.
       epochs: passes over the training examples, rounded up to whole steps.
       name: what tables and logs call the phase.
       norm: BatchNorm policy. By default a BatchNorm whose affine leaves are all frozen uses its
-        running statistics and never updates them, and the others use batch statistics.
+        running statistics and never updates them, and the others use batch statistics. Exceptions
+        to that are given as ``{mask: "running" or "batch"}``, the later ones winning.
+      recalibrate: mask of the BatchNorms whose running statistics are measured anew on the training
+        images before the first step of the phase, with the weights as they are then.
       clip: largest global norm of the gradient over the trainable leaves of all groups.
       ema: decay of an exponential moving average of the trainable leaves, which evaluation then
         uses; None for no average.
@@ -79,7 +52,8 @@ class Phase:
     steps: int | None = None
     epochs: float | None = None
     name: str = "fine-tune"
-    norm: Norm | None = None
+    norm: Norm | Mapping[Mask | str, Literal["running", "batch"]] | None = None
+    recalibrate: Mask | str | None = None
     clip: float | None = None
     ema: float | None = None
     patience: int | None = None
@@ -99,6 +73,8 @@ class Phase:
             problems.append(f"ema must be in [0, 1), not {self.ema}")
         if problems:
             raise ValueError(f"phase {self.name!r}: " + "; ".join(problems))
+        if self.recalibrate is not None:
+            object.__setattr__(self, "recalibrate", as_mask(self.recalibrate))
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """The length of the phase in optimizer steps."""
@@ -106,27 +82,82 @@ class Phase:
             return self.steps
         return max(1, -int(-(self.epochs or 0) * steps_per_epoch // 1))
 
+    def resolve(self, params: Params, steps_per_epoch: int = 1) -> Phase:
+        """The phase for one network and one set of data: every leaf labelled, every number said.
+
+        Args:
+          params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
+          steps_per_epoch: optimizer steps in one pass over the training examples.
+
+        Raises:
+          ValueError: rules that leave gaps or overlap, exceptions to the BatchNorm policy that
+            touch none; labels and groups that do not fit. The text names the phase.
+        """
+        try:
+            labels = label(params, self.labels) if self._has_rules() else self.labels
+            moving = trainable_mask(labels, self.groups)
+            norm = self.norm
+            if norm is None or isinstance(norm, Mapping):
+                norm = policy(params, moving, overrides=norm)
+            if self.recalibrate is not None:
+                selected(self.recalibrate, params)
+        except ValueError as error:
+            raise ValueError(f"phase {self.name!r}: {error}") from error
+        steps = self.total_steps(steps_per_epoch)
+        groups = {
+            name: group.over(steps) if isinstance(group, Group) else group
+            for name, group in self.groups.items()
+        }
+        return replace(self, labels=labels, groups=groups, norm=norm, steps=steps, epochs=None)
+
     def batch_norm_policy(self) -> Norm:
-        """The policy that applies: the one given, or the one that follows from the labels."""
-        if self.norm is not None:
-            return self.norm
-        return policy(trainable_mask(self.labels, self.groups))
+        """The policy of a resolved phase: the one given, or the one that follows from the labels.
+
+        Raises:
+          ValueError: the phase is not resolved.
+        """
+        if self._has_rules() or isinstance(self.norm, Mapping):
+            raise ValueError(f"phase {self.name!r} is not resolved yet; call resolve(params)")
+        if self.norm is None:
+            return policy(trainable_mask(self.labels, self.groups))
+        return self.norm
 
     def moves_anything(self) -> bool:
-        """Whether any leaf is trainable."""
+        """Whether any label is trainable, and for a resolved phase any leaf."""
+        if self._has_rules():
+            return any(self.groups.get(name, FROZEN) is not FROZEN for name in self.labels)
         return any(jax.tree.leaves(trainable_mask(self.labels, self.groups)))
+
+    def _has_rules(self) -> bool:
+        return bool(self.labels) and all(
+            isinstance(rule, Mask | Rest) for rule in self.labels.values()
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Phases in order. Between two, the best validated state is restored and the optimizer moments
-    of leaves that stay trainable are carried over.
+    """Phases in order, and what has to be shown for the next one to begin.
+
+    Between two phases the best validated state of the run is restored (a phase that made
+    validation worse is undone), and the optimizer moments of leaves that stay trainable are
+    carried over.
+
+    Args:
+      phases: in order.
+      patience: phases in a row without a better validation score after which the plan ends. None
+        goes through all phases; a number needs a validation set.
+      min_gain: validation accuracy, as a share, that every further phase has to earn: phase k is
+        ranked by its accuracy less ``k * min_gain``, so that the luckiest of many validations of a
+        larger phase does not pass for a gain.
 
     Raises:
-      ValueError: no phase, two phases of one name, or a phase in which nothing is trainable.
+      ValueError: no phase, two phases of one name, a phase in which nothing is trainable, or
+        numbers out of range.
     """
 
     phases: Sequence[Phase]
+    patience: int | None = None
+    min_gain: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -140,3 +171,17 @@ class Plan:
             if not phase.moves_anything():
                 frozen = ", ".join(n for n, group in phase.groups.items() if group is FROZEN)
                 raise ValueError(f"phase {phase.name!r} trains nothing: frozen are {frozen}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is a number of phases, 1 or more, not {self.patience}")
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"min_gain is a share of at least 0 and less than 1: {self.min_gain}")
+
+    def __str__(self) -> str:
+        from flaxtransfer.training.plan_table import plan_text
+
+        return plan_text(self)
+
+    def resolve(self, params: Params, steps_per_epoch: int = 1) -> Plan:
+        """The plan for one network and one set of data; see ``Phase.resolve``."""
+        phases = [phase.resolve(params, steps_per_epoch) for phase in self.phases]
+        return replace(self, phases=phases)

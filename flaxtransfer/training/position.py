@@ -15,9 +15,11 @@ class Position:
       phase: index of the phase.
       phase_start: step of the run at which the phase began.
       phase_step: steps done in the phase.
-      best: best validation accuracy of the run so far, or None before any.
+      best: best validation score of the run so far, or None before any.
       without_improvement: validations of this phase since its own best.
-      phase_best: best validation accuracy of this phase, or None.
+      phase_best: best validation score of this phase, or None.
+      best_before: ``best`` when the phase began.
+      unhelpful: phases in a row, up to the one before this, that did not better ``best``.
     """
 
     phase: int = 0
@@ -26,6 +28,8 @@ class Position:
     best: float | None = None
     without_improvement: int = 0
     phase_best: float | None = None
+    best_before: float | None = None
+    unhelpful: int = 0
 
     @property
     def step(self) -> int:
@@ -36,12 +40,29 @@ class Position:
         """Whether the phase ends because validation has not improved for long enough."""
         return phase.patience is not None and self.without_improvement >= phase.patience
 
-    def validated(self, accuracy: float) -> Position:
+    @property
+    def helped(self) -> bool:
+        """Whether the phase has bettered the run's validation score; the first one always has."""
+        if self.best_before is None:
+            return True
+        return self.best is not None and self.best > self.best_before
+
+    def next_phase(self) -> Position:
+        """The position before the first step of the next phase."""
+        return Position(
+            phase=self.phase + 1,
+            phase_start=self.step,
+            best=self.best,
+            best_before=self.best,
+            unhelpful=0 if self.helped else self.unhelpful + 1,
+        )
+
+    def validated(self, score: float) -> Position:
         """The position after a validation."""
-        improved = self.phase_best is None or accuracy > self.phase_best
+        improved = self.phase_best is None or score > self.phase_best
         return replace(
             self,
-            best=accuracy if self.best is None else max(self.best, accuracy),
-            phase_best=accuracy if improved else self.phase_best,
+            best=score if self.best is None else max(self.best, score),
+            phase_best=score if improved else self.phase_best,
             without_improvement=0 if improved else self.without_improvement + 1,
         )

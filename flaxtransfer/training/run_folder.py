@@ -44,13 +44,24 @@ def identity(
             "length": {"steps": phase.steps, "epochs": phase.epochs},
             "groups": {name: _describe(group) for name, group in phase.groups.items()},
             "leaves": _count_labels(phase.labels),
+            "batch_norm": norm if isinstance(norm, str) else sorted(norm),
+            "recalibrate": None if phase.recalibrate is None else repr(phase.recalibrate),
+            "loss": getattr(phase.loss, "__name__", repr(phase.loss)),
             "clip": phase.clip,
             "ema": phase.ema,
             "patience": phase.patience,
         }
         for phase in plan.phases
+        for norm in (phase.batch_norm_policy(),)
     }
-    raw = {"model": asdict(model.config), "seed": seed, "phases": phases, **(config or {})}
+    raw = {
+        "model": asdict(model.config),
+        "seed": seed,
+        "phases": phases,
+        "patience": plan.patience,
+        "min_gain": plan.min_gain,
+        **(config or {}),
+    }
     return json.loads(json.dumps(raw))
 
 
@@ -116,9 +127,16 @@ def weights_of(folder: Path) -> Path:
     )
 
 
-def write_audit(folder: Path, audits: Sequence[Audit]) -> None:
-    """Writes what the audits of all phases found."""
+def write_audits(folder: Path, audits: Sequence[Audit]) -> None:
+    """Writes what the audits of the phases so far have found."""
     write_json(folder / AUDIT_FILE, [asdict(audit) for audit in audits])
+
+
+def read_audits(folder: Path) -> list[Audit]:
+    """The audits of the phases that have ended, in order; none for a new run."""
+    path = folder / AUDIT_FILE
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return [Audit(**{**row, "moved": tuple(row["moved"])}) for row in rows]
 
 
 def finish(
@@ -202,6 +220,7 @@ def _describe(group: Any) -> Any:
         else rate,
         "weight_decay": group.weight_decay,
         "decay_mask": repr(group.decay_mask),
+        "decay_toward": group.decay_toward,
     }
 
 

@@ -70,7 +70,7 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
     assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "audit.json",
             "model.safetensors", "result.json"} <= names  # fmt: skip
     rows = read_metrics(folder)
-    assert {row["kind"] for row in rows} == {"train", "validation"}
+    assert {row["kind"] for row in rows} == {"train", "validation", "decision"}
     loaded = ft.load(folder / "model.safetensors")
     assert loaded.class_names == ("dark", "gray", "bright")
     for path, leaf in flatten(loaded.variables).items():

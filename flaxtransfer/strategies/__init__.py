@@ -1,0 +1,41 @@
+"""Ways of adapting a pre-trained network, as plans that can be printed, changed and composed.
+
+A recipe is a function of the parameters (or their shapes) and a few numbers; what it returns is a
+plan like any other.
+"""
+
+from collections.abc import Callable
+
+from flaxtransfer.strategies.partial import batch_norm_only, feature_extraction, surgical
+from flaxtransfer.strategies.staged import head_then_fine_tune, progressive_unfreezing
+from flaxtransfer.strategies.whole import discriminative, from_scratch, full_fine_tuning, l2_sp
+from flaxtransfer.training.phases import Plan
+
+__all__ = [
+    "RECIPES",
+    "batch_norm_only",
+    "discriminative",
+    "feature_extraction",
+    "from_scratch",
+    "full_fine_tuning",
+    "head_then_fine_tune",
+    "l2_sp",
+    "progressive_unfreezing",
+    "surgical",
+]
+
+RECIPES: dict[str, Callable[..., Plan]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        feature_extraction,
+        batch_norm_only,
+        head_then_fine_tune,
+        progressive_unfreezing,
+        discriminative,
+        surgical,
+        l2_sp,
+        full_fine_tuning,
+        from_scratch,
+    )
+}
+"""The recipes by name, those that move least first."""

@@ -1,0 +1,128 @@
+"""Plans in files: the same plan comes back, and every mistake is named at its place."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flaxtransfer as ft
+
+PARAMS = ft.resnet("resnet18", classes=10).abstract()["params"]
+
+
+@pytest.mark.parametrize("name", ft.RECIPES)
+def test_recipes_come_back_as_they_were(name, tmp_path):
+    plan = ft.RECIPES[name](PARAMS)
+    ft.save_plan(tmp_path / "plan.yaml", plan)
+    assert ft.load_plan(tmp_path / "plan.yaml") == plan
+
+
+names = st.text(min_size=1, max_size=12).filter(lambda name: name == name.strip())
+masks = st.sampled_from([ft.head(), ft.stage(4) - ft.batch_norm(), ~ft.glob("layer1/**")])
+rates = st.one_of(
+    st.floats(0, 1), st.builds(ft.WarmupCosine, st.floats(0, 1), st.floats(0, 0.9), st.floats(0, 1))
+)
+optimizers = st.sampled_from(
+    [optax.adamw, optax.lion, functools.partial(optax.sgd, momentum=0.9, nesterov=True)]
+)
+groups = st.builds(
+    ft.Group, optimizers, rates, st.floats(0, 1), masks, st.sampled_from(["zero", "start"])
+)
+
+
+@given(
+    st.lists(st.tuples(names, masks, groups), min_size=1, max_size=4, unique_by=lambda t: t[0]),
+    st.integers(1, 10**6),
+    st.none() | st.floats(0.1, 10),
+    st.none() | st.floats(0, 0.99),
+    st.sampled_from([None, "batch", frozenset({"bn1"}), {ft.stem(): "running"}]),
+    st.none() | st.integers(1, 5),
+    st.floats(0, 0.99),
+)
+def test_any_plan_of_named_things_comes_back(rows, steps, clip, smoothing, norm, patience, gain):
+    loss = ft.cross_entropy if smoothing is None else ft.SmoothedCrossEntropy(smoothing)
+    phases = [
+        ft.Phase({"a": mask, "b": ft.rest()}, {"a": group, "b": ft.FROZEN}, steps, name=name,
+                 clip=clip, norm=norm, loss=loss, recalibrate=mask)
+        for name, mask, group in rows
+    ]  # fmt: skip
+    plan = ft.Plan(phases, patience, gain)
+    again = ft.plan_from_yaml(ft.plan_to_yaml(plan))
+    assert ft.plan_to_yaml(again) == ft.plan_to_yaml(plan)
+    for phase, copy in zip(plan.phases, again.phases, strict=True):
+        # A partial equals itself alone; what it is made of is compared by the text above.
+        plain = {"a": ft.FROZEN, "b": ft.FROZEN}
+        assert replace(copy, groups=plain) == replace(phase, groups=plain)
+
+
+GOOD = """
+phases:
+- name: head
+  steps: 5
+  labels: {new: head(), old: rest()}
+  groups:
+    new: {optimizer: {name: sgd, momentum: 0.9}, learning_rate: {peak: 0.1}}
+    old: frozen
+"""
+
+
+def test_a_plan_written_by_hand():
+    (phase,) = ft.plan_from_yaml(GOOD).phases
+    assert phase.labels == {"new": ft.head(), "old": ft.rest()}
+    assert phase.groups["new"].learning_rate == ft.WarmupCosine(0.1)
+    assert phase.groups["new"].optimizer.keywords == {"momentum": 0.9}
+    assert phase.groups["old"] is ft.FROZEN
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("head()", "hed()", r"phase 'head', label 'new':.*hed.*did you mean 'head'"),
+        ("name: sgd", "name: sdg", r"group 'new': optax has no optimizer 'sdg'; did you mean"),
+        ("momentum", "momentun", r"sgd takes no momentun; did you mean 'momentum'"),
+        ("peak", "peek", r"learning_rate has no setting 'peek'; did you mean 'peak'"),
+        ("peak: 0.1", "peak: -1", r"learning_rate: no schedule: peak is -1"),
+        ("steps: 5", "steps: 0", r"phase 'head': steps must be positive, not 0"),
+        ("steps: 5", "step: 5", r"phase 1 has no setting 'step'; did you mean 'steps'"),
+        ("old: frozen", "old: molten", r"group 'old' must be a mapping.*or 'frozen'"),
+        ("frozen", "{optimizer: sgd}", r"group 'old' needs learning_rate"),
+        ("phases:", "stages:", r"no setting 'stages'"),
+        ("- name", "- {name", r"this is not YAML"),
+        ("new: head(), ", "", r"trains nothing"),
+    ],
+)
+def test_mistakes_are_named_at_their_place(old, new, text, tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"(?s)plan.yaml: .*{text}"):
+        ft.load_plan(path)
+
+
+def test_all_mistakes_at_once():
+    broken = GOOD.replace("head()", "hed()").replace("peak: 0.1", "peak: -1")
+    with pytest.raises(ValueError, match=r"(?s)hed.*peak is -1"):
+        ft.plan_from_yaml(broken)
+
+
+def test_a_missing_file_names_those_beside_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    with pytest.raises(FileNotFoundError, match=r"no plan .*theirs\.yaml; beside it: .*mine\.yaml"):
+        ft.load_plan(tmp_path / "theirs.yaml")
+
+
+def test_what_has_no_name_is_refused_and_nothing_is_written(tmp_path):
+    phase = ft.Phase(
+        ft.label(PARAMS, {"new": ft.head(), "old": ft.rest()}),
+        {"new": ft.Group(lambda learning_rate: optax.sgd(learning_rate), lambda step: 0.1),
+         "old": optax.sgd(0.1)},
+        steps=1, loss=lambda logits, labels, key: logits.sum(-1),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=r"(?s)labels of one network.*not optax's.*schedule without"
+                       r".*bare optax transformation.*loss of its own"):  # fmt: skip
+        ft.save_plan(tmp_path / "plan.yaml", ft.Plan([phase]))
+    assert not list(tmp_path.iterdir())
