@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flaxtransfer.architectures import RESNETS, ResNetConfig
+    from flaxtransfer.averaging import Soup, average, greedy_soup, interpolate
     from flaxtransfer.batchnorm import Norm, policy
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "architectures": ("RESNETS", "ResNetConfig"),
+    "averaging": ("Soup", "average", "greedy_soup", "interpolate"),
     "batchnorm": ("Norm", "policy"),
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
