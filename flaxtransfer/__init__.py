@@ -40,7 +40,16 @@ if TYPE_CHECKING:
     )
     from flaxtransfer.models.model import Model
     from flaxtransfer.models.resnet import resnet
-    from flaxtransfer.optimizers import FROZEN, Group, carry, layerwise_decay, partition
+    from flaxtransfer.optimizers import (
+        FROZEN,
+        Group,
+        carry,
+        frozen,
+        layerwise_decay,
+        merge,
+        partition,
+        trainable,
+    )
     from flaxtransfer.overview import table
     from flaxtransfer.pretrained import TransferReport, transfer
     from flaxtransfer.schedules import WarmupCosine
@@ -80,7 +89,9 @@ _ROOMS = {
         "matrices", "parse", "resolve", "stage", "stages", "stem", "up_to",
     ),
     "models": ("Model", "resnet"),
-    "optimizers": ("FROZEN", "Group", "carry", "layerwise_decay", "partition"),
+    "optimizers": (
+        "FROZEN", "Group", "carry", "frozen", "layerwise_decay", "merge", "partition", "trainable",
+    ),
     "schedules": ("WarmupCosine",),
     "strategies": (
         "RECIPES", "batch_norm_only", "discriminative", "feature_extraction", "from_scratch",
