@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     )
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Feed, held_out, source_feed
+    from flaxtransfer.training.finder import RateSweep, find_learning_rate
     from flaxtransfer.training.interrupts import Interrupted
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
     from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
@@ -100,6 +101,7 @@ _ROOMS = {
     "overview": ("table",),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
     "training.feed": ("Batch", "Feed", "held_out", "source_feed"),
+    "training.finder": ("RateSweep", "find_learning_rate"),
     "training.interrupts": ("Interrupted",),
     "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),
     "training.losses": ("SmoothedCrossEntropy", "cross_entropy"),

@@ -1,0 +1,96 @@
+"""The learning-rate sweep: what it finds, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+from small import batch, feed, network
+
+import flaxtransfer as ft
+from flaxtransfer.training.audit import digest
+
+RULES = {"new": ft.head(), "old": ft.rest()}
+SGD = ft.Group(optax.sgd, 0.0)
+
+
+def phase(**groups):
+    return ft.Phase(RULES, {"new": SGD, "old": SGD} | groups, steps=1)
+
+
+def digests(tree):
+    return jax.tree.map(digest, tree)
+
+
+def test_it_leaves_no_trace(tmp_path):
+    """Variables, the batches that were read, and the run afterwards, bit for bit."""
+    model, variables = network()
+    before = digests(variables)
+    read = []
+
+    def counted(number):
+        read.append(number)
+        return batch(number)
+
+    data = feed(make=counted)
+    plan = ft.Plan([ft.Phase(RULES, {"new": ft.Group(optax.adamw, 1e-2), "old": ft.FROZEN}, 6)])
+    straight = ft.fit(model, variables, plan, feed(), tmp_path / "straight")
+    sweep = ft.find_learning_rate(model, variables, plan.phases[0], data, steps=5)
+    assert digests(variables) == before
+    assert read == list(range(5))
+    after = ft.fit(model, variables, plan, feed(), tmp_path / "after")
+    assert digests(after.variables) == digests(straight.variables)
+    assert sweep == ft.find_learning_rate(model, variables, plan.phases[0], feed(), steps=5)
+
+
+def test_rates_rise_evenly_in_the_logarithm_and_all_groups_take_them():
+    model, variables = network()
+    sweep = ft.find_learning_rate(
+        model, variables, phase(), feed(), lowest=1e-6, highest=1e-4, steps=5
+    )
+    np.testing.assert_allclose(sweep.rates, [1e-6, 10**-5.5, 1e-5, 10**-4.5, 1e-4], rtol=1e-6)
+    assert not sweep.diverged
+
+
+def test_a_group_alone_is_that_group_with_the_others_frozen():
+    model, variables = network()
+    alone = ft.find_learning_rate(
+        model, variables, phase(), feed(), group="new", lowest=1e-3, highest=1.0, steps=4
+    )
+    frozen = ft.find_learning_rate(
+        model, variables, phase(old=ft.FROZEN), feed(), lowest=1e-3, highest=1.0, steps=4
+    )
+    assert alone.losses == frozen.losses
+    assert alone.group == "new"
+
+
+def test_it_finds_the_order_of_magnitude_and_ends_when_the_loss_diverges():
+    model, variables = network()
+    sweep = ft.find_learning_rate(
+        model, variables, phase(), feed(), lowest=1e-5, highest=1e4, steps=90
+    )
+    assert sweep.diverged
+    assert 1e-4 < sweep.suggestion < 10
+    assert sweep.rates[-1] < 1e4
+    assert f"suggestion: {sweep.suggestion:.1e}" in str(sweep)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"group": "nw"}, "no group 'nw' with a learning rate; did you mean 'new'"),
+        ({"lowest": 0.0}, "rates rise from a lowest above 0"),
+        ({"steps": 2}, "steps is 2, wanted 3 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes, text):
+    model, variables = network()
+    with pytest.raises(ValueError, match=text):
+        ft.find_learning_rate(model, variables, phase(), feed(), **changes)
+
+
+def test_a_hidden_learning_rate_is_named():
+    model, variables = network()
+    with pytest.raises(ValueError, match="learning rates of old are hidden"):
+        ft.find_learning_rate(model, variables, phase(old=optax.sgd(0.1)), feed())
