@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flaxtransfer.batchnorm import Norm, policy
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
+    from flaxtransfer.features import RidgePath, ridge_path
     from flaxtransfer.labels import label, rest
     from flaxtransfer.masks import (
         Mask,
@@ -84,6 +85,7 @@ _ROOMS = {
     "batchnorm": ("Norm", "policy"),
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
+    "features": ("RidgePath", "ridge_path"),
     "labels": ("label", "rest"),
     "masks": (
         "Mask", "adapter", "batch_norm", "biases", "everything", "glob", "head", "kernels",
