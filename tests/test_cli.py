@@ -205,6 +205,9 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
         assert f"phase '{decision['phase']}' is {verdict}" in output
     assert run([*train, "--learning-rate", "1"]) == 2
     assert "edit the file instead" in only_line(capsys)
+    path.write_text(path.read_text().replace("steps: 4", "steps: 5"))
+    assert run([*train, "--resume"]) == 2
+    assert "belongs to another run: plan is" in only_line(capsys)
 
 
 def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, capsys):

@@ -57,6 +57,11 @@ def plan(options: Plan, console: Console) -> None:
         console.print(f"written to {options.out}", highlight=False, soft_wrap=True)
 
 
+def is_file(strategy: str) -> bool:
+    """Whether a strategy is the path of a plan, rather than the name of a recipe."""
+    return strategy.endswith((".yaml", ".yml"))
+
+
 def strategy_plan(strategy: str, params: Params, settings: Mapping[str, Any]) -> phases.Plan:
     """The plan that a name or a file means.
 
@@ -71,7 +76,7 @@ def strategy_plan(strategy: str, params: Params, settings: Mapping[str, Any]) ->
       FileNotFoundError: no such file.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    if strategy.endswith((".yaml", ".yml")):
+    if is_file(strategy):
         if given:
             options = ", ".join(_option(name) for name in given)
             raise ValueError(f"{strategy} says all that {options} would; edit the file instead")

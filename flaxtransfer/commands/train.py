@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from flaxtransfer.commands.plan import strategy_plan
+from flaxtransfer.commands.plan import is_file, strategy_plan
 from flaxtransfer.data import Source, Splits, open_source, stratified_split
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.models import Model, resnet
@@ -133,7 +134,11 @@ class Train:
     def identity(self) -> dict[str, Any]:
         """The options that decide what is learned, for the run's configuration."""
         silent = ("run", "resume", "tensorboard", "workers", "download", "compare")
-        return {k: v for k, v in asdict(self).items() if k not in silent}
+        found = {k: v for k, v in asdict(self).items() if k not in silent}
+        # What a file says, not what it is called, is what was run.
+        if is_file(self.strategy):
+            found["plan"] = hashlib.sha256(Path(self.strategy).read_bytes()).hexdigest()[:12]
+        return found
 
 
 @dataclass(frozen=True)
