@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from flaxtransfer.batchnorm import Norm, policy
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
-    from flaxtransfer.features import RidgePath, ridge_path
+    from flaxtransfer.features import (
+        LogisticPath,
+        MeansHead,
+        RidgePath,
+        Standardisation,
+        linear_discriminant,
+        logistic_path,
+        nearest_mean,
+        ridge_path,
+        standardisation,
+    )
     from flaxtransfer.labels import label, rest
     from flaxtransfer.masks import (
         Mask,
@@ -85,7 +95,10 @@ _ROOMS = {
     "batchnorm": ("Norm", "policy"),
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
-    "features": ("RidgePath", "ridge_path"),
+    "features": (
+        "LogisticPath", "MeansHead", "RidgePath", "Standardisation", "linear_discriminant",
+        "logistic_path", "nearest_mean", "ridge_path", "standardisation",
+    ),
     "labels": ("label", "rest"),
     "masks": (
         "Mask", "adapter", "batch_norm", "biases", "everything", "glob", "head", "kernels",

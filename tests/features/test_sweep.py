@@ -1,0 +1,161 @@
+"""Strengths by cross-validation, against scikit-learn's folds done one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from flaxtransfer.features import ridge_path, standardisation, stratified_folds, sweep
+
+STRENGTHS = (0.1, 1.0, 10.0, 1000.0)
+
+
+def sample(count: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes)] * 3 + [random.integers(0, classes, count)])
+    features = random.normal(size=(classes, width))[labels] / 2
+    features += random.normal(size=features.shape)
+    return features * random.gamma(2.0, 2.0, width) + 5, labels
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=6), st.data())
+def test_folds_are_of_equal_size_in_all_and_by_class(counts, data):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    folds = data.draw(st.integers(2, min(counts)))
+    dealt = stratified_folds(np.random.default_rng(0).permutation(labels), folds)
+    labels = np.random.default_rng(0).permutation(labels)
+    sizes = np.bincount(dealt, minlength=folds)
+    assert np.ptp(sizes) <= 1
+    for c in range(len(counts)):
+        assert np.ptp(np.bincount(dealt[labels == c], minlength=folds)) <= 1
+
+
+def test_folds_depend_on_the_seed_alone():
+    labels = np.arange(40) % 4
+    np.testing.assert_array_equal(stratified_folds(labels, 5, 3), stratified_folds(labels, 5, 3))
+    assert (stratified_folds(labels, 5, 3) != stratified_folds(labels, 5, 4)).any()
+
+
+@pytest.mark.parametrize("width", [5, 80])
+def test_every_cell_is_a_fit_of_scikit_learn(width):
+    features, labels = sample(50, width, 3)
+    found = sweep(features, labels, strengths=STRENGTHS, folds=3, seeds=(0, 7))
+    assert found.accuracies.shape == found.losses.shape == (4, 6)
+    scaled = standardisation(features)(features)
+    for n, strength in enumerate(STRENGTHS):
+        for split, (seed, fold) in enumerate((s, f) for s in (0, 7) for f in range(3)):
+            out = stratified_folds(labels, 3, seed) == fold
+            fit = LogisticRegression(C=1 / strength, tol=1e-8, max_iter=10_000)
+            fit.fit(scaled[~out], labels[~out])
+            loss = log_loss(labels[out], fit.predict_proba(scaled[out]))
+            np.testing.assert_allclose(found.losses[n, split], loss, rtol=5e-3)
+            np.testing.assert_allclose(
+                found.accuracies[n, split], fit.score(scaled[out], labels[out]), atol=1e-12
+            )
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize("kind", ["logistic", "ridge"])
+def test_the_head_is_a_refit_on_everything_for_features_as_given(kind, standardise):
+    features, labels = sample(60, 8, 3)
+    found = sweep(features, labels, kind, strengths=STRENGTHS, standardise=standardise)
+    inputs = standardisation(features)(features) if standardise else features
+    if kind == "logistic":
+        fit = LogisticRegression(C=1 / found.strength, tol=1e-8, max_iter=10_000)
+        expected = fit.fit(inputs, labels).decision_function(inputs)
+    else:
+        expected = ridge_path(inputs, labels, [found.strength]).scores(inputs)
+    scores = found.scores(features)
+    np.testing.assert_allclose(
+        scores - scores.mean(axis=1, keepdims=True),
+        expected - expected.mean(axis=1, keepdims=True),
+        atol=0.01,
+    )
+    np.testing.assert_array_equal(found.predict(features), scores.argmax(axis=1))
+
+
+def test_ridge_is_by_leaving_out_one():
+    features, labels = sample(60, 8, 3)
+    found = sweep(features, labels, "ridge", strengths=(100.0, 0.1, 10.0), standardise=False)
+    path = ridge_path(features, labels, (0.1, 10.0, 100.0))
+    np.testing.assert_allclose(found.losses[:, 0], path.errors)
+    np.testing.assert_allclose(found.accuracies[:, 0], path.accuracies)
+    assert found.strength == path.strength
+    assert "left out once" in found.notes[0]
+
+
+@pytest.mark.parametrize("rule", ["loss", "accuracy", "one_standard_error"])
+def test_rules(rule):
+    found = sweep(*sample(60, 20, 3), strengths=STRENGTHS, rule=rule)
+    mean, sign = found.losses.mean(axis=1), 1
+    if rule == "accuracy":
+        mean, sign = -found.accuracies.mean(axis=1), -1
+    bound = mean.min()
+    if rule == "one_standard_error":
+        bound += found.losses[mean.argmin()].std(ddof=1) / np.sqrt(5)
+    assert found.best == max(n for n in range(4) if mean[n] <= bound)
+    assert (
+        sign * mean[found.best]
+        == (found.losses if sign > 0 else found.accuracies)[found.best].mean()
+    )
+
+
+def test_a_rare_class_lowers_the_folds_and_it_is_said():
+    features, labels = sample(40, 5, 3)
+    kept = np.flatnonzero(labels < 2).tolist() + np.flatnonzero(labels == 2)[:2].tolist()
+    found = sweep(features[kept], labels[kept], strengths=STRENGTHS)
+    assert found.accuracies.shape == (4, 2)
+    assert found.notes[0] == "2 folds, not 5: class 2 has 2 examples."
+
+
+def test_more_classes_than_features_and_few_examples():
+    found = sweep(np.random.default_rng(0).normal(size=(24, 2)), np.arange(24) % 12, folds=2)
+    assert found.kernel.shape == (2, 12)
+
+
+def test_a_single_example_is_for_ridge():
+    features, labels = sample(20, 5, 2)
+    labels[0], labels[1:3] = 2, 1
+    with pytest.raises(ValueError, match=r"classes \[2\] have one example.*kind='ridge'"):
+        sweep(features, labels)
+    assert sweep(features, labels, "ridge").kernel.shape == (5, 3)
+
+
+def test_the_table_says_what_was_found():
+    features, labels = sample(40, 5, 3)
+    found = sweep(np.hstack([features, np.ones_like(features)]), labels, strengths=(100.0, 1e6))
+    lines = str(found).splitlines()
+    assert lines[1].startswith("*        100  ")
+    assert "±" in lines[2]
+    assert "5 of 10 features do not vary." in lines
+    assert "The best strength is the last on its side; try smaller ones." in lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kind": "svm", "folds": 1}, "kind is 'svm'.*folds is 1"),
+        ({"rule": "best"}, "rule is 'best'"),
+        ({"seeds": ()}, r"seeds is \[\]"),
+        ({"kind": "ridge", "rule": "one_standard_error"}, "wants folds"),
+        ({"labels": np.zeros(10, int)}, "all examples are of class 0"),
+        ({"strengths": (0.0, 1.0)}, "strengths are numbers above 0"),
+        ({"classes": 7}, r"classes \[5, 6\] have no example"),
+        ({"labels": np.arange(8) % 4}, r"labels \(8,\)"),
+    ],
+)
+def test_what_cannot_be_swept_is_said(changes, text):
+    settings = {"features": np.eye(10), "labels": np.arange(10) % 5} | changes
+    with pytest.raises(ValueError, match=text):
+        sweep(**settings)
+
+
+def test_folds_want_labels_that_fit():
+    with pytest.raises(TypeError, match="labels are float64"):
+        stratified_folds(np.ones(4), 2)
+    with pytest.raises(ValueError, match=r"\{1: 1\}"):
+        stratified_folds([0, 0, 1], 2)
