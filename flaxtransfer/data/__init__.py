@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from flaxtransfer.data.augmentation import RandomAffine as RandomAffine
     from flaxtransfer.data.augmentation import RandomResizedCrop as RandomResizedCrop
     from flaxtransfer.data.cache import cached as cached
+    from flaxtransfer.data.contents import digest as digest
     from flaxtransfer.data.decode import ImageError as ImageError
     from flaxtransfer.data.elements import Batch as Batch
     from flaxtransfer.data.folder import FolderSource as FolderSource
     from flaxtransfer.data.normalisation import normalise as normalise
+    from flaxtransfer.data.ordering import training_rows as training_rows
     from flaxtransfer.data.pipeline import eval_batches as eval_batches
     from flaxtransfer.data.pipeline import train_batches as train_batches
     from flaxtransfer.data.pipeline import train_dataset as train_dataset
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
     from flaxtransfer.data.transforms import evaluation_transform as evaluation_transform
     from flaxtransfer.data.transforms import flip_keeps_labels as flip_keeps_labels
     from flaxtransfer.data.transforms import training_transform as training_transform
+    from flaxtransfer.data.views import FixedView as FixedView
 
 _HOME = {
     "augmentation": ("HorizontalFlip", "Jitter", "RandomAffine", "RandomResizedCrop"),
     "cache": ("cached",),
     "decode": ("ImageError",),
+    "contents": ("digest",),
     "folder": ("FolderSource",),
     "normalisation": ("normalise",),
     "elements": ("Batch",),
@@ -46,6 +50,8 @@ _HOME = {
     "source": ("ArraySource", "Example", "Source", "open_source"),
     "splits": ("Splits", "stratified_split"),
     "steps": ("Channels", "Compose", "ResizeCrop", "Transform"),
+    "ordering": ("training_rows",),
+    "views": ("FixedView",),
     "transforms": ("evaluation_transform", "flip_keeps_labels", "training_transform"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

@@ -38,6 +38,11 @@ class FolderSource:
         image = decode(path, name=str(path), min_side=self.min_side)
         return {"image": image, "label": int(self.targets[index])}
 
+    def content(self, index: SupportsIndex, /) -> bytes:
+        """What the image is decoded from, for digests: the file, and how it is read."""
+        path = self.root / self.files[position(index, len(self.files))]
+        return f"{self.min_side}\0".encode() + path.read_bytes()
+
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[examples]``."""
         return self.targets.copy()

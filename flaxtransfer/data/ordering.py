@@ -44,6 +44,35 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
+def seeds(seed: int) -> tuple[int, int]:
+    """Of the order and of the draws: hashed, so that both, and neighbouring seeds, are independent.
+
+    >>> len(set(seeds(0)) | set(seeds(1)))
+    4
+    """
+    order, draws = np.random.SeedSequence(seed).generate_state(2).tolist()
+    return order, draws
+
+
+def training_rows(
+    count: int, *, batch_size: int, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples batch ``step`` of ``train_batches`` is made of, without making it.
+
+    Returns:
+      For each row its example, as a place in the indices that training was given, and the number
+      of the pass over them; both int64 ``[batch_size]``.
+
+    >>> rows, passes = training_rows(3, batch_size=4, seed=0, step=0)
+    >>> sorted(rows[:3].tolist()), passes.tolist()
+    ([0, 1, 2], [0, 0, 0, 1])
+    """
+    passes, places = np.divmod(step * batch_size + np.arange(batch_size), count)
+    order, _ = seeds(seed)
+    rows = [permutation(order, int(n), count)[places[passes == n]] for n in np.unique(passes)]
+    return np.concatenate(rows), passes
+
+
 class Rows(grain.MapDataset):
     """Of every ``batch_size`` elements those that belong to one shard, in order."""
 

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from flaxtransfer.data.elements import Augment, Batch, Evaluate, Load, first_shape
-from flaxtransfer.data.ordering import Rows, Shuffled
+from flaxtransfer.data.ordering import Rows, Shuffled, seeds
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.steps import Transform, is_random
 
@@ -85,8 +85,7 @@ def train_dataset(
     [0, 1, 2, 3, 4, 5]
     """
     _check(source, indices, batch_size, shard, seed)
-    # Hashed, so that order and draws are independent, and neighbouring seeds as well.
-    order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    order_seed, draw_seed = seeds(seed)
     ids = grain.MapDataset.source(np.asarray(indices, np.int64))
     dataset = (
         Shuffled(ids, order_seed)

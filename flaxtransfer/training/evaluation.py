@@ -63,6 +63,8 @@ def predict(
     batches: Iterable[Batch],
     preprocessing: Preprocessing,
     mesh: Mesh | None = None,
+    *,
+    start: str | None = None,
 ) -> Predictions:
     """Runs the network over all batches, with running statistics, leaving out padding.
 
@@ -72,12 +74,13 @@ def predict(
       batches: ``image`` uint8, ``label``, and ``weight`` 0 where an example is padding.
       preprocessing: that belongs to the weights.
       mesh: devices; by default all of them.
+      start: the segment that ``image`` enters, where it holds activations instead of pixels.
 
     Raises:
       ValueError: no example at all.
     """
     mesh = mesh or make_mesh()
-    run = forward(model, preprocessing)
+    run = forward(model, preprocessing, start)
     variables = place_replicated(variables, mesh)
     logits, labels = [], []
     for batch in batches:
@@ -97,6 +100,8 @@ def evaluate(
     batches: Iterable[Batch],
     preprocessing: Preprocessing,
     mesh: Mesh | None = None,
+    *,
+    start: str | None = None,
 ) -> Evaluation:
     """Accuracy and loss of the network on ``batches``; arguments as for ``predict``."""
-    return predict(model, variables, batches, preprocessing, mesh).evaluation()
+    return predict(model, variables, batches, preprocessing, mesh, start=start).evaluation()

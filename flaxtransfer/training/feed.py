@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.data import Source, eval_batches, train_batches
+from flaxtransfer.data import (
+    FixedView,
+    Source,
+    digest,
+    eval_batches,
+    train_batches,
+    training_rows,
+)
+from flaxtransfer.data.steps import is_random
 from flaxtransfer.data.transforms import (
     Transform,
     evaluation_transform,
@@ -20,6 +28,31 @@ from flaxtransfer.weights import Preprocessing
 Batch = Mapping[str, Any]
 """``image`` uint8 [batch, height, width, 3], ``label`` int [batch], and for evaluation ``weight``
 float [batch], 0 where an example is padding."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples behind a feed, for whoever wants to remember what became of each of them.
+
+    Args:
+      labels: of the training examples, int [examples].
+      validation_labels: of the validation examples, int [examples], which may be none.
+      batch_size: rows of a training batch.
+      rows: of batch k, for each row: which training example, and in which pass over them.
+      view: every training example once, in order, in version k of its augmentation, which never
+        changes; padded, with ``weight``.
+      random: whether augmentation draws at all; if not, there is one version.
+      fingerprint: what the pixels of the training and of the validation examples depend on, as
+        short texts and digests. Reads every image.
+    """
+
+    labels: np.ndarray
+    validation_labels: np.ndarray
+    batch_size: int
+    rows: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    view: Callable[[int], Iterable[Batch]]
+    random: bool
+    fingerprint: Callable[[], tuple[Mapping[str, str], Mapping[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,9 @@ class Feed:
       class_names: what the labels 0, 1, ... mean.
       calibration: yields every training example once, without augmentation, for measuring
         BatchNorm statistics; or None where there is no such pass.
+      examples: the examples one by one, or None where they cannot be told apart; without them no
+        activations are cached.
+      start: the segment that ``image`` enters, where batches hold activations instead of pixels.
     """
 
     train: Callable[[int], Iterator[Batch]]
@@ -45,6 +81,8 @@ class Feed:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     calibration: Callable[[], Iterable[Batch]] | None = None
+    examples: Examples | None = None
+    start: str | None = None
 
 
 def source_feed(
@@ -78,16 +116,35 @@ def source_feed(
     if transform is None:
         flip = flip_keeps_labels(source.class_names)
         transform = training_transform(preprocessing, flip=flip, channels=channels)
+    augmentation: Transform = transform
     plain = evaluation_transform(preprocessing, channels=channels)
 
     def training(start: int) -> Iterator[Batch]:
         return train_batches(
-            source, train, batch_size=batch_size, transform=transform, seed=seed,
+            source, train, batch_size=batch_size, transform=augmentation, seed=seed,
             start_step=start, workers=workers,
         )  # fmt: skip
 
-    def once(positions: np.ndarray) -> Iterable[Batch]:
-        return eval_batches(source, positions, batch_size=batch_size, transform=plain)
+    def once(positions: np.ndarray, form: Transform = plain) -> Iterable[Batch]:
+        return eval_batches(source, positions, batch_size=batch_size, transform=form)
+
+    def fingerprint() -> tuple[Mapping[str, str], Mapping[str, str]]:
+        drawn = f"{augmentation!r}, seed {seed}" if is_random(augmentation) else f"{augmentation!r}"
+        return (
+            {"images": digest(source, train), "augmentation": drawn},
+            {"images": digest(source, validation), "augmentation": f"{plain!r}"},
+        )
+
+    labels = source.labels()
+    examples = Examples(
+        labels=labels[train],
+        validation_labels=labels[validation],
+        batch_size=batch_size,
+        rows=lambda k: training_rows(len(train), batch_size=batch_size, seed=seed, step=k),
+        view=lambda k: once(train, FixedView(augmentation, seed, k)),
+        random=is_random(augmentation),
+        fingerprint=fingerprint,
+    )
 
     return Feed(
         train=training,
@@ -96,6 +153,7 @@ def source_feed(
         preprocessing=preprocessing,
         class_names=tuple(source.class_names),
         calibration=lambda: once(train),
+        examples=examples,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,8 @@ from flaxtransfer.lock import hold
 from flaxtransfer.models import Model
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import audit, run_folder
+from flaxtransfer.training.cached_feed import cached_feed
+from flaxtransfer.training.caching import OFF, Cache, choose
 from flaxtransfer.training.decision import check_feed, decide, score
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.feed import Batch, Feed
@@ -27,7 +30,7 @@ from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
 from flaxtransfer.training.metrics import MetricsWriter
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.training.position import Position
-from flaxtransfer.training.progress import progress_bar
+from flaxtransfer.training.progress import progress_bar, say
 from flaxtransfer.training.recalibration import recalibrate
 from flaxtransfer.training.state import State, advance, start
 from flaxtransfer.training.step import Metrics, train_step
@@ -84,6 +87,7 @@ class _Run:
     feed: Feed
     folder: Path
     options: Options
+    cache: Cache
     mesh: Mesh
     store: Checkpoints
     metrics: MetricsWriter
@@ -102,6 +106,7 @@ def fit(
     config: Mapping[str, Any] | None = None,
     resume: bool = False,
     options: Options | None = None,
+    cache: Cache | None = None,
     mesh: Mesh | None = None,
 ) -> Fitted:
     """Trains ``variables`` through the phases of ``plan`` and leaves a complete run folder.
@@ -116,6 +121,8 @@ def fit(
       config: further JSON values that identify the run; a resumed run must have the same.
       resume: continue from the last sound checkpoint, exactly; start where there is none.
       options: logging, validation, saving.
+      cache: whether the frozen part of the network is run once a phase instead of in every step;
+        by default never, ``Cache()`` where it pays.
       mesh: devices; by default all of them.
 
     Returns:
@@ -129,10 +136,10 @@ def fit(
       Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
     folder = Path(folder)
-    options = options or Options()
+    options, cache = options or Options(), cache or OFF
     plan = plan.resolve(variables["params"], feed.steps_per_epoch)
     check_feed(plan, feed)
-    identity = run_folder.identity(model, plan, seed, config)
+    identity = run_folder.identity(model, plan, seed, {**cache.identity(), **(config or {})})
     run_folder.check(folder, identity, resume=resume)
     with hold(folder), watch_signals() as request:
         run_folder.prepare(folder, identity)
@@ -145,7 +152,9 @@ def fit(
             with MetricsWriter(
                 folder, step=position.step, tensorboard=options.tensorboard
             ) as metrics:
-                run = _Run(model, plan, feed, folder, options, mesh, store, metrics, request, notes)
+                run = _Run(
+                    model, plan, feed, folder, options, cache, mesh, store, metrics, request, notes
+                )
                 return _train(run, place_replicated(state, mesh), position)
 
 
@@ -166,8 +175,9 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
         position = position.next_phase()
         state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
     variables = state.variables()
-    validation = _evaluate(run, state)
+    validation = _evaluate(run, run.feed, state)
     run_folder.finish(run.folder, run.model, variables, run.feed, position.step, validation)
+    shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
     return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
 
 
@@ -203,11 +213,12 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
     """
     total = phase.total_steps(run.feed.steps_per_epoch)
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
-    step_function = train_step(run.model, phase, run.feed)
+    feed = _feed_of(run, phase, state, position)
+    step_function = train_step(run.model, phase, feed)
     pending: list[tuple[int, Metrics]] = []
     text = ""
     with (
-        _reading(run.feed, position.step) as batches,
+        _reading(feed, position.step) as batches,
         progress_bar(phase.name, total, start=position.phase_step) as show,
     ):
         while position.phase_step < total and not position.out_of_patience(phase):
@@ -223,7 +234,7 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
                 text = _log(run, phase, pending)
                 pending.clear()
             if validate:
-                position, accuracy = _validate(run, state, position)
+                position, accuracy = _validate(run, feed, state, position)
                 text = text if accuracy is None else f"{text} validation {100 * accuracy:.1f} %"
                 _save(run, state, position, accuracy)
             elif interrupted:
@@ -232,6 +243,25 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
             if run.request.signal_number is not None and (validate or interrupted):
                 raise Interrupted(run.request.signal_number, position.step)
     return state, position
+
+
+def _feed_of(run: _Run, phase: Phase, state: State, position: Position) -> Feed:
+    """What the phase reads: images, or what the part that does not move has made of them."""
+    if position.phase_step == phase.total_steps(run.feed.steps_per_epoch):
+        return run.feed  # Interrupted after its last step: nothing will be read.
+    choice = choose(run.cache, run.model, state.params, phase, run.feed)
+    if choice.cut is None:
+        if run.cache != OFF:
+            say(choice.text)
+        return run.feed
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    folder = run.cache.folder or run.folder / run_folder.FEATURES
+    cached = cached_feed(choice, run.model, variables, run.feed, run.mesh, folder, say)
+    if cached is None:
+        return run.feed
+    say(cached.text)
+    run.metrics.write("cache", position.step, {"phase": phase.name, **cached.facts})
+    return cached.feed
 
 
 @contextmanager
@@ -269,15 +299,17 @@ def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str
     return f"loss {means['loss']:.3f} accuracy {100 * means['accuracy']:.1f} %"
 
 
-def _evaluate(run: _Run, state: State) -> Evaluation | None:
-    if run.feed.validation is None:
+def _evaluate(run: _Run, feed: Feed, state: State) -> Evaluation | None:
+    if feed.validation is None:
         return None
-    batches, preprocessing = run.feed.validation(), run.feed.preprocessing
-    return evaluate(run.model, state.variables(), batches, preprocessing, run.mesh)
+    variables, batches = state.variables(), feed.validation()
+    return evaluate(run.model, variables, batches, feed.preprocessing, run.mesh, start=feed.start)
 
 
-def _validate(run: _Run, state: State, position: Position) -> tuple[Position, float | None]:
-    result = _evaluate(run, state)
+def _validate(
+    run: _Run, feed: Feed, state: State, position: Position
+) -> tuple[Position, float | None]:
+    result = _evaluate(run, feed, state)
     if result is None:
         return position, None
     phase = run.plan.phases[position.phase].name

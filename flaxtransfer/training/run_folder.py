@@ -24,6 +24,7 @@ from flaxtransfer.types import Variables
 from flaxtransfer.weights import Checkpoint, save
 
 CHECKPOINTS = "checkpoints"
+FEATURES = "features"
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 AUDIT_FILE = "audit.json"

@@ -41,12 +41,12 @@ def train_step(
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         still = frozen(state.params, phase.labels, phase.groups)
-        images = normalise(batch["image"], feed.preprocessing.mean, feed.preprocessing.std)
+        inputs = network_input(batch["image"], feed.preprocessing, feed.start)
         loss_key = jax.random.fold_in(state.key, state.step)
 
         def objective(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
             variables = {"params": merge(still, moving), "batch_stats": state.batch_stats}
-            logits, batch_stats = model.apply(variables, images, norm=norm)
+            logits, batch_stats = model.apply(variables, inputs, norm=norm, start=feed.start)
             losses = phase.loss(logits, batch["label"], loss_key)
             return losses.mean(), (batch_stats, logits)
 
@@ -70,13 +70,25 @@ def train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def network_input(images: jax.Array, preprocessing: Preprocessing, start: str | None) -> jax.Array:
+    """Images normalised on the device; activations that enter at a later segment as they are."""
+    if start is None:
+        return normalise(images, preprocessing.mean, preprocessing.std)
+    return images.astype(jnp.promote_types(images.dtype, jnp.float32))
+
+
 @lru_cache(maxsize=8)
-def forward(model: Model, preprocessing: Preprocessing) -> Callable[[Variables, Any], jax.Array]:
-    """The compiled evaluation pass: uint8 images [batch, height, width, 3] -> float32 logits."""
+def forward(
+    model: Model, preprocessing: Preprocessing, start: str | None = None, stop: str | None = None
+) -> Callable[[Variables, Any], jax.Array]:
+    """The compiled evaluation pass from segment ``start`` up to, not including, ``stop``.
+
+    By default from uint8 images [batch, height, width, channels] to float32 logits.
+    """
 
     @jax.jit
-    def logits(variables: Variables, images: jax.Array) -> jax.Array:
-        normal = normalise(images, preprocessing.mean, preprocessing.std)
-        return model.apply(variables, normal, norm="running")[0]
+    def output(variables: Variables, images: jax.Array) -> jax.Array:
+        inputs = network_input(images, preprocessing, start)
+        return model.apply(variables, inputs, norm="running", start=start, stop=stop)[0]
 
-    return logits
+    return output
