@@ -76,8 +76,9 @@ if TYPE_CHECKING:
         progressive_unfreezing,
         surgical,
     )
+    from flaxtransfer.training.caching import Cache
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
-    from flaxtransfer.training.feed import Batch, Feed, held_out, source_feed
+    from flaxtransfer.training.feed import Batch, Examples, Feed, held_out, source_feed
     from flaxtransfer.training.finder import RateSweep, find_learning_rate
     from flaxtransfer.training.interrupts import Interrupted
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
@@ -114,8 +115,9 @@ _ROOMS = {
         "full_fine_tuning", "head_then_fine_tune", "l2_sp", "progressive_unfreezing", "surgical",
     ),
     "overview": ("table",),
+    "training.caching": ("Cache",),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
-    "training.feed": ("Batch", "Feed", "held_out", "source_feed"),
+    "training.feed": ("Batch", "Examples", "Feed", "held_out", "source_feed"),
     "training.finder": ("RateSweep", "find_learning_rate"),
     "training.interrupts": ("Interrupted",),
     "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),

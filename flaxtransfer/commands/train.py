@@ -20,6 +20,7 @@ from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.models import Model, resnet
 from flaxtransfer.pretrained import transfer
 from flaxtransfer.strategies import RECIPES, from_scratch
+from flaxtransfer.training.caching import Cache
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.feed import Feed, held_out, source_feed
 from flaxtransfer.training.loop import Fitted, Options, fit
@@ -78,6 +79,16 @@ class Train:
       tensorboard: also write TensorBoard events (extra tb).
       evaluate_every: steps between validations, each with a checkpoint; by default an epoch, at
         most ten times a phase.
+      cache: "auto" runs the frozen part of the network once a phase where that pays and fits, and
+        trains the rest on its output; "memory" or "disk" insist on the place, "off" on running it
+        in every step.
+      cache_views: versions of each augmented image that a cache holds; training goes through them
+        from pass to pass.
+      cache_dtype: of what is cached; "auto" is float32, or float16 where only that fits.
+      cache_memory_gb: most that a cache may take in memory.
+      cache_disk_gb: most that caches may take on disk.
+      cache_dir: folder of caches that other runs may use as well; by default in the run folder,
+        until the run has finished.
     """
 
     data: str = "digits"
@@ -109,6 +120,17 @@ class Train:
     download: bool = False
     tensorboard: bool = False
     evaluate_every: int | None = None
+    cache: Literal["auto", "memory", "disk", "off"] = "auto"
+    cache_views: int = 8
+    cache_dtype: Literal["auto", "float32", "float16"] = "auto"
+    cache_memory_gb: float = 2.0
+    cache_disk_gb: float = 20.0
+    cache_dir: Path | None = None
+
+    def caching(self) -> Cache:
+        """The options of the cache as one value."""
+        memory, disk = int(1e9 * self.cache_memory_gb), int(1e9 * self.cache_disk_gb)
+        return Cache(self.cache, self.cache_dtype, self.cache_views, memory, disk, self.cache_dir)
 
     def check(self) -> None:
         """Raises a ValueError that lists every number out of range."""
@@ -130,10 +152,11 @@ class Train:
         ]
         if problems:
             raise ValueError("; ".join(problems))
+        self.caching()
 
     def identity(self) -> dict[str, Any]:
         """The options that decide what is learned, for the run's configuration."""
-        silent = ("run", "resume", "tensorboard", "workers", "download", "compare")
+        silent = ("run", "resume", "tensorboard", "workers", "download", "compare", "cache_dir")
         found = {k: v for k, v in asdict(self).items() if k not in silent}
         # What a file says, not what it is called, is what was run.
         if is_file(self.strategy):
@@ -323,6 +346,7 @@ def _fit(
         config={"options": options.identity()},
         resume=options.resume,
         options=Options(evaluate_every=options.evaluate_every, tensorboard=options.tensorboard),
+        cache=options.caching(),
     )
 
 

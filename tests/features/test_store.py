@@ -105,7 +105,7 @@ def test_half_written_is_not_there(tmp_path):
 
 def test_a_range_that_is_too_small():
     large = np.full((2, 3), 70_000.0, np.float32)
-    with pytest.raises(store.OutOfRange, match="7e.04 is beyond the 65504 of float16"):
+    with pytest.raises(store.OutOfRange, match=r"7e\+04 is beyond the 65504 of float16"):
         store.keep((2, 3), "float16", [large])
     np.testing.assert_array_equal(store.keep((2, 3), "float32", [large]), large)
 
