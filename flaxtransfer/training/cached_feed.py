@@ -104,7 +104,7 @@ def cached_feed(
     text = (
         f"cache before {choice.cut}: {len(training) + len(validation):,} activations, "
         f"{bytes_text(nbytes)} as {choice.dtype} {choice.place}, "
-        f"{'found' if job.found == 2 else 'made'} in {facts['seconds']:.1f} s"
+        f"{'found' if job.found == job.wanted else 'made'} in {facts['seconds']:.1f} s"
     )
     return Cached(_feed(choice, feed, examples, training, validation), text, facts)
 
@@ -120,6 +120,7 @@ class _Job:
     mesh: Mesh
     folder: Path
     say: Say
+    wanted: int = 2
     found: int = 0
 
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +137,7 @@ class _Job:
         )  # fmt: skip
         held_out = len(self.examples.validation_labels)
         if not held_out or self.feed.validation is None:
-            self.found += 1
+            self.wanted = 1
             return made, np.empty((0, *self.choice.shape), self.choice.dtype)
         return made, self._one(held_out, self.feed.validation(), of_validation)
 
@@ -175,23 +176,25 @@ class _Job:
         run = forward(self.model, self.feed.preprocessing, None, self.cut)
         placed = place_replicated(self.variables, self.mesh)
         waiting: tuple[jax.Array, np.ndarray] | None = None
+        began = 0.0
         for number, batch in enumerate(batches):
             images = place_batch(batch["image"], self.mesh)
             weight = np.asarray(batch.get("weight", np.ones(len(batch["image"]))))
             output = run(placed, images)
-            if predict and number == 0:
-                self._predict(lambda: run(placed, images), predict / weight.sum())  # noqa: B023
+            if predict and number <= 1:
+                # The first batch waits for the compiler, the second is timed.
+                jax.block_until_ready(output)
+                if number == 1:
+                    seconds = time.perf_counter() - began
+                    self._predict(seconds * predict / len(weight))
+                began = time.perf_counter()
             if waiting is not None:
                 yield _kept(*waiting)
             waiting = output, weight
         if waiting is not None:
             yield _kept(*waiting)
 
-    def _predict(self, once: Callable[[], jax.Array], batches: float) -> None:
-        jax.block_until_ready(once())  # Compiled, and its memory touched.
-        began = time.perf_counter()
-        jax.block_until_ready(once())
-        seconds = (time.perf_counter() - began) * batches
+    def _predict(self, seconds: float) -> None:
         spared = seconds * (self.choice.passes / self.choice.views - 1)
         self.say(f"{self.choice.text}; takes about {seconds:.2g} s and spares {spared:.2g} s")
 

@@ -34,6 +34,7 @@ from flaxtransfer.training.progress import progress_bar, say
 from flaxtransfer.training.recalibration import recalibrate
 from flaxtransfer.training.state import State, advance, start
 from flaxtransfer.training.step import Metrics, train_step
+from flaxtransfer.training.suffix import narrow, narrow_phase, widen
 from flaxtransfer.types import Variables
 
 
@@ -214,7 +215,9 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
     total = phase.total_steps(run.feed.steps_per_epoch)
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
     feed = _feed_of(run, phase, state, position)
-    step_function = train_step(run.model, phase, feed)
+    segments = run.model.segments
+    step_function = train_step(run.model, narrow_phase(phase, segments, feed.start), feed)
+    working, below = narrow(state, segments, feed.start)
     pending: list[tuple[int, Metrics]] = []
     text = ""
     with (
@@ -224,7 +227,7 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
         while position.phase_step < total and not position.out_of_patience(phase):
             batch = next(batches)
             placed = place_batch({k: batch[k] for k in ("image", "label")}, run.mesh)
-            state, metrics = step_function(state, placed)
+            working, metrics = step_function(working, placed)
             position = replace(position, phase_step=position.phase_step + 1)
             pending.append((position.step, metrics))
             done = position.phase_step == total
@@ -233,6 +236,8 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
             if validate or interrupted or position.phase_step % run.options.log_every == 0:
                 text = _log(run, phase, pending)
                 pending.clear()
+            if validate or interrupted:
+                state = widen(working, below)
             if validate:
                 position, accuracy = _validate(run, feed, state, position)
                 text = text if accuracy is None else f"{text} validation {100 * accuracy:.1f} %"
