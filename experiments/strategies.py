@@ -134,6 +134,7 @@ STRATEGIES = {
     "surgical, stage 4": Strategy(ft.surgical, {"part": ft.stage(4)}),
     "progressive_unfreezing": Strategy(ft.progressive_unfreezing, validates=True),
     "head_then_fine_tune": Strategy(ft.head_then_fine_tune),
+    "linear_probe_then_fine_tune": Strategy(ft.linear_probe_then_fine_tune),
     "discriminative": Strategy(ft.discriminative),
     "l2_sp": Strategy(ft.l2_sp),
     "full_fine_tuning": Strategy(ft.full_fine_tuning),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         logistic_path,
         nearest_mean,
         ridge_path,
+        solved_head,
         standardisation,
     )
     from flaxtransfer.labels import label, rest
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         full_fine_tuning,
         head_then_fine_tune,
         l2_sp,
+        linear_probe_then_fine_tune,
         progressive_unfreezing,
         surgical,
     )
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
     from flaxtransfer.training.phases import Phase, Plan
     from flaxtransfer.training.plan_file import load_plan, plan_from_yaml, plan_to_yaml, save_plan
+    from flaxtransfer.training.probing import pooled_features
     from flaxtransfer.training.recalibration import recalibrate
     from flaxtransfer.training.run_folder import environment
     from flaxtransfer.types import Params, Variables
@@ -98,7 +101,7 @@ _ROOMS = {
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
     "features": (
         "LogisticPath", "MeansHead", "RidgePath", "Standardisation", "linear_discriminant",
-        "logistic_path", "nearest_mean", "ridge_path", "standardisation",
+        "logistic_path", "nearest_mean", "ridge_path", "solved_head", "standardisation",
     ),
     "labels": ("label", "rest"),
     "masks": (
@@ -112,7 +115,8 @@ _ROOMS = {
     "schedules": ("WarmupCosine",),
     "strategies": (
         "RECIPES", "batch_norm_only", "discriminative", "feature_extraction", "from_scratch",
-        "full_fine_tuning", "head_then_fine_tune", "l2_sp", "progressive_unfreezing", "surgical",
+        "full_fine_tuning", "head_then_fine_tune", "l2_sp", "linear_probe_then_fine_tune",
+        "progressive_unfreezing", "surgical",
     ),
     "overview": ("table",),
     "training.caching": ("Cache",),
@@ -124,6 +128,7 @@ _ROOMS = {
     "training.losses": ("SmoothedCrossEntropy", "cross_entropy"),
     "training.phases": ("Phase", "Plan"),
     "training.plan_file": ("load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"),
+    "training.probing": ("pooled_features",),
     "training.recalibration": ("recalibrate",),
     "training.run_folder": ("environment",),
     "pretrained": ("TransferReport", "transfer"),

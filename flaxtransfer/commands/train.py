@@ -56,9 +56,10 @@ class Train:
       val_fraction: share of the labelled images that validates, where all labels are used.
       test_fraction: share of the images that tests, where all labels are used.
       head: "new" starts the head at zero, "keep" takes the checkpoint's, "resize" its first rows.
-      strategy: how to adapt: a recipe (head_then_fine_tune, feature_extraction, batch_norm_only,
-        progressive_unfreezing, discriminative, surgical, l2_sp, full_fine_tuning, from_scratch) or
-        the path of a plan, such as plan.yaml; "flaxtransfer plan" prints and writes them.
+      strategy: how to adapt: a recipe (head_then_fine_tune, linear_probe_then_fine_tune,
+        feature_extraction, batch_norm_only, progressive_unfreezing, discriminative, surgical,
+        l2_sp, full_fine_tuning, from_scratch) or the path of a plan, such as
+        plan.yaml; "flaxtransfer plan" prints and writes them.
       batch_size: images a step.
       steps: steps of a strategy of one phase, by default 300 or 10 epochs if that is more; of
         each phase of progressive_unfreezing.

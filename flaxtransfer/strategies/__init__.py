@@ -7,7 +7,11 @@ plan like any other.
 from collections.abc import Callable
 
 from flaxtransfer.strategies.partial import batch_norm_only, feature_extraction, surgical
-from flaxtransfer.strategies.staged import head_then_fine_tune, progressive_unfreezing
+from flaxtransfer.strategies.staged import (
+    head_then_fine_tune,
+    linear_probe_then_fine_tune,
+    progressive_unfreezing,
+)
 from flaxtransfer.strategies.whole import discriminative, from_scratch, full_fine_tuning, l2_sp
 from flaxtransfer.training.phases import Plan
 
@@ -20,6 +24,7 @@ __all__ = [
     "full_fine_tuning",
     "head_then_fine_tune",
     "l2_sp",
+    "linear_probe_then_fine_tune",
     "progressive_unfreezing",
     "surgical",
 ]
@@ -30,6 +35,7 @@ RECIPES: dict[str, Callable[..., Plan]] = {
         feature_extraction,
         batch_norm_only,
         head_then_fine_tune,
+        linear_probe_then_fine_tune,
         progressive_unfreezing,
         discriminative,
         surgical,

@@ -43,7 +43,7 @@ def head_then_fine_tune(
       ValueError: both phases are left out.
 
     References:
-      Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+      A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
       Out-of-Distribution", 2022.
     """
     del params  # A head is a head in every network; the signature is that of all recipes.
@@ -65,6 +65,50 @@ def head_then_fine_tune(
             )
         )
     return Plan(phases)
+
+
+def linear_probe_then_fine_tune(
+    params: Params,
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-4,
+    head_learning_rate: float = 3e-4,
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """A linear probe, solved to its optimum in seconds, and then everything from there.
+
+    Use it wherever ``head_then_fine_tune`` fits: the head is not trained for some steps but is the
+    best there is on the frozen features, its strength chosen by cross-validation, so that the
+    first gradients of the rest are small. It sees the images without augmentation. Where frozen
+    features carry nothing, a probe is no better a start than any.
+
+    Args:
+      params: nested dict of parameters or their shapes.
+      steps: optimizer steps after the probe.
+      learning_rate: peak rate of everything but the head.
+      head_learning_rate: peak rate of the head, which has come a long way already.
+      weight_decay: decoupled, on kernels.
+      patience: evaluations without improvement that end training; needs a validation set.
+
+    References:
+      A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+      Out-of-Distribution", 2022.
+    """
+    del params  # As in head_then_fine_tune.
+    phase = Phase(
+        labels={"head": head(), "backbone": rest()},
+        groups={
+            "head": adamw(head_learning_rate, weight_decay),
+            "backbone": adamw(learning_rate, weight_decay),
+        },
+        steps=steps,
+        name="fine-tune",
+        probe=True,
+        clip=1.0,
+        patience=patience,
+    )
+    return Plan([phase])
 
 
 def progressive_unfreezing(

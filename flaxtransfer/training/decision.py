@@ -61,8 +61,8 @@ def check_feed(plan: Plan, feed: Feed) -> None:
     """Refuses rules that the data cannot answer, before anything is computed.
 
     Raises:
-      ValueError: patience without a validation set, recalibration without a pass over the
-        training images; all in one text.
+      ValueError: patience without a validation set, recalibration or a probe without a pass over
+        the training images; all in one text.
     """
     problems = []
     if feed.validation is None:
@@ -75,10 +75,14 @@ def check_feed(plan: Plan, feed: Feed) -> None:
             )
     if feed.calibration is None:
         problems += [
-            f"phase {phase.name!r} recalibrates, but the feed has no pass over the training images "
+            f"phase {phase.name!r} {what}, but the feed has no pass over the training images "
             "(Feed.calibration)"
             for phase in plan.phases
-            if phase.recalibrate is not None
+            for what, asked in (
+                ("recalibrates", phase.recalibrate is not None),
+                ("begins with a probe", phase.probe),
+            )
+            if asked
         ]
     if problems:
         raise ValueError("; ".join(problems))

@@ -30,9 +30,10 @@ from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
 from flaxtransfer.training.metrics import MetricsWriter
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.training.position import Position
+from flaxtransfer.training.probing import probed_head
 from flaxtransfer.training.progress import progress_bar, say
 from flaxtransfer.training.recalibration import recalibrate
-from flaxtransfer.training.state import State, advance, start
+from flaxtransfer.training.state import State, advance, start, with_params
 from flaxtransfer.training.step import Metrics, train_step
 from flaxtransfer.training.suffix import narrow, narrow_phase, widen
 from flaxtransfer.types import Variables
@@ -166,6 +167,8 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
         phase = run.plan.phases[position.phase]
         if position.phase_step == 0 and phase.recalibrate is not None:
             state = _recalibrate(run, phase, state)
+        if position.phase_step == 0 and phase.probe:
+            state = _probe(run, phase, state)
         before = _digests_at_start(run, state, position)
         state, position = _run_phase(run, phase, state, position)
         audits.append(audit.compare(phase, before, audit.frozen_digests(state, phase)))
@@ -200,6 +203,17 @@ def _recalibrate(run: _Run, phase: Phase, state: State) -> State:
         phase.recalibrate, run.mesh,
     )  # fmt: skip
     return state._replace(batch_stats=place_replicated(measured, run.mesh))
+
+
+def _probe(run: _Run, phase: Phase, state: State) -> State:
+    """The state with the head that is optimal on the features as they are."""
+    assert run.feed.calibration is not None  # `check_feed` has asked for it.
+    params, text = probed_head(
+        run.model, state.variables(), run.feed.calibration(), run.feed.preprocessing, run.mesh
+    )
+    run.notes.append(f"phase {phase.name!r} begins with {text}")
+    say(run.notes[-1])
+    return place_replicated(with_params(state, params, phase), run.mesh)
 
 
 def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tuple[State, Position]:

@@ -35,6 +35,8 @@ class Phase:
         to that are given as ``{mask: "running" or "batch"}``, the later ones winning.
       recalibrate: mask of the BatchNorms whose running statistics are measured anew on the training
         images before the first step of the phase, with the weights as they are then.
+      probe: whether the head is first replaced by a linear probe: logistic regression to its
+        optimum on the pooled features of the training images, with the weights as they are then.
       clip: largest global norm of the gradient over the trainable leaves of all groups.
       ema: decay of an exponential moving average of the trainable leaves, which evaluation then
         uses; None for no average.
@@ -54,6 +56,7 @@ class Phase:
     name: str = "fine-tune"
     norm: Norm | Mapping[Mask | str, Literal["running", "batch"]] | None = None
     recalibrate: Mask | str | None = None
+    probe: bool = False
     clip: float | None = None
     ema: float | None = None
     patience: int | None = None
@@ -71,6 +74,8 @@ class Phase:
                 problems.append(f"{name} must be positive, not {value}")
         if self.ema is not None and not 0 <= self.ema < 1:
             problems.append(f"ema must be in [0, 1), not {self.ema}")
+        if not isinstance(self.probe, bool):
+            problems.append(f"probe is true or false, not {self.probe!r}")
         if problems:
             raise ValueError(f"phase {self.name!r}: " + "; ".join(problems))
         if self.recalibrate is not None:

@@ -40,7 +40,7 @@ from flaxtransfer.training.phases import Phase, Plan
 __all__ = ["load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"]
 
 _SIMPLE = ("steps", "epochs", "clip", "ema", "patience")
-_PHASE = ("name", "labels", "groups", "norm", "recalibrate", "label_smoothing", *_SIMPLE)
+_PHASE = ("name", "labels", "groups", "norm", "recalibrate", "probe", "label_smoothing", *_SIMPLE)
 _GROUP = ("optimizer", "learning_rate", "weight_decay", "decay_mask", "decay_toward")
 
 
@@ -155,6 +155,8 @@ def _phase_out(phase: Phase, problems: list[str]) -> dict[str, Any]:
         out["norm"] = phase.norm if isinstance(phase.norm, str) else sorted(phase.norm)
     if phase.recalibrate is not None:
         out["recalibrate"] = repr(phase.recalibrate)
+    if phase.probe:
+        out["probe"] = True
     if isinstance(phase.loss, SmoothedCrossEntropy):
         out["label_smoothing"] = phase.loss.amount
     elif phase.loss is not cross_entropy:
@@ -223,6 +225,8 @@ def _phase_in(entry: Any, number: int, problems: list[str]) -> Any:
     simple = {name: entry[name] for name in _SIMPLE if name in entry}
     if "name" in entry:
         simple["name"] = str(entry["name"])
+    if "probe" in entry:
+        simple["probe"] = entry["probe"]
     return _tried(
         lambda _: Phase(labels, groups, norm=norm, recalibrate=entry.get("recalibrate"), loss=loss,
                         **simple),

@@ -65,7 +65,8 @@ def plan_text(plan: Plan, params: Params | None = None) -> str:
 def _length(phase: Phase) -> str:
     unit, number = ("epochs", phase.epochs) if phase.steps is None else ("steps", phase.steps)
     text = f"{number:g} {unit}"
-    return text if phase.patience is None else f"{text}, patience {phase.patience}"
+    text = text if phase.patience is None else f"{text}, patience {phase.patience}"
+    return f"{text}\nfrom a linear probe" if phase.probe else text
 
 
 def _pace(group: Any) -> list[str]:

@@ -47,6 +47,7 @@ def identity(
             "leaves": _count_labels(phase.labels),
             "batch_norm": norm if isinstance(norm, str) else sorted(norm),
             "recalibrate": None if phase.recalibrate is None else repr(phase.recalibrate),
+            "probe": phase.probe,
             "loss": getattr(phase.loss, "__name__", repr(phase.loss)),
             "clip": phase.clip,
             "ema": phase.ema,

@@ -72,6 +72,12 @@ def advance(state: State, phase: Phase) -> State:
     )
 
 
+def with_params(state: State, params: Params, phase: Phase) -> State:
+    """The state before the first step of ``phase`` with other parameters; its average follows."""
+    moving = trainable(params, phase.labels, phase.groups)
+    return state._replace(params=params, ema=_average_of(moving, phase))
+
+
 def _average_of(moving: Params, phase: Phase) -> Params:
     # A copy, because donated buffers may not appear twice in the state.
     return {} if phase.ema is None else jax.tree.map(jnp.array, moving)

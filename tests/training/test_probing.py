@@ -1,0 +1,70 @@
+"""A phase that begins with a linear probe begins with the optimum on the features as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import optax
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer.features import solved_head
+from flaxtransfer.paths import flatten
+
+from .small import network
+from .test_caching import feed
+
+
+def plan(rate: float, steps: int = 2, **changes: object) -> ft.Plan:
+    group = ft.Group(optax.sgd, rate)
+    return ft.Plan([ft.Phase({"all": ft.everything()}, {"all": group}, steps, norm="running",
+                             probe=True, **changes)])  # fmt: skip
+
+
+def test_the_head_is_the_solved_one(tmp_path):
+    """At a rate of 0 nothing else happens."""
+    model, variables = network()
+    data = feed()
+    fitted = ft.fit(model, variables, plan(0.0, ema=0.5), data, tmp_path)
+    pooled, labels = ft.pooled_features(model, variables, data.calibration(), data.preprocessing)
+    assert pooled.shape == (14, 32)
+    head = solved_head(pooled, labels, 3)
+    np.testing.assert_allclose(fitted.variables["params"]["fc"]["kernel"], head.kernel, rtol=1e-6)
+    np.testing.assert_allclose(fitted.variables["params"]["fc"]["bias"], head.bias, rtol=1e-6)
+    conv = fitted.variables["params"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(conv, variables["params"]["conv1"]["kernel"])
+    assert fitted.notes[0].startswith("phase 'fine-tune' begins with logistic regression on 14")
+
+
+def test_an_interrupted_run_does_not_probe_again(tmp_path):
+    model, variables = network()
+    options = ft.Options(evaluate_every=1)
+    data = feed()
+    whole = ft.fit(model, variables, plan(1e-2, 6), data, tmp_path / "whole", options=options)
+
+    def stopping(start: int):
+        for step, batch in enumerate(data.train(start), start):
+            if step == 3:
+                raise RuntimeError("stop here")
+            yield batch
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        ft.fit(model, variables, plan(1e-2, 6), replace(data, train=stopping), tmp_path / "cut",
+               options=options)  # fmt: skip
+    resumed = ft.fit(model, variables, plan(1e-2, 6), data, tmp_path / "cut", resume=True,
+                     options=options)  # fmt: skip
+    for path, leaf in flatten(whole.variables).items():
+        np.testing.assert_array_equal(flatten(resumed.variables)[path], leaf, err_msg=path)
+
+
+def test_it_needs_a_pass_over_the_images(tmp_path):
+    model, variables = network()
+    with pytest.raises(ValueError, match="begins with a probe, but the feed has no pass"):
+        ft.fit(model, variables, plan(0.1), replace(feed(), calibration=None), tmp_path)
+
+
+def test_what_is_no_answer():
+    with pytest.raises(ValueError, match="probe is true or false, not 'logistic'"):
+        ft.Phase({"a": ft.everything()}, {"a": optax.sgd(1)}, 1,
+                                      probe="logistic")  # fmt: skip
