@@ -15,6 +15,7 @@ from flaxtransfer.commands.evaluate import Evaluate, evaluate
 from flaxtransfer.commands.params import Params, params
 from flaxtransfer.commands.plan import Plan, plan
 from flaxtransfer.commands.predict import Predict, predict
+from flaxtransfer.commands.probe import Probe, probe
 from flaxtransfer.commands.train import Train, train
 from flaxtransfer.sharding import guard_cpu_thread_pool
 from flaxtransfer.training.interrupts import Interrupted
@@ -22,6 +23,7 @@ from flaxtransfer.training.interrupts import Interrupted
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Params, tyro.conf.subcommand("params")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
@@ -31,6 +33,7 @@ Command = (
 _RUN: dict[type, Callable[[Any, Console], None]] = {
     Train: train,
     Plan: plan,
+    Probe: probe,
     Params: params,
     Evaluate: evaluate,
     Predict: predict,

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import flaxtransfer as ft
-from flaxtransfer.cli import Convert, Evaluate, Params, Plan, Predict, Train, run
+from flaxtransfer.cli import Convert, Evaluate, Params, Plan, Predict, Probe, Train, run
 
 SIZE = 16
 
@@ -278,7 +278,7 @@ def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
     assert "has not finished" in only_line(capsys)
 
 
-@pytest.mark.parametrize("command", [Train, Plan, Params, Evaluate, Predict, Convert])
+@pytest.mark.parametrize("command", [Train, Plan, Probe, Params, Evaluate, Predict, Convert])
 def test_every_option_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         run([command.__name__.lower(), "--help"])
@@ -288,6 +288,45 @@ def test_every_option_has_help(command, capsys):
         documented = re.search(rf"^ +{field.name}: (\S+ \S+)", command.__doc__, re.MULTILINE)
         assert documented, field.name
         assert documented[1] in shown
+
+
+def test_probe_prints_a_row_a_segment_and_draws_them(folder, weights, tmp_path, capsys):
+    picture = tmp_path / "probe.png"
+    arguments = ["probe", "--data", f"folder:{folder}", "--weights", str(weights), "--out",
+                 str(picture)]  # fmt: skip
+    assert run(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split()[0] for line in lines]
+    assert rows[rows.index("segment") + 1 :][:5] == ["stem", *(f"layer{n}" for n in (1, 2, 3, 4))]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run([*arguments[:-1], str(tmp_path / "probe.txt")]) == 2
+    assert "txt" in only_line(capsys)
+
+
+def test_train_says_what_frozen_features_reach_and_what_it_caches(
+    folder, weights, tmp_path, capsys
+):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--compare",
+                 "no", "--strategy", "feature_extraction", "--steps", "9", "--batch-size", "8",
+                 "--cache-views", "1"]  # fmt: skip
+    assert run([*arguments, "--run", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert "heads on the frozen features of" in shown.out
+    assert "each left out once: ridge" in shown.out
+    assert "before head, 32 numbers each, are cached in memory as float32" in shown.err
+    assert "cache before head:" in shown.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 <= summary["baseline"]["ridge"] <= 1
+    shared = tmp_path / "shared"
+    again = [*arguments, "--cache", "disk", "--cache-dir", str(shared), "--run"]
+    for name, state in (("a", "made in"), ("b", "found in")):
+        assert run([*again, str(tmp_path / name)]) == 0
+        assert state in capsys.readouterr().err
+
+
+def test_a_cache_out_of_range_is_one_line(capsys):
+    assert run(["train", "--cache-views", "0", "--cache-disk-gb", "-1"]) == 2
+    assert "views is 1 or more, not 0; disk is a number of bytes" in only_line(capsys)
 
 
 @pytest.mark.slow

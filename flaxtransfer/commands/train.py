@@ -16,7 +16,9 @@ from rich.table import Table
 
 from flaxtransfer.commands.plan import is_file, strategy_plan
 from flaxtransfer.data import Source, Splits, open_source, stratified_split
+from flaxtransfer.data.splits import some
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
+from flaxtransfer.features.baseline import instant_baseline
 from flaxtransfer.models import Model, resnet
 from flaxtransfer.pretrained import transfer
 from flaxtransfer.strategies import RECIPES, from_scratch
@@ -26,6 +28,7 @@ from flaxtransfer.training.feed import Feed, held_out, source_feed
 from flaxtransfer.training.loop import Fitted, Options, fit
 from flaxtransfer.training.phases import Plan
 from flaxtransfer.training.plan_table import plan_table
+from flaxtransfer.training.probing import pooled_features
 from flaxtransfer.training.run_folder import write_json
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Checkpoint, load
@@ -34,6 +37,10 @@ SUMMARY_FILE = "summary.json"
 
 MOST_IMAGES_FOR_COMPARISON = 1000
 """Training sets up to this size are also trained from scratch, where nobody says otherwise."""
+
+
+MOST_IMAGES_FOR_BASELINE = 2000
+"""More images than that do not change what a head on frozen features is roughly worth."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,7 @@ def train(options: Train, console: Console) -> None:
     started = time.monotonic()
     job = prepare(options)
     _print_job(job, options, console)
+    baseline = _baseline(job, console)
     fitted = _fit(options, job.model, job.variables, job.plan, job.feed, folder)
     rows = [_row("pre-trained", job.test(job.model, fitted.variables), fitted, started)]
     for line in (*fitted.notes, *map(str, fitted.audits)):
@@ -210,6 +218,7 @@ def train(options: Train, console: Console) -> None:
         "validation_images": len(job.splits.val),
         "test_images": len(job.splits.test),
         "options": json.loads(json.dumps(options.identity())),
+        "baseline": baseline,
         "results": rows,
     }
     write_json(folder / SUMMARY_FILE, summary)
@@ -366,6 +375,21 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
     console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
     console.print(plan_table(job.plan, job.variables["params"]))
+
+
+def _baseline(job: Job, console: Console) -> dict[str, Any] | None:
+    """Prints what heads on frozen features reach; nothing that is wrong there stops a run."""
+    preprocessing = job.checkpoint.preprocessing
+    positions = some(job.splits.train, MOST_IMAGES_FOR_BASELINE)
+    batches = held_out(job.source, positions, preprocessing)
+    try:
+        pooled = pooled_features(job.model, job.variables, batches, preprocessing)
+        found = instant_baseline(*pooled, classes=len(job.source.class_names))
+    except ValueError as error:
+        console.print(f"no baseline on frozen features: {error}", highlight=False)
+        return None
+    console.print(str(found), highlight=False, soft_wrap=True)
+    return asdict(found)
 
 
 def _steps(given: int | None, least: int, epochs: int, feed: Feed) -> int:

@@ -1,0 +1,74 @@
+"""``flaxtransfer probe``: what each depth of a network already knows about a set of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from flaxtransfer.analysis.profile import probe_profile, segment_features
+from flaxtransfer.commands.train import Train, split
+from flaxtransfer.data import open_source
+from flaxtransfer.data.splits import some
+from flaxtransfer.pretrained import transfer
+from flaxtransfer.training.feed import held_out
+from flaxtransfer.weights import load
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Print what a linear probe on each segment of a network reaches, without any training.
+
+    Only the training images are looked at; the images that `train` would test on with the same
+    options are left alone. Example: flaxtransfer probe --data folder:scans --weights resnet50.pth
+
+    Args:
+      data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
+      weights: "builtin", or a .safetensors or .pth file of a ResNet.
+      model: architecture that the weights must be of; by default whatever they are.
+      labels_per_class: use so many labels of each class, 0 for all; by default 5 for the digits
+        and all for other data.
+      kind: of probe: "ridge", each image left out once in closed form, or "logistic" with folds.
+      most_images: look at no more than so many of them.
+      seed: of the choice of labels.
+      skip_corrupt: leave out unreadable images instead of stopping.
+      out: also draw the curve into this file, such as probe.png.
+    """
+
+    data: str = "digits"
+    weights: str = "builtin"
+    model: str | None = None
+    labels_per_class: int | None = None
+    kind: Literal["ridge", "logistic"] = "ridge"
+    most_images: int = 5000
+    seed: int = 0
+    skip_corrupt: bool = False
+    out: Path | None = None
+
+
+def probe(options: Probe, console: Console) -> None:
+    """Runs ``flaxtransfer probe``."""
+    if options.most_images < 3:
+        raise ValueError(f"--most-images is 3 or more, not {options.most_images}")
+    shared = Train(data=options.data, labels_per_class=options.labels_per_class, seed=options.seed)
+    shared.check()
+    source = open_source(options.data, skip_corrupt=options.skip_corrupt)
+    positions = some(split(source, shared).train, options.most_images)
+    checkpoint = load(options.weights, model=options.model)
+    classes = len(source.class_names)
+    model, variables, _ = transfer(checkpoint, classes=classes)
+    batches = held_out(source, positions, checkpoint.preprocessing)
+    features, labels = segment_features(model, variables, batches, checkpoint.preprocessing)
+    profile = probe_profile(features, labels, kind=options.kind, classes=classes)
+    console.print(
+        f"{options.data}: {len(positions)} training images, {classes} classes; {checkpoint!r}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(str(profile), highlight=False)
+    if options.out is not None:
+        from flaxtransfer.report.profile_picture import draw_profile
+
+        draw_profile(profile, options.out)
+        console.print(f"drawn in {options.out}", highlight=False, soft_wrap=True)
