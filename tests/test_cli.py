@@ -313,7 +313,7 @@ def test_train_says_what_frozen_features_reach_and_what_it_caches(
     shown = capsys.readouterr()
     assert "heads on the frozen features of" in shown.out
     assert "each left out once: ridge" in shown.out
-    assert "before head, 32 numbers each, are cached in memory as float32" in shown.err
+    assert "before head, 64 numbers each, are cached in memory as float32" in shown.err
     assert "cache before head:" in shown.err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert 0 <= summary["baseline"]["ridge"] <= 1
