@@ -1,0 +1,205 @@
+"""How sharply the likelihood bends along each parameter: the diagonal of the Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxtransfer.masks import Mask, selected
+from flaxtransfer.paths import flatten
+from flaxtransfer.types import Params
+
+__all__ = ["Curvature", "PartCurvature", "curvature_by_part", "fisher_diagonal"]
+
+Labels = Literal["sampled", "all"]
+
+_CHUNK = 8
+"""Examples whose gradients are held at once: so many copies of the parameters."""
+
+
+def fisher_diagonal(
+    logits: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    labels: Labels = "sampled",
+    seed: int = 0,
+    chunk: int = _CHUNK,
+) -> tuple[Any, int]:
+    """The diagonal of the Fisher information of a classifier, averaged over examples.
+
+    ``E_x E_y~p(y|x) [(d log p(y|x) / d params) ** 2]``, with the labels drawn from the network's
+    own predictions ("the true Fisher"). With the labels of the data in their place (the "empirical
+    Fisher") it is not a curvature: it grows where the network is wrong, and vanishes where it fits.
+
+    Args:
+      logits: a function of the parameters and of inputs ``[examples, ...]`` to logits ``[examples,
+        classes]``, each example's its own: BatchNorm on running statistics.
+      params: any pytree of floating arrays; the leaves that are differentiated.
+      batches: inputs ``[examples, ...]``, without padding.
+      labels: "sampled" draws one label an example, which is unbiased and costs one backward pass;
+        "all" sums over all classes by their probability, which is exact and costs one a class.
+      seed: of the labels that are drawn.
+      chunk: examples whose gradients are held at the same time.
+
+    Returns:
+      A tree like ``params``, in its dtypes, and the number of examples.
+
+    Raises:
+      ValueError: another word for ``labels``, no examples, a chunk below 1, a result that is not
+        finite.
+
+    References:
+      J. Martens, "New Insights and Perspectives on the Natural Gradient Method", 2020.
+      F. Kunstner, L. Balles, P. Hennig, "Limitations of the Empirical Fisher Approximation for
+      Natural Gradient Descent", 2019.
+
+    >>> weights = {"w": jnp.zeros((3, 2))}
+    >>> inputs = jnp.array([[1.0, 2.0, 0.0]])
+    >>> fisher, _ = fisher_diagonal(lambda p, x: x @ p["w"], weights, [inputs], labels="all")
+    >>> fisher["w"].tolist()  # x ** 2 * p * (1 - p)
+    [[0.25, 0.25], [1.0, 1.0], [0.0, 0.0]]
+    """
+    if labels not in ("sampled", "all"):
+        raise ValueError(f"labels are 'sampled' or 'all', not {labels!r}")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, wanted 1 or more examples")
+    run = jax.jit(partial(_chunk_sum, logits, labels))
+    total, count = jax.tree.map(jnp.zeros_like, params), 0
+    for number, batch in enumerate(batches):
+        inputs = np.asarray(batch)
+        for start in range(0, len(inputs), chunk):
+            part = inputs[start : start + chunk]
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), start)
+            # Filled up to one shape, so that there is one program; what was filled in weighs 0.
+            missing = chunk - len(part)
+            padded = np.concatenate([part, np.repeat(part[:1], missing, axis=0)])
+            weight = (np.arange(chunk) < len(part)).astype(np.float32)
+            total = jax.tree.map(jnp.add, total, run(params, padded, weight, key))
+        count += len(inputs)
+    if not count:
+        raise ValueError("there are no examples to measure curvature on")
+    mean = jax.tree.map(lambda leaf: leaf / count, total)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(mean)):
+        raise ValueError("the curvature is not finite: the network overflows on these examples")
+    return mean, count
+
+
+def _chunk_sum(
+    logits: Callable[[Any, Any], jax.Array],
+    labels: Labels,
+    params: Any,
+    inputs: jax.Array,
+    weight: jax.Array,
+    key: jax.Array,
+) -> Any:
+    """Sum over the examples of a chunk of the squared gradients."""
+
+    def log_probs(params: Any, example: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(logits(params, example[None])[0])
+
+    def of_sample(example: jax.Array, key: jax.Array) -> Any:
+        def log_prob(params: Any) -> jax.Array:
+            found = log_probs(params, example)
+            label = jax.random.categorical(key, jax.lax.stop_gradient(found))
+            return found[label]
+
+        return jax.tree.map(jnp.square, jax.grad(log_prob)(params))
+
+    def of_all(example: jax.Array, key: jax.Array) -> Any:
+        del key  # Nothing is drawn.
+        probs = jnp.exp(log_probs(params, example))
+        rows = jax.jacrev(lambda p: log_probs(p, example))(params)
+        return jax.tree.map(lambda leaf: jnp.tensordot(probs, jnp.square(leaf), 1), rows)
+
+    one = of_sample if labels == "sampled" else of_all
+    squares = jax.vmap(one)(inputs, jax.random.split(key, len(inputs)))
+    return jax.tree.map(lambda leaf: jnp.tensordot(weight.astype(leaf.dtype), leaf, 1), squares)
+
+
+@dataclass(frozen=True)
+class PartCurvature:
+    """One part of a network.
+
+    Args:
+      name: of the part.
+      parameters: how many of it were measured.
+      mean: of the Fisher diagonal over them.
+      median: likewise.
+      share: of the trace over all parts.
+    """
+
+    name: str
+    parameters: int
+    mean: float
+    median: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The Fisher diagonal, summed up by parts.
+
+    Args:
+      parts: in the order that was asked for.
+      examples: it was averaged over.
+    """
+
+    parts: tuple[PartCurvature, ...]
+    examples: int
+
+    def means(self) -> dict[str, float]:
+        """The mean of each part, as the recipes take it."""
+        return {part.name: part.mean for part in self.parts}
+
+    def __str__(self) -> str:
+        lines = [f"{'part':<10} {'parameters':>11} {'mean':>9} {'median':>9} {'of trace':>9}"]
+        lines += [
+            f"{part.name:<10} {part.parameters:>11,} {part.mean:>9.2e} {part.median:>9.2e} "
+            f"{100 * part.share:>7.1f} %"
+            for part in self.parts
+        ]
+        return "\n".join([*lines, f"Fisher diagonal, mean over {self.examples} images"])
+
+
+def curvature_by_part(
+    fisher: Params, parts: Mapping[str, Mask], examples: int, where: Mask | str | None = None
+) -> Curvature:
+    """Sums a Fisher diagonal up.
+
+    Args:
+      fisher: nested dict, from ``fisher_diagonal``.
+      parts: masks by name, as of ``strategies.parts.units``; a part without leaves is left out.
+      examples: it was averaged over.
+      where: only these leaves, such as ``kernels()``.
+
+    Raises:
+      ValueError: nothing is left.
+    """
+    flat = flatten(fisher)
+    counted = set(flat) if where is None else selected(where, fisher)
+    values = {
+        name: [np.ravel(flat[p]) for p in selected(m, fisher, allow_empty=True) if p in counted]
+        for name, m in parts.items()
+    }
+    joined = {name: np.concatenate(some) for name, some in values.items() if some}
+    if not joined:
+        raise ValueError(f"the parts {', '.join(parts)} have no leaf of this curvature")
+    trace = sum(float(v.sum(dtype=np.float64)) for v in joined.values())
+    rows = (
+        PartCurvature(
+            name,
+            v.size,
+            float(v.mean(dtype=np.float64)),
+            float(np.median(v)),
+            float(v.sum(dtype=np.float64)) / trace if trace else 0.0,
+        )
+        for name, v in joined.items()
+    )
+    return Curvature(tuple(rows), examples)
