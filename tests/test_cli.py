@@ -324,6 +324,28 @@ def test_train_says_what_frozen_features_reach_and_what_it_caches(
         assert state in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("strategy", "column"),
+    [("curvature_scaled", "Fisher diagonal"), ("surgical", "gradient / weights")],
+)
+def test_strategies_that_measure_say_what_they_found(
+    folder, weights, tmp_path, capsys, strategy, column
+):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--compare",
+                 "no", "--strategy", strategy, "--steps", "2", "--batch-size", "8", "--run",
+                 str(tmp_path / "run")]  # fmt: skip
+    assert run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "measured with logistic regression on" in shown
+    assert column in shown
+    assert shown.index(column) < shown.index("peak rate")
+
+
+def test_a_plan_that_has_to_be_measured(capsys):
+    assert run(["plan", "--strategy", "curvature_scaled"]) == 2
+    assert "measures curvature and examples on the images first" in only_line(capsys)
+
+
 def test_a_cache_out_of_range_is_one_line(capsys):
     assert run(["train", "--cache-views", "0", "--cache-disk-gb", "-1"]) == 2
     assert "views is 1 or more, not 0; disk is a number of bytes" in only_line(capsys)

@@ -72,7 +72,8 @@ def strategy_plan(strategy: str, params: Params, settings: Mapping[str, Any]) ->
         complete in itself and takes none.
 
     Raises:
-      ValueError: an unknown name, or a setting that the recipe does not take; with what there is.
+      ValueError: an unknown name, a setting that the recipe does not take, with what there is; a
+        recipe whose measurements are not among the settings.
       FileNotFoundError: no such file.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -92,6 +93,13 @@ def strategy_plan(strategy: str, params: Params, settings: Mapping[str, Any]) ->
         raise ValueError(
             f"the strategy {strategy} takes no {', '.join(map(_option, unknown))}; of these "
             f"options it takes {', '.join(_option(n) for n in settings if n in known)}"
+        )
+    wanted = inspect.signature(recipe).parameters.values()
+    unmeasured = [p.name for p in wanted if p.default is p.empty and p.name != "params"]
+    if missing := [name for name in unmeasured if name not in given]:
+        raise ValueError(
+            f"the strategy {strategy} measures {' and '.join(missing)} on the images first; "
+            f"flaxtransfer train --strategy {strategy} does, and prints its plan before step 0"
         )
     return recipe(params, **given)
 

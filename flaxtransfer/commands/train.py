@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.commands.evidence import MEASURED, MOST_IMAGES, Evidence, measure
 from flaxtransfer.commands.plan import is_file, strategy_plan
 from flaxtransfer.data import Source, Splits, open_source, stratified_split
 from flaxtransfer.data.splits import some
@@ -64,9 +65,10 @@ class Train:
       test_fraction: share of the images that tests, where all labels are used.
       head: "new" starts the head at zero, "keep" takes the checkpoint's, "resize" its first rows.
       strategy: how to adapt: a recipe (head_then_fine_tune, linear_probe_then_fine_tune,
-        feature_extraction, batch_norm_only, progressive_unfreezing, discriminative, surgical,
-        l2_sp, full_fine_tuning, from_scratch) or the path of a plan, such as
-        plan.yaml; "flaxtransfer plan" prints and writes them.
+        feature_extraction, batch_norm_only, progressive_unfreezing, discriminative,
+        curvature_scaled, gradient_scaled, surgical (the part whose gradient is largest beside its
+        weights), l2_sp, full_fine_tuning, from_scratch) or the path of a plan, such as plan.yaml;
+        "flaxtransfer plan" prints and writes them.
       batch_size: images a step.
       steps: steps of a strategy of one phase, by default 300 or 10 epochs if that is more; of
         each phase of progressive_unfreezing.
@@ -183,6 +185,7 @@ class Job:
     variables: Variables
     feed: Feed
     plan: Plan
+    evidence: Evidence
 
     def test(self, model: Model, variables: Variables) -> Evaluation:
         """Accuracy and loss on the images that were kept apart."""
@@ -251,8 +254,16 @@ def prepare(options: Train) -> Job:
     )
     if options.strategy == "from_scratch":
         variables = model.init(jax.random.key(options.seed))
-    plan = strategy_plan(options.strategy, variables["params"], _settings(options, feed))
-    return Job(source, splits, checkpoint, model, variables, feed, plan)
+    evidence = Evidence()
+    if options.strategy in MEASURED:
+        positions = some(splits.train, MOST_IMAGES)
+        batches = list(held_out(source, positions, preprocessing, batch_size=options.batch_size))
+        evidence = measure(
+            options.strategy, model, variables, batches, preprocessing, len(splits.train)
+        )
+    settings = {**_settings(options, feed), **evidence.settings}
+    plan = strategy_plan(options.strategy, variables["params"], settings)
+    return Job(source, splits, checkpoint, model, variables, feed, plan, evidence)
 
 
 def _settings(options: Train, feed: Feed) -> dict[str, Any]:
@@ -374,6 +385,8 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
     console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
+    if job.evidence.text:
+        console.print(job.evidence.text, highlight=False, soft_wrap=True)
     console.print(plan_table(job.plan, job.variables["params"]))
 
 

@@ -6,6 +6,7 @@ plan like any other.
 
 from collections.abc import Callable
 
+from flaxtransfer.strategies.measured import curvature_scaled, gradient_scaled
 from flaxtransfer.strategies.partial import batch_norm_only, feature_extraction, surgical
 from flaxtransfer.strategies.staged import (
     head_then_fine_tune,
@@ -18,10 +19,12 @@ from flaxtransfer.training.phases import Plan
 __all__ = [
     "RECIPES",
     "batch_norm_only",
+    "curvature_scaled",
     "discriminative",
     "feature_extraction",
     "from_scratch",
     "full_fine_tuning",
+    "gradient_scaled",
     "head_then_fine_tune",
     "l2_sp",
     "linear_probe_then_fine_tune",
@@ -38,6 +41,8 @@ RECIPES: dict[str, Callable[..., Plan]] = {
         linear_probe_then_fine_tune,
         progressive_unfreezing,
         discriminative,
+        curvature_scaled,
+        gradient_scaled,
         surgical,
         l2_sp,
         full_fine_tuning,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flaxtransfer.groups import FROZEN
 from flaxtransfer.labels import rest
 from flaxtransfer.masks import Mask, as_mask, batch_norm, everything, head
-from flaxtransfer.strategies.parts import adamw
+from flaxtransfer.strategies.parts import By, adamw, units
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.types import Params
 
@@ -96,7 +98,9 @@ def batch_norm_only(
 def surgical(
     params: Params,
     *,
-    part: Mask | str = "stem() | stage(1)",
+    part: Mask | str | None = None,
+    gradients: Mapping[str, float] | None = None,
+    by: By = "segment",
     batch_norms: bool = True,
     steps: int = 300,
     learning_rate: float = 3e-4,
@@ -107,12 +111,16 @@ def surgical(
     """One part of the network and the head; by default the first layers.
 
     Use it when you know what has changed: noise, blur or another sensor ask for the first layers,
-    other objects for the last ones. It is not for guessing; where nothing is known, validation
-    has to choose the part.
+    other objects for the last ones. Where nothing is known, relative gradient norms can choose the
+    part; it is a guess that validation should confirm.
 
     Args:
       params: nested dict of parameters or their shapes.
-      part: which leaves move beside the head.
+      part: which leaves move beside the head; by default the stem and the first stage, or what
+        ``gradients`` say.
+      gradients: norm of the gradient over norm of the weights of each part, by its name ("stem",
+        "layer1", ...); the part with the largest moves. See ``analysis.gradients``.
+      by: of which parts the gradients are: "segment" or "block".
       batch_norms: whether the BatchNorms inside the part move, and use batch statistics.
       steps: optimizer steps.
       learning_rate: peak rate of the part.
@@ -120,11 +128,13 @@ def surgical(
       weight_decay: decoupled, on kernels.
       patience: evaluations without improvement that end training; needs a validation set.
 
+    Raises:
+      ValueError: both a part and gradients, gradients of a part that there is not.
+
     References:
       Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
     """
-    del params  # As in feature_extraction.
-    chosen = as_mask(part) - head()
+    chosen = _part(params, part, gradients, by) - head()
     phase = Phase(
         labels={
             "head": head(),
@@ -142,3 +152,21 @@ def surgical(
         patience=patience,
     )
     return Plan([phase])
+
+
+def _part(
+    params: Params, part: Mask | str | None, gradients: Mapping[str, float] | None, by: By
+) -> Mask:
+    if gradients is None:
+        return as_mask("stem() | stage(1)" if part is None else part)
+    if part is not None:
+        raise ValueError(f"give a part or gradients that choose one, not both: {part!r}")
+    parts = units(params, by)
+    body = {name: value for name, value in gradients.items() if name != "head"}
+    unknown = [name for name in body if name not in parts]
+    if unknown or not body:
+        raise ValueError(
+            f"gradients are of parts of the network, not {unknown or 'empty'}; there are "
+            f"{', '.join(name for name in parts if name != 'head')}"
+        )
+    return parts[max(body, key=lambda name: body[name])]

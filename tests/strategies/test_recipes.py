@@ -18,6 +18,8 @@ from flaxtransfer.groups import trainable_mask
 from flaxtransfer.masks import selected
 from flaxtransfer.paths import flatten
 
+from .evidence import EVIDENCE
+
 PARAMS = ft.resnet("resnet18", classes=10).abstract()["params"]
 
 
@@ -30,7 +32,7 @@ def moving(phase: ft.Phase) -> set[str]:
 @pytest.mark.parametrize("name", ft.RECIPES)
 def test_every_recipe_fits_the_network_and_says_when_to_use_it(name):
     recipe = ft.RECIPES[name]
-    plan = recipe(PARAMS)
+    plan = recipe(PARAMS, **EVIDENCE.get(name, {}))
     assert plan.resolve(PARAMS).phases
     text = inspect.getdoc(recipe)
     assert "References:" in text
@@ -41,7 +43,7 @@ def test_every_recipe_fits_the_network_and_says_when_to_use_it(name):
 
 @pytest.mark.parametrize("name", ft.RECIPES)
 def test_every_recipe_moves_the_head_and_decays_no_batch_norm(name):
-    for phase in ft.RECIPES[name](PARAMS).phases:
+    for phase in ft.RECIPES[name](PARAMS, **EVIDENCE.get(name, {})).phases:
         assert selected(ft.head(), PARAMS) <= moving(phase)
         resolved = phase.resolve(PARAMS)
         variables = ft.resnet("resnet18", classes=10).abstract()

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 import flaxtransfer as ft
 
+from ..strategies.evidence import EVIDENCE
+
 PARAMS = ft.resnet("resnet18", classes=10).abstract()["params"]
 
 
 @pytest.mark.parametrize("name", ft.RECIPES)
 def test_recipes_come_back_as_they_were(name, tmp_path):
-    plan = ft.RECIPES[name](PARAMS)
+    plan = ft.RECIPES[name](PARAMS, **EVIDENCE.get(name, {}))
     ft.save_plan(tmp_path / "plan.yaml", plan)
     assert ft.load_plan(tmp_path / "plan.yaml") == plan
 

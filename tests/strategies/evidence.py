@@ -1,0 +1,8 @@
+"""Made-up measurements for the recipes that cannot do without."""
+
+_PARTS = {"stem": 4.0, "layer1": 3.0, "layer2": 2.0, "layer3": 1.0, "layer4": 0.5}
+
+EVIDENCE = {
+    "curvature_scaled": {"curvature": _PARTS, "examples": 100},
+    "gradient_scaled": {"gradients": _PARTS},
+}

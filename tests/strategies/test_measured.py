@@ -1,0 +1,159 @@
+"""Rates that follow from measurements: by formula, and where the answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flaxtransfer as ft
+from flaxtransfer.analysis.gradients import mean_gradient, relative_gradient_norms
+from flaxtransfer.groups import FROZEN
+from flaxtransfer.strategies.measured import curvature_rates
+from flaxtransfer.strategies.parts import units
+from flaxtransfer.training.probing import probed_head
+
+from ..training.small import PREPROCESSING, batch, network
+
+MODEL, VARIABLES = network()
+PARAMS = VARIABLES["params"]
+BODY = ("stem", "layer1", "layer2", "layer3", "layer4")
+
+
+def peaks(plan: ft.Plan) -> dict[str, float]:
+    (phase,) = plan.phases
+    return {name: group.learning_rate.peak for name, group in phase.groups.items()
+            if group is not FROZEN}  # fmt: skip
+
+
+def test_curvature_by_hand():
+    """Precisions 100 F + 1: 401, 101, 26, 17 and 1; rates go as their inverse square roots."""
+    curvature = dict(zip(BODY, (4.0, 1.0, 0.25, 0.16, 0.0), strict=True))
+    plan = ft.curvature_scaled(PARAMS, curvature=curvature, examples=100, prior_precision=1.0,
+                               learning_rate=1e-2, head_learning_rate=5e-3)  # fmt: skip
+    wanted = dict(zip(BODY, 1e-2 / np.sqrt([401, 101, 26, 17, 1]), strict=True))
+    assert peaks(plan) == pytest.approx(wanted | {"head": 5e-3})
+    assert plan.phases[0].probe
+
+
+@given(
+    st.dictionaries(st.sampled_from(BODY), st.floats(1e-9, 1e9), min_size=2),
+    st.integers(1, 10_000),
+    st.floats(1e-3, 1e3),
+)
+def test_sharper_parts_are_slower_and_units_do_not_matter(curvature, examples, unit):
+    rates = curvature_rates(curvature, examples)
+    assert max(rates.values()) == 1
+    order = sorted(curvature, key=lambda name: curvature[name])
+    values = [rates[name] for name in order]
+    assert values == sorted(values, reverse=True)
+    other = curvature_rates({n: unit * v for n, v in curvature.items()}, examples)
+    assert other == pytest.approx(rates, rel=1e-6)
+
+
+def test_a_large_prior_makes_rates_alike():
+    rates = curvature_rates({"a": 1.0, "b": 100.0}, 10, prior_precision=1e9)
+    assert rates == pytest.approx({"a": 1.0, "b": 1.0}, rel=1e-5)
+
+
+def test_gradients_by_hand():
+    gradients = dict(zip(BODY, (0.0, 1.0, 2.0, 4.0, 3.0), strict=True))
+    plan = ft.gradient_scaled(PARAMS, gradients=gradients, learning_rate=1e-2,
+                              head_learning_rate=5e-3)  # fmt: skip
+    assert peaks(plan) == pytest.approx(
+        {"layer1": 2.5e-3, "layer2": 5e-3, "layer3": 1e-2, "layer4": 7.5e-3, "head": 5e-3}
+    )
+    (phase,) = plan.resolve(PARAMS).phases
+    assert phase.groups["stem"] is FROZEN
+    assert "bn1" not in phase.norm
+
+
+def test_batch_norms_in_and_out():
+    gradients = dict.fromkeys(BODY, 1.0)
+    without = ft.gradient_scaled(PARAMS, gradients=gradients, batch_norms=False)
+    (phase,) = without.resolve(PARAMS).phases
+    assert phase.norm == frozenset()
+    assert phase.labels["bn1"]["scale"] == "rest"
+    (phase,) = ft.gradient_scaled(PARAMS, gradients=gradients).resolve(PARAMS).phases
+    assert "bn1" in phase.norm
+    assert "layer4/0/bn2" in phase.norm
+
+
+def test_surgery_where_the_gradient_is_largest():
+    gradients = dict(zip((*BODY, "head"), (1.0, 2.0, 9.0, 4.0, 3.0, 99.0), strict=True))
+    (phase,) = ft.surgical(PARAMS, gradients=gradients).phases
+    assert phase.labels["part"] == ft.stage(2) - ft.head()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: ft.curvature_scaled(PARAMS, curvature={"stem": 1.0}, examples=1),
+         "curvature lack layer1, layer2, layer3, layer4"),
+        (lambda: ft.gradient_scaled(PARAMS, gradients=dict.fromkeys((*BODY, "layr1"), 1.0)),
+         "no part 'layr1'; did you mean 'layer1'"),
+        (lambda: ft.gradient_scaled(PARAMS, gradients=dict.fromkeys(BODY, 0.0)), "not all 0"),
+        (lambda: ft.gradient_scaled(PARAMS, gradients=dict.fromkeys(BODY, -1.0)), "not negative"),
+        (lambda: curvature_rates({"a": -1.0}, 1), "not negative"),
+        (lambda: curvature_rates({"a": 1.0}, 0), "examples is 0"),
+        (lambda: curvature_rates({"a": 1.0}, 1, 0.0), "prior_precision is a number above 0"),
+        (lambda: ft.surgical(PARAMS, gradients={"layer9": 1.0}), "layer9"),
+        (lambda: ft.surgical(PARAMS, gradients={}), "empty"),
+        (lambda: ft.surgical(PARAMS, part=ft.stem(), gradients={"stem": 1.0}), "not both"),
+    ],
+)  # fmt: skip
+def test_errors(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_plans_with_measured_rates_are_written_and_read():
+    plan = ft.curvature_scaled(PARAMS, curvature=dict.fromkeys(BODY, 0.5), examples=7)
+    assert ft.plan_from_yaml(ft.plan_to_yaml(plan)) == plan
+
+
+def test_the_mean_gradient_is_that_of_the_mean_loss():
+    import jax
+    import optax
+
+    batches = [batch(0), batch(1) | {"weight": np.array([1, 1, 1, 0, 0, 0, 0, 0.0])}]
+    found = mean_gradient(MODEL, VARIABLES, batches, PREPROCESSING)
+    images = np.concatenate([batch(0)["image"], batch(1)["image"][:3]]) / np.float32(255)
+    labels = np.concatenate([batch(0)["label"], batch(1)["label"][:3]])
+
+    def loss(params):
+        logits, _ = MODEL.apply({**VARIABLES, "params": params}, (images - 0.5) / 0.25)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    wanted = jax.grad(loss)(PARAMS)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-5)
+
+
+def test_the_damaged_part_has_the_largest_ratio():
+    """A network that fits its images, and then one stage of it is damaged."""
+    batches = [batch(n) for n in range(6)]
+    params, _ = probed_head(MODEL, VARIABLES, batches, PREPROCESSING)
+    before = ratios(params, batches)
+    kernel = params["layer2"]["0"]["conv2"]["kernel"]
+    noise = np.random.default_rng(0).normal(size=kernel.shape) * float(np.std(kernel)) * 2
+    params["layer2"]["0"]["conv2"]["kernel"] = kernel + noise.astype(np.float32)
+    after = ratios(params, batches)
+    assert after["layer2"] > 3 * before["layer2"]
+
+
+def ratios(params, batches):
+    variables = {**VARIABLES, "params": params}
+    gradient = mean_gradient(MODEL, variables, batches, PREPROCESSING)
+    return relative_gradient_norms(params, gradient, units(params))
+
+
+def test_a_head_that_is_zero_pulls_at_nothing():
+    params = {**PARAMS, "fc": {name: 0 * leaf for name, leaf in PARAMS["fc"].items()}}
+    gradient = mean_gradient(MODEL, {**VARIABLES, "params": params}, [batch(0)], PREPROCESSING)
+    body = {name: mask for name, mask in units(params).items() if name != "head"}
+    with pytest.raises(ValueError, match="is the head zero"):
+        relative_gradient_norms(params, gradient, body)
+    with pytest.raises(ValueError, match="the weights of head are all zero"):
+        relative_gradient_norms(params, gradient, units(params))
