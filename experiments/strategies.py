@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
+from flaxtransfer.commands.evidence import MOST_IMAGES, measure
+from flaxtransfer.data.splits import some
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
 
@@ -91,6 +93,15 @@ class Setting:
         held_out = ft.held_out(self.source, self.test, preprocessing)
         return ft.evaluate(self.model, variables, held_out, preprocessing).accuracy
 
+    def evidence(self, recipe: str) -> Mapping[str, Any]:
+        """What the recipe measures on the labelled images."""
+        positions = some(self.train, MOST_IMAGES)
+        batches = list(ft.held_out(self.source, positions, self.checkpoint.preprocessing))
+        return measure(
+            recipe, self.model, self.variables, batches, self.checkpoint.preprocessing,
+            len(self.train),
+        ).settings  # fmt: skip
+
     def with_validation(self) -> Setting:
         """A fifth of the labels of each class, and one at least, validates."""
         labels = self.source.labels()[self.train]
@@ -109,6 +120,7 @@ class Strategy:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     validates: bool = False
     random_start: bool = False
+    measures: bool = False
 
     def plan(self, setting: Setting) -> ft.Plan:
         config, params = setting.config, setting.variables["params"]
@@ -118,7 +130,8 @@ class Strategy:
         if self.recipe is ft.head_then_fine_tune:
             head = config.steps // 3
             lengths = {"head_steps": head, "fine_tune_steps": config.steps - head}
-        return self.recipe(params, **lengths, **self.settings)
+        measured = setting.evidence(self.recipe.__name__) if self.measures else {}
+        return self.recipe(params, **lengths, **self.settings, **measured)
 
 
 def scratch(params: ft.Params, *, steps: int) -> ft.Plan:
@@ -136,6 +149,9 @@ STRATEGIES = {
     "head_then_fine_tune": Strategy(ft.head_then_fine_tune),
     "linear_probe_then_fine_tune": Strategy(ft.linear_probe_then_fine_tune),
     "discriminative": Strategy(ft.discriminative),
+    "curvature_scaled": Strategy(ft.curvature_scaled, measures=True),
+    "gradient_scaled": Strategy(ft.gradient_scaled, measures=True),
+    "surgical, by gradient": Strategy(ft.surgical, measures=True),
     "l2_sp": Strategy(ft.l2_sp),
     "full_fine_tuning": Strategy(ft.full_fine_tuning),
     "from_scratch": Strategy(scratch, random_start=True),
