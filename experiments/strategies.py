@@ -252,12 +252,12 @@ def print_tables(config: Strategies, found: dict[tuple[str, int, int], dict[str,
     print("|---" * (3 + len(counts)) + "|")
     for name in STRATEGIES:
         rows = {n: [r for (s, m, _), r in found.items() if (s, m) == (name, n)] for n in counts}
-        every = [row for some in rows.values() for row in some]
+        every = [row for some in rows.values() for row in seeds]
         if not every:
             continue
         cells = [f"{max(row['trainable'] for row in every):,}"]
-        for some in rows.values():
-            values = [100 * row["accuracy"] for row in some]
+        for seeds in rows.values():
+            values = [100 * row["accuracy"] for row in seeds]
             spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
             cells.append(f"{np.mean(values):.1f} ± {spread:.1f}" if values else "")
         cells.append(f"{np.median([row['seconds'] for row in every]):.0f}")
