@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from flaxtransfer.data.normalisation import normalise
 from flaxtransfer.features.ridge import ridge_path
 from flaxtransfer.features.standardise import standardisation
-from flaxtransfer.features.sweep import sweep
-from flaxtransfer.models import Model
-from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.types import Variables
-from flaxtransfer.weights import Preprocessing
+from flaxtransfer.features.sweep import sweep_head
 
-__all__ = ["Profile", "SegmentProbe", "probe_profile", "segment_features"]
+__all__ = ["Profile", "SegmentProbe", "probe_profile"]
 
 Kind = Literal["ridge", "logistic"]
 
@@ -76,47 +68,6 @@ class Profile:
         return "\n".join([*lines, *self.notes])
 
 
-def segment_features(
-    model: Model,
-    variables: Variables,
-    batches: Iterable[Mapping[str, Any]],
-    preprocessing: Preprocessing,
-    mesh: Mesh | None = None,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The output of each segment below the pooling, averaged over the image, in one pass.
-
-    Args:
-      model: the network.
-      variables: its parameters and statistics; running statistics are used.
-      batches: ``image`` uint8 [batch, height, width, channels], ``label``, and ``weight`` 0 where
-        an example is padding.
-      preprocessing: that belongs to the weights.
-      mesh: devices; by default all of them.
-
-    Returns:
-      Float32 [examples, channels] by segment, and the labels, int [examples].
-
-    Raises:
-      ValueError: no example at all.
-    """
-    mesh = mesh or make_mesh()
-    run, placed = _pooled(model, preprocessing), place_replicated(variables, mesh)
-    found: list[dict[str, np.ndarray]] = []
-    labels = []
-    for batch in batches:
-        label = np.asarray(batch["label"])
-        keep = np.asarray(batch.get("weight", np.ones(len(label)))) > 0
-        maps = run(placed, place_batch(batch["image"], mesh))
-        found.append({name: np.asarray(values, np.float32)[keep] for name, values in maps.items()})
-        labels.append(label[keep])
-    if not sum(map(len, labels)):
-        raise ValueError("there are no examples to take features of")
-    # A compiled function returns its dict in the order of the alphabet.
-    order = [name for name in model.segments if name in found[0]]
-    features = {name: np.concatenate([part[name] for part in found]) for name in order}
-    return features, np.concatenate(labels)
-
-
 def probe_profile(
     features: Mapping[str, Any],
     labels: Any,
@@ -137,7 +88,7 @@ def probe_profile(
       classes: how many there are; by default as many as the labels say.
 
     Raises:
-      ValueError: another kind; as ``ridge_path`` and ``sweep``, the segment named.
+      ValueError: another kind; as ``ridge_path`` and ``sweep_head``, the segment named.
 
     References:
       G. Alain, Y. Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes", 2016.
@@ -158,7 +109,9 @@ def probe_profile(
                 path = ridge_path(matrix, labels, classes=classes)
                 accuracy, spread, strength = path.accuracy, 0.0, path.strength
             else:
-                found = sweep(matrix, labels, standardise=False, rule="accuracy", classes=classes)
+                found = sweep_head(
+                    matrix, labels, standardise=False, rule="accuracy", classes=classes
+                )
                 by_fold = found.accuracies[found.best]
                 accuracy, spread = found.accuracy, float(by_fold.std(ddof=1))
                 strength = found.strength
@@ -167,19 +120,3 @@ def probe_profile(
             raise ValueError(f"the features of {name} cannot be probed: {error}") from error
         probes.append(SegmentProbe(name, matrix.shape[1], accuracy, spread, strength))
     return Profile(kind, len(np.asarray(labels)), tuple(probes), tuple(notes))
-
-
-def _pooled(
-    model: Model, preprocessing: Preprocessing
-) -> Callable[[Variables, jax.Array], dict[str, jax.Array]]:
-    segments = model.segments[: model.segments.index("pool") + 1]
-
-    @jax.jit
-    def run(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
-        x, found = normalise(images, preprocessing.mean, preprocessing.std), {}
-        for name, following in itertools.pairwise(segments):
-            x, _ = model.apply(variables, x, norm="running", start=name, stop=following)
-            found[name] = x.mean((1, 2), dtype="float32")
-        return found
-
-    return run
