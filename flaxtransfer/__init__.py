@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxtransfer.analysis.profile import Profile, probe_profile
     from flaxtransfer.architectures import RESNETS, ResNetConfig
     from flaxtransfer.averaging import Soup, average, greedy_soup, interpolate
     from flaxtransfer.batchnorm import Norm, policy
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
 
 _ROOMS = {
+    "analysis.profile": ("Profile", "probe_profile"),
     "architectures": ("RESNETS", "ResNetConfig"),
     "averaging": ("Soup", "average", "greedy_soup", "interpolate"),
     "batchnorm": ("Norm", "policy"),
