@@ -61,8 +61,8 @@ def rarest(label: np.ndarray) -> tuple[int, int]:
     names, counts = np.unique(label, return_counts=True)
     if (counts == 1).all():
         raise ValueError(
-            "every class has one example, so that none can be held out; nearest_mean and "
-            "logistic_path can be fitted to them, but not judged"
+            "every class has one example, so that none can be held out; give two or more, or fit "
+            "nearest_mean, which needs no more"
         )
     n = np.where(counts > 1, counts, counts.max() + 1).argmin()
     return int(names[n]), int(counts[n])

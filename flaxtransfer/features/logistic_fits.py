@@ -22,10 +22,10 @@ A batch lasts as long as its slowest fit, so that with many examples smaller one
 _BATCH = 8
 """Fits that go together however many examples there are."""
 
-_ROUNDS = (8, 30)
+_ROUNDS = (4, 30)
 """Iterations after which one fit alone looks whether its guess of the curvature was good."""
 
-_GOOD = 2.0
+_GOOD = 3.0
 """Factor by which that guess may be wrong; L-BFGS makes up for it."""
 
 
@@ -104,7 +104,8 @@ def alone(
         matrix = np.ascontiguousarray(upper.T)
     products = matrix.T @ matrix
     (count, classes), penalty = true.shape, strengths.astype(dtype)
-    problem = Problem(_with_bias(matrix), true, weights.T.astype(dtype), penalty)
+    # Here for all rounds.
+    problem = jax.device_put(Problem(_with_bias(matrix), true, weights.T.astype(dtype), penalty))
     coefficients: Any = np.zeros((matrix.shape[1] + 1, classes, 1), dtype)
     logits: Any = np.zeros((count, classes, 1), dtype)
     share = float(weights.mean()) / classes * (1 - 1 / classes)

@@ -30,8 +30,9 @@ def draw_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     percent = [100 * probe.accuracy for probe in profile.probes]
     errors = [100 * probe.standard_error for probe in profile.probes]
     axes.errorbar(names, percent, yerr=errors, marker="o", capsize=3)
-    for name, value in zip(names, percent, strict=True):
-        axes.annotate(f"{value:.1f}", (name, value), xytext=(7, 4), textcoords="offset points")
+    for name, value, error in zip(names, percent, errors, strict=True):
+        axes.annotate(f"{value:.1f}", (name, value + error), xytext=(0, 4),
+                      textcoords="offset points", ha="center")  # fmt: skip
     axes.axhline(100 * profile.majority, color="0.6", linestyle="--", linewidth=1)
     axes.annotate("largest class", (1, 100 * profile.majority), ha="right", va="bottom",
                   xycoords=("axes fraction", "data"), color="0.4", fontsize="small")  # fmt: skip
