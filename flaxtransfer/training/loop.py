@@ -21,7 +21,7 @@ from flaxtransfer.models import Model
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import audit, run_folder
 from flaxtransfer.training.decision import check_feed, decide, score
-from flaxtransfer.training.evaluation import Evaluation, evaluate
+from flaxtransfer.training.evaluation import Evaluation, Predictions, predict
 from flaxtransfer.training.feed import Batch, Feed
 from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
 from flaxtransfer.training.metrics import MetricsWriter
@@ -166,7 +166,8 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
         position = position.next_phase()
         state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
     variables = state.variables()
-    validation = _evaluate(run, state)
+    predicted = _predict(run, state)
+    validation = None if predicted is None else predicted.evaluation()
     run_folder.finish(run.folder, run.model, variables, run.feed, position.step, validation)
     return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
 
@@ -223,9 +224,9 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
                 text = _log(run, phase, pending)
                 pending.clear()
             if validate:
-                position, accuracy = _validate(run, state, position)
+                position, accuracy, metric = _validate(run, state, position)
                 text = text if accuracy is None else f"{text} validation {100 * accuracy:.1f} %"
-                _save(run, state, position, accuracy)
+                _save(run, state, position, metric)
             elif interrupted:
                 _save(run, state, position, None)
             show(position.phase_step, text)
@@ -269,24 +270,28 @@ def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str
     return f"loss {means['loss']:.3f} accuracy {100 * means['accuracy']:.1f} %"
 
 
-def _evaluate(run: _Run, state: State) -> Evaluation | None:
+def _predict(run: _Run, state: State) -> Predictions | None:
     if run.feed.validation is None:
         return None
     batches, preprocessing = run.feed.validation(), run.feed.preprocessing
-    return evaluate(run.model, state.variables(), batches, preprocessing, run.mesh)
+    return predict(run.model, state.variables(), batches, preprocessing, run.mesh)
 
 
-def _validate(run: _Run, state: State, position: Position) -> tuple[Position, float | None]:
-    result = _evaluate(run, state)
-    if result is None:
-        return position, None
+def _validate(
+    run: _Run, state: State, position: Position
+) -> tuple[Position, float | None, float | None]:
+    """The position after a validation, its accuracy, and the score it is ranked by."""
+    predicted = _predict(run, state)
+    if predicted is None:
+        return position, None, None
+    result = predicted.evaluation()
+    ranked = score(run.plan, position, predicted.correct)
     phase = run.plan.phases[position.phase].name
     run.metrics.write("validation", position.step, {"phase": phase, **result.to_json()})
-    return position.validated(score(run.plan, position, result.accuracy)), result.accuracy
+    return position.validated(ranked, predicted.correct), result.accuracy, ranked
 
 
-def _save(run: _Run, state: State, position: Position, accuracy: float | None) -> None:
-    metric = None if accuracy is None else score(run.plan, position, accuracy)
+def _save(run: _Run, state: State, position: Position, metric: float | None) -> None:
     run.store.save(position.step, state, asdict(position), metric=metric)
 
 
