@@ -12,6 +12,7 @@ from rich.console import Console
 
 from flaxtransfer.commands.convert import Convert, convert
 from flaxtransfer.commands.evaluate import Evaluate, evaluate
+from flaxtransfer.commands.find_rate import FindRate, find_rate
 from flaxtransfer.commands.params import Params, params
 from flaxtransfer.commands.plan import Plan, plan
 from flaxtransfer.commands.predict import Predict, predict
@@ -22,6 +23,7 @@ from flaxtransfer.training.interrupts import Interrupted
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[FindRate, tyro.conf.subcommand("find-rate")]
     | Annotated[Params, tyro.conf.subcommand("params")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
@@ -31,6 +33,7 @@ Command = (
 _RUN: dict[type, Callable[[Any, Console], None]] = {
     Train: train,
     Plan: plan,
+    FindRate: find_rate,
     Params: params,
     Evaluate: evaluate,
     Predict: predict,
