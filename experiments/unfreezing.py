@@ -253,7 +253,7 @@ def print_log(config: Unfreezing) -> None:
                 cells = [f"{100 * row['accuracy_before']:.1f}", f"{100 * row['accuracy']:.1f}",
                          row["won"], row["lost"], f"{row['z']:.1f}", verdict]  # fmt: skip
             else:
-                cells = ["", f"{100 * row['score']:.1f}", "", "", "", verdict]
+                cells = ["", f"{100 * row['accuracy']:.1f}", "", "", "", verdict]
             print("| " + " | ".join(map(str, [name, row["phase"], *cells])) + " |")
     print()
 

@@ -115,8 +115,10 @@ def decide(plan: Plan, position: Position) -> Decision:
         "kept": position.helped,
         "next": following[0] if goes_on else None,
     }
-    if position.hits_before is None or position.hits is None:
+    if position.hits is None:
         return Decision(goes_on, evidence)
+    if position.hits_before is None:
+        return Decision(goes_on, evidence | {"accuracy": position.phase_best})
     compared = Comparison.of(position.hits_before, position.hits, position.examples)
     evidence |= compared.to_json()
     text = f"phase {here!r} {'is kept' if position.helped else 'is undone'}: {compared}"
