@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import jax
@@ -18,9 +19,13 @@ from flaxtransfer.training.metrics import read_metrics
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The decisions of a run, and the state before and after each transition, by phase begun."""
-    transitions = {}
-    advance = loop.advance
+    """What a run decided, its states before and after each transition, and at each phase's end."""
+    transitions, ends = {}, {}
+    advance, best = loop.advance, loop._best
+
+    def ended(run, state, position):
+        ends[run.plan.phases[position.phase].name] = jax.device_get(state._replace(key=None))
+        return best(run, state, position)
 
     def recorded(state, phase):
         before = jax.device_get(state._replace(key=None))
@@ -32,12 +37,13 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("progressive") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "advance", recorded)
+        patch.setattr(loop, "_best", ended)
         options = ft.Options(evaluate_every=3)
         fitted = ft.fit(
             model, variables, progressive(variables["params"]), feed(), folder, options=options
         )
     decisions = [row for row in read_metrics(folder) if row["kind"] == "decision"]
-    return decisions, transitions, fitted
+    return decisions, transitions, ends, fitted
 
 
 def moments(state) -> dict[str, np.ndarray]:
@@ -65,7 +71,7 @@ def same(one, other) -> bool:
 
 def test_the_run_keeps_and_undoes_phases(run):
     """What the tests below rest on."""
-    decisions, transitions, _ = run
+    decisions, transitions, *_ = run
     assert [row["kept"] for row in decisions[:3]] == [True, True, True]
     assert not decisions[3]["kept"]
     assert list(transitions) == ["+ layer4", "+ layer3", "+ layer2", "+ layer1", "+ stem"]
@@ -73,7 +79,7 @@ def test_the_run_keeps_and_undoes_phases(run):
 
 def test_each_transition_keeps_the_moments_of_what_moved_leaf_by_leaf(run):
     """Mean, second moment and step count; new leaves start at zero, and frozen ones have none."""
-    _, transitions, _ = run
+    _, transitions, *_ = run
     for before, after, phase in transitions.values():
         old, new = moments(before), moments(after)
         moving = {
@@ -92,11 +98,12 @@ def test_each_transition_keeps_the_moments_of_what_moved_leaf_by_leaf(run):
 
 def test_after_an_undone_phase_everything_is_as_before_it_bit_for_bit(run):
     """Parameters, statistics and moments; and training had changed them meanwhile."""
-    decisions, transitions, fitted = run
+    decisions, transitions, ends, fitted = run
     undone = [row["phase"] for row in decisions if not row["kept"]]
     begun = [(name, transitions[name][1]) for name in undone]
     following = [transitions[row["next"]][0] for row in decisions if row["phase"] in undone[:-1]]
     for (name, at_start), afterwards in zip(begun[:-1], following, strict=True):
+        assert not same(at_start.params, ends[name].params), name
         assert same(at_start.params, afterwards.params), name
         assert same(at_start.batch_stats, afterwards.batch_stats), name
         then, now = moments(at_start), moments(afterwards)
@@ -107,9 +114,9 @@ def test_after_an_undone_phase_everything_is_as_before_it_bit_for_bit(run):
 
 
 def test_the_log_shows_the_evidence_of_each_decision(run):
-    decisions, _, fitted = run
+    decisions, *_, fitted = run
     assert "accuracy_before" not in decisions[0]
-    for before, row in zip(decisions, decisions[1:], strict=False):
+    for before, row in itertools.pairwise(decisions):
         gained = row["accuracy"] - row["accuracy_before"]
         assert gained * row["examples"] == pytest.approx(row["won"] - row["lost"])
         assert row["z"] == pytest.approx(

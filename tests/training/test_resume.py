@@ -80,8 +80,8 @@ def test_killed_ten_times_and_resumed_equals_undisturbed(tmp_path):
     check_kills(tmp_path, 10)
 
 
-# In this order: last save of a phase, return to the best, decision, new optimizer, first save of the
-# next. Between two deaths at the same place lies a phase, so that each hits another transition.
+# In this order: last save of a phase, return to the best, decision, new optimizer, first save of
+# the next. Between two deaths at one place lies a phase, so that each hits another transition.
 TRANSITIONS = (
     "_run_phase:1",
     "_best:1",
