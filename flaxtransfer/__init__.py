@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     )
     from flaxtransfer.overview import table
     from flaxtransfer.pretrained import TransferReport, transfer
+    from flaxtransfer.report.rate_picture import rate_picture
     from flaxtransfer.schedules import WarmupCosine
     from flaxtransfer.strategies import (
         RECIPES,
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from flaxtransfer.training.caching import Cache
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Examples, Feed, held_out, source_feed
-    from flaxtransfer.training.finder import RateSweep, find_learning_rate
+    from flaxtransfer.training.finder import RateSweep, find_learning_rate, find_learning_rates
     from flaxtransfer.training.interrupts import Interrupted
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
     from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
@@ -121,10 +122,11 @@ _ROOMS = {
         "linear_probe_then_fine_tune", "progressive_unfreezing", "surgical",
     ),
     "overview": ("table",),
+    "report.rate_picture": ("rate_picture",),
     "training.caching": ("Cache",),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
     "training.feed": ("Batch", "Examples", "Feed", "held_out", "source_feed"),
-    "training.finder": ("RateSweep", "find_learning_rate"),
+    "training.finder": ("RateSweep", "find_learning_rate", "find_learning_rates"),
     "training.interrupts": ("Interrupted",),
     "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),
     "training.losses": ("SmoothedCrossEntropy", "cross_entropy"),

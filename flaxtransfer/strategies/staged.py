@@ -123,6 +123,7 @@ def progressive_unfreezing(
     down_to: str | None = None,
     stop_after: int | None = 1,
     min_gain: float = 0.0,
+    min_z: float = 2.0,
     patience: int | None = None,
 ) -> Plan:
     """The head, then one part more at a time from the top, for as long as validation gains.
@@ -144,6 +145,7 @@ def progressive_unfreezing(
       down_to: last part that may be unfrozen ("layer3", "layer3/0"); by default the first of all.
       stop_after: phases in a row without gain after which the plan ends; None tries all parts.
       min_gain: validation accuracy, as a share, that each phase has to earn.
+      min_z: standard errors of the paired difference that the gain has to exceed (``ft.Plan``).
       patience: evaluations without improvement that end a phase.
 
     Raises:
@@ -180,4 +182,4 @@ def progressive_unfreezing(
                 patience=patience,
             )
         )
-    return Plan(phases, patience=stop_after, min_gain=min_gain)
+    return Plan(phases, patience=stop_after, min_gain=min_gain, min_z=min_z)

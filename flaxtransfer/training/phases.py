@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -151,18 +152,27 @@ class Plan:
       phases: in order.
       patience: phases in a row without a better validation score after which the plan ends. None
         goes through all phases; a number needs a validation set.
-      min_gain: validation accuracy, as a share, that every further phase has to earn: phase k is
-        ranked by its accuracy less ``k * min_gain``, so that the luckiest of many validations of a
-        larger phase does not pass for a gain.
+      min_gain: validation accuracy, as a share, that every further phase has to earn over what
+        was kept before it.
+      min_z: how many standard errors the gain has to exceed on top, so that luck does not pass for
+        a gain. The two states are compared on the same images: with w that only the new one gets
+        right and l that only the old one does, the standard error is sqrt(w + l) images (McNemar's
+        test). 2 asks for 5 of 5, 9 of 11 or 22 of 32 such images. The validations of a phase are
+        ranked, and its patience is measured, by the gain less both.
 
     Raises:
       ValueError: no phase, two phases of one name, a phase in which nothing is trainable, or
         numbers out of range.
+
+    References:
+      Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or
+      Percentages", 1947.
     """
 
     phases: Sequence[Phase]
     patience: int | None = None
     min_gain: float = 0.0
+    min_z: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -180,6 +190,8 @@ class Plan:
             raise ValueError(f"patience is a number of phases, 1 or more, not {self.patience}")
         if not 0 <= self.min_gain < 1:
             raise ValueError(f"min_gain is a share of at least 0 and less than 1: {self.min_gain}")
+        if not 0 <= self.min_z < math.inf:
+            raise ValueError(f"min_z is a number of standard errors, 0 or more, not {self.min_z}")
 
     def __str__(self) -> str:
         from flaxtransfer.training.plan_table import plan_text

@@ -62,6 +62,7 @@ def identity(
         "phases": phases,
         "patience": plan.patience,
         "min_gain": plan.min_gain,
+        "min_z": plan.min_z,
         **(config or {}),
     }
     return json.loads(json.dumps(raw))

@@ -159,9 +159,11 @@ def test_a_run_that_stops_at_a_decision_takes_the_same_one_again(tmp_path):
 )  # fmt: skip
 def test_the_rule_between_phases(scores, patience, goes_on):
     phases = [head_phase(name=str(number)) for number in range(4)]
-    position = Position(phase_step=4).validated(scores[0]).next_phase().validated(scores[1])
+    right = np.ones(8, bool)
+    first = Position(phase_step=4).validated(scores[0], right)
+    position = first.next_phase().validated(scores[1], right)
     assert decide(ft.Plan(phases, patience=patience), position).goes_on is goes_on
-    again = position.next_phase().validated(0.1)
+    again = position.next_phase().validated(0.1, right)
     assert decide(ft.Plan(phases, patience=2), again).goes_on is (scores[1] > scores[0])
 
 

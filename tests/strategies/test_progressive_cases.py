@@ -1,0 +1,22 @@
+"""Progressive unfreezing where the right answer is known by construction; see the script."""
+
+from __future__ import annotations
+
+import pytest
+
+from unfreezing import PHASES, TARGETS, case, kept, unfreeze
+
+# Fewer images and steps than in the experiment, whose table has the rates over seeds.
+QUICK = {"layer4": 100, "everything": 120, "nothing": 60}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_it_stops_where_it_should(name, tmp_path):
+    right = TARGETS[name].keeps
+    decisions = unfreeze(case(name, 0, 3000), tmp_path / "run", steps=QUICK[name], min_z=2.0)
+    assert kept(decisions) == right, decisions
+    # What was begun: all that is kept and, where there is more, the first that is not.
+    assert [row["phase"] for row in decisions] == list(PHASES[: right + 1])
+    assert [row["kept"] for row in decisions] == [n < right for n in range(len(decisions))]
+    for row in decisions[1:]:
+        assert (row["z"] > 2) == row["kept"]
