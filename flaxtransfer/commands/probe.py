@@ -55,7 +55,7 @@ def probe(options: Probe, console: Console) -> None:
     shared = Train(data=options.data, labels_per_class=options.labels_per_class, seed=options.seed)
     shared.check()
     source = open_source(options.data, skip_corrupt=options.skip_corrupt)
-    positions = some(split(source, shared).train, options.most_images)
+    positions = some(split(source, shared).train, options.most_images, source.labels())
     checkpoint = load(options.weights, model=options.model)
     classes = len(source.class_names)
     model, variables, _ = transfer(checkpoint, classes=classes)

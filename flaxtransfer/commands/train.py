@@ -256,7 +256,7 @@ def prepare(options: Train) -> Job:
         variables = model.init(jax.random.key(options.seed))
     evidence = Evidence()
     if options.strategy in MEASURED:
-        positions = some(splits.train, MOST_IMAGES)
+        positions = some(splits.train, MOST_IMAGES, source.labels())
         batches = list(held_out(source, positions, preprocessing, batch_size=options.batch_size))
         evidence = measure(
             options.strategy, model, variables, batches, preprocessing, len(splits.train)
@@ -393,7 +393,7 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
 def _baseline(job: Job, console: Console) -> dict[str, Any] | None:
     """Prints what heads on frozen features reach; nothing that is wrong there stops a run."""
     preprocessing = job.checkpoint.preprocessing
-    positions = some(job.splits.train, MOST_IMAGES_FOR_BASELINE)
+    positions = some(job.splits.train, MOST_IMAGES_FOR_BASELINE, job.source.labels())
     batches = held_out(job.source, positions, preprocessing)
     try:
         pooled = pooled_features(job.model, job.variables, batches, preprocessing)
