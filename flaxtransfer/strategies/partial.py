@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from flaxtransfer.groups import FROZEN
 from flaxtransfer.labels import rest
 from flaxtransfer.masks import Mask, as_mask, batch_norm, everything, head
-from flaxtransfer.strategies.parts import By, adamw, units
+from flaxtransfer.strategies.parts import By, adamw, check_measured, units
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.types import Params
 
@@ -129,7 +129,8 @@ def surgical(
       patience: evaluations without improvement that end training; needs a validation set.
 
     Raises:
-      ValueError: both a part and gradients, gradients of a part that there is not.
+      ValueError: both a part and gradients, gradients of a part that there is not, that are
+        negative, not finite or all 0.
 
     References:
       Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
@@ -169,4 +170,5 @@ def _part(
             f"gradients are of parts of the network, not {unknown or 'empty'}; there are "
             f"{', '.join(name for name in parts if name != 'head')}"
         )
+    check_measured(body, "gradients")
     return parts[max(body, key=lambda name: body[name])]
