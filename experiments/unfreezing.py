@@ -81,6 +81,7 @@ class Unfreezing:
     Args:
       targets: of "layer4", "everything" and "nothing".
       min_z: rules: standard errors that a gain has to exceed.
+      stop_after: phases in a row without gain after which it ends.
       validation: validation images.
       seeds: of student, teacher, images and order.
       steps: optimizer steps a phase.
@@ -90,6 +91,7 @@ class Unfreezing:
 
     targets: tuple[str, ...] = tuple(TARGETS)
     min_z: tuple[float, ...] = (0.0, 2.0)
+    stop_after: int = 1
     validation: int = 4000
     seeds: tuple[int, ...] = tuple(range(8))
     steps: int = 150
@@ -199,20 +201,22 @@ def array_feed(
     return ft.Feed(train, an_epoch, validation, PREPROCESSING, names)
 
 
-def unfreeze(made: Case, folder: Path, *, steps: int, min_z: float) -> list[dict[str, Any]]:
+def unfreeze(
+    made: Case, folder: Path, *, steps: int, min_z: float, stop_after: int = 1
+) -> list[dict[str, Any]]:
     """The decisions of a run of the recipe, from the top down."""
     plan = ft.progressive_unfreezing(
         made.variables["params"], steps=steps, learning_rate=3e-3, head_learning_rate=1e-2,
-        decay=1.0, min_z=min_z,
+        decay=1.0, min_z=min_z, stop_after=stop_after,
     )  # fmt: skip
     options = ft.Options(evaluate_every=max(1, steps // 10))
     ft.fit(made.model, made.variables, plan, made.feed, folder, options=options)
     return [row for row in read_metrics(folder) if row["kind"] == "decision"]
 
 
-def kept(decisions: list[dict[str, Any]]) -> int:
-    """How many phases were kept; one that is undone is the last, so that they are the first."""
-    return sum(row["kept"] for row in decisions)
+def reached(decisions: list[dict[str, Any]]) -> int:
+    """How far down the network was kept: the number of phases up to the last that was."""
+    return max(number for number, row in enumerate(decisions, 1) if row["kept"])
 
 
 def main(config: Unfreezing) -> None:
@@ -221,17 +225,30 @@ def main(config: Unfreezing) -> None:
     for name, seed in itertools.product(config.targets, () if config.print_only else config.seeds):
         made = None
         for min_z in config.min_z:
-            key = {"target": name, "validation": config.validation, "steps": config.steps,
-                   "min_z": min_z, "seed": seed}  # fmt: skip
+            key = key_of(config, name, min_z) | {"seed": seed}
             if find(config.results, key):
                 continue
             made = made or case(name, seed, config.validation)
             with tempfile.TemporaryDirectory() as folder:
-                decisions = unfreeze(made, Path(folder) / "run", steps=config.steps, min_z=min_z)
+                decisions = unfreeze(
+                    made, Path(folder) / "run", steps=config.steps, min_z=min_z,
+                    stop_after=config.stop_after,
+                )  # fmt: skip
             with config.results.open("a") as file:
                 file.write(json.dumps({**key, "decisions": decisions}) + "\n")
     print_log(config)
     print_table(config)
+
+
+def key_of(config: Unfreezing, target: str, min_z: float) -> dict[str, Any]:
+    """What a result was computed with, apart from its seed."""
+    return {
+        "target": target,
+        "min_z": min_z,
+        "stop_after": config.stop_after,
+        "validation": config.validation,
+        "steps": config.steps,
+    }
 
 
 def find(path: Path, key: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -245,8 +262,7 @@ def print_log(config: Unfreezing) -> None:
     print("| target | phase | accuracy before | after | won | lost | z | verdict |")
     print("|---" * 8 + "|")
     for name in config.targets:
-        key = {"target": name, "validation": config.validation, "steps": config.steps,
-               "min_z": config.min_z[-1], "seed": config.seeds[0]}  # fmt: skip
+        key = key_of(config, name, config.min_z[-1]) | {"seed": config.seeds[0]}
         for row in itertools.chain.from_iterable(r["decisions"] for r in find(config.results, key)):
             verdict = "kept" if row["kept"] else "undone"
             if "z" in row:
@@ -266,10 +282,9 @@ def print_table(config: Unfreezing) -> None:
     for name in config.targets:
         right, cells = TARGETS[name].keeps, []
         for min_z in config.min_z:
-            key = {"target": name, "validation": config.validation, "steps": config.steps,
-                   "min_z": min_z}  # fmt: skip
-            rows = [row for row in find(config.results, key) if row["seed"] in config.seeds]
-            counts = [kept(row["decisions"]) for row in rows]
+            found = find(config.results, key_of(config, name, min_z))
+            rows = [row for row in found if row["seed"] in config.seeds]
+            counts = [reached(row["decisions"]) for row in rows]
             wrong = sorted({c for c in counts if c != right})
             text = [f"{counts.count(right)} of {len(counts)}"]
             text += [f"{counts.count(c)}: {PHASES[c - 1]}" for c in wrong]

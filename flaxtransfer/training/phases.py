@@ -13,6 +13,7 @@ from flaxtransfer.batchnorm import Norm, policy
 from flaxtransfer.groups import FROZEN, Group, trainable_mask
 from flaxtransfer.labels import Rest, label
 from flaxtransfer.masks import Mask, as_mask, selected
+from flaxtransfer.paths import flatten, listing
 from flaxtransfer.training.losses import Loss, cross_entropy
 from flaxtransfer.types import Params
 
@@ -96,11 +97,13 @@ class Phase:
           steps_per_epoch: optimizer steps in one pass over the training examples.
 
         Raises:
-          ValueError: rules that leave gaps or overlap, exceptions to the BatchNorm policy that
-            touch none; labels and groups that do not fit. The text names the phase.
+          ValueError: rules that leave gaps or overlap, resolved labels of another network,
+            exceptions to the BatchNorm policy that touch none; labels and groups that do not fit.
+            The text names the phase.
         """
         try:
             labels = label(params, self.labels) if self._has_rules() else self.labels
+            _check_fit(labels, params)
             moving = trainable_mask(labels, self.groups)
             norm = self.norm
             if norm is None or isinstance(norm, Mapping):
@@ -199,6 +202,39 @@ class Plan:
         return plan_text(self)
 
     def resolve(self, params: Params, steps_per_epoch: int = 1) -> Plan:
-        """The plan for one network and one set of data; see ``Phase.resolve``."""
+        """The plan for one network and one set of data.
+
+        Raises:
+          ValueError: see ``Phase.resolve``; or validation is to decide about a phase that differs
+            from the one before it in nothing but its length.
+        """
         phases = [phase.resolve(params, steps_per_epoch) for phase in self.phases]
+        if self.patience is not None:
+            for number in range(1, len(phases)):
+                before, here = self.phases[number - 1 : number + 1]
+                # Schedules are compared as they were given; resolved, they are closures.
+                if _treatment(before, phases[number - 1]) == _treatment(here, phases[number]):
+                    raise ValueError(
+                        f"phase {here.name!r} unfreezes nothing new: it treats every leaf as "
+                        f"{before.name!r} does, so that validation would decide about more of the "
+                        f"same; give {before.name!r} more steps, or take the plan's patience away"
+                    )
         return replace(self, phases=phases)
+
+
+def _treatment(given: Phase, resolved: Phase) -> tuple[Any, ...]:
+    """All that a phase does to the leaves, apart from how long."""
+    groups = {path: given.groups[name] for path, name in flatten(resolved.labels).items()}
+    return (groups, resolved.norm, given.recalibrate, given.clip, given.ema, given.loss)
+
+
+def _check_fit(labels: Mapping[str, Any], params: Params) -> None:
+    """Refuses labels that were resolved on other leaves."""
+    labelled, leaves = set(flatten(labels)), set(flatten(params))
+    problems = []
+    if gap := sorted(leaves - labelled):
+        problems.append(f"no label takes {len(gap)} leaves: {listing(gap)}")
+    if foreign := sorted(labelled - leaves):
+        problems.append(f"the network has no such leaves as are labelled: {listing(foreign)}")
+    if problems:
+        raise ValueError("; ".join(problems))
