@@ -39,7 +39,7 @@ def rate_picture(path: str | os.PathLike[str], sweeps: Mapping[str, RateSweep]) 
 
     across = min(_ACROSS, len(sweeps))
     down = -(-len(sweeps) // across)
-    figure = Figure(figsize=(1.0 + 4.0 * across, 0.4 + 3.2 * down), layout="constrained")
+    figure = Figure(figsize=(1.0 + 4.0 * across, 0.4 + 3.6 * down), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False)
     for number, panel in enumerate(panels.flat):
@@ -61,7 +61,8 @@ def rate_picture(path: str | os.PathLike[str], sweeps: Mapping[str, RateSweep]) 
         panel.set_title(f"{title} (diverged)" if sweep.diverged else title)
         panel.set_xlabel("learning rate")
         panel.set_ylabel("training loss, nats")
-        panel.legend(fontsize="small", loc="best")
+        # Below the panel: inside it, some curve would always run behind it.
+        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     figure.savefig(path, dpi=150)
 
 

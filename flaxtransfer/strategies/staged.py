@@ -123,7 +123,7 @@ def progressive_unfreezing(
     down_to: str | None = None,
     stop_after: int | None = 1,
     min_gain: float = 0.0,
-    min_z: float = 2.0,
+    min_z: float = 0.0,
     patience: int | None = None,
 ) -> Plan:
     """The head, then one part more at a time from the top, for as long as validation gains.
@@ -132,7 +132,9 @@ def progressive_unfreezing(
     has to change: it finds out, and a part that did not help is undone. Each part keeps its
     optimizer moments when the next one joins, and has a label of its own, so that it begins with
     a bias correction of its own. It costs as many phases as there are parts, and a small
-    validation set decides by luck (see ``min_gain``).
+    validation set decides by luck (see ``min_gain`` and ``min_z``). Phases have to be long enough
+    for what moves to settle: where the head has not, more of its training passes for a gain of the
+    next part.
 
     Args:
       params: nested dict of parameters or their shapes.
@@ -145,7 +147,9 @@ def progressive_unfreezing(
       down_to: last part that may be unfrozen ("layer3", "layer3/0"); by default the first of all.
       stop_after: phases in a row without gain after which the plan ends; None tries all parts.
       min_gain: validation accuracy, as a share, that each phase has to earn.
-      min_z: standard errors of the paired difference that the gain has to exceed (``ft.Plan``).
+      min_z: standard errors of the paired difference that the gain has to exceed (``ft.Plan``). 2
+        asks for proof, which takes thousands of validation images where each part gains a little;
+        with a few hundred the plan then ends too early, and that costs more than a part too many.
       patience: evaluations without improvement that end a phase.
 
     Raises:
