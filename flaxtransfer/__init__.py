@@ -15,8 +15,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxtransfer.analysis.stem import StemReport, stem_report
     from flaxtransfer.architectures import RESNETS, ResNetConfig
     from flaxtransfer.averaging import Soup, average, greedy_soup, interpolate
+    from flaxtransfer.bands import Adapter
     from flaxtransfer.batchnorm import Norm, policy
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         solved_head,
         standardisation,
     )
+    from flaxtransfer.folding import fold_adapter
     from flaxtransfer.labels import label, rest
     from flaxtransfer.masks import (
         Mask,
@@ -81,6 +84,7 @@ if TYPE_CHECKING:
         progressive_unfreezing,
         surgical,
     )
+    from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
     from flaxtransfer.training.caching import Cache
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Examples, Feed, held_out, source_feed
@@ -97,8 +101,10 @@ if TYPE_CHECKING:
     from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
 
 _ROOMS = {
+    "analysis.stem": ("StemReport", "stem_report"),
     "architectures": ("RESNETS", "ResNetConfig"),
     "averaging": ("Soup", "average", "greedy_soup", "interpolate"),
+    "bands": ("Adapter",),
     "batchnorm": ("Norm", "policy"),
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
@@ -106,6 +112,7 @@ _ROOMS = {
         "LogisticPath", "MeansHead", "RidgePath", "Standardisation", "linear_discriminant",
         "logistic_path", "nearest_mean", "ridge_path", "solved_head", "standardisation",
     ),
+    "folding": ("fold_adapter",),
     "labels": ("label", "rest"),
     "masks": (
         "Mask", "adapter", "batch_norm", "biases", "everything", "glob", "head", "kernels",
@@ -124,6 +131,7 @@ _ROOMS = {
     "overview": ("table",),
     "report.rate_picture": ("rate_picture",),
     "training.caching": ("Cache",),
+    "training.band_statistics": ("band_patches", "band_preprocessing"),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
     "training.feed": ("Batch", "Examples", "Feed", "held_out", "source_feed"),
     "training.finder": ("RateSweep", "find_learning_rate", "find_learning_rates"),

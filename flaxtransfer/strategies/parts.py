@@ -23,6 +23,12 @@ def adamw(peak: float, weight_decay: float) -> Group:
     return Group(optax.adamw, WarmupCosine(peak), weight_decay=weight_decay)
 
 
+def fresh(params: Params) -> Mask:
+    """What no pre-training has seen: the head, and the input adapter where there is one."""
+    adapted = any(segment_or_empty(path) == "adapter" for path in flatten(params))
+    return head() | adapter() if adapted else head()
+
+
 def units(params: Params, by: By = "segment") -> dict[str, Mask]:
     """The parts of a ResNet from the input to the output, the head last, each with its mask.
 

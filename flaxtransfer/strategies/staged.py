@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from flaxtransfer.groups import FROZEN
 from flaxtransfer.labels import rest
-from flaxtransfer.masks import head
 from flaxtransfer.optimizers import scaled
-from flaxtransfer.strategies.parts import By, adamw, units
+from flaxtransfer.strategies.parts import By, adamw, fresh, units
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.types import Params
 
@@ -46,8 +45,7 @@ def head_then_fine_tune(
       A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
       Out-of-Distribution", 2022.
     """
-    del params  # A head is a head in every network; the signature is that of all recipes.
-    labels = {"head": head(), "backbone": rest()}
+    labels = {"head": fresh(params), "backbone": rest()}
     phases = []
     if head_steps:
         groups = {"head": adamw(head_learning_rate, weight_decay), "backbone": FROZEN}
@@ -95,9 +93,8 @@ def linear_probe_then_fine_tune(
       A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
       Out-of-Distribution", 2022.
     """
-    del params  # As in head_then_fine_tune.
     phase = Phase(
-        labels={"head": head(), "backbone": rest()},
+        labels={"head": fresh(params), "backbone": rest()},
         groups={
             "head": adamw(head_learning_rate, weight_decay),
             "backbone": adamw(learning_rate, weight_decay),
@@ -162,7 +159,9 @@ def progressive_unfreezing(
     if not 0 < decay <= 1:
         raise ValueError(f"decay is a factor in (0, 1], not {decay!r}")
     parts = units(params, by)
-    below = [name for name in reversed(parts) if name != "head"]
+    # An input adapter is as new as the head, and moves with it from the first phase on.
+    parts["head"] = fresh(params)
+    below = [name for name in reversed(parts) if name not in ("head", "adapter")]
     if down_to is not None:
         if down_to not in below:
             raise ValueError(f"no part {down_to!r} below the head; there are {', '.join(below)}")

@@ -57,7 +57,7 @@ def identity(
         for norm in (phase.batch_norm_policy(),)
     }
     raw = {
-        "model": asdict(model.config),
+        "model": model.config.to_json(),
         "seed": seed,
         "phases": phases,
         "patience": plan.patience,
