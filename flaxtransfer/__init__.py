@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxtransfer.analysis.profile import Profile, probe_profile
     from flaxtransfer.analysis.stem import StemReport, stem_report
     from flaxtransfer.architectures import RESNETS, ResNetConfig
     from flaxtransfer.averaging import Soup, average, greedy_soup, interpolate
@@ -23,17 +24,24 @@ if TYPE_CHECKING:
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
     from flaxtransfer.features import (
+        Baseline,
+        HeadSweep,
         LogisticPath,
         MeansHead,
         RidgePath,
+        SolvedHead,
         Standardisation,
+        instant_baseline,
         linear_discriminant,
         logistic_path,
         nearest_mean,
         ridge_path,
         solved_head,
         standardisation,
+        stratified_folds,
+        sweep_head,
     )
+    from flaxtransfer.features.extraction import pooled_features, segment_features
     from flaxtransfer.folding import fold_adapter
     from flaxtransfer.labels import label, rest
     from flaxtransfer.masks import (
@@ -94,7 +102,6 @@ if TYPE_CHECKING:
     from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
     from flaxtransfer.training.phases import Phase, Plan
     from flaxtransfer.training.plan_file import load_plan, plan_from_yaml, plan_to_yaml, save_plan
-    from flaxtransfer.training.probing import pooled_features
     from flaxtransfer.training.recalibration import recalibrate
     from flaxtransfer.training.run_folder import environment
     from flaxtransfer.types import Params, Variables
@@ -102,6 +109,7 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "analysis.stem": ("StemReport", "stem_report"),
+    "analysis.profile": ("Profile", "probe_profile"),
     "architectures": ("RESNETS", "ResNetConfig"),
     "averaging": ("Soup", "average", "greedy_soup", "interpolate"),
     "bands": ("Adapter",),
@@ -109,10 +117,13 @@ _ROOMS = {
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
     "features": (
-        "LogisticPath", "MeansHead", "RidgePath", "Standardisation", "linear_discriminant",
-        "logistic_path", "nearest_mean", "ridge_path", "solved_head", "standardisation",
+        "Baseline", "HeadSweep", "LogisticPath", "MeansHead", "RidgePath", "SolvedHead",
+        "Standardisation", "instant_baseline", "linear_discriminant", "logistic_path",
+        "nearest_mean", "ridge_path", "solved_head", "standardisation", "stratified_folds",
+        "sweep_head",
     ),
     "folding": ("fold_adapter",),
+    "features.extraction": ("pooled_features", "segment_features"),
     "labels": ("label", "rest"),
     "masks": (
         "Mask", "adapter", "batch_norm", "biases", "everything", "glob", "head", "kernels",
@@ -140,7 +151,6 @@ _ROOMS = {
     "training.losses": ("SmoothedCrossEntropy", "cross_entropy"),
     "training.phases": ("Phase", "Plan"),
     "training.plan_file": ("load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"),
-    "training.probing": ("pooled_features",),
     "training.recalibration": ("recalibrate",),
     "training.run_folder": ("environment",),
     "pretrained": ("TransferReport", "transfer"),

@@ -347,7 +347,7 @@ def test_train_says_what_frozen_features_reach_and_what_it_caches(
     assert run([*arguments, "--run", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
     assert "heads on the frozen features of" in shown.out
-    assert "each left out once: ridge" in shown.out
+    assert "each held out once: ridge" in shown.out
     assert "before head, 64 numbers each, are cached in memory as float32" in shown.err
     assert "cache before head:" in shown.err
     summary = json.loads((tmp_path / "run/summary.json").read_text())

@@ -35,8 +35,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from threadpoolctl import threadpool_limits
 
-from flaxtransfer.features import logistic_path, ridge_path, standardisation, stratified_folds
-from flaxtransfer.features import sweep as cross_validate
+from flaxtransfer.features import (
+    logistic_path,
+    ridge_path,
+    standardisation,
+    stratified_folds,
+    sweep_head,
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def sweep(options: Probes, features: np.ndarray, labels: np.ndarray) -> dict[str
         return accuracies, peer.fit(features, labels)
 
     figures, found, (accuracies, _) = take_turns(
-        lambda: cross_validate(
+        lambda: sweep_head(
             features,
             labels,
             strengths=strengths.tolist(),

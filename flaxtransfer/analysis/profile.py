@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
+import scipy.optimize
+import scipy.special
 
-from flaxtransfer.data.normalisation import normalise
+from flaxtransfer.features.checks import examples, singles
+from flaxtransfer.features.folds import rarest
 from flaxtransfer.features.ridge import ridge_path
 from flaxtransfer.features.standardise import standardisation
-from flaxtransfer.features.sweep import sweep
-from flaxtransfer.models import Model
-from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.types import Variables
-from flaxtransfer.weights import Preprocessing
+from flaxtransfer.features.sweep import sweep_head
 
-__all__ = ["Profile", "SegmentProbe", "probe_profile", "segment_features"]
+__all__ = ["Profile", "SegmentProbe", "probe_profile"]
 
 Kind = Literal["ridge", "logistic"]
 
@@ -33,14 +31,17 @@ class SegmentProbe:
       segment: whose output is probed.
       features: channels, after averaging over the image.
       accuracy: on examples that were held out, at the best strength.
-      spread: standard deviation over folds; 0 with ridge, which leaves out one by one.
-      strength: the best of those tried.
+      standard_error: of the accuracy, binomial; segments closer than this are level.
+      loss: mean negative log-likelihood of the examples that were held out, in nats. Ridge has no
+        probabilities: its scores are taken as logits at the temperature that suits them best.
+      strength: the best of those tried, by the loss on what was held out.
     """
 
     segment: str
     features: int
     accuracy: float
-    spread: float
+    standard_error: float
+    loss: float
     strength: float
 
 
@@ -51,13 +52,17 @@ class Profile:
     Args:
       kind: of probe.
       examples: how many there were.
+      majority: share of the largest class: what a probe reaches that knows nothing.
       probes: one a segment.
-      notes: what a reader should know.
+      seconds: it took, features not included.
+      notes: what a reader should know, in sentences.
     """
 
     kind: Kind
     examples: int
+    majority: float
     probes: tuple[SegmentProbe, ...]
+    seconds: float
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,55 +71,16 @@ class Profile:
         return max(self.probes, key=lambda probe: probe.accuracy)
 
     def __str__(self) -> str:
-        lines = [f"{'segment':<8} {'features':>8} {'accuracy':>14} {'strength':>9}"]
+        lines = [f"{'segment':<8} {'features':>8} {'accuracy':>14} {'nats':>7} {'strength':>9}"]
         for probe in self.probes:
-            spread = f" ± {100 * probe.spread:.1f}" if probe.spread else ""
-            accuracy = f"{100 * probe.accuracy:.1f}{spread} %"
+            accuracy = f"{100 * probe.accuracy:.1f} ± {100 * probe.standard_error:.1f} %"
             lines.append(
-                f"{probe.segment:<8} {probe.features:>8} {accuracy:>14} {probe.strength:>9.3g}"
+                f"{probe.segment:<8} {probe.features:>8} {accuracy:>14} {probe.loss:>7.3f} "
+                f"{probe.strength:>9.3g}"
             )
-        return "\n".join([*lines, *self.notes])
-
-
-def segment_features(
-    model: Model,
-    variables: Variables,
-    batches: Iterable[Mapping[str, Any]],
-    preprocessing: Preprocessing,
-    mesh: Mesh | None = None,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The output of each segment below the pooling, averaged over the image, in one pass.
-
-    Args:
-      model: the network.
-      variables: its parameters and statistics; running statistics are used.
-      batches: ``image`` uint8 [batch, height, width, channels], ``label``, and ``weight`` 0 where
-        an example is padding.
-      preprocessing: that belongs to the weights.
-      mesh: devices; by default all of them.
-
-    Returns:
-      Float32 [examples, channels] by segment, and the labels, int [examples].
-
-    Raises:
-      ValueError: no example at all.
-    """
-    mesh = mesh or make_mesh()
-    run, placed = _pooled(model, preprocessing), place_replicated(variables, mesh)
-    found: list[dict[str, np.ndarray]] = []
-    labels = []
-    for batch in batches:
-        label = np.asarray(batch["label"])
-        keep = np.asarray(batch.get("weight", np.ones(len(label)))) > 0
-        maps = run(placed, place_batch(batch["image"], mesh))
-        found.append({name: np.asarray(values, np.float32)[keep] for name, values in maps.items()})
-        labels.append(label[keep])
-    if not sum(map(len, labels)):
-        raise ValueError("there are no examples to take features of")
-    # A compiled function returns its dict in the order of the alphabet.
-    order = [name for name in model.segments if name in found[0]]
-    features = {name: np.concatenate([part[name] for part in found]) for name in order}
-    return features, np.concatenate(labels)
+        last = f"{self.kind} on {self.examples} examples, each held out once"
+        last += f"; largest class {100 * self.majority:.1f} %; {self.seconds:.1f} s"
+        return "\n".join([*lines, last, *self.notes])
 
 
 def probe_profile(
@@ -124,7 +90,7 @@ def probe_profile(
     kind: Kind = "ridge",
     classes: int | None = None,
 ) -> Profile:
-    """A probe on each segment's features, on examples that were held out.
+    """A probe on each segment's features, judged on examples that were held out.
 
     Where the curve stops rising the network has nothing more to say about these images; where it
     falls, later segments belong to the task of the pre-training, and an earlier cut or deeper
@@ -132,12 +98,15 @@ def probe_profile(
 
     Args:
       features: by segment, ``[examples, channels]``; see ``segment_features``.
-      labels: integers ``[examples]``.
+      labels: integers ``[examples]``. Classes without examples have no say. The only example of a
+        class counts as wrong with ridge and is never held out with logistic regression.
       kind: "ridge" leaves out one by one, in closed form; "logistic" uses folds, and is slower.
       classes: how many there are; by default as many as the labels say.
 
     Raises:
-      ValueError: another kind; as ``ridge_path`` and ``sweep``, the segment named.
+      ValueError: no segment, another kind, one class, one example of every class, features that are
+        not finite or of another shape; the segment named.
+      TypeError: labels that are no integers.
 
     References:
       G. Alain, Y. Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes", 2016.
@@ -150,36 +119,45 @@ def probe_profile(
     """
     if kind not in ("ridge", "logistic"):
         raise ValueError(f"kind is 'ridge' or 'logistic', not {kind!r}")
+    if not features:
+        raise ValueError("there is no segment to probe")
+    began = time.perf_counter()
+    probe = _ridge if kind == "ridge" else _logistic
     probes, notes = [], []
     for name, values in features.items():
         try:
-            matrix = standardisation(values)(values)
-            if kind == "ridge":
-                path = ridge_path(matrix, labels, classes=classes)
-                accuracy, spread, strength = path.accuracy, 0.0, path.strength
-            else:
-                found = sweep(matrix, labels, standardise=False, rule="accuracy", classes=classes)
-                by_fold = found.accuracies[found.best]
-                accuracy, spread = found.accuracy, float(by_fold.std(ddof=1))
-                strength = found.strength
-                notes += [note for note in found.notes if "folds" in note and note not in notes]
+            matrix, label, number = examples(values, labels, classes)
+            rarest(label)
+            present, label, counts = np.unique(label, return_inverse=True, return_counts=True)
+            accuracy, loss, strength, said = probe(standardisation(matrix)(matrix), label)
         except ValueError as error:
             raise ValueError(f"the features of {name} cannot be probed: {error}") from error
-        probes.append(SegmentProbe(name, matrix.shape[1], accuracy, spread, strength))
-    return Profile(kind, len(np.asarray(labels)), tuple(probes), tuple(notes))
+        notes += [note for note in said if note not in notes]
+        spread = math.sqrt(accuracy * (1 - accuracy) / len(label))
+        probes.append(SegmentProbe(name, matrix.shape[1], accuracy, spread, loss, strength))
+    if len(present) < number:
+        notes.append(f"{number - len(present)} of {number} classes have no example.")
+    if single := singles(label):
+        how = "counts as wrong" if kind == "ridge" else "is never held out"
+        notes.append(f"{len(single)} classes have one example, which {how}.")
+    seconds, majority = time.perf_counter() - began, float(counts.max() / len(label))
+    return Profile(kind, len(label), majority, tuple(probes), seconds, tuple(notes))
 
 
-def _pooled(
-    model: Model, preprocessing: Preprocessing
-) -> Callable[[Variables, jax.Array], dict[str, jax.Array]]:
-    segments = model.segments[: model.segments.index("pool") + 1]
+def _ridge(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, list[str]]:
+    """Accuracy, loss, strength, and what to tell."""
+    path = ridge_path(matrix, label)
 
-    @jax.jit
-    def run(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
-        x, found = normalise(images, preprocessing.mean, preprocessing.std), {}
-        for name, following in itertools.pairwise(segments):
-            x, _ = model.apply(variables, x, norm="running", start=name, stop=following)
-            found[name] = x.mean((1, 2), dtype="float32")
-        return found
+    def loss(power: float) -> float:
+        log_probs = scipy.special.log_softmax(math.exp(power) * path.left_out, axis=1)
+        return -float(log_probs[np.arange(len(label)), label].mean())
 
-    return run
+    # One number is fitted to all examples: of the scores' order it changes nothing.
+    found = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded")
+    return path.accuracy, float(found.fun), path.strength, []
+
+
+def _logistic(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, list[str]]:
+    found = sweep_head(matrix, label, standardise=False)
+    said = [note for note in found.notes if "folds" in note]
+    return found.accuracy, float(found.losses[found.best].mean()), found.strength, said

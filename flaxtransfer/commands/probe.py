@@ -8,10 +8,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from flaxtransfer.analysis.profile import probe_profile, segment_features
+from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.commands.train import Train, split
 from flaxtransfer.data import open_source
 from flaxtransfer.data.splits import some
+from flaxtransfer.features.extraction import segment_features
 from flaxtransfer.pretrained import transfer
 from flaxtransfer.training.feed import held_out
 from flaxtransfer.weights import load

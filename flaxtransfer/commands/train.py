@@ -21,6 +21,7 @@ from flaxtransfer.data import Source, Splits, open_source, stratified_split
 from flaxtransfer.data.splits import some
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.features.baseline import instant_baseline
+from flaxtransfer.features.extraction import pooled_features
 from flaxtransfer.models import Model, resnet
 from flaxtransfer.pretrained import TransferReport, transfer
 from flaxtransfer.strategies import RECIPES, from_scratch
@@ -31,7 +32,6 @@ from flaxtransfer.training.feed import Feed, held_out, source_feed
 from flaxtransfer.training.loop import Fitted, Options, fit
 from flaxtransfer.training.phases import Plan
 from flaxtransfer.training.plan_table import plan_table
-from flaxtransfer.training.probing import pooled_features
 from flaxtransfer.training.run_folder import CONFIG_FILE, write_json
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Checkpoint, Preprocessing, load

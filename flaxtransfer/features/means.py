@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
+from flaxtransfer.features.checks import examples, matching
+
 __all__ = ["MeansHead", "linear_discriminant", "nearest_mean"]
 
 
@@ -36,11 +38,7 @@ class MeansHead:
         Raises:
           ValueError: another number of features, or an example of length 0 to be normalised.
         """
-        matrix = np.asarray(features, np.float64)
-        if matrix.ndim != 2 or matrix.shape[1] != len(self.kernel):
-            raise ValueError(
-                f"features have shape {matrix.shape}, wanted [examples, {len(self.kernel)}]"
-            )
+        matrix = matching(features, len(self.kernel))
         return (_normalised(matrix) if self.normalised else matrix) @ self.kernel + self.bias
 
     def predict(self, features: Any) -> np.ndarray:
@@ -195,23 +193,7 @@ def _checked(
     features: Any, labels: Any, classes: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features in float64, labels, and how many there are of each."""
-    matrix, label = np.asarray(features, np.float64), np.asarray(labels)
-    if not np.issubdtype(label.dtype, np.integer):
-        raise TypeError(f"labels are {label.dtype}, wanted integers")
-    if matrix.ndim != 2 or label.shape != matrix.shape[:1] or not matrix.size:
-        raise ValueError(
-            f"features have shape {matrix.shape} and labels {label.shape}; wanted "
-            "[examples, features] and [examples]"
-        )
-    if wrong := int((~np.isfinite(matrix)).any(axis=1).sum()):
-        raise ValueError(f"{wrong} of {len(matrix)} examples have features that are not finite")
-    number = int(label.max()) + 1 if classes is None else classes
-    if label.min() < 0 or label.max() >= number:
-        raise ValueError(
-            f"labels go from {label.min()} to {label.max()}; there are {number} classes"
-        )
-    if len(np.unique(label)) < 2:
-        raise ValueError(f"all examples are of class {label[0]}; a classifier needs two or more")
+    matrix, label, number = examples(features, labels, classes)
     counts = np.bincount(label, minlength=number)
     if missing := np.flatnonzero(counts == 0).tolist():
         raise ValueError(f"classes {missing} have no examples, so no mean; number the labels anew")

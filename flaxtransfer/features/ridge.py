@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+
+from flaxtransfer.features.axes import left_axes
+from flaxtransfer.features.checks import examples, matching
 
 __all__ = ["RidgePath", "ridge_path"]
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-3, 6, 19))
 """Strengths that suit standardised features of any number, half a decade apart."""
 
-_NEGLIGIBLE = 1e-12
-"""Share of the largest eigenvalue below which a direction is rounding, in float64."""
+_AT_ONCE = 2**23
+"""Scores held at once; strengths that make more go in parts."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class RidgePath:
       best: index of the strength with the smallest error, the largest such strength of equals.
       kernel: float64 ``[features, classes]`` of the best strength, refitted on all examples.
       bias: float64 ``[classes]``.
+      left_out: scores of each example at the best strength by the classifier that was fitted to
+        all others, float64 ``[examples, classes]``.
     """
 
     strengths: np.ndarray
@@ -37,6 +41,7 @@ class RidgePath:
     best: int
     kernel: np.ndarray
     bias: np.ndarray
+    left_out: np.ndarray
 
     @property
     def strength(self) -> float:
@@ -54,12 +59,7 @@ class RidgePath:
         Raises:
           ValueError: another number of features.
         """
-        matrix = np.asarray(features, np.float64)
-        if matrix.ndim != 2 or matrix.shape[1] != len(self.kernel):
-            raise ValueError(
-                f"features have shape {matrix.shape}, wanted [examples, {len(self.kernel)}]"
-            )
-        return matrix @ self.kernel + self.bias
+        return matching(features, len(self.kernel)) @ self.kernel + self.bias
 
     def predict(self, features: Any) -> np.ndarray:
         """Classes, int64 ``[examples]``."""
@@ -104,65 +104,43 @@ def ridge_path(
     >>> path.accuracy
     1.0
     """
-    matrix, targets, penalties = _checked(features, labels, strengths, classes)
-    count = len(matrix)
+    matrix, label, number = examples(features, labels, classes)
+    penalties = _checked(len(matrix), strengths)
+    targets = np.where(label[:, None] == np.arange(number), 1.0, -1.0)
     middle, target_mean = matrix.mean(axis=0), targets.mean(axis=0)
     centred, residual = matrix - middle, targets - target_mean
 
-    values, left = _decompose(centred)
+    values, left = left_axes(centred)
     projected = left.T @ residual
     shrunk = values[:, None] / (values[:, None] + penalties)  # [rank, strengths]
-    leverage = 1 / count + np.square(left) @ shrunk  # [examples, strengths]
+    kept = 1 - 1 / len(matrix) - np.square(left) @ shrunk  # 1 - leverage, [examples, strengths]
 
-    label = np.asarray(labels)
+    def out(chosen: slice | list[int]) -> np.ndarray:
+        """Errors of the examples left out, [examples, strengths, classes]."""
+        shares = (shrunk[:, chosen, None] * projected[:, None]).reshape(len(values), -1)
+        fitted = (left @ shares).reshape(len(matrix), -1, number)
+        return (residual[:, None] - fitted) / kept[:, chosen, None]
+
     errors, accuracies = np.empty(len(penalties)), np.empty(len(penalties))
-    for n in range(len(penalties)):
-        fitted = left @ (shrunk[:, n, None] * projected)
-        out = (residual - fitted) / (1 - leverage[:, n, None])
-        errors[n] = np.square(out).mean()
-        accuracies[n] = ((targets - out).argmax(axis=1) == label).mean()
+    size = max(1, _AT_ONCE // targets.size)
+    for start in range(0, len(penalties), size):
+        part = slice(start, start + size)
+        wrong = out(part)
+        errors[part] = np.square(wrong).mean(axis=(0, 2))
+        guesses = (targets[:, None] - wrong).argmax(axis=2)
+        accuracies[part] = (guesses == label[:, None]).mean(axis=0)
     best = int(np.flatnonzero(errors == errors.min())[np.argmax(penalties[errors == errors.min()])])
     # kernel = X' U (values + strength)^-1 U' Y, in which X' U is V sqrt(values).
-    weights = projected / (values[:, None] + penalties[best])
-    kernel = centred.T @ (left @ weights)
-    return RidgePath(penalties, errors, accuracies, best, kernel, target_mean - middle @ kernel)
+    kernel = centred.T @ (left @ (projected / (values[:, None] + penalties[best])))
+    left_out = targets - out([best])[:, 0]
+    bias = target_mean - middle @ kernel
+    return RidgePath(penalties, errors, accuracies, best, kernel, bias, left_out)
 
 
-def _decompose(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared singular values and left singular vectors, those without variance left out."""
-    count, width = centred.shape
-    if count <= width:
-        values, left = scipy.linalg.eigh(centred @ centred.T)
-        kept = values > _NEGLIGIBLE * max(values[-1], 0)
-        return values[kept], left[:, kept]
-    values, right = scipy.linalg.eigh(centred.T @ centred)
-    kept = values > _NEGLIGIBLE * max(values[-1], 0)
-    values = values[kept]
-    return values, centred @ right[:, kept] / np.sqrt(values)
-
-
-def _checked(
-    features: Any, labels: Any, strengths: Sequence[float], classes: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    matrix, label = np.asarray(features, np.float64), np.asarray(labels)
+def _checked(count: int, strengths: Sequence[float]) -> np.ndarray:
     penalties = np.asarray(strengths, np.float64)
-    if not np.issubdtype(label.dtype, np.integer):
-        raise TypeError(f"labels are {label.dtype}, wanted integers")
-    if matrix.ndim != 2 or label.shape != matrix.shape[:1] or not matrix.size:
-        raise ValueError(
-            f"features have shape {matrix.shape} and labels {label.shape}; wanted "
-            "[examples, features] and [examples]"
-        )
-    if len(label) < 3:
-        raise ValueError(f"{len(label)} examples are too few to leave one out; wanted 3 or more")
-    if wrong := int((~np.isfinite(matrix)).any(axis=1).sum()):
-        raise ValueError(f"{wrong} of {len(matrix)} examples have features that are not finite")
+    if count < 3:
+        raise ValueError(f"{count} examples are too few to leave one out; wanted 3 or more")
     if penalties.ndim != 1 or not penalties.size or not (penalties > 0).all():
         raise ValueError(f"strengths are numbers above 0, one or more, not {penalties.tolist()}")
-    most = int(label.max())
-    number = most + 1 if classes is None else classes
-    if label.min() < 0 or most >= number:
-        raise ValueError(f"labels go from {label.min()} to {most}; there are {number} classes")
-    if len(np.unique(label)) < 2:
-        raise ValueError(f"all examples are of class {most}; a classifier needs two or more")
-    return matrix, np.where(label[:, None] == np.arange(number), 1.0, -1.0), penalties
+    return penalties

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from flaxtransfer.features.checks import examples, matching, singles
+from flaxtransfer.features.folds import deal, rarest
 from flaxtransfer.features.logistic import LogisticPath, logistic_path
 from flaxtransfer.features.ridge import STRENGTHS as RIDGE_STRENGTHS
 from flaxtransfer.features.ridge import ridge_path
 from flaxtransfer.features.standardise import standardisation
 
-__all__ = ["Sweep", "stratified_folds", "sweep"]
+__all__ = ["HeadSweep", "sweep_head"]
 
 Kind = Literal["logistic", "ridge"]
 Rule = Literal["loss", "accuracy", "one_standard_error"]
@@ -27,7 +29,7 @@ _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Sweep:
+class HeadSweep:
     """What each strength is worth on examples that were held out, and the head of the best.
 
     Args:
@@ -69,12 +71,7 @@ class Sweep:
         Raises:
           ValueError: another number of features.
         """
-        matrix = np.asarray(features, np.float64)
-        if matrix.ndim != 2 or matrix.shape[1] != len(self.kernel):
-            raise ValueError(
-                f"features have shape {matrix.shape}, wanted [examples, {len(self.kernel)}]"
-            )
-        return matrix @ self.kernel + self.bias
+        return matching(features, len(self.kernel)) @ self.kernel + self.bias
 
     def predict(self, features: Any) -> np.ndarray:
         """Classes, int64 ``[examples]``."""
@@ -90,7 +87,7 @@ class Sweep:
         return "\n".join([*lines, *self.notes])
 
 
-def sweep(
+def sweep_head(
     features: Any,
     labels: Any,
     kind: Kind = "logistic",
@@ -101,7 +98,7 @@ def sweep(
     rule: Rule = "loss",
     standardise: bool = True,
     classes: int | None = None,
-) -> Sweep:
+) -> HeadSweep:
     """Tries every strength on held-out examples, and refits the best on all.
 
     Use it for the head of a frozen network. With ``"logistic"`` all strengths, folds and seeds are
@@ -114,11 +111,12 @@ def sweep(
 
     Args:
       features: ``[examples, features]``, finite.
-      labels: integers ``[examples]``, 0 .. classes - 1, each class with two examples or more
-        (ridge: one).
+      labels: integers ``[examples]``, 0 .. classes - 1, each class with an example or more, some
+        with two.
       kind: of head. Logistic regression gives probabilities; ridge is faster.
       strengths: penalties above 0. Default: half decades that suit standardised features.
-      folds: 2 or more. A class with fewer examples lowers it, which is said in the notes.
+      folds: 2 or more. A class with fewer examples lowers it; the only example of a class is
+        never held out. Both are said in the notes.
       seeds: one partition into folds for each.
       rule: the best is that of the smallest mean loss or the largest mean accuracy, the largest
         strength of equals; or the largest strength whose mean loss is within one standard error of
@@ -127,7 +125,7 @@ def sweep(
       classes: how many there are; by default as many as the labels say.
 
     Raises:
-      ValueError: as ``logistic_path`` and ``ridge_path``; a class with one example and logistic
+      ValueError: as ``logistic_path`` and ``ridge_path``; no class with two examples and logistic
         regression; folds, seeds, kind or rule out of range.
       TypeError: labels that are no integers.
 
@@ -139,7 +137,7 @@ def sweep(
     >>> random = np.random.default_rng(0)
     >>> labels = np.arange(60) % 3
     >>> features = random.normal(size=(60, 20)) + 3 * np.eye(20)[labels]
-    >>> found = sweep(features, labels, strengths=[1, 10, 100], folds=3)
+    >>> found = sweep_head(features, labels, strengths=[1, 10, 100], folds=3)
     >>> found.accuracies.shape, found.accuracy > 0.8
     ((3, 3), True)
     """
@@ -157,6 +155,8 @@ def sweep(
         out = ridge_path(matrix, labels, tried.tolist(), classes=classes)
         accuracies, losses = out.accuracies[:, None], out.errors[:, None]
         notes.append("Each example was left out once; folds and seeds were not used.")
+        if single := singles(np.asarray(labels)):
+            notes.append(f"Classes {single} have one example, which is wrong when left out.")
     else:
         path, accuracies, losses, said = _validated(matrix, labels, tried, folds, seeds, classes)
         notes.extend(said)
@@ -174,35 +174,7 @@ def sweep(
     if standardise:
         kernel, bias = scaling.undo(kernel, bias)
     kernel, bias = np.asarray(kernel, np.float64), np.asarray(bias, np.float64)
-    return Sweep(kind, tried, accuracies, losses, rule, best, kernel, bias, tuple(notes))
-
-
-def stratified_folds(labels: Any, folds: int, seed: int = 0) -> np.ndarray:
-    """The fold in which each example is held out, int64 ``[examples]``.
-
-    Folds differ by at most one example, in all and within every class.
-
-    Raises:
-      TypeError: labels that are no integers.
-      ValueError: labels of another shape; a class with fewer examples than folds.
-
-    >>> np.bincount(stratified_folds([0, 0, 0, 1, 1, 1, 1], 3)).tolist()
-    [3, 2, 2]
-    """
-    label = np.asarray(labels)
-    if not np.issubdtype(label.dtype, np.integer):
-        raise TypeError(f"labels are {label.dtype}, wanted integers")
-    if label.ndim != 1 or not label.size:
-        raise ValueError(f"labels have shape {label.shape}, wanted [examples], one or more")
-    names, counts = np.unique(label, return_counts=True)
-    if small := {int(c): int(n) for c, n in zip(names, counts, strict=True) if n < folds}:
-        raise ValueError(f"{folds} folds want as many examples of each class; there are {small}")
-    # Raw generator output, unlike ``permutation``, is the same in every release of NumPy.
-    keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(len(label))
-    # Class after class is dealt out in turn, the next where the last one ended.
-    dealt = np.empty(len(label), np.int64)
-    dealt[np.lexsort([keys, label])] = np.arange(len(label)) % folds
-    return dealt
+    return HeadSweep(kind, tried, accuracies, losses, rule, best, kernel, bias, tuple(notes))
 
 
 def _validated(
@@ -215,20 +187,15 @@ def _validated(
 ) -> tuple[LogisticPath, np.ndarray, np.ndarray, list[str]]:
     """All fits, held-out accuracies and losses ``[strengths, splits]``, what to tell about them."""
     notes = []
-    label = np.asarray(labels)
-    if label.ndim == 1 and label.size and np.issubdtype(label.dtype, np.integer):
-        names, counts = np.unique(label, return_counts=True)
-        if single := names[counts < 2].tolist():
-            raise ValueError(
-                f"classes {single} have one example, which cannot be both learnt from and held "
-                "out: kind='ridge' leaves single examples out, or leave these classes out"
-            )
-        if len(names) > 1 and counts.min() < folds:
-            rarest = int(names[counts.argmin()])
-            folds, wanted = int(counts.min()), folds
-            notes.append(f"{folds} folds, not {wanted}: class {rarest} has {folds} examples.")
+    matrix, label, _ = examples(matrix, labels, classes)
+    name, most = rarest(label)
+    if single := singles(label):
+        notes.append(f"Classes {single} have one example, which is never held out.")
+    if most < folds:
+        notes.append(f"{most} folds, not {folds}: class {name} has {most} examples.")
+        folds = most
     held_out = np.concatenate(
-        [stratified_folds(label, folds, seed) == np.arange(folds)[:, None] for seed in seeds]
+        [deal(label, folds, seed) == np.arange(folds)[:, None] for seed in seeds]
     )
     # One more that holds nothing out costs less here than a program and a rotation of its own.
     weights = np.concatenate([np.ones((1, len(label)), bool), ~held_out])

@@ -13,7 +13,7 @@ __all__ = ["draw_profile"]
 
 
 def draw_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
-    """Accuracy of a probe on each segment, from the input to the output.
+    """Accuracy of a probe on each segment, from the input to the output, with standard errors.
 
     Args:
       profile: from ``probe_profile``.
@@ -28,12 +28,14 @@ def draw_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     axes = figure.add_subplot()
     names = [probe.segment for probe in profile.probes]
     percent = [100 * probe.accuracy for probe in profile.probes]
-    spread = [100 * probe.spread for probe in profile.probes]
-    axes.errorbar(names, percent, yerr=spread if any(spread) else None, marker="o", capsize=3)
+    errors = [100 * probe.standard_error for probe in profile.probes]
+    axes.errorbar(names, percent, yerr=errors, marker="o", capsize=3)
     for name, value in zip(names, percent, strict=True):
-        axes.annotate(f"{value:.1f}", (name, value), xytext=(0, 7), textcoords="offset points",
-                      ha="center")  # fmt: skip
-    axes.margins(x=0.08, y=0.2)
+        axes.annotate(f"{value:.1f}", (name, value), xytext=(7, 4), textcoords="offset points")
+    axes.axhline(100 * profile.majority, color="0.6", linestyle="--", linewidth=1)
+    axes.annotate("largest class", (1, 100 * profile.majority), ha="right", va="bottom",
+                  xycoords=("axes fraction", "data"), color="0.4", fontsize="small")  # fmt: skip
+    axes.margins(x=0.1, y=0.15)
     axes.set_xlabel("probed after")
     axes.set_ylabel("accuracy, held out (%)")
     axes.set_title(f"{profile.kind} probes, {profile.examples} images", loc="left")

@@ -1,59 +1,91 @@
-"""Features of every depth in one pass, and what a probe makes of them."""
+"""What a probe makes of the features of every depth."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 
-from flaxtransfer.analysis.profile import probe_profile, segment_features
-from flaxtransfer.features import ridge_path, standardisation
-from flaxtransfer.training.probing import pooled_features
-
-from ..training.small import PREPROCESSING, batch, network
+from flaxtransfer.analysis.profile import probe_profile
+from flaxtransfer.features import ridge_path, standardisation, stratified_folds
 
 
-def test_features_are_the_means_of_the_maps():
-    model, variables = network()
-    batches = [batch(0), batch(1) | {"weight": np.array([1, 1, 1, 0, 0, 0, 0, 0.0])}]
-    features, labels = segment_features(model, variables, batches, PREPROCESSING)
-    assert {name: values.shape for name, values in features.items()} == {
-        "stem": (11, 4), "layer1": (11, 4), "layer2": (11, 8), "layer3": (11, 16),
-        "layer4": (11, 32),
-    }  # fmt: skip
-    assert list(features) == ["stem", "layer1", "layer2", "layer3", "layer4"]
-    images = batch(0)["image"].astype(np.float32) / 255
-    maps, _ = model.apply(variables, (images - 0.5) / 0.25, norm="running", stop="layer3")
-    np.testing.assert_allclose(features["layer2"][:8], maps.mean((1, 2)), rtol=1e-5, atol=1e-6)
-    pooled, same = pooled_features(model, variables, batches, PREPROCESSING)
-    np.testing.assert_allclose(features["layer4"], pooled, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(labels, same)
+def telling(seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = np.arange(60) % 3
+    features = {"stem": random.normal(size=(60, 4)),
+                "layer1": random.normal(size=(60, 5)) + 3 * np.eye(5)[labels]}  # fmt: skip
+    return features, labels
 
 
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
 def test_a_probe_for_each(kind):
-    random = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    telling = random.normal(size=(60, 5)) + 6 * np.eye(5)[labels]
-    profile = probe_profile({"stem": random.normal(size=(60, 4)), "layer1": telling}, labels,
-                            kind=kind)  # fmt: skip
+    features, labels = telling()
+    profile = probe_profile(features, labels, kind=kind)
     assert [probe.segment for probe in profile.probes] == ["stem", "layer1"]
     assert profile.best.segment == "layer1"
+    assert profile.best.loss < profile.probes[0].loss
     assert profile.probes[0].accuracy < 0.6
-    if kind == "ridge":
-        path = ridge_path(standardisation(telling)(telling), labels)
-        assert profile.best.accuracy == path.accuracy
-    first = str(profile).splitlines()[2].split()
-    assert first[:2] == ["layer1", "5"]
+    assert profile.majority == pytest.approx(1 / 3)
+    lines = str(profile).splitlines()
+    assert lines[2].split()[:2] == ["layer1", "5"]
+    assert lines[3].startswith(f"{kind} on 60 examples, each held out once; largest class 33.3 %")
 
 
-def test_errors_name_the_segment():
-    with pytest.raises(ValueError, match=r"the features of stem cannot be probed: .*not finite"):
-        probe_profile({"stem": np.full((9, 2), np.nan)}, np.arange(9) % 2)
+def test_ridge_is_by_leaving_out_one_and_its_loss_at_the_best_temperature():
+    features, labels = telling()
+    probe = probe_profile(features, labels).best
+    path = ridge_path(standardisation(features["layer1"])(features["layer1"]), labels)
+    assert (probe.accuracy, probe.strength) == (path.accuracy, path.strength)
+    assert probe.standard_error == pytest.approx(
+        np.sqrt(probe.accuracy * (1 - probe.accuracy) / 60)
+    )
+    losses = []
+    for temperature in np.geomspace(0.02, 50, 2000):
+        powers = np.exp(path.left_out / temperature)
+        losses.append(log_loss(labels, powers / powers.sum(axis=1, keepdims=True)))
+    assert probe.loss == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_logistic_regression_is_scikit_learns_by_folds():
+    features, labels = telling()
+    probe = probe_profile(features, labels, kind="logistic").best
+    scaled = standardisation(features["layer1"])(features["layer1"])
+    folds, losses = stratified_folds(labels, 5), []
+    for fold in range(5):
+        fit = LogisticRegression(C=1 / probe.strength, tol=1e-8, max_iter=10_000)
+        fit.fit(scaled[folds != fold], labels[folds != fold])
+        losses.append(log_loss(labels[folds == fold], fit.predict_proba(scaled[folds == fold])))
+    assert probe.loss == pytest.approx(np.mean(losses), rel=5e-3)
+
+
+def test_rare_and_absent_classes_are_said():
+    features, labels = telling()
+    labels[labels == 2] = 4
+    labels[0] = 2
+    ridge = probe_profile(features, labels, classes=6)
+    assert ridge.notes == ("2 of 6 classes have no example.",
+                           "1 classes have one example, which counts as wrong.")  # fmt: skip
+    logistic = probe_profile({"stem": features["stem"]}, labels, kind="logistic", classes=6)
+    assert logistic.notes[-1] == "1 classes have one example, which is never held out."
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "text"),
+    [
+        ({"stem": np.full((9, 2), np.nan)}, np.arange(9) % 2,
+         r"the features of stem cannot be probed: .*not finite"),
+        ({"stem": np.eye(3)}, np.arange(3), "every class has one example"),
+        ({"stem": np.eye(3)}, np.zeros(3, int), "all examples are of class 0"),
+        ({}, np.arange(3), "there is no segment to probe"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_probed(features, labels, text):
+    with pytest.raises(ValueError, match=text):
+        probe_profile(features, labels)
+
+
+def test_other_kinds():
     with pytest.raises(ValueError, match="kind is 'ridge' or 'logistic', not 'svm'"):
         probe_profile({}, [], kind="svm")
-
-
-def test_nothing_to_probe():
-    model, variables = network()
-    with pytest.raises(ValueError, match="no examples"):
-        segment_features(model, variables, [], PREPROCESSING)

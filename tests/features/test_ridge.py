@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge, RidgeClassifierCV
 
-from flaxtransfer.features import ridge_path
+from flaxtransfer.features import ridge, ridge_path
 
 STRENGTHS = (0.01, 1.0, 30.0, 1e4)
 
@@ -41,15 +41,17 @@ def test_leaving_out_is_fitting_without(count, width, classes, strength):
     features, labels = sample(max(count, classes + 2), width, classes)
     path = ridge_path(features, labels, [strength])
     targets = np.where(labels[:, None] == np.arange(classes), 1.0, -1.0)
-    wrong, correct = [], []
+    wrong, correct, left_out = [], [], []
     for n in range(len(labels)):
         others = np.arange(len(labels)) != n
         fit = Ridge(strength).fit(features[others], targets[others])
         scores = fit.predict(features[n : n + 1])[0]
+        left_out.append(scores)
         wrong.append(np.square(scores - targets[n]).mean())
         correct.append(scores.argmax() == labels[n])
     np.testing.assert_allclose(path.errors, [np.mean(wrong)], rtol=1e-6)
     np.testing.assert_allclose(path.accuracies, [np.mean(correct)])
+    np.testing.assert_allclose(path.left_out, left_out, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("count", "width"), [(50, 10), (20, 40)])
@@ -63,6 +65,15 @@ def test_constant_and_repeated_features_are_harmless(count, width):
     repeated = ridge_path(np.hstack([features, features]), labels, STRENGTHS)
     scaled = ridge_path(features * np.sqrt(2), labels, STRENGTHS)
     np.testing.assert_allclose(repeated.errors, scaled.errors, rtol=1e-8)
+
+
+def test_strengths_in_parts_are_the_same(monkeypatch):
+    features, labels = sample(30, 6, 3)
+    whole = ridge_path(features, labels, STRENGTHS)
+    monkeypatch.setattr(ridge, "_AT_ONCE", 200)
+    parts = ridge_path(features, labels, STRENGTHS)
+    np.testing.assert_allclose(parts.errors, whole.errors, rtol=1e-12)
+    np.testing.assert_array_equal(parts.accuracies, whole.accuracies)
 
 
 def test_a_class_without_examples_is_never_predicted():

@@ -6,7 +6,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from flaxtransfer.features import solved_head
+import flaxtransfer as ft
+from flaxtransfer.features import logistic_path, solved_head, standardisation, sweep_head
+
+from ..training.small import PREPROCESSING, batch, network
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(60) % 3
@@ -29,10 +32,33 @@ def test_it_is_scikit_learns_at_the_same_strength():
     np.testing.assert_allclose(probs, peer.predict_proba(FEATURES.astype(np.float64)), atol=5e-3)
 
 
+def test_a_network_with_it_gives_the_fitted_heads_logits():
+    model, variables = network()
+    batches = [batch(n) for n in range(6)]
+    features, labels = ft.pooled_features(model, variables, batches, PREPROCESSING)
+    head = solved_head(features, labels, 3)
+    new = {"kernel": head.kernel.astype(np.float32), "bias": head.bias.astype(np.float32)}
+    params = variables["params"] | {"fc": new}
+    logits = ft.predict(model, variables | {"params": params}, batches, PREPROCESSING).logits
+    fitted = logistic_path(standardisation(features)(features), labels, strength(head.text))
+    # Both fits end within a millionth of the optimal loss, and the strength was printed.
+    np.testing.assert_allclose(logits, fitted.logits[0], rtol=0.02, atol=0.1)
+    np.testing.assert_allclose(
+        logits, sweep_head(features, labels).scores(features), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_one_example_a_class():
     head = solved_head(FEATURES[:3], LABELS[:3], 3)
     assert "has but one example" in head.text
     assert ((FEATURES[:3] @ head.kernel + head.bias).argmax(axis=1) == LABELS[:3]).all()
+
+
+def test_the_only_example_of_a_class_is_learnt_from():
+    labels = np.where(np.arange(20) == 7, 2, LABELS[:20] % 2)
+    head = solved_head(FEATURES[:20], labels, 3)
+    assert "held out are right" in head.text
+    assert (FEATURES[7] @ head.kernel + head.bias).argmax() == 2
 
 
 def test_two_examples_of_one_class_are_enough_for_two_folds():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from flaxtransfer.features import ridge_path, standardisation, stratified_folds, sweep
+from flaxtransfer.features import ridge_path, standardisation, stratified_folds, sweep_head
 
 STRENGTHS = (0.1, 1.0, 10.0, 1000.0)
 
@@ -43,7 +43,7 @@ def test_folds_depend_on_the_seed_alone():
 @pytest.mark.parametrize("width", [5, 80])
 def test_every_cell_is_a_fit_of_scikit_learn(width):
     features, labels = sample(50, width, 3)
-    found = sweep(features, labels, strengths=STRENGTHS, folds=3, seeds=(0, 7))
+    found = sweep_head(features, labels, strengths=STRENGTHS, folds=3, seeds=(0, 7))
     assert found.accuracies.shape == found.losses.shape == (4, 6)
     scaled = standardisation(features)(features)
     for n, strength in enumerate(STRENGTHS):
@@ -62,7 +62,7 @@ def test_every_cell_is_a_fit_of_scikit_learn(width):
 @pytest.mark.parametrize("kind", ["logistic", "ridge"])
 def test_the_head_is_a_refit_on_everything_for_features_as_given(kind, standardise):
     features, labels = sample(60, 8, 3)
-    found = sweep(features, labels, kind, strengths=STRENGTHS, standardise=standardise)
+    found = sweep_head(features, labels, kind, strengths=STRENGTHS, standardise=standardise)
     inputs = standardisation(features)(features) if standardise else features
     if kind == "logistic":
         fit = LogisticRegression(C=1 / found.strength, tol=1e-8, max_iter=10_000)
@@ -80,7 +80,7 @@ def test_the_head_is_a_refit_on_everything_for_features_as_given(kind, standardi
 
 def test_ridge_is_by_leaving_out_one():
     features, labels = sample(60, 8, 3)
-    found = sweep(features, labels, "ridge", strengths=(100.0, 0.1, 10.0), standardise=False)
+    found = sweep_head(features, labels, "ridge", strengths=(100.0, 0.1, 10.0), standardise=False)
     path = ridge_path(features, labels, (0.1, 10.0, 100.0))
     np.testing.assert_allclose(found.losses[:, 0], path.errors)
     np.testing.assert_allclose(found.accuracies[:, 0], path.accuracies)
@@ -90,7 +90,7 @@ def test_ridge_is_by_leaving_out_one():
 
 @pytest.mark.parametrize("rule", ["loss", "accuracy", "one_standard_error"])
 def test_rules(rule):
-    found = sweep(*sample(60, 20, 3), strengths=STRENGTHS, rule=rule)
+    found = sweep_head(*sample(60, 20, 3), strengths=STRENGTHS, rule=rule)
     mean, sign = found.losses.mean(axis=1), 1
     if rule == "accuracy":
         mean, sign = -found.accuracies.mean(axis=1), -1
@@ -107,27 +107,41 @@ def test_rules(rule):
 def test_a_rare_class_lowers_the_folds_and_it_is_said():
     features, labels = sample(40, 5, 3)
     kept = np.flatnonzero(labels < 2).tolist() + np.flatnonzero(labels == 2)[:2].tolist()
-    found = sweep(features[kept], labels[kept], strengths=STRENGTHS)
+    found = sweep_head(features[kept], labels[kept], strengths=STRENGTHS)
     assert found.accuracies.shape == (4, 2)
     assert found.notes[0] == "2 folds, not 5: class 2 has 2 examples."
 
 
 def test_more_classes_than_features_and_few_examples():
-    found = sweep(np.random.default_rng(0).normal(size=(24, 2)), np.arange(24) % 12, folds=2)
+    found = sweep_head(np.random.default_rng(0).normal(size=(24, 2)), np.arange(24) % 12, folds=2)
     assert found.kernel.shape == (2, 12)
 
 
-def test_a_single_example_is_for_ridge():
+def test_a_single_example_is_always_learnt_from():
+    """By scikit-learn's fit to what was not held out, the single example included."""
     features, labels = sample(20, 5, 2)
     labels[0], labels[1:3] = 2, 1
-    with pytest.raises(ValueError, match=r"classes \[2\] have one example.*kind='ridge'"):
-        sweep(features, labels)
-    assert sweep(features, labels, "ridge").kernel.shape == (5, 3)
+    found = sweep_head(features, labels, strengths=[1.0], folds=2)
+    assert found.notes[0] == "Classes [2] have one example, which is never held out."
+    scaled = standardisation(features)(features)
+    out = np.append(False, stratified_folds(labels[1:], 2) == 0)
+    fit = LogisticRegression(tol=1e-8, max_iter=10_000).fit(scaled[~out], labels[~out])
+    loss = log_loss(labels[out], fit.predict_proba(scaled[out]), labels=range(3))
+    np.testing.assert_allclose(found.losses[0, 0], loss, rtol=5e-3)
+    ridge = sweep_head(features, labels, "ridge")
+    assert ridge.notes[1] == "Classes [2] have one example, which is wrong when left out."
+
+
+def test_one_example_of_every_class_leaves_nothing_to_hold_out():
+    with pytest.raises(ValueError, match="one example, so that none can be held out"):
+        sweep_head(np.eye(4), np.arange(4))
 
 
 def test_the_table_says_what_was_found():
     features, labels = sample(40, 5, 3)
-    found = sweep(np.hstack([features, np.ones_like(features)]), labels, strengths=(100.0, 1e6))
+    found = sweep_head(
+        np.hstack([features, np.ones_like(features)]), labels, strengths=(100.0, 1e6)
+    )
     lines = str(found).splitlines()
     assert lines[1].startswith("*        100  ")
     assert "±" in lines[2]
@@ -151,7 +165,7 @@ def test_the_table_says_what_was_found():
 def test_what_cannot_be_swept_is_said(changes, text):
     settings = {"features": np.eye(10), "labels": np.arange(10) % 5} | changes
     with pytest.raises(ValueError, match=text):
-        sweep(**settings)
+        sweep_head(**settings)
 
 
 def test_folds_want_labels_that_fit():
