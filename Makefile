@@ -28,6 +28,8 @@ parity: install-parity
 benchmarks: install-parity
 	$(RUN)python experiments/benchmarks/train_step.py --model resnet50 --compare both
 	$(RUN)python experiments/benchmarks/train_step.py --model resnet18 --compare both
+	$(RUN)python experiments/benchmarks/cached_prefix.py
+	$(RUN)python experiments/benchmarks/probes.py
 
 clean:
 	rm -rf $(VENV) build dist

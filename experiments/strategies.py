@@ -252,7 +252,7 @@ def print_tables(config: Strategies, found: dict[tuple[str, int, int], dict[str,
     print("|---" * (3 + len(counts)) + "|")
     for name in STRATEGIES:
         rows = {n: [r for (s, m, _), r in found.items() if (s, m) == (name, n)] for n in counts}
-        every = [row for some in rows.values() for row in seeds]
+        every = [row for seeds in rows.values() for row in seeds]
         if not every:
             continue
         cells = [f"{max(row['trainable'] for row in every):,}"]

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flaxtransfer.analysis.profile import Profile, probe_profile
+    from flaxtransfer.analysis.stem import StemReport, stem_report
     from flaxtransfer.architectures import RESNETS, ResNetConfig
     from flaxtransfer.averaging import Soup, average, greedy_soup, interpolate
+    from flaxtransfer.bands import Adapter
     from flaxtransfer.batchnorm import Norm, policy
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         sweep_head,
     )
     from flaxtransfer.features.extraction import pooled_features, segment_features
+    from flaxtransfer.folding import fold_adapter
     from flaxtransfer.labels import label, rest
     from flaxtransfer.masks import (
         Mask,
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     )
     from flaxtransfer.overview import table
     from flaxtransfer.pretrained import TransferReport, transfer
+    from flaxtransfer.report.rate_picture import rate_picture
     from flaxtransfer.schedules import WarmupCosine
     from flaxtransfer.strategies import (
         RECIPES,
@@ -88,10 +92,11 @@ if TYPE_CHECKING:
         progressive_unfreezing,
         surgical,
     )
+    from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
     from flaxtransfer.training.caching import Cache
     from flaxtransfer.training.evaluation import Evaluation, Predictions, evaluate, predict
     from flaxtransfer.training.feed import Batch, Examples, Feed, held_out, source_feed
-    from flaxtransfer.training.finder import RateSweep, find_learning_rate
+    from flaxtransfer.training.finder import RateSweep, find_learning_rate, find_learning_rates
     from flaxtransfer.training.interrupts import Interrupted
     from flaxtransfer.training.loop import Fitted, NonFiniteLoss, Options, fit
     from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
@@ -103,9 +108,11 @@ if TYPE_CHECKING:
     from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
 
 _ROOMS = {
+    "analysis.stem": ("StemReport", "stem_report"),
     "analysis.profile": ("Profile", "probe_profile"),
     "architectures": ("RESNETS", "ResNetConfig"),
     "averaging": ("Soup", "average", "greedy_soup", "interpolate"),
+    "bands": ("Adapter",),
     "batchnorm": ("Norm", "policy"),
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
@@ -115,6 +122,7 @@ _ROOMS = {
         "nearest_mean", "ridge_path", "solved_head", "standardisation", "stratified_folds",
         "sweep_head",
     ),
+    "folding": ("fold_adapter",),
     "features.extraction": ("pooled_features", "segment_features"),
     "labels": ("label", "rest"),
     "masks": (
@@ -132,10 +140,12 @@ _ROOMS = {
         "linear_probe_then_fine_tune", "progressive_unfreezing", "surgical",
     ),
     "overview": ("table",),
+    "report.rate_picture": ("rate_picture",),
     "training.caching": ("Cache",),
+    "training.band_statistics": ("band_patches", "band_preprocessing"),
     "training.evaluation": ("Evaluation", "Predictions", "evaluate", "predict"),
     "training.feed": ("Batch", "Examples", "Feed", "held_out", "source_feed"),
-    "training.finder": ("RateSweep", "find_learning_rate"),
+    "training.finder": ("RateSweep", "find_learning_rate", "find_learning_rates"),
     "training.interrupts": ("Interrupted",),
     "training.loop": ("Fitted", "NonFiniteLoss", "Options", "fit"),
     "training.losses": ("SmoothedCrossEntropy", "cross_entropy"),

@@ -1,7 +1,10 @@
 """What a ResNet looks like, as a value: depths, widths, block; no arrays and no framework."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flaxtransfer.bands import Adapter
 
 __all__ = ["RESNETS", "VARIANTS", "ResNetConfig"]
 
@@ -29,7 +32,8 @@ class ResNetConfig:
             channels. A basic block knows only 64.
         groups: groups of the 3x3 convolution of a bottleneck. A basic block knows only 1.
         classes: outputs of the head.
-        in_channels: channels of the image.
+        in_channels: channels that the stem takes; those of the image where there is no adapter.
+        adapter: what makes three channels for the stem out of an image's bands; None without one.
 
     Raises:
         ValueError: a number that cannot describe a network; the text names the field.
@@ -51,6 +55,7 @@ class ResNetConfig:
     groups: int = 1
     classes: int = 1000
     in_channels: int = 3
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if self.block not in ("basic", "bottleneck"):
@@ -74,6 +79,19 @@ class ResNetConfig:
                 "no channels"
             )
 
+        if self.adapter is not None and not isinstance(self.adapter, Adapter):
+            raise TypeError(f"adapter must be an Adapter or None, not {self.adapter!r}")
+        if self.adapter is not None and self.in_channels != 3:
+            raise ValueError(
+                f"an adapter makes 3 channels, and the stem takes {self.in_channels}; an adapter "
+                "stands before an RGB stem"
+            )
+
+    @property
+    def bands(self) -> int:
+        """Channels of the image."""
+        return self.in_channels if self.adapter is None else self.adapter.bands
+
     @property
     def expansion(self) -> int:
         """Output channels of a block divided by its planes."""
@@ -83,6 +101,33 @@ class ResNetConfig:
     def features(self) -> int:
         """Channels that the head sees."""
         return self.width * 8 * self.expansion
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary that `json` can write; without an adapter there is no word
+        of one, so that files of plain networks are what they were before there were adapters.
+
+        >>> "adapter" in ResNetConfig().to_json()
+        False
+        """
+        fields = dataclasses.asdict(self)
+        if self.adapter is None:
+            del fields["adapter"]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "ResNetConfig":
+        """The value that `to_json` wrote.
+
+        Raises:
+            TypeError, ValueError: fields that describe no network.
+
+        >>> config = ResNetConfig(adapter=Adapter(13))
+        >>> ResNetConfig.from_json(config.to_json()) == config
+        True
+        """
+        adapter = fields.get("adapter")
+        given = {name: value for name, value in fields.items() if name != "adapter"}
+        return cls(**given, adapter=None if adapter is None else Adapter(**adapter))
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from flaxtransfer.commands.convert import Convert, convert
 from flaxtransfer.commands.evaluate import Evaluate, evaluate
+from flaxtransfer.commands.find_rate import FindRate, find_rate
 from flaxtransfer.commands.params import Params, params
 from flaxtransfer.commands.plan import Plan, plan
 from flaxtransfer.commands.predict import Predict, predict
@@ -24,6 +25,7 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[FindRate, tyro.conf.subcommand("find-rate")]
     | Annotated[Params, tyro.conf.subcommand("params")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
@@ -34,6 +36,7 @@ _RUN: dict[type, Callable[[Any, Console], None]] = {
     Train: train,
     Plan: plan,
     Probe: probe,
+    FindRate: find_rate,
     Params: params,
     Evaluate: evaluate,
     Predict: predict,

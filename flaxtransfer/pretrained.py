@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from flaxtransfer.adaptation import Way, change_input
+from flaxtransfer.bands import Adapter
 from flaxtransfer.models import Model, resnet
 from flaxtransfer.paths import flatten, segment_of, suggest, unflatten
 from flaxtransfer.types import Variables
@@ -34,6 +36,7 @@ class TransferReport:
         adapted: leaves with some of the checkpoint's numbers.
         new: leaves with none of them.
         sizes: how many numbers each leaf holds.
+        input: how images of other bands reach the stem; "" where they are RGB as before.
 
     >>> sizes = {"params/conv1/kernel": 9408, "params/fc/bias": 2}
     >>> kept, adapted, new = ("params/conv1/kernel",), (), ("params/fc/bias",)
@@ -51,6 +54,7 @@ class TransferReport:
     adapted: tuple[str, ...]
     new: tuple[str, ...]
     sizes: Mapping[str, int]
+    input: str = ""
 
     def numbers(self, leaves: Iterable[str]) -> int:
         """How many numbers these leaves hold."""
@@ -59,6 +63,7 @@ class TransferReport:
     def __str__(self) -> str:
         before, after = self.classes
         lines = [f"{self.model} from {self.source}, {before} -> {after} classes"]
+        lines += [f"  input    {self.input}"] if self.input else []
         by_segment: dict[str, list[str]] = {}
         for leaf in self.kept:
             by_segment.setdefault(segment_of(leaf.split("/", 1)[1]), []).append(leaf)
@@ -78,6 +83,10 @@ def transfer(
     checkpoint: Checkpoint,
     *,
     classes: int,
+    bands: int | None = None,
+    adapter: Way | Adapter | None = None,
+    wavelengths: Sequence[float] | None = None,
+    patches: Any = None,
     head: Head = "new",
     seed: int = 0,
     zero_head: bool = True,
@@ -88,9 +97,22 @@ def transfer(
     What becomes of the head is said, and not read off whether shapes happen to fit: ten new
     classes are not the ten old ones.
 
+    Images of n bands come normalised band by band, by their own statistics
+    (`band_preprocessing`), except where a gray image is replicated.
+
     Args:
         checkpoint: from `load`.
         classes: outputs of the new head.
+        bands: channels of the images; None for what the checkpoint takes.
+        adapter: "linear", a learnable 1x1 convolution before the stem, is the default for other
+            bands than the checkpoint's; "curves" adds tone curves to it, so that the three
+            channels can show different content of one gray band; "sum", "average" and "repeat"
+            change the stem's kernel instead, and "replicate" copies gray to three channels. Or
+            an `Adapter` with knots and span of your own.
+        wavelengths: centre of each band in nm, in the order of the bands; an adapter then starts
+            with the visible ones as red, green and blue.
+        patches: [patches, bands] of normalised training images (`band_patches`); an adapter then
+            starts with their main components where photographs have theirs, by least squares.
         head: "new" starts afresh; "keep" takes the pre-trained head, for the same classes in the
             same order; "resize" takes its first columns, for a list of classes that was
             lengthened or shortened at its end (further columns are zero).
@@ -103,7 +125,8 @@ def transfer(
         The model, its variables (nested dictionaries of float32 `jax.Array`) and the report.
 
     Raises:
-        ValueError: "keep" for another number of classes, an unknown `head`, classes below 1, or
+        ValueError: "keep" for another number of classes, an unknown `head`, classes below 1,
+            bands, adapter, wavelengths and patches that do not fit each other or the network, or
             a checkpoint whose leaves do not form its network.
 
     >>> import numpy as np
@@ -128,17 +151,26 @@ def transfer(
             f"head='keep' keeps the {old} classes of {checkpoint.source}, and classes={classes} "
             "was asked for; use head='new', or head='resize' if the first classes are the same"
         )
-    config = dataclasses.replace(checkpoint.config, classes=classes)
-    model = resnet(config, dtype=dtype)
     leaves = flatten(checkpoint.variables)
-    adapted: tuple[str, ...] = ()
-    new: tuple[str, ...] = ()
+    change = change_input(
+        checkpoint.config,
+        leaves.get("params/conv1/kernel"),
+        bands=bands,
+        way=adapter,
+        wavelengths=wavelengths,
+        patches=patches,
+    )
+    leaves |= {**change.adapted, **change.new}
+    config = dataclasses.replace(change.config, classes=classes)
+    model = resnet(config, dtype=dtype)
+    adapted: tuple[str, ...] = tuple(change.adapted)
+    new: tuple[str, ...] = tuple(change.new)
     if head == "new":
-        new = (_BIAS, _KERNEL)
+        new += (_BIAS, _KERNEL)
         leaves |= _fresh_head(config.features, classes, seed, zero_head)
     elif head == "resize" and classes != old:
-        adapted = (_BIAS, _KERNEL)
-        leaves |= {leaf: _resized(jnp.asarray(leaves[leaf]), classes) for leaf in adapted}
+        adapted += (_BIAS, _KERNEL)
+        leaves |= {leaf: _resized(jnp.asarray(leaves[leaf]), classes) for leaf in (_BIAS, _KERNEL)}
 
     expected = flatten(model.abstract())
     problems = differences(leaves, {path: leaf.shape for path, leaf in expected.items()})
@@ -157,6 +189,7 @@ def transfer(
         adapted=adapted,
         new=new,
         sizes={path: array.size for path, array in arrays.items()},
+        input=change.text,
     )
     return model, unflatten(arrays), report
 

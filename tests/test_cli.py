@@ -17,7 +17,17 @@ import pytest
 from PIL import Image
 
 import flaxtransfer as ft
-from flaxtransfer.cli import Convert, Evaluate, Params, Plan, Predict, Probe, Train, run
+from flaxtransfer.cli import (
+    Convert,
+    Evaluate,
+    FindRate,
+    Params,
+    Plan,
+    Predict,
+    Probe,
+    Train,
+    run,
+)
 
 SIZE = 16
 
@@ -154,6 +164,13 @@ ERRORS = [
     (["params", "--rules", "a=heat()"], "head"),
     (["params", "--rules", "a=head()", "--rates", "a=1"], "conv1/kernel"),
     (["params", "--rates", "hed=1"], "'hed'; did you mean 'head'?"),
+    (["find-rate", "--group", "hed"], "no group 'hed' with a learning rate; did you mean 'head'?"),
+    (["find-rate", "--group", "head", "--each-group"], "give one of the two options"),
+    (["find-rate", "--phase", "finetune"], "no phase 'finetune'; did you mean 'fine-tune'?"),
+    (["find-rate", "--out", "rates.txt"], "rates.txt is no picture; its name has to end in .png"),
+    (["find-rate", "--out", "no/rates.png"], "there is no folder no for rates.png"),
+    (["find-rate", "--lowest", "1", "--steps", "2"], "not from 1.0 to 1.0; steps is 2"),
+    (["find-rate", "--strategy", "l2_sp", "--group", "backbone"], "train the head first"),
     (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
 ]
 
@@ -208,6 +225,22 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
     path.write_text(path.read_text().replace("steps: 4", "steps: 5"))
     assert run([*train, "--resume"]) == 2
     assert "belongs to another run: plan is" in only_line(capsys)
+
+
+def test_rates_of_a_later_phase_are_printed_and_drawn(folder, weights, tmp_path, capsys):
+    """Each group of it, from the network that the phase before it leaves; no run remains."""
+    arguments = [
+        "find-rate", "--data", f"folder:{folder}", "--weights", str(weights), "--batch-size", "8",
+        "--phase", "fine-tune", "--each-group", "--steps", "12", "--lowest", "1e-4",
+        "--out", str(tmp_path / "rates.png"),
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    output = capsys.readouterr().out
+    for name in ("head", "backbone"):
+        assert re.search(rf"│ {name} +│ +3.0e-04 │ .*1e-04", output), output
+    assert [path.name for path in tmp_path.iterdir()] == ["rates.png"]
+    with Image.open(tmp_path / "rates.png") as picture:
+        assert picture.size[0] > 1000
 
 
 def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, capsys):
@@ -278,10 +311,12 @@ def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
     assert "has not finished" in only_line(capsys)
 
 
-@pytest.mark.parametrize("command", [Train, Plan, Probe, Params, Evaluate, Predict, Convert])
+@pytest.mark.parametrize(
+    "command", [Train, Plan, Probe, FindRate, Params, Evaluate, Predict, Convert]
+)
 def test_every_option_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
-        run([command.__name__.lower(), "--help"])
+        run([re.sub("(?<=.)([A-Z])", r"-\1", command.__name__).lower(), "--help"])
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in dataclasses.fields(command):

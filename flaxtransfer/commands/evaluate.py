@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 from rich.console import Console
 
-from flaxtransfer.commands.train import Train, split
+from flaxtransfer.commands.train import image_bands, split, training_options
 from flaxtransfer.data import Source, open_source
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.training.evaluation import evaluate as measure
 from flaxtransfer.training.feed import held_out
-from flaxtransfer.training.run_folder import CONFIG_FILE, weights_of
+from flaxtransfer.training.run_folder import weights_of
 from flaxtransfer.weights import load
 
 
@@ -40,20 +40,17 @@ class Evaluate:
 def evaluate(options: Evaluate, console: Console) -> None:
     """Runs ``flaxtransfer evaluate``."""
     checkpoint = load(weights_of(options.run))
-    trained = _training_options(options.run)
-    source = open_source(options.data or trained.data, skip_corrupt=options.skip_corrupt)
+    trained = training_options(options.run)
+    bands = image_bands(trained, checkpoint)
+    source = open_source(
+        options.data or trained.data, skip_corrupt=options.skip_corrupt, bands=bands
+    )
     _check_classes(source, checkpoint.class_names or ())
     chosen = np.arange(len(source)) if options.data else split(source, trained).test
     batches = held_out(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
     model = resnet(checkpoint.config)
     result = measure(model, checkpoint.variables, batches, checkpoint.preprocessing)
     console.print_json(json.dumps({"data": options.data or trained.data, **result.to_json()}))
-
-
-def _training_options(run: Path) -> Train:
-    saved = json.loads((run / CONFIG_FILE).read_text()).get("options", {})
-    known = {field.name for field in fields(Train)}
-    return Train(**{name: value for name, value in saved.items() if name in known})
 
 
 def _check_classes(source: Source, trained: tuple[str, ...]) -> None:

@@ -29,7 +29,8 @@ class Plan:
     Args:
       strategy: a recipe (feature_extraction, batch_norm_only, head_then_fine_tune,
         linear_probe_then_fine_tune, progressive_unfreezing, discriminative, surgical, l2_sp,
-        full_fine_tuning, from_scratch) or the path of a plan, such as plan.yaml.
+        full_fine_tuning, from_scratch) or the path of a plan, such as plan.yaml. Those that have
+        to measure on images (curvature_scaled, gradient_scaled) are printed by train.
       model: architecture, such as resnet18 or resnet50.
       classes: outputs of the head.
       out: also write the plan to this file, to be edited and given to train --strategy.

@@ -14,7 +14,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from flaxtransfer.data.decode import ImageError, decode
+from flaxtransfer.commands.train import image_bands, training_options
+from flaxtransfer.data.band_files import decode_bands
+from flaxtransfer.data.decode import ImageError
 from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.models import resnet
 from flaxtransfer.training.run_folder import weights_of
@@ -58,14 +60,15 @@ def predict(options: Predict, console: Console) -> None:
 
 def _rows(options: Predict, checkpoint: Checkpoint, console: Console) -> Iterator[dict[str, Any]]:
     names = checkpoint.class_names or tuple(map(str, range(checkpoint.config.classes)))
-    transform = evaluation_transform(checkpoint.preprocessing)
+    bands = image_bands(training_options(options.run), checkpoint)
+    transform = evaluation_transform(checkpoint.preprocessing, channels=checkpoint.config.bands)
     run = forward(resnet(checkpoint.config), checkpoint.preprocessing)
     random = np.random.default_rng(0)  # evaluation draws nothing from it
     for first in range(0, len(options.images), options.batch_size):
         paths, images = [], []
         for path in options.images[first : first + options.batch_size]:
             try:
-                images.append(transform(decode(path, name=str(path)), random))
+                images.append(transform(decode_bands(path, name=str(path), bands=bands), random))
             except ImageError as error:
                 if not options.skip_corrupt:
                     raise

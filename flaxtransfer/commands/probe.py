@@ -55,9 +55,11 @@ def probe(options: Probe, console: Console) -> None:
         raise ValueError(f"--most-images is 3 or more, not {options.most_images}")
     shared = Train(data=options.data, labels_per_class=options.labels_per_class, seed=options.seed)
     shared.check()
-    source = open_source(options.data, skip_corrupt=options.skip_corrupt)
-    positions = some(split(source, shared).train, options.most_images)
     checkpoint = load(options.weights, model=options.model)
+    source = open_source(
+        options.data, skip_corrupt=options.skip_corrupt, bands=checkpoint.config.bands
+    )
+    positions = some(split(source, shared).train, options.most_images, source.labels())
     classes = len(source.class_names)
     model, variables, _ = transfer(checkpoint, classes=classes)
     batches = held_out(source, positions, checkpoint.preprocessing)

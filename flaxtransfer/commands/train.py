@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.adaptation import Way, change_input
 from flaxtransfer.commands.evidence import MEASURED, MOST_IMAGES, Evidence, measure
 from flaxtransfer.commands.plan import is_file, strategy_plan
 from flaxtransfer.data import Source, Splits, open_source, stratified_split
@@ -22,17 +23,18 @@ from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.features.baseline import instant_baseline
 from flaxtransfer.features.extraction import pooled_features
 from flaxtransfer.models import Model, resnet
-from flaxtransfer.pretrained import transfer
+from flaxtransfer.pretrained import TransferReport, transfer
 from flaxtransfer.strategies import RECIPES, from_scratch
+from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.training.caching import Cache
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.feed import Feed, held_out, source_feed
 from flaxtransfer.training.loop import Fitted, Options, fit
 from flaxtransfer.training.phases import Plan
 from flaxtransfer.training.plan_table import plan_table
-from flaxtransfer.training.run_folder import write_json
+from flaxtransfer.training.run_folder import CONFIG_FILE, write_json
 from flaxtransfer.types import Variables
-from flaxtransfer.weights import Checkpoint, load
+from flaxtransfer.weights import Checkpoint, Preprocessing, load
 
 SUMMARY_FILE = "summary.json"
 
@@ -63,6 +65,13 @@ class Train:
       val_per_class: so many of those labels validate instead of train.
       val_fraction: share of the labelled images that validates, where all labels are used.
       test_fraction: share of the images that tests, where all labels are used.
+      bands: channels of the images; by default what the weights take, to which gray is
+        replicated. With it, each band is normalised by its own statistics over the training
+        images. Files: gray, RGB, gray with alpha (2), RGBA (4), or one gray page a band.
+      adapter: how other bands reach the stem: "linear" (the default) or "curves", which learn, or
+        "replicate", "sum", "average", "repeat", which do not.
+      wavelengths: centre of each band in nm, for an adapter to start from; by default it starts
+        from the training images, by least squares, and for one band as replication.
       head: "new" starts the head at zero, "keep" takes the checkpoint's, "resize" its first rows.
       strategy: how to adapt: a recipe (head_then_fine_tune, linear_probe_then_fine_tune,
         feature_extraction, batch_norm_only, progressive_unfreezing, discriminative,
@@ -110,6 +119,9 @@ class Train:
     val_per_class: int = 0
     val_fraction: float | None = None
     test_fraction: float | None = None
+    bands: int | None = None
+    adapter: Way | None = None
+    wavelengths: tuple[float, ...] = ()
     head: Literal["new", "keep", "resize"] = "new"
     strategy: str = "head_then_fine_tune"
     batch_size: int = 64
@@ -160,6 +172,10 @@ class Train:
             for name in ("labels_per_class", "head_steps", "fine_tune_steps", "seed", "workers")
             if getattr(self, name) is not None and getattr(self, name) < 0
         ]
+        if self.bands is None and (self.adapter or self.wavelengths):
+            problems.append("--adapter and --wavelengths belong to --bands; give it as well")
+        if self.bands is not None and self.bands < 1:
+            problems.append(f"--bands is a number of channels, 1 or more, not {self.bands}")
         if problems:
             raise ValueError("; ".join(problems))
         self.caching()
@@ -168,6 +184,9 @@ class Train:
         """The options that decide what is learned, for the run's configuration."""
         silent = ("run", "resume", "tensorboard", "workers", "download", "compare", "cache_dir")
         found = {k: v for k, v in asdict(self).items() if k not in silent}
+        if self.bands is None:
+            # A run on the bands of its weights is the run that it was before there were others.
+            found = {k: v for k, v in found.items() if k not in ("bands", "adapter", "wavelengths")}
         # What a file says, not what it is called, is what was run.
         if is_file(self.strategy):
             found["plan"] = hashlib.sha256(Path(self.strategy).read_bytes()).hexdigest()[:12]
@@ -181,6 +200,7 @@ class Job:
     source: Source
     splits: Splits
     checkpoint: Checkpoint
+    report: TransferReport
     model: Model
     variables: Variables
     feed: Feed
@@ -189,7 +209,7 @@ class Job:
 
     def test(self, model: Model, variables: Variables) -> Evaluation:
         """Accuracy and loss on the images that were kept apart."""
-        preprocessing = self.checkpoint.preprocessing
+        preprocessing = self.feed.preprocessing
         batches = held_out(self.source, self.splits.test, preprocessing)
         return evaluate(model, variables, batches, preprocessing)
 
@@ -230,25 +250,30 @@ def train(options: Train, console: Console) -> None:
 
 def prepare(options: Train) -> Job:
     """Opens the data and the weights and puts network, labels and batches together."""
-    source = open_source(options.data, download=options.download, skip_corrupt=options.skip_corrupt)
-    splits = split(source, options)
     checkpoint = load(options.weights, model=options.model)
+    source = open_source(
+        options.data,
+        download=options.download,
+        skip_corrupt=options.skip_corrupt,
+        bands=image_bands(options, checkpoint),
+    )
+    splits = split(source, options)
     classes = len(source.class_names)
     dtype = jnp.bfloat16 if options.compute == "bfloat16" else None
-    model, variables, _ = transfer(
-        checkpoint, classes=classes, head=options.head, seed=options.seed, dtype=dtype
+    preprocessing, start = _bands(options, checkpoint, source, splits)
+    model, variables, report = transfer(
+        checkpoint, classes=classes, head=options.head, seed=options.seed, dtype=dtype, **start
     )
     flip = options.flip == "yes" or (
         options.flip == "auto" and flip_keeps_labels(source.class_names)
     )
-    preprocessing = checkpoint.preprocessing
     feed = source_feed(
         source,
         splits.train,
         splits.val,
         preprocessing,
         batch_size=options.batch_size,
-        transform=training_transform(preprocessing, flip=flip),
+        transform=training_transform(preprocessing, flip=flip, channels=len(preprocessing.mean)),
         seed=options.seed,
         workers=options.workers,
     )
@@ -256,14 +281,41 @@ def prepare(options: Train) -> Job:
         variables = model.init(jax.random.key(options.seed))
     evidence = Evidence()
     if options.strategy in MEASURED:
-        positions = some(splits.train, MOST_IMAGES)
+        positions = some(splits.train, MOST_IMAGES, source.labels())
         batches = list(held_out(source, positions, preprocessing, batch_size=options.batch_size))
         evidence = measure(
             options.strategy, model, variables, batches, preprocessing, len(splits.train)
         )
     settings = {**_settings(options, feed), **evidence.settings}
     plan = strategy_plan(options.strategy, variables["params"], settings)
-    return Job(source, splits, checkpoint, model, variables, feed, plan, evidence)
+    return Job(source, splits, checkpoint, report, model, variables, feed, plan, evidence)
+
+
+def image_bands(options: Train, checkpoint: Checkpoint) -> int:
+    """Channels to read from image files, for training and for whatever comes after it."""
+    return checkpoint.config.bands if options.bands is None else options.bands
+
+
+def _bands(
+    options: Train, checkpoint: Checkpoint, source: Source, splits: Splits
+) -> tuple[Preprocessing, dict[str, Any]]:
+    """The preprocessing for the bands at hand, and what `transfer` has to know of them."""
+    own, bands = checkpoint.preprocessing, options.bands
+    start: dict[str, Any] = {"bands": bands, "adapter": options.adapter}
+    start["wavelengths"] = options.wavelengths or None
+    if bands is None or options.adapter == "replicate":
+        return own, start
+    # Before the images are read, so that a typing error costs no time.
+    change_input(
+        checkpoint.config, checkpoint.variables["params"]["conv1"]["kernel"],
+        bands=bands, way=options.adapter, wavelengths=start["wavelengths"],
+    )  # fmt: skip
+    if bands == checkpoint.config.bands and not options.adapter and not options.wavelengths:
+        return own, start
+    preprocessing = band_preprocessing(own, source, splits.train, bands)
+    if bands > 1 and options.adapter in (None, "linear", "curves") and not options.wavelengths:
+        start["patches"] = band_patches(preprocessing, source, splits.train)
+    return preprocessing, start
 
 
 def _settings(options: Train, feed: Feed) -> dict[str, Any]:
@@ -279,6 +331,14 @@ def _settings(options: Train, feed: Feed) -> dict[str, Any]:
         for name, (least, epochs) in lengths.get(options.strategy, {"steps": (300, 10)}).items():
             settings[name] = _steps(settings[name], least, epochs, feed)
     return settings
+
+
+def training_options(run: Path) -> Train:
+    """The options of a run, from its folder; the usual ones where a program made it."""
+    path = run / CONFIG_FILE
+    saved = json.loads(path.read_text()).get("options", {}) if path.is_file() else {}
+    known = {field.name for field in fields(Train)}
+    return Train(**{name: value for name, value in saved.items() if name in known})
 
 
 def split(source: Source, options: Train) -> Splits:
@@ -339,8 +399,8 @@ def _train_from_scratch(
 ) -> dict[str, Any]:
     """The same network, images, augmentation and number of steps, from random weights."""
     model = resnet(job.model.config, dtype=job.model.dtype)
-    size = job.checkpoint.preprocessing.size
-    image_shape = (size, size, job.model.config.in_channels)
+    size = job.feed.preprocessing.size
+    image_shape = (size, size, job.model.config.bands)
     variables = model.init(jax.random.key(options.seed), image_shape)
     plan = from_scratch(
         variables["params"],
@@ -385,6 +445,8 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
     console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
+    if job.report.input:
+        console.print(job.report.input, highlight=False, soft_wrap=True)
     if job.evidence.text:
         console.print(job.evidence.text, highlight=False, soft_wrap=True)
     console.print(plan_table(job.plan, job.variables["params"]))
@@ -392,8 +454,8 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
 
 def _baseline(job: Job, console: Console) -> dict[str, Any] | None:
     """Prints what heads on frozen features reach; nothing that is wrong there stops a run."""
-    preprocessing = job.checkpoint.preprocessing
-    positions = some(job.splits.train, MOST_IMAGES_FOR_BASELINE)
+    preprocessing = job.feed.preprocessing
+    positions = some(job.splits.train, MOST_IMAGES_FOR_BASELINE, job.source.labels())
     batches = held_out(job.source, positions, preprocessing)
     try:
         pooled = pooled_features(job.model, job.variables, batches, preprocessing)

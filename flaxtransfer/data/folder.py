@@ -12,7 +12,8 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from flaxtransfer.data.decode import FORMATS, ImageError, decode, is_image
+from flaxtransfer.data.band_files import decode_bands
+from flaxtransfer.data.decode import FORMATS, ImageError, is_image
 from flaxtransfer.data.source import Example, position
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -28,6 +29,7 @@ class FolderSource:
     targets: np.ndarray = field(repr=False)
     skipped: tuple[str, ...] = ()  # "file: reason"
     min_side: int | None = None
+    bands: int = 3
 
     def __len__(self) -> int:
         return len(self.files)
@@ -35,13 +37,14 @@ class FolderSource:
     def __getitem__(self, index: SupportsIndex, /) -> Example:
         index = position(index, len(self.files))
         path = self.root / self.files[index]
-        image = decode(path, name=str(path), min_side=self.min_side)
+        image = decode_bands(path, name=str(path), bands=self.bands, min_side=self.min_side)
         return {"image": image, "label": int(self.targets[index])}
 
     def content(self, index: SupportsIndex, /) -> bytes:
         """What the image is decoded from, for digests: the file, and how it is read."""
         path = self.root / self.files[position(index, len(self.files))]
-        return f"{self.min_side}\0".encode() + path.read_bytes()
+        how = f"{self.min_side}" if self.bands == 3 else f"{self.min_side}, {self.bands} bands"
+        return f"{how}\0".encode() + path.read_bytes()
 
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[examples]``."""
@@ -49,7 +52,11 @@ class FolderSource:
 
 
 def open_folder(
-    path: str | os.PathLike[str], *, skip_corrupt: bool = False, min_side: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    skip_corrupt: bool = False,
+    min_side: int | None = None,
+    bands: int = 3,
 ) -> FolderSource:
     """Opens ``path/<class>/**/<image>``.
 
@@ -63,9 +70,10 @@ def open_folder(
       skip_corrupt: leave out files that are no image or cannot be decoded, and list them in
         ``skipped`` with the reason. It decodes every file once.
       min_side: see ``open_source``.
+      bands: channels of the images; see ``band_files.decode_bands``.
 
     Returns:
-      The source; images are RGB uint8 as ``decode`` converts them.
+      The source; images are uint8, and RGB as ``decode`` converts them where bands is 3.
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -74,6 +82,8 @@ def open_folder(
     """
     if min_side is not None and min_side < 1:
         raise ValueError(f"min_side is {min_side}; it is a number of pixels, 1 or more")
+    if bands < 1:
+        raise ValueError(f"bands is {bands}; it is a number of channels, 1 or more")
     root = Path(path).expanduser()
     if not os.fspath(path):
         raise ValueError("'folder:' needs a path, as in 'folder:scans'")
@@ -85,7 +95,7 @@ def open_folder(
         for label, name in enumerate(names)
         for file in _files_below(root / name)
     ]
-    bad = _unreadable(root, [file for file, _ in files], skip_corrupt, min_side)
+    bad = _unreadable(root, [file for file, _ in files], skip_corrupt, min_side, bands)
     if bad and not skip_corrupt:
         raise ValueError(
             f"{root}: {_some(list(bad.values()))}; remove them, or leave them out with "
@@ -107,6 +117,7 @@ def open_folder(
         targets=targets,
         skipped=tuple(bad.values()),
         min_side=min_side,
+        bands=bands,
     )
 
 
@@ -183,7 +194,7 @@ def _head(path: Path) -> bytes:
 
 
 def _unreadable(
-    root: Path, files: list[str], decode_all: bool, min_side: int | None
+    root: Path, files: list[str], decode_all: bool, min_side: int | None, bands: int
 ) -> dict[str, str]:
     """``{file: "file: reason"}`` for those that are no image or, when asked, do not decode."""
 
@@ -192,7 +203,7 @@ def _unreadable(
             if not is_image(_head(root / file)):
                 return f"{file}: not an image in {', '.join(FORMATS)}"
             if decode_all:
-                decode(root / file, name=file, min_side=min_side or 1)
+                decode_bands(root / file, name=file, bands=bands, min_side=min_side or 1)
         except ImageError as error:
             return str(error)
         except OSError as error:

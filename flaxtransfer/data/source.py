@@ -55,6 +55,7 @@ def open_source(
     download: bool = False,
     skip_corrupt: bool = False,
     min_side: int | None = None,
+    bands: int | None = None,
 ) -> Source:
     """Opens the data set that ``spec`` names.
 
@@ -74,6 +75,8 @@ def open_source(
       min_side: for images from files: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size
         as long as its shorter side keeps this many pixels. It is several times faster, and
         differs slightly from resizing the full image.
+      bands: channels to read from the files of a ``folder:``, RGB when left out. Other sources have
+        the channels that they have.
 
     Returns:
       The source.
@@ -99,7 +102,9 @@ def open_source(
     if scheme == "folder" and colon:
         from flaxtransfer.data.folder import open_folder
 
-        return open_folder(rest, skip_corrupt=skip_corrupt, min_side=min_side)
+        return open_folder(
+            rest, skip_corrupt=skip_corrupt, min_side=min_side, bands=3 if bands is None else bands
+        )
     raise ValueError(_unknown(spec, scheme, bool(colon)))
 
 

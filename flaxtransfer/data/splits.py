@@ -180,13 +180,27 @@ def _check_numbers(
         raise ValueError("; ".join(problems))
 
 
-def some(positions: np.ndarray, most: int) -> np.ndarray:
+def some(positions: np.ndarray, most: int, labels: np.ndarray | None = None) -> np.ndarray:
     """At most so many of the positions, in order, drawn the same way every time.
+
+    Args:
+      positions: int64, in a source.
+      most: how many to take.
+      labels: of the whole source. With them, one example of every class is among those taken,
+        also where that makes more than ``most``: a head cannot be fitted without.
 
     >>> some(np.arange(5), 9).tolist(), len(some(np.arange(9), 5))
     ([0, 1, 2, 3, 4], 5)
+    >>> labels = np.array([0, 0, 0, 0, 1, 0, 0, 0, 0])
+    >>> 4 in some(np.arange(9), 2, labels), len(some(np.arange(9), 2, labels))
+    (True, 2)
     """
     if len(positions) <= most:
         return positions
     keys = np.random.PCG64(np.random.SeedSequence(0)).random_raw(len(positions))
-    return positions[np.sort(np.argsort(keys, kind="stable")[:most])]
+    order = np.argsort(keys, kind="stable")
+    if labels is not None:
+        _, firsts = np.unique(np.asarray(labels)[positions][order], return_index=True)
+        order = np.concatenate([order[firsts], np.delete(order, firsts)])
+        most = max(most, len(firsts))
+    return positions[np.sort(order[:most])]

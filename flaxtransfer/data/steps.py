@@ -69,7 +69,10 @@ class ResizeCrop:
 
 @dataclass(frozen=True)
 class Channels:
-    """Gray replicated to ``count`` channels; an image that has them already is left alone."""
+    """Gray replicated to the three channels of RGB; an image with ``count`` of them is left alone.
+
+    Nothing else is converted: a gray image is no image of 13 bands.
+    """
 
     count: int = 3
 
@@ -80,11 +83,12 @@ class Channels:
         check_image(image)
         if image.shape[2] == self.count:
             return image
-        if image.shape[2] == 1:
+        if image.shape[2] == 1 and self.count == 3:
             return np.broadcast_to(image, (*image.shape[:2], self.count))
         raise ValueError(
-            f"an image has {image.shape[2]} channels, the network wants {self.count}; only gray "
-            "can be replicated"
+            f"an image of shape {list(image.shape)} has {image.shape[2]} channels, the network "
+            f"wants {self.count}; only gray can be replicated, and only to 3"
+            + (f"; transfer with bands={image.shape[2]} (--bands)" if self.count == 3 else "")
         )
 
 

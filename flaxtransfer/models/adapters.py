@@ -6,74 +6,31 @@ kernel ``[1, 1, bands, 3]``, made by ``luminance`` or ``by_wavelength`` of ``ban
 ``least_squares`` of ``band_components``.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flaxtransfer.bands import Adapter
 from flaxtransfer.models.band_kernels import checked_stem, luminance
-from flaxtransfer.paths import suggest
 from flaxtransfer.types import Params
 
-__all__ = ["Adapter", "apply", "fold", "init"]
-
-KINDS = ("linear", "curves")
+__all__ = ["Adapter", "apply", "fold", "init", "shapes"]
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """From n bands to the three channels of an RGB stem.
+def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter, by its name.
 
-    "linear" is a 1×1 convolution. It folds exactly into the stem (``fold``), and on a single gray
-    band it can only re-weight the stem's channels: all three see the same picture.
-    "curves" adds to it a tone curve for each band and channel, so that the three channels can
-    show different content, such as different windows of a radiograph. A curve is a sum of hat
-    functions over the range of normalised pixels, need not be monotone, goes on level outside the
-    range, and passes through the origin, because the zeros with which the stem pads its border
-    must stay "nothing there". Curves start flat: at first both kinds are the same function.
-
-    Args:
-      bands: channels of the image, 1 or more.
-      kind: "linear" or "curves".
-      knots: hat functions of a curve, evenly spaced over the span, both ends included; 2 or more.
-        "linear" makes no use of it.
-      span: lowest and highest pixel in normalised units. The default holds what ImageNet's
-        normalisation can give, -2.12 to 2.64.
-
-    Raises:
-      ValueError: a number out of range or another kind; all in one text.
-
-    >>> Adapter(bands=13)
-    Adapter(bands=13, kind='linear', knots=9, span=(-2.2, 2.7))
+    >>> shapes(Adapter(bands=2, kind="curves"))
+    {'kernel': (1, 1, 2, 3), 'curves': (2, 9, 3)}
     """
-
-    bands: int
-    kind: Literal["linear", "curves"] = "linear"
-    knots: int = 9
-    span: tuple[float, float] = (-2.2, 2.7)
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be a whole number, {least} or more, not {value!r}"
-            for name, value, least in (("bands", self.bands, 1), ("knots", self.knots, 2))
-            if isinstance(value, bool) or not isinstance(value, int) or value < least
-        ]
-        if self.kind not in KINDS:
-            hint = suggest(str(self.kind), KINDS)
-            problems.append(f"kind must be 'linear' or 'curves', not {self.kind!r}{hint}")
-        span = tuple(self.span) if isinstance(self.span, Sequence) else ()
-        numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in span)
-        if len(span) != 2 or not numbers or span[0] >= span[1]:
-            problems.append(f"span must be two numbers, the lower one first, not {self.span!r}")
-        if problems:
-            raise ValueError("this is no adapter: " + "; ".join(problems))
-        # A list from a JSON file would not be hashable.
-        object.__setattr__(self, "span", span)
+    found: dict[str, tuple[int, ...]] = {"kernel": (1, 1, adapter.bands, 3)}
+    if adapter.kind == "curves":
+        found["curves"] = (adapter.bands, adapter.knots, 3)
+    return found
 
 
 def init(adapter: Adapter, kernel: Any = None, *, dtype: Any = jnp.float32) -> Params:
@@ -99,7 +56,7 @@ def init(adapter: Adapter, kernel: Any = None, *, dtype: Any = jnp.float32) -> P
         raise ValueError("the kernel to start from has values that are not finite")
     params = {"kernel": jnp.asarray(start, dtype)}
     if adapter.kind == "curves":
-        params["curves"] = jnp.zeros((adapter.bands, adapter.knots, 3), dtype)
+        params["curves"] = jnp.zeros(shapes(adapter)["curves"], dtype)
     return params
 
 
@@ -207,7 +164,7 @@ def _bend(adapter: Adapter, curves: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _check_params(params: Mapping[str, Any], adapter: Adapter) -> None:
-    wanted = {"kernel"} | ({"curves"} if adapter.kind == "curves" else set())
+    wanted = set(shapes(adapter))
     if set(params) != wanted:
         raise ValueError(
             f"a {adapter.kind!r} adapter has the parameters {', '.join(sorted(wanted))}, not "
@@ -215,7 +172,7 @@ def _check_params(params: Mapping[str, Any], adapter: Adapter) -> None:
         )
     _check_kernel(params["kernel"].shape, adapter)
     if "curves" in wanted:
-        curves = (adapter.bands, adapter.knots, 3)
+        curves = shapes(adapter)["curves"]
         if tuple(params["curves"].shape) != curves:
             raise ValueError(
                 f"the curves have shape {tuple(params['curves'].shape)}, those of {adapter} "

@@ -1,5 +1,6 @@
 """A network as a pair of pure functions, `init` and `apply`, over named segments."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,7 @@ from flaxtransfer.batchnorm import Norm, check
 from flaxtransfer.models.blocks import Convolution
 from flaxtransfer.models.convolution import conv
 from flaxtransfer.models.initialise import initial_params, initial_statistics
-from flaxtransfer.models.network import SEGMENTS, Network
+from flaxtransfer.models.network import Network, segments_of
 from flaxtransfer.paths import flatten, listing, segment_of, suggest, unflatten
 from flaxtransfer.types import Params, Variables
 
@@ -68,8 +69,11 @@ class Model:
 
         >>> Model(ResNetConfig()).segments
         ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'pool', 'head')
+        >>> from flaxtransfer.bands import Adapter
+        >>> Model(ResNetConfig(adapter=Adapter(13))).segments[:2]
+        ('adapter', 'stem')
         """
-        return SEGMENTS
+        return segments_of(self.config)
 
     def abstract(self) -> Variables:
         """The variables as `jax.ShapeDtypeStruct`s; allocates nothing.
@@ -85,7 +89,7 @@ class Model:
 
         Args:
           rng: a key.
-          image_shape: `(height, width, channels)`. No leaf depends on height or width: it is only
+          image_shape: `(height, width, bands)`. No leaf depends on height or width: it is only
             checked that the network can take such images.
 
         Raises:
@@ -96,14 +100,21 @@ class Model:
         Array(False, dtype=bool)
         """
         if image_shape is not None:
-            _check_input("stem", self.config, (1, *image_shape))
+            _check_input(self.segments[0], self.config, (1, *image_shape))
         abstract = self.abstract()
         zero = {"fc/kernel"} if self.zero_head else set()
         if self.zero_init_residual:
             last = "bn2" if self.config.block == "basic" else "bn3"
             zero |= {path for path in flatten(abstract["params"]) if path.endswith(f"{last}/scale")}
+        params = initial_params(rng, abstract["params"], zero=zero)
+        if self.config.adapter is not None:
+            # No ReLU follows: three channels of variance 1 from bands of variance 1 want 1 / bands
+            # where `initial_params` has 2 / 3.
+            adapter = params["adapter"]
+            scale = math.sqrt(1.5 / self.config.bands)
+            params["adapter"] = adapter | {"kernel": adapter["kernel"] * scale}
         return {
-            "params": initial_params(rng, abstract["params"], zero=zero),
+            "params": params,
             "batch_stats": initial_statistics(abstract["batch_stats"]),
         }
 
@@ -124,7 +135,7 @@ class Model:
 
         Args:
           variables: `{"params": ..., "batch_stats": ...}`. Segments that do not run may be absent.
-          images: `[batch, height, width, channels]`, of a floating dtype and already normalised;
+          images: `[batch, height, width, bands]`, of a floating dtype and already normalised;
             where `start` is given, what the segment before it put out.
           norm: which BatchNorms use, and update, batch statistics: "running" (none), "batch" (all)
             or a frozenset of their paths ("layer4/0/bn1"). It is static: under `jit`, a part of
@@ -150,7 +161,7 @@ class Model:
         >>> maps.shape
         (4, 8, 8, 8)
         """
-        segments = _between(start, stop)
+        segments = _between(self.segments, start, stop)
         abstract = self.abstract()
         check(norm, abstract["batch_stats"])
         _check_variables(variables, abstract, segments)
@@ -174,7 +185,7 @@ class Model:
 def _abstract(config: ResNetConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
     """Paths and abstract leaves of both collections; tracing a deep network takes half a second."""
     network = Network(jnp.dtype("float32"), conv, config)
-    images = jax.ShapeDtypeStruct((1, 32, 32, config.in_channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, 32, 32, config.bands), jnp.float32)
     variables = jax.eval_shape(
         lambda images: network.init(jax.random.key(0), images, "running"), images
     )
@@ -188,28 +199,31 @@ def _dtype(dtype: Any) -> jnp.dtype:
         raise TypeError(f"{dtype!r} is no dtype; the usual ones are float32 and bfloat16") from None
 
 
-def _between(start: str | None, stop: str | None) -> tuple[str, ...]:
+def _between(names: tuple[str, ...], start: str | None, stop: str | None) -> tuple[str, ...]:
     """The segments from `start` up to but not including `stop`."""
-    unknown = [name for name in (start, stop) if name is not None and name not in SEGMENTS]
+    unknown = [name for name in (start, stop) if name is not None and name not in names]
     if unknown:
         raise ValueError(
-            "; ".join(f"no segment {name!r}{suggest(str(name), SEGMENTS)}" for name in unknown)
-            + f"; the segments are {', '.join(SEGMENTS)}"
+            "; ".join(f"no segment {name!r}{suggest(str(name), names)}" for name in unknown)
+            + f"; the segments are {', '.join(names)}"
         )
-    first = 0 if start is None else SEGMENTS.index(start)
-    last = len(SEGMENTS) if stop is None else SEGMENTS.index(stop)
+    first = 0 if start is None else names.index(start)
+    last = len(names) if stop is None else names.index(stop)
     if first > last:
         raise ValueError(
             f"start={start!r} comes after stop={stop!r}; from the input to the output the segments "
-            f"are {', '.join(SEGMENTS)}"
+            f"are {', '.join(names)}"
         )
-    return SEGMENTS[first:last]
+    return names[first:last]
 
 
 def _check_input(segment: str, config: ResNetConfig, shape: Sequence[int]) -> None:
     """Raises unless `segment` can take an array of this shape."""
-    if segment == "stem":
-        channels, source = config.in_channels, "images"
+    if segment == "adapter":
+        channels, source = config.bands, "images"
+    elif segment == "stem":
+        source = "images" if config.adapter is None else "the output of the adapter"
+        channels = config.in_channels
     elif segment == "layer1":
         channels, source = config.width, "the output of the stem"
     elif segment in ("pool", "head"):

@@ -5,13 +5,36 @@ import jax
 import jax.numpy as jnp
 
 from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.bands import Adapter
 from flaxtransfer.batchnorm import Norm
+from flaxtransfer.models import adapters
 from flaxtransfer.models.blocks import BLOCKS, Layers
 from flaxtransfer.models.pooling import max_pool
 
-__all__ = ["SEGMENTS", "Network"]
+__all__ = ["Network", "segments_of"]
 
-SEGMENTS = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
+_SEGMENTS = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
+
+
+def segments_of(config: ResNetConfig) -> tuple[str, ...]:
+    """Names of the segments, from the input to the output."""
+    return _SEGMENTS if config.adapter is None else ("adapter", *_SEGMENTS)
+
+
+class InputAdapter(nn.Module):
+    """From n bands to the three channels of the stem, in the dtype of the images."""
+
+    adapter: Adapter
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shapes = adapters.shapes(self.adapter)
+        # `initialise` and `transfer` fill them.
+        params = {
+            name: self.param(name, nn.initializers.zeros, shape, jnp.float32)
+            for name, shape in shapes.items()
+        }
+        return adapters.apply(self.adapter, params, x)
 
 
 class Stage(Layers):
@@ -43,9 +66,13 @@ class Network(Layers):
     config: ResNetConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, norm: Norm, segments: tuple[str, ...] = SEGMENTS) -> jax.Array:
-        for segment in segments:
-            if segment == "stem":
+    def __call__(
+        self, x: jax.Array, norm: Norm, segments: tuple[str, ...] | None = None
+    ) -> jax.Array:
+        for segment in segments_of(self.config) if segments is None else segments:
+            if segment == "adapter" and self.config.adapter is not None:
+                x = InputAdapter(self.config.adapter, name="adapter")(x)
+            elif segment == "stem":
                 x = self.convolve("conv1", x, self.config.width, 7, 2)
                 x = max_pool(nn.relu(self.normalise("bn1", x, norm)))
             elif segment == "pool":

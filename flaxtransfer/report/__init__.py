@@ -1,1 +1,1 @@
-"""What was found, drawn and written for a person."""
+"""Pictures of what was measured. Nothing else imports matplotlib."""

@@ -12,7 +12,7 @@ from flaxtransfer.labels import rest
 from flaxtransfer.masks import Mask, batch_norm
 from flaxtransfer.optimizers import scaled
 from flaxtransfer.paths import listing, suggest
-from flaxtransfer.strategies.parts import By, adamw, units
+from flaxtransfer.strategies.parts import By, adamw, check_measured, units
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.types import Params
 
@@ -85,9 +85,9 @@ def curvature_rates(
     """
     if examples < 1:
         raise ValueError(f"examples is {examples}, wanted 1 or more")
-    if bad := {name: value for name, value in curvature.items() if not 0 <= value < np.inf}:
-        raise ValueError(f"curvatures are finite and not negative, not {bad}")
     sums = {name: examples * value for name, value in curvature.items()}
+    if bad := {name: curvature[name] for name, value in sums.items() if not 0 <= value < np.inf}:
+        raise ValueError(f"curvatures are finite and not negative, not {bad}")
     if prior_precision is None:
         positive = [value for value in sums.values() if value > 0]
         prior_precision = float(np.exp(np.mean(np.log(positive)))) if positive else 1.0
@@ -140,9 +140,8 @@ def gradient_scaled(
         parts = {name: mask - batch_norm() for name, mask in parts.items()}
     body = {name: mask for name, mask in parts.items() if name != "head"}
     measured = _for(body, gradients, "gradients")
+    check_measured(measured, "gradients")
     largest = max(measured.values())
-    if min(measured.values()) < 0 or not 0 < largest < np.inf:
-        raise ValueError(f"gradients are finite, not negative and not all 0: {dict(gradients)}")
     rates = {name: value / largest for name, value in measured.items()}
     return _scaled_plan(
         parts, rates, learning_rate, head_learning_rate, weight_decay, steps, patience,

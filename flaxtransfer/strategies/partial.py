@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from flaxtransfer.groups import FROZEN
 from flaxtransfer.labels import rest
-from flaxtransfer.masks import Mask, as_mask, batch_norm, everything, head
-from flaxtransfer.strategies.parts import By, adamw, units
+from flaxtransfer.masks import Mask, as_mask, batch_norm, everything
+from flaxtransfer.strategies.parts import By, adamw, check_measured, fresh, units
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.types import Params
 
@@ -37,9 +37,8 @@ def feature_extraction(
       J. Donahue et al., "DeCAF: A Deep Convolutional Activation Feature for Generic Visual
       Recognition", 2014.
     """
-    del params  # A head is a head in every network; the signature is that of all recipes.
     phase = Phase(
-        labels={"head": head(), "backbone": rest()},
+        labels={"head": fresh(params), "backbone": rest()},
         groups={"head": adamw(learning_rate, weight_decay), "backbone": FROZEN},
         steps=steps,
         name="head",
@@ -78,9 +77,8 @@ def batch_norm_only(
       J. Frankle, D. J. Schwab, A. S. Morcos, "Training BatchNorm and Only BatchNorm: On the
       Expressive Power of Random Features in CNNs", 2021.
     """
-    del params  # As in feature_extraction.
     phase = Phase(
-        labels={"head": head(), "batch norm": batch_norm(), "rest": rest()},
+        labels={"head": fresh(params), "batch norm": batch_norm(), "rest": rest()},
         groups={
             "head": adamw(head_learning_rate, weight_decay),
             "batch norm": adamw(learning_rate, 0.0),
@@ -129,15 +127,16 @@ def surgical(
       patience: evaluations without improvement that end training; needs a validation set.
 
     Raises:
-      ValueError: both a part and gradients, gradients of a part that there is not.
+      ValueError: both a part and gradients, gradients of a part that there is not, that are
+        negative, not finite or all 0.
 
     References:
       Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
     """
-    chosen = _part(params, part, gradients, by) - head()
+    chosen = _part(params, part, gradients, by) - fresh(params)
     phase = Phase(
         labels={
-            "head": head(),
+            "head": fresh(params),
             "part": chosen if batch_norms else chosen - batch_norm(),
             "rest": rest(),
         },
@@ -169,4 +168,5 @@ def _part(
             f"gradients are of parts of the network, not {unknown or 'empty'}; there are "
             f"{', '.join(name for name in parts if name != 'head')}"
         )
+    check_measured(body, "gradients")
     return parts[max(body, key=lambda name: body[name])]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import optax
 
 from flaxtransfer.groups import Group
@@ -19,6 +21,12 @@ By = Literal["segment", "block"]
 def adamw(peak: float, weight_decay: float) -> Group:
     """AdamW that warms up for a tenth of its phase and follows a cosine to 0."""
     return Group(optax.adamw, WarmupCosine(peak), weight_decay=weight_decay)
+
+
+def fresh(params: Params) -> Mask:
+    """What no pre-training has seen: the head, and the input adapter where there is one."""
+    adapted = any(segment_or_empty(path) == "adapter" for path in flatten(params))
+    return head() | adapter() if adapted else head()
 
 
 def units(params: Params, by: By = "segment") -> dict[str, Mask]:
@@ -47,6 +55,20 @@ def units(params: Params, by: By = "segment") -> dict[str, Mask]:
             mask = {"adapter": adapter, "stem": stem, "head": head}[segment]()
             found.setdefault(segment, mask)
     return found
+
+
+def check_measured(measured: Mapping[str, float], argument: str) -> None:
+    """Refuses what no measurement can be, before it decides which leaves move.
+
+    Comparisons with NaN are all false: unchecked, it would freeze a part or choose one by its
+    place in the order, without a word.
+
+    Raises:
+      ValueError: numbers that are negative or not finite, or nothing above 0.
+    """
+    values = list(measured.values())
+    if not all(0 <= value < np.inf for value in values) or not any(values):
+        raise ValueError(f"{argument} are finite, not negative and not all 0: {dict(measured)}")
 
 
 def _position(path: str, by: By) -> tuple[tuple[int, int], int]:

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from flaxtransfer.groups import FROZEN
 from flaxtransfer.labels import rest
-from flaxtransfer.masks import head
 from flaxtransfer.optimizers import scaled
-from flaxtransfer.strategies.parts import By, adamw, units
+from flaxtransfer.strategies.parts import By, adamw, fresh, units
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.types import Params
 
@@ -46,8 +45,7 @@ def head_then_fine_tune(
       A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
       Out-of-Distribution", 2022.
     """
-    del params  # A head is a head in every network; the signature is that of all recipes.
-    labels = {"head": head(), "backbone": rest()}
+    labels = {"head": fresh(params), "backbone": rest()}
     phases = []
     if head_steps:
         groups = {"head": adamw(head_learning_rate, weight_decay), "backbone": FROZEN}
@@ -95,9 +93,8 @@ def linear_probe_then_fine_tune(
       A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
       Out-of-Distribution", 2022.
     """
-    del params  # As in head_then_fine_tune.
     phase = Phase(
-        labels={"head": head(), "backbone": rest()},
+        labels={"head": fresh(params), "backbone": rest()},
         groups={
             "head": adamw(head_learning_rate, weight_decay),
             "backbone": adamw(learning_rate, weight_decay),
@@ -123,6 +120,7 @@ def progressive_unfreezing(
     down_to: str | None = None,
     stop_after: int | None = 1,
     min_gain: float = 0.0,
+    min_z: float = 0.0,
     patience: int | None = None,
 ) -> Plan:
     """The head, then one part more at a time from the top, for as long as validation gains.
@@ -131,7 +129,9 @@ def progressive_unfreezing(
     has to change: it finds out, and a part that did not help is undone. Each part keeps its
     optimizer moments when the next one joins, and has a label of its own, so that it begins with
     a bias correction of its own. It costs as many phases as there are parts, and a small
-    validation set decides by luck (see ``min_gain``).
+    validation set decides by luck (see ``min_gain`` and ``min_z``). Phases have to be long enough
+    for what moves to settle: where the head has not, more of its training passes for a gain of the
+    next part.
 
     Args:
       params: nested dict of parameters or their shapes.
@@ -144,6 +144,9 @@ def progressive_unfreezing(
       down_to: last part that may be unfrozen ("layer3", "layer3/0"); by default the first of all.
       stop_after: phases in a row without gain after which the plan ends; None tries all parts.
       min_gain: validation accuracy, as a share, that each phase has to earn.
+      min_z: standard errors of the paired difference that the gain has to exceed (``ft.Plan``). 2
+        asks for proof, which takes thousands of validation images where each part gains a little;
+        with a few hundred the plan then ends too early, and that costs more than a part too many.
       patience: evaluations without improvement that end a phase.
 
     Raises:
@@ -156,7 +159,9 @@ def progressive_unfreezing(
     if not 0 < decay <= 1:
         raise ValueError(f"decay is a factor in (0, 1], not {decay!r}")
     parts = units(params, by)
-    below = [name for name in reversed(parts) if name != "head"]
+    # An input adapter is as new as the head, and moves with it from the first phase on.
+    parts["head"] = fresh(params)
+    below = [name for name in reversed(parts) if name not in ("head", "adapter")]
     if down_to is not None:
         if down_to not in below:
             raise ValueError(f"no part {down_to!r} below the head; there are {', '.join(below)}")
@@ -180,4 +185,4 @@ def progressive_unfreezing(
                 patience=patience,
             )
         )
-    return Plan(phases, patience=stop_after, min_gain=min_gain)
+    return Plan(phases, patience=stop_after, min_gain=min_gain, min_z=min_z)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flaxtransfer.labels import rest
-from flaxtransfer.masks import everything, head
+from flaxtransfer.masks import everything
 from flaxtransfer.optimizers import scaled
-from flaxtransfer.strategies.parts import By, adamw, units
+from flaxtransfer.strategies.parts import By, adamw, fresh, units
 from flaxtransfer.training.phases import Phase, Plan
 from flaxtransfer.types import Params
 
@@ -39,9 +39,8 @@ def full_fine_tuning(
       P. Agrawal, R. Girshick, J. Malik, "Analyzing the Performance of Multilayer Neural Networks
       for Object Recognition", 2014.
     """
-    del params  # A head is a head in every network; the signature is that of all recipes.
     phase = Phase(
-        labels={"head": head(), "backbone": rest()},
+        labels={"head": fresh(params), "backbone": rest()},
         groups={
             "head": adamw(head_learning_rate, weight_decay),
             "backbone": adamw(learning_rate, weight_decay),
@@ -89,7 +88,11 @@ def discriminative(
         raise ValueError(f"decay is a factor in (0, 1], not {decay!r}")
     parts = units(params, by)
     top = adamw(learning_rate, weight_decay)
-    distance = {name: len(parts) - 1 - number for number, name in enumerate(parts)}
+    # An input adapter is the lowest part and as new as the head.
+    distance = {
+        name: 0 if name == "adapter" else len(parts) - 1 - number
+        for number, name in enumerate(parts)
+    }
     groups = {
         name: replace(top, learning_rate=scaled(top.learning_rate, decay ** distance[name]))
         for name in parts
@@ -127,10 +130,9 @@ def l2_sp(
       X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with
       Convolutional Networks", 2018.
     """
-    del params  # As in full_fine_tuning.
     backbone = replace(adamw(learning_rate, strength), decay_toward="start")
     phase = Phase(
-        labels={"head": head(), "backbone": rest()},
+        labels={"head": fresh(params), "backbone": rest()},
         groups={"head": adamw(head_learning_rate, head_decay), "backbone": backbone},
         steps=steps,
         name="fine-tune",
@@ -160,7 +162,7 @@ def from_scratch(
     References:
       K. He, R. Girshick, P. Dollár, "Rethinking ImageNet Pre-training", 2019.
     """
-    del params  # As in full_fine_tuning.
+    del params  # Everything is everything; the signature is that of all recipes.
     phase = Phase(
         labels={"all": everything()},
         groups={"all": adamw(learning_rate, weight_decay)},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from flaxtransfer.training.feed import Feed
 from flaxtransfer.training.phases import Plan
-from flaxtransfer.training.position import Position
+from flaxtransfer.training.position import Position, bits
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,75 @@ class Decision:
     text: str = ""
 
 
-def score(plan: Plan, position: Position, accuracy: float) -> float:
-    """What validations of different phases are compared by; see ``Plan.min_gain``."""
-    return accuracy - plan.min_gain * position.phase
+@dataclass(frozen=True)
+class Comparison:
+    """Two states on the same validation images.
+
+    Args:
+      before: images that the earlier state gets right.
+      won: images that only the later one gets right.
+      lost: images that only the earlier one does.
+      examples: all images.
+    """
+
+    before: int
+    won: int
+    lost: int
+    examples: int
+
+    @classmethod
+    def of(cls, before: str, after: str, examples: int) -> Comparison:
+        """Compares two records of what was right; see ``position.bits``."""
+        old, new = int(before, 16), int(after, 16)
+        won, lost = (new & ~old).bit_count(), (old & ~new).bit_count()
+        return cls(old.bit_count(), won, lost, examples)
+
+    def gain(self, min_z: float = 0.0) -> float:
+        """Accuracy gained, as a share, less ``min_z`` of its standard errors.
+
+        >>> Comparison(before=80, won=9, lost=1, examples=100).gain()
+        0.08
+        >>> Comparison(before=80, won=4, lost=0, examples=100).gain(min_z=2.0)
+        0.0
+        """
+        return (self.won - self.lost - min_z * math.sqrt(self.won + self.lost)) / self.examples
+
+    @property
+    def z(self) -> float:
+        """The gain in its standard errors; 0 where the two states agree on every image."""
+        return (self.won - self.lost) / math.sqrt(max(1, self.won + self.lost))
+
+    def to_json(self) -> dict[str, float | int]:
+        """What a metrics file holds of it."""
+        return {
+            "accuracy_before": self.before / self.examples,
+            "accuracy": (self.before + self.won - self.lost) / self.examples,
+            "won": self.won,
+            "lost": self.lost,
+            "examples": self.examples,
+            "z": self.z,
+        }
+
+    def __str__(self) -> str:
+        found = self.to_json()
+        return (
+            f"validation accuracy {100 * found['accuracy']:.2f} %, before it "
+            f"{100 * found['accuracy_before']:.2f} %; {self.won} images won and {self.lost} lost "
+            f"of {self.examples} (z {self.z:.1f})"
+        )
+
+
+def score(plan: Plan, position: Position, correct: np.ndarray) -> float:
+    """What validations of one phase, and of different phases, are ranked by.
+
+    In the first phase it is the accuracy; from then on the score that has to be beaten plus the
+    gain over it on the same images, less what ``Plan.min_gain`` and ``Plan.min_z`` ask for. So a
+    state is the best of the run exactly when its phase has helped, and only one has to be kept.
+    """
+    if position.best_before is None or position.hits_before is None:
+        return float(correct.mean())
+    compared = Comparison.of(position.hits_before, bits(correct), len(correct))
+    return position.best_before + compared.gain(plan.min_z) - plan.min_gain
 
 
 def decide(plan: Plan, position: Position) -> Decision:
@@ -39,19 +108,20 @@ def decide(plan: Plan, position: Position) -> Decision:
     goes_on = bool(following) and (plan.patience is None or unhelpful < plan.patience)
     if position.best is None or len(names) == 1:
         return Decision(goes_on)
-    evidence = {
+    evidence: dict[str, Any] = {
         "phase": here,
         "score": position.phase_best,
         "score_before": position.best_before,
         "kept": position.helped,
         "next": following[0] if goes_on else None,
     }
-    if position.best_before is None or position.phase_best is None:
+    if position.hits is None:
         return Decision(goes_on, evidence)
-    text = (
-        f"phase {here!r} {'is kept' if position.helped else 'is undone'}: validation score "
-        f"{position.phase_best:.4f}, before it {position.best_before:.4f}"
-    )
+    if position.hits_before is None:
+        return Decision(goes_on, evidence | {"accuracy": position.phase_best})
+    compared = Comparison.of(position.hits_before, position.hits, position.examples)
+    evidence |= compared.to_json()
+    text = f"phase {here!r} {'is kept' if position.helped else 'is undone'}: {compared}"
     if following and not goes_on:
         text += f"; {following[0]!r} is not begun"
     return Decision(goes_on, evidence, text)

@@ -47,14 +47,18 @@ class Predictions:
     logits: np.ndarray
     labels: np.ndarray
 
+    @property
+    def correct(self) -> np.ndarray:
+        """Bool [examples]: whether the largest logit is the label's."""
+        return self.logits.argmax(axis=-1) == self.labels
+
     def evaluation(self) -> Evaluation:
         """The means over all examples."""
         logits = self.logits.astype(np.float64)
         shifted = logits - logits.max(axis=-1, keepdims=True)
         log_partition = np.log(np.exp(shifted).sum(axis=-1))
         losses = log_partition - shifted[np.arange(len(shifted)), self.labels]
-        correct = logits.argmax(axis=-1) == self.labels
-        return Evaluation(float(correct.mean()), float(losses.mean()), len(losses))
+        return Evaluation(float(self.correct.mean()), float(losses.mean()), len(losses))
 
 
 def predict(

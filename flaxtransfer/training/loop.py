@@ -24,7 +24,7 @@ from flaxtransfer.training import audit, run_folder
 from flaxtransfer.training.cached_feed import cached_feed
 from flaxtransfer.training.caching import OFF, Cache, choose
 from flaxtransfer.training.decision import check_feed, decide, score
-from flaxtransfer.training.evaluation import Evaluation, evaluate
+from flaxtransfer.training.evaluation import Evaluation, Predictions, predict
 from flaxtransfer.training.feed import Batch, Feed
 from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
 from flaxtransfer.training.metrics import MetricsWriter
@@ -179,7 +179,8 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
         position = position.next_phase()
         state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
     variables = state.variables()
-    validation = _evaluate(run, run.feed, state)
+    predicted = _predict(run, run.feed, state)
+    validation = None if predicted is None else predicted.evaluation()
     run_folder.finish(run.folder, run.model, variables, run.feed, position.step, validation)
     shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
     return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
@@ -253,9 +254,9 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
             if validate or interrupted:
                 state = widen(working, below)
             if validate:
-                position, accuracy = _validate(run, feed, state, position)
+                position, accuracy, metric = _validate(run, feed, state, position)
                 text = text if accuracy is None else f"{text} validation {100 * accuracy:.1f} %"
-                _save(run, state, position, accuracy)
+                _save(run, state, position, metric)
             elif interrupted:
                 _save(run, state, position, None)
             show(position.phase_step, text)
@@ -318,26 +319,28 @@ def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str
     return f"loss {means['loss']:.3f} accuracy {100 * means['accuracy']:.1f} %"
 
 
-def _evaluate(run: _Run, feed: Feed, state: State) -> Evaluation | None:
+def _predict(run: _Run, feed: Feed, state: State) -> Predictions | None:
     if feed.validation is None:
         return None
     variables, batches = state.variables(), feed.validation()
-    return evaluate(run.model, variables, batches, feed.preprocessing, run.mesh, start=feed.start)
+    return predict(run.model, variables, batches, feed.preprocessing, run.mesh, start=feed.start)
 
 
 def _validate(
     run: _Run, feed: Feed, state: State, position: Position
-) -> tuple[Position, float | None]:
-    result = _evaluate(run, feed, state)
-    if result is None:
-        return position, None
+) -> tuple[Position, float | None, float | None]:
+    """The position after a validation, its accuracy, and the score it is ranked by."""
+    predicted = _predict(run, feed, state)
+    if predicted is None:
+        return position, None, None
+    result = predicted.evaluation()
+    ranked = score(run.plan, position, predicted.correct)
     phase = run.plan.phases[position.phase].name
     run.metrics.write("validation", position.step, {"phase": phase, **result.to_json()})
-    return position.validated(score(run.plan, position, result.accuracy)), result.accuracy
+    return position.validated(ranked, predicted.correct), result.accuracy, ranked
 
 
-def _save(run: _Run, state: State, position: Position, accuracy: float | None) -> None:
-    metric = None if accuracy is None else score(run.plan, position, accuracy)
+def _save(run: _Run, state: State, position: Position, metric: float | None) -> None:
     run.store.save(position.step, state, asdict(position), metric=metric)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from flaxtransfer.batchnorm import Norm, policy
 from flaxtransfer.groups import FROZEN, Group, trainable_mask
 from flaxtransfer.labels import Rest, label
 from flaxtransfer.masks import Mask, as_mask, selected
+from flaxtransfer.paths import flatten, listing
 from flaxtransfer.training.losses import Loss, cross_entropy
 from flaxtransfer.types import Params
 
@@ -95,11 +97,13 @@ class Phase:
           steps_per_epoch: optimizer steps in one pass over the training examples.
 
         Raises:
-          ValueError: rules that leave gaps or overlap, exceptions to the BatchNorm policy that
-            touch none; labels and groups that do not fit. The text names the phase.
+          ValueError: rules that leave gaps or overlap, resolved labels of another network,
+            exceptions to the BatchNorm policy that touch none; labels and groups that do not fit.
+            The text names the phase.
         """
         try:
             labels = label(params, self.labels) if self._has_rules() else self.labels
+            _check_fit(labels, params)
             moving = trainable_mask(labels, self.groups)
             norm = self.norm
             if norm is None or isinstance(norm, Mapping):
@@ -151,18 +155,27 @@ class Plan:
       phases: in order.
       patience: phases in a row without a better validation score after which the plan ends. None
         goes through all phases; a number needs a validation set.
-      min_gain: validation accuracy, as a share, that every further phase has to earn: phase k is
-        ranked by its accuracy less ``k * min_gain``, so that the luckiest of many validations of a
-        larger phase does not pass for a gain.
+      min_gain: validation accuracy, as a share, that every further phase has to earn over what
+        was kept before it.
+      min_z: how many standard errors the gain has to exceed on top, so that luck does not pass for
+        a gain. The two states are compared on the same images: with w that only the new one gets
+        right and l that only the old one does, the standard error is sqrt(w + l) images (McNemar's
+        test). 2 asks for 5 of 5, 9 of 11 or 22 of 32 such images. The validations of a phase are
+        ranked, and its patience is measured, by the gain less both.
 
     Raises:
       ValueError: no phase, two phases of one name, a phase in which nothing is trainable, or
         numbers out of range.
+
+    References:
+      Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or
+      Percentages", 1947.
     """
 
     phases: Sequence[Phase]
     patience: int | None = None
     min_gain: float = 0.0
+    min_z: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -180,6 +193,8 @@ class Plan:
             raise ValueError(f"patience is a number of phases, 1 or more, not {self.patience}")
         if not 0 <= self.min_gain < 1:
             raise ValueError(f"min_gain is a share of at least 0 and less than 1: {self.min_gain}")
+        if not 0 <= self.min_z < math.inf:
+            raise ValueError(f"min_z is a number of standard errors, 0 or more, not {self.min_z}")
 
     def __str__(self) -> str:
         from flaxtransfer.training.plan_table import plan_text
@@ -187,6 +202,39 @@ class Plan:
         return plan_text(self)
 
     def resolve(self, params: Params, steps_per_epoch: int = 1) -> Plan:
-        """The plan for one network and one set of data; see ``Phase.resolve``."""
+        """The plan for one network and one set of data.
+
+        Raises:
+          ValueError: see ``Phase.resolve``; or validation is to decide about a phase that differs
+            from the one before it in nothing but its length.
+        """
         phases = [phase.resolve(params, steps_per_epoch) for phase in self.phases]
+        if self.patience is not None:
+            for number in range(1, len(phases)):
+                before, here = self.phases[number - 1 : number + 1]
+                # Schedules are compared as they were given; resolved, they are closures.
+                if _treatment(before, phases[number - 1]) == _treatment(here, phases[number]):
+                    raise ValueError(
+                        f"phase {here.name!r} unfreezes nothing new: it treats every leaf as "
+                        f"{before.name!r} does, so that validation would decide about more of the "
+                        f"same; give {before.name!r} more steps, or take the plan's patience away"
+                    )
         return replace(self, phases=phases)
+
+
+def _treatment(given: Phase, resolved: Phase) -> tuple[Any, ...]:
+    """All that a phase does to the leaves, apart from how long."""
+    groups = {path: given.groups[name] for path, name in flatten(resolved.labels).items()}
+    return (groups, resolved.norm, given.recalibrate, given.clip, given.ema, given.loss)
+
+
+def _check_fit(labels: Mapping[str, Any], params: Params) -> None:
+    """Refuses labels that were resolved on other leaves."""
+    labelled, leaves = set(flatten(labels)), set(flatten(params))
+    problems = []
+    if gap := sorted(leaves - labelled):
+        problems.append(f"no label takes {len(gap)} leaves: {listing(gap)}")
+    if foreign := sorted(labelled - leaves):
+        problems.append(f"the network has no such leaves as are labelled: {listing(foreign)}")
+    if problems:
+        raise ValueError("; ".join(problems))

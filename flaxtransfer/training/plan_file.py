@@ -39,6 +39,7 @@ from flaxtransfer.training.phases import Phase, Plan
 
 __all__ = ["load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"]
 
+_PLAN = ("patience", "min_gain", "min_z")
 _SIMPLE = ("steps", "epochs", "clip", "ema", "patience")
 _PHASE = ("name", "labels", "groups", "norm", "recalibrate", "probe", "label_smoothing", *_SIMPLE)
 _GROUP = ("optimizer", "learning_rate", "weight_decay", "decay_mask", "decay_toward")
@@ -100,9 +101,7 @@ def plan_to_yaml(plan: Plan) -> str:
     """
     problems: list[str] = []
     document = {
-        name: value
-        for name, value in (("patience", plan.patience), ("min_gain", plan.min_gain))
-        if value
+        name: value for name, value in ((name, getattr(plan, name)) for name in _PLAN) if value
     }
     phases = [_phase_out(phase, problems) for phase in plan.phases]
     if problems:
@@ -121,8 +120,7 @@ def plan_from_yaml(text: str) -> Plan:
     except yaml.YAMLError as error:
         raise ValueError(f"this is not YAML: {' '.join(str(error).split())}") from error
     problems: list[str] = []
-    known = ("phases", "patience", "min_gain")
-    document = _mapping(document, "the plan", known, problems)
+    document = _mapping(document, "the plan", ("phases", *_PLAN), problems)
     entries: Any = document.get("phases")
     if not problems and not (isinstance(entries, list) and entries):
         problems.append("phases must be a list with at least one phase")
@@ -130,7 +128,7 @@ def plan_from_yaml(text: str) -> Plan:
         phases = [_phase_in(entry, number, problems) for number, entry in enumerate(entries, 1)]
     if not problems:
         try:
-            return Plan(phases, document.get("patience"), document.get("min_gain") or 0.0)
+            return Plan(phases, **{name: document[name] for name in _PLAN if document.get(name)})
         except (ValueError, TypeError) as error:
             problems.append(str(error))
     raise ValueError("this is not a plan: " + "; ".join(problems))

@@ -95,7 +95,9 @@ def _notes(plan: Plan) -> list[str]:
     if plan.patience is None:
         return []
     phases = "a phase" if plan.patience == 1 else f"{plan.patience} phases in a row"
-    gain = f" by {100 * plan.min_gain:g} % a phase" if plan.min_gain else ""
+    least = [f"{100 * plan.min_gain:g} %"] if plan.min_gain else []
+    least += [f"{plan.min_z:g} standard errors"] if plan.min_z else []
+    gain = f" by more than {' and '.join(least)} a phase" if least else ""
     return [f"Ends after {phases} without better validation{gain}; what did not help is undone."]
 
 

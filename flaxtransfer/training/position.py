@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from flaxtransfer.training.phases import Phase
 
 
@@ -20,6 +22,9 @@ class Position:
       phase_best: best validation score of this phase, or None.
       best_before: ``best`` when the phase began.
       unhelpful: phases in a row, up to the one before this, that did not better ``best``.
+      examples: of the validation set; 0 before any validation.
+      hits: which of them the best of this phase got right, as bits in hexadecimal, or None.
+      hits_before: the same of the best when the phase began.
     """
 
     phase: int = 0
@@ -30,6 +35,9 @@ class Position:
     phase_best: float | None = None
     best_before: float | None = None
     unhelpful: int = 0
+    examples: int = 0
+    hits: str | None = None
+    hits_before: str | None = None
 
     @property
     def step(self) -> int:
@@ -55,14 +63,27 @@ class Position:
             best=self.best,
             best_before=self.best,
             unhelpful=0 if self.helped else self.unhelpful + 1,
+            examples=self.examples,
+            hits_before=self.hits if self.helped else self.hits_before,
         )
 
-    def validated(self, score: float) -> Position:
-        """The position after a validation."""
+    def validated(self, score: float, correct: np.ndarray) -> Position:
+        """The position after a validation: its score, and bool [examples], what it got right."""
         improved = self.phase_best is None or score > self.phase_best
         return replace(
             self,
             best=score if self.best is None else max(self.best, score),
             phase_best=score if improved else self.phase_best,
+            examples=len(correct),
+            hits=bits(correct) if improved else self.hits,
             without_improvement=0 if improved else self.without_improvement + 1,
         )
+
+
+def bits(correct: np.ndarray) -> str:
+    """Bool [examples] as a hexadecimal number, which fits into the record of a checkpoint.
+
+    >>> bits(np.array([True, False, True]))
+    'a0'
+    """
+    return np.packbits(correct).tobytes().hex()

@@ -57,11 +57,12 @@ def identity(
         for norm in (phase.batch_norm_policy(),)
     }
     raw = {
-        "model": asdict(model.config),
+        "model": model.config.to_json(),
         "seed": seed,
         "phases": phases,
         "patience": plan.patience,
         "min_gain": plan.min_gain,
+        "min_z": plan.min_z,
         **(config or {}),
     }
     return json.loads(json.dumps(raw))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.bands import Adapter
 from flaxtransfer.paths import suggest
 
 __all__ = ["differences", "infer", "leaf_shapes"]
@@ -34,6 +35,11 @@ def leaf_shapes(config: ResNetConfig) -> dict[str, Shape]:
             shapes[leaf.format(path)] = (channels,)
         shapes[f"batch_stats/{path}/var"] = (channels,)
 
+    if config.adapter is not None:
+        shapes["params/adapter/kernel"] = (1, 1, config.adapter.bands, config.in_channels)
+        if config.adapter.kind == "curves":
+            curves = (config.adapter.bands, config.adapter.knots, config.in_channels)
+            shapes["params/adapter/curves"] = curves
     conv("conv1", 7, config.in_channels, config.width)
     norm("bn1", config.width)
     channels = config.width
@@ -108,6 +114,7 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
     width = _majority(widths, 64)
     classes = [shapes[p][-1] for p in ("params/fc/bias", "params/fc/kernel") if shapes.get(p)]
     stem = shapes.get("params/conv1/kernel", ())
+    in_channels = stem[2] if len(stem) == 4 and stem[2] > 0 else 3
     groups, base_width = _grouping(shapes, blocks, width) if bottleneck else (1, 64)
     return ResNetConfig(
         block="bottleneck" if bottleneck else "basic",
@@ -116,8 +123,17 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
         base_width=base_width,
         groups=groups,
         classes=_majority(classes, 1000),
-        in_channels=stem[2] if len(stem) == 4 and stem[2] > 0 else 3,
+        in_channels=in_channels,
+        adapter=_adapter(shapes) if in_channels == 3 else None,
     )
+
+
+def _adapter(shapes: Mapping[str, Shape]) -> Adapter | None:
+    """The adapter that leaves show; the span of its curves shows in no shape."""
+    kernel, curves = (shapes.get(f"params/adapter/{name}", ()) for name in ("kernel", "curves"))
+    if curves and len(curves) == 3 and curves[0] > 0 and curves[1] > 1:
+        return Adapter(curves[0], "curves", curves[1])
+    return Adapter(kernel[2]) if len(kernel) == 4 and kernel[2] > 0 else None
 
 
 def _grouping(

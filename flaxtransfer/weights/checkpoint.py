@@ -51,16 +51,16 @@ class Checkpoint:
                     f"{len(self.class_names)} class names for a head of {self.config.classes} "
                     f"classes ({self.source})"
                 )
-        if len(self.preprocessing.mean) != self.config.in_channels:
+        if len(self.preprocessing.mean) != self.config.bands:
             raise ValueError(
                 f"the preprocessing has {len(self.preprocessing.mean)} channels and the network "
-                f"{self.config.in_channels} ({self.source})"
+                f"{self.config.bands} ({self.source})"
             )
 
     def __repr__(self) -> str:
         parameters = sum(int(np.size(leaf)) for leaf in flatten(self.variables["params"]).values())
         return (
             f"Checkpoint({self.config.name}, {self.config.classes} classes, "
-            f"{self.config.in_channels} channels, {parameters:,} parameters, "
+            f"{self.config.bands} channels, {parameters:,} parameters, "
             f"{self.format} names, from {self.source!r}, sha256 {self.sha256[:8] or 'none'})"
         )

@@ -3,6 +3,7 @@
 import dataclasses
 
 from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.bands import Adapter
 from flaxtransfer.weights import header, huggingface, sidecar, torchvision
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.tensors import Tensors
@@ -12,8 +13,11 @@ __all__ = ["Companions", "companions"]
 
 @dataclasses.dataclass(frozen=True)
 class Companions:
-    """Preprocessing and class names, and where they come from."""
+    """Preprocessing and class names, where they come from, and the network, which a header may
+    know more of than its leaves show: the span of an adapter's curves.
+    """
 
+    config: ResNetConfig
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...]
@@ -32,12 +36,15 @@ def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
     """
     own = header.read(file.metadata)
     if own is not None:
-        if own.config != config:
+        if _as_leaves_show(own.config) != config:
             raise ValueError(
                 f"{file.path} says in its header that it is {own.config} and holds {config}"
             )
         return Companions(
-            own.preprocessing, own.class_names, ("preprocessing: from the file's header",)
+            own.config,
+            own.preprocessing,
+            own.class_names,
+            ("preprocessing: from the file's header",),
         )
     beside = file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
@@ -53,7 +60,16 @@ def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
             f"{beside} names {len(names)} classes and the head of {file.path} has {config.classes}"
         )
     preprocessing, notes = _fitted(*_preprocessing(file, settings), config, file)
-    return Companions(preprocessing, names, tuple(notes))
+    return Companions(config, preprocessing, names, tuple(notes))
+
+
+def _as_leaves_show(config: ResNetConfig) -> ResNetConfig:
+    """The config without what of an adapter shows in no shape."""
+    if config.adapter is None:
+        return config
+    own = config.adapter
+    shown = Adapter(own.bands, "curves", own.knots) if own.kind == "curves" else Adapter(own.bands)
+    return dataclasses.replace(config, adapter=shown)
 
 
 def _preprocessing(file: Tensors, settings: dict) -> tuple[Preprocessing | None, list[str]]:
@@ -74,7 +90,7 @@ def _fitted(
     preprocessing: Preprocessing | None, notes: list[str], config: ResNetConfig, file: Tensors
 ) -> tuple[Preprocessing, list[str]]:
     """One mean and std for each channel of the network."""
-    channels = config.in_channels
+    channels = config.bands
     if preprocessing is None and channels == len(IMAGENET.mean):
         return IMAGENET, ["preprocessing: none is recorded, ImageNet's is assumed"]
     if preprocessing is None:

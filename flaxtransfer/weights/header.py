@@ -28,7 +28,7 @@ def write(checkpoint: Checkpoint) -> dict[str, str]:
     """Metadata for a safetensors header; "format" is what other readers ask for."""
     content = {
         "version": VERSION,
-        "config": dataclasses.asdict(checkpoint.config),
+        "config": checkpoint.config.to_json(),
         "preprocessing": checkpoint.preprocessing.to_json(),
         "class_names": checkpoint.class_names,
     }
@@ -53,7 +53,7 @@ def read(metadata: Mapping[str, str]) -> Header | None:
             )
         names = content["class_names"]
         return Header(
-            ResNetConfig(**content["config"]),
+            ResNetConfig.from_json(content["config"]),
             Preprocessing.from_json(content["preprocessing"]),
             None if names is None else tuple(names),
         )

@@ -93,7 +93,7 @@ def load(
     beside = companions(file, config, chosen)
     return Checkpoint(
         variables=unflatten(leaves),
-        config=config,
+        config=beside.config,
         preprocessing=beside.preprocessing,
         source=name,
         format=chosen,

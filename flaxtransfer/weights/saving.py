@@ -22,8 +22,9 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, dtype: Any = np.f
     """Writes weights, config, preprocessing and class names into one `.safetensors` file.
 
     The names and axes are torchvision's, whatever the file they were read from, so that
-    `torchvision.models.resnet50().load_state_dict(..., strict=True)` takes them. The file appears
-    whole or not at all, and the same checkpoint gives the same bytes.
+    `torchvision.models.resnet50().load_state_dict(..., strict=True)` takes them. Only an input
+    adapter has no name there: `fold_adapter` makes a linear one a part of the stem before. The
+    file appears whole or not at all, and the same checkpoint gives the same bytes.
 
     Args:
         path: where to; its folder has to exist. A file there is replaced.

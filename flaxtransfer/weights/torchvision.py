@@ -13,6 +13,9 @@ from flaxtransfer.weights.rename import CONV, DENSE, Rule, Table, batch_norm
 __all__ = ["RESIZE", "TABLE", "published"]
 
 TABLE: Table = (
+    # torchvision has no adapters; where there is one, `fold_adapter` makes what it can load.
+    Rule("adapter.weight", "params/adapter/kernel", CONV),
+    Rule("adapter.curves", "params/adapter/curves"),
     Rule("conv1.weight", "params/conv1/kernel", CONV),
     *batch_norm("bn1", "bn1"),
     Rule("layer{s}.{b}.conv{k}.weight", "params/layer{s}/{b}/conv{k}/kernel", CONV),

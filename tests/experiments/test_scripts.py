@@ -46,3 +46,18 @@ def test_the_main_job_as_a_script(tmp_path):
     )  # fmt: skip
     assert "pre-trained:" in output
     assert "from scratch:" in output
+
+
+def test_strategies_are_computed_once_and_tabled(tmp_path):
+    arguments = [
+        "--labels-per-class", "5", "--seeds", "0", "--strategies", "feature_extraction",
+        "progressive_unfreezing", "surgical, by gradient", "--steps", "2", "--phase-steps", "2",
+        "--processes", "1", "--results", str(tmp_path / "results.jsonl"),
+    ]  # fmt: skip
+    table = run("strategies.py", *arguments)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["strategy"] for row in rows] == arguments[5:8]
+    assert rows[0]["trainable"] == 2570
+    assert f"| feature_extraction | 2,570 | {100 * rows[0]['accuracy']:.1f} ± 0.0 |" in table
+    assert run("strategies.py", *arguments) == table
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3

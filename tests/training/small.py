@@ -54,3 +54,10 @@ def two_phases(params: ft.Params, *, steps: int = 8, **changes: object) -> ft.Pl
         ft.Phase(second, {"new": adam, "old": ft.Group(optax.adamw, 1e-3, weight_decay=0.1),
                           "frozen": ft.FROZEN}, name="all but the stem", **settings),
     ])  # fmt: skip
+
+
+def progressive(params: ft.Params, **changes: object) -> ft.Plan:
+    """Part by part to the stem, under every rule there is: patience inside and between phases."""
+    settings = {"steps": 9, "patience": 2, "stop_after": None, "min_gain": 0.01, "min_z": 1.0,
+                "learning_rate": 3e-3, "head_learning_rate": 3e-3, **changes}  # fmt: skip
+    return ft.progressive_unfreezing(params, **settings)

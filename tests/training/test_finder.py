@@ -10,6 +10,7 @@ from small import batch, feed, network
 
 import flaxtransfer as ft
 from flaxtransfer.training.audit import digest
+from flaxtransfer.training.finder import steepest
 
 RULES = {"new": ft.head(), "old": ft.rest()}
 SGD = ft.Group(optax.sgd, 0.0)
@@ -79,7 +80,10 @@ def test_it_finds_the_order_of_magnitude_and_ends_when_the_loss_diverges():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"group": "nw"}, "no group 'nw' with a learning rate; did you mean 'new'"),
+        (
+            {"group": "nw"},
+            "phase 'fine-tune' has no group 'nw' with a learning rate; did you mean 'new'",
+        ),
         ({"lowest": 0.0}, "rates rise from a lowest above 0"),
         ({"steps": 2}, "steps is 2, wanted 3 or more"),
     ],
@@ -94,3 +98,67 @@ def test_a_hidden_learning_rate_is_named():
     model, variables = network()
     with pytest.raises(ValueError, match="learning rates of old are hidden"):
         ft.find_learning_rate(model, variables, phase(old=optax.sgd(0.1)), feed())
+
+
+def swept(losses):
+    """A sweep of one decade a step, whose average is the given losses."""
+    rates = tuple(10.0 ** (n - 6) for n in range(len(losses)))
+    return ft.RateSweep(rates, tuple(losses), tuple(losses), None, False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        ((5, 4, 3, 2, 1), 1e-4),
+        ((1, 5, 4, 3, 2, 1), 1e-3),  # A first step that is better than what follows is no fall.
+        ((5, 4, 6, 3, 7, 2, 9), 1e-3),  # One that is broken by noise is one fall: 5, 4, 3, 2.
+        ((1, 2, 3, 4), None),
+        ((2, 1, 2, 1), None),
+        ((), None),
+    ],
+)
+def test_the_valley_is_the_middle_of_the_longest_fall(losses, rate):
+    """Worked out by hand."""
+    assert swept(losses).valley == rate
+
+
+def test_the_steepest_fall_of_a_known_curve():
+    """A logistic curve in the logarithm of the rate falls fastest at its middle."""
+    rates = np.logspace(-6, 0, 121)
+    losses = 1 / (1 + np.exp(3 * (np.log10(rates) + 2)))
+    assert steepest(list(rates), list(losses)) == pytest.approx(1e-2)
+    assert steepest(list(rates), list(-losses)) is None
+
+
+def test_each_group_alone_leaves_no_trace_and_is_the_sweep_of_that_group():
+    model, variables = network()
+    fitted = {**variables, "params": {**variables["params"], "fc": jax.tree.map(
+        lambda leaf: leaf + 0.1, variables["params"]["fc"])}}  # fmt: skip
+    before = digests(fitted)
+    settings = {"lowest": 1e-4, "highest": 1.0, "steps": 4}
+    sweeps = ft.find_learning_rates(model, fitted, phase(), feed(), **settings)
+    assert list(sweeps) == ["new", "old"]
+    for name, sweep in sweeps.items():
+        assert sweep == ft.find_learning_rate(
+            model, fitted, phase(), feed(), group=name, **settings
+        )
+    assert digests(fitted) == before
+    none = ft.Phase(RULES, {"new": optax.sgd(0.1), "old": ft.FROZEN}, steps=1)
+    with pytest.raises(ValueError, match="no group with a learning rate"):
+        ft.find_learning_rates(model, fitted, none, feed())
+
+
+def test_a_group_under_a_head_at_zero_is_refused():
+    """Its gradient is zero, so that the curve would be the noise of the batches."""
+    model, variables = network()
+    head = jax.tree.map(np.zeros_like, variables["params"]["fc"])
+    blank = {**variables, "params": {**variables["params"], "fc": head}}
+    with pytest.raises(ValueError, match=r"old gets no gradient.*train the head first"):
+        ft.find_learning_rate(model, blank, phase(), feed(), group="old")
+
+
+def test_a_network_that_is_not_finite_is_refused():
+    model, variables = network()
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)
+    with pytest.raises(ValueError, match="not finite before any step"):
+        ft.find_learning_rate(model, broken, phase(), feed())

@@ -45,17 +45,19 @@ groups = st.builds(
     st.sampled_from([None, "batch", frozenset({"bn1"}), {ft.stem(): "running"}]),
     st.none() | st.integers(1, 5),
     st.floats(0, 0.99),
+    st.floats(0, 5),
 )
-def test_any_plan_of_named_things_comes_back(rows, steps, clip, smoothing, norm, patience, gain):
+def test_any_plan_of_named_things_comes_back(rows, steps, clip, smoothing, norm, patience, gain, z):
     loss = ft.cross_entropy if smoothing is None else ft.SmoothedCrossEntropy(smoothing)
     phases = [
         ft.Phase({"a": mask, "b": ft.rest()}, {"a": group, "b": ft.FROZEN}, steps, name=name,
                  clip=clip, norm=norm, loss=loss, recalibrate=mask)
         for name, mask, group in rows
     ]  # fmt: skip
-    plan = ft.Plan(phases, patience, gain)
+    plan = ft.Plan(phases, patience, gain, z)
     again = ft.plan_from_yaml(ft.plan_to_yaml(plan))
     assert ft.plan_to_yaml(again) == ft.plan_to_yaml(plan)
+    assert (again.patience, again.min_gain, again.min_z) == (patience, gain, z)
     for phase, copy in zip(plan.phases, again.phases, strict=True):
         # A partial equals itself alone; what it is made of is compared by the text above.
         plain = {"a": ft.FROZEN, "b": ft.FROZEN}

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from small import PREPROCESSING, batch, feed, network
 
 import flaxtransfer as ft
-from flaxtransfer.training.decision import decide
+from flaxtransfer.training.decision import Comparison, decide, score
 from flaxtransfer.training.metrics import read_metrics
-from flaxtransfer.training.position import Position
+from flaxtransfer.training.plan_table import plan_text
+from flaxtransfer.training.position import Position, bits
 from flaxtransfer.training.recalibration import merge_moments
 
 HEAD = {"new": ft.head(), "old": ft.rest()}
@@ -76,6 +77,83 @@ def test_a_phase_that_leaves_gaps_is_named():
         phase.resolve(variables["params"])
 
 
+def test_labels_resolved_on_another_network_are_refused():
+    """Both ways at once: leaves without a label, and labels without a leaf."""
+    _, variables = network()
+    params = variables["params"]
+    other = {name: leaves for name, leaves in params.items() if name != "layer4"}
+    labels = ft.label({**other, "layer5": params["layer4"]}, HEAD)
+    phase = replace(head_phase(name="foreign"), labels=labels)
+    with pytest.raises(
+        ValueError, match=r"'foreign'.*no label takes \d+ leaves: layer4.*no such leaves .*layer5"
+    ):
+        phase.resolve(params)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({}, True),
+        ({"steps": 9}, True),
+        ({"labels": {"new": ft.glob("fc/**"), "old": ft.rest()}}, True),  # In other words.
+        ({"clip": 1.0}, False),
+        ({"norm": {"stage(4)": "batch"}}, False),
+        ({"recalibrate": ft.everything()}, False),
+        ({"groups": {"new": replace(ADAM, learning_rate=1e-4), "old": ft.FROZEN}}, False),
+        ({"labels": {"new": ft.head() | ft.stage(4), "old": ft.rest()}}, False),
+    ],
+)
+def test_a_phase_that_unfreezes_nothing_new_is_refused_where_validation_decides(change, refused):
+    params = network()[1]["params"]
+    phases = [head_phase(), replace(head_phase(name="again"), **change)]
+    if refused:
+        with pytest.raises(ValueError, match=r"'again' unfreezes nothing new.*as 'head' does"):
+            ft.Plan(phases, patience=1).resolve(params)
+    else:
+        assert ft.Plan(phases, patience=1).resolve(params).phases
+    # Without a decision it is a schedule with a restart, and the table says what it is.
+    plan = ft.Plan(phases)
+    assert plan.resolve(params).phases
+    same_leaves = "stage(4)" not in str(phases[1].labels)
+    assert ("'again' moves the same leaves as 'head'" in plan_text(plan, params)) is same_leaves
+
+
+def test_a_plan_for_a_deeper_network_names_the_phase_and_the_part():
+    deep = ft.resnet("resnet34", classes=3).abstract()["params"]
+    plan = ft.progressive_unfreezing(deep, by="block")
+    with pytest.raises(ValueError, match=r"(?s)phase '\+ layer4/2'.*layer4/2"):
+        plan.resolve(network()[1]["params"])
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "min_z", "kept"),
+    [(5, 0, 2, True), (4, 0, 2, False), (10, 2, 2, True), (9, 2, 2, True), (8, 2, 2, False),
+     (22, 10, 2, True), (21, 10, 2, False), (1, 0, 0, True), (0, 0, 0, False), (1, 0, 1, False),
+     (2, 0, 1, True)],
+)  # fmt: skip
+def test_a_gain_has_to_exceed_its_standard_errors(won, lost, min_z, kept):
+    """McNemar: kept exactly where won - lost > min_z * sqrt(won + lost)."""
+    plan = ft.Plan([head_phase(), head_phase(name="b")], patience=1, min_z=min_z)
+    before = np.arange(60) < 30
+    after = before.copy()
+    after[:lost], after[30 : 30 + won] = False, True
+    first = Position().validated(score(plan, Position(), before), before).next_phase()
+    position = first.validated(score(plan, first, after), after)
+    decision = decide(plan, position)
+    assert decision.evidence["kept"] is position.helped is kept
+    assert (decision.evidence["won"], decision.evidence["lost"]) == (won, lost)
+    assert f"{won} images won and {lost} lost of 60" in decision.text
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_what_was_right_survives_the_checkpoint(pairs):
+    """Comparisons of the packed bits are those of the arrays themselves."""
+    old, new = (np.array(column) for column in zip(*pairs, strict=True))
+    compared = Comparison.of(bits(old), bits(new), len(old))
+    assert compared == Comparison(old.sum(), (new & ~old).sum(), (old & ~new).sum(), len(old))
+    assert compared.gain() == pytest.approx(new.mean() - old.mean())
+
+
 def test_an_unresolved_phase_says_so():
     with pytest.raises(ValueError, match="phase 'head' is not resolved yet"):
         head_phase().batch_norm_policy()
@@ -88,6 +166,7 @@ def test_an_unresolved_phase_says_so():
     [
         (lambda: ft.Plan([head_phase()], patience=0), "patience is a number of phases"),
         (lambda: ft.Plan([head_phase()], min_gain=-0.1), "min_gain is a share"),
+        (lambda: ft.Plan([head_phase()], min_z=-1.0), "min_z is a number of standard errors"),
         (lambda: ft.WarmupCosine(-1.0, warmup=1.0), "peak is -1.0.*warmup is 1.0"),
         (lambda: ft.SmoothedCrossEntropy(1.0), "at least 0 and less than 1, not 1.0"),
         (lambda: ft.Plan([replace(head_phase(), groups={"new": ft.FROZEN, "old": ft.FROZEN})]),
@@ -159,9 +238,11 @@ def test_a_run_that_stops_at_a_decision_takes_the_same_one_again(tmp_path):
 )  # fmt: skip
 def test_the_rule_between_phases(scores, patience, goes_on):
     phases = [head_phase(name=str(number)) for number in range(4)]
-    position = Position(phase_step=4).validated(scores[0]).next_phase().validated(scores[1])
+    right = np.ones(8, bool)
+    first = Position(phase_step=4).validated(scores[0], right)
+    position = first.next_phase().validated(scores[1], right)
     assert decide(ft.Plan(phases, patience=patience), position).goes_on is goes_on
-    again = position.next_phase().validated(0.1)
+    again = position.next_phase().validated(0.1, right)
     assert decide(ft.Plan(phases, patience=2), again).goes_on is (scores[1] > scores[0])
 
 

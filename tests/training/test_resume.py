@@ -17,15 +17,16 @@ import flaxtransfer as ft
 from flaxtransfer.lock import hold
 from flaxtransfer.paths import flatten
 from flaxtransfer.training.audit import digest
+from flaxtransfer.training.metrics import read_metrics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def launch(folder: Path) -> subprocess.Popen[str]:
+def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "run_small.py"), str(folder)],
+        [sys.executable, str(HERE / "run_small.py"), str(folder), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None
@@ -38,24 +39,36 @@ def final_digests(folder: Path) -> dict[str, str]:
     return {path: digest(leaf) for path, leaf in flatten(variables).items()}
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
+def kill_and_resume(folder: Path, kills: int, seed: int, plan: str = "two_phases") -> None:
     """Kills the run ``kills`` times at random moments, then lets it finish."""
     moments = random.Random(seed)
     for _ in range(kills):
-        process = launch(folder)
+        process = launch(folder, plan)
         time.sleep(moments.uniform(0.3, 4.0))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    process = launch(folder)
+    let_finish(folder, plan)
+
+
+def let_finish(folder: Path, plan: str) -> None:
+    process = launch(folder, plan)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert output == "finished\n"
 
 
-def check_kills(tmp_path: Path, kills: int) -> None:
-    kill_and_resume(tmp_path / "straight", 0, 0)
-    kill_and_resume(tmp_path / "killed", kills, seed=7)
-    assert final_digests(tmp_path / "killed") == final_digests(tmp_path / "straight")
+def check_kills(tmp_path: Path, kills: int, plan: str = "two_phases") -> None:
+    kill_and_resume(tmp_path / "straight", 0, 0, plan)
+    kill_and_resume(tmp_path / "killed", kills, 7, plan)
+    assert_same_runs(tmp_path / "killed", tmp_path / "straight")
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    """Parameters, every line of metrics, decisions among them, audits and result."""
+    assert final_digests(one) == final_digests(other)
+    assert read_metrics(one) == read_metrics(other)
+    for name in ("audit.json", "result.json"):
+        assert (one / name).read_text() == (other / name).read_text()
 
 
 def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
@@ -65,6 +78,43 @@ def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
 @pytest.mark.slow
 def test_killed_ten_times_and_resumed_equals_undisturbed(tmp_path):
     check_kills(tmp_path, 10)
+
+
+# In this order: last save of a phase, return to the best, decision, new optimizer, first save of
+# the next. Between two deaths at one place lies a phase, so that each hits another transition.
+TRANSITIONS = (
+    "_run_phase:1",
+    "_best:1",
+    "_decide:1",
+    "advance:1",
+    "_save:1",
+    "_decide:2",
+    "_best:2",
+)
+
+
+@pytest.mark.parametrize(
+    "moments", [TRANSITIONS[1:2], pytest.param(TRANSITIONS, marks=pytest.mark.slow)], ids=len
+)
+def test_killed_between_phases_and_resumed_equals_undisturbed(tmp_path, moments):
+    """From one phase to the next, where phases are kept and where they are undone."""
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    let_finish(straight, "progressive")
+    decisions = [row for row in read_metrics(straight) if row["kind"] == "decision"]
+    assert len(decisions) == 6
+    assert {row["kept"] for row in decisions[1:]} == {True, False}
+    for moment in moments:
+        process = launch(killed, "progressive", moment)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL
+        assert "finished" not in output
+    let_finish(killed, "progressive")
+    assert_same_runs(killed, straight)
+
+
+@pytest.mark.slow
+def test_unfreezing_killed_ten_times_equals_undisturbed(tmp_path):
+    check_kills(tmp_path, 10, "progressive")
 
 
 def run_some(folder: Path, steps: int = 6):
