@@ -178,6 +178,20 @@ def test_batches_of_fits_are_the_same_fits(monkeypatch):
     assert parts.logits.shape == (7, 40, 3)
 
 
+@pytest.mark.parametrize(("count", "width"), [(60, 8), (30, 80)])
+@pytest.mark.parametrize("strength", [0.01, 1.0, 1000.0])
+def test_one_fit_alone_is_the_same_fit(float64, count, width, strength):
+    """By the inverse of a matrix, and on shared principal axes."""
+    features, labels = sample(count, width, 3)
+    weights = np.random.default_rng(0).integers(0, 3, count) + (np.arange(count) < 6)
+    alone = logistic_path(features, labels, strength, weights=weights)
+    both = logistic_path(features, labels, [strength, 1.0], weights=weights)
+    assert alone.converged.all()
+    np.testing.assert_allclose(alone.losses, both.losses[:1], rtol=1e-12)
+    np.testing.assert_allclose(alone.kernels[0], both.kernels[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(alone.biases[0], both.biases[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
