@@ -5,13 +5,14 @@
 Are early layers stiffer? The Fisher diagonal is printed over all leaves and over kernels alone, for
 the network with a linear probe on digits as its head. Then the norm of the gradient beside that of
 the weights, for the digits as they are, with noise, inverted, and with their labels exchanged; the
-probe in each case is the one of the digits as they are, as if the shift came afterwards.
+probe in each case is the one of the digits as they are, as if the shift came afterwards. Last, the
+stem beside layer4 for every draw by itself, where what all parts have in common cancels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -33,11 +34,14 @@ class CurvatureOfStages:
       labels_per_class: digits of each class.
       seeds: draws of digits.
       noise: standard deviation of the noise, in grey values of 255.
+      labels: "all" takes the exact expectation over labels, "sampled" draws one an image, at a
+        tenth of the price.
     """
 
     labels_per_class: int = 20
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     noise: float = 60.0
+    labels: Literal["all", "sampled"] = "all"
 
 
 def measure(config: CurvatureOfStages, seed: int) -> tuple[Curvature, Curvature, dict[str, Any]]:
@@ -55,7 +59,7 @@ def measure(config: CurvatureOfStages, seed: int) -> tuple[Curvature, Curvature,
         return model.apply({**variables, "params": params}, inputs, norm="running")[0]
 
     images = [batch["image"][batch["weight"] > 0] for batch in batches]
-    fisher, count = fisher_diagonal(logits, params, images, labels="all")
+    fisher, count = fisher_diagonal(logits, params, images, labels=config.labels)
     parts = units(params)
     random = np.random.default_rng(seed)
     shifts = {
@@ -100,6 +104,24 @@ def main(config: CurvatureOfStages) -> None:
     for part in every[0].parts:
         cells = [geometric([one[shift][part.name] for one in ratios]) for shift in ratios[0]]
         print(f"| {part.name} | " + " | ".join(cells) + " |")
+    print_draws(config, every, ratios)
+
+
+def print_draws(
+    config: CurvatureOfStages, every: tuple[Curvature, ...], ratios: tuple[dict[str, Any], ...]
+) -> None:
+    """Stem over layer4: of the curvature, and of what each shift does to the ratio of gradients."""
+    shifts = [name for name in ratios[0] if name != "as they are"]
+    print("\n| draw | stem / layer4, Fisher | " + " | ".join(f"{s}: stem, layer4" for s in shifts)
+          + " |")  # fmt: skip
+    print("|---" * (2 + len(shifts)) + "|")
+    for seed, one, ratio in zip(config.seeds, every, ratios, strict=True):
+        means, before = one.means(), ratio["as they are"]
+        cells = [
+            ", ".join(f"x {ratio[s][part] / before[part]:.0f}" for part in ("stem", "layer4"))
+            for s in shifts
+        ]
+        print(f"| {seed} | {means['stem'] / means['layer4']:.0f} | " + " | ".join(cells) + " |")
 
 
 def geometric(values: list[float]) -> str:

@@ -144,3 +144,18 @@ def test_errors(arguments, text):
     settings = {"batches": [INPUTS], **arguments}
     with pytest.raises(ValueError, match=text):
         fisher_diagonal(linear, linear_params(), settings.pop("batches"), **settings)
+
+
+def test_one_draw_of_certain_predictions_has_the_trace():
+    """Linear in the parameters, the trace is that of the logits, whichever labels are drawn.
+
+    With labels drawn from the predictions themselves nearly every draw is the label that is
+    predicted, whose gradient is next to nothing, and the trace comes out 10,000 times too small.
+    """
+    params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.array([9.2, 0.0, 0.0])}
+    assert float(jax.nn.softmax(params["bias"])[0]) > 0.9997
+    exact, _ = fisher_diagonal(linear, params, [INPUTS], labels="all")
+    for seed in range(3):
+        drawn, _ = fisher_diagonal(linear, params, [INPUTS], seed=seed)
+        for name in exact:
+            assert float(drawn[name].sum()) == pytest.approx(float(exact[name].sum()), rel=1e-3)

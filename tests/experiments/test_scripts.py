@@ -61,3 +61,14 @@ def test_strategies_are_computed_once_and_tabled(tmp_path):
     assert f"| feature_extraction | 2,570 | {100 * rows[0]['accuracy']:.1f} ± 0.0 |" in table
     assert run("strategies.py", *arguments) == table
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_curvature_prints_parts_shifts_and_draws():
+    shown = run("curvature.py", "--labels-per-class", "2", "--seeds", "0", "1", "--labels",
+                "sampled")  # fmt: skip
+    parts, shifts, draws = shown.strip().split("\n\n")
+    wanted = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    for table in (parts, shifts):
+        assert [line.split()[1] for line in table.splitlines()[2:]] == wanted
+    assert "| as they are | noise | inverted | relabelled |" in shifts
+    assert [line.split()[1] for line in draws.splitlines()[2:]] == ["0", "1"]
