@@ -46,3 +46,17 @@ def test_the_main_job_as_a_script(tmp_path):
     )  # fmt: skip
     assert "pre-trained:" in output
     assert "from scratch:" in output
+
+
+def test_unfreezing_prints_decisions_and_computes_nothing_twice(tmp_path):
+    arguments = [
+        "--targets", "nothing", "--min-z", "0", "--seeds", "0", "--steps", "2",
+        "--validation", "40", "--results", str(tmp_path / "results.jsonl"),
+    ]  # fmt: skip
+    first = run("unfreezing.py", *arguments)
+    assert "| nothing | head |" in first
+    assert "| nothing | + layer4 |" in first
+    assert "of 1" in first
+    again = run("unfreezing.py", *arguments)
+    assert again.splitlines()[-8:] == first.splitlines()[-8:]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
