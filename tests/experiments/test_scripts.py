@@ -72,3 +72,17 @@ def test_curvature_prints_parts_shifts_and_draws():
         assert [line.split()[1] for line in table.splitlines()[2:]] == wanted
     assert "| as they are | noise | inverted | relabelled |" in shifts
     assert [line.split()[1] for line in draws.splitlines()[2:]] == ["0", "1"]
+
+
+def test_unfreezing_prints_decisions_and_computes_nothing_twice(tmp_path):
+    arguments = [
+        "--targets", "nothing", "--min-z", "0", "--seeds", "0", "--steps", "2",
+        "--validation", "40", "--results", str(tmp_path / "results.jsonl"),
+    ]  # fmt: skip
+    first = run("unfreezing.py", *arguments)
+    assert "| nothing | head |" in first
+    assert "| nothing | + layer4 |" in first
+    assert "of 1" in first
+    again = run("unfreezing.py", *arguments)
+    assert again.splitlines()[-8:] == first.splitlines()[-8:]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
