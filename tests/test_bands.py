@@ -1,0 +1,204 @@
+"""Images of n bands through the whole of it: transfer, training, files, folding, the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxtransfer as ft
+from flaxtransfer.cli import run
+from flaxtransfer.models.band_components import least_squares
+from flaxtransfer.models.band_kernels import by_wavelength
+from flaxtransfer.paths import flatten
+from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
+
+TINY = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
+PREPROCESSING = ft.Preprocessing((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), 16, 16)
+RANDOM = np.random.default_rng(0)
+
+
+def checkpoint(seed: int = 0) -> ft.Checkpoint:
+    variables = ft.resnet(TINY).init(jax.random.key(seed))
+    return ft.Checkpoint(jax.tree.map(np.asarray, variables), TINY, PREPROCESSING)
+
+
+def images(bands: int, count: int = 12) -> ft.ArraySource:
+    """The first band is bright in the second class."""
+    pixels = RANDOM.integers(0, 90, (count, 16, 16, bands))
+    labels = np.arange(count) % 2
+    pixels[..., 0] += 120 * labels[:, None, None]
+    return ft.ArraySource(pixels.astype(np.uint8), labels, ("dark", "bright"))
+
+
+def logits(model: ft.Model, variables: ft.Variables, pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(model.apply(variables, jnp.asarray(pixels, jnp.float32))[0])
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 13])
+@pytest.mark.parametrize("adapter", ["linear", "curves"])
+def test_an_adapter_is_new_and_everything_else_is_kept(bands, adapter):
+    model, variables, report = ft.transfer(checkpoint(), classes=2, bands=bands, adapter=adapter)
+    assert model.segments[:2] == ("adapter", "stem")
+    assert model.config.bands == bands
+    new = {"params/adapter/kernel", "params/fc/kernel", "params/fc/bias"}
+    assert set(report.new) == new | ({"params/adapter/curves"} if adapter == "curves" else set())
+    assert not report.adapted
+    old = flatten(checkpoint().variables)
+    for path in report.kept:
+        np.testing.assert_array_equal(flatten(variables)[path], old[path])
+    pixels = RANDOM.normal(size=(2, 16, 16, bands))
+    whole = logits(model, variables, pixels)
+    first, _ = model.apply(variables, jnp.asarray(pixels, jnp.float32), stop="stem")
+    assert first.shape == (2, 16, 16, 3)
+    second, _ = model.apply(variables, first, start="stem")
+    np.testing.assert_allclose(second, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gray_adapter_begins_as_replication():
+    plain, variables, _ = ft.transfer(checkpoint(), classes=2, head="new", zero_head=False)
+    gray = RANDOM.normal(size=(3, 16, 16, 1))
+    wanted = logits(plain, variables, np.repeat(gray, 3, axis=-1))
+    for adapter in ("linear", "curves", "sum"):
+        model, start, _ = ft.transfer(
+            checkpoint(), classes=2, bands=1, adapter=adapter, zero_head=False
+        )
+        np.testing.assert_allclose(logits(model, start, gray), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["average", "repeat"])
+def test_another_stem_is_adapted(way):
+    model, variables, report = ft.transfer(checkpoint(), classes=2, bands=6, adapter=way)
+    assert report.adapted == ("params/conv1/kernel",)
+    assert model.segments[0] == "stem"
+    assert variables["params"]["conv1"]["kernel"].shape == (7, 7, 6, 4)
+
+
+def test_where_an_adapter_starts():
+    centres = [443, 490, 560, 665, 842]
+    _, variables, _ = ft.transfer(checkpoint(), classes=2, bands=5, wavelengths=centres)
+    kernel = variables["params"]["adapter"]["kernel"]
+    np.testing.assert_allclose(kernel, by_wavelength(centres), rtol=1e-6)
+    patches = RANDOM.normal(size=(80, 5))
+    patches -= patches.mean(axis=0)
+    _, variables, _ = ft.transfer(checkpoint(), classes=2, bands=5, patches=patches)
+    kernel = variables["params"]["adapter"]["kernel"]
+    np.testing.assert_allclose(kernel, least_squares(patches), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"bands": 0}, "1 or more, not 0"),
+        ({"bands": 2, "adapter": "liner"}, "no adapter 'liner'; did you mean 'linear'"),
+        ({"bands": 4, "adapter": "sum"}, "'sum' is for one gray band, not 4"),
+        ({"bands": 4, "wavelengths": [490, 560]}, "2 wavelengths for 4 bands"),
+        ({"bands": 4, "adapter": "repeat", "wavelengths": [400] * 4}, "takes no wavelengths"),
+        ({"bands": 4, "adapter": ft.Adapter(5)}, "for 5 bands, and the images have 4"),
+        ({"wavelengths": [490.0]}, "belong to bands"),
+        ({"bands": 4, "patches": np.zeros((99, 3))}, "patches of 3 bands for images of 4"),
+    ],
+)
+def test_what_does_not_fit(settings, text):
+    with pytest.raises(ValueError, match=text):
+        ft.transfer(checkpoint(), classes=2, **settings)
+
+
+def test_images_of_other_bands_are_refused():
+    model, variables, _ = ft.transfer(checkpoint(), classes=2, bands=4)
+    with pytest.raises(ValueError, match=r"adapter takes images .* with 4 channels"):
+        logits(model, variables, np.zeros((1, 16, 16, 3)))
+
+
+def test_statistics_of_bands_are_numpys():
+    source = images(4)
+    found = band_preprocessing(PREPROCESSING, source, np.arange(12), 4)
+    pixels = source.images / 255
+    np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found.std, pixels.std(axis=(0, 1, 2)), rtol=1e-6)
+    patches = band_patches(found, source, np.arange(12))
+    assert patches.shape == (12 * 16, 4)
+    np.testing.assert_allclose(patches.mean(axis=0), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bands", "adapter"), [(1, "curves"), (4, "linear")])
+def test_adapter_and_head_learn_while_the_stem_is_frozen(tmp_path, bands, adapter):
+    source = images(bands)
+    start = checkpoint()
+    preprocessing = band_preprocessing(start.preprocessing, source, np.arange(8), bands)
+    model, variables, _ = ft.transfer(start, classes=2, bands=bands, adapter=adapter)
+    feed = ft.source_feed(source, np.arange(8), np.arange(8, 12), preprocessing, batch_size=4)
+    plan = ft.feature_extraction(variables["params"], steps=3)
+    fitted = ft.fit(model, variables, plan, feed, tmp_path, cache=ft.Cache("memory"))
+    before, after = flatten(variables), flatten(fitted.variables)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    # A new head is zero: nothing below it moves in the first step, and the adapter in the next.
+    assert "params/adapter/kernel" in moved
+    assert {path.split("/")[1] for path in moved} == {"adapter", "fc"}
+    again = ft.load(tmp_path / "model.safetensors")
+    assert again.config == model.config
+    assert again.preprocessing == preprocessing
+    for path, leaf in flatten(again.variables).items():
+        np.testing.assert_array_equal(leaf, after[path])
+
+
+def test_folding_is_the_same_function(tmp_path):
+    model, variables, _ = ft.transfer(
+        checkpoint(), classes=2, bands=6, wavelengths=range(450, 690, 40), zero_head=False
+    )
+    six = dataclasses.replace(PREPROCESSING, mean=(0.5,) * 6, std=(0.25,) * 6)
+    whole = ft.Checkpoint(jax.tree.map(np.asarray, variables), model.config, six)
+    folded = ft.fold_adapter(whole)
+    assert folded.config.adapter is None
+    assert folded.config.in_channels == 6
+    pixels = RANDOM.normal(size=(2, 17, 17, 6))
+    np.testing.assert_allclose(
+        logits(ft.resnet(folded.config), folded.variables, pixels),
+        logits(model, variables, pixels),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    ft.save(tmp_path / "folded.safetensors", folded)
+    assert ft.load(tmp_path / "folded.safetensors").config == folded.config
+    curved, values, _ = ft.transfer(checkpoint(), classes=2, bands=6, adapter="curves")
+    with pytest.raises(ValueError, match="curves"):
+        ft.fold_adapter(ft.Checkpoint(values, curved.config, six))
+
+
+def test_a_span_of_ones_own_comes_back(tmp_path):
+    own = ft.Adapter(1, "curves", knots=5, span=(-1.0, 4.0))
+    model, variables, _ = ft.transfer(checkpoint(), classes=2, bands=1, adapter=own)
+    one = dataclasses.replace(PREPROCESSING, mean=(0.5,), std=(0.25,))
+    saved = ft.Checkpoint(jax.tree.map(np.asarray, variables), model.config, one)
+    ft.save(tmp_path / "own.safetensors", saved)
+    assert ft.load(tmp_path / "own.safetensors").config.adapter == own
+
+
+def test_four_bands_from_a_folder_in_the_terminal(tmp_path, capsys):
+    for label, name in enumerate(("dark", "bright")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = images(4).images[label]
+            Image.fromarray(pixels, "RGBA").save(tmp_path / f"images/{name}/{number}.png")
+    ft.save(tmp_path / "tiny.safetensors", checkpoint())
+    arguments = ["train", "--data", f"folder:{tmp_path / 'images'}", "--weights",
+                 str(tmp_path / "tiny.safetensors"), "--bands", "4", "--strategy",
+                 "feature_extraction", "--steps", "2", "--batch-size", "4", "--compare", "no",
+                 "--run", str(tmp_path / "run")]  # fmt: skip
+    assert run(arguments) == 0
+    assert "4 bands by a linear adapter" in capsys.readouterr().out
+    assert run(["evaluate", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] > 0
+    assert run(["predict", str(tmp_path / "run"), str(tmp_path / "images/dark/0.png")]) == 0
+    rgb = tmp_path / "rgb.png"
+    Image.fromarray(images(3).images[0]).save(rgb)
+    capsys.readouterr()
+    assert run(["predict", str(tmp_path / "run"), str(rgb)]) != 0
+    assert re.search(r"4 bands were asked for and the file holds 3", capsys.readouterr().err)
+    assert run(["train", "--adapter", "linear"]) == 2
+    assert "belong to --bands" in capsys.readouterr().err
