@@ -17,6 +17,7 @@ from flaxtransfer.commands.params import Params, params
 from flaxtransfer.commands.plan import Plan, plan
 from flaxtransfer.commands.predict import Predict, predict
 from flaxtransfer.commands.probe import Probe, probe
+from flaxtransfer.commands.stem import Stem, stem
 from flaxtransfer.commands.train import Train, train
 from flaxtransfer.sharding import guard_cpu_thread_pool
 from flaxtransfer.training.interrupts import Interrupted
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[FindRate, tyro.conf.subcommand("find-rate")]
+    | Annotated[Stem, tyro.conf.subcommand("stem")]
     | Annotated[Params, tyro.conf.subcommand("params")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
@@ -36,6 +38,7 @@ _RUN: dict[type, Callable[[Any, Console], None]] = {
     Train: train,
     Plan: plan,
     Probe: probe,
+    Stem: stem,
     FindRate: find_rate,
     Params: params,
     Evaluate: evaluate,

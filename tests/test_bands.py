@@ -195,6 +195,13 @@ def test_four_bands_from_a_folder_in_the_terminal(tmp_path, capsys):
     assert run(["evaluate", str(tmp_path / "run")]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] > 0
     assert run(["predict", str(tmp_path / "run"), str(tmp_path / "images/dark/0.png")]) == 0
+    capsys.readouterr()
+    picture = tmp_path / "stem.png"
+    assert run(["stem", str(tmp_path / "run"), "--out", str(picture)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "survives replication" in shown
+    assert "survives an adapter of 4 bands" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
     rgb = tmp_path / "rgb.png"
     Image.fromarray(images(3).images[0]).save(rgb)
     capsys.readouterr()

@@ -25,6 +25,7 @@ from flaxtransfer.cli import (
     Plan,
     Predict,
     Probe,
+    Stem,
     Train,
     run,
 )
@@ -312,7 +313,7 @@ def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [Train, Plan, Probe, FindRate, Params, Evaluate, Predict, Convert]
+    "command", [Train, Plan, Probe, Stem, FindRate, Params, Evaluate, Predict, Convert]
 )
 def test_every_option_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
