@@ -130,10 +130,10 @@ def test_gray_is_replicated_and_nothing_else():
     assert (found == GRAY).all()
     assert Channels(3)(PHOTO, None) is PHOTO
     assert Channels(1)(GRAY, None) is GRAY
-    with pytest.raises(
-        ValueError, match="an image has 13 channels, the network wants 3; only gray"
-    ):
+    with pytest.raises(ValueError, match=r"has 13 channels, the network wants 3; .* bands=13"):
         Channels(3)(np.zeros((2, 2, 13), np.uint8), None)
+    with pytest.raises(ValueError, match="has 1 channels, the network wants 13; only gray"):
+        Channels(13)(GRAY, None)
 
 
 def test_the_recipes_end_in_the_networks_size_and_channels():

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import flaxtransfer as ft
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -63,6 +65,7 @@ def test_strategies_are_computed_once_and_tabled(tmp_path):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_curvature_prints_parts_shifts_and_draws():
     shown = run("curvature.py", "--labels-per-class", "2", "--seeds", "0", "1", "--labels",
                 "sampled")  # fmt: skip
@@ -74,6 +77,7 @@ def test_curvature_prints_parts_shifts_and_draws():
     assert [line.split()[1] for line in draws.splitlines()[2:]] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_unfreezing_prints_decisions_and_computes_nothing_twice(tmp_path):
     arguments = [
         "--targets", "nothing", "--min-z", "0", "--seeds", "0", "--steps", "2",
