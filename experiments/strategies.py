@@ -30,10 +30,10 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.commands.evidence import MOST_IMAGES, measure
 from flaxtransfer.data.splits import some
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
+from flaxtransfer.strategies.evidence import MOST_IMAGES, measure
 
 TEST_FRACTION = 0.4
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from flaxtransfer.commands.convert import Convert, convert
 from flaxtransfer.commands.evaluate import Evaluate, evaluate
 from flaxtransfer.commands.find_rate import FindRate, find_rate
+from flaxtransfer.commands.options import Train
 from flaxtransfer.commands.params import Params, params
 from flaxtransfer.commands.plan import Plan, plan
 from flaxtransfer.commands.predict import Predict, predict
 from flaxtransfer.commands.probe import Probe, probe
 from flaxtransfer.commands.stem import Stem, stem
-from flaxtransfer.commands.train import Train, train
+from flaxtransfer.commands.train import train
 from flaxtransfer.sharding import guard_cpu_thread_pool
 from flaxtransfer.training.interrupts import Interrupted
 

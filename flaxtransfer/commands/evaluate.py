@@ -10,7 +10,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from flaxtransfer.commands.train import image_bands, split, training_options
+from flaxtransfer.commands.job import image_bands, split
+from flaxtransfer.commands.options import training_options
 from flaxtransfer.data import Source, open_source
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import suggest

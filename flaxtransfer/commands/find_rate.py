@@ -10,7 +10,8 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from flaxtransfer.commands.train import Job, Train, prepare
+from flaxtransfer.commands.job import Job, prepare
+from flaxtransfer.commands.options import Train
 from flaxtransfer.groups import Group
 from flaxtransfer.paths import suggest
 from flaxtransfer.report.rate_picture import check_picture, rate_picture

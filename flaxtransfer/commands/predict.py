@@ -14,7 +14,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from flaxtransfer.commands.train import image_bands, training_options
+from flaxtransfer.commands.job import image_bands
+from flaxtransfer.commands.options import training_options
 from flaxtransfer.data.band_files import decode_bands
 from flaxtransfer.data.decode import ImageError
 from flaxtransfer.data.transforms import evaluation_transform

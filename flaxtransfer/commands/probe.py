@@ -9,7 +9,8 @@ from typing import Literal
 from rich.console import Console
 
 from flaxtransfer.analysis.profile import probe_profile
-from flaxtransfer.commands.train import Train, split
+from flaxtransfer.commands.job import split
+from flaxtransfer.commands.options import Train
 from flaxtransfer.data import open_source
 from flaxtransfer.data.splits import some
 from flaxtransfer.features.extraction import segment_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -173,7 +174,8 @@ def _read(slot: Path, fingerprint: Fingerprint, shape: tuple[int, ...], dtype: s
             checksum = zlib.crc32(data, checksum)
     if checksum != meta["crc32"]:
         raise ValueError("its checksum is another")
-    os.utime(slot)  # For whoever clears away what was not used for long.
+    with contextlib.suppress(OSError):  # A folder that may only be read is as good.
+        os.utime(slot)  # For whoever clears away what was not used for long.
     return np.load(slot / _VALUES, mmap_mode="r")
 
 

@@ -32,6 +32,8 @@ def fresh(params: Params) -> Mask:
 def units(params: Params, by: By = "segment") -> dict[str, Mask]:
     """The parts of a ResNet from the input to the output, the head last, each with its mask.
 
+    An input adapter is as new as the head, and belongs to that part.
+
     Raises:
       ValueError: leaves that are no ResNet's, or another ``by``.
     """
@@ -47,14 +49,15 @@ def units(params: Params, by: By = "segment") -> dict[str, Mask]:
     for path in sorted(paths, key=lambda path: _position(path, by)):
         segment = segment_of(path)
         block = path.split("/")[1]
+        if segment in ("adapter", "head"):
+            continue
         if by == "block" and segment.startswith("layer"):
             found.setdefault(f"{segment}/{block}", glob(f"{segment}/{block}/**"))
         elif segment.startswith("layer"):
             found.setdefault(segment, stage(int(segment.removeprefix("layer"))))
         else:
-            mask = {"adapter": adapter, "stem": stem, "head": head}[segment]()
-            found.setdefault(segment, mask)
-    return found
+            found.setdefault(segment, stem())
+    return found | {"head": fresh(params)}
 
 
 def check_measured(measured: Mapping[str, float], argument: str) -> None:

@@ -159,9 +159,7 @@ def progressive_unfreezing(
     if not 0 < decay <= 1:
         raise ValueError(f"decay is a factor in (0, 1], not {decay!r}")
     parts = units(params, by)
-    # An input adapter is as new as the head, and moves with it from the first phase on.
-    parts["head"] = fresh(params)
-    below = [name for name in reversed(parts) if name not in ("head", "adapter")]
+    below = [name for name in reversed(parts) if name != "head"]
     if down_to is not None:
         if down_to not in below:
             raise ValueError(f"no part {down_to!r} below the head; there are {', '.join(below)}")

@@ -88,11 +88,7 @@ def discriminative(
         raise ValueError(f"decay is a factor in (0, 1], not {decay!r}")
     parts = units(params, by)
     top = adamw(learning_rate, weight_decay)
-    # An input adapter is the lowest part and as new as the head.
-    distance = {
-        name: 0 if name == "adapter" else len(parts) - 1 - number
-        for number, name in enumerate(parts)
-    }
+    distance = {name: len(parts) - 1 - number for number, name in enumerate(parts)}
     groups = {
         name: replace(top, learning_rate=scaled(top.learning_rate, decay ** distance[name]))
         for name in parts

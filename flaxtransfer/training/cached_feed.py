@@ -196,7 +196,7 @@ class _Job:
 
     def _predict(self, seconds: float) -> None:
         spared = seconds * (self.choice.passes / self.choice.views - 1)
-        self.say(f"{self.choice.text}; takes about {seconds:.2g} s and spares {spared:.2g} s")
+        self.say(f"cache before {self.cut}: takes about {seconds:.2g} s, spares {spared:.2g} s")
 
 
 def _kept(output: jax.Array, weight: np.ndarray) -> np.ndarray:

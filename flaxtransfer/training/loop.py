@@ -267,12 +267,13 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
 
 def _feed_of(run: _Run, phase: Phase, state: State, position: Position) -> Feed:
     """What the phase reads: images, or what the part that does not move has made of them."""
-    if position.phase_step == phase.total_steps(run.feed.steps_per_epoch):
+    done = position.phase_step == phase.total_steps(run.feed.steps_per_epoch)
+    if done or position.out_of_patience(phase):
         return run.feed  # Interrupted after its last step: nothing will be read.
     choice = choose(run.cache, run.model, state.params, phase, run.feed)
+    if run.cache != OFF:
+        say(choice.text)
     if choice.cut is None:
-        if run.cache != OFF:
-            say(choice.text)
         return run.feed
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     folder = run.cache.folder or run.folder / run_folder.FEATURES

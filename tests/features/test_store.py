@@ -158,3 +158,14 @@ def test_what_a_killed_process_left_goes(tmp_path):
         folder.mkdir()
     store.make_room(tmp_path, 0, 10**9)
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
+
+
+def test_a_folder_that_may_only_be_read(tmp_path, monkeypatch):
+    write(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    found, _ = find(tmp_path)
+    np.testing.assert_array_equal(found, VALUES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,11 +11,14 @@ from hypothesis import strategies as st
 
 import flaxtransfer as ft
 from flaxtransfer.groups import FROZEN
+from flaxtransfer.masks import selected
 from flaxtransfer.strategies.measured import curvature_rates
+from flaxtransfer.strategies.parts import units
 
 from ..training.small import network
 
-PARAMS = network()[1]["params"]
+MODEL, VARIABLES = network()
+PARAMS = VARIABLES["params"]
 BODY = ("stem", "layer1", "layer2", "layer3", "layer4")
 LEVEL, NAN = dict.fromkeys(BODY, 1.0), float("nan")
 
@@ -115,3 +120,20 @@ def test_errors(call, text):
 def test_plans_with_measured_rates_are_written_and_read():
     plan = ft.curvature_scaled(PARAMS, curvature=dict.fromkeys(BODY, 0.5), examples=7)
     assert ft.plan_from_yaml(ft.plan_to_yaml(plan)) == plan
+
+
+def test_an_input_adapter_is_as_new_as_the_head():
+    """It is no part to be measured, chosen or slowed down."""
+    adapted = ft.resnet(replace(MODEL.config, adapter=ft.Adapter(4))).abstract()["params"]
+    assert list(units(adapted)) == [*BODY, "head"]
+    assert {"adapter/kernel", "fc/kernel"} <= selected(units(adapted)["head"], adapted)
+    ratios = dict.fromkeys(BODY, 1.0)
+    for plan in (
+        ft.gradient_scaled(adapted, gradients=ratios, head_learning_rate=5e-3),
+        ft.surgical(adapted, gradients=ratios | {"layer4": 2.0}, head_learning_rate=5e-3),
+        ft.discriminative(adapted, learning_rate=5e-3),
+        ft.progressive_unfreezing(adapted, head_learning_rate=5e-3),
+    ):
+        for phase in plan.resolve(adapted).phases:
+            group = phase.groups[phase.labels["adapter"]["kernel"]]
+            assert group.learning_rate == phase.groups[phase.labels["fc"]["kernel"]].learning_rate

@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
 
 
 def test_a_rare_class_is_measured_too(rare, weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("flaxtransfer.commands.train.MOST_IMAGES", 2)
+    monkeypatch.setattr("flaxtransfer.commands.job.MOST_IMAGES", 2)
     monkeypatch.setattr("flaxtransfer.commands.train.MOST_IMAGES_FOR_BASELINE", 3)
     arguments = ["train", "--data", f"folder:{rare}", "--weights", str(weights), "--compare", "no",
                  "--strategy", "gradient_scaled", "--steps", "1", "--batch-size", "8",
