@@ -1,6 +1,6 @@
 """Gray and 13-band images before a frozen RGB network: what each input adapter is worth.
 
-    python experiments/bands.py            # about ten minutes on 2 CPU cores
+    python experiments/bands.py            # about six minutes on 2 CPU cores
 
 Two targets are drawn. "13 bands": a patch whose spectrum differs from that of its surroundings, the
 mean over the bands equal everywhere: the class lies in contrast between bands alone. "gray": a disc
@@ -8,6 +8,10 @@ whose grey value lies in one of two pairs of windows that interlock, on a surrou
 values, so that no single threshold tells the classes apart. On both the network is frozen but for
 the head and, where there is one, the adapter; all ways get the same images, steps and rates, none
 of which were tuned.
+
+Of the stem two numbers are printed for what was learned: the share of its energy that survives, and
+the mean share of those filters that are opponent, which is to say silent on replicated gray. Tone
+curves are measured by what they make of grey values spread evenly.
 
 Two networks: the built-in one, whose stem has no opponent filter, and one that is pre-trained here
 on coloured shapes behind a stem that was written down: half of its filters compare brightness, half
@@ -25,8 +29,9 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.analysis.stem import stem_report
+from flaxtransfer.analysis.stem import StemReport, stem_report
 from flaxtransfer.data import evaluation_transform
+from flaxtransfer.models import adapters
 from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
 
 SENTINEL_NM = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)
@@ -170,8 +175,8 @@ def pretrained_on_colour(config: Bands) -> ft.Checkpoint:
 
 def adapt(
     config: Bands, checkpoint: ft.Checkpoint, target: str, way: dict[str, Any], seed: int
-) -> tuple[float, float]:
-    """Test accuracy, and the share of the stem's energy that survives what was learned."""
+) -> tuple[float, StemReport]:
+    """Test accuracy, and what of the stem survives what was learned."""
     draw, bands = TARGETS[target]
     random = np.random.default_rng([seed, bands])
     source = draw(random, config.train + config.test, config.size)
@@ -197,10 +202,25 @@ def adapt(
     test = np.arange(config.train, config.train + config.test)
     result = ft.evaluate(model, fitted.variables, ft.held_out(source, test, preprocessing),
                          preprocessing)  # fmt: skip
-    adapter = fitted.variables["params"].get("adapter", {}).get("kernel")
     stem = checkpoint.variables["params"]["conv1"]["kernel"]
-    surviving = stem_report(stem, adapter).surviving if adapter is not None or bands == 1 else None
-    return result.accuracy, float("nan") if surviving is None else surviving
+    learned = fitted.variables["params"].get("adapter")
+    if learned is not None and model.config.adapter is not None:
+        return result.accuracy, stem_report(stem, tones(model.config.adapter, learned))
+    channel = np.eye(3)[np.arange(bands) % 3] if way["adapter"] == "repeat" else np.ones((bands, 3))
+    return result.accuracy, stem_report(stem, channel[None, None])
+
+
+def tones(adapter: ft.Adapter, params: ft.Params) -> np.ndarray:
+    """What each band alone makes of 64 grey values, without its mean: ``[1, 1, bands * 64, 3]``.
+
+    Bands that are independent add up in a filter, and so do grey values that are equally frequent:
+    of a linear adapter it is the kernel, 64 times over, in other units.
+    """
+    values = np.linspace(-2, 2, 64, dtype=np.float32)
+    pixels = np.einsum("v,bc->bvc", values, np.eye(adapter.bands, dtype=np.float32))
+    made = np.asarray(adapters.apply(adapter, params, jax.numpy.asarray(pixels[:, :, None])))
+    made = made[:, :, 0] - made[:, :, 0].mean(axis=1, keepdims=True)
+    return made.reshape(1, 1, -1, 3)
 
 
 def main(config: Bands) -> None:
@@ -208,18 +228,21 @@ def main(config: Bands) -> None:
     for name, checkpoint in networks.items():
         report = stem_report(checkpoint.variables["params"]["conv1"]["kernel"])
         print(f"{name}: {report.summary()}")
-    print("\n| network | target | way | accuracy | stem's energy that survives |")
-    print("|---|---|---|---|---|")
+    print("\n| network | target | way | accuracy | energy that survives | of opponent filters |")
+    print("|---|---|---|---|---|---|")
     for name, checkpoint in networks.items():
+        opponent = stem_report(checkpoint.variables["params"]["conv1"]["kernel"]).opponent
         for target, ways in WAYS.items():
             for label, way in ways.items():
                 found = [adapt(config, checkpoint, target, way, seed) for seed in config.seeds]
-                accuracy, surviving = (np.array(column) for column in zip(*found, strict=True))
+                accuracy = 100 * np.array([right for right, _ in found])
                 spread = accuracy.std(ddof=1) if len(accuracy) > 1 else 0.0
-                share = "" if np.isnan(surviving).any() else f"{100 * surviving.mean():.0f} %"
+                energy = np.mean([report.surviving or 0.0 for _, report in found])
+                awake = [report.shares[i] for _, report in found for i in opponent]
+                woken = f"{100 * np.mean(awake):.1f} %" if awake else "none there"
                 print(
-                    f"| {name} | {target} | {label} | {100 * accuracy.mean():.1f} ± "
-                    f"{100 * spread:.1f} | {share} |", flush=True,
+                    f"| {name} | {target} | {label} | {accuracy.mean():.1f} ± {spread:.1f} | "
+                    f"{100 * energy:.0f} % | {woken} |", flush=True,
                 )  # fmt: skip
 
 

@@ -90,3 +90,20 @@ def test_unfreezing_prints_decisions_and_computes_nothing_twice(tmp_path):
     again = run("unfreezing.py", *arguments)
     assert again.splitlines()[-8:] == first.splitlines()[-8:]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_bands_prints_a_row_for_every_way_and_what_of_the_stem_survives():
+    shown = run("bands.py", "--train", "64", "--test", "16", "--steps", "1", "--pretraining", "1",
+                "--seeds", "0")  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in shown.splitlines() if " ± " in line]
+    assert [row[:2] for row in rows] == [
+        [network, target]
+        for network in ("built-in", "colour")
+        for target, count in (("gray", 3), ("13 bands", 6))
+        for _ in range(count)
+    ]
+    # The stem of the second network is written down: half of its filters are opponent exactly.
+    replicated, averaged = (next(row for row in rows[9:] if row[2] == way)
+                            for way in ("replicate", "average"))  # fmt: skip
+    assert replicated[4:] == averaged[4:] == ["50 %", "0.0 %"]
