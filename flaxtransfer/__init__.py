@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flaxtransfer.analysis.profile import Profile, probe_profile
     from flaxtransfer.analysis.stem import StemReport, stem_report
-    from flaxtransfer.architectures import RESNETS, ResNetConfig
+    from flaxtransfer.architectures import ResNetConfig
     from flaxtransfer.averaging import Soup, average, greedy_soup, interpolate
     from flaxtransfer.bands import Adapter
     from flaxtransfer.batchnorm import Norm, policy
+    from flaxtransfer.catalogue import RESNETS
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
     from flaxtransfer.features import (

@@ -1,28 +1,48 @@
 """What a ResNet looks like, as a value: depths, widths, block; no arrays and no framework."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from flaxtransfer.bands import Adapter
 
-__all__ = ["RESNETS", "VARIANTS", "ResNetConfig"]
+__all__ = ["GROUPS", "ResNetConfig", "eca_size", "squeezed"]
 
 _DEPTHS: dict[tuple[str, tuple[int, ...]], int] = {
+    ("basic", (1, 1, 1, 1)): 10,
+    ("bottleneck", (1, 1, 1, 1)): 14,
     ("basic", (2, 2, 2, 2)): 18,
+    ("bottleneck", (2, 2, 2, 2)): 26,
     ("basic", (3, 4, 6, 3)): 34,
     ("bottleneck", (3, 4, 6, 3)): 50,
     ("bottleneck", (3, 4, 23, 3)): 101,
     ("bottleneck", (3, 8, 36, 3)): 152,
+    ("bottleneck", (3, 24, 36, 3)): 200,
+    ("bottleneck", (3, 30, 48, 8)): 269,
+    ("bottleneck", (4, 29, 53, 4)): 270,
+    ("bottleneck", (4, 36, 72, 4)): 350,
+    ("bottleneck", (4, 44, 87, 4)): 420,
 }
+
+_STEMS: dict[tuple[str, int | None, str], str] = {
+    ("plain", None, "convolution"): "",
+    ("deep", 32, "convolution"): "c",
+    ("deep", 32, "average"): "d",
+    ("deep", 64, "average"): "e",
+    ("deep", 64, "convolution"): "s",
+    ("tiered", 32, "average"): "t",
+}
+"""The letter after the depth, by stem, its width, and shortcut."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """The shape of a ResNet of the v1.5 family (stride in the 3x3 convolution).
+    """The shape of a ResNet whose blocks end in an activation (v1 and v1.5).
 
-    Use it to build a network, and to say what a checkpoint holds. It describes the plain,
-    wide and ResNeXt forms; it does not describe deep stems, attention or pre-activation.
+    Use it to build a network, and to say what a checkpoint holds. The first fields describe the
+    plain, wide and ResNeXt forms; each of those after ``adapter`` is one change to them, and all
+    can be combined. Pre-activation networks (v2, BiT) are not described.
 
     Args:
         block: "basic" (two 3x3) or "bottleneck" (1x1, 3x3, 1x1 with four times the planes).
@@ -34,6 +54,31 @@ class ResNetConfig:
         classes: outputs of the head.
         in_channels: channels that the stem takes; those of the image where there is no adapter.
         adapter: what makes three channels for the stem out of an image's bands; None without one.
+        stem: "plain" (one 7x7 convolution of `width` channels), "deep" (three 3x3 of `stem_width`,
+            `stem_width` and `2 * stem_width`), or "tiered" (likewise, the first with 3/4 of it).
+        stem_width: of a deep or tiered stem; None for a plain one.
+        stem_pool: "max", or "convolution" (a 3x3 with stride 2 and its norm, ResNet-RS).
+        shortcut: "convolution" (1x1 with the block's stride), or "average" (2x2 average-pooling
+            with the stride, then a 1x1 with stride 1).
+        shortcut_kernel: 1, or 3 for convolutions of 3x3 in the shortcuts with a stride (SENet-154).
+        reduce_first: divides the channels of a block's first convolution (SENet-154: 2).
+        attention: over the channels of each block's output: "se", "eca" or None.
+        se_ratio: inner channels of "se" as a share of the block's; rounded to 8.
+        anti_alias: how a block with a stride lowers resolution instead: "average" (2x2 averages),
+            "blur" (3x3 binomial filter, edges reflected) or None; the pool of the stem likewise.
+        norm: "batch", or "group" (GroupNorm of 32 groups, without running statistics).
+        stride_in: the convolution of a bottleneck that has the stride: "3x3" (v1.5: torchvision,
+            timm) or "1x1", the first one (v1: Caffe, Keras).
+
+    References:
+        K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
+        T. He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks",
+        2019 (deep stem, average-pooled shortcut).
+        J. Hu, L. Shen, G. Sun, "Squeeze-and-Excitation Networks", 2018.
+        Q. Wang et al., "ECA-Net: Efficient Channel Attention for Deep CNNs", 2020.
+        R. Zhang, "Making Convolutional Networks Shift-Invariant Again", 2019 (blur).
+        Y. Wu, K. He, "Group Normalization", 2018.
+        I. Bello et al., "Revisiting ResNets: Improved Training and Scaling Strategies", 2021 (RS).
 
     Raises:
         ValueError: a number that cannot describe a network; the text names the field.
@@ -46,6 +91,9 @@ class ResNetConfig:
     'wide_resnet50_2'
     >>> ResNetConfig("bottleneck", (3, 4, 6, 3)).features
     2048
+    >>> deep = {"stem": "deep", "stem_width": 32, "shortcut": "average"}
+    >>> ResNetConfig("bottleneck", (3, 4, 6, 3), attention="se", **deep).name
+    'seresnet50d'
     """
 
     block: Literal["basic", "bottleneck"] = "basic"
@@ -56,14 +104,27 @@ class ResNetConfig:
     classes: int = 1000
     in_channels: int = 3
     adapter: Adapter | None = None
+    stem: Literal["plain", "deep", "tiered"] = "plain"
+    stem_width: int | None = None
+    stem_pool: Literal["max", "convolution"] = "max"
+    shortcut: Literal["convolution", "average"] = "convolution"
+    shortcut_kernel: Literal[1, 3] = 1
+    reduce_first: int = 1
+    attention: Literal["se", "eca"] | None = None
+    se_ratio: float = 1 / 16
+    anti_alias: Literal["average", "blur"] | None = None
+    norm: Literal["batch", "group"] = "batch"
+    stride_in: Literal["3x3", "1x1"] = "3x3"
 
     def __post_init__(self) -> None:
-        if self.block not in ("basic", "bottleneck"):
-            raise ValueError(f"block must be 'basic' or 'bottleneck', not {self.block!r}")
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                words = " or ".join(map(repr, choices))
+                raise ValueError(f"{field} must be {words}, not {getattr(self, field)!r}")
         object.__setattr__(self, "depths", tuple(self.depths))
         if len(self.depths) != 4 or any(not _positive(depth) for depth in self.depths):
             raise ValueError(f"depths must be 4 positive integers, not {self.depths!r}")
-        for field in ("width", "base_width", "groups", "classes", "in_channels"):
+        for field in ("width", "base_width", "groups", "classes", "in_channels", "reduce_first"):
             if not _positive(getattr(self, field)):
                 raise ValueError(
                     f"{field} must be a positive integer, not {getattr(self, field)!r}"
@@ -79,6 +140,7 @@ class ResNetConfig:
                 "no channels"
             )
 
+        self._check_parts()
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
             raise TypeError(f"adapter must be an Adapter or None, not {self.adapter!r}")
         if self.adapter is not None and self.in_channels != 3:
@@ -86,6 +148,43 @@ class ResNetConfig:
                 f"an adapter makes 3 channels, and the stem takes {self.in_channels}; an adapter "
                 "stands before an RGB stem"
             )
+
+    def _check_parts(self) -> None:
+        if (self.stem == "plain") != (self.stem_width is None):
+            raise ValueError(
+                f"a deep or tiered stem has a stem_width and a plain one has width, not "
+                f"stem={self.stem!r} with stem_width={self.stem_width!r}"
+            )
+        if self.stem_width is not None and not (_positive(self.stem_width) and self.stem_width > 3):
+            raise ValueError(f"stem_width must be a whole number above 3, not {self.stem_width!r}")
+        if not 0 < self.se_ratio <= 1:
+            raise ValueError(f"se_ratio is a share above 0 and up to 1, not {self.se_ratio!r}")
+        if self.stem_pool == "convolution" and self.anti_alias is not None:
+            raise ValueError("a stem whose pool is a convolution has no anti-aliased one")
+        if self.shortcut == "average" and self.shortcut_kernel != 1:
+            raise ValueError("an average-pooled shortcut has shortcut_kernel 1, not 3")
+        if self.inner(1) // self.reduce_first < 1:
+            raise ValueError(
+                f"reduce_first {self.reduce_first} leaves the first convolution no channels"
+            )
+        narrow = [self.stem_channels[0], self.inner(1) // self.reduce_first, self.width]
+        if self.norm == "group" and any(channels % GROUPS for channels in narrow):
+            raise ValueError(
+                f"GroupNorm has {GROUPS} groups, and the network layers of {min(narrow)} channels"
+            )
+
+    def inner(self, stage: int) -> int:
+        """Channels of the 3x3 convolutions in the blocks of a stage, 1 to 4."""
+        planes = self.width * 2 ** (stage - 1)
+        return int(planes * self.base_width / 64) * self.groups
+
+    @property
+    def stem_channels(self) -> tuple[int, ...]:
+        """Output channels of the stem's convolutions, in their order."""
+        if self.stem_width is None:
+            return (self.width,)
+        first = 3 * (self.stem_width // 4) if self.stem == "tiered" else self.stem_width
+        return (first, self.stem_width, 2 * self.stem_width)
 
     @property
     def bands(self) -> int:
@@ -103,16 +202,18 @@ class ResNetConfig:
         return self.width * 8 * self.expansion
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a dictionary that `json` can write; without an adapter there is no word
-        of one, so that files of plain networks are what they were before there were adapters.
+        """The fields as a dictionary that `json` can write. Parts that a plain ResNet does not have
+        are not mentioned, so that its files are what they were before there were such parts.
 
         >>> "adapter" in ResNetConfig().to_json()
         False
         """
-        fields = dataclasses.asdict(self)
-        if self.adapter is None:
-            del fields["adapter"]
-        return fields
+        plain = {field.name: field.default for field in dataclasses.fields(self)[_PLAIN_FIELDS:]}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in plain or value != plain[name]
+        }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ResNetConfig":
@@ -134,33 +235,73 @@ class ResNetConfig:
         """The name that users know ("resnet50"); "w32" is added for another width."""
         depth = _DEPTHS.get((self.block, self.depths))
         number = str(depth) if depth else f"-{self.block}-" + "-".join(map(str, self.depths))
+        letter = _STEMS.get((self.stem, self.stem_width, self.shortcut))
+        if letter is None:
+            letter = f"-{self.stem}{self.stem_width or ''}-{self.shortcut}"
+        alias = {"average": "aa", "blur": "blur", None: ""}[self.anti_alias]
+        if self.stem_pool == "convolution":
+            alias, letter = "rs", "" if letter == "d" else letter
+        prefix = "" if alias == "rs" and self.attention == "se" else self.attention or ""
         if self.groups != 1:
-            name = f"resnext{number}_{self.groups}x{self.base_width}d"
+            name = f"{prefix}resnext{alias}{number}{letter}_{self.groups}x{self.base_width}d"
         elif self.base_width == 64:
-            name = f"resnet{number}"
+            name = f"{prefix}resnet{alias}{number}{letter}"
         elif self.base_width % 64 == 0:
-            name = f"wide_resnet{number}_{self.base_width // 64}"
+            name = f"{prefix}wide_resnet{alias}{number}{letter}_{self.base_width // 64}"
         else:
-            name = f"resnet{number}b{self.base_width}"
+            name = f"{prefix}resnet{alias}{number}{letter}b{self.base_width}"
+        if (self.reduce_first, self.shortcut_kernel) != (1, 1):
+            name += f"_first{self.reduce_first}_down{self.shortcut_kernel}"
+        if self.norm == "group":
+            name += "_gn"
+        if self.stride_in == "1x1":
+            name += "_v1"
+        name = _OTHER_NAMES.get(name, name)
         return name if self.width == 64 else f"{name}w{self.width}"
+
+
+def squeezed(channels: int, ratio: float) -> int:
+    """Inner channels of a squeeze: the share, rounded to a multiple of 8, and 8 at least.
+
+    >>> squeezed(256, 1 / 16), squeezed(64, 1 / 16)
+    (16, 8)
+    """
+    return max(8, int(channels * ratio + 4) // 8 * 8)
+
+
+def eca_size(channels: int) -> int:
+    """Neighbours among the channels that ECA looks at, an odd number.
+
+    >>> eca_size(64), eca_size(2048)
+    (3, 7)
+    """
+    size = int(abs(math.log2(channels) + 1) / 2)
+    return max(3, size if size % 2 else size + 1)
 
 
 def _positive(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
-RESNETS: dict[str, ResNetConfig] = {
-    "resnet18": ResNetConfig("basic", (2, 2, 2, 2)),
-    "resnet34": ResNetConfig("basic", (3, 4, 6, 3)),
-    "resnet50": ResNetConfig("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ResNetConfig("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ResNetConfig("bottleneck", (3, 8, 36, 3)),
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "block": ("basic", "bottleneck"),
+    "stem": ("plain", "deep", "tiered"),
+    "stem_pool": ("max", "convolution"),
+    "shortcut": ("convolution", "average"),
+    "shortcut_kernel": (1, 3),
+    "attention": (None, "se", "eca"),
+    "anti_alias": (None, "average", "blur"),
+    "norm": ("batch", "group"),
+    "stride_in": ("3x3", "1x1"),
 }
 
-VARIANTS: dict[str, ResNetConfig] = {
-    "wide_resnet50_2": ResNetConfig("bottleneck", (3, 4, 6, 3), base_width=128),
-    "wide_resnet101_2": ResNetConfig("bottleneck", (3, 4, 23, 3), base_width=128),
-    "resnext50_32x4d": ResNetConfig("bottleneck", (3, 4, 6, 3), base_width=4, groups=32),
-    "resnext101_32x8d": ResNetConfig("bottleneck", (3, 4, 23, 3), base_width=8, groups=32),
-    "resnext101_64x4d": ResNetConfig("bottleneck", (3, 4, 23, 3), base_width=4, groups=64),
+_PLAIN_FIELDS = 7
+"""The fields of `ResNetConfig` that every file mentions come first."""
+
+GROUPS = 32
+"""Of a GroupNorm."""
+
+_OTHER_NAMES = {
+    "seresnext152s_64x4d_first2_down3": "senet154",
+    "ecaresnet-bottleneck-1-1-11-3-plain-average": "ecaresnetlight",
 }

@@ -32,7 +32,14 @@ SEGMENT_ORDER = ("adapter", "stem", "layer1", "layer2", "layer3", "layer4", "poo
 """The segments of a ResNet from its input to its output."""
 
 _STAGE = re.compile(r"layer([1-9][0-9]*)")
-_SEGMENT_BY_NAME = {"adapter": "adapter", "conv1": "stem", "bn1": "stem", "fc": "head"}
+_SEGMENT_BY_NAME = {
+    "adapter": "adapter",
+    "conv1": "stem",
+    "bn1": "stem",
+    "gn1": "stem",
+    "maxpool": "stem",
+    "fc": "head",
+}
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import optax
 from rich.console import Console
 
-from flaxtransfer.architectures import RESNETS
 from flaxtransfer.batchnorm import policy
+from flaxtransfer.catalogue import RESNETS
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
 from flaxtransfer.models import resnet

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flaxtransfer.architectures import RESNETS
+from flaxtransfer.catalogue import RESNETS
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.strategies import RECIPES

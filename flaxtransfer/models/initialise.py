@@ -110,4 +110,4 @@ def _draw(
 def _deviation(shape: tuple[int, ...]) -> float:
     if len(shape) == 2:
         return (1 / shape[0]) ** 0.5
-    return (2 / (math.prod(shape[:2]) * shape[3])) ** 0.5
+    return (2 / (math.prod(shape[:-2]) * shape[-1])) ** 0.5

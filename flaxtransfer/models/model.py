@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.batchnorm import Norm, check
-from flaxtransfer.models.blocks import Convolution
 from flaxtransfer.models.convolution import conv
 from flaxtransfer.models.initialise import initial_params, initial_statistics
+from flaxtransfer.models.layers import Convolution
 from flaxtransfer.models.network import Network, segments_of
 from flaxtransfer.paths import flatten, listing, segment_of, suggest, unflatten
 from flaxtransfer.types import Params, Variables
@@ -82,7 +82,8 @@ class Model:
         (512, 10)
         """
         flat = _abstract(self.config)
-        return unflatten(dict(flat))
+        # A network of GroupNorms has no statistics, and an empty tree no path.
+        return {"batch_stats": {}, **unflatten(dict(flat))}
 
     def init(self, rng: jax.Array, image_shape: Sequence[int] | None = None) -> Variables:
         """Random parameters and neutral BatchNorm statistics, all float32.
@@ -104,8 +105,12 @@ class Model:
         abstract = self.abstract()
         zero = {"fc/kernel"} if self.zero_head else set()
         if self.zero_init_residual:
-            last = "bn2" if self.config.block == "basic" else "bn3"
-            zero |= {path for path in flatten(abstract["params"]) if path.endswith(f"{last}/scale")}
+            last = "n2" if self.config.block == "basic" else "n3"  # bn2 or gn2
+            zero |= {
+                path
+                for path in flatten(abstract["params"])
+                if path.startswith("layer") and path.endswith(f"{last}/scale")
+            }
         params = initial_params(rng, abstract["params"], zero=zero)
         if self.config.adapter is not None:
             # No ReLU follows: three channels of variance 1 from bands of variance 1 want 1 / bands
@@ -171,25 +176,25 @@ class Model:
             )
         if segments:
             _check_input(segments[0], self.config, images.shape)
-        network = Network(self.dtype, self.convolution, self.config)
+        network = Network(self.dtype, self.convolution, self.config.norm, self.config)
         if norm == "running":
             output: Any = network.apply(variables, images, norm, segments)
             return output, variables["batch_stats"]
         # flax's signature does not say that `mutable` makes it a pair.
         result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
         output, updated = result
-        return output, updated["batch_stats"]
+        return output, updated.get("batch_stats", {})
 
 
 @lru_cache(maxsize=64)
 def _abstract(config: ResNetConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
     """Paths and abstract leaves of both collections; tracing a deep network takes half a second."""
-    network = Network(jnp.dtype("float32"), conv, config)
+    network = Network(jnp.dtype("float32"), conv, config.norm, config)
     images = jax.ShapeDtypeStruct((1, 32, 32, config.bands), jnp.float32)
     variables = jax.eval_shape(
         lambda images: network.init(jax.random.key(0), images, "running"), images
     )
-    return tuple(flatten({name: variables[name] for name in _COLLECTIONS}).items())
+    return tuple(flatten({name: variables.get(name, {}) for name in _COLLECTIONS}).items())
 
 
 def _dtype(dtype: Any) -> jnp.dtype:
@@ -225,7 +230,7 @@ def _check_input(segment: str, config: ResNetConfig, shape: Sequence[int]) -> No
         source = "images" if config.adapter is None else "the output of the adapter"
         channels = config.in_channels
     elif segment == "layer1":
-        channels, source = config.width, "the output of the stem"
+        channels, source = config.stem_channels[-1], "the output of the stem"
     elif segment in ("pool", "head"):
         channels, source = config.features, "the output of what comes before it"
     else:

@@ -8,8 +8,9 @@ from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.bands import Adapter
 from flaxtransfer.batchnorm import Norm
 from flaxtransfer.models import adapters
-from flaxtransfer.models.blocks import BLOCKS, Layers
-from flaxtransfer.models.pooling import max_pool
+from flaxtransfer.models.blocks import BLOCKS
+from flaxtransfer.models.layers import Layers
+from flaxtransfer.models.pooling import anti_aliased, average_pool, max_pool
 
 __all__ = ["Network", "segments_of"]
 
@@ -37,6 +38,31 @@ class InputAdapter(nn.Module):
         return adapters.apply(self.adapter, params, x)
 
 
+class DeepStem(Layers):
+    """Three 3x3 convolutions in the place of a 7x7; the last one's norm follows it outside.
+
+    The convolutions are numbered as in torch, where norms and activations count.
+    """
+
+    channels: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        first, second, third = self.channels
+        x = nn.relu(self.normalise("bn1", self.convolve("0", x, first, 3, 2), norm))
+        x = nn.relu(self.normalise("bn4", self.convolve("3", x, second, 3), norm))
+        return self.convolve("6", x, third, 3)
+
+
+class Pool(Layers):
+    """A convolution with stride 2 in the place of the stem's max-pool."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        x = self.convolve("0", x, x.shape[-1], 3, 2)
+        return nn.relu(self.normalise("bn1", x, norm))
+
+
 class Stage(Layers):
     """The blocks of one resolution; the first one has the stride."""
 
@@ -50,10 +76,10 @@ class Stage(Layers):
             block = BLOCKS[config.block](
                 self.dtype,
                 self.convolution,
-                planes=config.width * 2 ** (self.number - 1),
+                self.norm,
+                config,
+                self.number,
                 stride=2 if index == 0 and self.number > 1 else 1,
-                base_width=config.base_width,
-                groups=config.groups,
                 name=str(index),
             )
             x = block(x, norm)
@@ -73,8 +99,7 @@ class Network(Layers):
             if segment == "adapter" and self.config.adapter is not None:
                 x = InputAdapter(self.config.adapter, name="adapter")(x)
             elif segment == "stem":
-                x = self.convolve("conv1", x, self.config.width, 7, 2)
-                x = max_pool(nn.relu(self.normalise("bn1", x, norm)))
+                x = self._stem(x, norm)
             elif segment == "pool":
                 x = _wide(x).mean((1, 2))
             elif segment == "head":
@@ -83,9 +108,24 @@ class Network(Layers):
                 x = head(_wide(x))
             else:
                 number = int(segment.removeprefix("layer"))
-                stage = Stage(self.dtype, self.convolution, self.config, number, name=segment)
-                x = stage(x, norm)
+                parts = (self.dtype, self.convolution, self.norm, self.config, number)
+                x = Stage(*parts, name=segment)(x, norm)
         return x
+
+    def _stem(self, x: jax.Array, norm: Norm) -> jax.Array:
+        config, parts = self.config, (self.dtype, self.convolution, self.norm)
+        if config.stem == "plain":
+            x = self.convolve("conv1", x, config.width, 7, 2)
+        else:
+            x = DeepStem(*parts, config.stem_channels, name="conv1")(x, norm)
+        x = nn.relu(self.normalise("bn1", x, norm))
+        if config.stem_pool == "convolution":
+            return Pool(*parts, name="maxpool")(x, norm)
+        if config.anti_alias == "average":
+            return average_pool(x)
+        if config.anti_alias == "blur":
+            return anti_aliased(max_pool(x, stride=1), "blur")
+        return max_pool(x)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Max-pooling whose gradient is fast on CPU."""
+"""What lowers resolution without a convolution; max-pooling has a gradient that is fast on CPU."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["max_pool"]
+__all__ = ["anti_aliased", "average_pool", "blur_pool", "max_pool"]
 
 
 def max_pool(x: jax.Array, *, window: int = 3, stride: int = 2, padding: int = 1) -> jax.Array:
@@ -51,3 +51,52 @@ def _first_largest(candidates: list[jax.Array]) -> jax.Array:
         better = (values > best) | jnp.isnan(values)
         best, index = jnp.where(better, values, best), jnp.where(better, number, index)
     return index
+
+
+def average_pool(x: jax.Array, *, padded: bool = False) -> jax.Array:
+    """The mean of each 2x2 window, with stride 2.
+
+    Args:
+      x: images `[batch, height, width, channels]`.
+      padded: what becomes of an odd last row or column: it is a window of its own, of what there
+        is in it (True), or is left out (False).
+
+    Returns:
+      `[batch, out height, out width, channels]` of the same dtype.
+
+    >>> average_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), padded=True)[0, :, :, 0].tolist()
+    [[2.0, 3.5], [6.5, 8.0]]
+    """
+    height, width = x.shape[1:3]
+    if padded:
+        # A copy of the last row or column has the mean of the part that lies inside.
+        x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    else:
+        x = x[:, : height // 2 * 2, : width // 2 * 2]
+    rows = (x[:, 0::2] + x[:, 1::2]) / 2
+    return (rows[:, :, 0::2] + rows[:, :, 1::2]) / 2
+
+
+def blur_pool(x: jax.Array) -> jax.Array:
+    """The 3x3 binomial filter with stride 2, edges reflected.
+
+    Args:
+      x: images `[batch, height, width, channels]`, 2 px high and wide at least.
+
+    >>> blur_pool(jnp.ones((1, 4, 4, 1)))[0, :, :, 0].tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+
+    References:
+      R. Zhang, "Making Convolutional Networks Shift-Invariant Again", 2019.
+    """
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    height, width = x.shape[1:3]
+    rows = [padded[:, i : i + height : 2] for i in range(3)]
+    blurred = rows[0] / 4 + rows[1] / 2 + rows[2] / 4
+    columns = [blurred[:, :, i : i + width : 2] for i in range(3)]
+    return columns[0] / 4 + columns[1] / 2 + columns[2] / 4
+
+
+def anti_aliased(x: jax.Array, kind: str) -> jax.Array:
+    """Half the resolution, by "average" or "blur"."""
+    return average_pool(x) if kind == "average" else blur_pool(x)

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from flaxtransfer.architectures import RESNETS, VARIANTS, ResNetConfig
-from flaxtransfer.models.blocks import Convolution
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.models.convolution import conv
+from flaxtransfer.models.layers import Convolution
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import suggest
 
@@ -56,10 +57,9 @@ def resnet(
 
 
 def _by_name(name: str) -> ResNetConfig:
-    known = RESNETS | VARIANTS
-    if name not in known:
+    if name not in ARCHITECTURES:
         raise ValueError(
-            f"no network {name!r}{suggest(name, known)}; there are {', '.join(known)}, and any "
-            "other shape as a ResNetConfig"
+            f"no network {name!r}{suggest(name, ARCHITECTURES)}; there are "
+            f"{', '.join(ARCHITECTURES)}, and any other shape as a ResNetConfig"
         )
-    return known[name]
+    return ARCHITECTURES[name]

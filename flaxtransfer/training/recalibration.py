@@ -13,7 +13,7 @@ from flaxtransfer.batchnorm import policy
 from flaxtransfer.data.normalisation import normalise
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models import Model
-from flaxtransfer.models.blocks import MOMENTUM
+from flaxtransfer.models.layers import MOMENTUM
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training.feed import Batch

@@ -1,13 +1,14 @@
 """Between a `ResNetConfig` and the shapes of its leaves, both ways."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.architectures import ResNetConfig, eca_size, squeezed
 from flaxtransfer.bands import Adapter
 from flaxtransfer.paths import suggest
 
@@ -31,38 +32,64 @@ def leaf_shapes(config: ResNetConfig) -> dict[str, Shape]:
         shapes[f"params/{path}/kernel"] = (size, size, inputs // groups, outputs)
 
     def norm(path: str, channels: int) -> None:
-        for leaf in ("params/{}/scale", "params/{}/bias", "batch_stats/{}/mean"):
+        if config.norm == "group":
+            path = re.sub(r"(bn)?(\d+)$", r"gn\2", path)
+        for leaf in ("params/{}/scale", "params/{}/bias"):
             shapes[leaf.format(path)] = (channels,)
-        shapes[f"batch_stats/{path}/var"] = (channels,)
+        if config.norm == "batch":
+            for leaf in ("batch_stats/{}/mean", "batch_stats/{}/var"):
+                shapes[leaf.format(path)] = (channels,)
 
     if config.adapter is not None:
         shapes["params/adapter/kernel"] = (1, 1, config.adapter.bands, config.in_channels)
         if config.adapter.kind == "curves":
             curves = (config.adapter.bands, config.adapter.knots, config.in_channels)
             shapes["params/adapter/curves"] = curves
-    conv("conv1", 7, config.in_channels, config.width)
-    norm("bn1", config.width)
-    channels = config.width
-    for stage, depth in enumerate(config.depths):
-        planes = config.width * 2**stage
-        inner = int(planes * config.base_width / 64) * config.groups
+    channels = config.in_channels
+    if config.stem == "plain":
+        conv("conv1", 7, channels, config.width)
+        norm("bn1", config.width)
+    else:
+        ends = zip(("conv1/0", "conv1/3", "conv1/6"), ("conv1/bn1", "conv1/bn4", "bn1"),
+                   config.stem_channels, strict=True)  # fmt: skip
+        for layer, after, outputs in ends:
+            conv(layer, 3, channels, outputs)
+            norm(after, outputs)
+            channels = outputs
+    channels = config.stem_channels[-1]
+    if config.stem_pool == "convolution":
+        conv("maxpool/0", 3, channels, channels)
+        norm("maxpool/bn1", channels)
+    for stage, depth in enumerate(config.depths, start=1):
+        planes = config.width * 2 ** (stage - 1)
+        inner, first = config.inner(stage), config.inner(stage) // config.reduce_first
         outputs = planes * config.expansion
         for index in range(depth):
-            block = f"layer{stage + 1}/{index}"
+            block = f"layer{stage}/{index}"
             if config.block == "basic":
-                layers = [(3, channels, planes, 1), (3, planes, planes, 1)]
+                narrow = planes // config.reduce_first
+                layers = [(3, channels, narrow, 1), (3, narrow, planes, 1)]
             else:
                 layers = [
-                    (1, channels, inner, 1),
-                    (3, inner, inner, config.groups),
+                    (1, channels, first, 1),
+                    (3, first, inner, config.groups),
                     (1, inner, outputs, 1),
                 ]
             for number, (size, inputs, width, groups) in enumerate(layers, 1):
                 conv(f"{block}/conv{number}", size, inputs, width, groups)
                 norm(f"{block}/bn{number}", width)
-            if index == 0 and (stage > 0 or channels != outputs):
-                conv(f"{block}/downsample/0", 1, channels, outputs)
-                norm(f"{block}/downsample/1", outputs)
+            if config.attention == "se":
+                hidden = squeezed(outputs, config.se_ratio)
+                for layer, inputs, width in (("fc1", outputs, hidden), ("fc2", hidden, outputs)):
+                    conv(f"{block}/se/{layer}", 1, inputs, width)
+                    shapes[f"params/{block}/se/{layer}/bias"] = (width,)
+            elif config.attention == "eca":
+                shapes[f"params/{block}/se/conv/kernel"] = (eca_size(outputs), 1, 1)
+            if index == 0 and (stage > 1 or channels != outputs):
+                pooled = config.shortcut == "average"
+                size = 1 if stage == 1 else config.shortcut_kernel
+                conv(f"{block}/downsample/{int(pooled)}", size, channels, outputs)
+                norm(f"{block}/downsample/{1 + pooled}", outputs)
             channels = outputs
     shapes["params/fc/kernel"] = (channels, config.classes)
     shapes["params/fc/bias"] = (config.classes,)
@@ -104,7 +131,9 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
         if len(parts) > 2 and parts[1].startswith("layer") and parts[2].isdigit():
             blocks.setdefault(int(parts[1][5:]), set()).add(int(parts[2]))
 
-    widths = [shapes[p][-1] for p in shapes if p.split("/")[1] in ("conv1", "bn1") and shapes[p]]
+    stem = _stem(shapes)
+    first_layers = () if stem else ("conv1", "bn1", "gn1")
+    widths = [shapes[p][-1] for p in shapes if p.split("/")[1] in first_layers and shapes[p]]
     last = "conv3" if bottleneck else "conv2"
     for stage in range(1, 5):
         for index in blocks.get(stage, ()):
@@ -113,9 +142,10 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
                 widths.append(shape[3] // (expansion * 2 ** (stage - 1)))
     width = _majority(widths, 64)
     classes = [shapes[p][-1] for p in ("params/fc/bias", "params/fc/kernel") if shapes.get(p)]
-    stem = shapes.get("params/conv1/kernel", ())
-    in_channels = stem[2] if len(stem) == 4 and stem[2] > 0 else 3
-    groups, base_width = _grouping(shapes, blocks, width) if bottleneck else (1, 64)
+    first = shapes.get("params/conv1/0/kernel" if stem else "params/conv1/kernel", ())
+    in_channels = first[2] if len(first) == 4 and first[2] > 0 else 3
+    reduce_first = _reduction(shapes, bottleneck)
+    groups, base_width = _grouping(shapes, blocks, width, reduce_first) if bottleneck else (1, 64)
     return ResNetConfig(
         block="bottleneck" if bottleneck else "basic",
         depths=tuple(len(blocks.get(stage, ())) or 1 for stage in range(1, 5)),
@@ -125,7 +155,70 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
         classes=_majority(classes, 1000),
         in_channels=in_channels,
         adapter=_adapter(shapes) if in_channels == 3 else None,
+        reduce_first=reduce_first,
+        **stem,
+        **_parts(shapes, expansion),
     )
+
+
+def _stem(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The fields of a deep stem; none for a plain one."""
+    outputs = [shapes.get(f"params/conv1/{number}/kernel", ())[-1:] for number in (0, 3, 6)]
+    if not any(outputs):
+        return {}
+    first, second = (end[0] if end else 0 for end in outputs[:2])
+    width = second if second > 3 else 32
+    tiered = first == 3 * (width // 4) and first != width
+    return {"stem": "tiered" if tiered else "deep", "stem_width": width}
+
+
+def _parts(shapes: Mapping[str, Shape], expansion: int) -> dict[str, Any]:
+    """The fields that show in the presence of leaves."""
+    parts: dict[str, Any] = {}
+
+    def some(pattern: str) -> bool:
+        return any(re.search(pattern, path) for path in shapes)
+
+    if some("^params/maxpool/"):
+        parts["stem_pool"] = "convolution"
+    if some("/downsample/1/kernel$"):
+        parts["shortcut"] = "average"
+    kernels = [
+        shape[0]
+        for path, shape in shapes.items()
+        if re.search("layer[2-4]/0/downsample/0/kernel$", path) and len(shape) == 4
+    ]
+    if _majority(kernels, 1) == 3:
+        parts["shortcut_kernel"] = 3
+    if some("/gn"):
+        parts["norm"] = "group"
+    if some("/se/conv/"):
+        parts["attention"] = "eca"
+    if some("/se/fc"):
+        hidden = [
+            (shape[2], shape[3])
+            for path, shape in shapes.items()
+            if path.endswith("/se/fc1/kernel") and len(shape) == 4 and min(shape) > 0
+        ]
+        ratios = {1 / 16, 1 / 4, 1 / 8, *(min(1.0, inner / outer) for outer, inner in hidden)}
+
+        def agreement(ratio: float) -> tuple[int, bool, float]:
+            fits = sum(squeezed(outer, ratio) == inner for outer, inner in hidden)
+            return fits, ratio == 1 / 16, -ratio
+
+        parts |= {"attention": "se", "se_ratio": max(ratios, key=agreement)}
+    return parts
+
+
+def _reduction(shapes: Mapping[str, Shape], bottleneck: bool) -> int:
+    """Output channels of a block's second convolution by those of its first."""
+    found = []
+    for path, shape in shapes.items():
+        if re.fullmatch(r"params/layer\d/\d+/conv1/kernel", path) and len(shape) == 4:
+            second = shapes.get(path.replace("conv1", "conv2"), ())
+            if len(second) == 4 and shape[3] and second[3] % shape[3] == 0:
+                found.append(second[3] // shape[3])
+    return _majority(found, 1)
 
 
 def _adapter(shapes: Mapping[str, Shape]) -> Adapter | None:
@@ -137,16 +230,19 @@ def _adapter(shapes: Mapping[str, Shape]) -> Adapter | None:
 
 
 def _grouping(
-    shapes: Mapping[str, Shape], blocks: Mapping[int, Iterable[int]], width: int
+    shapes: Mapping[str, Shape], blocks: Mapping[int, Iterable[int]], width: int, reduction: int
 ) -> tuple[int, int]:
-    """Groups and base width from the middle convolutions, [3, 3, inner / groups, inner]."""
+    """Groups and base width from the middle convolutions.
+
+    They are [3, 3, inner / groups / reduction of the first convolution, inner].
+    """
     groups, inner = [], []
     for stage in range(1, 5):
         for index in blocks.get(stage, ()):
             shape = shapes.get(f"params/layer{stage}/{index}/conv2/kernel", ())
             if len(shape) == 4 and shape[2] > 0:
-                groups.append(shape[3] // shape[2])
-                inner.append((width * 2 ** (stage - 1), shape[2]))
+                groups.append(shape[3] // (shape[2] * reduction))
+                inner.append((width * 2 ** (stage - 1), shape[2] * reduction))
     # inner = int(planes * base_width / 64) leaves an interval of base widths for each block.
     candidates = {64, *(math.ceil(64 * channels / planes) for planes, channels in inner)}
     candidates = {base for base in candidates if int(width * base / 64) >= 1}

@@ -3,8 +3,8 @@
 import dataclasses
 
 from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.bands import Adapter
 from flaxtransfer.weights import header, huggingface, sidecar, torchvision
+from flaxtransfer.weights.architecture import leaf_shapes
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.tensors import Tensors
 
@@ -36,7 +36,8 @@ def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
     """
     own = header.read(file.metadata)
     if own is not None:
-        if _as_leaves_show(own.config) != config:
+        # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
+        if leaf_shapes(own.config) != leaf_shapes(config):
             raise ValueError(
                 f"{file.path} says in its header that it is {own.config} and holds {config}"
             )
@@ -61,15 +62,6 @@ def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
         )
     preprocessing, notes = _fitted(*_preprocessing(file, settings), config, file)
     return Companions(config, preprocessing, names, tuple(notes))
-
-
-def _as_leaves_show(config: ResNetConfig) -> ResNetConfig:
-    """The config without what of an adapter shows in no shape."""
-    if config.adapter is None:
-        return config
-    own = config.adapter
-    shown = Adapter(own.bands, "curves", own.knots) if own.kind == "curves" else Adapter(own.bands)
-    return dataclasses.replace(config, adapter=shown)
 
 
 def _preprocessing(file: Tensors, settings: dict) -> tuple[Preprocessing | None, list[str]]:

@@ -1,34 +1,46 @@
 """From a file to a `Checkpoint`: every key used or excused, every leaf filled, or an error."""
 
+import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from flaxtransfer.architectures import RESNETS, VARIANTS, ResNetConfig
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.paths import suggest, unflatten
-from flaxtransfer.weights import huggingface, rename, shipped, tensors, torchvision
+from flaxtransfer.weights import (
+    header,
+    huggingface,
+    rename,
+    shipped,
+    sidecar,
+    tensors,
+    timm,
+    torchvision,
+)
 from flaxtransfer.weights.architecture import infer, leaf_shapes
 from flaxtransfer.weights.checkpoint import Checkpoint
 from flaxtransfer.weights.companions import companions
 
 __all__ = ["load"]
 
-FORMATS: dict[str, rename.Table] = {
-    "torchvision": torchvision.TABLE,
-    "huggingface": huggingface.TABLE,
+FORMATS: dict[str, Callable[[Iterable[str]], rename.Table]] = {
+    "torchvision": lambda keys: torchvision.TABLE,
+    "timm": timm.table_of,
+    "huggingface": lambda keys: huggingface.TABLE,
 }
+
+_UNSEEN = ("anti_alias", "stride_in")
+"""Fields of a config that show in no leaf."""
 
 # What keys of networks that are near a ResNet, and are none of ours, look like.
 _RELATIVES = {
-    r"conv1\.\d+\.weight": "a deep stem (resnet50d and its relatives)",
-    r".*\.se\..*": "attention over channels (SE or ECA)",
     r"stages\.\d+\.blocks\..*": "a pre-activation ResNet (ResNetV2 or BiT)",
-    r".*\.downsample\.2\..*": "average-pooled shortcuts (resnet50d and its relatives)",
-    r"maxpool\..*": "a convolution for the pool (ResNet-RS)",
+    r"features\.denseblock.*": "a DenseNet",
 }
 
 
@@ -49,8 +61,11 @@ def load(
         source: a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file of `torch.save` (needs
             the extra `torch`); or a folder with one; or "builtin", or "builtin:<name>".
         model: what you expect it to be, "resnet50" or a config; classes and image channels are
-            the file's own.
-        format: "torchvision" (timm's plain ResNets too) or "huggingface"; None reads it off.
+            the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
+            anti-aliasing, and which convolution has the stride. Where it is left out, the
+            architecture in timm's `config.json` beside the file says so.
+        format: "torchvision" (timm's plain ResNets too), "timm" or "huggingface"; None reads it
+            off.
 
     Returns:
         A `Checkpoint` of float32 numpy arrays.
@@ -71,18 +86,18 @@ def load(
         raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
     file = tensors.read(path)
     chosen = format or _format_of(file)
+    table = FORMATS[chosen](file.arrays)
     shapes = dict(
         found
         for key, array in file.arrays.items()
-        if (found := rename.leaf_of(FORMATS[chosen], key, array.shape)) is not None
+        if (found := rename.leaf_of(table, key, array.shape)) is not None
     )
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise ValueError(_no_resnet(file, format))
-    config = infer(shapes)
-    _check_model(model, config, file.path)
+    config = _network(model, infer(shapes), file)
     try:
         leaves = rename.to_leaves(
-            FORMATS[chosen],
+            table,
             file.arrays,
             leaf_shapes(config),
             what=f"{file.path} does not fit {config.name} under {chosen}'s names",
@@ -91,8 +106,11 @@ def load(
         raise ValueError(f"{error}{_relatives(file.arrays)}") from None
     leaves, notes = _as_float32(leaves, file.path)
     beside = companions(file, config, chosen)
+    hidden = [name for name in _UNSEEN if getattr(beside.config, name) != getattr(config, name)]
+    if model is not None and hidden:
+        raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")
     return Checkpoint(
-        variables=unflatten(leaves),
+        variables={"batch_stats": {}, **unflatten(leaves)},
         config=beside.config,
         preprocessing=beside.preprocessing,
         source=name,
@@ -121,12 +139,21 @@ def _format_of(file: tensors.Tensors) -> str:
     """The naming that most keys follow."""
 
     def known(name: str) -> int:
-        return sum(
-            rename.leaf_of(FORMATS[name], key, array.shape) is not None
-            for key, array in file.arrays.items()
-        )
+        table = FORMATS[name](file.arrays)
+        found = (rename.leaf_of(table, key, array.shape) for key, array in file.arrays.items())
+        leaves = {leaf for leaf, _ in filter(None, found)}
+        # A scale without statistics is that of a GroupNorm, whatever the key is called.
+        lonely = [leaf for leaf in leaves if _statistic_of(leaf) not in {None, *leaves}]
+        return len(leaves) - len(lonely)
 
     return max(FORMATS, key=known)
+
+
+def _statistic_of(leaf: str) -> str | None:
+    """The mean that stands beside a BatchNorm's scale; None for other leaves."""
+    if not leaf.endswith("/scale") or "/gn" in leaf:
+        return None
+    return leaf.replace("params/", "batch_stats/").removesuffix("scale") + "mean"
 
 
 def _no_resnet(file: tensors.Tensors, asked: str | None) -> str:
@@ -139,27 +166,67 @@ def _no_resnet(file: tensors.Tensors, asked: str | None) -> str:
     )
 
 
-def _check_model(model: str | ResNetConfig | None, config: ResNetConfig, path: Path) -> None:
-    known = {**RESNETS, **VARIANTS}
-    if model is None or model == config.name:
-        return
-    if isinstance(model, str):
-        if re.sub(r"w\d+$", "", model) not in known:
-            raise ValueError(
-                f"no model {model!r}{suggest(model, known)}; there are: {', '.join(known)}"
-            )
-        raise ValueError(f"{path} holds {config.name} ({_describe(config)}), not {model}")
-    if _describe(model) != _describe(config):
+def _network(
+    model: str | ResNetConfig | None, seen: ResNetConfig, file: tensors.Tensors
+) -> ResNetConfig:
+    """The network that the leaves show, with what shows in none of them.
+
+    Args:
+        model: what the caller expects; None leaves it to what lies beside the file.
+        seen: the network by the leaves.
+        file: the weights' file.
+    """
+    path = file.path
+    if model is None:
+        beside = path.with_name("config.json")
+        architecture, altered = sidecar.timm_architecture(sidecar.read_json(beside))
+        # A file of ours says it all in its header.
+        if architecture not in ARCHITECTURES or header.KEY in file.metadata:
+            return seen
+        said, asked = ARCHITECTURES[architecture], f"{architecture}, as {beside.name} says"
+        if altered:
+            unseen = {name: getattr(said, name) for name in _UNSEEN}
+            return dataclasses.replace(seen, **unseen)
+    elif isinstance(model, ResNetConfig):
+        said, asked = model, f"{model.name} ({_describe(model)})"
+    else:
+        said, asked = _by_name(model, seen), model
+    if leaf_shapes(_like(said, seen)) != leaf_shapes(seen):
+        raise ValueError(f"{path} holds {seen.name} ({_describe(seen)}), not {asked}")
+    return _like(said, seen)
+
+
+def _by_name(name: str, seen: ResNetConfig) -> ResNetConfig:
+    if name == seen.name:
+        return seen
+    scaled = re.fullmatch(r"(.+)w(\d+)", name)
+    plain = scaled[1] if scaled else name
+    if plain not in ARCHITECTURES:
         raise ValueError(
-            f"{path} holds {config.name} ({_describe(config)}), not {model.name} "
-            f"({_describe(model)})"
+            f"no model {name!r}{suggest(name, ARCHITECTURES)}; there are: "
+            f"{', '.join(ARCHITECTURES)}"
         )
+    config = ARCHITECTURES[plain]
+    return dataclasses.replace(config, width=int(scaled[2])) if scaled else config
+
+
+def _like(config: ResNetConfig, seen: ResNetConfig) -> ResNetConfig:
+    """The config with the file's own head and image channels."""
+    own = {name: getattr(seen, name) for name in ("classes", "in_channels", "adapter")}
+    return dataclasses.replace(config, **own)
 
 
 def _describe(config: ResNetConfig) -> str:
+    parts = {
+        name: value
+        for name, value in config.to_json().items()
+        if name not in ("block", "depths", "width", "base_width", "groups", "classes",
+                        "in_channels", "adapter")
+    }  # fmt: skip
     return (
         f"{config.block} blocks {config.depths}, width {config.width}, "
         f"base width {config.base_width}, groups {config.groups}"
+        + "".join(f", {name} {value}" for name, value in parts.items())
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints into files that both this package and torchvision load strictly."""
+"""Checkpoints into files that this package, torchvision and timm load strictly."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import header, rename, safetensors_file, torchvision
+from flaxtransfer.weights import header, rename, safetensors_file, timm
 from flaxtransfer.weights.architecture import differences, leaf_shapes
 from flaxtransfer.weights.checkpoint import Checkpoint
 
@@ -22,9 +22,10 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, dtype: Any = np.f
     """Writes weights, config, preprocessing and class names into one `.safetensors` file.
 
     The names and axes are torchvision's, whatever the file they were read from, so that
-    `torchvision.models.resnet50().load_state_dict(..., strict=True)` takes them. Only an input
-    adapter has no name there: `fold_adapter` makes a linear one a part of the stem before. The
-    file appears whole or not at all, and the same checkpoint gives the same bytes.
+    `torchvision.models.resnet50().load_state_dict(..., strict=True)` takes them; timm's for the
+    networks that only timm has. Only an input adapter has no name there: `fold_adapter` makes a
+    linear one a part of the stem before. The file appears whole or not at all, and the same
+    checkpoint gives the same bytes.
 
     Args:
         path: where to; its folder has to exist. A file there is replaced.
@@ -74,7 +75,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, dtype: Any = np.f
     if broken:
         raise ValueError(f"these leaves hold NaN or infinite numbers as {kind}: {broken}")
     data = safetensors_file.write(
-        rename.to_keys(torchvision.TABLE, leaves), header.write(checkpoint)
+        rename.to_keys(timm.table_for(checkpoint.config), leaves), header.write(checkpoint)
     )
     _replace(path, data)
     return hashlib.sha256(data).hexdigest()

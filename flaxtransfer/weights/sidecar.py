@@ -16,6 +16,7 @@ __all__ = [
     "hf_class_names",
     "hf_preprocessing",
     "read_json",
+    "timm_architecture",
     "timm_class_names",
     "timm_preprocessing",
 ]
@@ -24,6 +25,8 @@ __all__ = [
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # From this side on, a ConvNext processor warps the image to a square and cuts nothing.
 _CONVNEXT_WARPS = 384
+# Arguments of timm's networks that leave the backbone's graph as it is in evaluation.
+_HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,6 +70,20 @@ def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[s
         resize=max(size, math.floor(size / fields.get("crop_pct", 0.875))),
         interpolation=fields.get("interpolation", "bicubic"),
     ), notes
+
+
+def timm_architecture(config: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """The architecture in timm's `config.json`, None if it is not one, and whether other arguments
+    alter its shape.
+
+    >>> timm_architecture({"architecture": "resnet50", "pretrained_cfg": {}, "model_args":
+    ...     {"num_classes": 3, "layers": [1, 1, 1, 1]}})
+    ('resnet50', True)
+    """
+    if "pretrained_cfg" not in config:
+        return None, False
+    altered = set(config.get("model_args") or {}) - _HARMLESS
+    return config.get("architecture"), bool(altered)
 
 
 def timm_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -50,12 +50,14 @@ def randomise(network, seed):
 
     generator = torch.Generator().manual_seed(seed)
     for name, module in network.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
             shape = module.weight.shape
             scale = 0.4 if name.endswith(("bn3", "layer.2.normalization")) else 1.0
             with torch.no_grad():
                 module.weight.copy_(scale * (0.5 + torch.rand(shape, generator=generator)))
                 module.bias.copy_(0.3 * torch.randn(shape, generator=generator))
+        if isinstance(module, torch.nn.BatchNorm2d):
+            with torch.no_grad():
                 module.running_mean.copy_(0.3 * torch.randn(shape, generator=generator))
                 module.running_var.copy_(0.5 + torch.rand(shape, generator=generator))
     return network.eval()
@@ -142,7 +144,8 @@ def main():
     network.pretrained_cfg = reference.pretrained_cfg
     network.num_classes, network.num_features = 8, 128
     folder = _write("timm", network, 3, lambda network, images: network(images))
-    save_for_hf(network, folder, safe_serialization=True)
+    shape = {"layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32]}
+    save_for_hf(network, folder, model_args=shape, safe_serialization=True)
 
 
 if __name__ == "__main__":

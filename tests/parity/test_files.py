@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from flaxtransfer.architectures import RESNETS
+from flaxtransfer.catalogue import RESNETS
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import flatten
 from flaxtransfer.pretrained import transfer

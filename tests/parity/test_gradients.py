@@ -4,15 +4,17 @@ In float32 torch's gradient of a whole network differs from its own float64 one 
 cent, so that a tolerance there would have no power.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from flaxtransfer.architectures import RESNETS
+from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import rename
-from flaxtransfer.weights import torchvision as naming
+from flaxtransfer.weights import timm as naming
 from flaxtransfer.weights.architecture import leaf_shapes
 
 pytestmark = pytest.mark.parity
@@ -23,7 +25,7 @@ LIMIT = 1e-10  # of the largest entry of each leaf's gradient
 def leaves_from(tensors, config):
     shapes = leaf_shapes(config)
     arrays = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
-    return rename.to_leaves(naming.TABLE, arrays, shapes, what="torch")
+    return rename.to_leaves(naming.table_for(config), arrays, shapes, what="torch")
 
 
 def both(torch, network, config, norm):
@@ -33,7 +35,8 @@ def both(torch, network, config, norm):
     images = torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64)
     weights = torch.randn(3, config.classes, generator=generator, dtype=torch.float64)
     before = leaves_from(network.state_dict(), config)
-    before = unflatten({path: leaf.copy() for path, leaf in before.items()})
+    copies = {path: leaf.copy() for path, leaf in before.items()}
+    before = {"batch_stats": {}, **unflatten(copies)}
 
     (network(images) * weights).sum().backward()
     gradients = {key: value.grad for key, value in network.named_parameters()}
@@ -71,6 +74,22 @@ def test_with_running_statistics(torch, torchvision, making, name):
     assert len(ours) == len(theirs)
     assert differing(ours, theirs, "params/") == {}
     assert differing(ours, theirs, "batch_stats/") == {}  # which nothing may have moved
+
+
+# One of each kind of part that torchvision has not.
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnetaa34d", "resnet50_gn"],
+)  # fmt: skip
+def test_of_timms_variants(torch, torchvision, making, name):
+    import timm
+
+    torch.manual_seed(0)
+    network = making.randomise(timm.create_model(name, pretrained=False, num_classes=7), 4)
+    config = dataclasses.replace(ARCHITECTURES[name], classes=7)
+    ours, theirs = both(torch, network, config, "running")
+    assert len(ours) == len(theirs)
+    assert differing(ours, theirs, "params/") == {}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -1,5 +1,7 @@
 """Config, leaf shapes and inference agree with the models and with published numbers."""
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -7,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.architectures import RESNETS, VARIANTS, ResNetConfig
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights.architecture import infer, leaf_shapes
@@ -46,8 +49,61 @@ def configs():
     return basic | bottleneck
 
 
-@pytest.mark.parametrize(("name", "config"), (RESNETS | VARIANTS).items())
-def test_counts_as_many_parameters_as_torchvision(name, config):
+def variants():
+    """Configs with any of the parts that a plain ResNet does not have."""
+    stems = st.just({}) | st.fixed_dictionaries(
+        {"stem": st.sampled_from(["deep", "tiered"]), "stem_width": st.sampled_from([8, 32, 64])}
+    )
+    shortcuts = st.sampled_from([{}, {"shortcut": "average"}, {"shortcut_kernel": 3}])
+    attention = st.sampled_from(
+        [{}, {"attention": "eca"}, {"attention": "se"}, {"attention": "se", "se_ratio": 0.25}]
+    )
+    pools = st.sampled_from([{}, {"stem_pool": "convolution"}])
+    plain = st.builds(
+        ResNetConfig,
+        st.sampled_from(["basic", "bottleneck"]),
+        st.tuples(*[st.integers(1, 3)] * 4),
+        st.sampled_from([32, 64]),
+        classes=st.integers(1, 20),
+        reduce_first=st.sampled_from([1, 2]),
+    )
+    return st.builds(
+        lambda config, *parts: dataclasses.replace(
+            config, **{name: value for part in parts for name, value in part.items()}
+        ),
+        plain, stems, shortcuts, attention, pools,
+    )  # fmt: skip
+
+
+@given(variants())
+@settings(deadline=None, max_examples=100)
+def test_inference_finds_every_part_that_has_leaves(config):
+    assert leaf_shapes(infer(leaf_shapes(config))) == leaf_shapes(config)
+
+
+@given(variants())
+@settings(deadline=None, max_examples=50)
+def test_a_config_survives_json(config):
+    assert ResNetConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_plain_networks_json_is_what_it_was_before_there_were_other_parts():
+    assert list(RESNETS["resnet50"].to_json()) == [
+        "block", "depths", "width", "base_width", "groups", "classes", "in_channels",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config"), ARCHITECTURES.items())
+def test_every_name_is_found_again_in_its_leaves(name, config):
+    assert config.name == name
+    seen = infer(leaf_shapes(config))
+    # Anti-aliasing has no leaves.
+    assert dataclasses.replace(seen, anti_alias=config.anti_alias) == config
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_counts_as_many_parameters_as_torchvision(name):
+    config = ARCHITECTURES[name]
     shapes = leaf_shapes(config)
     count = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("params/"))
     assert count == PARAMETERS[name]
@@ -59,6 +115,17 @@ def test_counts_as_many_parameters_as_torchvision(name, config):
     [
         RESNETS["resnet34"],
         RESNETS["resnet50"],
+        *(
+            ARCHITECTURES[name]
+            for name in (
+                "resnet18d",
+                "ecaresnet26t",
+                "seresnext26t_32x4d",
+                "resnetrs50",
+                "resnet50_gn",
+                "senet154",
+            )
+        ),
         ResNetConfig("basic", (1, 1, 2, 1), width=6, classes=3, in_channels=5),
         ResNetConfig("bottleneck", (1, 2, 1, 1), 32, 26, 3, classes=2, in_channels=1),
     ],
@@ -112,7 +179,7 @@ def test_a_config_refuses_what_is_no_network(arguments, text):
     [
         (ResNetConfig(width=32), "resnet18w32"),
         (ResNetConfig(depths=(3, 4, 6, 3)), "resnet34"),
-        (ResNetConfig(depths=(1, 1, 1, 1)), "resnet-basic-1-1-1-1"),
+        (ResNetConfig(depths=(1, 1, 2, 1)), "resnet-basic-1-1-2-1"),
         (ResNetConfig("bottleneck", (3, 4, 6, 3), base_width=96), "resnet50b96"),
         (ResNetConfig("bottleneck", (3, 4, 6, 3), 32, 4, 32), "resnext50_32x4dw32"),
     ],

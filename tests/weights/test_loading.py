@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxtransfer.architectures import RESNETS, ResNetConfig
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.catalogue import RESNETS
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load, safetensors_file, torch_file
 from flaxtransfer.weights.tensors import strip
@@ -157,11 +158,10 @@ DAMAGES = {
     negative_variance: ["running variances below 0: batch_stats/bn1/var"],
     too_large: ["NaN or infinite (as float32) in 1 leaves", "params/fc/bias: 7 of 7"],
     integers: ["no floating-point numbers", "params/fc/bias", "int32"],
-    deep_stem: ["missing: conv1.weight", "unexpected: conv1.0.weight", "a deep stem",
-                "not supported"],
-    attention: ["unexpected: layer1.0.se.fc1.weight", "attention over channels"],
+    deep_stem: ["under timm's names", "missing: conv1.3.weight", "missing: conv1.6.weight"],
+    attention: ["under timm's names", "missing: layer1.0.se.fc2.weight"],
     headless: ["2 missing", "missing: fc.weight", "missing: fc.bias"],
-    other_network: ["holds no ResNet under the names of torchvision or huggingface",
+    other_network: ["holds no ResNet under the names of torchvision or timm or huggingface",
                     "features.0.weight"],
     pre_activation: ["holds no ResNet", "pre-activation ResNet"],
 }  # fmt: skip
@@ -178,7 +178,9 @@ def test_what_does_not_fit_is_refused_by_name(basic, write, damage):
 def test_a_format_that_does_not_fit_names_the_one_that_does(golden):
     with pytest.raises(ValueError, match="names of huggingface; format='torchvision' fits better"):
         load(golden / "torchvision_basic", format="huggingface")
-    with pytest.raises(ValueError, match="no format 'keras'; there are: torchvision, huggingface"):
+    with pytest.raises(
+        ValueError, match="no format 'keras'; there are: torchvision, timm, huggingface"
+    ):
         load(golden / "torchvision_basic", format="keras")
 
 

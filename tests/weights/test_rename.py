@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.architectures import RESNETS, VARIANTS, ResNetConfig
-from flaxtransfer.weights import huggingface, torchvision
+from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
+from flaxtransfer.weights import huggingface, timm, torchvision
 from flaxtransfer.weights.architecture import leaf_shapes
 from flaxtransfer.weights.rename import CONV, Rule, leaf_of, to_keys, to_leaves
 
@@ -30,12 +31,22 @@ def test_there_and_back_is_the_identity(table, config):
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("name", RESNETS | VARIANTS)
+@pytest.mark.parametrize("name", [*RESNETS, "wide_resnet50_2", "resnext50_32x4d"])
 def test_every_leaf_has_one_key_and_every_key_one_leaf(table, name):
-    shapes = leaf_shapes((RESNETS | VARIANTS)[name])
+    shapes = leaf_shapes(ARCHITECTURES[name])
     keys = to_keys(TABLES[table], {path: np.zeros((0,) * len(shapes[path])) for path in shapes})
     assert len(keys) == len(shapes)
     assert [leaf_of(TABLES[table], key, ())[0] for key in keys] == list(shapes)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_timms_table_is_one_to_one_for_every_architecture(name):
+    config = ARCHITECTURES[name]
+    leaves = {path: np.zeros((0,) * len(shape)) for path, shape in leaf_shapes(config).items()}
+    keys = to_keys(timm.table_for(config), leaves)
+    assert len(keys) == len(leaves)
+    table = timm.table_of(keys)
+    assert [leaf_of(table, key, ())[0] for key in keys] == list(leaves)
 
 
 @pytest.mark.parametrize(
