@@ -27,8 +27,6 @@ __all__ = ["WAYS", "InputChange", "Way", "change_input"]
 Way = Literal["linear", "curves", "replicate", "sum", "average", "repeat"]
 WAYS = get_args(Way)
 
-_STEM = "params/conv1/kernel"
-
 
 @dataclass(frozen=True)
 class InputChange:
@@ -157,9 +155,8 @@ def _without(config: ResNetConfig, stem_kernel: Any, bands: int, kind: str) -> I
             "the stem's kernels of R, G and B in turn",
         ),
     }[kind]()
-    return InputChange(
-        replace(config, in_channels=bands), {_STEM: kernel}, {}, f"{_bands(bands)}, {text}"
-    )
+    changed = {f"params/{config.first_kernel}": kernel}
+    return InputChange(replace(config, in_channels=bands), changed, {}, f"{_bands(bands)}, {text}")
 
 
 def _check_bands(

@@ -187,6 +187,15 @@ class ResNetConfig:
         return (first, self.stem_width, 2 * self.stem_width)
 
     @property
+    def first_kernel(self) -> str:
+        """The path of the kernel that the image, or the adapter's output, meets.
+
+        >>> ResNetConfig().first_kernel, ResNetConfig(stem="deep", stem_width=32).first_kernel
+        ('conv1/kernel', 'conv1/0/kernel')
+        """
+        return "conv1/kernel" if self.stem == "plain" else "conv1/0/kernel"
+
+    @property
     def bands(self) -> int:
         """Channels of the image."""
         return self.in_channels if self.adapter is None else self.adapter.bands

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from flaxtransfer.models.adapters import fold
+from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import Checkpoint
 
 __all__ = ["fold_adapter"]
@@ -39,8 +40,8 @@ def fold_adapter(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     params = dict(checkpoint.variables["params"])
     own = params.pop("adapter")
-    kernel = np.asarray(fold(own, params["conv1"]["kernel"]))
-    params["conv1"] = {**params["conv1"], "kernel": kernel}
+    flat, first = flatten(params), checkpoint.config.first_kernel
+    params = unflatten({**flat, first: np.asarray(fold(own, flat[first]))})
     return dataclasses.replace(
         checkpoint,
         variables={**checkpoint.variables, "params": params},

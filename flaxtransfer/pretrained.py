@@ -154,7 +154,7 @@ def transfer(
     leaves = flatten(checkpoint.variables)
     change = change_input(
         checkpoint.config,
-        leaves.get("params/conv1/kernel"),
+        leaves.get(f"params/{checkpoint.config.first_kernel}"),
         bands=bands,
         way=adapter,
         wavelengths=wavelengths,

@@ -15,6 +15,7 @@ from flaxtransfer.data import Source, Splits, open_source, stratified_split
 from flaxtransfer.data.splits import some
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.models import Model
+from flaxtransfer.paths import flatten
 from flaxtransfer.pretrained import TransferReport, transfer
 from flaxtransfer.strategies import RECIPES
 from flaxtransfer.strategies.evidence import MEASURED, MOST_IMAGES, Evidence, measure
@@ -106,7 +107,7 @@ def _bands(
         return own, start
     # Before the images are read, so that a typing error costs no time.
     change_input(
-        checkpoint.config, checkpoint.variables["params"]["conv1"]["kernel"],
+        checkpoint.config, flatten(checkpoint.variables["params"])[checkpoint.config.first_kernel],
         bands=bands, way=options.adapter, wavelengths=start["wavelengths"],
     )  # fmt: skip
     if bands == checkpoint.config.bands and not options.adapter and not options.wavelengths:

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from flaxtransfer.analysis.stem import stem_report
+from flaxtransfer.paths import flatten
 from flaxtransfer.report.stem_picture import stem_picture
 from flaxtransfer.training.run_folder import weights_of
 from flaxtransfer.weights import load
@@ -35,7 +36,7 @@ def stem(options: Stem, console: Console) -> None:
     run = Path(options.source)
     checkpoint = load(weights_of(run) if run.is_dir() else options.source)
     params = checkpoint.variables["params"]
-    kernel = params["conv1"]["kernel"]
+    kernel = flatten(params)[checkpoint.config.first_kernel]
     before, after = stem_report(kernel), None
     console.print(before)
     if "adapter" in params:

@@ -82,8 +82,8 @@ class Model:
         (512, 10)
         """
         flat = _abstract(self.config)
-        # A network of GroupNorms has no statistics, and an empty tree no path.
-        return {"batch_stats": {}, **unflatten(dict(flat))}
+        # A network of GroupNorms has no statistics, and an empty tree has no path.
+        return {"params": {}, "batch_stats": {}, **unflatten(dict(flat))}
 
     def init(self, rng: jax.Array, image_shape: Sequence[int] | None = None) -> Variables:
         """Random parameters and neutral BatchNorm statistics, all float32.

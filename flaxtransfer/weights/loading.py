@@ -110,7 +110,7 @@ def load(
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")
     return Checkpoint(
-        variables={"batch_stats": {}, **unflatten(leaves)},
+        variables={"params": {}, "batch_stats": {}, **unflatten(leaves)},
         config=beside.config,
         preprocessing=beside.preprocessing,
         source=name,

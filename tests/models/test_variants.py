@@ -1,0 +1,133 @@
+"""The parts that a plain ResNet does not have; what they compute is compared with timm's in
+tests/parity.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer.batchnorm import modules
+from flaxtransfer.models.pooling import average_pool, blur_pool
+from flaxtransfer.paths import flatten, segments
+
+PLAIN = ft.ResNetConfig("bottleneck", (1, 1, 1, 1), width=8, classes=3)
+# Each part once, several to a network, for compiling is what takes the time.
+PARTS = {
+    "deep, blur, se": {"stem": "deep", "stem_width": 8, "shortcut": "average",
+                       "anti_alias": "blur", "attention": "se"},
+    "tiered, average, eca": {"stem": "tiered", "stem_width": 8, "anti_alias": "average",
+                             "attention": "eca", "reduce_first": 2, "shortcut_kernel": 3},
+    "stem pool, v1": {"stem_pool": "convolution", "stride_in": "1x1"},
+    "group": {"norm": "group", "width": 32},
+}  # fmt: skip
+
+
+def network(part):
+    model = ft.resnet(dataclasses.replace(PLAIN, **PARTS[part]))
+    return model, model.init(jax.random.key(0))
+
+
+def run(model, variables, images, **how):
+    return jax.jit(lambda variables, images: model.apply(variables, images, **how))(
+        variables, images
+    )
+
+
+def images(size=32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, size, size, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_cut_anywhere_it_is_the_same_function(part):
+    model, variables = network(part)
+    whole, _ = run(model, variables, images())
+    assert whole.std() > 0
+    first, _ = run(model, variables, images(), stop="layer2")
+    second, _ = run(model, variables, first, start="layer2")
+    np.testing.assert_allclose(second, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_leaf_has_a_segment_and_a_gradient(part):
+    model, variables = network(part)
+
+    def loss(params):
+        return (model.apply({**variables, "params": params}, images())[0] ** 2).sum()
+
+    gradients = flatten(jax.jit(jax.grad(loss))(variables["params"]))
+    assert segments(gradients) == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert [path for path, leaf in gradients.items() if not np.abs(leaf).max() > 0] == []
+
+
+@pytest.mark.parametrize("part", ["deep, blur, se", "stem pool, v1"])
+def test_the_norms_of_a_stem_are_batch_norms_to_masks_and_policies(part):
+    model, variables = network(part)
+    statistics = flatten(variables["batch_stats"])
+    named = {path for path in statistics if path.endswith("/mean")}
+    assert set(modules(variables["params"])) == {path.removesuffix("/mean") for path in named}
+    _, updated = run(model, variables, images(), norm="batch")
+    assert all((flatten(updated)[path] != statistics[path]).any() for path in named)
+
+
+def test_group_norms_have_no_statistics_and_no_policy(tmp_path):
+    model, variables = network("group")
+    assert variables["batch_stats"] == {}
+    assert modules(variables["params"]) == ()
+    running, _ = run(model, variables, images())
+    batch, _ = run(model, variables, images(), norm="batch")
+    np.testing.assert_array_equal(running, batch)
+    source = ft.ArraySource(np.zeros((8, 32, 32, 3), np.uint8), np.arange(8) % 3)
+    preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
+    feed = ft.source_feed(source, np.arange(6), np.arange(6, 8), preprocessing, batch_size=3)
+    plan = ft.full_fine_tuning(variables["params"], steps=2)
+    fitted = ft.fit(model, variables, plan, feed, tmp_path)
+    assert fitted.steps == 2
+
+
+def test_pools_of_odd_sides():
+    rows = jnp.arange(5.0)[None, :, None, None] * jnp.ones((1, 5, 2, 1))
+    # torch's AvgPool2d(2, ceil_mode=True, count_include_pad=False) and AvgPool2d(2).
+    assert average_pool(rows, padded=True)[0, :, 0, 0].tolist() == [0.5, 2.5, 4.0]
+    assert average_pool(rows)[0, :, 0, 0].tolist() == [0.5, 2.5]
+    # (1, 2, 1) / 4 over 1 0 1, 1 2 3 and 3 4 3: reflected without the edge itself.
+    assert blur_pool(rows)[0, :, 0, 0].tolist() == [0.5, 2.0, 3.5]
+
+
+@pytest.mark.parametrize("way", ["linear", "repeat"])
+def test_bands_before_a_deep_stem(way):
+    config = dataclasses.replace(PLAIN, **PARTS["deep, blur, se"])
+    variables = jax.tree.map(np.asarray, ft.resnet(config).init(jax.random.key(0)))
+    pre = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
+    checkpoint = ft.Checkpoint(variables, config, pre)
+    model, start, report = ft.transfer(checkpoint, classes=2, bands=6, adapter=way, zero_head=False)
+    pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 6)).astype(np.float32)
+    wanted, _ = run(model, start, pixels)
+    assert report.adapted == (("params/conv1/0/kernel",) if way == "repeat" else ())
+    six = dataclasses.replace(pre, mean=(0.5,) * 6, std=(0.25,) * 6)
+    folded = ft.fold_adapter(ft.Checkpoint(jax.tree.map(np.asarray, start), model.config, six))
+    got, _ = run(ft.resnet(folded.config), folded.variables, pixels)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"stem": "deep"}, "a deep or tiered stem has a stem_width"),
+        ({"stem_width": 32}, "a plain one has width"),
+        ({"stem": "deep", "stem_width": 3}, "above 3, not 3"),
+        ({"stem": "wide"}, "stem must be 'plain' or 'deep' or 'tiered', not 'wide'"),
+        ({"se_ratio": 0}, "se_ratio is a share above 0"),
+        ({"anti_alias": "blur", "stem_pool": "convolution"}, "no anti-aliased one"),
+        ({"shortcut": "average", "shortcut_kernel": 3}, "has shortcut_kernel 1"),
+        ({"norm": "group", "width": 48}, "32 groups"),
+        ({"reduce_first": 65}, "no channels"),
+        ({"shortcut_kernel": 2}, "shortcut_kernel must be 1 or 3, not 2"),
+    ],
+)
+def test_a_config_refuses_what_is_no_network(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        ft.ResNetConfig(**arguments)
