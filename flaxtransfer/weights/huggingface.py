@@ -1,15 +1,18 @@
 """The names of Hugging Face's `ResNetForImageClassification`.
 
-Its configuration can ask for two graphs with the same names and shapes but other strides; they
-are refused, because nothing in the weights would tell.
+Its configuration can ask for graphs with the same names and shapes but other strides, which
+nothing in the weights tells: the stride in the first convolution of bottlenecks is supported, a
+stride in the first stage is refused.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.weights.rename import CONV, DENSE, Rule, Table, batch_norm
 
-__all__ = ["TABLE", "other_graph"]
+__all__ = ["TABLE", "other_graph", "with_strides"]
 
 _BLOCK = "resnet.encoder.stages.{s-1}.layers.{b}"
 
@@ -32,18 +35,29 @@ _GRAPH = {
     "model_type": "resnet",
     "hidden_act": "relu",
     "downsample_in_first_stage": False,
-    "downsample_in_bottleneck": False,
 }
 
 
 def other_graph(config: Mapping[str, Any]) -> list[str]:
     """What a `config.json` asks for that this package's network does not do.
 
-    >>> other_graph({"model_type": "resnet", "downsample_in_bottleneck": True})
-    ['downsample_in_bottleneck is True, and only False is supported']
+    >>> other_graph({"model_type": "resnet", "downsample_in_first_stage": True})
+    ['downsample_in_first_stage is True, and only False is supported']
     """
     return [
         f"{name} is {config[name]!r}, and only {supported!r} is supported"
         for name, supported in _GRAPH.items()
         if config.get(name, supported) != supported
     ]
+
+
+def with_strides(seen: ResNetConfig, config: Mapping[str, Any]) -> ResNetConfig:
+    """The network with its strides where a `config.json` has them.
+
+    >>> bottlenecks = ResNetConfig("bottleneck", (3, 4, 6, 3))
+    >>> with_strides(bottlenecks, {"downsample_in_bottleneck": True}).stride_in
+    '1x1'
+    """
+    if seen.block == "bottleneck" and config.get("downsample_in_bottleneck"):
+        return dataclasses.replace(seen, stride_in="1x1")
+    return seen

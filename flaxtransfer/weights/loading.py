@@ -176,10 +176,12 @@ def _network(
         seen: the network by the leaves.
         file: the weights' file.
     """
-    path = file.path
+    path, beside = file.path, file.path.with_name("config.json")
+    settings = sidecar.read_json(beside)
+    if settings.get("model_type") == "resnet":
+        seen = huggingface.with_strides(seen, settings)
     if model is None:
-        beside = path.with_name("config.json")
-        architecture, altered = sidecar.timm_architecture(sidecar.read_json(beside))
+        architecture, altered = sidecar.timm_architecture(settings)
         # A file of ours says it all in its header.
         if architecture not in ARCHITECTURES or header.KEY in file.metadata:
             return seen
@@ -206,7 +208,7 @@ def _by_name(name: str, seen: ResNetConfig) -> ResNetConfig:
             f"no model {name!r}{suggest(name, ARCHITECTURES)}; there are: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    config = ARCHITECTURES[plain]
+    config = dataclasses.replace(ARCHITECTURES[plain], stride_in=seen.stride_in)
     return dataclasses.replace(config, width=int(scaled[2])) if scaled else config
 
 

@@ -94,6 +94,33 @@ def test_transformers(torch, torchvision, making, tmp_path, name):
     assert (checkpoint.config.name, checkpoint.config.classes) == (name, CLASSES)
 
 
+@pytest.mark.parametrize("layer_type", ["bottleneck", "basic"])
+def test_transformers_with_the_stride_in_the_first_convolution(
+    torch, torchvision, making, tmp_path, layer_type
+):
+    import transformers
+
+    sizes = [16, 32, 64, 128] if layer_type == "basic" else [64, 128, 256, 512]
+    torch.manual_seed(0)
+    network = making.randomise(
+        transformers.ResNetForImageClassification(
+            transformers.ResNetConfig(
+                depths=[1, 2, 1, 1], embedding_size=16, hidden_sizes=sizes,
+                layer_type=layer_type, downsample_in_bottleneck=True, num_labels=CLASSES,
+            )
+        ), 2,
+    )  # fmt: skip
+    network.save_pretrained(tmp_path)
+    checkpoint = load(tmp_path)
+    images = torch.randn(2, 3, 75, 75, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = network(images).logits.numpy()
+    ours = forward(checkpoint.config)(checkpoint.variables, images.permute(0, 2, 3, 1).numpy())
+    assert np.abs(ours - theirs).max() <= LIMIT * np.abs(theirs).max()
+    # A basic block has no such convolution, and transformers strides as ever.
+    assert checkpoint.config.stride_in == ("1x1" if layer_type == "bottleneck" else "3x3")
+
+
 # Every kind of part at least twice: deep and tiered stems, pooled shortcuts, SE, ECA, blur and
 # average anti-aliasing, groups, ResNet-RS; GroupNorm and SENet-154 once.
 TIMM = (

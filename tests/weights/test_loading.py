@@ -312,7 +312,6 @@ def beside(golden, tmp_path, name, change):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"downsample_in_bottleneck": True}, "downsample_in_bottleneck is True, and only False"),
         ({"downsample_in_first_stage": True}, "downsample_in_first_stage is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'relu'"),
         ({"id2label": {"0": "a", "1": "b"}}, "names 2 classes and the head .* has 3"),
