@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flaxtransfer.averaging import Soup, average, greedy_soup, interpolate
     from flaxtransfer.bands import Adapter
     from flaxtransfer.batchnorm import Norm, policy
-    from flaxtransfer.catalogue import RESNETS
+    from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
     from flaxtransfer.features import (
@@ -111,7 +111,8 @@ if TYPE_CHECKING:
 _ROOMS = {
     "analysis.stem": ("StemReport", "stem_report"),
     "analysis.profile": ("Profile", "probe_profile"),
-    "architectures": ("RESNETS", "ResNetConfig"),
+    "architectures": ("ResNetConfig",),
+    "catalogue": ("ARCHITECTURES", "RESNETS"),
     "averaging": ("Soup", "average", "greedy_soup", "interpolate"),
     "bands": ("Adapter",),
     "batchnorm": ("Norm", "policy"),

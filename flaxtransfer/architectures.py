@@ -41,8 +41,8 @@ class ResNetConfig:
     """The shape of a ResNet whose blocks end in an activation (v1 and v1.5).
 
     Use it to build a network, and to say what a checkpoint holds. The first fields describe the
-    plain, wide and ResNeXt forms; each of those after ``adapter`` is one change to them, and all
-    can be combined. Pre-activation networks (v2, BiT) are not described.
+    plain, wide and ResNeXt forms; each of those after ``adapter`` is one change to them, and
+    nearly all can be combined. Pre-activation networks (v2, BiT) are not described.
 
     Args:
         block: "basic" (two 3x3) or "bottleneck" (1x1, 3x3, 1x1 with four times the planes).
@@ -161,6 +161,11 @@ class ResNetConfig:
             raise ValueError(f"se_ratio is a share above 0 and up to 1, not {self.se_ratio!r}")
         if self.stem_pool == "convolution" and self.anti_alias is not None:
             raise ValueError("a stem whose pool is a convolution has no anti-aliased one")
+        if self.stride_in == "1x1" and (self.block == "basic" or self.anti_alias is not None):
+            raise ValueError(
+                "stride_in '1x1' is for bottlenecks that are not anti-aliased: a basic block has no "
+                "1x1 convolution, and an anti-aliased block lowers resolution after its 3x3"
+            )
         if self.shortcut == "average" and self.shortcut_kernel != 1:
             raise ValueError("an average-pooled shortcut has shortcut_kernel 1, not 3")
         if self.inner(1) // self.reduce_first < 1:

@@ -1,6 +1,7 @@
 """A network as a pair of pure functions, `init` and `apply`, over named segments."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,12 +106,8 @@ class Model:
         abstract = self.abstract()
         zero = {"fc/kernel"} if self.zero_head else set()
         if self.zero_init_residual:
-            last = "n2" if self.config.block == "basic" else "n3"  # bn2 or gn2
-            zero |= {
-                path
-                for path in flatten(abstract["params"])
-                if path.startswith("layer") and path.endswith(f"{last}/scale")
-            }
+            last = r"layer\d/\d+/[bg]n" + ("2" if self.config.block == "basic" else "3") + "/scale"
+            zero |= {path for path in flatten(abstract["params"]) if re.fullmatch(last, path)}
         params = initial_params(rng, abstract["params"], zero=zero)
         if self.config.adapter is not None:
             # No ReLU follows: three channels of variance 1 from bands of variance 1 want 1 / bands

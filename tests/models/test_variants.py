@@ -125,9 +125,15 @@ def test_bands_before_a_deep_stem(way):
         ({"shortcut": "average", "shortcut_kernel": 3}, "has shortcut_kernel 1"),
         ({"norm": "group", "width": 48}, "32 groups"),
         ({"reduce_first": 65}, "no channels"),
+        ({"stride_in": "1x1"}, "a basic block has no 1x1"),
+        ({"block": "bottleneck", "stride_in": "1x1", "anti_alias": "blur"}, "not anti-aliased"),
         ({"shortcut_kernel": 2}, "shortcut_kernel must be 1 or 3, not 2"),
     ],
 )
 def test_a_config_refuses_what_is_no_network(arguments, text):
     with pytest.raises(ValueError, match=text):
         ft.ResNetConfig(**arguments)
+
+
+def test_every_public_name_is_there():
+    assert [name for name in ft.__all__ if not hasattr(ft, name)] == []
