@@ -163,8 +163,8 @@ class ResNetConfig:
             raise ValueError("a stem whose pool is a convolution has no anti-aliased one")
         if self.stride_in == "1x1" and (self.block == "basic" or self.anti_alias is not None):
             raise ValueError(
-                "stride_in '1x1' is for bottlenecks that are not anti-aliased: a basic block has no "
-                "1x1 convolution, and an anti-aliased block lowers resolution after its 3x3"
+                "stride_in '1x1' is for bottlenecks that are not anti-aliased: a basic block has "
+                "no 1x1 convolution, and an anti-aliased block lowers resolution after its 3x3"
             )
         if self.shortcut == "average" and self.shortcut_kernel != 1:
             raise ValueError("an average-pooled shortcut has shortcut_kernel 1, not 3")

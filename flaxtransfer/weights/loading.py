@@ -94,7 +94,11 @@ def load(
     )
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise ValueError(_no_resnet(file, format))
-    config = _network(model, infer(shapes), file)
+    try:
+        seen = infer(shapes)
+    except ValueError as error:
+        raise ValueError(f"{file.path} holds leaves that form no network: {error}") from None
+    config = _network(model, seen, file)
     try:
         leaves = rename.to_leaves(
             table,
@@ -178,12 +182,14 @@ def _network(
     """
     path, beside = file.path, file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
+    # A file of ours says it all in its header.
+    if header.KEY in file.metadata:
+        settings = {}
     if settings.get("model_type") == "resnet":
         seen = huggingface.with_strides(seen, settings)
     if model is None:
         architecture, altered = sidecar.timm_architecture(settings)
-        # A file of ours says it all in its header.
-        if architecture not in ARCHITECTURES or header.KEY in file.metadata:
+        if architecture not in ARCHITECTURES:
             return seen
         said, asked = ARCHITECTURES[architecture], f"{architecture}, as {beside.name} says"
         if altered:
