@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from flaxtransfer.bands import Adapter
 
-__all__ = ["GROUPS", "ResNetConfig", "eca_size", "squeezed"]
+__all__ = ["GROUPS", "PLAIN", "ResNetConfig", "eca_size", "squeezed"]
 
 _DEPTHS: dict[tuple[str, tuple[int, ...]], int] = {
     ("basic", (1, 1, 1, 1)): 10,
@@ -222,11 +222,11 @@ class ResNetConfig:
         >>> "adapter" in ResNetConfig().to_json()
         False
         """
-        plain = {field.name: field.default for field in dataclasses.fields(self)[_PLAIN_FIELDS:]}
+        default = {field.name: field.default for field in dataclasses.fields(self)}
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in plain or value != plain[name]
+            if name in PLAIN or value != default[name]
         }
 
     @classmethod
@@ -309,8 +309,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "stride_in": ("3x3", "1x1"),
 }
 
-_PLAIN_FIELDS = 7
-"""The fields of `ResNetConfig` that every file mentions come first."""
+PLAIN = ("block", "depths", "width", "base_width", "groups", "classes", "in_channels")
+"""The fields that describe a plain ResNet, which every file mentions."""
 
 GROUPS = 32
 """Of a GroupNorm."""

@@ -37,7 +37,7 @@ __all__ = [
 
 
 def stem() -> Mask:
-    """The first convolution and its BatchNorm: ``conv1``, ``bn1``."""
+    """The first convolutions, their norms and their pool: ``conv1``, ``bn1``, ``maxpool``."""
     return Atom("stem")
 
 

@@ -1,15 +1,13 @@
 """Attention over channels: each channel of a map is scaled by a number between 0 and 1."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flaxtransfer.architectures import eca_size, squeezed
+from flaxtransfer.architectures import ResNetConfig, eca_size, squeezed
 
-__all__ = ["ATTENTION"]
+__all__ = ["attention"]
 
 
 class Dense1x1(nn.Module):
@@ -30,7 +28,6 @@ class Dense1x1(nn.Module):
 class SqueezeExcite(nn.Module):
     """Two dense layers on the means of all channels."""
 
-    dtype: Any
     ratio: float
 
     @nn.compact
@@ -43,14 +40,9 @@ class SqueezeExcite(nn.Module):
 class EfficientAttention(nn.Module):
     """One short filter along the means of all channels."""
 
-    dtype: Any
-    ratio: float
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        size = eca_size(x.shape[-1])
-        means = x.mean((1, 2))
-        filtered = Filter(size, name="conv")(means)
+        filtered = Filter(eca_size(x.shape[-1]), name="conv")(x.mean((1, 2)))
         return x * nn.sigmoid(filtered)[:, None, None]
 
 
@@ -68,4 +60,8 @@ class Filter(nn.Module):
         return sum(taps[1:], start=taps[0])
 
 
-ATTENTION: dict[str, type[nn.Module]] = {"se": SqueezeExcite, "eca": EfficientAttention}
+def attention(config: ResNetConfig, name: str) -> nn.Module | None:
+    """The module that a config asks for; None without one."""
+    if config.attention == "se":
+        return SqueezeExcite(config.se_ratio, name=name)
+    return EfficientAttention(name=name) if config.attention == "eca" else None

@@ -3,9 +3,8 @@
 import flax.linen as nn
 import jax
 
-from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.batchnorm import Norm
-from flaxtransfer.models.attention import ATTENTION
+from flaxtransfer.models.attention import attention
 from flaxtransfer.models.layers import Layers
 from flaxtransfer.models.pooling import anti_aliased, average_pool
 
@@ -20,7 +19,6 @@ class Downsample(Layers):
 
     features: int
     stride: int
-    config: ResNetConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
@@ -36,12 +34,10 @@ class Block(Layers):
     """What both blocks have in common.
 
     Args:
-      config: of the network.
       stage: 1 to 4.
       stride: of the block.
     """
 
-    config: ResNetConfig
     stage: int
     stride: int
 
@@ -57,14 +53,13 @@ class Block(Layers):
 
     def join(self, x: jax.Array, y: jax.Array, norm: Norm) -> jax.Array:
         """The block's input, fitted to its output `y`, plus `y`."""
-        if self.config.attention is not None:
-            y = ATTENTION[self.config.attention](self.dtype, self.config.se_ratio, name="se")(y)
+        if (scaled := attention(self.config, "se")) is not None:
+            y = scaled(y)
         features = y.shape[-1]
         if self.stride != 1 or x.shape[-1] != features:
             shortcut = Downsample(
-                self.dtype, self.convolution, self.norm, features, self.stride, self.config,
-                name="downsample",
-            )  # fmt: skip
+                self.dtype, self.convolution, self.config, features, self.stride, name="downsample"
+            )
             x = shortcut(x, norm)
         return nn.relu(x + y)
 

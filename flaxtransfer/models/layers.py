@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxtransfer.architectures import GROUPS
+from flaxtransfer.architectures import GROUPS, ResNetConfig
 from flaxtransfer.batchnorm import Norm, mode
 
 __all__ = ["MOMENTUM", "Conv", "Convolution", "Layers"]
@@ -64,12 +64,12 @@ class Layers(nn.Module):
     Args:
       dtype: of the computation; None takes that of the kernels.
       convolution: the function that convolves.
-      norm: "batch" or "group", of all normalisations.
+      config: of the network.
     """
 
     dtype: Any
     convolution: Convolution
-    norm: str
+    config: ResNetConfig
 
     def convolve(
         self, name: str, x: jax.Array, features: int, size: int, stride: int = 1, groups: int = 1
@@ -84,7 +84,7 @@ class Layers(nn.Module):
         Where the network has GroupNorms, ``gn1`` stands in the place of ``bn1``, for no policy of
         BatchNorms applies to it.
         """
-        if self.norm == "group":
+        if self.config.norm == "group":
             name = f"gn{name.removeprefix('bn')}"
             return nn.GroupNorm(
                 GROUPS, epsilon=1e-5, dtype=x.dtype, use_fast_variance=False, name=name

@@ -173,7 +173,7 @@ class Model:
             )
         if segments:
             _check_input(segments[0], self.config, images.shape)
-        network = Network(self.dtype, self.convolution, self.config.norm, self.config)
+        network = Network(self.dtype, self.convolution, self.config)
         if norm == "running":
             output: Any = network.apply(variables, images, norm, segments)
             return output, variables["batch_stats"]
@@ -186,7 +186,7 @@ class Model:
 @lru_cache(maxsize=64)
 def _abstract(config: ResNetConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
     """Paths and abstract leaves of both collections; tracing a deep network takes half a second."""
-    network = Network(jnp.dtype("float32"), conv, config.norm, config)
+    network = Network(jnp.dtype("float32"), conv, config)
     images = jax.ShapeDtypeStruct((1, 32, 32, config.bands), jnp.float32)
     variables = jax.eval_shape(
         lambda images: network.init(jax.random.key(0), images, "running"), images

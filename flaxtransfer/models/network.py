@@ -10,7 +10,7 @@ from flaxtransfer.batchnorm import Norm
 from flaxtransfer.models import adapters
 from flaxtransfer.models.blocks import BLOCKS
 from flaxtransfer.models.layers import Layers
-from flaxtransfer.models.pooling import anti_aliased, average_pool, max_pool
+from flaxtransfer.models.pooling import average_pool, blur_pool, max_pool
 
 __all__ = ["Network", "segments_of"]
 
@@ -44,11 +44,9 @@ class DeepStem(Layers):
     The convolutions are numbered as in torch, where norms and activations count.
     """
 
-    channels: tuple[int, ...]
-
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
-        first, second, third = self.channels
+        first, second, third = self.config.stem_channels
         x = nn.relu(self.normalise("bn1", self.convolve("0", x, first, 3, 2), norm))
         x = nn.relu(self.normalise("bn4", self.convolve("3", x, second, 3), norm))
         return self.convolve("6", x, third, 3)
@@ -66,7 +64,6 @@ class Pool(Layers):
 class Stage(Layers):
     """The blocks of one resolution; the first one has the stride."""
 
-    config: ResNetConfig
     number: int
 
     @nn.compact
@@ -76,7 +73,6 @@ class Stage(Layers):
             block = BLOCKS[config.block](
                 self.dtype,
                 self.convolution,
-                self.norm,
                 config,
                 self.number,
                 stride=2 if index == 0 and self.number > 1 else 1,
@@ -88,8 +84,6 @@ class Stage(Layers):
 
 class Network(Layers):
     """The whole network; pooling and head compute in float32 whatever the dtype before them."""
-
-    config: ResNetConfig
 
     @nn.compact
     def __call__(
@@ -108,24 +102,22 @@ class Network(Layers):
                 x = head(_wide(x))
             else:
                 number = int(segment.removeprefix("layer"))
-                parts = (self.dtype, self.convolution, self.norm, self.config, number)
-                x = Stage(*parts, name=segment)(x, norm)
+                stage = Stage(self.dtype, self.convolution, self.config, number, name=segment)
+                x = stage(x, norm)
         return x
 
     def _stem(self, x: jax.Array, norm: Norm) -> jax.Array:
-        config, parts = self.config, (self.dtype, self.convolution, self.norm)
+        config, parts = self.config, (self.dtype, self.convolution, self.config)
         if config.stem == "plain":
             x = self.convolve("conv1", x, config.width, 7, 2)
         else:
-            x = DeepStem(*parts, config.stem_channels, name="conv1")(x, norm)
+            x = DeepStem(*parts, name="conv1")(x, norm)
         x = nn.relu(self.normalise("bn1", x, norm))
         if config.stem_pool == "convolution":
             return Pool(*parts, name="maxpool")(x, norm)
         if config.anti_alias == "average":
             return average_pool(x)
-        if config.anti_alias == "blur":
-            return anti_aliased(max_pool(x, stride=1), "blur")
-        return max_pool(x)
+        return blur_pool(max_pool(x, stride=1)) if config.anti_alias == "blur" else max_pool(x)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.architectures import PLAIN, ResNetConfig
 from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.paths import suggest, unflatten
 from flaxtransfer.weights import (
@@ -226,11 +226,8 @@ def _like(config: ResNetConfig, seen: ResNetConfig) -> ResNetConfig:
 
 def _describe(config: ResNetConfig) -> str:
     parts = {
-        name: value
-        for name, value in config.to_json().items()
-        if name not in ("block", "depths", "width", "base_width", "groups", "classes",
-                        "in_channels", "adapter")
-    }  # fmt: skip
+        name: value for name, value in config.to_json().items() if name not in (*PLAIN, "adapter")
+    }
     return (
         f"{config.block} blocks {config.depths}, width {config.width}, "
         f"base width {config.base_width}, groups {config.groups}"
