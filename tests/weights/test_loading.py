@@ -11,8 +11,18 @@ import pytest
 
 from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.catalogue import RESNETS
-from flaxtransfer.paths import flatten
-from flaxtransfer.weights import load, safetensors_file, torch_file
+from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.weights import (
+    IMAGENET,
+    Checkpoint,
+    load,
+    safetensors_file,
+    save,
+    timm,
+    torch_file,
+)
+from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights.rename import to_keys
 from flaxtransfer.weights.tensors import strip
 
 
@@ -354,3 +364,57 @@ def test_somebody_elses_config_json_is_left_alone(basic, write):
     path = write(basic)
     (path.parent / "config.json").write_text('{"learning_rate": 0.1}')
     assert load(path).notes == ("preprocessing: none is recorded, ImageNet's is assumed",)
+
+
+class TestWhatNoLeafShows:
+    """Anti-aliasing and the place of the stride: from `model`, timm's config.json or our header."""
+
+    @pytest.fixture
+    def aliased(self):
+        config = ResNetConfig("basic", (2, 2, 2, 2), width=4, classes=3, anti_alias="blur")
+        ones = {path: np.ones(shape, np.float32) for path, shape in leaf_shapes(config).items()}
+        return Checkpoint(unflatten(ones), config, IMAGENET)
+
+    @pytest.fixture
+    def foreign(self, aliased, write):
+        """The same weights as a file that says nothing of itself."""
+        leaves = flatten(aliased.variables)
+        return write(to_keys(timm.table_for(aliased.config), leaves))
+
+    def test_is_asked_for_by_name(self, foreign):
+        assert load(foreign).config.anti_alias is None
+        assert load(foreign, model="resnetblur18w4").config.anti_alias == "blur"
+
+    @pytest.mark.parametrize(
+        ("architecture", "arguments", "expected"),
+        [
+            ("resnetblur18", {"channels": [4, 8, 16, 32], "num_classes": 3}, "blur"),
+            ("resnet18", {"channels": [4, 8, 16, 32]}, None),
+            ("my_own_network", {}, None),
+        ],
+    )
+    def test_stands_in_timms_config(self, foreign, architecture, arguments, expected):
+        said = {"architecture": architecture, "pretrained_cfg": {}, "model_args": arguments}
+        foreign.with_name("config.json").write_text(json.dumps(said))
+        assert load(foreign).config.anti_alias == expected
+
+    def test_another_architecture_in_timms_config_is_refused(self, foreign):
+        said = {"architecture": "resnetblur50", "pretrained_cfg": {}}
+        foreign.with_name("config.json").write_text(json.dumps(said))
+        text = r"holds resnet18w4 .*, not resnetblur50, as config\.json says"
+        with pytest.raises(ValueError, match=text):
+            load(foreign)
+
+    def test_our_header_outranks_what_lies_beside(self, aliased, tmp_path):
+        save(tmp_path / "own.safetensors", aliased)
+        said = {"architecture": "resnet50", "pretrained_cfg": {}}
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        assert load(tmp_path / "own.safetensors").config == aliased.config
+        with pytest.raises(ValueError, match="holds resnetblur18w4, not resnet18w4"):
+            load(tmp_path / "own.safetensors", model="resnet18w4")
+
+    def test_leaves_that_form_no_network_are_refused_with_the_file(self, basic, write):
+        # Without statistics the norms can only be GroupNorms, and 4 channels make no 32 groups.
+        bare = {key: array for key, array in basic.items() if "running" not in key}
+        with pytest.raises(ValueError, match=r"weights\.safetensors holds leaves.*32 groups"):
+            load(write(bare))
