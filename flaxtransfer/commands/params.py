@@ -10,7 +10,7 @@ import optax
 from rich.console import Console
 
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.catalogue import RESNETS
+from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
 from flaxtransfer.models import resnet
@@ -52,12 +52,12 @@ class Params:
 
 def params(options: Params, console: Console) -> None:
     """Runs ``flaxtransfer params``."""
-    if options.model not in RESNETS:
+    if options.model not in ARCHITECTURES:
         raise ValueError(
-            f"unknown model {options.model!r}{suggest(options.model, list(RESNETS))}; "
-            f"known: {', '.join(RESNETS)}"
+            f"unknown model {options.model!r}{suggest(options.model, list(ARCHITECTURES))}; "
+            f"known: {', '.join(ARCHITECTURES)}"
         )
-    config = replace(RESNETS[options.model], classes=options.classes)
+    config = replace(ARCHITECTURES[options.model], classes=options.classes)
     if options.width is not None:
         config = replace(config, width=options.width)
     variables = resnet(config).abstract()

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flaxtransfer.catalogue import RESNETS
+from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.strategies import RECIPES
@@ -44,12 +44,12 @@ class Plan:
 
 def plan(options: Plan, console: Console) -> None:
     """Runs ``flaxtransfer plan``."""
-    if options.model not in RESNETS:
+    if options.model not in ARCHITECTURES:
         raise ValueError(
-            f"unknown model {options.model!r}{suggest(options.model, list(RESNETS))}; "
-            f"known: {', '.join(RESNETS)}"
+            f"unknown model {options.model!r}{suggest(options.model, list(ARCHITECTURES))}; "
+            f"known: {', '.join(ARCHITECTURES)}"
         )
-    model = resnet(replace(RESNETS[options.model], classes=options.classes))
+    model = resnet(replace(ARCHITECTURES[options.model], classes=options.classes))
     params = model.abstract()["params"]
     made = strategy_plan(options.strategy, params, {})
     console.print(plan_table(made, params))

@@ -133,7 +133,3 @@ def test_bands_before_a_deep_stem(way):
 def test_a_config_refuses_what_is_no_network(arguments, text):
     with pytest.raises(ValueError, match=text):
         ft.ResNetConfig(**arguments)
-
-
-def test_every_public_name_is_there():
-    assert [name for name in ft.__all__ if not hasattr(ft, name)] == []
