@@ -5,44 +5,19 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from flaxtransfer.architecture_names import name_of
 from flaxtransfer.bands import Adapter
 
 __all__ = ["GROUPS", "PLAIN", "ResNetConfig", "eca_size", "squeezed"]
 
-_DEPTHS: dict[tuple[str, tuple[int, ...]], int] = {
-    ("basic", (1, 1, 1, 1)): 10,
-    ("bottleneck", (1, 1, 1, 1)): 14,
-    ("basic", (2, 2, 2, 2)): 18,
-    ("bottleneck", (2, 2, 2, 2)): 26,
-    ("basic", (3, 4, 6, 3)): 34,
-    ("bottleneck", (3, 4, 6, 3)): 50,
-    ("bottleneck", (3, 4, 23, 3)): 101,
-    ("bottleneck", (3, 8, 36, 3)): 152,
-    ("bottleneck", (3, 24, 36, 3)): 200,
-    ("bottleneck", (3, 30, 48, 8)): 269,
-    ("bottleneck", (4, 29, 53, 4)): 270,
-    ("bottleneck", (4, 36, 72, 4)): 350,
-    ("bottleneck", (4, 44, 87, 4)): 420,
-}
-
-_STEMS: dict[tuple[str, int | None, str], str] = {
-    ("plain", None, "convolution"): "",
-    ("deep", 32, "convolution"): "c",
-    ("deep", 32, "average"): "d",
-    ("deep", 64, "average"): "e",
-    ("deep", 64, "convolution"): "s",
-    ("tiered", 32, "average"): "t",
-}
-"""The letter after the depth, by stem, its width, and shortcut."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """The shape of a ResNet whose blocks end in an activation (v1 and v1.5).
+    """The shape of a ResNet.
 
     Use it to build a network, and to say what a checkpoint holds. The first fields describe the
     plain, wide and ResNeXt forms; each of those after ``adapter`` is one change to them, and
-    nearly all can be combined. Pre-activation networks (v2, BiT) are not described.
+    nearly all can be combined.
 
     Args:
         block: "basic" (two 3x3) or "bottleneck" (1x1, 3x3, 1x1 with four times the planes).
@@ -57,7 +32,9 @@ class ResNetConfig:
         stem: "plain" (one 7x7 convolution of `width` channels), "deep" (three 3x3 of `stem_width`,
             `stem_width` and `2 * stem_width`), or "tiered" (likewise, the first with 3/4 of it).
         stem_width: of a deep or tiered stem; None for a plain one.
-        stem_pool: "max", or "convolution" (a 3x3 with stride 2 and its norm, ResNet-RS).
+        stem_pool: "max"; "zero-padded" (of zeros and not of -inf, which shows where nothing
+            before it is an activation: BiT, Keras); or "convolution" (a 3x3 with stride 2 and its
+            norm, ResNet-RS).
         shortcut: "convolution" (1x1 with the block's stride), or "average" (2x2 average-pooling
             with the stride, then a 1x1 with stride 1).
         shortcut_kernel: 1, or 3 for convolutions of 3x3 in the shortcuts with a stride (SENet-154).
@@ -69,6 +46,13 @@ class ResNetConfig:
         norm: "batch", or "group" (GroupNorm of 32 groups, without running statistics).
         stride_in: the convolution of a bottleneck that has the stride: "3x3" (v1.5: torchvision,
             timm) or "1x1", the first one (v1: Caffe, Keras).
+        preactivation: whether norms and activations stand before the convolutions (v2), the last
+            norm then after layer4.
+        stride_at: the block that has the stride: the "first" of layer2 .. layer4, or the "last" of
+            layer1 .. layer3 (Keras' v2).
+        stem_bias: whether the stem's convolution has a bias (Keras' v2).
+        standardised: what is added to the variances of weight standardisation; None without it.
+        epsilon: what norms add to variances (Keras: 1.001e-5).
 
     References:
         K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
@@ -79,6 +63,10 @@ class ResNetConfig:
         R. Zhang, "Making Convolutional Networks Shift-Invariant Again", 2019 (blur).
         Y. Wu, K. He, "Group Normalization", 2018.
         I. Bello et al., "Revisiting ResNets: Improved Training and Scaling Strategies", 2021 (RS).
+        K. He, X. Zhang, S. Ren, J. Sun, "Identity Mappings in Deep Residual Networks", 2016 (v2).
+        A. Kolesnikov et al., "Big Transfer (BiT): General Visual Representation Learning", 2020.
+        S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization", 2019.
 
     Raises:
         ValueError: a number that cannot describe a network; the text names the field.
@@ -106,7 +94,7 @@ class ResNetConfig:
     adapter: Adapter | None = None
     stem: Literal["plain", "deep", "tiered"] = "plain"
     stem_width: int | None = None
-    stem_pool: Literal["max", "convolution"] = "max"
+    stem_pool: Literal["max", "zero-padded", "convolution"] = "max"
     shortcut: Literal["convolution", "average"] = "convolution"
     shortcut_kernel: Literal[1, 3] = 1
     reduce_first: int = 1
@@ -115,6 +103,11 @@ class ResNetConfig:
     anti_alias: Literal["average", "blur"] | None = None
     norm: Literal["batch", "group"] = "batch"
     stride_in: Literal["3x3", "1x1"] = "3x3"
+    preactivation: bool = False
+    stride_at: Literal["first", "last"] = "first"
+    stem_bias: bool = False
+    standardised: float | None = None
+    epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -172,6 +165,27 @@ class ResNetConfig:
             raise ValueError(
                 f"reduce_first {self.reduce_first} leaves the first convolution no channels"
             )
+        if self.preactivation and (
+            self.attention
+            or self.anti_alias
+            or self.stem_pool == "convolution"
+            or self.stride_in == "1x1"
+            or self.shortcut_kernel != 1
+        ):
+            raise ValueError(
+                "a network of pre-activations has no attention, anti-aliasing, stem_pool "
+                "'convolution', stride_in '1x1' or shortcut_kernel 3"
+            )
+        if not self.preactivation and (self.stride_at == "last" or self.stem_bias):
+            raise ValueError("stride_at 'last' and stem_bias are for networks of pre-activations")
+        if self.stem_bias and self.stem != "plain":
+            raise ValueError("stem_bias is for a plain stem")
+        for field in ("standardised", "epsilon"):
+            value = getattr(self, field)
+            if value is None and field == "standardised":
+                continue
+            if not (isinstance(value, float) and 0 < value < 1):
+                raise ValueError(f"{field} is a small number above 0, not {value!r}")
         narrow = [self.stem_channels[0], self.inner(1) // self.reduce_first, self.width]
         if self.norm == "group" and any(channels % GROUPS for channels in narrow):
             raise ValueError(
@@ -244,34 +258,27 @@ class ResNetConfig:
         given = {name: value for name, value in fields.items() if name != "adapter"}
         return cls(**given, adapter=None if adapter is None else Adapter(**adapter))
 
+    def stride(self, stage: int, block: int) -> int:
+        """Of a block, counted from 0, of a stage, counted from 1.
+
+        >>> [ResNetConfig().stride(stage, 0) for stage in (1, 2, 3, 4)]
+        [1, 2, 2, 2]
+        """
+        if self.stride_at == "first":
+            return 2 if stage > 1 and block == 0 else 1
+        return 2 if stage < 4 and block == self.depths[stage - 1] - 1 else 1
+
+    def has_shortcut(self, stage: int, block: int) -> bool:
+        """Whether a convolution brings the input of a block to the shape of its output."""
+        if block > 0:
+            return False
+        wider = stage > 1 or self.stem_channels[-1] != self.width * self.expansion
+        return wider or self.stride(stage, block) != 1
+
     @property
     def name(self) -> str:
         """The name that users know ("resnet50"); "w32" is added for another width."""
-        depth = _DEPTHS.get((self.block, self.depths))
-        number = str(depth) if depth else f"-{self.block}-" + "-".join(map(str, self.depths))
-        letter = _STEMS.get((self.stem, self.stem_width, self.shortcut))
-        if letter is None:
-            letter = f"-{self.stem}{self.stem_width or ''}-{self.shortcut}"
-        alias = {"average": "aa", "blur": "blur", None: ""}[self.anti_alias]
-        if self.stem_pool == "convolution":
-            alias, letter = "rs", "" if letter == "d" else letter
-        prefix = "" if alias == "rs" and self.attention == "se" else self.attention or ""
-        if self.groups != 1:
-            name = f"{prefix}resnext{alias}{number}{letter}_{self.groups}x{self.base_width}d"
-        elif self.base_width == 64:
-            name = f"{prefix}resnet{alias}{number}{letter}"
-        elif self.base_width % 64 == 0:
-            name = f"{prefix}wide_resnet{alias}{number}{letter}_{self.base_width // 64}"
-        else:
-            name = f"{prefix}resnet{alias}{number}{letter}b{self.base_width}"
-        if (self.reduce_first, self.shortcut_kernel) != (1, 1):
-            name += f"_first{self.reduce_first}_down{self.shortcut_kernel}"
-        if self.norm == "group":
-            name += "_gn"
-        if self.stride_in == "1x1":
-            name += "_v1"
-        name = _OTHER_NAMES.get(name, name)
-        return name if self.width == 64 else f"{name}w{self.width}"
+        return name_of(self)
 
 
 def squeezed(channels: int, ratio: float) -> int:
@@ -300,13 +307,16 @@ def _positive(number: object) -> bool:
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "block": ("basic", "bottleneck"),
     "stem": ("plain", "deep", "tiered"),
-    "stem_pool": ("max", "convolution"),
+    "stem_pool": ("max", "zero-padded", "convolution"),
     "shortcut": ("convolution", "average"),
     "shortcut_kernel": (1, 3),
     "attention": (None, "se", "eca"),
     "anti_alias": (None, "average", "blur"),
     "norm": ("batch", "group"),
     "stride_in": ("3x3", "1x1"),
+    "preactivation": (False, True),
+    "stride_at": ("first", "last"),
+    "stem_bias": (False, True),
 }
 
 PLAIN = ("block", "depths", "width", "base_width", "groups", "classes", "in_channels")
@@ -314,8 +324,3 @@ PLAIN = ("block", "depths", "width", "base_width", "groups", "classes", "in_chan
 
 GROUPS = 32
 """Of a GroupNorm."""
-
-_OTHER_NAMES = {
-    "seresnext152s_64x4d_first2_down3": "senet154",
-    "ecaresnet-bottleneck-1-1-11-3-plain-average": "ecaresnetlight",
-}

@@ -46,6 +46,14 @@ def _variant(depth: str, letter: str = "", grouped: str = "", **parts: Any) -> R
 
 _RS: dict[str, Any] = {"stem_pool": "convolution", "attention": "se", "se_ratio": 0.25}
 
+_V2: dict[str, Any] = {"preactivation": True}
+_BIT: dict[str, Any] = {
+    "preactivation": True,
+    "norm": "group",
+    "standardised": 1e-10,
+    "stem_pool": "zero-padded",
+}
+
 _VARIANTS: tuple[ResNetConfig, ...] = (
     _variant("26"),
     _variant("200"),
@@ -76,7 +84,13 @@ _VARIANTS: tuple[ResNetConfig, ...] = (
     _variant("50", "d", anti_alias="average", attention="se"),
     _variant("101", "d", "32x8d", anti_alias="average", attention="se"),
     *(_variant(depth, "d", **_RS) for depth in ("50", "101", "152", "200", "270", "350", "420")),
-)
+    *(_variant(depth, **_V2) for depth in ("18", "34", "50", "101", "152")),
+    *(_variant(depth, "d", **_V2) for depth in ("18", "34", "50", "101", "152")),
+    _variant("50", "t", **_V2),
+    _variant("50", "d", norm="group", **_V2),
+    *(_variant(depth, width=64 * times, **_BIT)
+      for depth in ("50", "101", "152") for times in (1, 2, 3, 4)),
+)  # fmt: skip
 
 ARCHITECTURES: dict[str, ResNetConfig] = {
     **RESNETS,

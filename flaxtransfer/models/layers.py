@@ -24,7 +24,7 @@ Convolution = Callable[..., jax.Array]
 
 
 class Conv(nn.Module):
-    """A square convolution without bias, padded by half the kernel on all sides.
+    """A square convolution, padded by half the kernel on all sides.
 
     Args:
       features: channels of the output.
@@ -33,6 +33,8 @@ class Conv(nn.Module):
       groups: of channels.
       dtype: of the computation; None takes that of the kernel.
       convolution: the function that does it.
+      standardised: what is added to the variance of each filter, if filters are standardised.
+      bias: whether there is one.
     """
 
     features: int
@@ -41,6 +43,8 @@ class Conv(nn.Module):
     groups: int
     dtype: Any
     convolution: Convolution
+    standardised: float | None = None
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,14 +52,38 @@ class Conv(nn.Module):
         # `initialise` draws the kernels of the whole network in one go.
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         dtype = self.dtype or kernel.dtype
+        if self.standardised is not None:
+            kernel = standardise(kernel, self.standardised)
         half = self.size // 2
-        return self.convolution(
+        y = self.convolution(
             x.astype(dtype),
             kernel.astype(dtype),
             strides=(self.stride, self.stride),
             padding=((half, half), (half, half)),
             groups=self.groups,
         )
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(dtype)
+        return y
+
+
+def standardise(kernel: jax.Array, epsilon: float) -> jax.Array:
+    """Each filter with mean 0 and variance 1.
+
+    Args:
+      kernel: ``[height, width, in, out]``.
+      epsilon: is added to the variance of each of the ``out`` filters.
+
+    >>> standardise(jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1), 1e-10).ravel().tolist()
+    [-1.0, 1.0]
+
+    References:
+      S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
+      Standardization", 2019.
+    """
+    centred = kernel - kernel.mean((0, 1, 2))
+    return centred * jax.lax.rsqrt((centred**2).mean((0, 1, 2)) + epsilon)
 
 
 class Layers(nn.Module):
@@ -72,11 +100,19 @@ class Layers(nn.Module):
     config: ResNetConfig
 
     def convolve(
-        self, name: str, x: jax.Array, features: int, size: int, stride: int = 1, groups: int = 1
+        self,
+        name: str,
+        x: jax.Array,
+        features: int,
+        size: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        bias: bool = False,
     ) -> jax.Array:
         """`x` after the convolution called `name`."""
-        layer = Conv(features, size, stride, groups, self.dtype, self.convolution, name=name)
-        return layer(x)
+        how = (self.dtype, self.convolution, self.config.standardised, bias)
+        return Conv(features, size, stride, groups, *how, name=name)(x)
 
     def normalise(self, name: str, x: jax.Array, norm: Norm) -> jax.Array:
         """`x` after the BatchNorm called `name`, in the mode that the policy gives it.
@@ -86,8 +122,9 @@ class Layers(nn.Module):
         """
         if self.config.norm == "group":
             name = f"gn{name.removeprefix('bn')}"
+            epsilon = self.config.epsilon
             return nn.GroupNorm(
-                GROUPS, epsilon=1e-5, dtype=x.dtype, use_fast_variance=False, name=name
+                GROUPS, epsilon=epsilon, dtype=x.dtype, use_fast_variance=False, name=name
             )(x)
         path = "/".join((*self.path, name))
         by_batch = mode(norm, path) == "batch"
@@ -101,7 +138,7 @@ class Layers(nn.Module):
         layer = nn.BatchNorm(
             use_running_average=not by_batch,
             momentum=MOMENTUM,
-            epsilon=1e-5,
+            epsilon=self.config.epsilon,
             dtype=x.dtype,
             # The fast form takes the difference of two large numbers and loses most of the digits
             # of the variance in float32.

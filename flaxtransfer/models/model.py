@@ -38,8 +38,9 @@ class Model:
         parameters. Parameters, BatchNorm statistics, pooling and head are float32 in any case
         (or float64, where the parameters are).
       zero_head: whether `init` sets the head's kernel to 0, so that all classes start equal.
-      zero_init_residual: whether `init` sets the last BatchNorm scale of every block to 0, so that
-        blocks start as identities; for training from scratch.
+      zero_init_residual: whether `init` sets the last BatchNorm scale of every block to 0 (of
+        pre-activations the last kernel), so that blocks start as identities; for training from
+        scratch.
       convolution: the function that convolves.
 
     Raises:
@@ -106,7 +107,9 @@ class Model:
         abstract = self.abstract()
         zero = {"fc/kernel"} if self.zero_head else set()
         if self.zero_init_residual:
-            last = r"layer\d/\d+/[bg]n" + ("2" if self.config.block == "basic" else "3") + "/scale"
+            number = "2" if self.config.block == "basic" else "3"
+            leaf = f"conv{number}/kernel" if self.config.preactivation else f"[bg]n{number}/scale"
+            last = rf"layer\d/\d+/{leaf}"
             zero |= {path for path in flatten(abstract["params"]) if re.fullmatch(last, path)}
         params = initial_params(rng, abstract["params"], zero=zero)
         if self.config.adapter is not None:

@@ -8,7 +8,7 @@ from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.bands import Adapter
 from flaxtransfer.batchnorm import Norm
 from flaxtransfer.models import adapters
-from flaxtransfer.models.blocks import BLOCKS
+from flaxtransfer.models.blocks import block_of
 from flaxtransfer.models.layers import Layers
 from flaxtransfer.models.pooling import average_pool, blur_pool, max_pool
 
@@ -62,23 +62,19 @@ class Pool(Layers):
 
 
 class Stage(Layers):
-    """The blocks of one resolution; the first one has the stride."""
+    """The blocks of one resolution; the last of pre-activations are normalised once more."""
 
     number: int
 
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
         config = self.config
+        kind = block_of(config)
         for index in range(config.depths[self.number - 1]):
-            block = BLOCKS[config.block](
-                self.dtype,
-                self.convolution,
-                config,
-                self.number,
-                stride=2 if index == 0 and self.number > 1 else 1,
-                name=str(index),
-            )
-            x = block(x, norm)
+            parts = (self.dtype, self.convolution, config, self.number, index)
+            x = kind(*parts, name=str(index))(x, norm)
+        if config.preactivation and self.number == len(config.depths):
+            x = nn.relu(self.normalise("bn1", x, norm))
         return x
 
 
@@ -109,10 +105,13 @@ class Network(Layers):
     def _stem(self, x: jax.Array, norm: Norm) -> jax.Array:
         config, parts = self.config, (self.dtype, self.convolution, self.config)
         if config.stem == "plain":
-            x = self.convolve("conv1", x, config.width, 7, 2)
+            x = self.convolve("conv1", x, config.width, 7, 2, bias=config.stem_bias)
         else:
             x = DeepStem(*parts, name="conv1")(x, norm)
-        x = nn.relu(self.normalise("bn1", x, norm))
+        if not config.preactivation:
+            x = nn.relu(self.normalise("bn1", x, norm))
+        if config.stem_pool == "zero-padded":
+            return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), padding=0)
         if config.stem_pool == "convolution":
             return Pool(*parts, name="maxpool")(x, norm)
         if config.anti_alias == "average":

@@ -1,5 +1,6 @@
 """Between a `ResNetConfig` and the shapes of its leaves, both ways."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -12,7 +13,10 @@ from flaxtransfer.architectures import ResNetConfig, eca_size, squeezed
 from flaxtransfer.bands import Adapter
 from flaxtransfer.paths import suggest
 
-__all__ = ["differences", "infer", "leaf_shapes"]
+__all__ = ["UNSEEN", "differences", "infer", "leaf_shapes", "with_unseen"]
+
+UNSEEN = ("anti_alias", "stride_in", "stride_at", "stem_pool", "standardised", "epsilon")
+"""Fields of a config that show in no leaf, or not always."""
 
 Shape = tuple[int, ...]
 
@@ -48,15 +52,17 @@ def leaf_shapes(config: ResNetConfig) -> dict[str, Shape]:
     channels = config.in_channels
     if config.stem == "plain":
         conv("conv1", 7, channels, config.width)
-        norm("bn1", config.width)
+        if config.stem_bias:
+            shapes["params/conv1/bias"] = (config.width,)
     else:
-        ends = zip(("conv1/0", "conv1/3", "conv1/6"), ("conv1/bn1", "conv1/bn4", "bn1"),
-                   config.stem_channels, strict=True)  # fmt: skip
-        for layer, after, outputs in ends:
-            conv(layer, 3, channels, outputs)
-            norm(after, outputs)
+        for number, outputs in zip((0, 3, 6), config.stem_channels, strict=True):
+            conv(f"conv1/{number}", 3, channels, outputs)
+            if number < 6:
+                norm(f"conv1/bn{number + 1}", outputs)
             channels = outputs
     channels = config.stem_channels[-1]
+    if not config.preactivation:
+        norm("bn1", channels)
     if config.stem_pool == "convolution":
         conv("maxpool/0", 3, channels, channels)
         norm("maxpool/bn1", channels)
@@ -77,7 +83,7 @@ def leaf_shapes(config: ResNetConfig) -> dict[str, Shape]:
                 ]
             for number, (size, inputs, width, groups) in enumerate(layers, 1):
                 conv(f"{block}/conv{number}", size, inputs, width, groups)
-                norm(f"{block}/bn{number}", width)
+                norm(f"{block}/bn{number}", inputs if config.preactivation else width)
             if config.attention == "se":
                 hidden = squeezed(outputs, config.se_ratio)
                 for layer, inputs, width in (("fc1", outputs, hidden), ("fc2", hidden, outputs)):
@@ -85,12 +91,15 @@ def leaf_shapes(config: ResNetConfig) -> dict[str, Shape]:
                     shapes[f"params/{block}/se/{layer}/bias"] = (width,)
             elif config.attention == "eca":
                 shapes[f"params/{block}/se/conv/kernel"] = (eca_size(outputs), 1, 1)
-            if index == 0 and (stage > 1 or channels != outputs):
+            if config.has_shortcut(stage, index):
                 pooled = config.shortcut == "average"
                 size = 1 if stage == 1 else config.shortcut_kernel
                 conv(f"{block}/downsample/{int(pooled)}", size, channels, outputs)
-                norm(f"{block}/downsample/{1 + pooled}", outputs)
+                if not config.preactivation:
+                    norm(f"{block}/downsample/{1 + pooled}", outputs)
             channels = outputs
+    if config.preactivation:
+        norm("layer4/bn1", channels)
     shapes["params/fc/kernel"] = (channels, config.classes)
     shapes["params/fc/bias"] = (config.classes,)
     return shapes
@@ -161,6 +170,18 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
     )
 
 
+def with_unseen(config: ResNetConfig, other: ResNetConfig) -> ResNetConfig:
+    """The config with those of the other's parts that show in no leaf.
+
+    >>> with_unseen(ResNetConfig(classes=5), ResNetConfig(anti_alias="blur")).name
+    'resnetblur18'
+    """
+    plain = ResNetConfig()
+    parts = {name: getattr(other, name) for name in UNSEEN}
+    own = {name: part for name, part in parts.items() if part != getattr(plain, name)}
+    return dataclasses.replace(config, **own)
+
+
 def _stem(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields of a deep stem; none for a plain one."""
     outputs = [shapes.get(f"params/conv1/{number}/kernel", ())[-1:] for number in (0, 3, 6)]
@@ -179,7 +200,10 @@ def _parts(shapes: Mapping[str, Shape], expansion: int) -> dict[str, Any]:
     def some(pattern: str) -> bool:
         return any(re.search(pattern, path) for path in shapes)
 
-    if some("^params/maxpool/"):
+    if some("^params/layer4/[bg]n1/"):
+        parts["preactivation"] = True
+        parts["stem_bias"] = some("^params/conv1/bias$")
+    elif some("^params/maxpool/"):
         parts["stem_pool"] = "convolution"
     if some("/downsample/1/kernel$"):
         parts["shortcut"] = "average"

@@ -5,6 +5,7 @@ import dataclasses
 from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.weights import header, huggingface, sidecar, torchvision
 from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights.formats import FORMATS
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.tensors import Tensors
 
@@ -60,7 +61,10 @@ def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
         raise ValueError(
             f"{beside} names {len(names)} classes and the head of {file.path} has {config.classes}"
         )
-    preprocessing, notes = _fitted(*_preprocessing(file, settings), config, file)
+    found, notes = _preprocessing(file, settings)
+    if found is None and (usual := FORMATS[format].preprocessing) is not None:
+        found, notes = usual, [f"preprocessing: none is recorded, that of {format} is assumed"]
+    preprocessing, notes = _fitted(found, notes, config, file)
     return Companions(config, preprocessing, names, tuple(notes))
 
 

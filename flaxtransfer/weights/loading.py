@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +12,16 @@ import numpy as np
 from flaxtransfer.architectures import PLAIN, ResNetConfig
 from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.paths import suggest, unflatten
-from flaxtransfer.weights import (
-    header,
-    huggingface,
-    rename,
-    shipped,
-    sidecar,
-    tensors,
-    timm,
-    torchvision,
-)
-from flaxtransfer.weights.architecture import infer, leaf_shapes
+from flaxtransfer.weights import header, huggingface, rename, shipped, sidecar, tensors
+from flaxtransfer.weights.architecture import UNSEEN, infer, leaf_shapes, with_unseen
 from flaxtransfer.weights.checkpoint import Checkpoint
 from flaxtransfer.weights.companions import companions
+from flaxtransfer.weights.formats import FORMATS, detect
 
 __all__ = ["load"]
 
-FORMATS: dict[str, Callable[[Iterable[str]], rename.Table]] = {
-    "torchvision": lambda keys: torchvision.TABLE,
-    "timm": timm.table_of,
-    "huggingface": lambda keys: huggingface.TABLE,
-}
-
-_UNSEEN = ("anti_alias", "stride_in")
-"""Fields of a config that show in no leaf."""
-
 # What keys of networks that are near a ResNet, and are none of ours, look like.
 _RELATIVES = {
-    r"stages\.\d+\.blocks\..*": "a pre-activation ResNet (ResNetV2 or BiT)",
     r"features\.denseblock.*": "a DenseNet",
 }
 
@@ -64,8 +46,8 @@ def load(
             the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
             anti-aliasing, and which convolution has the stride. Where it is left out, the
             architecture in timm's `config.json` beside the file says so.
-        format: "torchvision" (timm's plain ResNets too), "timm" or "huggingface"; None reads it
-            off.
+        format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
+            "timm-v2" (its networks of pre-activations), "huggingface" or "bit"; None reads it off.
 
     Returns:
         A `Checkpoint` of float32 numpy arrays.
@@ -85,24 +67,25 @@ def load(
     if format is not None and format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
     file = tensors.read(path)
-    chosen = format or _format_of(file)
-    table = FORMATS[chosen](file.arrays)
+    chosen = format or detect(file.arrays)
+    arrays, done = FORMATS[chosen].prepare(file.arrays)
+    table = FORMATS[chosen].table(arrays)
     shapes = dict(
         found
-        for key, array in file.arrays.items()
+        for key, array in arrays.items()
         if (found := rename.leaf_of(table, key, array.shape)) is not None
     )
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise ValueError(_no_resnet(file, format))
     try:
-        seen = infer(shapes)
+        seen = FORMATS[chosen].implied(infer(shapes))
     except ValueError as error:
         raise ValueError(f"{file.path} holds leaves that form no network: {error}") from None
     config = _network(model, seen, file)
     try:
         leaves = rename.to_leaves(
             table,
-            file.arrays,
+            arrays,
             leaf_shapes(config),
             what=f"{file.path} does not fit {config.name} under {chosen}'s names",
         )
@@ -110,7 +93,7 @@ def load(
         raise ValueError(f"{error}{_relatives(file.arrays)}") from None
     leaves, notes = _as_float32(leaves, file.path)
     beside = companions(file, config, chosen)
-    hidden = [name for name in _UNSEEN if getattr(beside.config, name) != getattr(config, name)]
+    hidden = [name for name in UNSEEN if getattr(beside.config, name) != getattr(config, name)]
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")
     return Checkpoint(
@@ -121,7 +104,7 @@ def load(
         format=chosen,
         sha256=file.sha256,
         class_names=beside.class_names,
-        notes=(*file.notes, *notes, *beside.notes),
+        notes=(*file.notes, *done, *notes, *beside.notes),
     )
 
 
@@ -139,29 +122,8 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path]:
     return text, Path(text)
 
 
-def _format_of(file: tensors.Tensors) -> str:
-    """The naming that most keys follow."""
-
-    def known(name: str) -> int:
-        table = FORMATS[name](file.arrays)
-        found = (rename.leaf_of(table, key, array.shape) for key, array in file.arrays.items())
-        leaves = {leaf for leaf, _ in filter(None, found)}
-        # A scale without statistics is that of a GroupNorm, whatever the key is called.
-        lonely = [leaf for leaf in leaves if _statistic_of(leaf) not in {None, *leaves}]
-        return len(leaves) - len(lonely)
-
-    return max(FORMATS, key=known)
-
-
-def _statistic_of(leaf: str) -> str | None:
-    """The mean that stands beside a BatchNorm's scale; None for other leaves."""
-    if not leaf.endswith("/scale") or "/gn" in leaf:
-        return None
-    return leaf.replace("params/", "batch_stats/").removesuffix("scale") + "mean"
-
-
 def _no_resnet(file: tensors.Tensors, asked: str | None) -> str:
-    likely = _format_of(file)
+    likely = detect(file.arrays)
     hint = f"; format={likely!r} fits better" if asked and likely != asked else ""
     return (
         f"{file.path} holds no ResNet under the names of {asked or ' or '.join(FORMATS)}{hint}; "
@@ -192,13 +154,13 @@ def _network(
         if architecture not in ARCHITECTURES:
             return seen
         said, asked = ARCHITECTURES[architecture], f"{architecture}, as {beside.name} says"
+        said = with_unseen(said, seen)
         if altered:
-            unseen = {name: getattr(said, name) for name in _UNSEEN}
-            return dataclasses.replace(seen, **unseen)
+            return with_unseen(seen, said)
     elif isinstance(model, ResNetConfig):
         said, asked = model, f"{model.name} ({_describe(model)})"
     else:
-        said, asked = _by_name(model, seen), model
+        said, asked = with_unseen(_by_name(model, seen), seen), model
     if leaf_shapes(_like(said, seen)) != leaf_shapes(seen):
         raise ValueError(f"{path} holds {seen.name} ({_describe(seen)}), not {asked}")
     return _like(said, seen)
@@ -214,7 +176,7 @@ def _by_name(name: str, seen: ResNetConfig) -> ResNetConfig:
             f"no model {name!r}{suggest(name, ARCHITECTURES)}; there are: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    config = dataclasses.replace(ARCHITECTURES[plain], stride_in=seen.stride_in)
+    config = ARCHITECTURES[plain]
     return dataclasses.replace(config, width=int(scaled[2])) if scaled else config
 
 

@@ -20,7 +20,7 @@ CONV = (2, 3, 1, 0)
 DENSE = (1, 0)
 """[out, in] -> [in, out]."""
 
-_PLACEHOLDER = re.compile(r"\{(\w+)(?:-(\d+))?\}")
+_PLACEHOLDER = re.compile(r"\{(\w+?)(?:([-+])(\d+))?(?::0(\d))?\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,42 @@ class Rule:
     """One correspondence between keys of a file and leaves.
 
     Args:
-        key: the file's name; `{s}` stands for a number, `{s-1}` for that number less one.
+        key: the file's name; `{s}` stands for a number, `{s-1}` for that number less one, and
+            `{s+1:02}` for one more in two digits.
         leaf: our path, with the same placeholders.
         axes: the order in which the file's axes become the leaf's; None leaves them.
+        units: the file's axes of length 1 that the leaf has not; `axes` counts those that remain.
     """
 
     key: str
     leaf: str
     axes: tuple[int, ...] | None = None
+    units: tuple[int, ...] = ()
+
+    def leaf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the leaf for an array of the file; an impossible one is left as it is."""
+        if any(axis >= len(shape) or shape[axis] != 1 for axis in self.units):
+            return shape
+        left = tuple(size for axis, size in enumerate(shape) if axis not in self.units)
+        if self.axes is None or len(self.axes) != len(left):
+            return left
+        return tuple(left[axis] for axis in self.axes)
+
+    def key_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a leaf's array."""
+        sizes = iter(shape if self.axes is None else (shape[i] for i in np.argsort(self.axes)))
+        count = len(shape) + len(self.units)
+        return tuple(1 if axis in self.units else next(sizes) for axis in range(count))
+
+    def to_leaf(self, array: np.ndarray) -> np.ndarray:
+        """The leaf's array from the file's."""
+        array = np.squeeze(array, self.units)
+        return array if self.axes is None else np.transpose(array, self.axes)
+
+    def to_key(self, array: np.ndarray) -> np.ndarray:
+        """The file's array from the leaf's."""
+        array = array if self.axes is None else np.transpose(array, np.argsort(self.axes))
+        return np.expand_dims(array, self.units)
 
 
 Table = tuple[Rule, ...]
@@ -65,9 +93,7 @@ def leaf_of(table: Table, key: str, shape: tuple[int, ...]) -> tuple[str, tuple[
     for rule in table:
         numbers = _read(rule.key, key)
         if numbers is not None:
-            if rule.axes is not None and len(rule.axes) == len(shape):
-                shape = tuple(shape[axis] for axis in rule.axes)
-            return _write(rule.leaf, numbers), shape
+            return _write(rule.leaf, numbers), rule.leaf_shape(tuple(shape))
     return None
 
 
@@ -94,7 +120,7 @@ def to_leaves(
             `num_batches_tracked` beside an expected BatchNorm is excused.
     """
     wanted = _wanted(table, shapes)
-    expected = {key: _foreign_shape(rule, shapes[leaf]) for key, (leaf, rule) in wanted.items()}
+    expected = {key: rule.key_shape(shapes[leaf]) for key, (leaf, rule) in wanted.items()}
     counters = {_counter(key) for key in wanted if key.endswith(".running_mean")}
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected and key not in counters]
@@ -117,10 +143,7 @@ def to_leaves(
             for key in misshaped
         ]
         raise ValueError("\n".join(lines))
-    return {
-        leaf: tensors[key] if rule.axes is None else np.transpose(tensors[key], rule.axes)
-        for key, (leaf, rule) in wanted.items()
-    }
+    return {leaf: rule.to_leaf(tensors[key]) for key, (leaf, rule) in wanted.items()}
 
 
 def to_keys(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -131,9 +154,7 @@ def to_keys(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     """
     shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
     return {
-        key: np.asarray(leaves[path])
-        if rule.axes is None
-        else np.transpose(np.asarray(leaves[path]), np.argsort(rule.axes))
+        key: rule.to_key(np.asarray(leaves[path]))
         for key, (path, rule) in _wanted(table, shapes).items()
     }
 
@@ -152,37 +173,56 @@ def _wanted(table: Table, leaves: Iterable[str]) -> dict[str, tuple[str, Rule]]:
     return wanted
 
 
-def _foreign_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if rule.axes is None:
-        return tuple(shape)
-    return tuple(shape[rule.axes.index(axis)] for axis in range(len(shape)))
-
-
 def _counter(key: str) -> str:
     return key.removesuffix("running_mean") + "num_batches_tracked"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """A placeholder: which number, how much more the text says, and in how many digits."""
+
+    name: str
+    more: int
+    digits: int
+
+    @classmethod
+    def found(cls, match: re.Match[str]) -> "_Number":
+        name, sign, amount, digits = match.groups()
+        return cls(name, int(f"{sign}{amount}") if sign else 0, int(digits or 1))
+
+
 @functools.cache
-def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[tuple[str, int], ...]]:
-    numbers = tuple((name, int(less or 0)) for name, less in _PLACEHOLDER.findall(pattern))
-    literal = _PLACEHOLDER.sub("\0", pattern)
-    return re.compile(re.escape(literal).replace("\0", "(0|[1-9][0-9]*)")), numbers
+def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[_Number, ...]]:
+    numbers = tuple(_Number.found(match) for match in _PLACEHOLDER.finditer(pattern))
+    parts = [re.escape(part) for part in _PLACEHOLDER.sub("\0", pattern).split("\0")]
+    text = parts[0]
+    for number, part in zip(numbers, parts[1:], strict=True):
+        padded = "|0[0-9]" if number.digits > 1 else ""
+        text += f"(0|[1-9][0-9]*{padded})" + part
+    return re.compile(text), numbers
 
 
 def _read(pattern: str, text: str) -> dict[str, int] | None:
     """The numbers at the placeholders, or None where the text has another form.
 
-    >>> _read("stages.{s-1}.weight", "stages.0.weight")
-    {'s': 1}
+    >>> _read("stages.{s-1}.weight", "stages.0.weight"), _read("unit{b+1:02}/b", "unit01/b")
+    ({'s': 1}, {'b': 0})
     """
     expression, numbers = _compiled(pattern)
     found = expression.fullmatch(text)
     if found is None:
         return None
-    return {
-        name: int(value) + less for (name, less), value in zip(numbers, found.groups(), strict=True)
+    read = {
+        number.name: int(value) - number.more
+        for number, value in zip(numbers, found.groups(), strict=True)
     }
+    # What is written otherwise than it was read ("unit1", "unit00") is another key.
+    return read if min(read.values(), default=0) >= 0 and _write(pattern, read) == text else None
 
 
 def _write(pattern: str, numbers: Mapping[str, int]) -> str:
-    return _PLACEHOLDER.sub(lambda found: str(numbers[found[1]] - int(found[2] or 0)), pattern)
+    def text(match: re.Match[str]) -> str:
+        number = _Number.found(match)
+        return str(numbers[number.name] + number.more).zfill(number.digits)
+
+    return _PLACEHOLDER.sub(text, pattern)

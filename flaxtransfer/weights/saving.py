@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import header, rename, safetensors_file, timm
+from flaxtransfer.weights import header, rename, safetensors_file
 from flaxtransfer.weights.architecture import differences, leaf_shapes
 from flaxtransfer.weights.checkpoint import Checkpoint
+from flaxtransfer.weights.formats import table_for
 
 __all__ = ["save"]
 
@@ -75,7 +76,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, dtype: Any = np.f
     if broken:
         raise ValueError(f"these leaves hold NaN or infinite numbers as {kind}: {broken}")
     data = safetensors_file.write(
-        rename.to_keys(timm.table_for(checkpoint.config), leaves), header.write(checkpoint)
+        rename.to_keys(table_for(checkpoint.config), leaves), header.write(checkpoint)
     )
     _replace(path, data)
     return hashlib.sha256(data).hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights import safetensors_file, torch_file
+from flaxtransfer.weights import npz_file, safetensors_file, torch_file
 
 __all__ = ["Tensors", "read", "strip"]
 
@@ -17,6 +17,7 @@ READERS: dict[str, Callable[[bytes], tuple[dict[str, np.ndarray], dict[str, str]
     ".pth": torch_file.read,
     ".pt": torch_file.read,
     ".bin": torch_file.read,
+    ".npz": npz_file.read,
 }
 IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")
@@ -126,12 +127,15 @@ def _impostor(data: bytes, suffix: str) -> str:
     if data.lstrip()[:1] == b"<":
         return "this is a web page and not the weights; the download went wrong"
     # A zip archive or a pickle; the header of a safetensors file begins after its length.
-    saved_by_torch = data.startswith((b"PK\x03\x04", b"\x80"))
+    zipped = data.startswith(b"PK\x03\x04")
+    saved_by_torch = zipped or data.startswith(b"\x80")
     safetensors_like = data[8:9] == b"{"
     if suffix == ".safetensors" and saved_by_torch and not safetensors_like:
         return "this is a file of torch.save and no safetensors file; give it the suffix .pth"
     if suffix != ".safetensors" and safetensors_like:
         return "this is a safetensors file; give it the suffix .safetensors"
+    if suffix == ".npz":
+        return "" if zipped else "this is no .npz archive"
     if suffix != ".safetensors" and not saved_by_torch:
         return "this is no file of torch.save, which is a zip archive or a pickle"
     return ""

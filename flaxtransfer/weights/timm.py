@@ -13,7 +13,7 @@ from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.weights import torchvision
 from flaxtransfer.weights.rename import CONV, Rule, Table, batch_norm
 
-__all__ = ["TABLE", "table_for", "table_of"]
+__all__ = ["TABLE", "of_groups", "table_for", "table_of"]
 
 _BLOCK, _PATH = "layer{s}.{b}", "layer{s}/{b}"
 
@@ -53,7 +53,7 @@ def table_for(config: ResNetConfig) -> Table:
 
 def _table(pooled: bool, groups: bool) -> Table:
     table = tuple(rule for rule in TABLE if not _is_of_the_other_shortcut(rule, pooled))
-    return tuple(map(_of_groups, table)) if groups else table
+    return tuple(map(of_groups, table)) if groups else table
 
 
 def _is_of_the_other_shortcut(rule: Rule, pooled: bool) -> bool:
@@ -63,7 +63,8 @@ def _is_of_the_other_shortcut(rule: Rule, pooled: bool) -> bool:
     return bool(plain if pooled else with_pool)
 
 
-def _of_groups(rule: Rule) -> Rule:
+def of_groups(rule: Rule) -> Rule:
+    """The rule where the network has GroupNorms."""
     leaf = re.sub(r"/bn(\d+|\{k\})/", r"/gn\1/", rule.leaf)
     leaf = re.sub(r"/downsample/(\d)/(scale|bias)", r"/downsample/gn\1/\2", leaf)
     return dataclasses.replace(rule, leaf=leaf)

@@ -23,6 +23,11 @@ PARTS = {
                              "attention": "eca", "reduce_first": 2, "shortcut_kernel": 3},
     "stem pool, v1": {"stem_pool": "convolution", "stride_in": "1x1"},
     "group": {"norm": "group", "width": 32},
+    "v2, deep": {"preactivation": True, "stem": "deep", "stem_width": 8, "shortcut": "average"},
+    "v2, last": {"preactivation": True, "stride_at": "last", "stem_bias": True,
+                 "stem_pool": "zero-padded", "depths": (2, 1, 2, 1), "epsilon": 1.001e-5},
+    "bit": {"preactivation": True, "norm": "group", "standardised": 1e-10, "width": 32,
+            "stem_pool": "zero-padded"},
 }  # fmt: skip
 
 

@@ -171,9 +171,9 @@ DAMAGES = {
     deep_stem: ["under timm's names", "missing: conv1.3.weight", "missing: conv1.6.weight"],
     attention: ["under timm's names", "missing: layer1.0.se.fc2.weight"],
     headless: ["2 missing", "missing: fc.weight", "missing: fc.bias"],
-    other_network: ["holds no ResNet under the names of torchvision or timm or huggingface",
+    other_network: ["holds no ResNet under the names of torchvision or timm or timm-v2",
                     "features.0.weight"],
-    pre_activation: ["holds no ResNet", "pre-activation ResNet"],
+    pre_activation: ["under timm-v2's names", "missing: norm.weight", "missing: head.fc.bias"],
 }  # fmt: skip
 
 
@@ -189,9 +189,9 @@ def test_a_format_that_does_not_fit_names_the_one_that_does(golden):
     with pytest.raises(ValueError, match="names of huggingface; format='torchvision' fits better"):
         load(golden / "torchvision_basic", format="huggingface")
     with pytest.raises(
-        ValueError, match="no format 'keras'; there are: torchvision, timm, huggingface"
+        ValueError, match="no format 'caffe'; there are: torchvision, timm, timm-v2"
     ):
-        load(golden / "torchvision_basic", format="keras")
+        load(golden / "torchvision_basic", format="caffe")
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The strict engine: what it fills, and all that it refuses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
-from flaxtransfer.weights import huggingface, timm, torchvision
+from flaxtransfer.weights import big_transfer, huggingface, timm, timm_v2, torchvision
 from flaxtransfer.weights.architecture import leaf_shapes
 from flaxtransfer.weights.rename import CONV, Rule, leaf_of, to_keys, to_leaves
 
@@ -43,10 +45,52 @@ def test_every_leaf_has_one_key_and_every_key_one_leaf(table, name):
 def test_timms_table_is_one_to_one_for_every_architecture(name):
     config = ARCHITECTURES[name]
     leaves = {path: np.zeros((0,) * len(shape)) for path, shape in leaf_shapes(config).items()}
-    keys = to_keys(timm.table_for(config), leaves)
+    naming = timm_v2 if config.preactivation else timm
+    keys = to_keys(naming.table_for(config), leaves)
     assert len(keys) == len(leaves)
-    table = timm.table_of(keys)
+    table = naming.table_of(keys)
     assert [leaf_of(table, key, ())[0] for key in keys] == list(leaves)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.endswith("_bit")])
+def test_bits_table_is_one_to_one(name):
+    config = ARCHITECTURES[name]
+    arrays = leaves(dataclasses.replace(config, width=2, depths=(2, 1, 1, 11), norm="batch"))
+    arrays = {path.replace("/bn", "/gn"): a for path, a in arrays.items() if path[0] == "p"}
+    keys = to_keys(big_transfer.TABLE, arrays)
+    assert "resnet/block4/unit11/a/standardized_conv2d/kernel" in keys
+    assert keys["resnet/head/conv2d/kernel"].shape == (1, 1, 64, 1000)
+    shapes = {path: array.shape for path, array in arrays.items()}
+    back = to_leaves(big_transfer.TABLE, keys, shapes, what="file")
+    assert all(np.array_equal(back[path], arrays[path]) for path in arrays)
+
+
+@pytest.mark.parametrize("key", ["unit1/w", "unit00/w", "unit001/w", "unit1a/w", "unit012/w"])
+def test_a_number_written_otherwise_is_another_key(key):
+    table = (Rule("unit{b+1:02}/w", "params/{b}/kernel"),)
+    assert leaf_of(table, "unit01/w", ()) == ("params/0/kernel", ())
+    assert leaf_of(table, "unit12/w", ()) == ("params/11/kernel", ())
+    assert leaf_of(table, key, ()) is None
+
+
+@given(b=st.integers(0, 300))
+def test_numbers_in_two_digits_go_there_and_back(b):
+    table = (Rule("unit{b+1:02}/w", "params/{b}/kernel"),)
+    (key,) = to_keys(table, {f"params/{b}/kernel": np.zeros(1)})
+    assert key == f"unit{b + 1:02}/w"
+    assert leaf_of(table, key, (1,)) == (f"params/{b}/kernel", (1,))
+
+
+def test_axes_of_length_one_are_dropped_and_given_back():
+    table = (Rule("fc.weight", "params/fc/kernel", (1, 0), units=(2, 3)),)
+    array = np.arange(6.0).reshape(2, 3, 1, 1)
+    assert leaf_of(table, "fc.weight", array.shape) == ("params/fc/kernel", (3, 2))
+    found = to_leaves(table, {"fc.weight": array}, {"params/fc/kernel": (3, 2)}, what="file")
+    np.testing.assert_array_equal(found["params/fc/kernel"], array[:, :, 0, 0].T)
+    np.testing.assert_array_equal(to_keys(table, found)["fc.weight"], array)
+    wrong = {"fc.weight": np.zeros((2, 3, 1, 2))}
+    with pytest.raises(ValueError, match=r"is \[2, 3, 1, 2\] in the file, \[2, 3, 1, 1\]"):
+        to_leaves(table, wrong, {"params/fc/kernel": (3, 2)}, what="file")
 
 
 @pytest.mark.parametrize(
