@@ -12,7 +12,7 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.batchnorm import modules
 from flaxtransfer.models.pooling import average_pool, blur_pool
-from flaxtransfer.paths import flatten, segments
+from flaxtransfer.paths import flatten, segments, unflatten
 
 PLAIN = ft.ResNetConfig("bottleneck", (1, 1, 1, 1), width=8, classes=3)
 # Each part once, several to a network, for compiling is what takes the time.
@@ -68,7 +68,7 @@ def test_every_leaf_has_a_segment_and_a_gradient(part):
     assert [path for path, leaf in gradients.items() if not np.abs(leaf).max() > 0] == []
 
 
-@pytest.mark.parametrize("part", ["deep, blur, se", "stem pool, v1"])
+@pytest.mark.parametrize("part", ["deep, blur, se", "stem pool, v1", "v2, deep", "v2, last"])
 def test_the_norms_of_a_stem_are_batch_norms_to_masks_and_policies(part):
     model, variables = network(part)
     statistics = flatten(variables["batch_stats"])
@@ -91,6 +91,32 @@ def test_group_norms_have_no_statistics_and_no_policy(tmp_path):
     plan = ft.full_fine_tuning(variables["params"], steps=2)
     fitted = ft.fit(model, variables, plan, feed, tmp_path)
     assert fitted.steps == 2
+
+
+def test_standardised_kernels_may_be_scaled_and_shifted():
+    # Weight standardisation takes mean and size of each filter out of the function.
+    model, variables = network("bit")
+    wanted, _ = run(model, variables, images())
+    params = flatten(variables["params"])
+    changed = {
+        path: 3 * leaf + 0.5 if path.endswith("kernel") and not path.startswith("fc") else leaf
+        for path, leaf in params.items()
+    }
+    got, _ = run(model, {**variables, "params": unflatten(changed)}, images())
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_that_start_as_identities():
+    # Then layer1's output is that of its first shortcut, whatever the blocks hold.
+    config = dataclasses.replace(PLAIN, **PARTS["v2, last"])
+    model = ft.resnet(config, zero_init_residual=True)
+    params = flatten(model.init(jax.random.key(0))["params"])
+    zeros = [path for path, leaf in params.items() if path.endswith("kernel") and not leaf.any()]
+    assert zeros == [
+        f"layer{s}/{b}/conv3/kernel"
+        for s, depth in enumerate((2, 1, 2, 1), 1)
+        for b in range(depth)
+    ]
 
 
 def test_pools_of_odd_sides():
@@ -121,6 +147,13 @@ def test_bands_before_a_deep_stem(way):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        ({"preactivation": True, "attention": "se"}, "pre-activations has no attention"),
+        ({"preactivation": True, "anti_alias": "blur"}, "pre-activations has no attention"),
+        ({"stride_at": "last"}, "are for networks of pre-activations"),
+        ({"stem_bias": True}, "are for networks of pre-activations"),
+        ({"standardised": 0.0}, "standardised is a small number above 0, not 0.0"),
+        ({"epsilon": None}, "epsilon is a small number above 0, not None"),
+        ({"stride_at": "middle"}, "stride_at must be 'first' or 'last', not 'middle'"),
         ({"stem": "deep"}, "a deep or tiered stem has a stem_width"),
         ({"stem_width": 32}, "a plain one has width"),
         ({"stem": "deep", "stem_width": 3}, "above 3, not 3"),

@@ -13,9 +13,9 @@ import pytest
 from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import rename
-from flaxtransfer.weights import timm as naming
+from flaxtransfer.weights import rename, timm_v2
 from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights.formats import table_for
 
 pytestmark = pytest.mark.parity
 
@@ -25,7 +25,7 @@ LIMIT = 1e-10  # of the largest entry of each leaf's gradient
 def leaves_from(tensors, config):
     shapes = leaf_shapes(config)
     arrays = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
-    return rename.to_leaves(naming.table_for(config), arrays, shapes, what="torch")
+    return rename.to_leaves(table_for(config), arrays, shapes, what="torch")
 
 
 def both(torch, network, config, norm):
@@ -79,7 +79,8 @@ def test_with_running_statistics(torch, torchvision, making, name):
 # One of each kind of part that torchvision has not.
 @pytest.mark.parametrize(
     "name",
-    ["resnet18d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnetaa34d", "resnet50_gn"],
+    ["resnet18d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnetaa34d", "resnet50_gn",
+     "resnetv2_18d", "resnetv2_50x1_bit"],
 )  # fmt: skip
 def test_of_timms_variants(torch, torchvision, making, name):
     import timm
@@ -87,6 +88,8 @@ def test_of_timms_variants(torch, torchvision, making, name):
     torch.manual_seed(0)
     network = making.randomise(timm.create_model(name, pretrained=False, num_classes=7), 4)
     config = dataclasses.replace(ARCHITECTURES[name], classes=7)
+    if config.standardised is not None:
+        config = dataclasses.replace(config, standardised=timm_v2.EPSILON)
     ours, theirs = both(torch, network, config, "running")
     assert len(ours) == len(theirs)
     assert differing(ours, theirs, "params/") == {}
