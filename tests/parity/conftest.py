@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "make_golden.py"
@@ -33,3 +34,30 @@ def torchvision(torch, making):
     import torchvision
 
     return torchvision
+
+
+@pytest.fixture
+def agree(record_property):
+    """Asserts that two results agree, and keeps by how much for the table at the end."""
+
+    def agree(ours, theirs, limit, what="logits"):
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert theirs.std() > 1e-3  # of constant logits any network would be a match
+        difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        record_property(what, difference)
+        assert difference <= limit
+
+    return agree
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The largest difference of every comparison, relative to the largest number of the peer."""
+    rows = [
+        (report.nodeid.split("::", 1)[1], what, difference)
+        for report in terminalreporter.stats.get("passed", [])
+        for what, difference in report.user_properties
+    ]
+    if rows:
+        terminalreporter.section("differences from the peers")
+        for name, what, difference in sorted(rows):
+            terminalreporter.write_line(f"{difference:9.1e}  {what:<9}  {name}")
