@@ -72,6 +72,12 @@ class Block(Layers):
             y = scaled(y)
         if self.config.has_shortcut(self.stage, self.index):
             x = self.downsample(x, norm)
+        if x.shape != y.shape:
+            raise ValueError(
+                f"at {'/'.join(self.path)} the shortcut has {x.shape[1]}x{x.shape[2]} positions, "
+                f"and the block {y.shape[1]}x{y.shape[2]}: average anti-aliasing takes images whose "
+                "sides are multiples of 32"
+            )
         return nn.relu(x + y)
 
     def downsample(self, x: jax.Array, norm: Norm) -> jax.Array:

@@ -128,6 +128,12 @@ def test_pools_of_odd_sides():
     assert blur_pool(rows)[0, :, 0, 0].tolist() == [0.5, 2.0, 3.5]
 
 
+def test_average_anti_aliasing_says_which_sides_it_takes():
+    model, _ = network("tiered, average, eca")
+    with pytest.raises(ValueError, match=r"layer2/0 .*sides are multiples of 32"):
+        jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x)[0], images(75))
+
+
 @pytest.mark.parametrize("way", ["linear", "repeat"])
 def test_bands_before_a_deep_stem(way):
     config = dataclasses.replace(PLAIN, **PARTS["deep, blur, se"])
