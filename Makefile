@@ -23,7 +23,7 @@ check: install-dev
 	$(RUN)mypy
 
 parity: install-parity
-	$(RUN)python -m pytest -m parity tests/parity $(ARGS)
+	$(RUN)python -m pytest -n 2 --dist worksteal -m parity tests/parity $(ARGS)
 
 benchmarks: install-parity
 	$(RUN)python experiments/benchmarks/train_step.py --model resnet50 --compare both

@@ -25,6 +25,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_pretraining_runs_resumes_and_exports_a_checkpoint_with_its_card(tmp_path):
     arguments = [
         "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--name", "tiny",
@@ -50,6 +51,7 @@ def test_the_main_job_as_a_script(tmp_path):
     assert "from scratch:" in output
 
 
+@pytest.mark.slow
 def test_strategies_are_computed_once_and_tabled(tmp_path):
     arguments = [
         "--labels-per-class", "5", "--seeds", "0", "--strategies", "feature_extraction",

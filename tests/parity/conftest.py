@@ -20,10 +20,10 @@ def making():
 
 @pytest.fixture(scope="session")
 def torch():
-    """Torch on both cores, beside JAX."""
+    """Torch on one core, for two processes share the tests."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return torch
 
 

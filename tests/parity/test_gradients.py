@@ -74,7 +74,7 @@ def differing(record_property):
     return differing
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_with_running_statistics(differing, torch, torchvision, making, name):
     torch.manual_seed(0)
     network = making.randomise(torchvision.models.get_model(name, weights=None), 4)

@@ -148,11 +148,15 @@ def test_timms_variants(agree, torch, torchvision, making, tmp_path, name):
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
-    network = making.randomise(timm.create_model(name, pretrained=False, num_classes=CLASSES), 1)
+    # Four blocks of SENet-154 have all of its parts and spare half a minute.
+    depths = {"layers": (1, 1, 1, 1)} if name == "senet154" else {}
+    network = timm.create_model(name, pretrained=False, num_classes=CLASSES, **depths)
+    making.randomise(network, 1)
     path = tmp_path / "w.safetensors"
     save_file(network.state_dict(), path)
-    checkpoint = load(path, model=name)
-    assert (checkpoint.config.name, checkpoint.config.classes) == (name, CLASSES)
+    checkpoint = load(path, model=None if depths else name)
+    assert depths or checkpoint.config.name == name
+    assert checkpoint.config.classes == CLASSES
     # An odd side shows what a pool does with the last row.
     size = SIZES.get(name, 75)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
