@@ -75,8 +75,8 @@ class Block(Layers):
         if x.shape != y.shape:
             raise ValueError(
                 f"at {'/'.join(self.path)} the shortcut has {x.shape[1]}x{x.shape[2]} positions, "
-                f"and the block {y.shape[1]}x{y.shape[2]}: average anti-aliasing takes images whose "
-                "sides are multiples of 32"
+                f"and the block {y.shape[1]}x{y.shape[2]}: average anti-aliasing takes images "
+                "whose sides are multiples of 32"
             )
         return nn.relu(x + y)
 

@@ -130,7 +130,7 @@ def test_pools_of_odd_sides():
 
 def test_average_anti_aliasing_says_which_sides_it_takes():
     model, _ = network("tiered, average, eca")
-    with pytest.raises(ValueError, match=r"layer2/0 .*sides are multiples of 32"):
+    with pytest.raises(ValueError, match=r"layer2/0 .*whose sides are multiples of 32"):
         jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x)[0], images(75))
 
 
