@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
+    from flaxtransfer.exports import Exported, export
     from flaxtransfer.features import (
         Baseline,
         HeadSweep,
@@ -118,6 +119,7 @@ _ROOMS = {
     "batchnorm": ("Norm", "policy"),
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
+    "exports": ("Exported", "export"),
     "features": (
         "Baseline", "HeadSweep", "LogisticPath", "MeansHead", "RidgePath", "SolvedHead",
         "Standardisation", "instant_baseline", "linear_discriminant", "logistic_path",

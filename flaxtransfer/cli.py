@@ -77,7 +77,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output, `head` say, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         errors.print(f"flaxtransfer: {_one_line(error)}", markup=False)
         return USER_ERROR
     return 0

@@ -1,4 +1,4 @@
-"""``flaxtransfer convert``: a checkpoint as safetensors under torchvision's names."""
+"""``flaxtransfer convert``: a checkpoint for this package or another program."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from flaxtransfer.exports import export
 from flaxtransfer.folding import fold_adapter
-from flaxtransfer.weights import load, save
+from flaxtransfer.weights import load
+
+Layout = Literal["safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo"]
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Read a checkpoint and write it as safetensors with torchvision's names.
+    """Read a checkpoint and write it for this package or another program.
+
+    What was written is read again and its logits compared before it gets its name.
 
     Args:
-      source: a .safetensors or .pth file, a run folder, or "builtin".
-      target: the .safetensors file to write.
-      dtype: of the numbers in the file.
+      source: a file of weights, a folder with one, a run folder, or "builtin".
+      target: the file to write, .safetensors, .onnx or .stablehlo; or the folder for timm and
+        huggingface.
+      to: what to write, where the target's suffix does not say it.
+      dtype: of the numbers in a .safetensors file.
       adapter: "fold" makes a linear input adapter a part of the stem, so that other programs can
-        load the file; "keep" writes it as it is, for this package alone.
+        load a .safetensors file; "keep" writes it as it is, for this package alone.
     """
 
     source: tyro.conf.Positional[str]
     target: tyro.conf.Positional[Path]
+    to: Layout | None = None
     dtype: Literal["float32", "float16"] = "float32"
     adapter: Literal["fold", "keep"] = "fold"
 
@@ -35,12 +43,13 @@ class Convert:
 def convert(options: Convert, console: Console) -> None:
     """Runs ``flaxtransfer convert``."""
     checkpoint = load(options.source)
-    if options.adapter == "fold":
+    plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
+    if plain and options.adapter == "fold":
         try:
             checkpoint = fold_adapter(checkpoint)
         except ValueError as error:
             raise ValueError(
                 f"{options.source}: {error}; --adapter keep writes it as it is"
             ) from error
-    save(options.target, checkpoint, dtype=np.dtype(options.dtype))
-    console.print(f"{checkpoint!r} -> {options.target} ({options.dtype})", highlight=False)
+    written = export(checkpoint, options.target, to=options.to, dtype=np.dtype(options.dtype))
+    console.print(f"{checkpoint!r}\n{written}", highlight=False, soft_wrap=True)

@@ -6,7 +6,15 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 
 from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.weights import big_transfer, huggingface, rename, timm, timm_v2, torchvision
+from flaxtransfer.weights import (
+    big_transfer,
+    huggingface,
+    rename,
+    timm,
+    timm_stem,
+    timm_v2,
+    torchvision,
+)
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = ["FORMATS", "Format", "detect", "table_for"]
@@ -38,8 +46,8 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "torchvision": Format(lambda keys: torchvision.TABLE),
-    "timm": Format(timm.table_of),
+    "torchvision": Format(lambda keys: torchvision.TABLE, prepare=timm_stem.narrowed),
+    "timm": Format(timm.table_of, prepare=timm_stem.narrowed),
     "timm-v2": Format(timm_v2.table_of, implied=timm_v2.with_big_transfer),
     "huggingface": Format(lambda keys: huggingface.TABLE),
     "bit": Format(

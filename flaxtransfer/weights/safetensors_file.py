@@ -50,7 +50,8 @@ def write(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> byte
     >>> read(write({"w": np.ones(2, np.float32)}, {"format": "pt"}))[1]
     {'format': 'pt'}
     """
-    data = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+    # np.ascontiguousarray would give a number an axis.
+    data = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
     # The library writes metadata in an order that differs from run to run.
     header = json.dumps(
         {"__metadata__": dict(sorted(metadata.items())), **_header(data)}, separators=(",", ":")

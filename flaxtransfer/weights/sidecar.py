@@ -13,6 +13,7 @@ from typing import Any
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
+    "RESAMPLE",
     "hf_class_names",
     "hf_preprocessing",
     "read_json",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 # Pillow's numbers for its filters, which Hugging Face stores.
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # From this side on, a ConvNext processor warps the image to a square and cuts nothing.
 _CONVNEXT_WARPS = 384
 # Arguments of timm's networks that leave the backbone's graph as it is in evaluation.
@@ -118,7 +119,7 @@ def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str
         mean, std = [0.0] * len(mean), [1.0] * len(std)
     resample = config.get("resample", 3)
     return Preprocessing(
-        mean, std, size=size, resize=resize, interpolation=_RESAMPLE.get(resample, str(resample))
+        mean, std, size=size, resize=resize, interpolation=RESAMPLE.get(resample, str(resample))
     ), notes
 
 
