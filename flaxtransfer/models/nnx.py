@@ -20,7 +20,7 @@ from flaxtransfer.predicates import segment_or_empty
 from flaxtransfer.types import Variables
 from flaxtransfer.weights.architecture import differences
 
-__all__ = ["ResNet", "Where", "partition", "update", "variables", "where"]
+__all__ = ["ResNet", "Where", "partition", "train", "update", "variables", "where"]
 
 
 class ResNet(nnx.Module):
@@ -45,8 +45,8 @@ class ResNet(nnx.Module):
     >>> from flaxtransfer.architectures import ResNetConfig
     >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=2))
     >>> network = ResNet(model, model.init(jax.random.key(0)))
-    >>> network(jnp.ones((1, 32, 32, 3)), stop="head").shape, network.layer4["0"].bn2.var.shape
-    ((1, 16), (16,))
+    >>> network(jnp.ones((1, 32, 32, 3)), stop="layer1").shape, network.layer4["0"].bn2.var.shape
+    ((1, 8, 8, 2), (16,))
     """
 
     def __init__(
@@ -99,6 +99,39 @@ class ResNet(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def train(module: nnx.Module, policy: batchnorm.Norm) -> None:
+    """``module.train()``, but with batch statistics only where the policy has them.
+
+    ``module.train()`` alone lets every BatchNorm normalise by the batch and update its running
+    statistics, those of a frozen part too, whose function then drifts.
+
+    Args:
+      module: any module; its ``nnx.BatchNorm`` and each `ResNet` within are set.
+      policy: as `flaxtransfer.policy` gives it on the module's ``variables``.
+
+    Raises:
+      ValueError: a policy for BatchNorms that do not exist, with the nearest.
+
+    >>> layers = nnx.List([nnx.BatchNorm(3, rngs=nnx.Rngs(0)) for _ in range(2)])
+    >>> train(layers, frozenset({"1"}))
+    >>> layers[0].use_running_average, layers[1].use_running_average
+    (True, False)
+    """
+    batchnorm.check(policy, variables(module)["batch_stats"])
+    module.train()
+    for keys, part in nnx.iter_modules(module):
+        path = "/".join(map(str, keys))
+        if isinstance(part, nnx.BatchNorm):
+            part.use_running_average = batchnorm.mode(policy, path) == "running"
+        elif isinstance(part, ResNet):
+            inside = f"{path}/" if path else ""
+            part.policy = (
+                policy
+                if isinstance(policy, str)
+                else frozenset(p.removeprefix(inside) for p in policy if p.startswith(inside))
+            )
 
 
 def _nested(part: Any) -> Any:

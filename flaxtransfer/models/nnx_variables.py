@@ -69,9 +69,9 @@ def update(module: nnx.Module, variables: Variables) -> None:
     }
     given = flatten(variables)
     problems = [f"{path} is not there{suggest(path, there)}" for path in given if path not in there]
-    for path, leaf in given.items():
-        if path in there and _kind(there[path][1]) != _kind(leaf):
-            problems.append(f"{path} is {_kind(there[path][1])} there, not {_kind(leaf)}")
+    for path in given.keys() & there.keys():
+        old, new = _kind(there[path][1].get_value()), _kind(given[path])
+        problems += [f"{path} is {old} there, not {new}"] if old != new else []
     if problems:
         raise ValueError("these variables are not the module's: " + listing(problems))
     put(module, {there[path][0]: leaf for path, leaf in given.items()})
@@ -113,7 +113,8 @@ def _collected(module: Any) -> dict[str, dict[str, tuple[tuple[Any, ...], nnx.Va
     state = module if isinstance(module, nnx.State) else nnx.state(module)
     found: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     bare = []
-    for keys, variable in nnx.to_flat_state(state):
+    # What is no variable, an array of constants say, is nothing that is trained or measured.
+    for keys, variable in (flat := nnx.to_flat_state(state)):
         path = _path(keys)
         if isinstance(variable, nnx.Param | nnx.BatchStat):
             of_kind = found["params" if isinstance(variable, nnx.Param) else "batch_stats"]
@@ -124,7 +125,7 @@ def _collected(module: Any) -> dict[str, dict[str, tuple[tuple[Any, ...], nnx.Va
             of_kind[path] = (keys, variable)
         elif not isinstance(variable, nnx.Variable):
             bare.append(path)
-    if bare:
+    if bare and len(bare) == len(flat):
         raise TypeError(
             "only its variables tell parameters from statistics, and this state holds arrays "
             f"instead: {listing(bare)}; give the module, or nnx.state of it"
@@ -139,4 +140,4 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _kind(array: Any) -> str:
-    return f"{array.dtype}{list(array.shape)}"
+    return f"{jnp.result_type(array)}{list(jnp.shape(array))}"
