@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         stem,
         up_to,
     )
+    from flaxtransfer.models import nnx
     from flaxtransfer.models.model import Model
     from flaxtransfer.models.resnet import resnet
     from flaxtransfer.optimizers import (
@@ -133,7 +134,7 @@ _ROOMS = {
         "Mask", "adapter", "batch_norm", "biases", "everything", "glob", "head", "kernels",
         "matrices", "parse", "resolve", "stage", "stages", "stem", "up_to",
     ),
-    "models": ("Model", "resnet"),
+    "models": ("Model", "nnx", "resnet"),
     "optimizers": (
         "FROZEN", "Group", "carry", "frozen", "layerwise_decay", "merge", "partition", "trainable",
     ),

@@ -13,6 +13,7 @@ from rich.console import Console
 from flaxtransfer.commands.convert import Convert, convert
 from flaxtransfer.commands.evaluate import Evaluate, evaluate
 from flaxtransfer.commands.find_rate import FindRate, find_rate
+from flaxtransfer.commands.models import Models, models
 from flaxtransfer.commands.options import Train
 from flaxtransfer.commands.params import Params, params
 from flaxtransfer.commands.plan import Plan, plan
@@ -29,6 +30,7 @@ Command = (
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[FindRate, tyro.conf.subcommand("find-rate")]
     | Annotated[Stem, tyro.conf.subcommand("stem")]
+    | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Params, tyro.conf.subcommand("params")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
@@ -41,6 +43,7 @@ _RUN: dict[type, Callable[[Any, Console], None]] = {
     Probe: probe,
     Stem: stem,
     FindRate: find_rate,
+    Models: models,
     Params: params,
     Evaluate: evaluate,
     Predict: predict,

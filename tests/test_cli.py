@@ -21,6 +21,7 @@ from flaxtransfer.cli import (
     Convert,
     Evaluate,
     FindRate,
+    Models,
     Params,
     Plan,
     Predict,
@@ -165,6 +166,9 @@ ERRORS = [
     (["params", "--rules", "a=heat()"], "head"),
     (["params", "--rules", "a=head()", "--rates", "a=1"], "conv1/kernel"),
     (["params", "--rates", "hed=1"], "'hed'; did you mean 'head'?"),
+    (["models", "*resent50*"], "no architecture is called '*resent50*'; did you mean 'resnet50'"),
+    (["models", "resnet[50"], "never closes a '['"),
+    (["models", "--size", "0"], "--size is a positive number of px, not 0"),
     (["find-rate", "--group", "hed"], "no group 'hed' with a learning rate; did you mean 'head'?"),
     (["find-rate", "--group", "head", "--each-group"], "give one of the two options"),
     (["find-rate", "--phase", "finetune"], "no phase 'finetune'; did you mean 'fine-tune'?"),
@@ -313,7 +317,7 @@ def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [Train, Plan, Probe, Stem, FindRate, Params, Evaluate, Predict, Convert]
+    "command", [Train, Plan, Probe, Stem, FindRate, Models, Params, Evaluate, Predict, Convert]
 )
 def test_every_option_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
@@ -324,6 +328,39 @@ def test_every_option_has_help(command, capsys):
         documented = re.search(rf"^ +{field.name}: (\S+ \S+)", command.__doc__, re.MULTILINE)
         assert documented, field.name
         assert documented[1] in shown
+
+
+def models_shown(capsys, *arguments):
+    """{name: the other cells} of what `models` prints, in its order, and its notes."""
+    assert run(["models", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    return {row[0]: row[1:] for row in rows}, " ".join(line for line in lines if "│" not in line)
+
+
+def test_models_prints_what_the_names_cost(capsys):
+    """The numbers of resnet50 are those that torchvision publishes with its weights."""
+    every, notes = models_shown(capsys)
+    assert list(every) == list(ft.ARCHITECTURES)
+    assert every["resnet50"] == ["25.56", "4.089", "2048"]
+    assert f"{len(every)} of {len(every)} names" in notes
+    found, _ = models_shown(capsys, "se*50*", "--sort", "macs")
+    assert set(found) == {n for n in ft.ARCHITECTURES if n.startswith("se") and "50" in n}
+    numbers = [float(cells[1]) for cells in found.values()]
+    assert numbers == sorted(numbers)
+    named, _ = models_shown(capsys, "resnet1", "--sort", "name")
+    names = [name for name in named if re.fullmatch(r"resnet\d+", name)]
+    assert names == ["resnet18", "resnet101", "resnet152"]
+    small, _ = models_shown(capsys, "resnet50d", "--sort", "parameters", "--size", "448")
+    assert set(small) == {name for name in ft.ARCHITECTURES if "resnet50d" in name}
+    assert float(small["resnet50d"][1]) == pytest.approx(4 * 4.329, rel=1e-3)
+
+
+def test_models_says_which_no_images_of_a_size_fit(capsys):
+    found, notes = models_shown(capsys, "resnet*50", "--size", "200")
+    assert {name for name, cells in found.items() if cells[1] == "–"} == {"resnetaa50"}
+    assert "images of 200 px do not fit resnetaa50" in notes
 
 
 def test_probe_prints_a_row_a_segment_and_draws_them(folder, weights, tmp_path, capsys):
