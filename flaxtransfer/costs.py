@@ -60,40 +60,53 @@ def costs(config: ResNetConfig, size: int = 224) -> Costs:
     return Costs(parameters, multiply_adds)
 
 
-def _sides(config: ResNetConfig, size: int) -> list[int]:
-    """Side of the image, after the stem's stride, and in each stage."""
+@dataclass(frozen=True)
+class _Sides:
+    """Sides of square maps in px: the image, after the stem's stride, into and out of blocks."""
+
+    image: int
+    stem: int
+    into: dict[tuple[int, int], int]
+    out: dict[tuple[int, int], int]
+
+
+def _sides(config: ResNetConfig, size: int) -> _Sides:
     stem = math.ceil(size / 2)
     averaged = config.anti_alias == "average"
     # Padded by half the kernel, a stride of 2 rounds up; averages of 2x2 leave an odd row out.
-    sides = [size, stem, stem // 2 if averaged else math.ceil(stem / 2)]
-    for stage in (2, 3, 4):
-        if sides[-1] == 0 or (averaged and sides[-1] % 2):
-            raise ValueError(
-                f"images of {size} px do not fit {config.name}: layer{stage} gets {sides[-1]} px "
-                f"and averages 2x2 of them; {math.ceil(size / 32) * 32} px fit"
-            )
-        sides.append(math.ceil(sides[-1] / 2))
-    return sides
+    side = stem // 2 if averaged else math.ceil(stem / 2)
+    into, out = {}, {}
+    for stage, depth in enumerate(config.depths, start=1):
+        for block in range(depth):
+            into[stage, block] = side
+            if config.stride(stage, block) != 1:
+                if side == 0 or (averaged and side % 2):
+                    raise ValueError(
+                        f"images of {size} px do not fit {config.name}: layer{stage} gets {side} "
+                        f"px and averages 2x2 of them; {math.ceil(size / 32) * 32} px fit"
+                    )
+                side = math.ceil(side / 2)
+            out[stage, block] = side
+    return _Sides(size, stem, into, out)
 
 
-def _uses(config: ResNetConfig, path: str, shape: tuple[int, ...], sides: list[int]) -> int:
+def _uses(config: ResNetConfig, path: str, shape: tuple[int, ...], sides: _Sides) -> int:
     """How often each number of a kernel is multiplied: once at every place of its output."""
-    image, stem, *stages = sides
     if path.startswith("adapter/"):
-        return image**2
+        return sides.image**2
     if path.startswith("fc/"):
         return 1
     if path.startswith("maxpool/"):
-        return stages[0] ** 2
+        return sides.into[1, 0] ** 2
     if not (found := _IN_STAGE.fullmatch(path)):
-        return stem**2
+        return sides.stem**2
     stage, block, layer = int(found[1]), int(found[2]), found[3]
     if layer.startswith("se/"):
         # ECA's filter of 3 to 9 taps runs along the channels, of which there are the block's.
         channels = config.width * 2 ** (stage - 1) * config.expansion
         return channels if len(shape) == 3 else 1
-    before = stage > 1 and block == 0 and layer in _before_the_stride(config)
-    return stages[stage - 2 if before else stage - 1] ** 2
+    before = layer in _before_the_stride(config)
+    return (sides.into if before else sides.out)[stage, block] ** 2
 
 
 def _before_the_stride(config: ResNetConfig) -> tuple[str, ...]:

@@ -36,6 +36,11 @@ CASES = {
     "as in senet": (BOTTLENECK, 61, {"reduce_first": 2, "shortcut_kernel": 3, "attention": "se"}),
     "group norm, wide": (BOTTLENECK, 40, {"norm": "group", "width": 32, "base_width": 128}),
     "adapter": (BASIC, 32, {"adapter": Adapter(5)}),
+    "v2": (BASIC, 75, {"preactivation": True, "stem": "deep", "stem_width": 8}),
+    "v2, strides last": (BOTTLENECK, 75, {
+        "preactivation": True, "stride_at": "last", "depths": (2, 1, 3, 1), "stem_bias": True,
+        "stem_pool": "zero-padded",
+    }),
 }  # fmt: skip
 
 
