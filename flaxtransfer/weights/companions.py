@@ -62,7 +62,8 @@ def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
             f"{beside} names {len(names)} classes and the head of {file.path} has {config.classes}"
         )
     found, notes = _preprocessing(file, settings)
-    if found is None and (usual := FORMATS[format].preprocessing) is not None:
+    usual = FORMATS[format].preprocessing(config)
+    if found is None and usual is not None and len(usual.mean) == config.bands:
         found, notes = usual, [f"preprocessing: none is recorded, that of {format} is assumed"]
     preprocessing, notes = _fitted(found, notes, config, file)
     return Companions(config, preprocessing, names, tuple(notes))

@@ -9,6 +9,7 @@ from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.weights import (
     big_transfer,
     huggingface,
+    keras,
     rename,
     timm,
     timm_stem,
@@ -36,13 +37,13 @@ class Format:
             state left out, biases folded. It runs for files of other formats too, and leaves
             what it does not know as it is.
         implied: what networks of this format are and no leaf shows.
-        preprocessing: of files that record none; None where ImageNet's is assumed.
+        preprocessing: of such a network where none is recorded; None where ImageNet's is assumed.
     """
 
     table: Callable[[Collection[str]], rename.Table]
     prepare: Callable[[Arrays], tuple[dict[str, np.ndarray], list[str]]] = _as_they_are
     implied: Callable[[ResNetConfig], ResNetConfig] = lambda config: config
-    preprocessing: Preprocessing | None = None
+    preprocessing: Callable[[ResNetConfig], Preprocessing | None] = lambda config: None
 
 
 FORMATS: dict[str, Format] = {
@@ -54,8 +55,15 @@ FORMATS: dict[str, Format] = {
         lambda keys: big_transfer.TABLE,
         prepare=big_transfer.unnumbered,
         implied=big_transfer.with_standardised_weights,
-        preprocessing=big_transfer.PREPROCESSING,
+        preprocessing=lambda config: big_transfer.PREPROCESSING,
     ),
+    "keras": Format(
+        keras.table,
+        prepare=keras.prepared,
+        implied=keras.first_version,
+        preprocessing=lambda config: keras.TF if config.preactivation else keras.CAFFE,
+    ),
+    "keras-hub": Format(keras.hub_table, prepare=keras.prepared),
 }
 
 

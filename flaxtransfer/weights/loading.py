@@ -40,14 +40,16 @@ def load(
     the result say which. Nothing is fetched, and nothing in the file is run.
 
     Args:
-        source: a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file of `torch.save` (needs
-            the extra `torch`); or a folder with one; or "builtin", or "builtin:<name>".
+        source: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of `torch.save` (needs the
+            extra `torch`); BiT's `.npz`; `.h5` or `.keras` of Keras (needs the extra `keras`); or
+            a folder with one; or "builtin", or "builtin:<name>".
         model: what you expect it to be, "resnet50" or a config; classes and image channels are
             the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
             anti-aliasing, and which convolution has the stride. Where it is left out, the
             architecture in timm's `config.json` beside the file says so.
         format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
-            "timm-v2" (its networks of pre-activations), "huggingface" or "bit"; None reads it off.
+            "timm-v2" (its networks of pre-activations), "huggingface", "bit", "keras" (Keras
+            Applications, either version) or "keras-hub"; None reads it off.
 
     Returns:
         A `Checkpoint` of float32 numpy arrays.

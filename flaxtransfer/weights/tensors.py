@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights import npz_file, safetensors_file, torch_file
+from flaxtransfer.weights import hdf5_file, npz_file, safetensors_file, torch_file
 
 __all__ = ["Tensors", "read", "strip"]
 
@@ -18,6 +18,9 @@ READERS: dict[str, Callable[[bytes], tuple[dict[str, np.ndarray], dict[str, str]
     ".pt": torch_file.read,
     ".bin": torch_file.read,
     ".npz": npz_file.read,
+    ".h5": hdf5_file.read,
+    ".hdf5": hdf5_file.read,
+    ".keras": hdf5_file.read_archive,
 }
 IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")
@@ -134,8 +137,10 @@ def _impostor(data: bytes, suffix: str) -> str:
         return "this is a file of torch.save and no safetensors file; give it the suffix .pth"
     if suffix != ".safetensors" and safetensors_like:
         return "this is a safetensors file; give it the suffix .safetensors"
-    if suffix == ".npz":
-        return "" if zipped else "this is no .npz archive"
+    if suffix in (".npz", ".keras"):
+        return "" if zipped else f"this is no {suffix} archive"
+    if suffix in (".h5", ".hdf5"):
+        return "" if data.startswith(b"\x89HDF") else "this is no HDF5 file"
     if suffix != ".safetensors" and not saved_by_torch:
         return "this is no file of torch.save, which is a zip archive or a pickle"
     return ""

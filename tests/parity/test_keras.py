@@ -1,0 +1,160 @@
+"""Keras Applications: both versions, in each layout of their files, with their own preprocessing.
+
+Keras starts biases at 0; here they are random, and so are the statistics.
+"""
+
+import importlib
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from flaxtransfer.models import resnet
+from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.weights import keras as naming
+from flaxtransfer.weights import load, rename, tensors
+from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights.formats import FORMATS
+
+# Keras warns of its own: of copies of torch's arrays, of legacy files, of unusual channels.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+LIMIT = 5e-6
+CLASSES = 7
+
+
+@pytest.fixture(scope="module")
+def keras():
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    assert keras.backend.backend() == "torch"
+    return keras
+
+
+def network(keras, name, bands=3):
+    model = getattr(keras.applications, name)(
+        weights=None, classes=CLASSES, classifier_activation=None, input_shape=(75, 75, bands)
+    )
+    rng = np.random.default_rng(0)
+
+    def draw(variable):
+        shape, kind = variable.shape, variable.name
+        if kind == "kernel":
+            return rng.normal(0, np.sqrt(1 / np.prod(shape[:-1])), shape)
+        if kind in ("gamma", "moving_variance"):
+            return rng.uniform(0.5, 1.5, shape)
+        return rng.normal(0, 0.3, shape)
+
+    for layer in model.layers:
+        layer.set_weights([draw(weight) for weight in layer.weights])
+    return model
+
+
+def pictures(bands=3):
+    return np.random.default_rng(1).integers(0, 256, (2, 75, 75, bands)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=["ResNet50", "ResNet50V2"])
+def version(request, keras):
+    model = network(keras, request.param)
+    module = keras.applications.resnet_v2 if "V2" in request.param else keras.applications.resnet
+    images = module.preprocess_input(pictures().copy())
+    return request.param, model, np.asarray(model(images).detach())
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5", ".keras"])
+def test_logits_in_each_layout(agree, version, tmp_path, suffix):
+    name, model, theirs = version
+    path = tmp_path / f"net{suffix}"
+    (model.save_weights if "weights" in suffix else model.save)(path)
+    checkpoint = load(path)
+    assert checkpoint.format == "keras"
+    config = checkpoint.config
+    wanted = (
+        {"stride_at": "last", "stem_pool": "zero-padded"} if "V2" in name else {"stride_in": "1x1"}
+    )
+    assert all(getattr(config, field) == value for field, value in wanted.items())
+    pre = checkpoint.preprocessing
+    images = (pictures() / 255 - np.float32(pre.mean)) / np.float32(pre.std)
+    run = jax.jit(lambda variables, images: resnet(config).apply(variables, images)[0])
+    agree(run(checkpoint.variables, images.astype(np.float32)), theirs, LIMIT)
+
+
+@pytest.mark.parametrize("name", ["ResNet101", "ResNet152", "ResNet101V2", "ResNet152V2"])
+def test_deeper_ones_have_the_same_leaves(keras, tmp_path, name):
+    model = getattr(keras.applications, name)(
+        weights=None, classes=CLASSES, classifier_activation=None, input_shape=(75, 75, 3)
+    )
+    model.save_weights(tmp_path / "net.weights.h5")
+    checkpoint = load(tmp_path / "net.weights.h5")
+    shapes = {path: leaf.shape for path, leaf in flatten(checkpoint.variables).items()}
+    assert shapes == leaf_shapes(checkpoint.config)
+    depth = {"101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}[name[6:9]]
+    assert checkpoint.config.depths == depth
+
+
+def test_five_bands_keep_their_order(agree, keras, tmp_path):
+    model = network(keras, "ResNet50", bands=5)
+    model.save_weights(tmp_path / "net.weights.h5")
+    checkpoint = load(tmp_path / "net.weights.h5")
+    images = pictures(5) / 255
+    model_ours = resnet(checkpoint.config)
+    run = jax.jit(lambda variables, images: model_ours.apply(variables, images)[0])
+    agree(run(checkpoint.variables, images), np.asarray(model(images).detach()), LIMIT)
+
+
+@pytest.mark.parametrize("name", ["ResNet50", "ResNet50V2"])
+def test_gradients_in_float64(record_property, keras, tmp_path, monkeypatch, name):
+    import torch
+
+    # Keras' BatchNorms and means cast float64 to the precision that they want, float32.
+    for place in ("keras.src.backend", "keras.src.backend.common.dtypes"):
+        module = importlib.import_module(place)
+        monkeypatch.setattr(module, "result_type", lambda *dtypes: "float64")
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        model = network(keras, name)
+        model.save_weights(tmp_path / "net.weights.h5")
+        images = torch.from_numpy(np.random.default_rng(2).normal(size=(2, 75, 75, 3)))
+        images.requires_grad_(True)
+        weights = np.random.default_rng(3).normal(size=(2, CLASSES))
+        for variable in model.variables:
+            variable.value.grad = None
+        (model(images, training=False) * torch.from_numpy(weights)).sum().backward()
+        wanted = {
+            variable.path: variable.value.grad.numpy() for variable in model.trainable_variables
+        }
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    checkpoint = load(tmp_path / "net.weights.h5")
+    # In float64 as they were: `load` gives float32.
+    arrays, _ = FORMATS["keras"].prepare(tensors.read(tmp_path / "net.weights.h5").arrays)
+    table = naming.table(arrays)
+    leaves = rename.to_leaves(table, arrays, leaf_shapes(checkpoint.config), what="keras")
+    flip = name == "ResNet50"
+    with jax.enable_x64(True):
+        variables = unflatten({path: np.asarray(leaf, np.float64) for path, leaf in leaves.items()})
+        model_ours = resnet(checkpoint.config)
+        shown = images.detach().numpy()[..., ::-1] if flip else images.detach().numpy()
+
+        def loss(params):
+            logits, _ = model_ours.apply({**variables, "params": params}, shown)
+            return (logits * weights).sum()
+
+        ours = flatten(jax.jit(jax.grad(loss))(variables["params"]))
+    worst = 0.0
+    for key, array in wanted.items():
+        layer, variable = key.split("/")[-2:]
+        found = rename.leaf_of(table, f"{layer}/{variable}", array.shape)
+        if found is None or found[0].removeprefix("params/") not in ours:
+            continue  # a bias that was folded
+        leaf = np.asarray(ours[found[0].removeprefix("params/")])
+        if flip and layer == "conv1_conv":
+            leaf = leaf[:, :, ::-1]
+        worst = max(worst, float(np.abs(leaf - array).max() / np.abs(array).max()))
+    record_property("gradients", worst)
+    assert worst <= 1e-10
