@@ -17,10 +17,10 @@ _RATIO, _SPARE, _DEEPEST = 50, 1 << 26, 32
 
 
 def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Arrays by "layer/variable", no metadata and no notes of a whole `.h5` file.
+    """Arrays by "layer/variable", no metadata, and notes of a whole `.h5` file.
 
-    Keras 3 numbers the variables of a layer ("conv1_conv/0"), earlier ones name them
-    ("conv1_conv/kernel").
+    What an optimizer kept is left out. Keras 3 numbers the variables of a layer ("conv1_conv/0"),
+    earlier ones name them ("conv1_conv/kernel").
 
     Raises:
         ImportError: h5py is not installed.
@@ -37,13 +37,17 @@ def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]
     arrays: dict[str, np.ndarray] = {}
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
-            _collect(file, "", arrays, h5py, set(), len(data) * _RATIO + _SPARE)
+            left_out = [name for name in file if name.startswith("optimizer")]
+            seen: set[Any] = set()
+            for name in file:
+                if name not in left_out:
+                    _collect(file, name, "", arrays, h5py, seen, len(data) * _RATIO + _SPARE)
     except ValueError:
         raise
     except Exception as error:
         # What h5py raises for a damaged file depends on the byte that is wrong.
         raise ValueError(f"no complete HDF5 file: {type(error).__name__} {error}") from error
-    return arrays, {}, []
+    return arrays, {}, ["the optimizer's state was left out"] if left_out else []
 
 
 def read_archive(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
@@ -55,26 +59,32 @@ def read_archive(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], li
 
 
 def _collect(
-    group: Any, path: str, arrays: dict[str, np.ndarray], h5py: Any, seen: set[Any], room: int
+    group: Any,
+    name: str,
+    path: str,
+    arrays: dict[str, np.ndarray],
+    h5py: Any,
+    seen: set[Any],
+    room: int,
 ) -> None:
-    """Adds the arrays below a group, which is visited once, by whatever name it goes."""
-    address = h5py.h5o.get_info(group.id).addr
+    """Adds the arrays of an entry of a group, which is visited once, by whatever name it goes."""
+    below = f"{path}/{name}"
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{below} points elsewhere, which weights do not")
+    entry = group[name]
+    address = h5py.h5o.get_info(entry.id).addr
     if address in seen or path.count("/") > _DEEPEST:
         return
     seen.add(address)
-    for name in group:
-        below = f"{path}/{name}"
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"{below} points elsewhere, which weights do not")
-        entry = group[name]
-        if isinstance(entry, h5py.Group):
-            _collect(entry, below, arrays, h5py, seen, room)
-        elif isinstance(entry, h5py.Dataset):
-            key = _key(group, name)
-            if key in arrays:
-                raise ValueError(f"two arrays are called {key!r}")
-            used = sum(array.nbytes for array in arrays.values())
-            arrays[key] = _array(entry, below, room - used)
+    if isinstance(entry, h5py.Group):
+        for inner in entry:
+            _collect(entry, inner, below, arrays, h5py, seen, room)
+    elif isinstance(entry, h5py.Dataset):
+        key = _key(group, name)
+        if key in arrays:
+            raise ValueError(f"two arrays are called {key!r}")
+        used = sum(array.nbytes for array in arrays.values())
+        arrays[key] = _array(entry, below, room - used)
 
 
 def _key(group: Any, name: str) -> str:
