@@ -109,3 +109,10 @@ def test_bands_prints_a_row_for_every_way_and_what_of_the_stem_survives():
     replicated, averaged = (next(row for row in rows[9:] if row[2] == way)
                             for way in ("replicate", "average"))  # fmt: skip
     assert replicated[4:] == averaged[4:] == ["50 %", "0.0 %"]
+
+
+@pytest.mark.slow
+def test_damaged_weights_are_refused_and_nothing_else():
+    table = run("fuzz_readers.py", "--minutes", "0.2")
+    assert "| safetensors |" in table
+    assert "| h5 |" in table
