@@ -12,7 +12,7 @@ import numpy as np
 from flaxtransfer.architectures import PLAIN, ResNetConfig
 from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.paths import suggest, unflatten
-from flaxtransfer.weights import header, huggingface, rename, shipped, sidecar, tensors
+from flaxtransfer.weights import header, hub, huggingface, rename, shipped, sidecar, tensors, web
 from flaxtransfer.weights.architecture import UNSEEN, infer, leaf_shapes, with_unseen
 from flaxtransfer.weights.checkpoint import Checkpoint
 from flaxtransfer.weights.companions import companions
@@ -37,12 +37,14 @@ def load(
     The naming, and from it the network, are read off the keys and shapes; the preprocessing comes
     from the file's header, from `config.json` or `preprocessor_config.json` beside it, or from
     the name that torchvision gave the file, and is ImageNet's first recipe otherwise; `notes` of
-    the result say which. Nothing is fetched, and nothing in the file is run.
+    the result say which. Nothing in the file is run.
 
     Args:
         source: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of `torch.save` (needs the
             extra `torch`); BiT's `.npz`; `.h5` or `.keras` of Keras (needs the extra `keras`); or
-            a folder with one; or "builtin", or "builtin:<name>".
+            a folder with one; `hf://organisation/name[@revision][:file]`, which fetches it and what
+            lies beside it into the hub's cache; `https://.../name-<first digits of sha256>.pth`,
+            which is checked by its name; or "builtin", or "builtin:<name>".
         model: what you expect it to be, "resnet50" or a config; classes and image channels are
             the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
             anti-aliasing, and which convolution has the stride. Where it is left out, the
@@ -56,6 +58,7 @@ def load(
 
     Raises:
         FileNotFoundError: no such file; the text names the nearest.
+        OSError: an address from which nothing, or not all, could be fetched.
         ImportError: the file needs torch.
         ValueError: a file that is damaged, unsafe or of another kind; keys that are missing,
             unexpected or of another shape, all in one text; numbers that are not finite; a
@@ -65,9 +68,9 @@ def load(
     Traceback (most recent call last):
     FileNotFoundError: no file 'resnet50.onnx' in ...
     """
-    name, path = _locate(source)
     if format is not None and format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
+    name, path, arrived = _locate(source)
     file = tensors.read(path)
     chosen = format or detect(file.arrays)
     arrays, done = FORMATS[chosen].prepare(file.arrays)
@@ -106,22 +109,26 @@ def load(
         format=chosen,
         sha256=file.sha256,
         class_names=beside.class_names,
-        notes=(*file.notes, *done, *notes, *beside.notes),
+        notes=(*arrived, *file.notes, *done, *notes, *beside.notes),
     )
 
 
-def _locate(source: str | os.PathLike[str]) -> tuple[str, Path]:
+def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
+    """The source as a person reads it, the file, and notes on how it was come by."""
     text = os.fspath(source)
     if not text:
-        raise ValueError("the source is empty: give a file, a folder or 'builtin'")
+        raise ValueError("the source is empty: give a file, a folder, an address or 'builtin'")
     if text == shipped.PREFIX or text.startswith(shipped.PREFIX + ":"):
-        return shipped.locate(text)
+        return (*shipped.locate(text), [])
+    if text.startswith(hub.PREFIX):
+        return hub.fetch(text, tensors.READERS)
+    if text.startswith(("https://", "http://")):
+        return web.fetch(text, tensors.READERS)
     if "://" in text:
         raise ValueError(
-            f"{text}: addresses are not fetched; download the file (for a Hugging Face repository "
-            "with `hf download`) and give its path"
+            f"{text}: no such kind of address; there are {hub.PREFIX}organisation/name and https://"
         )
-    return text, Path(text)
+    return text, Path(text), []
 
 
 def _no_resnet(file: tensors.Tensors, asked: str | None) -> str:
