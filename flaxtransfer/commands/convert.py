@@ -24,9 +24,12 @@ class Convert:
     What was written is read again and its logits compared before it gets its name.
 
     Args:
-      source: a file of weights, a folder with one, a run folder, or "builtin".
+      source: a file of weights, a folder with one, a run folder, hf://organisation/name, https://
+        or "builtin".
       target: the file to write, .safetensors, .onnx or .stablehlo; or the folder for timm and
         huggingface.
+      format: naming of the source, where it is not to be read off: torchvision, timm, timm-v2,
+        huggingface, bit, keras or keras-hub.
       to: what to write, where the target's suffix does not say it.
       dtype: of the numbers in a .safetensors file.
       adapter: "fold" makes a linear input adapter a part of the stem, so that other programs can
@@ -35,6 +38,7 @@ class Convert:
 
     source: tyro.conf.Positional[str]
     target: tyro.conf.Positional[Path]
+    format: str | None = None
     to: Layout | None = None
     dtype: Literal["float32", "float16"] = "float32"
     adapter: Literal["fold", "keep"] = "fold"
@@ -42,7 +46,7 @@ class Convert:
 
 def convert(options: Convert, console: Console) -> None:
     """Runs ``flaxtransfer convert``."""
-    checkpoint = load(options.source)
+    checkpoint = load(options.source, format=options.format)
     plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
     if plain and options.adapter == "fold":
         try:

@@ -50,7 +50,7 @@ class Job:
 
 def prepare(options: Train) -> Job:
     """Opens the data and the weights and puts network, labels and batches together."""
-    checkpoint = load(options.weights, model=options.model)
+    checkpoint = load(options.weights, model=options.model, format=options.format)
     source = open_source(
         options.data,
         download=options.download,

@@ -23,7 +23,10 @@ class Train:
 
     Args:
       data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
-      weights: "builtin", or a .safetensors or .pth file of a ResNet.
+      weights: "builtin", a file of a ResNet (.safetensors, .pth, .npz, .h5, .keras), a folder with
+        one, hf://organisation/name[@revision], or https://.
+      format: naming of the weights, where it is not to be read off: torchvision, timm, timm-v2,
+        huggingface, bit, keras or keras-hub.
       model: architecture that the weights must be of, such as resnet50; by default whatever they
         are.
       run: run folder; by default runs/<data>-seed<seed>.
@@ -80,6 +83,7 @@ class Train:
 
     data: str = "digits"
     weights: str = "builtin"
+    format: str | None = None
     model: str | None = None
     run: Path | None = None
     resume: bool = False

@@ -3,7 +3,7 @@
 import dataclasses
 
 from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.weights import header, huggingface, sidecar, torchvision
+from flaxtransfer.weights import header, huggingface, sidecar, torchvision, torchxrayvision
 from flaxtransfer.weights.architecture import leaf_shapes
 from flaxtransfer.weights.formats import FORMATS
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
@@ -24,13 +24,16 @@ class Companions:
     notes: tuple[str, ...]
 
 
-def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
+def companions(
+    file: Tensors, config: ResNetConfig, format: str, *, headless: bool = False
+) -> Companions:
     """The most trustworthy record wins: header, files beside, published name, ImageNet's default.
 
     Args:
         file: the weights' file.
         config: the network that it holds.
         format: the naming of the file.
+        headless: whether the file has no head, to which names of classes could belong.
 
     Raises:
         ValueError: a record that contradicts the weights or cannot be read.
@@ -57,6 +60,10 @@ def companions(file: Tensors, config: ResNetConfig, format: str) -> Companions:
         names = sidecar.hf_class_names(settings)
     else:
         names = sidecar.timm_class_names(settings)
+    if names is None and torchxrayvision.is_published(file.path.name):
+        names = torchxrayvision.CLASS_NAMES
+    if headless:
+        names = None
     if names is not None and len(names) != config.classes:
         raise ValueError(
             f"{beside} names {len(names)} classes and the head of {file.path} has {config.classes}"
@@ -77,6 +84,11 @@ def _preprocessing(file: Tensors, settings: dict) -> tuple[Preprocessing | None,
     theirs = sidecar.hf_preprocessing(sidecar.read_json(processor))
     if theirs is not None:
         return theirs[0], [f"preprocessing: from {processor.name} beside the file", *theirs[1]]
+    if torchxrayvision.is_published(file.path.name):
+        return torchxrayvision.PREPROCESSING, [
+            "preprocessing: that of torchxrayvision's file of this name; each output is a finding "
+            "of its own, with a sigmoid and no softmax"
+        ]
     published = torchvision.published(file.path.name, file.sha256)
     if published is not None:
         return published, ["preprocessing: that of the file torchvision publishes by this name"]

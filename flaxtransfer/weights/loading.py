@@ -37,7 +37,8 @@ def load(
     The naming, and from it the network, are read off the keys and shapes; the preprocessing comes
     from the file's header, from `config.json` or `preprocessor_config.json` beside it, or from
     the name that torchvision gave the file, and is ImageNet's first recipe otherwise; `notes` of
-    the result say which. Nothing in the file is run.
+    the result say which. Nothing in the file is run. A file without a head, as self-supervised
+    training leaves it, gets one output that is always 0, for a new head to take its place.
 
     Args:
         source: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of `torch.save` (needs the
@@ -82,22 +83,30 @@ def load(
     )
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise ValueError(_no_resnet(file, format))
+    headless = not any(leaf.startswith("params/fc/") for leaf in shapes)
     try:
         seen = FORMATS[chosen].implied(infer(shapes))
     except ValueError as error:
         raise ValueError(f"{file.path} holds leaves that form no network: {error}") from None
+    if headless:
+        seen = dataclasses.replace(seen, classes=1)
     config = _network(model, seen, file)
+    wanted = leaf_shapes(config)
+    head = {leaf: shape for leaf, shape in wanted.items() if leaf.startswith("params/fc/")}
     try:
         leaves = rename.to_leaves(
             table,
             arrays,
-            leaf_shapes(config),
+            {leaf: wanted[leaf] for leaf in wanted if not headless or leaf not in head},
             what=f"{file.path} does not fit {config.name} under {chosen}'s names",
         )
     except ValueError as error:
         raise ValueError(f"{error}{_relatives(file.arrays)}") from None
     leaves, notes = _as_float32(leaves, file.path)
-    beside = companions(file, config, chosen)
+    if headless:
+        leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in head.items()}
+        notes.append("the file has no head: one output that is always 0 stands in its place")
+    beside = companions(file, config, chosen, headless=headless)
     hidden = [name for name in UNSEEN if getattr(beside.config, name) != getattr(config, name)]
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")

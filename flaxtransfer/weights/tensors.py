@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights import hdf5_file, npz_file, safetensors_file, torch_file
+from flaxtransfer.weights import backbones, hdf5_file, npz_file, safetensors_file, torch_file
 
 __all__ = ["Tensors", "read", "strip"]
 
@@ -68,6 +68,8 @@ def read(path: Path) -> Tensors:
         raise ValueError(f"{path} holds no arrays")
     arrays, removed = strip(arrays)
     notes += [f"the prefix {prefix!r} was removed from the keys" for prefix in removed]
+    arrays, left_out = backbones.encoder_of(arrays)
+    notes += left_out
     return Tensors(path, arrays, metadata, hashlib.sha256(data).hexdigest(), tuple(notes))
 
 

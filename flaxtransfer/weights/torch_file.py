@@ -18,7 +18,7 @@ import numpy as np
 
 __all__ = ["read", "unwrap"]
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student")
 """Where training scripts keep the weights, best first: an average before what it averages."""
 
 

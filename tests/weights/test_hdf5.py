@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from flaxtransfer.weights import keras, load
+from flaxtransfer.weights import keras
 from flaxtransfer.weights.architecture import leaf_shapes
 from flaxtransfer.weights.formats import FORMATS
 from flaxtransfer.weights.hdf5_file import read, read_archive
@@ -168,13 +168,3 @@ def test_the_order_of_blocks_is_that_of_numbers():
 
 def test_other_files_are_left_alone(basic):
     assert FORMATS["keras"].prepare(basic) == (dict(basic), [])
-
-
-def test_a_file_of_keras_without_a_head_says_what_is_missing(tmp_path):
-    def headless(file):
-        layer(file, "conv1_conv", _0=np.ones((7, 7, 3, 4)))
-        layer(file, "conv2_block1_3_conv", _0=np.ones((1, 1, 4, 16)))
-
-    (tmp_path / "resnet50_notop.h5").write_bytes(file_of(headless))
-    with pytest.raises(ValueError, match="missing: predictions/kernel"):
-        load(tmp_path / "resnet50_notop.h5")

@@ -22,8 +22,9 @@ from flaxtransfer.weights import (
     torch_file,
 )
 from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights.companions import companions
 from flaxtransfer.weights.rename import to_keys
-from flaxtransfer.weights.tensors import strip
+from flaxtransfer.weights.tensors import Tensors, strip
 
 
 def same(a, b):
@@ -146,6 +147,10 @@ def attention(arrays):
     return arrays | {"layer1.0.se.fc1.weight": np.zeros((1, 4, 1, 1), np.float32)}
 
 
+def half_a_head(arrays):
+    return {key: array for key, array in arrays.items() if key != "fc.bias"}
+
+
 def headless(arrays):
     return {key: array for key, array in arrays.items() if not key.startswith("fc.")}
 
@@ -170,10 +175,10 @@ DAMAGES = {
     integers: ["no floating-point numbers", "params/fc/bias", "int32"],
     deep_stem: ["under timm's names", "missing: conv1.3.weight", "missing: conv1.6.weight"],
     attention: ["under timm's names", "missing: layer1.0.se.fc2.weight"],
-    headless: ["2 missing", "missing: fc.weight", "missing: fc.bias"],
+    half_a_head: ["1 missing", "missing: fc.bias"],
     other_network: ["holds no ResNet under the names of torchvision or timm or timm-v2",
                     "features.0.weight"],
-    pre_activation: ["under timm-v2's names", "missing: norm.weight", "missing: head.fc.bias"],
+    pre_activation: ["under timm-v2's names", "missing: norm.weight"],
 }  # fmt: skip
 
 
@@ -183,6 +188,47 @@ def test_what_does_not_fit_is_refused_by_name(basic, write, damage):
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         load(path)
     assert [part for part in DAMAGES[damage] if part not in str(caught.value)] == []
+
+
+def test_a_file_without_a_head_gets_one_that_says_nothing(basic, write):
+    checkpoint = load(write(headless(basic)))
+    leaves = flatten(checkpoint.variables)
+    assert leaves["params/fc/kernel"].shape == (32, 1)
+    assert not leaves["params/fc/kernel"].any()
+    assert (
+        "the file has no head: one output that is always 0 stands in its place" in checkpoint.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("prefix", "others", "said"),
+    [
+        ("module.encoder_q.", ["module.encoder_k.conv1.weight", "module.queue"],
+         "under 'encoder_q.'; left out: encoder_k, queue, encoder_q.fc"),
+        ("module.base_encoder.", ["module.predictor.0.weight"],
+         "under 'base_encoder.'; left out: predictor"),
+        ("backbone.", ["projector.0.weight"], "under 'backbone.'; left out: projector, backbone.fc"),
+        ("encoder.", [], "under 'encoder.'; left out: encoder.fc"),
+    ],
+)  # fmt: skip
+def test_the_encoder_of_self_supervised_training(basic, write, prefix, others, said):
+    arrays = {prefix + key: array for key, array in headless(basic).items()}
+    arrays |= {name: np.zeros(2, np.float32) for name in [*others, f"{prefix}fc.0.weight"]}
+    checkpoint = load(write(arrays))
+    assert any(said in note for note in checkpoint.notes)
+    expected = np.transpose(basic["conv1.weight"], (2, 3, 1, 0))
+    np.testing.assert_array_equal(checkpoint.variables["params"]["conv1"]["kernel"], expected)
+
+
+def test_torchxrayvisions_file_knows_its_findings(tmp_path):
+    path = tmp_path / "pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt"
+    config = ResNetConfig("bottleneck", (3, 4, 6, 3), classes=18, in_channels=1)
+    found = companions(Tensors(path, {}, {}, "", ()), config, "torchvision")
+    (mean,), (std,) = found.preprocessing.mean, found.preprocessing.std
+    # The darkest and the brightest pixel become -1024 and 1024.
+    assert [(pixel - mean) / std for pixel in (0, 1)] == [-1024, 1024]
+    assert found.class_names[3] == "Pneumothorax"
+    assert "with a sigmoid" in found.notes[0]
 
 
 def test_a_format_that_does_not_fit_names_the_one_that_does(golden):
