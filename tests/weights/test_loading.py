@@ -207,7 +207,8 @@ def test_a_file_without_a_head_gets_one_that_says_nothing(basic, write):
          "under 'encoder_q.'; left out: encoder_k, queue, encoder_q.fc"),
         ("module.base_encoder.", ["module.predictor.0.weight"],
          "under 'base_encoder.'; left out: predictor"),
-        ("backbone.", ["projector.0.weight"], "under 'backbone.'; left out: projector, backbone.fc"),
+        ("backbone.", ["projector.0.weight"],
+         "under 'backbone.'; left out: projector, backbone.fc"),
         ("encoder.", [], "under 'encoder.'; left out: encoder.fc"),
     ],
 )  # fmt: skip
