@@ -25,9 +25,19 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from flax import serialization
 
 from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.weights import big_transfer, keras, load, rename, safetensors_file, timm
+from flaxtransfer.paths import unflatten
+from flaxtransfer.weights import (
+    big_transfer,
+    huggingface,
+    keras,
+    load,
+    rename,
+    safetensors_file,
+    timm,
+)
 from flaxtransfer.weights.architecture import leaf_shapes
 
 TINY = ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3)
@@ -80,6 +90,8 @@ def containers() -> dict[str, tuple[str, bytes]]:
         file.writestr("config.json", "{}")
         file.writestr("model.weights.h5", hdf5(keras_keys))
     found["keras"] = (".keras", with_config.getvalue())
+    flax_keys = rename.to_keys(huggingface.FLAX, leaves(TINY))
+    found["flax"] = (".msgpack", serialization.msgpack_serialize(unflatten(flax_keys)))
     try:
         import torch
     except ImportError:

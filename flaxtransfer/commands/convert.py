@@ -29,7 +29,7 @@ class Convert:
       target: the file to write, .safetensors, .onnx or .stablehlo; or the folder for timm and
         huggingface.
       format: naming of the source, where it is not to be read off: torchvision, timm, timm-v2,
-        huggingface, bit, keras or keras-hub.
+        huggingface, huggingface-flax, bit, keras or keras-hub.
       to: what to write, where the target's suffix does not say it.
       dtype: of the numbers in a .safetensors file.
       adapter: "fold" makes a linear input adapter a part of the stem, so that other programs can

@@ -26,7 +26,7 @@ class Train:
       weights: "builtin", a file of a ResNet (.safetensors, .pth, .npz, .h5, .keras), a folder with
         one, hf://organisation/name[@revision], or https://.
       format: naming of the weights, where it is not to be read off: torchvision, timm, timm-v2,
-        huggingface, bit, keras or keras-hub.
+        huggingface, huggingface-flax, bit, keras or keras-hub.
       model: architecture that the weights must be of, such as resnet50; by default whatever they
         are.
       run: run folder; by default runs/<data>-seed<seed>.

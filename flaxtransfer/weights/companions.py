@@ -53,7 +53,7 @@ def companions(
         )
     beside = file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
-    if format == "huggingface":
+    if format.startswith("huggingface"):
         problems = huggingface.other_graph(settings)
         if problems:
             raise ValueError(f"{beside} describes another network: {'; '.join(problems)}")

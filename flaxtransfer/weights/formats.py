@@ -51,6 +51,7 @@ FORMATS: dict[str, Format] = {
     "timm": Format(timm.table_of, prepare=timm_stem.narrowed),
     "timm-v2": Format(timm_v2.table_of, implied=timm_v2.with_big_transfer),
     "huggingface": Format(lambda keys: huggingface.TABLE),
+    "huggingface-flax": Format(lambda keys: huggingface.FLAX, prepare=huggingface.in_flax),
     "bit": Format(
         lambda keys: big_transfer.TABLE,
         prepare=big_transfer.unnumbered,

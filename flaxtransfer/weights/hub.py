@@ -17,7 +17,7 @@ __all__ = ["PREFIX", "Address", "fetch"]
 
 PREFIX = "hf://"
 BESIDE = ("config.json", "preprocessor_config.json")
-PREFERRED = ("model.safetensors", "pytorch_model.bin")
+PREFERRED = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 _ADDRESS = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?::(?P<file>[\w./ -]+))?"
 )

@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.weights.rename import CONV, DENSE, Rule, Table, batch_norm
 
-__all__ = ["TABLE", "other_graph", "with_strides"]
+__all__ = ["FLAX", "TABLE", "in_flax", "other_graph", "with_strides"]
 
 _BLOCK = "resnet.encoder.stages.{s-1}.layers.{b}"
 
@@ -30,6 +32,45 @@ TABLE: Table = (
     Rule("classifier.1.weight", "params/fc/kernel", DENSE),
     Rule("classifier.1.bias", "params/fc/bias"),
 )
+
+
+def _flax_norm(key: str, path: str) -> Table:
+    return tuple(
+        Rule(f"{collection}/{key}/{leaf}", f"{collection}/{path}/{leaf}")
+        for collection, leaves in (("params", ("scale", "bias")), ("batch_stats", ("mean", "var")))
+        for leaf in leaves
+    )
+
+
+_FLAX_BLOCK = "resnet/encoder/stages/{s-1}/layers/{b}"
+
+FLAX: Table = (
+    Rule("params/resnet/embedder/embedder/convolution/kernel", "params/conv1/kernel"),
+    *_flax_norm("resnet/embedder/embedder/normalization", "bn1"),
+    Rule(
+        f"params/{_FLAX_BLOCK}/layer/{{k-1}}/convolution/kernel",
+        "params/layer{s}/{b}/conv{k}/kernel",
+    ),
+    *_flax_norm(_FLAX_BLOCK + "/layer/{k-1}/normalization", "layer{s}/{b}/bn{k}"),
+    Rule(
+        f"params/{_FLAX_BLOCK}/shortcut/convolution/kernel",
+        "params/layer{s}/{b}/downsample/0/kernel",
+    ),
+    *_flax_norm(_FLAX_BLOCK + "/shortcut/normalization", "layer{s}/{b}/downsample/1"),
+    Rule("params/classifier/1/kernel", "params/fc/kernel"),
+    Rule("params/classifier/1/bias", "params/fc/bias"),
+)
+"""The names of transformers' former Flax networks; kernels are stored as we keep them."""
+
+
+def in_flax(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays under one spelling: in basic blocks layers are called `layer_0` and `layer_1`.
+
+    >>> list(in_flax({"params/resnet/encoder/stages/0/layers/1/layer/layer_0/x": 0})[0])
+    ['params/resnet/encoder/stages/0/layers/1/layer/0/x']
+    """
+    return {key.replace("/layer/layer_", "/layer/"): a for key, a in arrays.items()}, []
+
 
 _GRAPH = {
     "model_type": "resnet",

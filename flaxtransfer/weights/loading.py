@@ -42,17 +42,17 @@ def load(
 
     Args:
         source: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of `torch.save` (needs the
-            extra `torch`); BiT's `.npz`; `.h5` or `.keras` of Keras (needs the extra `keras`); or
-            a folder with one; `hf://organisation/name[@revision][:file]`, which fetches it and what
-            lies beside it into the hub's cache; `https://.../name-<first digits of sha256>.pth`,
+            extra `torch`); BiT's `.npz`; `.h5` or `.keras` of Keras (needs the extra `keras`);
+            `.msgpack` of flax; or a folder with one; `hf://organisation/name[@revision][:file]`,
+            which fetches it and what lies beside it into the hub's cache; `https://.../name-<first digits of sha256>.pth`,
             which is checked by its name; or "builtin", or "builtin:<name>".
         model: what you expect it to be, "resnet50" or a config; classes and image channels are
             the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
             anti-aliasing, and which convolution has the stride. Where it is left out, the
             architecture in timm's `config.json` beside the file says so.
         format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
-            "timm-v2" (its networks of pre-activations), "huggingface", "bit", "keras" (Keras
-            Applications, either version) or "keras-hub"; None reads it off.
+            "timm-v2" (its networks of pre-activations), "huggingface", "huggingface-flax", "bit",
+            "keras" (Keras Applications, either version) or "keras-hub"; None reads it off.
 
     Returns:
         A `Checkpoint` of float32 numpy arrays.

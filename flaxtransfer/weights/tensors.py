@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights import backbones, hdf5_file, npz_file, safetensors_file, torch_file
+from flaxtransfer.weights import (
+    backbones,
+    flax_file,
+    hdf5_file,
+    npz_file,
+    safetensors_file,
+    torch_file,
+)
 
 __all__ = ["Tensors", "read", "strip"]
 
@@ -21,8 +28,9 @@ READERS: dict[str, Callable[[bytes], tuple[dict[str, np.ndarray], dict[str, str]
     ".h5": hdf5_file.read,
     ".hdf5": hdf5_file.read,
     ".keras": hdf5_file.read_archive,
+    ".msgpack": flax_file.read,
 }
-IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
+IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -141,6 +149,8 @@ def _impostor(data: bytes, suffix: str) -> str:
         return "this is a safetensors file; give it the suffix .safetensors"
     if suffix in (".npz", ".keras"):
         return "" if zipped else f"this is no {suffix} archive"
+    if suffix == ".msgpack":
+        return "" if 0x80 < data[0] < 0xE0 else "this is no msgpack of a dictionary"
     if suffix in (".h5", ".hdf5"):
         return "" if data.startswith(b"\x89HDF") else "this is no HDF5 file"
     if suffix != ".safetensors" and not saved_by_torch:
