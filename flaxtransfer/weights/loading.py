@@ -45,7 +45,8 @@ def load(
             extra `torch`); BiT's `.npz`; `.h5` or `.keras` of Keras (needs the extra `keras`);
             `.msgpack` of flax; or a folder with one; `hf://organisation/name[@revision][:file]`,
             which fetches it and what lies beside it into the hub's cache;
-            `https://.../name-<first digits of sha256>.pth`, which is checked by its name; or "builtin", or "builtin:<name>".
+            `https://.../name-<first digits of sha256>.pth`, which is checked by its name; or
+            "builtin", or "builtin:<name>".
         model: what you expect it to be, "resnet50" or a config; classes and image channels are
             the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
             anti-aliasing, and which convolution has the stride. Where it is left out, the
