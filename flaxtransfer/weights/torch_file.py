@@ -16,6 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from flaxtransfer.weights import archive
+
 __all__ = ["read", "unwrap"]
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student")
@@ -32,6 +34,11 @@ def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]
         ImportError: torch is not installed.
         ValueError: a file that wants to run code, is damaged, or holds no named tensors.
     """
+    if data.startswith(b"PK"):
+        try:
+            archive.check(data)
+        except ValueError as error:
+            raise ValueError(f"{_DAMAGED}{error}") from error
     try:
         import torch
     except ImportError as error:

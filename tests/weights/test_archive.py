@@ -1,0 +1,62 @@
+"""Archives that strangers made."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from flaxtransfer.weights import load
+from flaxtransfer.weights.archive import members
+
+
+def archive_of(files, compression=zipfile.ZIP_STORED):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def test_files_by_name():
+    assert members(archive_of({"a.npy": b"1", "b/c": b"2"})) == {"a.npy": b"1", "b/c": b"2"}
+
+
+@pytest.mark.parametrize("name", ["../out", "a/../../out", "/out", "..\\out"])
+def test_names_that_lead_out(name):
+    with pytest.raises(ValueError, match="leads out of it"):
+        members(archive_of({name: b""}))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth", ".keras"])
+def test_a_bomb_is_not_unfolded(tmp_path, suffix):
+    data = archive_of({"archive/data.pkl": bytes(1 << 28)}, zipfile.ZIP_DEFLATED)
+    assert len(data) < 1 << 20
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"would unfold from .* to 268,435,456 bytes"):
+        load(path)
+
+
+def test_half_an_archive():
+    data = archive_of({"a": bytes(1000)})
+    with pytest.raises(ValueError, match="no complete zip archive"):
+        members(data[:500])
+
+
+def test_an_array_that_says_more_than_it_holds(tmp_path):
+    from numpy.lib import format as npy
+
+    file = io.BytesIO()
+    npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
+    path = tmp_path / "weights.npz"
+    path.write_bytes(archive_of({"a.npy": file.getvalue()}))
+    with pytest.raises(ValueError, match="by its header it has 4,398,046,511,104 bytes"):
+        load(path)
+
+
+def test_objects_are_not_unpickled(tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez(path, a=np.array([object], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="it holds object and weights are numbers"):
+        load(path)
