@@ -325,7 +325,7 @@ def test_a_source_that_is_no_path(source, text):
 def test_without_torch_the_extra_is_named(tmp_path, monkeypatch, suffix):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = tmp_path / f"w{suffix}"
-    path.write_bytes(b"PK\x03\x04")
+    path.write_bytes(b"\x80\x02")
     with pytest.raises(ImportError, match=r"pip install 'flaxtransfer\[torch\]'.*\.safetensors"):
         load(path)
 
