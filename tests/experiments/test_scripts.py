@@ -42,6 +42,7 @@ def test_pretraining_runs_resumes_and_exports_a_checkpoint_with_its_card(tmp_pat
     assert run("pretrain_builtin.py", *arguments).split(";")[0] == first.split(";")[0]
 
 
+@pytest.mark.slow
 def test_the_main_job_as_a_script(tmp_path):
     output = run(
         "digits.py", "--head-steps", "2", "--fine-tune-steps", "2", "--batch-size", "16",

@@ -193,7 +193,7 @@ def test_onnxruntime_computes_the_same(agree, tmp_path, kind):
     import onnx
     import onnxruntime
 
-    size = 64 if kind == "average" else 75
+    size = 64 if kind == "average" else 43
     before = checkpoint_of(
         FOR_ALL[kind], dataclasses.replace(PREPROCESSING, size=size, resize=size)
     )
@@ -202,10 +202,15 @@ def test_onnxruntime_computes_the_same(agree, tmp_path, kind):
     session = onnxruntime.InferenceSession(
         tmp_path / "net.onnx", providers=["CPUExecutionProvider"]
     )
-    for batch, side in ((1, size), (7, size), (64, 32), (2, 96)):
-        images = images_of(before, batch, side)
-        ours = session.run(None, {"images": images.transpose(0, 3, 1, 2)})[0]
-        agree(ours, logits_of(before, images), LIMIT, f"{batch} of {side} px")
+    # What a network says of one image does not depend on the others.
+    images = images_of(before, 64, size)
+    expected = logits_of(before, images)
+    for batch in (1, 7, 64):
+        ours = session.run(None, {"images": images[:batch].transpose(0, 3, 1, 2)})[0]
+        agree(ours, expected[:batch], LIMIT, f"{batch} images")
+    larger = images_of(before, 2, 96)
+    ours = session.run(None, {"images": larger.transpose(0, 3, 1, 2)})[0]
+    agree(ours, logits_of(before, larger), LIMIT, "96 px")
     said = session.get_modelmeta().custom_metadata_map
     assert json.loads(said["class_names"]) == list(NAMES)
     assert Preprocessing.from_json(said["preprocessing"]) == before.preprocessing
