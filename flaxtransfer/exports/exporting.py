@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxtransfer.appearing import appearing, write
 from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.catalogue import RESNETS
-from flaxtransfer.exports import folder, huggingface, onnx, stablehlo, timm
+from flaxtransfer.exports import huggingface, onnx, stablehlo, timm
 from flaxtransfer.exports.plainly import plainly
+from flaxtransfer.exports.target import check_file, check_folder
 from flaxtransfer.models import resnet
-from flaxtransfer.paths import flatten, suggest
+from flaxtransfer.paths import suggest
 from flaxtransfer.weights import Checkpoint, load, save
 
 __all__ = ["LAYOUTS", "Exported", "export"]
@@ -87,30 +89,7 @@ def export(
         raise ValueError(f"{layout} is written in float32, not {np.dtype(dtype)}")
     if layout in _FOLDERS:
         return _export_folder(checkpoint, target, layout)
-    folder.check_target(target)
-    if layout == "torchvision":
-        checkpoint = plainly(checkpoint, exporting="torchvision")
-        _check_torchvision(checkpoint.config)
-    with folder.appearing(target) as made:
-        if layout in ("safetensors", "torchvision"):
-            save(made, checkpoint, dtype)
-            difference = (
-                _difference(checkpoint, _loaded(made))
-                if np.dtype(dtype) == np.float32
-                else _half(checkpoint, made)
-            )
-        elif layout == "onnx":
-            data = onnx.model_bytes(checkpoint)
-            difference = _difference(checkpoint, lambda images: onnx.logits(data, images))
-            folder.write(made, data)
-        else:
-            data = stablehlo.artefact(checkpoint)
-            difference = _difference(checkpoint, lambda images: stablehlo.logits(data, images))
-            folder.write(made, data)
-            beside = target.with_name(f"{target.name}.json")
-            with folder.appearing(beside) as words:
-                folder.write(words, stablehlo.words(checkpoint))
-    return Exported(target, layout, difference, checkpoint.notes)
+    return _export_file(checkpoint, target, layout, np.dtype(dtype))
 
 
 _FOLDERS: dict[str, Any] = {"timm": timm, "huggingface": huggingface}
@@ -130,14 +109,39 @@ def _layout(target: Path, to: str | None) -> str:
     return layout
 
 
+def _export_file(
+    checkpoint: Checkpoint, target: Path, layout: str, dtype: np.dtype[Any]
+) -> Exported:
+    check_file(target)
+    if layout == "torchvision":
+        checkpoint = plainly(checkpoint, exporting="torchvision")
+        _check_torchvision(checkpoint.config)
+    with appearing(target) as made:
+        if layout in ("safetensors", "torchvision"):
+            save(made, checkpoint, dtype)
+            measure = _difference if dtype == np.float32 else _half
+            difference = measure(checkpoint, _loaded(made))
+        elif layout == "onnx":
+            data = onnx.model_bytes(checkpoint)
+            difference = _difference(checkpoint, lambda images: onnx.logits(data, images))
+            write(made, data)
+        else:
+            data = stablehlo.artefact(checkpoint)
+            difference = _difference(checkpoint, lambda images: stablehlo.logits(data, images))
+            write(made, data)
+            with appearing(target.with_name(f"{target.name}.json")) as words:
+                write(words, stablehlo.words(checkpoint))
+    return Exported(target, layout, difference, checkpoint.notes)
+
+
 def _export_folder(checkpoint: Checkpoint, target: Path, layout: str) -> Exported:
     room = _FOLDERS[layout]
-    folder.check_target(target, dict.fromkeys(room.NAMES))
+    check_folder(target, room.NAMES)
     files, plain = room.files(checkpoint)
-    with folder.appearing(target) as made:
+    with appearing(target) as made:
         made.mkdir()
         for name, data in files.items():
-            folder.write(made / name, data)
+            write(made / name, data)
         difference = _difference(checkpoint, _loaded(made))
     return Exported(target, layout, difference, plain.notes)
 
@@ -159,13 +163,16 @@ def _loaded(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: _logits(again, images)
 
 
-def _half(checkpoint: Checkpoint, made: Path) -> float:
-    """float16 is another network; what is read has to be its float16 numbers exactly."""
-    own, again = flatten(checkpoint.variables), flatten(load(made).variables)
-    for path, leaf in own.items():
-        if not np.array_equal(np.asarray(leaf).astype(np.float16).astype(np.float32), again[path]):
-            raise ValueError(f"{path} was not read again as it was written")
-    return _largest(_logits(checkpoint, _images(checkpoint)), _loaded(made)(_images(checkpoint)))
+def _half(checkpoint: Checkpoint, again: Callable[[np.ndarray], np.ndarray]) -> float:
+    """How far float16 is from the network, after what was written was compared with float16."""
+
+    def rounded(leaf: Any) -> np.ndarray:
+        return np.asarray(leaf).astype(np.float16).astype(np.float32)
+
+    half = dataclasses.replace(checkpoint, variables=jax.tree.map(rounded, checkpoint.variables))
+    _difference(half, again)
+    images = _images(checkpoint)
+    return _largest(_logits(checkpoint, images), again(images))
 
 
 def _difference(checkpoint: Checkpoint, again: Callable[[np.ndarray], np.ndarray]) -> float:

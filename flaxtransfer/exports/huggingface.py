@@ -70,8 +70,6 @@ def _check(config: ResNetConfig) -> None:
             f"transformers' ResNet has no {words}, which {config.name} has; --to timm, onnx or "
             "stablehlo can hold more"
         )
-    if config.block == "basic" and config.width != 64 and config.width < 4:
-        raise ValueError("transformers' ResNet has at least 4 channels")
 
 
 def _processor(preprocessing: Preprocessing) -> dict:

@@ -30,7 +30,8 @@ def files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], Checkpoint]:
     checkpoint = with_own_standardisation(plainly(checkpoint, exporting="timm"), timm_v2.EPSILON)
     config = checkpoint.config
     base, arguments = _network(config)
-    arrays = rename.to_keys(table_for(config), flatten(checkpoint.variables))
+    table, leaves = table_for(config), flatten(checkpoint.variables)
+    arrays = rename.to_keys(table, leaves)
     if not config.preactivation and config.stem == "plain" and config.width != timm_stem.WIDTH:
         arrays = timm_stem.widened(arrays, config)
         silent = timm_stem.WIDTH - config.width
@@ -38,8 +39,10 @@ def files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], Checkpoint]:
         checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
     preprocessing = checkpoint.preprocessing
     labels = {"label_names": list(checkpoint.class_names)} if checkpoint.class_names else {}
-    deep = "conv1.0" if config.stem != "plain" else "conv1"
-    first = {"conv1": "stem.conv", "conv1.0": "stem.conv1"}[deep] if config.preactivation else deep
+    first, last = (
+        next(iter(rename.to_keys(table, {leaf: leaves[leaf]}))).removesuffix(".weight")
+        for leaf in (f"params/{config.first_kernel}", "params/fc/kernel")
+    )
     settings = {
         "architecture": base,
         "num_classes": config.classes,
@@ -55,7 +58,7 @@ def files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], Checkpoint]:
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
             "first_conv": first,
-            "classifier": "head.fc" if config.preactivation else "fc",
+            "classifier": last,
             "fixed_input_size": False,
             **labels,
         },

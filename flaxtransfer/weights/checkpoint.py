@@ -25,7 +25,7 @@ class Checkpoint:
         config: the shape of the network.
         preprocessing: how an image is prepared for these weights.
         source: where the weights came from, for a person to read.
-        format: the naming of the file: "torchvision" or "huggingface".
+        format: the naming of the file, a name in `formats.FORMATS`.
         sha256: checksum of the file in hexadecimal; "" for weights that never were in a file.
         class_names: a name for each output of the head, where they are known.
         notes: what was done on the way (conversions, prefixes, assumed preprocessing).

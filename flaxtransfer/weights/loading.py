@@ -75,7 +75,10 @@ def load(
     name, path, arrived = _locate(source)
     file = tensors.read(path)
     chosen = format or detect(file.arrays)
-    arrays, done = FORMATS[chosen].prepare(file.arrays)
+    try:
+        arrays, done = FORMATS[chosen].prepare(file.arrays)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
     shapes = dict(
         found

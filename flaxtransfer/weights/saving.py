@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flaxtransfer.appearing import appearing, write
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import header, rename, safetensors_file
 from flaxtransfer.weights.architecture import differences, leaf_shapes
@@ -78,23 +78,6 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, dtype: Any = np.f
     data = safetensors_file.write(
         rename.to_keys(table_for(checkpoint.config), leaves), header.write(checkpoint)
     )
-    _replace(path, data)
+    with appearing(path) as made:
+        write(made, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Puts the bytes there in one step, durably; a reader sees the old file or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; weights are as readable as any other file here.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

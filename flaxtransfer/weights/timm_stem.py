@@ -66,11 +66,12 @@ def narrowed(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], l
     }
     if any(len(part) != WIDTH - width or (part != value).any() for part, value in beyond.values()):
         return dict(arrays), []
-    passing = [p for p in (_passing(width, 0), _passing(width, 1)) if _holds(arrays, p)]
-    left = {key for p in passing for key in p} | {
-        key for key in arrays if passing and key.startswith("layer1.0.downsample.")
+    passing = any(_holds(arrays, _passing(width, number)) for number in (0, 1))
+    narrow = {
+        key: array
+        for key, array in arrays.items()
+        if not (passing and key.startswith("layer1.0.downsample."))
     }
-    narrow = {key: array for key, array in arrays.items() if key not in left}
     for key, (axis, _) in keys.items():
         if key in narrow:
             narrow[key] = np.take(arrays[key], np.arange(width), axis)
@@ -82,7 +83,7 @@ def _of_the_stem(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, float
     return {
         key: (axis, value)
         for key, (axis, value) in _SILENT.items()
-        if key in arrays and (axis == 0 or np.ndim(arrays[key]) == 4)
+        if key in arrays and np.ndim(arrays[key]) == (4 if axis or key == "conv1.weight" else 1)
     }
 
 

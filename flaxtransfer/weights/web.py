@@ -9,9 +9,12 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from flaxtransfer.lock import hold
 
@@ -31,19 +34,16 @@ def cache_folder() -> Path:
     return Path(root) / "flaxtransfer"
 
 
-def fetch(
-    url: str, suffixes: Collection[str], *, tell: Callable[[int, int | None], None] | None = None
-) -> tuple[str, Path, list[str]]:
+def fetch(url: str, suffixes: Collection[str]) -> tuple[str, Path, list[str]]:
     """The address, the file in the cache, and notes.
 
     A file that is there is not asked for again. One that was interrupted goes on where it stopped,
-    if the server says that it is still the same.
+    if the server says that it is still the same. A terminal shows how far it is.
 
     Args:
         url: `https://`; `http://` on this machine, or where the name carries digits of the
             sha256, as in `resnet50-0676ba61.pth`.
         suffixes: of files that can be read.
-        tell: is called with the bytes that are there and those expected.
 
     Raises:
         OSError: no answer, an answer that says no, or one that breaks off.
@@ -75,7 +75,7 @@ def fetch(
                 "(FLAXTRANSFER_OFFLINE or HF_HUB_OFFLINE) says to ask nobody"
             )
         with hold(folder):
-            _download(url, path, tell or (lambda there, expected: None))
+            _download(url, path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if not sha256.startswith(digits):
@@ -113,7 +113,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(url: str, path: Path, tell: Callable[[int, int | None], None]) -> None:
+def _download(url: str, path: Path) -> None:
     part, mark = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.etag")
     there = part.stat().st_size if part.is_file() and mark.is_file() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "flaxtransfer"})
@@ -131,16 +131,22 @@ def _download(url: str, path: Path, tell: Callable[[int, int | None], None]) -> 
             mark.unlink(missing_ok=True)
             if etag := answer.headers.get("ETag", ""):
                 mark.write_text(etag)
-            with part.open("ab") as file:
+            with part.open("ab") as file, _progress() as bar:
+                task = bar.add_task(path.name, total=expected, completed=there)
                 while piece := answer.read(_PIECE):
                     file.write(piece)
                     there += len(piece)
-                    tell(there, expected)
+                    bar.update(task, completed=there)
                 file.flush()
                 os.fsync(file.fileno())
     except urllib.error.HTTPError as error:
         error.close()
-        raise FileNotFoundError(f"{url}: the server answers {error.code} {error.reason}") from error
+        if error.code == 416 and there:
+            # All of it was there already, or more than there is now.
+            part.unlink()
+            return _download(url, path)
+        kind = FileNotFoundError if error.code in (404, 410) else OSError
+        raise kind(f"{url}: the server answers {error.code} {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise OSError(f"{url} could not be fetched: {reason}; call again to go on") from error
@@ -148,6 +154,12 @@ def _download(url: str, path: Path, tell: Callable[[int, int | None], None]) -> 
         raise OSError(f"{url} broke off after {there:,} of {expected:,} bytes; call again to go on")
     part.replace(path)
     mark.unlink(missing_ok=True)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _check_room(expected: int | None, there: int, path: Path) -> None:

@@ -4,6 +4,7 @@ tests/parity.
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -126,11 +127,29 @@ def test_a_disk_that_fills_leaves_the_earlier_export(tiny, tmp_path, monkeypatch
         path.write_bytes(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.folder, "write", full)
+    monkeypatch.setattr(exporting, "write", full)
     with pytest.raises(OSError, match="No space left"):
         exports.export(checkpoint_of(), tmp_path / "net", to="timm")
     assert entries(tmp_path) == ["net"]
     assert (tmp_path / "net" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_renamed_gives_the_earlier_one_back(tiny, tmp_path, monkeypatch):
+    exports.export(tiny, tmp_path / "net", to="timm")
+
+    def fail(self, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        exports.export(tiny, tmp_path / "net", to="timm")
+    assert entries(tmp_path) == ["net"]
+    assert entries(tmp_path / "net") == ["config.json", "model.safetensors"]
+
+
+def test_half_precision_is_measured(tiny, tmp_path):
+    written = exports.export(tiny, tmp_path / "net.safetensors", dtype=np.float16)
+    assert 1e-6 < written.difference < 1e-2
 
 
 def test_another_epsilon_becomes_variance(tmp_path):

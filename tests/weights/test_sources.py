@@ -31,6 +31,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.break_after = None
         self.lie = ""
         self.gated = False
+        self.refuse = None
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -49,6 +50,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, body):
         server, path = self.server, self.path.split("?")[0]
         server.asked.append((self.command, path, self.headers.get("Range")))
+        if server.refuse:
+            return self.fail(server.refuse)
         if path.startswith("/api/models/"):
             return self.describe(path.removeprefix("/api/models/"))
         if path.startswith(f"/{REPOSITORY}/resolve/"):
@@ -108,6 +111,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         if wanted and self.headers.get("If-Range", etag) == etag:
             start = int(wanted.removeprefix("bytes=").split("-")[0])
+        if start >= len(data):
+            return self.fail(416)
         self.send_response(206 if start else 200)
         self.send_header("ETag", etag)
         self.send_header("X-Repo-Commit", COMMIT)
@@ -288,6 +293,26 @@ def test_what_broke_off_goes_on(server, tmp_path):
     server.break_after, server.asked = None, []
     load(url)
     assert [wanted for _, _, wanted in server.asked] == ["bytes=5000-"]
+
+
+def test_what_was_whole_but_had_no_name_yet(server, tmp_path):
+    # Killed between the last byte and the name: the server has nothing more to send.
+    url = hashed(server)
+    server.break_after = 5000
+    with pytest.raises(OSError, match=r"broke off|could not be fetched"):
+        load(url)
+    (part,) = (tmp_path / "cache").rglob("*.part")
+    part.write_bytes(weights_of(server))
+    server.break_after = None
+    assert load(url).config.width == 4
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_an_answer_that_is_not_about_the_file(server, status):
+    server.refuse = status
+    with pytest.raises(OSError, match=f"the server answers {status}") as caught:
+        load(hashed(server))
+    assert not isinstance(caught.value, FileNotFoundError)
 
 
 def test_what_has_changed_since_starts_anew(server):
