@@ -1,0 +1,4 @@
+"""Domain shift: which kind it is, what of it can be corrected, and what cannot be known.
+
+Arrays in, values out: features, logits, probabilities and labels of any model, of numpy or JAX.
+"""

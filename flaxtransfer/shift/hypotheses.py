@@ -1,0 +1,89 @@
+"""The result of a statistical test, and the correction for asking several questions at once."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["HypothesisTest", "holm", "permutation_p"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HypothesisTest:
+    """What a test asked and what it found.
+
+    Args:
+        name: of the test.
+        hypothesis: H0 in words, "source and target features have one distribution".
+        statistic: of the test; NaN where it could not be computed.
+        p: probability, under H0, of a statistic at least as extreme; None where the question could
+            not be tested, with the reason in `not_testable`.
+        effect: how large the difference is, in the unit of `effect_name`; free of sample size.
+        effect_name: what the effect measures, "AUC", "total variation".
+        minimum_detectable: the effect that this test would have found with 80 % power; None where
+            nothing is known about it.
+        counts: sizes of the samples, in the order of the arguments.
+        assumptions: what has to hold for `p` to mean what it says.
+        not_testable: why there is no `p`; "" where there is one.
+        adjusted_p: `p` after `holm`; None before.
+    """
+
+    name: str
+    hypothesis: str
+    statistic: float
+    p: float | None
+    effect: float
+    effect_name: str
+    minimum_detectable: float | None
+    counts: tuple[int, ...]
+    assumptions: tuple[str, ...] = ()
+    not_testable: str = ""
+    adjusted_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.p is None) != bool(self.not_testable):
+            raise ValueError("a test has a p-value, or a reason why it has none")
+        if self.p is not None and not 0 <= self.p <= 1:
+            raise ValueError(f"a p-value lies between 0 and 1, not {self.p!r}")
+
+    def rejected(self, level: float = 0.05) -> bool:
+        """Whether H0 is rejected; the adjusted p-value counts where there is one."""
+        p = self.p if self.adjusted_p is None else self.adjusted_p
+        return p is not None and p <= level
+
+
+def holm(tests: Sequence[HypothesisTest]) -> tuple[HypothesisTest, ...]:
+    """The same tests with adjusted p-values; those that could not be tested do not count.
+
+    >>> def tested(p):
+    ...     return HypothesisTest("t", "H0", 0.0, p, 0.0, "AUC", None, (9, 9))
+    >>> [test.adjusted_p for test in holm([tested(0.01), tested(0.04), tested(0.03)])]
+    [0.03, 0.06, 0.06]
+
+    References:
+        S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    values = [test.p for test in tests if test.p is not None]
+    order = np.argsort(values, kind="stable")
+    factors = len(values) - np.arange(len(values))
+    raised = np.minimum(1.0, np.maximum.accumulate(np.asarray(values)[order] * factors))
+    adjusted = dict(zip(order.tolist(), raised.tolist(), strict=True))
+    numbers = iter(range(len(values)))
+    return tuple(
+        test if test.p is None else dataclasses.replace(test, adjusted_p=adjusted[next(numbers)])
+        for test in tests
+    )
+
+
+def permutation_p(statistic: float, permuted: np.ndarray) -> float:
+    """(1 + permuted statistics that are at least as large) / (1 + permutations), never 0.
+
+    >>> permutation_p(2.0, np.array([1.0, 3.0, 0.0]))
+    0.5
+
+    References:
+        B. Phipson, G. K. Smyth, "Permutation P-values should never be zero", 2010.
+    """
+    # Equal up to rounding counts as equal: the same sum in another order is not smaller.
+    slack = 1e-12 * max(1.0, abs(statistic))
+    return float((1 + (permuted >= statistic - slack).sum()) / (1 + len(permuted)))
