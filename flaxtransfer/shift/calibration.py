@@ -16,7 +16,7 @@ class Calibration:
     """A map from logits to calibrated probabilities, with the validation it was fitted on.
 
     Every estimate about a target is relative to a source; this is what the others of this room
-    take as `source`. Probabilities are ``softmax(scale * logits + bias)``, so that log-probabilities
+    take as `source`. They are ``softmax(scale * logits + bias)``: log-probabilities
     are as good as logits.
 
     Args:
