@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
 from hypothesis import HealthCheck, settings
 
 # A loaded machine is slow at everything, drawing examples included: that says nothing about the
 # code, and neither does the time that one example takes.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+# Most of the suite's time would go to compiling the same small networks again in every file,
+# worker and fresh process. The first process of a run makes a cache; the others inherit its name.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_made = None if _CACHE in os.environ else tempfile.mkdtemp(prefix="flaxtransfer-compiled-")
+if _made is not None:
+    os.environ[_CACHE] = _made
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+
+
+def pytest_unconfigure() -> None:
+    """Removes the cache, in the process that made it."""
+    if _made is not None:
+        shutil.rmtree(_made, ignore_errors=True)

@@ -88,17 +88,17 @@ def open_folder(
     if not os.fspath(path):
         raise ValueError("'folder:' needs a path, as in 'folder:scans'")
     if not root.is_dir():
-        raise FileNotFoundError(_missing(root))
+        raise FileNotFoundError(missing_folder(root))
     names = _class_folders(root)
     files = [
         (f"{name}/{file}", label)
         for label, name in enumerate(names)
-        for file in _files_below(root / name)
+        for file in files_below(root / name)
     ]
-    bad = _unreadable(root, [file for file, _ in files], skip_corrupt, min_side, bands)
+    bad = unreadable(root, [file for file, _ in files], skip_corrupt, min_side, bands)
     if bad and not skip_corrupt:
         raise ValueError(
-            f"{root}: {_some(list(bad.values()))}; remove them, or leave them out with "
+            f"{root}: {some_of(list(bad.values()))}; remove them, or leave them out with "
             "skip_corrupt=True"
         )
     files = [(file, label) for file, label in files if file not in bad]
@@ -108,7 +108,7 @@ def open_folder(
         raise ValueError(
             f"{root}: no {'readable ' if bad else ''}image in the class folder(s) "
             f"{[names[label] for label in empty]}; add images or remove the folder(s)"
-            + (f" (left out: {_some(list(bad.values()))})" if bad else "")
+            + (f" (left out: {some_of(list(bad.values()))})" if bad else "")
         )
     return FolderSource(
         root=root,
@@ -131,7 +131,7 @@ def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part], name
 
 
-def _missing(root: Path) -> str:
+def missing_folder(root: Path) -> str:
     if root.exists():
         return f"{root} is a file; give the folder that holds one sub-folder a class"
     text = f"there is no folder {root}"
@@ -141,7 +141,7 @@ def _missing(root: Path) -> str:
             (entry.name for entry in parent.iterdir() if _shown(entry.name) and entry.is_dir()),
             key=natural_key,
         )
-        return text + f"; folders in {parent.resolve()}: {_some(beside) or 'none'}"
+        return text + f"; folders in {parent.resolve()}: {some_of(beside) or 'none'}"
     return text + f", nor {parent}"
 
 
@@ -158,10 +158,10 @@ def _class_folders(root: Path) -> list[str]:
     )
     layout = f"wanted {root}/<class>/<image>"
     if not names:
-        found = f"only images: {_some(loose)}" if loose else "nothing that could be a class"
+        found = f"only images: {some_of(loose)}" if loose else "nothing that could be a class"
         raise ValueError(f"{root} has no class folders ({found}); {layout}")
     if loose:
-        raise ValueError(f"{root}: images outside the class folders: {_some(loose)}; {layout}")
+        raise ValueError(f"{root}: images outside the class folders: {some_of(loose)}; {layout}")
     inside = [entry for name in names for entry in (root / name).iterdir() if _shown(entry.name)]
     if {name.lower() for name in names} <= _SPLIT_NAMES and inside and all(map(_is_dir, inside)):
         raise ValueError(
@@ -179,7 +179,7 @@ def _is_dir(entry: Path) -> bool:
     return entry.is_dir()
 
 
-def _files_below(folder: Path) -> list[str]:
+def files_below(folder: Path) -> list[str]:
     found = []
     for here, folders, files in os.walk(folder):
         folders[:] = filter(_shown, folders)
@@ -193,7 +193,7 @@ def _head(path: Path) -> bytes:
         return file.read(16)
 
 
-def _unreadable(
+def unreadable(
     root: Path, files: list[str], decode_all: bool, min_side: int | None, bands: int
 ) -> dict[str, str]:
     """``{file: "file: reason"}`` for those that are no image or, when asked, do not decode."""
@@ -215,7 +215,7 @@ def _unreadable(
         return {file: text for file, text in zip(files, reasons, strict=True) if text is not None}
 
 
-def _some(items: Iterable[str], most: int = 5) -> str:
+def some_of(items: Iterable[str], most: int = 5) -> str:
     items = list(items)
     more = f", and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

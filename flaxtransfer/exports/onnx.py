@@ -65,7 +65,8 @@ def logits(data: bytes, images: np.ndarray) -> np.ndarray:
     except ImportError:
         from onnx.reference import ReferenceEvaluator
 
-        return ReferenceEvaluator(_onnx().load_from_string(data)).run(None, fed)[0]
+        outputs: Any = ReferenceEvaluator(_onnx().load_from_string(data)).run(None, fed)
+        return outputs[0]
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return session.run(None, fed)[0]
 

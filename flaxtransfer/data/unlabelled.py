@@ -1,0 +1,111 @@
+"""Images whose classes nobody has said: to predict, to diagnose, to adapt to."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flaxtransfer.data.folder import (
+    FolderSource,
+    files_below,
+    missing_folder,
+    some_of,
+    unreadable,
+)
+from flaxtransfer.data.source import ArraySource, Source, open_source
+
+__all__ = ["Unlabelled", "open_unlabelled"]
+
+IMAGE_KEYS = ("image", "images")
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Images with a name each; labels that the source may have are not to be looked at.
+
+    Args:
+      source: the images.
+      names: of the images, in their order: paths below the folder, or numbers.
+      skipped: what was left out, with the reason.
+    """
+
+    source: Source
+    names: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    def positions(self, names: list[str]) -> np.ndarray:
+        """Where the images of these names are, int64.
+
+        Raises:
+          ValueError: a name that no image has, or one that is given twice; all are listed.
+        """
+        place = {name: position for position, name in enumerate(self.names)}
+        unknown = [name for name in names if name not in place]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if unknown or twice:
+            problems = [f"no image is called {some_of(unknown)}"] if unknown else []
+            problems += [f"given twice: {some_of(twice)}"] if twice else []
+            raise ValueError(f"{'; '.join(problems)}; images are called {some_of(self.names, 3)}")
+        return np.array([place[name] for name in names], np.int64)
+
+
+def open_unlabelled(
+    spec: str, *, skip_corrupt: bool = False, bands: int | None = None
+) -> Unlabelled:
+    """Opens images without regard to classes.
+
+    Args:
+      spec: ``"folder:<path>"`` (images at any depth, in class folders or not), ``"npz:<file>"`` (an
+        array called "image", uint8 or floats in 0 .. 1, [examples, height, width(, channels)]), or
+        what ``open_source`` takes.
+      skip_corrupt: leave out files that are no image; they are listed in ``skipped``.
+      bands: channels to read from image files, RGB when left out.
+
+    Raises:
+      FileNotFoundError: no such folder or file.
+      ValueError: no image in it, files that are no image, no such array.
+    """
+    scheme, colon, rest = spec.partition(":")
+    if scheme == "folder" and colon:
+        return _folder(Path(rest).expanduser(), skip_corrupt, 3 if bands is None else bands)
+    if scheme == "npz" and colon:
+        return _numbered(_arrays(Path(rest).expanduser()))
+    return _numbered(open_source(spec, skip_corrupt=skip_corrupt, bands=bands))
+
+
+def _numbered(source: Source) -> Unlabelled:
+    return Unlabelled(source, tuple(map(str, range(len(source)))))
+
+
+def _folder(root: Path, skip_corrupt: bool, bands: int) -> Unlabelled:
+    if not root.is_dir():
+        raise FileNotFoundError(missing_folder(root))
+    files = files_below(root)
+    bad = unreadable(root, files, skip_corrupt, None, bands)
+    if bad and not skip_corrupt:
+        raise ValueError(f"{root}: {some_of(bad.values())}; remove or skip them")
+    files = [file for file in files if file not in bad]
+    if not files:
+        raise ValueError(f"{root}: there is no image in this folder or below it")
+    source = FolderSource(
+        root, ("?",), tuple(files), np.zeros(len(files), np.int64), tuple(bad.values()), bands=bands
+    )
+    return Unlabelled(source, tuple(files), tuple(bad.values()))
+
+
+def _arrays(path: Path) -> ArraySource:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        # Nothing in the file is unpickled, so that nothing in it is run.
+        with np.load(path, allow_pickle=False) as file:
+            key = next((key for key in IMAGE_KEYS if key in file), None)
+            if key is None:
+                raise ValueError(f"{path} has no array 'image', but {some_of(file.files)}")
+            images = file[key]
+    except (zipfile.BadZipFile, EOFError, OSError, AttributeError) as error:
+        raise ValueError(f"{path} is not a readable .npz file ({error})") from error
+    return ArraySource(images, np.zeros(len(images), np.int64), ("?",))
