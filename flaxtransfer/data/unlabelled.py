@@ -99,13 +99,15 @@ def _folder(root: Path, skip_corrupt: bool, bands: int) -> Unlabelled:
 def _arrays(path: Path) -> ArraySource:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix != ".npz":
+        raise ValueError(f"{path} is not called .npz, as a file of named arrays is")
     try:
         # Nothing in the file is unpickled, so that nothing in it is run.
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             key = next((key for key in IMAGE_KEYS if key in file), None)
             if key is None:
                 raise ValueError(f"{path} has no array 'image', but {some_of(file.files)}")
             images = file[key]
-    except (zipfile.BadZipFile, EOFError, OSError, AttributeError) as error:
+    except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
     return ArraySource(images, np.zeros(len(images), np.int64), ("?",))
