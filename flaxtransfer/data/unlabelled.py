@@ -108,6 +108,6 @@ def _arrays(path: Path) -> ArraySource:
             if key is None:
                 raise ValueError(f"{path} has no array 'image', but {some_of(file.files)}")
             images = file[key]
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, TypeError) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
     return ArraySource(images, np.zeros(len(images), np.int64), ("?",))

@@ -1,0 +1,169 @@
+"""A shift report as one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from flaxtransfer.shift.hypotheses import HypothesisTest
+from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.shift_report import ShiftReport
+
+__all__ = ["HEADLINES", "shift_page"]
+
+HEADLINES = {
+    "none detected": "No shift was detected",
+    "label": "The data speak for a label shift: the classes are not as common as before",
+    "covariate": "The data speak for a covariate shift: the images of the classes have changed",
+    "label and covariate": "Prevalence and images both seem to have changed",
+    "concept": "Target labels contradict the model: the same images seem to mean something else",
+    "undetermined": "What kind of shift it is cannot be said from these data",
+}
+"""What each conclusion says in a sentence; all of them are hypotheses."""
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: .3rem; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.about { color: color-mix(in srgb, currentColor 65%, transparent); margin-top: 0; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+span.status { border-radius: .7rem; padding: .05rem .6rem; background: var(--soft); white-space: nowrap; }
+span.supported { background: #d5780033; } span.rejected { background: #2a7fbf33; }
+img { max-width: 100%; height: auto; background: white; border-radius: .3rem; }
+small { color: color-mix(in srgb, currentColor 65%, transparent); display: block; }
+"""  # noqa: E501 - one rule a line reads better than wrapped ones
+
+
+def shift_page(
+    report: ShiftReport, pictures: Mapping[str, bytes], *, source: str, target: str
+) -> str:
+    """The report with its pictures inside, as the text of an HTML file.
+
+    Args:
+        report: from ``diagnose``.
+        pictures: PNG by caption, in the order to show them.
+        source: what the model comes from, such as the run's folder.
+        target: what was diagnosed.
+    """
+    held_out, unlabelled, labelled = report.counts
+    about = f"{source} ({held_out} held-out examples) against {target} ({unlabelled} examples"
+    about += f", {labelled} of them with labels)" if labelled else ", none with labels)"
+    parts = [
+        f"<h1>{escape(HEADLINES[report.conclusion])}</h1>",
+        f'<p class="about">{escape(about)}; tests at level {report.level:g}</p>',
+        _section("Which kind", _verdicts(report)),
+        _section("What to do", _actions(report)),
+        _section("What cannot be known from these data", _list(report.not_identifiable)),
+        _section("Tests", _tests(report.tests)),
+        _section("Prevalence, if label shift is all there is", _prevalences(report)),
+        _section("Accuracy on the target, without labels", _accuracy(report)),
+        _section("Calibration at the source", _calibration(report)),
+        *(_section(caption, _picture(caption, png)) for caption, png in pictures.items()),
+        _section("Notes", _list(report.notes)) if report.notes else "",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Shift: {escape(target)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+
+
+def _picture(caption: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
+    """Cells are HTML already; the columns in ``numbers`` are aligned to the right."""
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="number">{cell}</td>' if column in numbers else f"<td>{cell}</td>"
+            for column, cell in enumerate(row)
+        )
+        + "</tr>\n"
+        for row in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def _verdicts(report: ShiftReport) -> str:
+    rows = [
+        (
+            f"{escape(verdict.kind)} shift",
+            f'<span class="status {verdict.status.split()[0]}">{verdict.status}</span>',
+            escape(verdict.evidence),
+        )
+        for verdict in report.verdicts
+    ]
+    return _table(("kind", "status", "evidence"), rows, set())
+
+
+def _actions(report: ShiftReport) -> str:
+    rows = [
+        (escape(action.what), escape(action.expected), escape(action.guard))
+        for action in report.actions
+    ]
+    return _table(("action", "expected", "guard"), rows, set())
+
+
+def _tests(tests: Sequence[HypothesisTest]) -> str:
+    rows = []
+    for test in tests:
+        said = test.not_testable or "; ".join((*test.notes, *test.assumptions))
+        rows.append(
+            (
+                f"{escape(test.name)}<small>{escape(said)}</small>",
+                escape(test.hypothesis),
+                _number(test.p),
+                _number(test.adjusted_p),
+                f"{_number(test.effect)}<small>{escape(test.effect_name)}</small>",
+                _number(test.minimum_detectable),
+            )
+        )
+    headings = ("test", "null hypothesis", "p", "adjusted", "effect", "smallest that shows")
+    return _table(headings, rows, {2, 3, 4, 5})
+
+
+def _prevalences(report: ShiftReport) -> str:
+    if not report.prevalences:
+        return "<p>Not estimated.</p>"
+    headings = ("class", "source", *(found.method for found in report.prevalences))
+    rows = [
+        (
+            escape(name),
+            f"{report.prevalences[0].source[k]:.3f}",
+            *(_share(found, k) for found in report.prevalences),
+        )
+        for k, name in enumerate(report.class_names)
+    ]
+    reasons = [f"{p.method}: {text}" for p in report.prevalences for text in (p.reason, *p.notes)]
+    return _table(headings, rows, set(range(1, len(headings)))) + _list(filter(None, reasons))
+
+
+def _share(found: Prevalence, k: int) -> str:
+    if np.isnan(found.low[k]):
+        return f"{found.estimate[k]:.3f}"
+    return f"{found.estimate[k]:.3f} <small>{found.low[k]:.3f} to {found.high[k]:.3f}</small>"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.3g}"
