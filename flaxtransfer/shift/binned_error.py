@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.stats import norm
 
-from flaxtransfer.shift.intervals import checked_level
+from flaxtransfer.shift.intervals import checked_level, checked_replicates
 from flaxtransfer.shift.reliability import ReliabilityBin
 
 __all__ = ["debiased_errors", "error_interval", "expected_error"]
@@ -29,6 +29,9 @@ def debiased_errors(diagram: Sequence[ReliabilityBin]) -> tuple[float, float] | 
 
     Returns:
         Both at least 0; None where a bin has one example, which does not show its own noise.
+
+    >>> debiased_errors([ReliabilityBin(5, 0.75, 0.5, 0.2, 0.8, 0.7, 0.8)])[1]  # of 0.25
+    0.0
 
     References:
         A. Kumar, P. Liang, T. Ma, "Verified uncertainty calibration", 2019.
@@ -67,48 +70,68 @@ def error_interval(
         replicates: draws of each size.
         seed: of the draws; the same for every size.
 
+    Raises:
+        ValueError: no replicates, a level outside of 0 and 1.
+
+    >>> bins = [ReliabilityBin(100, 0.75, 0.5, 0.4, 0.6, 0.7, 0.8)]
+    >>> low, high = error_interval(bins)
+    >>> 0.1 < low < 0.25 < high < 0.4
+    True
+
     References:
         B. Hansen, "The grid bootstrap and the autoregressive model", 1999.
         A. Read, "Presentation of search results: the CLs technique", 2002: the upper end.
     """
     counts, confidence, accuracy = _columns(diagram)
+    replicates = checked_replicates(replicates)
     tail = (1 - checked_level(level)) / 2
     shares = counts / counts.sum()
     errors = confidence - accuracy
     # A bin that happens to have no error may have one all the same, of the size of its noise.
     smooth = (counts * accuracy + 1) / (counts + 2)
-    spread = np.sqrt(errors**2 + smooth * (1 - smooth) / counts)
-    direction = np.where(errors < 0, -1.0, 1.0) * spread / float(shares @ spread)
-    observed = float(shares @ np.abs(errors)) + 1e-12
+    noise = np.sqrt(smooth * (1 - smooth) / counts)
+    spread = np.hypot(errors, noise)
+    observed_sign = np.where(errors < 0, -1.0, 1.0)
+    # And its sign may be the other one, as far as the noise goes.
+    other_sign = np.where(np.abs(errors) > 2 * noise, observed_sign, -observed_sign)
+    observed = float(shares @ np.abs(errors))
 
-    def true_accuracy(size: float) -> np.ndarray:
-        return np.clip(confidence - size * direction, 0.0, 1.0)
+    def true_accuracy(size: float, sign: np.ndarray) -> np.ndarray:
+        return np.clip(confidence - size * sign * spread / (shares @ spread), 0.0, 1.0)
 
-    def drawn(size: float) -> np.ndarray:
+    def drawn(size: float, sign: np.ndarray) -> np.ndarray:
         random = np.random.default_rng(seed)
-        hits = random.binomial(counts, true_accuracy(size), size=(replicates, len(counts)))
+        wanted = (replicates, len(counts))
+        hits = random.binomial(counts, true_accuracy(size, sign), size=wanted)
         return np.abs(confidence - hits / counts) @ shares
 
-    def reaches(size: float) -> bool:
-        return bool((drawn(size) >= observed - 2e-12).mean() >= tail)
+    def end(holds: Callable[[np.ndarray], bool], sign: np.ndarray) -> float:
+        size = _first(
+            lambda size: holds(drawn(size, sign)), float((shares @ spread) / spread.min())
+        )
+        return float(shares @ np.abs(confidence - true_accuracy(size, sign)))
 
+    # Equal up to rounding counts as equal, in both tails.
+    slack = 1e-12
     # An error smaller than that of calibrated models says little: without the second factor, the
     # upper end would be 0 as well.
-    below = float((drawn(0.0) <= observed).mean())
+    below = float((drawn(0.0, observed_sign) <= observed + slack).mean())
 
-    def exceeds(size: float) -> bool:
-        return bool((drawn(size) <= observed).mean() < tail * below)
+    def reached(errors: np.ndarray) -> bool:
+        return bool((errors >= observed - slack).mean() >= tail)
 
-    largest = float((1 / np.abs(direction)).max())
-    ends = (_first(reaches, 0.0, largest), _first(exceeds, 0.0, largest))
-    low, high = (float(shares @ np.abs(confidence - true_accuracy(end))) for end in ends)
-    return low, high
+    def exceeded(errors: np.ndarray) -> bool:
+        return bool((errors <= observed + slack).mean() < tail * below)
+
+    high = max(end(exceeded, observed_sign), end(exceeded, other_sign))
+    return min(end(reached, observed_sign), high), high
 
 
-def _first(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Where a statement begins to hold, by bisection; `high` where it never does."""
-    if holds(low):
-        return low
+def _first(holds: Callable[[float], bool], largest: float) -> float:
+    """From where on a statement about a size holds, by bisection; `largest` where it never does."""
+    if holds(0.0):
+        return 0.0
+    low, high = 0.0, largest
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)

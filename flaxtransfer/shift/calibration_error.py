@@ -52,7 +52,7 @@ class CalibrationError:
     def __str__(self) -> str:
         debiased = "not known" if self.debiased is None else f"{self.debiased:.4f}"
         lines = [
-            f"{self.count} examples, accuracy {self.accuracy:.4f}, mean confidence "
+            f"{self.count} example(s), accuracy {self.accuracy:.4f}, mean confidence "
             f"{self.confidence:.4f}",
             f"negative log-likelihood {self.nll:.4f}, Brier score {self.brier:.4f}",
             f"expected calibration error {debiased} ({self.level:.0%} interval {self.low:.4f} to "
@@ -124,17 +124,15 @@ def calibration_error(
         A. Kumar, P. Liang, T. Ma, "Verified uncertainty calibration", 2019.
     """
     found, known = _checked(probabilities, labels)
-    if replicates != int(replicates) or replicates < 1:
-        raise ValueError(f"replicates is {replicates!r}; there is at least one")
     right = found.argmax(1) == known
     diagram = reliability(found, known, bins=bins, level=level)
-    low, high = error_interval(diagram, level=level, replicates=int(replicates), seed=seed)
+    low, high = error_interval(diagram, level=level, replicates=replicates, seed=seed)
     debiased = debiased_errors(diagram)
     notes = []
     if len(diagram) < bins:
         notes.append(
             f"{len(diagram)} of {bins} bins: examples of equal confidence stay together, and a bin "
-            "has 10 of them"
+            "has 10 at least"
         )
     if debiased is None:
         notes.append("a bin with one example does not show how much of the error is chance")
@@ -162,7 +160,7 @@ def _checked(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _nll(probabilities: np.ndarray, labels: np.ndarray) -> float:
     with np.errstate(divide="ignore"):
-        return float(-np.log(probabilities[np.arange(len(labels)), labels]).mean())
+        return float(np.mean(-np.log(probabilities[np.arange(len(labels)), labels])) + 0.0)
 
 
 def _brier(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import norm
 
-__all__ = ["checked_level", "percentile_interval", "wilson_interval"]
+__all__ = ["checked_level", "checked_replicates", "percentile_interval", "wilson_interval"]
 
 
 def wilson_interval(successes: float, count: int, level: float = 0.95) -> tuple[float, float]:
@@ -54,3 +54,14 @@ def checked_level(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level is {level!r}; it lies between 0 and 1, as 0.95")
     return level
+
+
+def checked_replicates(replicates: int) -> int:
+    """The same number.
+
+    Raises:
+        ValueError: it is no whole number from 1 up.
+    """
+    if replicates < 1 or replicates != int(replicates):
+        raise ValueError(f"replicates is {replicates!r}; a bootstrap has one at least, better 1000")
+    return int(replicates)
