@@ -136,14 +136,12 @@ def _solve(
         active, slopes, share = active[moving], slopes[moving], share[moving]
         if not len(active):
             return q
-        for number, slope, own in zip(active.tolist(), slopes, share, strict=True):
-            now = q[number]
-            curved = matrix + np.diag(np.divide(own, now**2, out=np.zeros_like(own), where=own > 0))
-            goal = nonnegative_quadratic(curved, curved @ now + slope - 1)
-            following = now * np.maximum(slope, 0)
-            # A little of EM's step keeps shares possible that rows depend on.
-            mixed = 0.95 * goal / max(goal.sum(), 1e-12) + 0.05 * following / following.sum()
-            q[number] = mixed / mixed.sum()
+        goals = _goals(matrix, q[active], slopes, share)
+        following = q[active] * np.maximum(slopes, 0)
+        # A little of EM's step keeps shares possible that rows depend on.
+        mixed = 0.95 * goals / goals.sum(1, keepdims=True)
+        mixed += 0.05 * following / following.sum(1, keepdims=True)
+        q[active] = mixed / mixed.sum(1, keepdims=True)
     for number in active.tolist():
         prior = np.where(np.isfinite(divisor), divisor, 0) / factors[number]
         q[number] = maximise(
@@ -154,6 +152,21 @@ def _solve(
             tolerance=_SETTLED / total[number],
         ).estimate
     return q
+
+
+def _goals(matrix: np.ndarray, q: np.ndarray, slopes: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Where Newton's steps on the simplex end, `[A, K]`: most inside, where one inverse serves."""
+    goals = np.full(q.shape, -1.0)
+    if not share.any():
+        goals = q + (slopes - 1) @ np.linalg.pinv(matrix, rcond=1e-12, hermitian=True)
+    for number in np.flatnonzero((goals < 0).any(1)).tolist():
+        now = q[number]
+        own = np.divide(share[number], now**2, out=np.zeros_like(now), where=share[number] > 0)
+        curved = matrix + np.diag(own)
+        goals[number] = nonnegative_quadratic(curved, curved @ now + slopes[number] - 1)
+    lost = goals.sum(1) <= 0
+    goals[lost] = q[lost]
+    return goals
 
 
 def _slopes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.optimize import brentq
 
 from flaxtransfer.shift.simplex import nonnegative_quadratic
 
@@ -53,20 +54,27 @@ def regularised_weights(matrix: np.ndarray, difference: np.ndarray, strength: fl
         apart = float(np.linalg.norm(matrix @ (weights - 1) - difference))
         return weights, strength * apart - ridge * float(np.linalg.norm(weights - 1))
 
-    # Where even the least ridge is too much, the difference is met exactly, and where the largest
-    # is too little, the weights are 1.
-    low, high = np.log(1e-10 * size), np.log(1e9 * size)
-    if strength == 0 or at(np.exp(low))[1] <= 0:
+    met = _exact(matrix, difference, strength)
+    if met is not None:
+        return met
+    if strength == 0:
         return at(0.0)[0]
-    slope = np.linalg.norm(matrix.T @ difference)
-    if slope <= strength * np.linalg.norm(difference):
-        # The slope at w = 1 does not overcome the penalty, with any sign of the entries.
+    if np.linalg.norm(matrix.T @ difference) <= strength * np.linalg.norm(difference):
+        # At w = 1 the slope of the fit does not overcome the penalty.
         return np.ones(len(difference))
-    weights = np.ones(len(difference))
-    for _ in range(200):
-        middle = (low + high) / 2
-        weights, excess = at(np.exp(middle))
-        low, high = (middle, high) if excess > 0 else (low, middle)
-        if high - low < 1e-13 * max(1.0, abs(low)):
-            break
-    return weights
+    low, high = np.log(1e-12 * size), np.log(1e6 * size)
+    if at(np.exp(low))[1] <= 0:
+        return at(0.0)[0]
+    ridge = brentq(lambda power: at(np.exp(power))[1], low, high, xtol=1e-12, rtol=1e-12)
+    return at(np.exp(ridge))[0]
+
+
+def _exact(matrix: np.ndarray, difference: np.ndarray, strength: float) -> np.ndarray | None:
+    """Weights that meet the difference exactly, where the penalty does not outweigh that."""
+    if np.linalg.matrix_rank(matrix) < len(matrix):
+        return None
+    move = np.linalg.solve(matrix, difference)
+    size = float(np.linalg.norm(move))
+    if (move < -1).any() or strength * np.linalg.norm(np.linalg.solve(matrix.T, move)) > size:
+        return None
+    return 1 + move
