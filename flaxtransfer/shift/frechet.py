@@ -120,8 +120,7 @@ def pooled_coordinates(pooled: np.ndarray) -> np.ndarray:
     centred = pooled - pooled.mean(0)
     if centred.shape[0] >= centred.shape[1]:
         return centred
-    variances, vectors = np.linalg.eigh(centred @ centred.T)
-    return vectors * np.sqrt(np.maximum(variances, 0))
+    return _factor(centred @ centred.T).T
 
 
 def _moments(rows: np.ndarray, width: int, shrink: bool) -> tuple[np.ndarray, float]:
@@ -159,9 +158,15 @@ def _root(cov: Any, name: str, width: int) -> np.ndarray:
     scale = np.abs(found).max(initial=0.0)
     if np.abs(found - found.T).max(initial=0.0) > _SYMMETRIC * scale:
         raise ValueError(f"{name} is not symmetric")
-    variances, vectors = np.linalg.eigh((found + found.T) / 2)
-    if variances.min(initial=0.0) < -_SYMMETRIC * scale:
-        raise ValueError(
-            f"{name} is no covariance: its smallest eigenvalue is {variances.min():.3g}"
-        )
-    return np.sqrt(np.maximum(variances, 0))[:, None] * vectors.T
+    smallest = np.linalg.eigvalsh((found + found.T) / 2).min(initial=0.0)
+    if smallest < -_SYMMETRIC * scale:
+        raise ValueError(f"{name} is no covariance: its smallest eigenvalue is {smallest:.3g}")
+    return _factor((found + found.T) / 2)
+
+
+def _factor(product: np.ndarray) -> np.ndarray:
+    """F with F.T @ F the product, which has no negative eigenvalues but by rounding."""
+    variances, vectors = np.linalg.eigh(product)
+    # Rounding of 1e-16 would be 1e-8 after the root.
+    rounding = len(product) * np.finfo(np.float64).eps * variances.max(initial=0.0)
+    return np.sqrt(np.where(variances > rounding, variances, 0))[:, None] * vectors.T

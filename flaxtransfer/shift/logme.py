@@ -10,7 +10,7 @@ from flaxtransfer.shift.nulls import Transferability, labelled, orders, summary
 
 __all__ = ["Evidence", "evidence", "logme"]
 
-_BELOW, _ABOVE, _STEP = -30.0, 20.0, 0.5
+_BELOW, _ABOVE, _STEP = -22.0, 20.0, 0.5
 """Of log(alpha / beta), from the largest squared singular value: beyond, nothing changes."""
 _CHUNK = 4_000_000
 """Numbers in one array of singular values times columns: 32 MB."""

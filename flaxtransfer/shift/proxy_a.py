@@ -105,20 +105,23 @@ def _classified(rows: np.ndarray, first: np.ndarray, held: np.ndarray) -> np.nda
     negative = np.divide(count, count - sizes, out=np.zeros(len(sizes)), where=both)
     wanted = np.where(first, positive, -negative)
     left, scale, right = _decomposed(rows)
-    damped = (
-        scale**2 * (1 - intensity) / ((1 - intensity) * scale**2 + intensity * variance * count)
-    )
+    # The direction is inverse(covariance) @ difference of means, of the covariance as it is shrunk.
+    inverse = 1 / ((1 - intensity) * scale**2 + intensity * variance * count)
     inner = left.T @ wanted
-    fitted = left @ (damped[:, None] * inner)
-    leverage = (left**2) @ damped + 1 / count
+    fitted = left @ ((inverse * scale**2)[:, None] * inner)
+    leverage = ((left**2) @ (inverse * scale**2))[:, None]
     # Where features are as many as rows, fits reach what they are fitted to, and say nothing of
-    # where new rows will fall: the threshold lies amidst the fits of each row without itself.
-    apart = wanted - (wanted - fitted) / np.maximum(1 - leverage, 1e-9)[:, None]
+    # where new rows will fall. The threshold lies amidst the scores of each row by the direction
+    # that is found without it: by Sherman and Morrison, the row's own part is taken off.
+    rest = 1 - 1 / count
+    apart = (rest * fitted - leverage * wanted) / np.maximum(
+        rest - (1 - intensity) * leverage, 1e-9
+    )
     middle = (
         (apart * first).sum(0) / np.maximum(sizes, 1)
         + (apart * ~first).sum(0) / np.maximum(count - sizes, 1)
     ) / 2  # fmt: skip
-    scores = (held @ right) @ ((damped / scale)[:, None] * inner) - middle
+    scores = (held @ right) @ ((inverse * scale)[:, None] * inner) - middle
     # A tie decides nothing, nor does a fold that saw one domain alone.
     return np.where(both & (np.abs(scores) > 1e-12), scores > 0, 0.5)
 

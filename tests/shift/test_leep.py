@@ -27,7 +27,8 @@ def test_it_is_its_definition(empty):
     labels = (np.arange(15) % 3).tolist()
     found = leep(probabilities, labels)
     assert found.value == pytest.approx(by_definition(probabilities.tolist(), labels), rel=1e-12)
-    assert found.notes == ((f"{empty} source classes have no mass and were left out",) if empty else ())  # fmt: skip
+    left_out = (f"{empty} source classes have no mass and were left out",)
+    assert found.notes == (left_out if empty else ())
     assert found.counts == (15, 4 + empty, 3)
 
 
