@@ -1,4 +1,4 @@
-"""One training script's checkpoint in both layouts of torch.save, and its tensors as numpy has them.
+"""A training script's checkpoint in both layouts of torch.save; its tensors as numpy has them.
 
 Made, from the root of the repository and in an environment with the extra `parity`, by
 

@@ -94,7 +94,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(torch, tmp_
         path.write_bytes(pickle.dumps(content, protocol=int(how[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(ValueError, match="refused, and nothing in it was run, .* wants to call"):
+    with pytest.raises(ValueError, match=r"refused, and nothing in it was run, .* wants to call"):
         load(path)
     assert not trap.exists()
     # The same file does make one for whoever trusts it: the trap is a trap.

@@ -46,7 +46,7 @@ def same_as_torch(torch, files, data, key=None):
 
 
 def of_layout(tensors, zipped):
-    """torch cannot read back the uint16 that it wrote in its former layout; we can."""
+    """Torch cannot read back the uint16 that it wrote in its former layout; we can."""
     kinds = {name: t for name, t in tensors.items() if zipped or name != "uint16"}
     assert len(kinds) == (24 if zipped else 23)
     return kinds
@@ -100,8 +100,12 @@ def test_a_whole_network_with_its_optimizer(torch, torchvision, files):
     optimizer = torch.optim.AdamW(network.parameters())
     network(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
-    content = {"state_dict": network.state_dict(), "optimizer": optimizer.state_dict(),
-               "lr": {"_step_count": 3, "_last_lr": [0.1]}, "seed": torch.get_rng_state()}  # fmt: skip
+    content = {
+        "state_dict": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"_step_count": 3, "_last_lr": [0.1]},
+        "seed": torch.get_rng_state(),
+    }
     for zipped in (True, False):
         data = saved(torch, content, _use_new_zipfile_serialization=zipped)
         assert same_as_torch(torch, files, data, "state_dict") == 122
@@ -111,11 +115,12 @@ def test_other_order_of_bytes(torch, files):
     tensors = {"a": torch.randn(5), "b": torch.arange(3), "c": torch.randn(2).bfloat16(),
                "d": torch.randn(2, dtype=torch.complex64), "e": torch.tensor([True])}  # fmt: skip
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(saved(torch, tensors))) as archive:
-        with zipfile.ZipFile(out, "w") as other:
-            for name in archive.namelist():
-                content = archive.read(name)
-                other.writestr(name, b"big" if name.endswith("byteorder") else content)
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(torch, tensors))) as archive,
+        zipfile.ZipFile(out, "w") as other,
+    ):
+        for name in archive.namelist():
+            other.writestr(name, b"big" if name.endswith("byteorder") else archive.read(name))
     assert same_as_torch(torch, files, out.getvalue()) == 5
 
 
