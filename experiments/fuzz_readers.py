@@ -53,11 +53,13 @@ class Fuzz:
       minutes: in all, shared evenly by the containers.
       seed: of the first case; case n has seed + n.
       memory: GiB of address space that reading may need beyond what the process has.
+      only: names of containers; all of them by default.
     """
 
     minutes: float = 10.0
     seed: int = 0
     memory: float = 2.0
+    only: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -213,6 +215,10 @@ class Watch:
 def fuzz(options: Fuzz) -> dict[str, Tally]:
     """Runs all cases and returns what became of them."""
     watch, files = Watch(), containers()
+    unknown = [name for name in options.only if name not in files]
+    if unknown:
+        raise ValueError(f"no containers {unknown}; there are {sorted(files)}")
+    files = {name: file for name, file in files.items() if name in (options.only or files)}
     tallies = {name: Tally() for name in files}
     for suffix, data in files.values():
         with tempfile.TemporaryDirectory() as folder:

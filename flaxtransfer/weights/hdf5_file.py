@@ -13,7 +13,7 @@ from flaxtransfer.weights import archive
 
 __all__ = ["read", "read_archive"]
 
-_RATIO, _SPARE, _DEEPEST = 50, 1 << 26, 32
+_DEEPEST = 32
 
 
 def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
@@ -41,7 +41,7 @@ def read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]
             seen: set[Any] = set()
             for name in file:
                 if name not in left_out:
-                    _collect(file, name, "", arrays, h5py, seen, len(data) * _RATIO + _SPARE)
+                    _collect(file, name, "", arrays, h5py, seen, archive.most(len(data)))
     except ValueError:
         raise
     except Exception as error:

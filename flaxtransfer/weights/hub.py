@@ -7,11 +7,12 @@ every program that uses it (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flaxtransfer.paths import suggest
+from flaxtransfer.weights.containers import has_weights_name
 
 __all__ = ["PREFIX", "Address", "fetch"]
 
@@ -47,12 +48,11 @@ class Address:
         self.file: str | None = found["file"]
 
 
-def fetch(text: str, suffixes: Collection[str]) -> tuple[str, Path, list[str]]:
+def fetch(text: str) -> tuple[str, Path, list[str]]:
     """The address with its revision, the file in the cache, and notes.
 
     Args:
         text: the address.
-        suffixes: of files that can be read.
 
     Raises:
         FileNotFoundError: no such repository, revision or file, with what there is; nothing in the
@@ -63,7 +63,7 @@ def fetch(text: str, suffixes: Collection[str]) -> tuple[str, Path, list[str]]:
 
     address = Address(text)
     if _offline():
-        return _cached(address, suffixes, "HF_HUB_OFFLINE is set")
+        return _cached(address, "HF_HUB_OFFLINE is set")
     api = _api()
     where = f"{address.repository} at {api.endpoint}"
     try:
@@ -82,9 +82,9 @@ def fetch(text: str, suffixes: Collection[str]) -> tuple[str, Path, list[str]]:
             f"{where} has no revision {address.revision!r}{_revisions(api, address)}"
         ) from error
     except (OSError, errors.HTTPError) as error:
-        return _cached(address, suffixes, f"{api.endpoint} cannot be asked ({_brief(error)})")
+        return _cached(address, f"{api.endpoint} cannot be asked ({_brief(error)})")
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    name = _chosen(address, siblings, suffixes)
+    name = _chosen(address, siblings)
     notes = []
     try:
         path = Path(_download(api, address, name, info.sha))
@@ -123,7 +123,7 @@ def _download(api: Any, address: Address, name: str, revision: str) -> str:
     )
 
 
-def _cached(address: Address, suffixes: Collection[str], why: str) -> tuple[str, Path, list[str]]:
+def _cached(address: Address, why: str) -> tuple[str, Path, list[str]]:
     """What the cache has of it."""
     import huggingface_hub
 
@@ -143,14 +143,14 @@ def _cached(address: Address, suffixes: Collection[str], why: str) -> tuple[str,
         ) from error
     root = Path(folder)
     files = {str(p.relative_to(root)): None for p in root.rglob("*") if p.is_file()}
-    name = _chosen(address, files, suffixes)
+    name = _chosen(address, files)
     text = f"{PREFIX}{address.repository}@{root.name[:12]}:{name}"
     return text, root / name, [f"{why}: taken from the cache"]
 
 
-def _chosen(address: Address, files: Mapping[str, Any], suffixes: Collection[str]) -> str:
+def _chosen(address: Address, files: Mapping[str, Any]) -> str:
     """The file of weights that is meant."""
-    readable = sorted(name for name in files if Path(name).suffix in suffixes)
+    readable = sorted(filter(has_weights_name, files))
     if address.file is not None:
         if address.file in files:
             return address.file

@@ -41,12 +41,12 @@ def load(
     training leaves it, gets one output that is always 0, for a new head to take its place.
 
     Args:
-        source: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of `torch.save` (needs the
-            extra `torch`); BiT's `.npz`; `.h5` or `.keras` of Keras (needs the extra `keras`);
-            `.msgpack` of flax; or a folder with one; `hf://organisation/name[@revision][:file]`,
-            which fetches it and what lies beside it into the hub's cache;
-            `https://.../name-<first digits of sha256>.pth`, which is checked by its name; or
-            "builtin", or "builtin:<name>".
+        source: a file of safetensors, of `torch.save` (no torch is needed), of flax's msgpack,
+            BiT's `.npz`, or Keras' `.h5` or `.keras` (needs the extra `keras`); its content says
+            which, whatever it is called. Or a folder with one;
+            `hf://organisation/name[@revision][:file]`, which fetches it and what lies beside it
+            into the hub's cache; `https://.../name-<first digits of sha256>.pth`, which is
+            checked by its name; or "builtin", or "builtin:<name>".
         model: what you expect it to be, "resnet50" or a config; classes and image channels are
             the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
             anti-aliasing, and which convolution has the stride. Where it is left out, the
@@ -61,7 +61,7 @@ def load(
     Raises:
         FileNotFoundError: no such file; the text names the nearest.
         OSError: an address from which nothing, or not all, could be fetched.
-        ImportError: the file needs torch.
+        ImportError: the file needs h5py.
         ValueError: a file that is damaged, unsafe or of another kind; keys that are missing,
             unexpected or of another shape, all in one text; numbers that are not finite; a
             network other than `model`.
@@ -134,9 +134,9 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
     if text == shipped.PREFIX or text.startswith(shipped.PREFIX + ":"):
         return (*shipped.locate(text), [])
     if text.startswith(hub.PREFIX):
-        return hub.fetch(text, tensors.READERS)
+        return hub.fetch(text)
     if text.startswith(("https://", "http://")):
-        return web.fetch(text, tensors.READERS)
+        return web.fetch(text)
     if "://" in text:
         raise ValueError(
             f"{text}: no such kind of address; there are {hub.PREFIX}organisation/name and https://"

@@ -9,7 +9,6 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from flaxtransfer.lock import hold
+from flaxtransfer.weights.containers import SUFFIXES, has_weights_name
 
 __all__ = ["cache_folder", "fetch"]
 
 TIMEOUT = 30.0
 """Seconds without a byte."""
-_HASHED = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
+_HASHED = re.compile(r"-([0-9a-f]{8,64})\.(?:[^.]+|pth\.tar)$")
 _PIECE = 1 << 20
 
 
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
     return Path(root) / "flaxtransfer"
 
 
-def fetch(url: str, suffixes: Collection[str]) -> tuple[str, Path, list[str]]:
+def fetch(url: str) -> tuple[str, Path, list[str]]:
     """The address, the file in the cache, and notes.
 
     A file that is there is not asked for again. One that was interrupted goes on where it stopped,
@@ -43,7 +43,6 @@ def fetch(url: str, suffixes: Collection[str]) -> tuple[str, Path, list[str]]:
     Args:
         url: `https://`; `http://` on this machine, or where the name carries digits of the
             sha256, as in `resnet50-0676ba61.pth`.
-        suffixes: of files that can be read.
 
     Raises:
         OSError: no answer, an answer that says no, or one that breaks off.
@@ -51,10 +50,12 @@ def fetch(url: str, suffixes: Collection[str]) -> tuple[str, Path, list[str]]:
     """
     parts = urllib.parse.urlsplit(url)
     name = urllib.parse.unquote(parts.path).rsplit("/", 1)[-1]
-    if not re.fullmatch(r"[\w.+-]+", name) or Path(name).suffix not in suffixes:
+    # A name without any suffix says nothing; one with another suffix says that it is no weights.
+    likely = has_weights_name(name) or "." not in name
+    if not re.fullmatch(r"[\w.+-]+", name) or not likely:
         raise ValueError(
             f"{url}: the address has to end in the name of a file that can be read, with "
-            f"{', '.join(suffixes)}"
+            f"{', '.join(SUFFIXES)} or with no suffix"
         )
     digits = found[1] if (found := _HASHED.search(name)) else ""
     if parts.scheme == "http" and not digits and not _is_local(parts.hostname or ""):

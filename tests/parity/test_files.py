@@ -2,7 +2,6 @@
 
 import argparse
 import pickle
-import re
 from collections import OrderedDict
 
 import numpy as np
@@ -87,24 +86,15 @@ def test_other_precisions(torch, network, tmp_path, kind):
     assert any(f"leaves were {kind} and are float32 now" in note for note in checkpoint.notes)
 
 
-# torch's restricted reader knows the pickles that torch writes; a later protocol is foreign to it.
-@pytest.mark.parametrize(
-    ("how", "text"),
-    [
-        ("zip", "refused, and nothing in it was run, because it wants to call"),
-        ("legacy", "refused, and nothing in it was run, because it wants to call"),
-        ("pickle 2", "refused, and nothing in it was run, because it wants to call"),
-        ("pickle 4", "truncated, damaged or no checkpoint"),
-    ],
-)
-def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(torch, tmp_path, how, text):
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle 2", "pickle 4"])
+def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(torch, tmp_path, how):
     trap, path = tmp_path / "executed", tmp_path / "evil.pth"
     content = {"conv1.weight": torch.ones(2), "epoch": Creates(trap)}
     if how.startswith("pickle"):
         path.write_bytes(pickle.dumps(content, protocol=int(how[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=r"refused, and nothing in it was run, .* wants to call"):
         load(path)
     assert not trap.exists()
     # The same file does make one for whoever trusts it: the trap is a trap.
@@ -124,22 +114,19 @@ def test_a_pickled_network_is_refused(torch, network, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda data: data[: len(data) // 2], "truncated, damaged or no checkpoint"),
-        (lambda data: data[:100], "truncated, damaged or no checkpoint"),
+        (lambda data: data[: len(data) // 2], "damaged or no checkpoint|no complete zip archive"),
+        (lambda data: data[:100], "damaged or no checkpoint|no complete zip archive"),
         (lambda data: b"\x80\x02" + bytes(100), "truncated, damaged or no checkpoint"),
         (lambda data: b"\x80\x02", "truncated, damaged or no checkpoint"),
-        (lambda data: data.replace(b"PK\x03\x04", b"PK\x03\x05"), "no file of torch.save"),
+        (lambda data: b"XX" + data, "no container of weights"),
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_damaged_files(torch, network, tmp_path, damage, text, zipped):
     path = tmp_path / "w.pth"
     torch.save(network.state_dict(), path, _use_new_zipfile_serialization=zipped)
-    damaged = damage(path.read_bytes())
-    if damaged == path.read_bytes():
-        damaged, text = b"XX" + damaged, "no file of torch.save"
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=re.escape(text)):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=text):
         load(path)
 
 
@@ -150,7 +137,7 @@ def test_damaged_files(torch, network, tmp_path, damage, text, zipped):
         (lambda torch: torch.ones(2), "holds a Tensor and no tensors by name"),
         (lambda torch: {"conv1.weight": torch.ones(2), "epoch": 3}, "than tensors by name: epoch"),
         (lambda torch: {}, "holds no arrays"),
-        (lambda torch: {"w": torch.ones(2, 2).to_sparse()}, "sparse or quantised"),
+        (lambda torch: {"w": torch.ones(2, 2).to_sparse()}, r"w \(sparse, quantised"),
     ],
 )
 def test_what_is_no_dictionary_of_tensors(torch, tmp_path, content, text):

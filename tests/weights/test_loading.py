@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -268,12 +267,9 @@ FILES = {
     "pointer": (file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
                 ["Git LFS pointer", "git lfs pull"]),
     "web page": (file_of(b"<!DOCTYPE html><html>"), ["a web page"]),
-    "torch file as safetensors": (file_of(b"PK\x03\x04 and more"), ["give it the suffix .pth"]),
-    "safetensors as torch file": (file_of(lambda whole: whole, "w.pt"),
-                                  ["give it the suffix .safetensors"]),
-    "text as torch file": (file_of(b"hello, this is text", "w.bin"), ["no file of torch.save"]),
-    "another kind": (file_of(b"...", "w.onnx"), [".onnx is not a kind", ".safetensors, .pth"]),
-    "no suffix": (file_of(b"...", "w"), ["no suffix is not a kind"]),
+    "half an archive": (file_of(b"PK\x03\x04 and more"), ["no complete zip archive"]),
+    "text": (file_of(b"hello, this is text", "w.bin"), ["are those of no container of weights"]),
+    "another kind": (file_of(b"...", "w.onnx"), ["b'...', are those of no", "(.safetensors)"]),
 }  # fmt: skip
 
 
@@ -319,15 +315,6 @@ def test_a_folder_must_hold_one_checkpoint(basic, write, tmp_path):
 def test_a_source_that_is_no_path(source, text):
     with pytest.raises(ValueError, match=text):
         load(source)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
-def test_without_torch_the_extra_is_named(tmp_path, monkeypatch, suffix):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    path = tmp_path / f"w{suffix}"
-    path.write_bytes(b"\x80\x02")
-    with pytest.raises(ImportError, match=r"pip install 'flaxtransfer\[torch\]'.*\.safetensors"):
-        load(path)
 
 
 @pytest.mark.parametrize(

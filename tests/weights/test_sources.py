@@ -274,6 +274,13 @@ def test_a_name_without_digits_says_that_nothing_was_checked(server):
     assert any(note.startswith("nothing says what") for note in load(url).notes)
 
 
+@pytest.mark.parametrize("name", ["tiny.pth.tar", "0a1b2c", "tiny.bin"])
+def test_names_that_say_another_container_or_none(server, name):
+    server.files[name] = weights_of(server)
+    notes = load(f"{server.address}/files/{name}").notes
+    assert any(note.startswith("a safetensors file by its content") for note in notes)
+
+
 def test_another_content_than_the_name_says(server, tmp_path):
     server.files["tiny-00000000.safetensors"] = weights_of(server)
     url = f"{server.address}/files/tiny-00000000.safetensors"

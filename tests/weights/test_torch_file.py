@@ -1,0 +1,276 @@
+"""Files of torch.save without torch: what torch wrote, bit for bit, and what is refused.
+
+`tests/golden/make_torch_files.py` made the files; live comparisons are in tests/parity.
+"""
+
+import io
+import os
+import pickle
+import struct
+import sys
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxtransfer.paths import flatten
+from flaxtransfer.weights import load, pickled, torch_file
+from flaxtransfer.weights.torch_file import read
+from flaxtransfer.weights.torch_names import Foreign, Refused
+
+MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+SYSTEM = pickle.dumps({"protocol_version": 1001, "little_endian": True}, 2)
+
+
+def text(string):
+    return b"X" + struct.pack("<i", len(string)) + string.encode()
+
+
+def number(value):
+    return b"J" + struct.pack("<i", value) if value < 1 << 31 else pickle.dumps(value, 2)[2:-1]
+
+
+def tensor(key="0", count=4, offset=0, shape=(4,), strides=(1,), kind="FloatStorage", view=b""):
+    """A tensor as torch pickles it: the name, a storage, and where its numbers are."""
+    name = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    storage = (b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key)
+               + text("cpu") + number(count) + view + b"tQ")  # fmt: skip
+    axes = [b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (shape, strides)]
+    return name + b"(" + storage + number(offset) + axes[0] + axes[1] + b"\x89}tR"
+
+
+def dictionary(**values):
+    return b"\x80\x02}(" + b"".join(text(key) + value for key, value in values.items()) + b"u."
+
+
+def zipped(content, compression=zipfile.ZIP_STORED, **files):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content)
+        for name, held in files.items():
+            archive.writestr(f"archive/{name.replace('_', '/')}", held)
+    return data.getvalue()
+
+
+def legacy(content, system=SYSTEM, **storages):
+    keys = pickle.dumps(list(storages), 2)
+    numbers = b"".join(struct.pack("<q", len(a)) + a.tobytes() for a in storages.values())
+    return MAGIC + pickle.dumps(1001, 2) + system + content + keys + numbers
+
+
+FOUR = np.arange(4, dtype=np.float32)
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+def test_what_torch_wrote_bit_for_bit(golden, layout):
+    arrays, metadata, notes = read((golden / "torch_files" / f"{layout}.pth").read_bytes())
+    expected = np.load(golden / "torch_files" / "expected.npz")
+    assert list(arrays) == list(expected)
+    assert arrays["bfloat16"].dtype == jnp.bfloat16
+    arrays["bfloat16"] = arrays["bfloat16"].view(np.uint16)
+    for name, array in arrays.items():
+        wanted = expected[name]
+        assert (array.dtype, array.shape) == (wanted.dtype, wanted.shape)
+        assert array.tobytes() == wanted.tobytes(), name
+    assert (metadata, notes) == ({}, ["the weights are those under 'model'"])
+
+
+def test_nothing_of_torch_is_imported():
+    # In the suite's own environment there is no torch; where there is one, it stays where it is.
+    assert "torch" not in vars(torch_file)
+    assert "torch" not in sys.modules or "torch" not in vars(pickled)
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+def test_a_network_in_either_layout(basic, tmp_path, layout):
+    pieces = {key: np.ascontiguousarray(array) for key, array in basic.items()}
+    kinds = {"f": "FloatStorage", "i": "LongStorage"}
+    content = dictionary(**{
+        key: tensor(str(n), a.size, 0, a.shape, [s // a.itemsize for s in a.strides],
+                    kinds[a.dtype.kind])
+        for n, (key, a) in enumerate(pieces.items())
+    })  # fmt: skip
+    if layout == "zip":
+        files = {f"data_{n}": array.tobytes() for n, array in enumerate(pieces.values())}
+        data = zipped(content, **files)
+    else:
+        data = legacy(content, **{str(n): a.ravel() for n, a in enumerate(pieces.values())})
+    (tmp_path / "w.pth").write_bytes(data)
+    kernel = flatten(load(tmp_path / "w.pth").variables)["params/fc/kernel"]
+    np.testing.assert_array_equal(kernel, basic["fc.weight"].T)
+
+
+def test_big_endians_and_missing_checksums():
+    content, swapped = dictionary(a=tensor()), FOUR.astype(">f4").tobytes()
+    arrays, _, _ = read(zipped(content, data_0=swapped, byteorder="big"))
+    assert arrays["a"].tolist() == [0, 1, 2, 3]
+    # torch writes 0 for every checksum when it is told to compute none.
+    data = bytearray(zipped(content, data_0=FOUR.tobytes()))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for entry in archive.infolist():
+            checksum = struct.pack("<I", entry.CRC)
+            while (at := data.find(checksum)) >= 0:
+                data[at : at + 4] = bytes(4)
+    arrays, _, notes = read(bytes(data))
+    assert arrays["a"].tolist() == [0, 1, 2, 3]
+    assert notes == ["the archive has no checksums: damage to it would not show"]
+
+
+def test_a_flipped_bit_is_found():
+    data = bytearray(zipped(dictionary(a=tensor()), data_0=FOUR.tobytes()))
+    data[data.find(FOUR.tobytes())] ^= 1
+    with pytest.raises(ValueError, match="Bad CRC-32 for file 'archive/data/0'"):
+        read(bytes(data))
+
+
+def test_views_of_the_former_layout():
+    view = b"(" + text("1") + number(1) + number(2) + b"t"
+    content = dictionary(a=tensor(shape=(2,), view=view), b=tensor(offset=1, shape=(3,)))
+    arrays, _, _ = read(legacy(content, **{"0": FOUR}))
+    assert [arrays[name].tolist() for name in "ab"] == [[1, 2], [1, 2, 3]]
+    beyond = dictionary(a=tensor(shape=(3,), view=view))
+    with pytest.raises(ValueError, match=r"shape \[3\] goes beyond its storage"):
+        read(legacy(beyond, **{"0": FOUR}))
+
+
+NAMED = {
+    "GLOBAL": b"\x80\x02cposix\nsystem\n.",
+    "a call": b"\x80\x02cposix\nsystem\n" + text("touch executed") + b"\x85R.",
+    "STACK_GLOBAL": b"\x80\x04" + text("posix") + text("system") + b"\x93.",
+    "getattr": b"\x80\x02cbuiltins\ngetattr\n.",
+    "a list's neighbour": b"\x80\x02cargparse\nArgumentParser\n.",
+    "deeper": b"\x80\x04" + text("torch") + text("serialization.os.system") + b"\x93.",
+    "numpy's own pickles": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n.",
+}
+
+
+@pytest.fixture(scope="module")
+def audit():
+    """What the interpreter reports of imports, calls and files while the list is not None."""
+    state = {"seen": None}
+
+    def watch(event, arguments):
+        wanted = ("os.system", "pickle.find_class", "import", "open", "exec")
+        if state["seen"] is not None and event in wanted:
+            state["seen"].append((event, arguments))
+
+    sys.addaudithook(watch)  # for good: there is no way to take one off
+    return state
+
+
+@pytest.mark.parametrize("content", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("layout", [zipped, legacy, bytes], ids=["zip", "legacy", "bare"])
+def test_a_name_that_is_on_no_list_is_refused_and_not_looked_up(audit, content, layout):
+    data, audit["seen"] = layout(content), []
+    with pytest.raises(ValueError, match=r"refused, and nothing in it was run, .* to call \w+\."):
+        read(data)
+    seen, audit["seen"] = audit["seen"], None
+    assert seen == []
+
+
+class Whole:
+    """What a pickled network looks like: a class of some module, with its state."""
+
+
+def test_a_whole_network_is_refused_with_the_reason():
+    whole = pickle.dumps(Whole(), 2).replace(
+        f"c{__name__}\nWhole\n".encode(), b"ctorchvision.models.resnet\nResNet\n"
+    )
+    for layout in (zipped, legacy):
+        with pytest.raises(ValueError, match=r"whole network.*torchvision\.models\.resnet\.ResNet"):
+            read(layout(whole))
+    module = b"\x80\x02(" + text("module") + b"NNNtQ."
+    with pytest.raises(ValueError, match="whole network, pickled with its code"):
+        read(legacy(module))
+
+
+HOSTILE = {
+    "no pickle": (b"\x80\x02}", "truncated, damaged"),
+    "an instruction too many": (b"\x80\x02.", "takes more than it made"),
+    "text instructions": (b"\x80\x02I5\n.", "the instruction INT"),
+    "a call of text": (b"\x80\x02" + text("a") + b")R.", "a call of what is no function"),
+    "nested keys": (b"\x80\x02})\x85\x85Ns.", "a tuple as a key"),
+    "a storage of two kinds": (dictionary(a=tensor(), b=tensor(kind="LongStorage")), "two kinds"),
+    "no storage": (dictionary(a=tensor(key="1")), "missing|behind it"),
+    "beyond": (dictionary(a=tensor(shape=(2, 3), strides=(3, 1))), "beyond its storage"),
+    "far beyond": (dictionary(a=tensor(offset=1 << 60)), "beyond its storage"),
+    "strides far beyond": (dictionary(a=tensor(strides=(1 << 61,))), "beyond its storage"),
+    "negative offset": (dictionary(a=tensor(offset=-1)), "whole number from 0"),
+    "negative stride": (dictionary(a=tensor(strides=(-1,))), "whole number from 0"),
+    "more strides than axes": (dictionary(a=tensor(strides=(1, 1))), "1 axes and 2 strides"),
+    "many axes": (dictionary(a=tensor(shape=(1,) * 65, strides=(1,) * 65)), "65 axes"),
+    "more numbers than there are": (dictionary(a=tensor(count=5)), "bytes"),
+    "a terabyte": (dictionary(a=tensor(shape=(1 << 40,), strides=(0,))),
+                   "would unfold to 4,398,046,511,104 bytes"),
+    "a terabyte in all": (dictionary(**{
+        f"a{n}": tensor(shape=(1 << 20,), strides=(0,)) for n in range(20)}), "would unfold"),
+    "empty and huge": (dictionary(a=tensor(shape=(0, 1 << 62, 1 << 62), strides=(1, 1, 1))),
+                       "truncated, damaged"),
+    "a loop": (b"\x80\x02}q\x00" + text("model") + b"h\x00s.", "no tensors by name|behind it"),
+    "no dictionary": (b"\x80\x02]" + tensor() + b"a.", "holds a list and no tensors by name"),
+    "other things": (dictionary(a=tensor(), epoch=b"K\x03"), r"by name: epoch \(int\)"),
+    "one list for many": (
+        b"\x80\x02(]q\x00NN\x86ah\x000ccollections\nOrderedDict\nq\x01h\x00\x85Rh\x01h\x00\x85Rl.",
+        "truncated, damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+def test_what_does_not_fit_is_an_error_of_one_kind(case, layout):
+    content, said = HOSTILE[case]
+    if layout == "zip":
+        data = zipped(content, data_0=FOUR.tobytes())
+    else:
+        data = legacy(content, **{"0": FOUR})
+    with pytest.raises(ValueError, match=said):
+        read(data)
+
+
+def test_there_is_an_end_to_instructions(monkeypatch):
+    monkeypatch.setattr(pickled, "MOST_INSTRUCTIONS", 1000)
+    assert pickled.read(io.BytesIO(b"\x80\x02" + b"N0" * 498 + b"N."))[0] is None
+    with pytest.raises(ValueError, match="more than 1,000 instructions"):
+        pickled.read(io.BytesIO(b"\x80\x02" + b"N0" * 499 + b"N."))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (legacy(dictionary(a=tensor()), **{"0": FOUR[:3]}), "has not the 16 bytes"),
+        (legacy(dictionary(a=tensor()), **{"0": FOUR})[:-1], "has not the 16 bytes"),
+        (legacy(dictionary(a=tensor()), **{"0": FOUR}) + b"1", "1 bytes too many"),
+        (legacy(dictionary(a=tensor()), pickle.dumps({}, 2), **{"0": FOUR}), "big endians"),
+        (pickle.dumps({"a": 1}, 2), "a pickle that torch.save did not write"),
+        (zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), byteorder="?"), "order of bytes"),
+        (zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), **{"constants.pkl": b""}),
+         "a TorchScript program"),
+        (zipped(dictionary(a=tensor()), data_0=b"", **{"b/data.pkl": b""}), "2 pickles"),
+    ],
+)  # fmt: skip
+def test_layouts_that_contradict_themselves(data, said):
+    with pytest.raises(ValueError, match=said):
+        read(data)
+
+
+def test_values_beside_weights_leave_a_mark():
+    from argparse import Namespace
+    from collections import Counter, OrderedDict, defaultdict, deque
+
+    beside = [Namespace(a=1), Counter("ab"), defaultdict(list, a=[1]), deque([1]), {1}, 1j,
+              frozenset({2}), bytearray(b"1"), np.float64(0.5), np.dtype("f4")]  # fmt: skip
+    for protocol in (2, 3, 4):
+        found, _ = pickled.read(io.BytesIO(pickle.dumps(beside, protocol)))
+        assert all(isinstance(value, Foreign) for value in found)
+    plain = {"a": [1, 2.5, None, True, "ä", b"\xff", (), (1, 2, 3), 1 << 80], "b": {}}
+    for protocol in (2, 3, 4, 5):
+        data = pickle.dumps({**plain, "c": OrderedDict(plain)}, protocol)
+        found, _ = pickled.read(io.BytesIO(data))
+        if protocol == 2:  # which writes bytes as a call
+            assert isinstance(found["a"].pop(5), Foreign)
+            assert isinstance(found["c"]["a"], list)
+        else:
+            assert found == {**plain, "c": plain}
+    with pytest.raises(Refused, match=r"posix\.DirEntry|nt\.DirEntry"):
+        pickled.read(io.BytesIO(pickle.dumps(os.DirEntry)))
