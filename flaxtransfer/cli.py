@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from flaxtransfer.commands.convert import Convert, convert
+from flaxtransfer.commands.diagnose import Diagnose, diagnose
 from flaxtransfer.commands.evaluate import Evaluate, evaluate
 from flaxtransfer.commands.find_rate import FindRate, find_rate
 from flaxtransfer.commands.models import Models, models
@@ -34,6 +35,7 @@ Command = (
     | Annotated[Params, tyro.conf.subcommand("params")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
@@ -47,6 +49,7 @@ _RUN: dict[type, Callable[[Any, Console], None]] = {
     Params: params,
     Evaluate: evaluate,
     Predict: predict,
+    Diagnose: diagnose,
     Convert: convert,
 }
 

@@ -82,7 +82,8 @@ def _section(title: str, body: str) -> str:
 
 
 def _list(items: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+    lines = [f"<li>{escape(item)}</li>" for item in items]
+    return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _picture(caption: str, png: bytes) -> str:
@@ -163,6 +164,37 @@ def _share(found: Prevalence, k: int) -> str:
     if np.isnan(found.low[k]):
         return f"{found.estimate[k]:.3f}"
     return f"{found.estimate[k]:.3f} <small>{found.low[k]:.3f} to {found.high[k]:.3f}</small>"
+
+
+def _accuracy(report: ShiftReport) -> str:
+    found = report.accuracy
+    at_source = (
+        "held-out examples of the source",
+        f"{found.source_accuracy:.3f}",
+        _interval(found.source_low, found.source_high),
+        "",
+    )
+    rows = [
+        (
+            f"{escape(each.name)}<small>{escape(each.not_available)}</small>",
+            _number(each.value),
+            _interval(each.low, each.high),
+            escape(each.assumes),
+        )
+        for each in found.estimates
+    ]
+    table = _table(
+        ("estimate", "accuracy", f"{found.level:.0%} interval", "if"), [at_source, *rows], {1, 2}
+    )
+    return table + _list(found.notes)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+def _calibration(report: ShiftReport) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in str(report.calibration).splitlines())
 
 
 def _number(value: float | None) -> str:

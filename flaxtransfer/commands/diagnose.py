@@ -1,0 +1,257 @@
+"""``flaxtransfer diagnose``: whether the images a run is used on are those it was made for."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flaxtransfer.appearing import appearing, write
+from flaxtransfer.commands.job import image_bands, split
+from flaxtransfer.commands.options import Train, training_options
+from flaxtransfer.data import Source, open_source
+from flaxtransfer.data.splits import some
+from flaxtransfer.data.unlabelled import Unlabelled, open_unlabelled
+from flaxtransfer.domain.evidence import Evidence, evidence
+from flaxtransfer.models import resnet
+from flaxtransfer.paths import suggest
+from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
+from flaxtransfer.shift.hypotheses import HypothesisTest
+from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.shift_report import ShiftReport
+from flaxtransfer.training.feed import held_out
+from flaxtransfer.training.run_folder import weights_of
+from flaxtransfer.weights import Checkpoint, load
+
+REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Say which kind of shift target images have, and what can be done about it.
+
+    The source is what the run kept apart: its validation and test images. Prints the report, and
+    writes it as JSON, HTML and pictures. Example:
+    flaxtransfer diagnose --run runs/scans --target folder:other_hospital --target-labels few.csv
+
+    Args:
+      run: the run folder.
+      target: "folder:<path>" (images at any depth), "npz:<file>" (an array "image"), or
+        "tfds:<name>[/config][:split]"; labels that it may have are not looked at.
+      target_labels: a CSV file with the columns image (path below the folder, or number) and
+        label (name of a class), for a few target images drawn at random.
+      out: folder for the report; by default diagnosis/<name of the target> in the run.
+      level: of the tests, after correction for their number.
+      permutations: or simulations, of each test.
+      most_images: look at no more than so many of either side.
+      seed: of all that is drawn.
+      batch_size: images at a time.
+      skip_corrupt: leave out unreadable images instead of stopping.
+    """
+
+    run: Path
+    target: str
+    target_labels: Path | None = None
+    out: Path | None = None
+    level: float = 0.05
+    permutations: int = 499
+    most_images: int = 5000
+    seed: int = 0
+    batch_size: int = 256
+    skip_corrupt: bool = False
+
+
+def diagnose(options: Diagnose, console: Console) -> None:
+    """Runs ``flaxtransfer diagnose``."""
+    if options.most_images < 20:
+        raise ValueError(f"--most-images is 20 or more, not {options.most_images}")
+    checkpoint = load(weights_of(options.run))
+    trained = training_options(options.run)
+    names = checkpoint.class_names or tuple(map(str, range(checkpoint.config.classes)))
+    target = open_unlabelled(
+        options.target, skip_corrupt=options.skip_corrupt, bands=image_bands(trained, checkpoint)
+    )
+    labelled = _few_labels(options.target_labels, target, names)
+    chosen = _chosen(len(target.source), labelled[0], options)
+    source = _source(checkpoint, trained, options)
+    found = _evidence(checkpoint, target.source, chosen, options)
+    place = {position: row for row, position in enumerate(chosen.tolist())}
+    report = diagnose_arrays(
+        source.logits,
+        source.labels,
+        source.features,
+        found.logits,
+        found.features,
+        labelled=([place[i] for i in labelled[0].tolist()], labelled[1]),
+        class_names=names,
+        level=options.level,
+        permutations=options.permutations,
+        seed=options.seed,
+    )
+    out = options.out or options.run / "diagnosis" / _file_name(options.target)
+    write_report(out, report, source, found, run=options.run, target=options.target)
+    print_report(report, console)
+    console.print(f"\nwritten to {out}/", highlight=False, soft_wrap=True)
+
+
+def write_report(
+    out: Path, report: ShiftReport, source: Evidence, found: Evidence, *, run: Path, target: str
+) -> None:
+    """A folder that appears whole: JSON, a page, and the pictures on it."""
+    from flaxtransfer.report.shift_page import shift_page
+    from flaxtransfer.report.shift_pictures import shift_pictures
+
+    pictures = shift_pictures(report, source.features, source.labels, found.features)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(out) as folder:
+        folder.mkdir()
+        for name, (_, png) in pictures.items():
+            write(folder / f"{name}.png", png)
+        write(folder / REPORT_FILE, (json.dumps(report.to_json(), indent=2) + "\n").encode())
+        page = shift_page(report, dict(pictures.values()), source=str(run), target=target)
+        write(folder / PAGE_FILE, page.encode())
+
+
+def print_report(report: ShiftReport, console: Console) -> None:
+    """Conclusion, verdicts, tests, prevalence, accuracy, what to do, and what nobody can know."""
+    from flaxtransfer.report.shift_page import HEADLINES
+
+    held_out_count, count, labels = report.counts
+    console.print(f"[bold]{HEADLINES[report.conclusion]}[/bold]", highlight=False)
+    console.print(
+        f"{held_out_count} held-out examples of the source, {count} target images, {labels} of "
+        f"them with labels; tests at level {report.level:g}\n",
+        highlight=False,
+    )
+    console.print(_verdict_table(report))
+    console.print(_test_table(report.tests))
+    if report.prevalences:
+        console.print(_prevalence_table(report.prevalences, report.class_names))
+    console.print(str(report.accuracy), highlight=False, markup=False)
+    console.print("\n[bold]What to do[/bold]")
+    for number, action in enumerate(report.actions, 1):
+        text = " ".join(filter(None, (action.what, action.expected)))
+        console.print(f"{number}. {text}", highlight=False, markup=False)
+        console.print(f"   Guard: {action.guard}", highlight=False, markup=False, style="dim")
+    console.print("\n[bold]What cannot be known from these data[/bold]")
+    for text in report.not_identifiable:
+        console.print(f"- {text}", highlight=False, markup=False)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, style="dim")
+
+
+def _verdict_table(report: ShiftReport) -> Table:
+    table = Table("shift", "status", "evidence", title="Which kind", title_justify="left")
+    for verdict in report.verdicts:
+        table.add_row(verdict.kind, verdict.status, verdict.evidence)
+    return table
+
+
+def _test_table(tests: Sequence[HypothesisTest]) -> Table:
+    table = Table("test", "null hypothesis", title="Tests", title_justify="left")
+    for heading in ("p", "adjusted", "effect", "detectable"):
+        table.add_column(heading, justify="right")
+    table.add_column("in")
+    for test in tests:
+        numbers = (test.p, test.adjusted_p, test.effect, test.minimum_detectable)
+        hypothesis = test.hypothesis if test.p is not None else f"not tested: {test.not_testable}"
+        table.add_row(test.name, hypothesis, *map(_number, numbers), test.effect_name)
+    return table
+
+
+def _prevalence_table(found: Sequence[Prevalence], names: Sequence[str]) -> Table:
+    table = Table("class", title="Prevalence, if label shift is all there is", title_justify="left")
+    table.add_column("source", justify="right")
+    for each in found:
+        table.add_column(each.method, justify="right")
+    for k, name in enumerate(names):
+        shares = [f"{each.estimate[k]:.3f} {_ends(each, k)}" for each in found]
+        table.add_row(name, f"{found[0].source[k]:.3f}", *shares)
+    return table
+
+
+def _ends(found: Prevalence, k: int) -> str:
+    return "" if np.isnan(found.low[k]) else f"({found.low[k]:.3f} to {found.high[k]:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.3g}"
+
+
+def _source(checkpoint: Checkpoint, trained: Train, options: Diagnose) -> Evidence:
+    """The examples that the run kept apart, of its own data."""
+    bands = image_bands(trained, checkpoint)
+    try:
+        source = open_source(trained.data, skip_corrupt=trained.skip_corrupt, bands=bands)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the run's own images are needed, to compare with: {error}"
+        ) from error
+    parts = split(source, trained)
+    kept = np.sort(np.concatenate([parts.val, parts.test]))
+    if not len(kept):
+        raise ValueError(
+            f"the run in {options.run} kept no image apart; train it with --val-fraction or "
+            "--test-fraction"
+        )
+    chosen = some(kept, options.most_images, source.labels())
+    return _evidence(checkpoint, source, chosen, options)
+
+
+def _evidence(
+    checkpoint: Checkpoint, source: Source, chosen: np.ndarray, options: Diagnose
+) -> Evidence:
+    batches = held_out(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
+    model = resnet(checkpoint.config)
+    return evidence(model, checkpoint.variables, batches, checkpoint.preprocessing)
+
+
+def _chosen(count: int, labelled: np.ndarray, options: Diagnose) -> np.ndarray:
+    """Positions in the target to look at; those with labels among them."""
+    if count <= options.most_images:
+        return np.arange(count)
+    others = np.setdiff1d(np.arange(count), labelled)
+    rest = some(others, max(0, options.most_images - len(labelled)))
+    return np.sort(np.concatenate([labelled, rest]))
+
+
+def _few_labels(
+    path: Path | None, target: Unlabelled, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the images in a CSV file, and their classes."""
+    if path is None:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        headings = [heading.strip() for heading in rows.fieldnames or ()]
+        if missing := [name for name in ("image", "label") if name not in headings]:
+            raise ValueError(
+                f"{path} has no column {' and no column '.join(missing)}; its columns are "
+                f"{', '.join(headings) or 'none'}"
+            )
+        rows.fieldnames = headings
+        given = [((row["image"] or "").strip(), (row["label"] or "").strip()) for row in rows]
+    if not given:
+        raise ValueError(f"{path} has no rows below its headings")
+    place = {name: number for number, name in enumerate(names)}
+    unknown = sorted({label for _, label in given if label not in place})
+    if unknown:
+        listed = ", ".join(f"{label!r}{suggest(label, names)}" for label in unknown)
+        raise ValueError(f"{path}: no class {listed}; the run has {', '.join(names)}")
+    try:
+        positions = target.positions([image for image, _ in given])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return positions, np.array([place[label] for _, label in given], np.int64)
+
+
+def _file_name(target: str) -> str:
+    last = target.rstrip("/").split("/")[-1].split(":")[-1]
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in last) or "target"

@@ -1,0 +1,45 @@
+"""What a network makes of images, as the arrays that the room of shifts takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from flaxtransfer.features.extraction import pooled_features
+from flaxtransfer.models import Model
+from flaxtransfer.training.feed import Batch
+from flaxtransfer.types import Variables
+from flaxtransfer.weights import Preprocessing
+
+__all__ = ["Evidence", "evidence"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Logits and features of the same examples, in their order.
+
+    Args:
+      logits: float32 [examples, classes].
+      features: float32 [examples, channels], what the head sees.
+      labels: int [examples]; not to be looked at where nobody said them.
+    """
+
+    logits: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def evidence(
+    model: Model, variables: Variables, batches: Iterable[Batch], preprocessing: Preprocessing
+) -> Evidence:
+    """Runs the network once over the batches, with running statistics.
+
+    Raises:
+      ValueError: no example at all.
+    """
+    features, labels = pooled_features(model, variables, batches, preprocessing)
+    logits, _ = model.apply(variables, jnp.asarray(features), norm="running", start="head")
+    return Evidence(np.asarray(logits), features, labels)
