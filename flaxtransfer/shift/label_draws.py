@@ -9,7 +9,7 @@ from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_probabilities, same_width
 from flaxtransfer.shift.resampled_likelihood import maximise_resampled
 
-__all__ = ["label_draws", "plausible_posteriors"]
+__all__ = ["label_draws", "reestimated_posteriors"]
 
 
 def label_draws(
@@ -18,8 +18,7 @@ def label_draws(
     """For each example, classes that it is drawn to be in each simulation.
 
     Args:
-        posteriors: `[l, K]`, or `[S, l, K]` where it is not known which of S is right; every
-            simulation then takes one of them for all of its examples.
+        posteriors: `[l, K]`.
         simulations: how many.
         rng: of the draws.
 
@@ -29,21 +28,13 @@ def label_draws(
     >>> next(label_draws(np.array([[0.0, 1.0, 0.0]]), 3, np.random.default_rng(0))).tolist()
     [1, 1, 1]
     """
-    cumulated = np.cumsum(posteriors[None] if posteriors.ndim == 2 else posteriors, axis=2)
-    cumulated /= cumulated[:, :, -1:]
-    parts = np.array_split(np.arange(simulations), len(cumulated))
-    for example in range(cumulated.shape[1]):
-        uniform = rng.random(simulations)
+    cumulated = np.cumsum(posteriors, axis=1)
+    for chances in cumulated / cumulated[:, -1:]:
         # From the right: a class of probability 0 is never the first to exceed.
-        yield np.concatenate(
-            [
-                np.searchsorted(of[example], uniform[part], side="right")
-                for of, part in zip(cumulated, parts, strict=True)
-            ]
-        )
+        yield np.searchsorted(chances, rng.random(simulations), side="right")
 
 
-def plausible_posteriors(
+def reestimated_posteriors(
     probabilities: Any,
     target_probabilities: Any,
     source: Calibration,
@@ -51,11 +42,11 @@ def plausible_posteriors(
     draws: int = 200,
     seed: int = 0,
 ) -> np.ndarray:
-    """Posteriors corrected for prevalence, as often as prevalence could have been estimated.
+    """Posteriors corrected for prevalence, as they could have come out from other examples.
 
     A corrected posterior is as uncertain as the prevalence that it was corrected by. Each draw
     estimates prior and prevalence from source and target examples drawn with replacement, and
-    corrects by these. The tests on labels take the result as `plausible`.
+    corrects by these. The tests on labels take the result as `estimates`.
 
     Args:
         probabilities: `[l, K]`, calibrated, of the labelled examples.
@@ -73,7 +64,7 @@ def plausible_posteriors(
     >>> from flaxtransfer.shift.calibration import Calibration
     >>> rows = np.tile([[0.8, 0.2], [0.2, 0.8]], (50, 1))
     >>> source = Calibration("none", np.ones(2), np.zeros(2), rows, np.tile([0, 1], 50))
-    >>> found = plausible_posteriors(rows[:5], rows, source)
+    >>> found = reestimated_posteriors(rows[:5], rows, source)
     >>> found.shape, round(float(found[:, 0, 0].mean()), 1)
     ((200, 5, 2), 0.8)
     """
