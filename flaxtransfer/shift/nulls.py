@@ -22,6 +22,7 @@ __all__ = [
     "labelled",
     "orders",
     "random_folds",
+    "stream",
     "summary",
     "two_samples",
 ]
@@ -150,14 +151,14 @@ def orders(count: int, permutations: int, seed: int) -> Iterator[np.ndarray]:
         ValueError: fewer than 19, of which no p-value falls to 0.05.
 
     >>> [order.tolist() for order in orders(3, 19, seed=0)][:2]
-    [[2, 1, 0], [0, 1, 2]]
+    [[0, 1, 2], [1, 0, 2]]
     """
     if permutations < _FEWEST_PERMUTATIONS:
         raise ValueError(
             f"{permutations} permutations cannot show p <= 0.05; take {_FEWEST_PERMUTATIONS} or "
             "more, 199 as a rule"
         )
-    bits = np.random.PCG64(np.random.SeedSequence(seed))
+    bits = stream(seed, "orders")
     return (_shuffled(count, bits) for _ in range(permutations))
 
 
@@ -170,16 +171,25 @@ def random_folds(count: int, folds: int, seed: int) -> np.ndarray:
         ValueError: fewer than 2 folds, or more than rows.
 
     >>> random_folds(5, 2, seed=0).tolist()
-    [1, 1, 0, 0, 0]
+    [0, 1, 0, 0, 1]
     """
     if not 2 <= folds <= count:
         raise ValueError(f"{folds} folds of {count} examples; take 2 or more, 5 as a rule")
     found = np.empty(count, np.int64)
-    # Not the seed itself: the first of `orders` would be the folds' own order.
-    found[_shuffled(count, np.random.PCG64(np.random.SeedSequence((seed, 1))))] = (
-        np.arange(count) % folds
-    )
+    found[_shuffled(count, stream(seed, "folds"))] = np.arange(count) % folds
     return found
+
+
+def stream(seed: int, use: str) -> np.random.PCG64:
+    """Random bits of their own for every use of a seed.
+
+    The caller's features may have been drawn with the same small seed. Lines, folds or orders of
+    the same bits would be made of those very features.
+
+    >>> stream(0, "lines").random_raw() == np.random.PCG64(0).random_raw()
+    False
+    """
+    return np.random.PCG64(np.random.SeedSequence((seed, *use.encode())))
 
 
 def _shuffled(count: int, bits: np.random.PCG64) -> np.ndarray:

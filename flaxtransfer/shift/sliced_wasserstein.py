@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.shift.nulls import Distance, orders, summary, two_samples
+from flaxtransfer.shift.nulls import Distance, orders, stream, summary, two_samples
 
 __all__ = ["random_directions", "sliced_wasserstein", "wasserstein_on_lines"]
 
@@ -90,11 +90,11 @@ def random_directions(features: int, projections: int, seed: int) -> np.ndarray:
     """Directions of the unit sphere, uniformly: ``[features, projections]``.
 
     >>> random_directions(1, 3, seed=0).tolist()
-    [[1.0, -1.0, 1.0]]
+    [[1.0, 1.0, -1.0]]
     """
     if projections < 1:
         raise ValueError(f"{projections} projections show nothing; take 50 or more")
-    found = np.random.default_rng(seed).standard_normal((projections, features)).T
+    found = np.random.Generator(stream(seed, "lines")).standard_normal((projections, features)).T
     return found / np.linalg.norm(found, axis=0)
 
 

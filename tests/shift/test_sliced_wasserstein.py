@@ -60,6 +60,12 @@ def test_it_sees_shapes_of_equal_mean_and_variance():
     assert sliced_wasserstein(source, target).p == 1 / 200
 
 
+def test_lines_are_not_made_of_features_drawn_with_the_same_seed():
+    """W2 of 100 against 100 numbers of one Gaussian is some 0.2, along any line but their own."""
+    source, target = np.random.default_rng(0).normal(size=(2, 100, 300))
+    assert sliced_wasserstein(source, target, permutations=19, seed=0).value < 0.3
+
+
 @pytest.mark.parametrize("lines", [np.ones(3), np.ones((2, 5)), np.ones((3, 0))])
 def test_lines_of_another_space(lines):
     with pytest.raises(ValueError, match=r"directions have shape .*, wanted \[3, projections\]"):
