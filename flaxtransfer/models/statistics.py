@@ -5,6 +5,7 @@ same. Here each one tells the moments themselves, of examples that count as much
 and may normalise by them mixed with the statistics it has.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from flaxtransfer.models.model import Model
 from flaxtransfer.shift.batch_statistics import Mixture, Moments, mix, moments
 from flaxtransfer.types import Variables
 
-__all__ = ["apply_measuring"]
+__all__ = ["apply_measuring", "positions"]
 
 
 def apply_measuring(
@@ -81,3 +82,29 @@ def apply_measuring(
     with nn.intercept_methods(measure):
         output, _ = model.apply(variables, images, norm=norm, stop=stop)
     return output, found
+
+
+def positions(model: Model, image_shape: Sequence[int]) -> dict[str, int]:
+    """Values that one image gives each channel of each BatchNorm, in the order of their running.
+
+    Args:
+      model: the network.
+      image_shape: ``(height, width, bands)``.
+
+    >>> from flaxtransfer.architectures import ResNetConfig
+    >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=8))
+    >>> list(positions(model, (32, 32, 3)).items())[:2]
+    [('bn1', 256), ('layer1/0/bn1', 64)]
+    """
+    found: dict[str, int] = {}
+
+    def look(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.BatchNorm):
+            maps = args[0].shape
+            found["/".join(context.module.path)] = maps[1] * maps[2]
+        return next_fun(*args, **kwargs)
+
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(look):
+        jax.eval_shape(lambda v, x: model.apply(v, x, stop="pool")[0], model.abstract(), image)
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from flaxtransfer.training.feed import Batch
 from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights import Preprocessing
 
-__all__ = ["measure_moments", "recalibrate", "with_statistics"]
+__all__ = ["measure_moments", "recalibrate", "with_statistics", "without_padding"]
 
 
 def recalibrate(
@@ -102,19 +103,10 @@ def measure_moments(
       ValueError: no image.
     """
     mesh = mesh or make_mesh()
-
-    @jax.jit
-    def of_batch(variables: Variables, images: jax.Array, weights: jax.Array) -> dict[str, Any]:
-        normal = normalise(images, preprocessing.mean, preprocessing.std)
-        _, found = apply_measuring(
-            model, variables, normal, weights, chosen,
-            by_batch=by_batch, share=share, kind=kind, stop="pool",
-        )  # fmt: skip
-        return {path: (one.mean, one.var, one.count) for path, one in found.items()}
-
+    of_batch = _of_batch(model, preprocessing, chosen, by_batch, share, kind)
     placed = place_replicated(variables, mesh)
     merged: dict[str, Moments] | None = None
-    for batch in _without_padding(batches):
+    for batch in without_padding(batches):
         whole = len(batch[0]) % len(mesh.local_devices) == 0
         arrived = place_batch(batch, mesh) if whole else place_replicated(batch, mesh)
         found = {
@@ -126,6 +118,27 @@ def measure_moments(
     if merged is None:
         raise ValueError("there are no images to measure BatchNorm statistics on")
     return merged
+
+
+@lru_cache(maxsize=8)
+def _of_batch(
+    model: Model,
+    preprocessing: Preprocessing,
+    chosen: frozenset[str],
+    by_batch: bool,
+    share: float,
+    kind: Mixture,
+) -> Callable[[Variables, Any, Any], dict[str, Any]]:
+    @jax.jit
+    def moments(variables: Variables, images: jax.Array, weights: jax.Array) -> dict[str, Any]:
+        normal = normalise(images, preprocessing.mean, preprocessing.std)
+        _, found = apply_measuring(
+            model, variables, normal, weights, chosen,
+            by_batch=by_batch, share=share, kind=kind, stop="pool",
+        )  # fmt: skip
+        return {path: (one.mean, one.var, one.count) for path, one in found.items()}
+
+    return moments
 
 
 def with_statistics(batch_stats: Mapping[str, Any], found: Mapping[str, Moments]) -> Params:
@@ -144,7 +157,7 @@ def with_statistics(batch_stats: Mapping[str, Any], found: Mapping[str, Moments]
     return unflatten(new)
 
 
-def _without_padding(batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def without_padding(batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images and weights; a short last batch joins the one before, for it would be noisy alone."""
     held: tuple[np.ndarray, np.ndarray] | None = None
     for batch in batches:
