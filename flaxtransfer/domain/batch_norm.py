@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import policy
 from flaxtransfer.domain.images import Images, reader, target_logits
 from flaxtransfer.domain.reestimation import reestimate
 from flaxtransfer.domain.report import BatchNormReport, Candidate
-from flaxtransfer.domain.standing import Estimate, Standing, far, one_class, standing, support
+from flaxtransfer.domain.standing import FAR, Estimate, Standing, far, one_class, standing, support
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models import Model
 from flaxtransfer.shift.batch_statistics import Mixture
@@ -57,8 +58,11 @@ def adapt_batch_norm(
     deeper layers depend a little on the batches unless ``passes`` are given (``reestimate``).
 
     Guards, with ``source`` given: nothing is adapted where the estimated accuracy clearly falls,
-    where one class is all there is, and where class shares are far from the source's without a
-    clear rise of the estimated accuracy. Without it only the number of values is guarded.
+    where one class is all there is, where class shares are far from the source's without a clear
+    rise of the estimated accuracy, and where the networks before and after contradict each other
+    about the classes. Without it only the number of values is guarded. No guard is sure: after
+    adaptation classes look balanced whatever they are, and a target of one class whose images have
+    changed too can pass for a balanced one.
 
     Args:
       model: the network.
@@ -151,19 +155,27 @@ def _judge(before: Standing, after: Standing) -> tuple[list[str], list[str]]:
     change = support(before, after)
     # Whose predictions are better founded says more about the classes.
     better = before if before.accuracy >= after.accuracy else after
-    distant, single = far(better.prevalence), one_class(better.prevalence)
+    shares = better.prevalence
+    apart = float(np.abs(before.prevalence.estimate - after.prevalence.estimate).sum() / 2)
     refusals, notes = [], []
+    if abs(change) <= CLEAR and apart > FAR:
+        refusals.append(
+            f"the networks before and after are {apart:.2f} apart in total variation about the "
+            "class shares, and neither is better supported: whether the classes have changed or "
+            "the images cannot be told"
+        )
+        return refusals, notes
     if change < -CLEAR:
         refusals.append(
             f"the estimated accuracy falls from {100 * before.accuracy:.1f} to "
             f"{100 * after.accuracy:.1f} %"
         )
-    if single:
+    if single := one_class(shares):
         refusals.append(single)
-    elif distant and change <= CLEAR:
+    elif (distant := far(shares)) and change <= CLEAR:
         refusals.append(f"{distant}, and the estimated accuracy does not clearly rise")
     elif distant:
         notes.append(f"{distant}: adapt_batch_norm_balanced is made for that")
-    if not better.prevalence.identifiable:
-        notes.append(f"label shift cannot be excluded: {better.prevalence.reason}")
+    if not shares.identifiable:
+        notes.append(f"label shift cannot be excluded: {shares.reason}")
     return refusals, notes

@@ -126,4 +126,4 @@ def _threshold(source: Calibration) -> float:
 def _maximum_likelihood(probabilities: np.ndarray, source: Calibration) -> Prevalence:
     from flaxtransfer.shift.estimation import estimate_prevalence
 
-    return estimate_prevalence(probabilities, source)
+    return estimate_prevalence(probabilities, source, interval=None)
