@@ -8,7 +8,7 @@ Everything here walks over the rows in blocks and copies none of them but the bl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -133,7 +133,13 @@ def maximise(
     return Maximum(q, slopes, max(gap, 0.0), height - start, passes)
 
 
-def _line_search(at, q, goal, height, slopes):  # type: ignore[no-untyped-def]
+def _line_search(
+    at: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    q: np.ndarray,
+    goal: np.ndarray,
+    height: float,
+    slopes: np.ndarray,
+) -> tuple[np.ndarray, float, np.ndarray, int] | None:
     """The way towards `goal`, halved until it rises; None where EM is the better step."""
     rise = float((slopes - 1) @ (goal - q))
     gap = float(slopes.max())
@@ -186,7 +192,7 @@ def information(
     prior: np.ndarray,
     weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Observed information of a row about the shares: the mean of ``s s'``, s = f / p / (f @ ratios).
+    """Observed information of a row about the shares: mean of ``s s'``, s = f / p / (f @ ratios).
 
     Args:
         probabilities: `[m, K]`.
