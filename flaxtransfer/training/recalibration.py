@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -13,14 +14,15 @@ from flaxtransfer.batchnorm import policy
 from flaxtransfer.data.normalisation import normalise
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models import Model
-from flaxtransfer.models.layers import MOMENTUM
+from flaxtransfer.models.statistics import apply_measuring
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
+from flaxtransfer.shift.batch_statistics import Mixture, Moments, merge
 from flaxtransfer.training.feed import Batch
 from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights import Preprocessing
 
-__all__ = ["merge_moments", "recalibrate"]
+__all__ = ["measure_moments", "recalibrate", "with_statistics", "without_padding"]
 
 
 def recalibrate(
@@ -39,6 +41,7 @@ def recalibrate(
     training, so that a layer's statistics are those of the inputs it will see; the others use what
     they have. Means and variances of the batches are merged as parts of one sample. (The mean of
     the variances, which a running average tends to, leaves out the variance between batches.)
+    ``flaxtransfer.domain.adapt_batch_norm`` does it for images of another domain, with guards.
 
     Args:
       model: the network.
@@ -57,84 +60,116 @@ def recalibrate(
       ValueError: no image, or a mask that touches no BatchNorm.
 
     References:
-      T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
-      Computing Sample Variances", 1979. P. Izmailov et al., "Averaging Weights Leads to Wider
-      Optima and Better Generalization", 2018 (the pass after averaging).
+      P. Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018
+      (the pass after averaging).
     """
-    mesh = mesh or make_mesh()
     chosen = policy(variables["params"], everything() if where is None else where)
     if not chosen:
         raise ValueError(f"{where!r} touches no BatchNorm, so there is nothing to recalibrate")
-
-    # From statistics of 0, one update leaves (1 - momentum) times those of the batch.
-    before = flatten(variables["batch_stats"])
-    measured = [path for path in before if path.rpartition("/")[0] in chosen]
-    blank = unflatten({p: np.zeros_like(v) if p in measured else v for p, v in before.items()})
-
-    @jax.jit
-    def batch_statistics(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
-        normal = normalise(images, preprocessing.mean, preprocessing.std)
-        _, updated = model.apply(variables, normal, norm=chosen, stop="pool")
-        found = flatten(updated)
-        return {path: found[path] / (1 - MOMENTUM) for path in measured}
-
-    placed = place_replicated({"params": variables["params"], "batch_stats": blank}, mesh)
-    count, merged = 0, None
-    for images in _without_padding(batches):
-        whole = len(images) % len(mesh.local_devices) == 0
-        arrived = place_batch(images, mesh) if whole else place_replicated(images, mesh)
-        found = jax.device_get(batch_statistics(placed, arrived))
-        moments = {path: np.asarray(value, np.float64) for path, value in found.items()}
-        merged = moments if merged is None else merge_moments(merged, count, moments, len(images))
-        count += len(images)
-    if merged is None:
-        raise ValueError("there are no images to measure BatchNorm statistics on")
-    new = {path: value.astype(before[path].dtype) for path, value in merged.items()}
-    return unflatten({path: new.get(path, value) for path, value in before.items()})
+    found = measure_moments(model, variables, batches, preprocessing, chosen, mesh=mesh)
+    return with_statistics(variables["batch_stats"], found)
 
 
-def merge_moments(
-    a: Mapping[str, Any], count_a: int, b: Mapping[str, Any], count_b: int
-) -> dict[str, Any]:
-    """Means and biased variances of two samples together.
+def measure_moments(
+    model: Model,
+    variables: Variables,
+    batches: Iterable[Batch],
+    preprocessing: Preprocessing,
+    chosen: frozenset[str],
+    *,
+    by_batch: bool = True,
+    share: float = 0.0,
+    kind: Mixture = "moments",
+    mesh: Mesh | None = None,
+) -> dict[str, Moments]:
+    """Moments of what goes into some BatchNorms, over all images together.
 
     Args:
-      a: ``{"<module>/mean": array, "<module>/var": array}`` of the first sample.
-      count_a: its size.
-      b: of the second, with the same paths.
-      count_b: its size.
+      model: the network.
+      variables: its parameters and statistics; not changed.
+      batches: ``image`` uint8, and ``weight``: how much each example counts, 0 for padding.
+      preprocessing: that belongs to the weights.
+      chosen: paths of the BatchNorms.
+      by_batch: whether the chosen ones normalise by the batch at hand, mixed with what they have
+        by ``share`` and ``kind``, or by what they have alone.
+      share: of the statistics that they have.
+      kind: of that mixture.
+      mesh: devices; by default all of them.
 
-    References:
-      Chan, Golub, LeVeque, as in ``recalibrate``.
+    Returns:
+      For each path, float64 moments; batches are merged as parts of one sample.
 
-    >>> one, two = {"bn/mean": 1.0, "bn/var": 0.0}, {"bn/mean": 3.0, "bn/var": 0.0}
-    >>> merge_moments(one, 1, two, 1)
-    {'bn/mean': 2.0, 'bn/var': 1.0}
+    Raises:
+      ValueError: no image.
     """
-    share = count_b / (count_a + count_b)
-    merged = {}
-    for path in a:
-        module, _, name = path.rpartition("/")
-        merged[path] = a[path] + share * (b[path] - a[path])
-        if name == "var":
-            apart = b[f"{module}/mean"] - a[f"{module}/mean"]
-            merged[path] = merged[path] + share * (1 - share) * apart**2
+    mesh = mesh or make_mesh()
+    of_batch = _of_batch(model, preprocessing, chosen, by_batch, share, kind)
+    placed = place_replicated(variables, mesh)
+    merged: dict[str, Moments] | None = None
+    for batch in without_padding(batches):
+        whole = len(batch[0]) % len(mesh.local_devices) == 0
+        arrived = place_batch(batch, mesh) if whole else place_replicated(batch, mesh)
+        found = {
+            path: Moments(*(np.asarray(value, np.float64) for value in values))
+            for path, values in jax.device_get(of_batch(placed, *arrived)).items()
+        }
+        both = found if merged is None else {p: merge(merged[p], one) for p, one in found.items()}
+        merged = both
+    if merged is None:
+        raise ValueError("there are no images to measure BatchNorm statistics on")
     return merged
 
 
-def _without_padding(batches: Iterable[Batch]) -> Iterator[np.ndarray]:
-    """The images; a short last batch joins the one before, whose statistics it would not reach."""
-    held: np.ndarray | None = None
+@lru_cache(maxsize=8)
+def _of_batch(
+    model: Model,
+    preprocessing: Preprocessing,
+    chosen: frozenset[str],
+    by_batch: bool,
+    share: float,
+    kind: Mixture,
+) -> Callable[[Variables, Any, Any], dict[str, Any]]:
+    @jax.jit
+    def moments(variables: Variables, images: jax.Array, weights: jax.Array) -> dict[str, Any]:
+        normal = normalise(images, preprocessing.mean, preprocessing.std)
+        _, found = apply_measuring(
+            model, variables, normal, weights, chosen,
+            by_batch=by_batch, share=share, kind=kind, stop="pool",
+        )  # fmt: skip
+        return {path: (one.mean, one.var, one.count) for path, one in found.items()}
+
+    return moments
+
+
+def with_statistics(batch_stats: Mapping[str, Any], found: Mapping[str, Moments]) -> Params:
+    """The tree of statistics with these moments in the place of those it has.
+
+    >>> stats = {"bn1": {"mean": np.zeros(1), "var": np.ones(1)}, "bn2": {"mean": np.zeros(1)}}
+    >>> with_statistics(stats, {"bn1": Moments(np.full(1, 0.5), np.full(1, 2.0), 8)})
+    {'bn1': {'mean': array([0.5]), 'var': array([2.])}, 'bn2': {'mean': array([0.])}}
+    """
+    new = {}
+    for path, before in flatten(batch_stats).items():
+        module, _, name = path.rpartition("/")
+        if module in found:
+            before = np.asarray(getattr(found[module], name)).astype(before.dtype)
+        new[path] = before
+    return unflatten(new)
+
+
+def without_padding(batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and weights; a short last batch joins the one before, for it would be noisy alone."""
+    held: tuple[np.ndarray, np.ndarray] | None = None
     for batch in batches:
         images = np.asarray(batch["image"])
-        if "weight" in batch:
-            images = images[np.asarray(batch["weight"]) > 0]
+        weights = np.asarray(batch.get("weight", np.ones(len(images))), np.float32)
+        part = (images[weights > 0], weights[weights > 0])
         if held is None:
-            held = images
-        elif len(images) < len(held):
-            held = np.concatenate([held, images])
+            held = part
+        elif len(part[0]) < len(held[0]):
+            held = (np.concatenate([held[0], part[0]]), np.concatenate([held[1], part[1]]))
         else:
             yield held
-            held = images
-    if held is not None and len(held):
+            held = part
+    if held is not None and len(held[0]):
         yield held

@@ -18,7 +18,6 @@ from flaxtransfer.training.decision import Comparison, decide, score
 from flaxtransfer.training.metrics import read_metrics
 from flaxtransfer.training.plan_table import plan_text
 from flaxtransfer.training.position import Position, bits
-from flaxtransfer.training.recalibration import merge_moments
 
 HEAD = {"new": ft.head(), "old": ft.rest()}
 ADAM = ft.Group(optax.adamw, ft.WarmupCosine(1e-2), weight_decay=0.1)
@@ -244,24 +243,6 @@ def test_the_rule_between_phases(scores, patience, goes_on):
     assert decide(ft.Plan(phases, patience=patience), position).goes_on is goes_on
     again = position.next_phase().validated(0.1, right)
     assert decide(ft.Plan(phases, patience=2), again).goes_on is (scores[1] > scores[0])
-
-
-@given(
-    st.lists(st.integers(1, 6), min_size=2, max_size=5),
-    st.integers(0, 2**32 - 1),
-)
-def test_merged_moments_are_those_of_the_whole_sample(sizes, seed):
-    """Against numpy's mean and variance of all values together."""
-    random = np.random.default_rng(seed)
-    parts = [random.normal(random.normal(), 1 + random.random(), (n, 3)) for n in sizes]
-    merged, count = None, 0
-    for part in parts:
-        found = {"bn/mean": part.mean(0), "bn/var": part.var(0)}
-        merged = found if merged is None else merge_moments(merged, count, found, len(part))
-        count += len(part)
-    whole = np.concatenate(parts)
-    np.testing.assert_allclose(merged["bn/mean"], whole.mean(0), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(merged["bn/var"], whole.var(0), rtol=1e-9, atol=1e-12)
 
 
 def test_recalibrated_statistics_of_the_first_layer_are_numpys():

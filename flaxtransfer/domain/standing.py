@@ -1,0 +1,129 @@
+"""How a network stands on unlabelled images: confidence, estimated accuracy, prevalence.
+
+No labels, no certainty: each of these is an indication and rests on the source's calibration, which
+need not hold in another domain. They are good at telling which of two networks to prefer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.prevalence import Prevalence
+
+__all__ = ["FAR", "Estimate", "Standing", "far", "one_class", "standing", "support"]
+
+Estimate = Callable[[np.ndarray, Calibration], Prevalence]
+"""``(calibrated target probabilities, source) -> prevalence``."""
+
+FAR = 0.25
+"""Total variation between class shares of target and source above which BatchNorm statistics of the
+target say more about its classes than about its images."""
+
+_ONE_CLASS = 1.5
+"""exp(entropy) of two classes of which one is nearly absent: 0.88 to 0.12."""
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What one network says about the target's images.
+
+    Args:
+      probabilities: float64 [images, classes], by the source's calibration.
+      confident: bool [images], whether the largest probability reaches the threshold below which
+        as large a share of the validation examples lies as are wrong among them.
+      prevalence: estimated from `probabilities`.
+    """
+
+    probabilities: np.ndarray
+    confident: np.ndarray
+    prevalence: Prevalence
+
+    @property
+    def confidence(self) -> float:
+        """Mean of the largest probabilities."""
+        return float(self.probabilities.max(axis=1).mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Average thresholded confidence, an estimate of the accuracy (Garg et al.)."""
+        return float(self.confident.mean())
+
+    def __str__(self) -> str:
+        return (
+            f"mean confidence {self.confidence:.3f}, estimated accuracy {100 * self.accuracy:.1f} "
+            f"%, {self.prevalence.effective_classes:.1f} effective classes"
+        )
+
+
+def standing(logits: np.ndarray, source: Calibration, estimate: Estimate | None = None) -> Standing:
+    """What can be told of a network by its logits on the target.
+
+    Args:
+      logits: ``[images, classes]``.
+      source: calibration of the source's network, with its validation.
+      estimate: of the prevalence; by default maximum likelihood.
+
+    References:
+      S. Garg, S. Balakrishnan, Z. Lipton, B. Neyshabur, H. Sedghi, "Leveraging Unlabeled Data to
+      Predict Out-of-Distribution Performance", 2022 (average thresholded confidence).
+    """
+    probabilities = source.apply(logits)
+    estimate = estimate or _maximum_likelihood
+    confident = probabilities.max(axis=1) >= _threshold(source)
+    return Standing(probabilities, confident, estimate(probabilities, source))
+
+
+def support(before: Standing, after: Standing) -> float:
+    """How many standard deviations the estimated accuracy rose by; negative where it fell.
+
+    The same images are compared twice, so that only those count which crossed the threshold: among
+    n of them the difference of rises and falls has a deviation of sqrt(n) where nothing changed.
+
+    References:
+      Q. McNemar, "Note on the sampling error of the difference between correlated proportions or
+      percentages", 1947.
+    """
+    rose = int((after.confident & ~before.confident).sum())
+    fell = int((before.confident & ~after.confident).sum())
+    return (rose - fell) / np.sqrt(rose + fell) if rose + fell else 0.0
+
+
+def far(prevalence: Prevalence) -> str:
+    """Why class shares are too far from the source's for plain statistics; "" where they are not.
+
+    A target of few images is far by its draw alone, and its statistics suffer as much from that.
+    """
+    if not prevalence.identifiable or prevalence.total_variation <= FAR:
+        return ""
+    return (
+        f"the target's class shares are {prevalence.total_variation:.2f} from the source's in total"
+        f" variation (more than {FAR}), with {prevalence.effective_classes:.1f} effective classes"
+    )
+
+
+def one_class(prevalence: Prevalence) -> str:
+    """Why no statistics of a balanced target exist: it has one class; "" where it has more."""
+    if not prevalence.identifiable or prevalence.effective_classes >= _ONE_CLASS:
+        return ""
+    top = int(prevalence.estimate.argmax())
+    return (
+        f"class {top} makes up {100 * prevalence.estimate[top]:.0f} % of the target: statistics of "
+        "one class say nothing about the others"
+    )
+
+
+def _threshold(source: Calibration) -> float:
+    """With as large a share of validation below it as is wrong; the least where all is right."""
+    scores = np.sort(source.probabilities.max(axis=1))
+    wrong = int((source.probabilities.argmax(axis=1) != source.labels).sum())
+    return float(scores[min(wrong, len(scores) - 1)])
+
+
+def _maximum_likelihood(probabilities: np.ndarray, source: Calibration) -> Prevalence:
+    from flaxtransfer.shift.estimation import estimate_prevalence
+
+    return estimate_prevalence(probabilities, source, interval=None)

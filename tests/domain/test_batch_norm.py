@@ -1,0 +1,191 @@
+"""Adapted BatchNorm statistics: against batch mode, against invariances, and refused in time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer.batchnorm import modules
+from flaxtransfer.data.normalisation import normalise
+from flaxtransfer.domain.batch_norm import adapt_batch_norm
+from flaxtransfer.domain.images import reader
+from flaxtransfer.domain.reestimation import reestimate
+from flaxtransfer.models import lax_conv
+from flaxtransfer.models.statistics import apply_measuring
+from flaxtransfer.paths import flatten
+from tests.domain.gratings import CONFIG, PREPROCESSING, SIZE, draw, faint
+
+EVEN = (1 / 3, 1 / 3, 1 / 3)
+
+
+@pytest.fixture(scope="module")
+def target():
+    images, labels = draw(EVEN, 240, 5)
+    return faint(images), labels
+
+
+def adapted(trained, images, **options):
+    options = {"batch_size": 240, **options}
+    return adapt_batch_norm(trained.model, trained.variables, images, PREPROCESSING, **options)
+
+
+def largest_difference(one, other):
+    first, second = flatten(one), flatten(other)
+    return max(np.abs(np.asarray(first[p]) - second[p]).max() for p in first)
+
+
+def test_running_statistics_then_give_the_outputs_of_batch_mode(trained, target):
+    """Of all images together: pure, and mixed half and half with the source's at every layer."""
+    images = target[0]
+    normal = normalise(images, PREPROCESSING.mean, PREPROCESSING.std)
+    chosen = frozenset(modules(trained.variables["batch_stats"]))
+
+    @jax.jit
+    def by_batch(variables, normal):
+        pure, _ = trained.model.apply(variables, normal, norm="batch")
+        mixed, _ = apply_measuring(trained.model, variables, normal, None, chosen, share=0.5)
+        return pure, mixed
+
+    for weight, expected in zip((None, 240), by_batch(trained.variables, normal), strict=True):
+        variables, report = adapted(trained, images, source_weight=weight)
+        assert report.statistics.exact
+        assert report.statistics.share == (0.5 if weight else 0)
+        found = trained.logits(variables, images)
+        np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_the_limits_and_what_does_not_matter(trained, target):
+    """Order, padding, an array or a feed: the same. N without end: the source, to the bit."""
+    images = target[0]
+    variables, report = adapted(trained, images)
+    assert variables["params"] is trained.variables["params"]
+    turned, _ = adapted(trained, images[::-1])
+    assert largest_difference(turned["batch_stats"], variables["batch_stats"]) < 1e-5
+    padded = {"image": np.concatenate([images, images[:8]]),
+              "weight": np.repeat([1.0, 0.0], [240, 8])}  # fmt: skip
+    fed, _ = adapted(trained, lambda: iter([padded]))
+    assert largest_difference(fed["batch_stats"], variables["batch_stats"]) == 0
+    source, limit = adapted(trained, images, source_weight=math.inf)
+    assert largest_difference(source["batch_stats"], trained.variables["batch_stats"]) == 0
+    # What was measured is still said, and how far it is from the source.
+    assert limit.farthest.distance > 0.5
+    assert report.statistics.layers[0].path == "bn1"
+    assert report.statistics.layers[0].values == 240 * (SIZE // 2) ** 2
+
+
+def test_images_of_the_source_change_nothing(trained):
+    variables, report = adapted(trained, trained.train, source=trained.source)
+    assert report.adapted
+    assert report.farthest.distance < 1e-3
+    before = trained.variables["batch_stats"]
+    assert largest_difference(variables["batch_stats"], before) < 1e-4
+
+
+def test_contrast_is_undone_with_its_evidence(trained, target):
+    variables, report = adapted(trained, target[0], source=trained.source)
+    assert report.adapted
+    assert report.refusals == ()
+    assert report.after.accuracy > report.before.accuracy + 0.05
+    assert trained.accuracy(trained.variables, *target) < 0.5
+    assert trained.accuracy(variables, *target) > 0.85
+    assert "target statistics (returned): mean confidence" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("shares", "change", "reason"),
+    [
+        ((1.0, 0.0, 0.0), lambda x: x, "class 0 makes up 100 % of the target"),
+        ((0.8, 0.15, 0.05), lambda x: x, "effective classes, and the estimated accuracy does not"),
+        ((1.0, 0.0, 0.0), faint, "whether the classes have changed or the images"),
+    ],
+)
+def test_label_shift_is_refused_and_what_it_would_have_done(trained, shares, change, reason):
+    """On the very images: without the guard, the right answers of the source are lost."""
+    images, labels = draw(shares, 240, 5)
+    images = change(images)
+    variables, report = adapted(trained, images, source=trained.source)
+    assert variables is trained.variables
+    assert not report.adapted
+    assert reason in " ".join(report.refusals)
+    assert "not adapted: " in str(report)
+    forced, warned = adapted(trained, images, source=trained.source, guard="warn")
+    assert warned.adapted
+    assert warned.refusals == report.refusals
+    if change is not faint:
+        assert trained.accuracy(variables, images, labels) > 0.9
+        assert trained.accuracy(forced, images, labels) < 0.7
+
+
+def test_nothing_to_adapt_is_an_error(trained, target):
+    def fails(match, images=target[0], kind=ValueError, model=trained.model, **options):
+        with pytest.raises(kind, match=match):
+            adapt_batch_norm(model, trained.variables, images, PREPROCESSING, **options)
+
+    grouped = ft.Model(replace(CONFIG, width=32, norm="group"))
+    fails(r"GroupNorm.*there is nothing to adapt", model=grouped)
+    fails("touches no BatchNorm", where=ft.head())
+    fails(r"8 target images give 8 values to a channel of layer4/.*adapt to 32 images",
+          images=target[0][:8])  # fmt: skip
+    fails("are an array of uint8", images=target[0] / 255, kind=TypeError)
+    fails(r"have shape \(240, 32, 32\)", images=target[0][..., 0])
+    fails("no target images", images=lambda: iter([]))
+    fails("'refuse' or 'warn', not 'ask'", guard="ask")
+    fails("source_weight is a number", source_weight=-1)
+
+
+@pytest.mark.slow
+def test_passes_make_batches_exact(trained, target):
+    """Sorted by class, batches are as different as they can be; in the end they do not matter."""
+    images = target[0][np.argsort(target[1])]
+    whole, _ = adapted(trained, images)
+    distances = []
+    for passes in (1, 2, 4, 20):
+        batched, report = adapted(trained, images, batch_size=80, passes=passes)
+        distances.append(largest_difference(batched["batch_stats"], whole["batch_stats"]))
+        assert report.statistics.exact == (passes == 20)
+    assert report.statistics.passes < 20
+    assert distances[0] > 0.05
+    assert distances[-1] < 1e-3
+    assert sorted(distances, reverse=True) == distances
+
+
+@pytest.mark.slow
+def test_brightness_and_contrast_are_invisible_where_borders_are(trained):
+    """Where padding repeats the border, a x + c passes the stem as itself: nothing changes.
+
+    With zeros around the images it is not exact, for zeros do not change with them.
+    """
+
+    def repeated(x, kernel, *, strides, padding, groups):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="edge")
+        return lax_conv(x, kernel, strides=strides, padding=((0, 0), (0, 0)), groups=groups)
+
+    images, _ = draw(EVEN, 240, 5)
+    changed = (images // 2 + 20).astype(np.uint8)
+    found = {}
+    for name, convolution in (("repeated", repeated), ("zeros", lax_conv)):
+        network = replace(trained, model=ft.Model(CONFIG, convolution=convolution))
+        both = [network.logits(adapted(network, some)[0], some) for some in (images, changed)]
+        found[name] = np.abs(both[0] - both[1]).max() / np.abs(both[0]).max()
+    assert found["repeated"] < 2e-3
+    assert found["zeros"] > 0.05
+
+
+@pytest.mark.slow
+def test_weights_are_repetitions(trained, target):
+    """Statistics of weighted images against those of an array that holds them so many times."""
+    images = target[0][:64]
+    weights = np.arange(64) % 3
+    chosen = frozenset(modules(trained.variables["batch_stats"]))
+    arguments = (PREPROCESSING, chosen)
+    network = (trained.model, trained.variables)
+    weighed = reestimate(*network, reader(images, 64), *arguments, weights=weights)
+    many = reestimate(*network, reader(np.repeat(images, weights, 0), 64), *arguments)
+    assert weighed.effective_images == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    assert largest_difference(weighed.batch_stats, many.batch_stats) < 1e-4

@@ -1,0 +1,70 @@
+"""Balanced statistics where classes and images have both changed, and where they must not be."""
+
+from __future__ import annotations
+
+import pytest
+
+from flaxtransfer.domain.batch_norm import adapt_batch_norm
+from flaxtransfer.domain.class_balanced import adapt_batch_norm_balanced
+from tests.domain.gratings import PREPROCESSING, draw, faint
+
+
+def balanced(trained, images, **options):
+    return adapt_batch_norm_balanced(
+        trained.model, trained.variables, images, PREPROCESSING, trained.source,
+        batch_size=240, **options,
+    )  # fmt: skip
+
+
+def test_both_shifts_at_once(trained):
+    """0.05 as is, 0.63 with plain statistics, 0.78 with balanced ones."""
+    images, labels = draw((0.8, 0.15, 0.05), 240, 5)
+    images = faint(images)
+    variables, report = balanced(trained, images)
+    plain, _ = adapt_batch_norm(
+        trained.model, trained.variables, images, PREPROCESSING, batch_size=240
+    )
+    source, target, best = (
+        trained.accuracy(v, images, labels) for v in (trained.variables, plain, variables)
+    )
+    assert report.adapted
+    assert report.chosen.startswith("balanced, round")
+    assert source < target < best - 0.05
+    names = [one.name for one in report.candidates]
+    assert names[:3] == ["source", "target statistics", "balanced, round 1"]
+    assert report.candidates[0].effective_images is None
+    assert report.candidates[2].effective_images < report.candidates[1].effective_images == 240
+
+
+@pytest.mark.parametrize(
+    ("shares", "reason"),
+    [
+        ((1.0, 0.0, 0.0), "class 0 makes up 100 %"),
+        ((0.8, 0.15, 0.05), "no new statistics are better supported than those of the source"),
+    ],
+)
+def test_where_the_source_is_best_it_stays(trained, shares, reason):
+    images, labels = draw(shares, 240, 5)
+    variables, report = balanced(trained, images)
+    assert variables is trained.variables
+    assert report.chosen == "source"
+    assert reason in " ".join(report.refusals)
+    forced, warned = balanced(trained, images, guard="warn")
+    assert warned.chosen.startswith("balanced")
+    lost = trained.accuracy(variables, images, labels) - trained.accuracy(forced, images, labels)
+    assert lost > (0.5 if 1 in shares else 0.01)
+
+
+def test_predictions_that_say_nothing_weigh_nothing(trained):
+    """Of images without any pattern no network is sure, and the reason says so."""
+    import numpy as np
+
+    noise = np.random.default_rng(0).integers(120, 136, (240, 32, 32, 3)).astype(np.uint8)
+    variables, report = balanced(trained, noise)
+    assert variables is trained.variables
+    assert "predictions cannot weigh images" in " ".join(report.refusals)
+
+
+def test_no_rounds(trained):
+    with pytest.raises(ValueError, match="rounds is 1 or more, not 0"):
+        balanced(trained, draw((1, 0, 0), 32, 0)[0], rounds=0)
