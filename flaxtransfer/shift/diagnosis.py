@@ -22,7 +22,7 @@ from flaxtransfer.shift.few_labels import (
     posterior_ratio_tests,
 )
 from flaxtransfer.shift.hypotheses import HypothesisTest, holm
-from flaxtransfer.shift.label_draws import plausible_posteriors
+from flaxtransfer.shift.label_draws import reestimated_posteriors
 from flaxtransfer.shift.labels_needed import labels_needed
 from flaxtransfer.shift.marginal_tests import kolmogorov_smirnov_test
 from flaxtransfer.shift.mmd import mmd_test
@@ -217,12 +217,12 @@ def _labelled_tests(
     if not len(where):
         return _WithLabels()
     raw, changed = probabilities[where], adjusted[where]
-    plausible = plausible_posteriors(raw, probabilities, source, seed=seed)
+    estimates = reestimated_posteriors(raw, probabilities, source, seed=seed)
 
     def under(name: str, tests: Sequence[HypothesisTest]) -> tuple[HypothesisTest, ...]:
         return tuple(dataclasses.replace(test, name=f"{test.name}, {name}") for test in holm(tests))
 
-    uncertain: dict[str, Any] = {"plausible": plausible, "seed": seed}
+    uncertain: dict[str, Any] = {"estimates": estimates, "seed": seed}
     return _WithLabels(
         as_it_was=under(
             "p(y | x) as it was",
