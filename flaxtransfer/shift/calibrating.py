@@ -125,9 +125,9 @@ def _fit(
         if not fit.undetermined:
             return fit, "vector", notes
         notes.append(
-            f"the validation examples do not determine the scale of class(es) "
-            f"{_listed(fit.undetermined)}, which their own logits separate without an error: "
-            "calibrated by one scale and biases"
+            f"the validation examples do not determine the scales of class(es) "
+            f"{_listed(fit.undetermined)}, as some class is separated without an error: calibrated "
+            "by one scale and biases"
         )
         method = "bias_corrected"
     if method == "bias_corrected":

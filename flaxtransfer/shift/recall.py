@@ -28,7 +28,7 @@ def class_recall(source: Calibration) -> np.ndarray:
     >>> class_recall(source).round(4).tolist()
     [0.6667, nan]
     """
-    return _recall(source, np.ones(len(source.labels)), np.full(source.classes, np.nan))
+    return _recall(source, _right(source), None, np.full(source.classes, np.nan))
 
 
 def prevalence_weighted_recall(
@@ -74,11 +74,12 @@ def prevalence_weighted_recall(
     recall[unknown] = 0
     random = np.random.default_rng(seed)
     count = len(source.labels)
+    right = _right(source)
     drawn = np.empty((replicates, 2))
     for row in drawn:
         weights = np.bincount(random.integers(count, size=count), minlength=count)
         shares = _drawn_again(prevalence, random)
-        row[:] = shares @ _recall(source, weights, recall), shares[unknown].sum()
+        row[:] = shares @ _recall(source, right, weights, recall), shares[unknown].sum()
     value = float(prevalence.estimate @ recall)
     low, high = percentile_interval(drawn[:, 0], level)
     share = float(prevalence.estimate[unknown].sum())
@@ -93,12 +94,18 @@ def prevalence_weighted_recall(
     return AccuracyEstimate(NAME, None, low, min(high, 1.0), _ASSUMES, reason)
 
 
-def _recall(source: Calibration, weights: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+def _right(source: Calibration) -> np.ndarray:
+    return (source.probabilities.argmax(1) == source.labels).astype(float)
+
+
+def _recall(
+    source: Calibration, right: np.ndarray, weights: np.ndarray | None, otherwise: np.ndarray
+) -> np.ndarray:
     """`[K]`, with other numbers for classes that have no weight."""
-    right = source.probabilities.argmax(1) == source.labels
+    hits = right if weights is None else weights * right
     examples = np.bincount(source.labels, weights, source.classes)
-    hits = np.bincount(source.labels, weights * right, source.classes)
-    return np.divide(hits, examples, out=otherwise.copy(), where=examples > 0)
+    correct = np.bincount(source.labels, hits, source.classes)
+    return np.divide(correct, examples, out=otherwise.copy(), where=examples > 0)
 
 
 def _drawn_again(prevalence: Prevalence, random: np.random.Generator) -> np.ndarray:
