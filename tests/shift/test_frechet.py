@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
@@ -111,6 +111,7 @@ def test_no_intensity_where_there_is_nothing_to_shrink():
     assert shrinkage(np.zeros((5, 3))) == (0.0, 0.0)
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 2**16), st.floats(0.1, 10))
 def test_laws_of_a_distance(seed, scale):
     random = np.random.default_rng(seed)

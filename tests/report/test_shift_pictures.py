@@ -1,0 +1,198 @@
+"""Pictures of domain shift: that what was given is drawn, and what is refused."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flaxtransfer.report.projection_picture import projection_picture
+from flaxtransfer.report.shift_pictures import (
+    hypotheses_picture,
+    prevalence_picture,
+    reliability_picture,
+)
+from flaxtransfer.shift.hypotheses import HypothesisTest, holm
+from flaxtransfer.shift.prevalence import Prevalence
+
+BLUE, RED, GREEN, GRAY = (0, 114, 178), (213, 94, 0), (0, 158, 115), (89, 89, 89)
+
+
+def drawn(draw, *arguments, **options):
+    """The pixels of the PNG, int64 ``[height, width, 3]``."""
+    file = io.BytesIO()
+    draw(file, *arguments, **options)
+    assert file.getvalue().startswith(b"\x89PNG")
+    return np.asarray(Image.open(file).convert("RGB"), np.int64)
+
+
+def places(pixels, colour):
+    """Of all pixels of the colour: rows and columns."""
+    return np.argwhere(np.abs(pixels - np.array(colour)).sum(-1) < 12)
+
+
+def prevalence(estimate, low=None, high=None, **options):
+    shares = np.asarray(estimate, float)
+    nothing = np.full(len(shares), np.nan)
+    return Prevalence(
+        "method", shares, nothing if low is None else np.asarray(low),
+        nothing if high is None else np.asarray(high), 0.95,
+        np.full(len(shares), 1 / len(shares)), (50, 60), **options,
+    )  # fmt: skip
+
+
+def asked(p, **options):
+    why = {} if p is not None else {"not_testable": "one class has no example"}
+    return HypothesisTest("a test", "H0", 1.0, p, 0.7, "AUC", 0.6, (9, 9), **why | options)
+
+
+FEATURES = np.random.default_rng(0).normal(size=(2, 40, 6))
+LABELS = np.arange(40) % 3
+
+
+def test_domains_lie_where_their_features_are():
+    """A shift along the first component: the sides of the picture are the domains'."""
+    source, target = FEATURES[0], FEATURES[1] + 20
+    pixels = drawn(projection_picture, source, target, source_labels=LABELS, target_labels=LABELS)
+    # Points are transparent: blue and red ones are told by which channel is the largest.
+    inside = pixels[:, : int(0.8 * pixels.shape[1])]
+    blue = np.argwhere(inside[..., 2] - inside[..., 0] > 60)[:, 1]
+    red = np.argwhere(inside[..., 0] - inside[..., 2] > 60)[:, 1]
+    assert max(blue) < min(red) or max(red) < min(blue)
+    assert pixels.shape[1] >= 800
+
+
+@pytest.mark.parametrize(
+    ("labels", "markers"), [(None, False), (LABELS, True), (np.arange(40), False)]
+)
+def test_classes_have_markers_while_there_are_at_most_10(labels, markers):
+    pixels = drawn(projection_picture, *FEATURES, source_labels=labels)
+    # Text is smoothed, and has some gray in any case.
+    assert (len(places(pixels, GRAY)) > 400) == markers
+
+
+def test_more_features_than_examples_and_more_examples_than_points():
+    wide = np.random.default_rng(0).normal(size=(2, 9, 300))
+    assert drawn(projection_picture, *wide).std() > 0
+    many = np.random.default_rng(0).normal(size=(5000, 3))
+    assert drawn(projection_picture, many, FEATURES[0][:, :3]).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options", "text"),
+    [
+        (FEATURES[0], FEATURES[1][:, :3], {}, r"features have shapes \(40, 6\) and \(40, 3\)"),
+        (FEATURES[0][:, :1], FEATURES[1][:, :1], {}, "there is no plane"),
+        (FEATURES[0], np.full((4, 6), np.nan), {}, "features are NaN"),
+        (
+            *FEATURES,
+            {"target_labels": [0, 1]},
+            r"target labels have shape \(2,\), and",
+        ),
+        (*FEATURES, {"source_labels": LABELS, "class_names": ["a"]}, "have not all a name"),
+    ],
+)
+def test_what_has_no_projection(source, target, options, text):
+    with pytest.raises(ValueError, match=text):
+        projection_picture(io.BytesIO(), source, target, **options)
+
+
+def test_each_method_has_its_colour_and_its_interval():
+    one = prevalence([0.3, 0.7], [0.2, 0.6], [0.4, 0.8])
+    plain, narrow = prevalence([0.3, 0.7]), prevalence([0.3, 0.7], [0.29, 0.69], [0.31, 0.71])
+    lengths = []
+    for estimate in (one, plain, narrow):
+        pixels = drawn(prevalence_picture, [estimate, prevalence([0.5, 0.5])])
+        inside = pixels[:, : int(0.7 * pixels.shape[1])]
+        assert len(places(inside, RED))
+        assert not len(places(inside, GREEN))
+        first = places(inside[: inside.shape[0] // 2], BLUE)[:, 1]
+        lengths.append(np.ptp(first))
+    assert lengths[0] > 100 > 60 > lengths[1]
+    assert lengths[1] <= lengths[2] < lengths[0]
+
+
+def test_what_is_not_identifiable_is_hollow():
+    full = drawn(prevalence_picture, [prevalence([0.7, 0.3])])
+    hollow = drawn(
+        prevalence_picture, [prevalence([0.7, 0.3], identifiable=False, reason="singular")]
+    )
+    assert len(places(hollow, BLUE)) < 0.7 * len(places(full, BLUE))
+
+
+def test_of_many_classes_those_that_changed_most_are_drawn():
+    shares = np.full(60, 1 / 60)
+    shares[[3, 40]] += [0.01, -0.01]
+    few = drawn(prevalence_picture, [prevalence(np.full(20, 0.05))])
+    many = drawn(prevalence_picture, [prevalence(shares)])
+    assert many.shape[0] == few.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("estimates", "names", "text"),
+    [
+        ([], None, "0 estimates; from 1 to 6 can be drawn"),
+        ([prevalence([0.5, 0.5])] * 7, None, "7 estimates"),
+        ([prevalence([0.5, 0.5]), prevalence([1.0, 0, 0])], None, r"of \[2, 3\] classes: they"),
+        ([prevalence([0.5, 0.5])], ["a"], r"of \[2\] classes, and 1 names"),
+    ],
+)  # fmt: skip
+def test_prevalences_that_do_not_belong_together(estimates, names, text):
+    with pytest.raises(ValueError, match=text):
+        prevalence_picture(io.BytesIO(), estimates, class_names=names)
+
+
+def test_over_confidence_lies_below_the_diagonal_and_empty_bins_are_left_out():
+    sure = np.array([0.2, 0.4, 0.6, 0.8])
+    none = np.full(4, np.nan)
+    below = drawn(reliability_picture, sure, sure - 0.1, [9, 9, 9, 9], sure - 0.1, sure - 0.1)
+    above = drawn(reliability_picture, sure, sure + 0.1, [9, 9, 9, 9], sure + 0.1, sure + 0.1)
+    assert places(below, BLUE)[:, 0].mean() > places(above, BLUE)[:, 0].mean() + 50
+    right = np.where(sure < 0.5, np.nan, sure)
+    half = drawn(reliability_picture, sure, right, [0, 0, 9, 9], none, none)
+    assert places(half, BLUE)[:, 1].min() > places(above, BLUE)[:, 1].min() + 100
+
+
+@pytest.mark.parametrize(
+    ("bins", "text"),
+    [
+        (([0.5], [0.5], [0], [0.4], [0.6]), "no bin holds an example"),
+        (([0.5], [0.5, 0.6], [3], [0.4], [0.6]), "wanted \\[bins\\] each"),
+    ],
+)
+def test_bins_that_cannot_be_drawn(bins, text):
+    with pytest.raises(ValueError, match=text):
+        reliability_picture(io.BytesIO(), *bins)
+
+
+@pytest.mark.parametrize(("p", "red"), [(0.3, False), (0.05, True), (1e-30, True)])
+def test_rejections_have_a_colour_of_their_own(p, red):
+    pixels = drawn(hypotheses_picture, [asked(p)])
+    assert bool(len(places(pixels, RED))) == red
+    assert bool(len(places(pixels, BLUE))) != red
+
+
+def test_small_p_values_stand_left_of_large_ones_and_correction_moves_them_right():
+    left, right = (
+        places(drawn(hypotheses_picture, [asked(p)]), RED)[:, 1].mean() for p in (0.006, 0.04)
+    )
+    assert left < right - 50
+    alone = places(drawn(hypotheses_picture, [asked(0.01)] * 3), RED)[:, 1].max()
+    adjusted = places(drawn(hypotheses_picture, holm([asked(0.01)] * 3)), RED)[:, 1].max()
+    assert adjusted > alone + 20
+
+
+def test_what_could_not_be_tested_says_so_without_a_point():
+    pixels = drawn(hypotheses_picture, [asked(None), asked(0.01)])
+    assert not len(places(pixels[: pixels.shape[0] // 3], RED))
+    with pytest.raises(ValueError, match="there is no test to draw"):
+        hypotheses_picture(io.BytesIO(), [])
+
+
+def test_files_are_checked_before_anything_is_drawn(tmp_path):
+    hypotheses_picture(tmp_path / "tests.svg", [asked(0.2)])
+    assert (tmp_path / "tests.svg").read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match="is no picture"):
+        hypotheses_picture(tmp_path / "tests.txt", [asked(0.2)])
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        prevalence_picture(str(tmp_path / "no" / "p.png"), [prevalence([0.5, 0.5])])
