@@ -12,7 +12,17 @@ import numpy as np
 from flaxtransfer.architectures import PLAIN, ResNetConfig
 from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.paths import suggest, unflatten
-from flaxtransfer.weights import header, hub, huggingface, rename, shipped, sidecar, tensors, web
+from flaxtransfer.weights import (
+    header,
+    hub,
+    huggingface,
+    rename,
+    shipped,
+    sidecar,
+    tensors,
+    torchgeo,
+    web,
+)
 from flaxtransfer.weights.architecture import UNSEEN, infer, leaf_shapes, with_unseen
 from flaxtransfer.weights.checkpoint import Checkpoint
 from flaxtransfer.weights.companions import companions
@@ -31,14 +41,16 @@ def load(
     *,
     model: str | ResNetConfig | None = None,
     format: str | None = None,
+    sensor: str | None = None,
 ) -> Checkpoint:
     """A pre-trained ResNet from a file, complete or not at all.
 
     The naming, and from it the network, are read off the keys and shapes; the preprocessing comes
     from the file's header, from `config.json` or `preprocessor_config.json` beside it, or from
-    the name that torchvision gave the file, and is ImageNet's first recipe otherwise; `notes` of
-    the result say which. Nothing in the file is run. A file without a head, as self-supervised
-    training leaves it, gets one output that is always 0, for a new head to take its place.
+    the name that torchvision, torchgeo or torchxrayvision gave the file, and is ImageNet's first
+    recipe otherwise; `notes` of the result say which. Nothing in the file is run. A file without
+    a head, as self-supervised training leaves it, gets one output that is always 0, for a new
+    head to take its place.
 
     Args:
         source: a file of safetensors, of `torch.save` (no torch is needed), of flax's msgpack,
@@ -54,6 +66,9 @@ def load(
         format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
             "timm-v2" (its networks of pre-activations), "huggingface", "huggingface-flax", "bit",
             "keras" (Keras Applications, either version) or "keras-hub"; None reads it off.
+        sensor: whose bands the stem takes, a name in `torchgeo.SENSORS` such as "sentinel2_all"
+            or "landsat_tm_toa", for weights whose name does not say it; the number of bands has
+            to fit. It brings names, wavelengths and scale of the bands.
 
     Returns:
         A `Checkpoint` of float32 numpy arrays.
@@ -72,6 +87,8 @@ def load(
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
+    if sensor is not None:
+        torchgeo.note(sensor)  # a typing error costs no download
     name, path, arrived = _locate(source)
     file = tensors.read(path)
     chosen = format or detect(file.arrays)
@@ -110,7 +127,7 @@ def load(
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in head.items()}
         notes.append("the file has no head: one output that is always 0 stands in its place")
-    beside = companions(file, config, chosen, headless=headless)
+    beside = companions(file, config, chosen, headless=headless, sensor=sensor, source=name)
     hidden = [name for name in UNSEEN if getattr(beside.config, name) != getattr(config, name)]
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")
