@@ -1,6 +1,7 @@
 """From a file to a `Checkpoint`: every key used or excused, every leaf filled, or an error."""
 
 import dataclasses
+import json
 import os
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from flaxtransfer.weights import (
     header,
     hub,
     huggingface,
+    orbax_folder,
     rename,
     shipped,
     sidecar,
@@ -55,7 +57,8 @@ def load(
     Args:
         source: a file of safetensors, of `torch.save` (no torch is needed), of flax's msgpack,
             BiT's `.npz`, or Keras' `.h5` or `.keras` (needs the extra `keras`); its content says
-            which, whatever it is called. Or a folder with one;
+            which, whatever it is called. Or a folder with one, or a folder that orbax wrote of
+            {"params": ..., "batch_stats": ...}, which a step of a run is too;
             `hf://organisation/name[@revision][:file]`, which fetches it and what lies beside it
             into the hub's cache; `https://.../name-<first digits of sha256>.pth`, which is
             checked by its name; or "builtin", or "builtin:<name>".
@@ -65,7 +68,8 @@ def load(
             architecture in timm's `config.json` beside the file says so.
         format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
             "timm-v2" (its networks of pre-activations), "huggingface", "huggingface-flax", "bit",
-            "keras" (Keras Applications, either version) or "keras-hub"; None reads it off.
+            "keras" (Keras Applications, either version), "keras-hub", or "flaxtransfer", our own
+            paths; None reads it off.
         sensor: whose bands the stem takes, a name in `torchgeo.SENSORS` such as "sentinel2_all"
             or "landsat_tm_toa", for weights whose name does not say it; the number of bands has
             to fit. It brings names, wavelengths and scale of the bands.
@@ -182,6 +186,15 @@ def _network(
         file: the weights' file.
     """
     path, beside = file.path, file.path.with_name("config.json")
+    if orbax_folder.MODEL in file.metadata:
+        own = ResNetConfig.from_json(json.loads(file.metadata[orbax_folder.MODEL]))
+        if leaf_shapes(own) != leaf_shapes(seen):
+            raise ValueError(
+                f"{path} holds {seen.name} ({_describe(seen)}), not its run's {own.name}"
+            )
+        # Where the caller expects nothing, the run knows what no leaf shows.
+        if model is None:
+            return own
     settings = sidecar.read_json(beside)
     # A file of ours says it all in its header.
     if header.KEY in file.metadata:
