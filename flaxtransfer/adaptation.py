@@ -14,6 +14,7 @@ from flaxtransfer.bands import Adapter
 from flaxtransfer.models import adapters
 from flaxtransfer.models.band_components import least_squares
 from flaxtransfer.models.band_kernels import (
+    RGB_CENTRES_NM,
     average_kernels,
     by_wavelength,
     luminance,
@@ -53,6 +54,7 @@ def change_input(
     way: Way | Adapter | None = None,
     wavelengths: Sequence[float] | None = None,
     patches: Any = None,
+    stem_wavelengths: Sequence[float] = (),
 ) -> InputChange:
     """What has to change in a network so that it takes images of other bands.
 
@@ -72,6 +74,8 @@ def change_input(
       wavelengths: centre of each band in nm.
       patches: ``[patches, bands]`` of normalised training images; see
         ``band_components.least_squares``.
+      stem_wavelengths: centre of each of the stem's channels in nm, where they are not the red,
+        green and blue of photographs.
 
     Raises:
       ValueError: numbers of bands that do not fit each other, a way that these images or this
@@ -113,32 +117,36 @@ def change_input(
     _check_bands(bands, kind, way, wavelengths, patches)
     if kind in ("linear", "curves"):
         adapter = way if isinstance(way, Adapter) else Adapter(bands, kind)
-        return _with_adapter(config, adapter, wavelengths, patches)
+        kernel = None if wavelengths is None else _by_wavelength(wavelengths, stem_wavelengths)
+        return _with_adapter(config, adapter, kernel, patches)
     return _without(config, stem_kernel, bands, kind)
 
 
 def _with_adapter(
-    config: ResNetConfig, adapter: Adapter, wavelengths: Sequence[float] | None, patches: Any
+    config: ResNetConfig, adapter: Adapter, towards: np.ndarray | None, patches: Any
 ) -> InputChange:
     if patches is not None:
-        towards = None if wavelengths is None else by_wavelength(wavelengths)
         kernel = least_squares(patches, towards=towards)
         start = f"least squares on {len(np.asarray(patches)):,} patches" + (
-            " toward the wavelengths" if wavelengths is not None else ""
+            " toward the wavelengths" if towards is not None else ""
         )
-    elif wavelengths is not None:
-        kernel, start = by_wavelength(wavelengths), "the wavelengths"
+    elif towards is not None:
+        kernel, start = towards, "the wavelengths"
     else:
         kernel = luminance(adapter.bands)
         start = "the mean of the bands in each channel"
-    if adapter.bands == 1 and wavelengths is None and patches is None:
+    if adapter.bands == 1 and towards is None and patches is None:
         start = "replication"
-    verb = "starts as" if wavelengths is None and patches is None else "starts from"
+    verb = "starts as" if towards is None and patches is None else "starts from"
     params = adapters.init(adapter, kernel)
     new = {f"params/adapter/{name}": leaf for name, leaf in params.items()}
     what = "a linear adapter" if adapter.kind == "linear" else "an adapter with tone curves"
     text = f"{_bands(adapter.bands)} by {what} that {verb} {start}"
     return InputChange(replace(config, adapter=adapter), {}, new, text)
+
+
+def _by_wavelength(wavelengths: Sequence[float], channels: Sequence[float]) -> np.ndarray:
+    return by_wavelength(wavelengths, channels_nm=tuple(channels) or RGB_CENTRES_NM)
 
 
 def _without(config: ResNetConfig, stem_kernel: Any, bands: int, kind: str) -> InputChange:

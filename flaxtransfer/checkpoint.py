@@ -439,6 +439,126 @@ class Checkpoints:
             remove(self.folder, step)
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """What a folder of orbax' holds, without anything that says what it is for.
+
+    Attributes:
+      by_path: the numbers, by the path of each leaf.
+      checked: whether each leaf was compared with its checksum; only our own steps have them.
+    """
+
+    by_path: dict[str, np.ndarray]
+    checked: bool
+
+
+def folder_of_arrays(folder: str | os.PathLike[str]) -> Path | None:
+    """The folder in which orbax keeps a tree: this one, or the only item in it; None without one.
+
+    Raises:
+      ValueError: several trees, or a folder of steps; the text names them.
+
+    >>> folder_of_arrays("/") is None
+    True
+    """
+    path = Path(folder)
+    if (path / "_METADATA").is_file():
+        return path
+    items = sorted(inner.parent for inner in path.glob("*/_METADATA"))
+    if len(items) == 1:
+        return items[0]
+    if items:
+        names = ", ".join(str(item) for item in items)
+        raise ValueError(f"{path} holds several trees, name one: {names}")
+    steps = sorted({inner.parents[1] for inner in path.glob("[0-9]*/*/_METADATA")})
+    if steps:
+        raise ValueError(f"{path} holds checkpoints of several steps, name one: "
+                         f"{', '.join(map(str, steps))}")  # fmt: skip
+    return None
+
+
+def read_arrays(folder: str | os.PathLike[str], *, most: int) -> Arrays:
+    """The arrays of a folder that any orbax wrote, without a template.
+
+    You want it to look into checkpoints of others. For those of ours there is ``Checkpoints``,
+    which also fills a template and passes damaged steps over.
+
+    Args:
+      folder: as ``folder_of_arrays`` accepts it, or one of our steps.
+      most: numbers that all arrays together may have; nothing is read if there are more.
+
+    Returns:
+      The arrays; text and empty nodes of the tree are left out.
+
+    Raises:
+      ValueError: no such folder, links in it, more numbers than ``most``.
+      DamagedCheckpointError: it cannot be read, or does not match its checksums.
+      OSError: the machine did not allow it.
+    """
+    path = _local(folder)
+    tree = folder_of_arrays(path)
+    if tree is None:
+        raise ValueError(f"{path} holds nothing that orbax wrote")
+    linked = [inner for inner in path.rglob("*") if inner.is_symlink()]
+    if linked:
+        raise ValueError(f"{linked[0]} is a link, and a checkpoint has none")
+    try:
+        with _quiet_orbax():
+            if path.name.isdecimal() and (path / "record" / "metadata").is_file():
+                store = Checkpoints(path.parent, None, keep_best=0, keep_latest=1, read_only=True)
+                record = store._record(int(path.name))
+                shapes = [leaf["shape"] for leaf in record["leaves"].values() if "shape" in leaf]
+                _limit(sum(map(math.prod, shapes)), most, path)
+                return Arrays(store._arrays(int(path.name), record["leaves"]), checked=True)
+            return Arrays(_foreign_arrays(tree, most), checked=False)
+    except _Damage as damage:
+        raise DamagedCheckpointError(f"{path} is damaged: {damage}") from damage
+
+
+def _foreign_arrays(folder: Path, most: int) -> dict[str, np.ndarray]:
+    patience = _Patient()
+    # Orbax' own knows every kind of leaf that there may be; ours reads the numbers.
+    describing, handler = ocp.PyTreeCheckpointHandler(), _tree_handler(patience)
+    try:
+        described = describing.metadata(epath.Path(folder)).tree
+        leaves = inventories.named_leaves(described)
+        arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "shape")}
+        _limit(sum(math.prod(leaf.shape) for leaf in arrays.values()), most, folder)
+        # What is not read is left out of the template: text, and nodes without leaves.
+        wanted = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else ..., described)
+        read = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        found = handler.restore(
+            epath.Path(folder), args=ocp.args.PyTreeRestore(item=wanted, restore_args=read)
+        )
+        return {
+            name: np.asarray(leaf)
+            for name, leaf in inventories.named_leaves(found).items()
+            if name in arrays
+        }
+    except (MemoryError, ValueError) as error:
+        if isinstance(error, _TooMuch | MemoryError):
+            raise
+        raise _Damage(_unreadable(error, patience.failed, folder)) from error
+    except Exception as error:
+        number = _error_number(error)
+        if number in _NOT_DAMAGE:
+            reason = os.strerror(number).lower()
+            raise OSError(number, f"it cannot be read now ({reason})", str(folder)) from error
+        raise _Damage(_unreadable(error, patience.failed, folder)) from error
+    finally:
+        describing.close()
+        handler.close()
+
+
+class _TooMuch(ValueError):
+    """More numbers than a checkpoint of this size on the disk has."""
+
+
+def _limit(numbers: int, most: int, folder: Path) -> None:
+    if numbers > most:
+        raise _TooMuch(f"{folder} would unfold to {numbers:,} numbers, which no weights do")
+
+
 class _Damage(Exception):
     """Why one step cannot be used."""
 

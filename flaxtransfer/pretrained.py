@@ -13,7 +13,7 @@ from flaxtransfer.bands import Adapter
 from flaxtransfer.models import Model, resnet
 from flaxtransfer.paths import flatten, segment_of, suggest, unflatten
 from flaxtransfer.types import Variables
-from flaxtransfer.weights import Checkpoint
+from flaxtransfer.weights import Checkpoint, torchgeo
 from flaxtransfer.weights.architecture import differences
 
 __all__ = ["Head", "TransferReport", "transfer"]
@@ -85,7 +85,7 @@ def transfer(
     classes: int,
     bands: int | None = None,
     adapter: Way | Adapter | None = None,
-    wavelengths: Sequence[float] | None = None,
+    wavelengths: Sequence[float] | str | None = None,
     patches: Any = None,
     head: Head = "new",
     seed: int = 0,
@@ -109,8 +109,9 @@ def transfer(
             channels can show different content of one gray band; "sum", "average" and "repeat"
             change the stem's kernel instead, and "replicate" copies gray to three channels. Or
             an `Adapter` with knots and span of your own.
-        wavelengths: centre of each band in nm, in the order of the bands; an adapter then starts
-            with the visible ones as red, green and blue.
+        wavelengths: centre of each band in nm, in the order of the bands, or the name of their
+            sensor in `torchgeo.SENSORS`; an adapter then starts with the visible ones as red,
+            green and blue, or as whatever bands the checkpoint says that its stem takes.
         patches: [patches, bands] of normalised training images (`band_patches`); an adapter then
             starts with their main components where photographs have theirs, by least squares.
         head: "new" starts afresh; "keep" takes the pre-trained head, for the same classes in the
@@ -151,6 +152,8 @@ def transfer(
             f"head='keep' keeps the {old} classes of {checkpoint.source}, and classes={classes} "
             "was asked for; use head='new', or head='resize' if the first classes are the same"
         )
+    if isinstance(wavelengths, str):
+        wavelengths = torchgeo.wavelengths(wavelengths)
     leaves = flatten(checkpoint.variables)
     change = change_input(
         checkpoint.config,
@@ -159,6 +162,7 @@ def transfer(
         way=adapter,
         wavelengths=wavelengths,
         patches=patches,
+        stem_wavelengths=checkpoint.preprocessing.wavelengths,
     )
     leaves |= {**change.adapted, **change.new}
     config = dataclasses.replace(change.config, classes=classes)

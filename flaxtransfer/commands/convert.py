@@ -30,6 +30,8 @@ class Convert:
         huggingface.
       format: naming of the source, where it is not to be read off: torchvision, timm, timm-v2,
         huggingface, huggingface-flax, bit, keras or keras-hub.
+      sensor: whose bands the stem takes, where the file's name does not say it: sentinel2_all,
+        landsat_tm_toa, ...
       to: what to write, where the target's suffix does not say it.
       dtype: of the numbers in a .safetensors file.
       adapter: "fold" makes a linear input adapter a part of the stem, so that other programs can
@@ -39,6 +41,7 @@ class Convert:
     source: tyro.conf.Positional[str]
     target: tyro.conf.Positional[Path]
     format: str | None = None
+    sensor: str | None = None
     to: Layout | None = None
     dtype: Literal["float32", "float16"] = "float32"
     adapter: Literal["fold", "keep"] = "fold"
@@ -46,7 +49,7 @@ class Convert:
 
 def convert(options: Convert, console: Console) -> None:
     """Runs ``flaxtransfer convert``."""
-    checkpoint = load(options.source, format=options.format)
+    checkpoint = load(options.source, format=options.format, sensor=options.sensor)
     plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
     if plain and options.adapter == "fold":
         try:

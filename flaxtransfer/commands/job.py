@@ -50,7 +50,9 @@ class Job:
 
 def prepare(options: Train) -> Job:
     """Opens the data and the weights and puts network, labels and batches together."""
-    checkpoint = load(options.weights, model=options.model, format=options.format)
+    checkpoint = load(
+        options.weights, model=options.model, format=options.format, sensor=options.sensor
+    )
     source = open_source(
         options.data,
         download=options.download,
@@ -109,6 +111,7 @@ def _bands(
     change_input(
         checkpoint.config, flatten(checkpoint.variables["params"])[checkpoint.config.first_kernel],
         bands=bands, way=options.adapter, wavelengths=start["wavelengths"],
+        stem_wavelengths=own.wavelengths,
     )  # fmt: skip
     if bands == checkpoint.config.bands and not options.adapter and not options.wavelengths:
         return own, start

@@ -29,6 +29,8 @@ class Train:
         huggingface, huggingface-flax, bit, keras or keras-hub.
       model: architecture that the weights must be of, such as resnet50; by default whatever they
         are.
+      sensor: whose bands the weights take, where their name does not say it: sentinel2_all,
+        sentinel1_all, landsat_tm_toa, ...; images are 8 bits between its black and white.
       run: run folder; by default runs/<data>-seed<seed>.
       resume: continue the run in the folder, if there is one.
       labels_per_class: use so many labels of each class and test on all others. By default 5 for
@@ -85,6 +87,7 @@ class Train:
     weights: str = "builtin"
     format: str | None = None
     model: str | None = None
+    sensor: str | None = None
     run: Path | None = None
     resume: bool = False
     labels_per_class: int | None = None
@@ -159,6 +162,8 @@ class Train:
         if self.bands is None:
             # A run on the bands of its weights is the run that it was before there were others.
             found = {k: v for k, v in found.items() if k not in ("bands", "adapter", "wavelengths")}
+        if self.sensor is None:
+            del found["sensor"]
         # What a file says, not what it is called, is what was run.
         if is_file(self.strategy):
             found["plan"] = hashlib.sha256(Path(self.strategy).read_bytes()).hexdigest()[:12]

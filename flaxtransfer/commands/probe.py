@@ -30,6 +30,7 @@ class Probe:
       data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
       weights: "builtin", a file of a ResNet, a folder with one, hf://organisation/name, or https://.
       format: naming of the weights, where it is not to be read off.
+      sensor: whose bands the weights take, where their name does not say it: sentinel2_all, ...
       model: architecture that the weights must be of; by default whatever they are.
       labels_per_class: use so many labels of each class, 0 for all; by default 5 for the digits
         and all for other data.
@@ -43,6 +44,7 @@ class Probe:
     data: str = "digits"
     weights: str = "builtin"
     format: str | None = None
+    sensor: str | None = None
     model: str | None = None
     labels_per_class: int | None = None
     kind: Literal["ridge", "logistic"] = "ridge"
@@ -58,7 +60,9 @@ def probe(options: Probe, console: Console) -> None:
         raise ValueError(f"--most-images is 3 or more, not {options.most_images}")
     shared = Train(data=options.data, labels_per_class=options.labels_per_class, seed=options.seed)
     shared.check()
-    checkpoint = load(options.weights, model=options.model, format=options.format)
+    checkpoint = load(
+        options.weights, model=options.model, format=options.format, sensor=options.sensor
+    )
     source = open_source(
         options.data, skip_corrupt=options.skip_corrupt, bands=checkpoint.config.bands
     )

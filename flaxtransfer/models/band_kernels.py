@@ -154,7 +154,11 @@ def luminance(bands: int) -> np.ndarray:
 
 
 def by_wavelength(
-    centres_nm: Sequence[float], *, width_nm: float = 30.0, invisible: float = 0.1
+    centres_nm: Sequence[float],
+    *,
+    width_nm: float = 30.0,
+    invisible: float = 0.1,
+    channels_nm: Sequence[float] = RGB_CENTRES_NM,
 ) -> np.ndarray:
     """Red, green and blue from the visible bands, by how near each one is.
 
@@ -169,6 +173,8 @@ def by_wavelength(
       width_nm: standard deviation of the Gaussians; 30 nm is 70 nm at half height, as wide as
         Sentinel-2's blue band.
       invisible: share of the bands outside the visible range, at least 0 and less than 1.
+      channels_nm: centre of each of the stem's three channels, where it was not trained on
+        photographs. A band within two widths of one of them counts as visible.
 
     Returns:
       float64 ``[1, 1, bands, 3]``; the weights of each channel sum to 1.
@@ -187,7 +193,9 @@ def by_wavelength(
       research", 2014 (bands).
       CIE 15, "Colorimetry" (the visible range).
     """
-    centres = np.asarray(centres_nm, np.float64)
+    centres, channels = np.asarray(centres_nm, np.float64), np.asarray(channels_nm, np.float64)
+    if channels.shape != (3,) or not (np.isfinite(channels) & (channels >= 100)).all():
+        raise ValueError(f"channels_nm are three wavelengths in nm, not {channels.tolist()}")
     if centres.ndim != 1 or not centres.size:
         raise ValueError(f"centres_nm has shape {centres.shape}, wanted [bands], one or more")
     if not (np.isfinite(centres) & (centres > 0)).all():
@@ -201,10 +209,11 @@ def by_wavelength(
     if not 0 <= invisible < 1:
         raise ValueError(f"invisible is {invisible}, wanted at least 0 and less than 1")
     seen = (centres >= _VISIBLE_NM[0]) & (centres <= _VISIBLE_NM[1])
+    seen |= (abs(centres[:, None] - channels) <= 2 * width_nm).any(axis=1)
     if not seen.any():
         return luminance(len(centres))
     share = 0.0 if seen.all() else invisible
-    exponents = -0.5 * ((centres[seen, None] - np.array(RGB_CENTRES_NM)) / width_nm) ** 2
+    exponents = -0.5 * ((centres[seen, None] - channels) / width_nm) ** 2
     # Relative to the nearest band, for where all bands are far the Gaussians themselves underflow.
     weights = np.exp(exponents - exponents.max(axis=0))
     kernel = np.full((len(centres), 3), share / max(1, (~seen).sum()))

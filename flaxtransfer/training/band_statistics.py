@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from flaxtransfer.data import Source, eval_batches
@@ -60,7 +58,7 @@ def band_preprocessing(
     mean = share @ values
     std = np.sqrt(np.maximum((share * np.square(values - mean[:, None])).sum(axis=1), 0))
     std[std < 1e-9] = 1.0
-    return dataclasses.replace(preprocessing, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    return preprocessing.of_other_bands(mean.tolist(), std.tolist())
 
 
 def band_patches(

@@ -10,6 +10,7 @@ from flaxtransfer.weights import (
     big_transfer,
     huggingface,
     keras,
+    own_layout,
     rename,
     timm,
     timm_stem,
@@ -65,6 +66,7 @@ FORMATS: dict[str, Format] = {
         preprocessing=lambda config: keras.TF if config.preactivation else keras.CAFFE,
     ),
     "keras-hub": Format(keras.hub_table, prepare=keras.prepared),
+    "flaxtransfer": Format(lambda keys: own_layout.TABLE, prepare=own_layout.prepared),
 }
 
 

@@ -1,6 +1,7 @@
 """From a file to a `Checkpoint`: every key used or excused, every leaf filled, or an error."""
 
 import dataclasses
+import json
 import os
 import re
 from collections import Counter
@@ -12,7 +13,18 @@ import numpy as np
 from flaxtransfer.architectures import PLAIN, ResNetConfig
 from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.paths import suggest, unflatten
-from flaxtransfer.weights import header, hub, huggingface, rename, shipped, sidecar, tensors, web
+from flaxtransfer.weights import (
+    header,
+    hub,
+    huggingface,
+    orbax_folder,
+    rename,
+    shipped,
+    sidecar,
+    tensors,
+    torchgeo,
+    web,
+)
 from flaxtransfer.weights.architecture import UNSEEN, infer, leaf_shapes, with_unseen
 from flaxtransfer.weights.checkpoint import Checkpoint
 from flaxtransfer.weights.companions import companions
@@ -31,19 +43,22 @@ def load(
     *,
     model: str | ResNetConfig | None = None,
     format: str | None = None,
+    sensor: str | None = None,
 ) -> Checkpoint:
     """A pre-trained ResNet from a file, complete or not at all.
 
     The naming, and from it the network, are read off the keys and shapes; the preprocessing comes
     from the file's header, from `config.json` or `preprocessor_config.json` beside it, or from
-    the name that torchvision gave the file, and is ImageNet's first recipe otherwise; `notes` of
-    the result say which. Nothing in the file is run. A file without a head, as self-supervised
-    training leaves it, gets one output that is always 0, for a new head to take its place.
+    the name that torchvision, torchgeo or torchxrayvision gave the file, and is ImageNet's first
+    recipe otherwise; `notes` of the result say which. Nothing in the file is run. A file without
+    a head, as self-supervised training leaves it, gets one output that is always 0, for a new
+    head to take its place.
 
     Args:
         source: a file of safetensors, of `torch.save` (no torch is needed), of flax's msgpack,
             BiT's `.npz`, or Keras' `.h5` or `.keras` (needs the extra `keras`); its content says
-            which, whatever it is called. Or a folder with one;
+            which, whatever it is called. Or a folder with one, or a folder that orbax wrote of
+            {"params": ..., "batch_stats": ...}, which a step of a run is too;
             `hf://organisation/name[@revision][:file]`, which fetches it and what lies beside it
             into the hub's cache; `https://.../name-<first digits of sha256>.pth`, which is
             checked by its name; or "builtin", or "builtin:<name>".
@@ -53,7 +68,11 @@ def load(
             architecture in timm's `config.json` beside the file says so.
         format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
             "timm-v2" (its networks of pre-activations), "huggingface", "huggingface-flax", "bit",
-            "keras" (Keras Applications, either version) or "keras-hub"; None reads it off.
+            "keras" (Keras Applications, either version), "keras-hub", or "flaxtransfer", our own
+            paths; None reads it off.
+        sensor: whose bands the stem takes, a name in `torchgeo.SENSORS` such as "sentinel2_all"
+            or "landsat_tm_toa", for weights whose name does not say it; the number of bands has
+            to fit. It brings names, wavelengths and scale of the bands.
 
     Returns:
         A `Checkpoint` of float32 numpy arrays.
@@ -72,6 +91,8 @@ def load(
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
+    if sensor is not None:
+        torchgeo.note(sensor)  # a typing error costs no download
     name, path, arrived = _locate(source)
     file = tensors.read(path)
     chosen = format or detect(file.arrays)
@@ -110,7 +131,7 @@ def load(
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in head.items()}
         notes.append("the file has no head: one output that is always 0 stands in its place")
-    beside = companions(file, config, chosen, headless=headless)
+    beside = companions(file, config, chosen, headless=headless, sensor=sensor, source=name)
     hidden = [name for name in UNSEEN if getattr(beside.config, name) != getattr(config, name)]
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")
@@ -165,6 +186,15 @@ def _network(
         file: the weights' file.
     """
     path, beside = file.path, file.path.with_name("config.json")
+    if orbax_folder.MODEL in file.metadata:
+        own = ResNetConfig.from_json(json.loads(file.metadata[orbax_folder.MODEL]))
+        if leaf_shapes(own) != leaf_shapes(seen):
+            raise ValueError(
+                f"{path} holds {seen.name} ({_describe(seen)}), not its run's {own.name}"
+            )
+        # Where the caller expects nothing, the run knows what no leaf shows.
+        if model is None:
+            return own
     settings = sidecar.read_json(beside)
     # A file of ours says it all in its header.
     if header.KEY in file.metadata:

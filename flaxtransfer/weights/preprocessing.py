@@ -3,20 +3,28 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["IMAGENET", "Preprocessing"]
 
+REQUIRED = ("mean", "std", "size", "resize")
+OF_BANDS = ("bands", "wavelengths", "black", "white")
+"""Fields that say what the channels are; a photograph has none of them."""
+
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Preprocessing:
     """Resize the shorter side, cut the centre square, scale to 0..1, subtract mean, divide by std.
 
     It belongs to the weights: the same network with another mean is another network. It says how
     an image is prepared for prediction, and nothing about augmentation.
+
+    Pixels are 0 to 1 for photographs, and 0 to 255 where they are stored. Where a sensor measured
+    something else, reflectance times 10,000 or decibels, `black` and `white` say which
+    measurements those two pixels are, and `measured.pixels` makes images of the others.
 
     Args:
         mean: subtracted from each channel, for pixels scaled to 0..1.
@@ -24,6 +32,10 @@ class Preprocessing:
         size: side of the square that the network sees, in pixels.
         resize: shorter side of the image before the centre square is cut, in pixels.
         interpolation: filter of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.
+        bands: what the sensor's makers call each channel; () where nobody said.
+        wavelengths: centre of each band in nm; () where nobody said, or the bands are no light.
+        black: measurement of each band that is the pixel 0; () for photographs.
+        white: measurement of each band that is the pixel 1; above black.
 
     Raises:
         ValueError: values that describe no preprocessing; all of them are listed.
@@ -39,9 +51,14 @@ class Preprocessing:
     size: int
     resize: int
     interpolation: str = "bilinear"
+    bands: tuple[str, ...] = ()
+    wavelengths: tuple[float, ...] = ()
+    black: tuple[float, ...] = ()
+    white: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("mean", "std"):
+        object.__setattr__(self, "bands", tuple(self.bands))
+        for field in ("mean", "std", "wavelengths", "black", "white"):
             object.__setattr__(self, field, tuple(float(value) for value in getattr(self, field)))
         for field in ("size", "resize"):
             value = getattr(self, field)
@@ -72,11 +89,55 @@ class Preprocessing:
                 f"interpolation must be one of {', '.join(INTERPOLATIONS)}, "
                 f"not {self.interpolation!r}"
             )
+        return problems + self._problems_of_bands()
+
+    def _problems_of_bands(self) -> list[str]:
+        problems = [
+            f"{name} needs one value a channel, {len(self.mean)}, or none, not {len(values)}"
+            for name in OF_BANDS
+            if len(values := getattr(self, name)) not in (0, len(self.mean))
+        ]
+        if not all(isinstance(name, str) and name for name in self.bands):
+            problems.append(f"bands must be names, not {self.bands}")
+        elif len(set(self.bands)) != len(self.bands):
+            problems.append(f"two bands have one name: {self.bands}")
+        # Below 100 nm it is no light, and most likely a number in micrometres.
+        if not all(math.isfinite(nm) and nm >= 100 for nm in self.wavelengths):
+            problems.append(f"wavelengths must be in nm, not {self.wavelengths}")
+        ends = list(zip(self.black, self.white, strict=False))
+        if len(self.black) != len(self.white):
+            problems.append("black and white belong together, and one of them is missing")
+        elif not all(math.isfinite(low) and low < high < math.inf for low, high in ends):
+            problems.append(f"white must be above black, not {self.white} above {self.black}")
         return problems
 
+    def __repr__(self) -> str:
+        parts = [f"{name}={value!r}" for name, value in self._said().items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _said(self) -> dict[str, Any]:
+        """The fields without those of bands that nobody described."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != () or field.name not in OF_BANDS
+        }
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as a dictionary that `json` can write."""
-        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        """The fields as a dictionary that `json` can write, without those of no bands."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in self._said().items()
+        }
+
+    def of_other_bands(self, mean: Sequence[float], std: Sequence[float]) -> "Preprocessing":
+        """The same geometry for images of other bands, of which nothing else is known.
+
+        >>> IMAGENET.of_other_bands([0.5], [0.25]).mean
+        (0.5,)
+        """
+        plain: dict[str, Any] = dict.fromkeys(OF_BANDS, ())
+        return dataclasses.replace(self, mean=tuple(mean), std=tuple(std), **plain)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any] | str) -> "Preprocessing":
@@ -87,18 +148,18 @@ class Preprocessing:
 
         >>> Preprocessing.from_json('{"mean": [0], "std": [1], "size": 8}')
         Traceback (most recent call last):
-        ValueError: a preprocessing has mean, std, size, resize, interpolation; missing: resize
+        ValueError: a preprocessing has mean, std, size, resize, ...; missing: resize
         """
         if isinstance(fields, str):
             fields = json.loads(fields)
         if not isinstance(fields, Mapping):
             raise ValueError(f"a preprocessing is a JSON object, not {fields!r}")
         names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names[:-1] if name not in fields]
+        missing = [name for name in REQUIRED if name not in fields]
         unknown = [name for name in fields if name not in names]
         if missing or unknown:
             raise ValueError(
-                f"a preprocessing has {', '.join(names)}"
+                f"a preprocessing has {', '.join(names[:5])}, and may have {', '.join(OF_BANDS)}"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
                 + (f"; unknown: {', '.join(map(str, unknown))}" if unknown else "")
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights import backbones, containers
+from flaxtransfer.weights import backbones, containers, orbax_folder
 
 __all__ = ["Tensors", "read", "strip"]
 
@@ -39,30 +39,52 @@ def read(path: Path) -> Tensors:
     """Reads a file once: its checksum is that of the bytes that became the arrays.
 
     Args:
-        path: a file, or a folder that holds one as Hugging Face lays them out.
+        path: a file, a folder that holds one as Hugging Face lays them out, or one of orbax'.
 
     Raises:
         FileNotFoundError: no such file; the text names the nearest in the folder.
         ValueError: a file that is empty, damaged, unsafe or of another kind.
     """
     path = _found(path)
-    data = path.read_bytes()
     try:
-        container, named = containers.recognise(data, path.name)
-        arrays, metadata, notes = container.read(data)
+        arrays, metadata, sha256, told = _folder(path) if path.is_dir() else _file(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     if not arrays:
         raise ValueError(f"{path} holds no arrays")
     arrays, removed = strip(arrays)
-    notes = [
-        *named,
-        *notes,
-        *(f"the prefix {prefix!r} was removed from the keys" for prefix in removed),
-    ]
+    prefixes = [f"the prefix {prefix!r} was removed from the keys" for prefix in removed]
     arrays, left_out = backbones.encoder_of(arrays)
-    notes += left_out
-    return Tensors(path, arrays, metadata, hashlib.sha256(data).hexdigest(), tuple(notes))
+    return Tensors(path, arrays, metadata, sha256, (*told, *prefixes, *left_out))
+
+
+_Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
+
+
+def _file(path: Path) -> _Read:
+    data = path.read_bytes()
+    container, named = containers.recognise(data, path.name)
+    arrays, metadata, notes = container.read(data)
+    return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
+
+
+def _folder(path: Path) -> _Read:
+    """A tree of orbax', whose checksum is that of its leaves in the order of their paths."""
+    found = orbax_folder.read(path)
+    if found is None:
+        steps = sorted(map(str, path.glob("checkpoints/[0-9]*")))
+        raise FileNotFoundError(
+            f"{path} is a folder with 0 checkpoints in it: no {', '.join(containers.SUFFIXES)} "
+            "file is there, and nothing that orbax wrote"
+            + (f"; a run that has not finished has steps: {', '.join(steps)}" if steps else "")
+        )
+    arrays, metadata, notes = found
+    checksum = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        checksum.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        checksum.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return arrays, metadata, checksum.hexdigest(), notes
 
 
 def strip(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -90,12 +112,13 @@ def strip(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list
 def _found(path: Path) -> Path:
     if path.is_dir():
         files = _weights_in(path)
+        if not files:
+            return path
         preferred = [name for name in IN_A_FOLDER if name in files] or files
         if len(preferred) != 1 and preferred[:1] != [IN_A_FOLDER[0]]:
-            known = ", ".join(containers.SUFFIXES)
             raise FileNotFoundError(
                 f"{path} is a folder with {len(files)} checkpoints in it, name one: "
-                f"{', '.join(files) or f'no {known} file is there'}"
+                f"{', '.join(files)}"
             )
         return path / preferred[0]
     if not path.exists():

@@ -41,11 +41,30 @@ def test_json_keeps_every_bit(channels, size, border, interpolation):
         ({"size": 224.5}, "size must be a positive number of pixels"),
         ({"resize": 223}, "resize must be at least the size, 224 pixels, not 223"),
         ({"interpolation": "cubic"}, "bilinear, bicubic, .* not 'cubic'"),
+        ({"bands": ("B1", "B2")}, "bands needs one value a channel, 3, or none, not 2"),
+        ({"bands": ("B1", "B2", "B1")}, "two bands have one name"),
+        ({"bands": (1, 2, 3)}, "bands must be names"),
+        ({"wavelengths": (0.49, 0.56, 0.66)}, "wavelengths must be in nm"),
+        ({"white": (255,) * 3}, "black and white belong together"),
+        ({"black": (0,) * 3, "white": (255, 0, 255)}, "white must be above black"),
     ],
 )
 def test_what_is_no_preprocessing_is_refused(change, text):
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(IMAGENET, **change)
+
+
+def test_json_keeps_what_is_known_of_the_bands():
+    value = Preprocessing((0.5, 0.25), (1, 2), 8, 9, bands=("VV", "VH"), black=(-50, -50.5),
+                          white=(0, 1))  # fmt: skip
+    assert Preprocessing.from_json(json.dumps(value.to_json())) == value
+    assert "black=(-50.0, -50.5)" in repr(value)
+    assert "wavelengths" not in value.to_json()
+    other = value.of_other_bands([0.5], [0.25])
+    assert other == Preprocessing((0.5,), (0.25,), 8, 9)
+    assert repr(other) == (
+        "Preprocessing(mean=(0.5,), std=(0.25,), size=8, resize=9, interpolation='bilinear')"
+    )
 
 
 def test_all_problems_are_listed_at_once():
@@ -174,7 +193,8 @@ def test_a_record_for_other_channels_is_refused(basic, write):
 def test_what_is_assumed_is_said(golden):
     notes = {
         "torchvision_basic": "none is recorded, ImageNet's is assumed",
-        "torchvision_grouped": "none is recorded for 2 channels, which are left in 0..1",
+        "torchvision_grouped": "none is recorded for 2 channels, which are left in 0..1; "
+        "sensor= knows sentinel1_all",
         "timm": "from config.json beside the file",
         "huggingface_basic": "from preprocessor_config.json beside the file",
     }

@@ -1,0 +1,58 @@
+"""Our own names, under which other programs of JAX keep what `resnet(...).init` gave them."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from flaxtransfer.weights import timm, timm_v2
+from flaxtransfer.weights.rename import Rule, Table
+
+__all__ = ["TABLE", "prepared"]
+
+_LEAVES = dict.fromkeys(
+    leaf
+    for rule in (*timm.TABLE, *timm_v2.TABLE)
+    for leaf in (rule.leaf, timm.of_groups(rule).leaf)
+)
+
+TABLE: Table = tuple(Rule(leaf, leaf) for leaf in _LEAVES)
+"""Each leaf by its own path, such as "params/layer1/0/conv1/kernel"."""
+
+_FIRST = re.compile(r"(|.*/)params/layer1/0/conv1/kernel")
+_WEIGHTS = ("params/", "batch_stats/")
+
+
+def prepared(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Parameters and statistics without what else a run keeps, and notes; other files as they are.
+
+    Averages of parameters, as a run of ours keeps them under "ema", take the place of what they
+    average.
+
+    Raises:
+        ValueError: several networks.
+
+    >>> layer = "params/layer1/0/conv1/kernel"
+    >>> prepared({f"state/{layer}": 1, "state/step": 2, "seed": 3})
+    ({'params/layer1/0/conv1/kernel': 1}, ["the network is what lies under 'state/'; left out: \
+seed, step"])
+    """
+    places = sorted(found[1] for key in arrays if (found := _FIRST.fullmatch(key)))
+    if not places:
+        return dict(arrays), []
+    if len(places) > 1:
+        raise ValueError(f"it holds several networks, under {', '.join(map(repr, places))}")
+    (place,) = places
+    own = {key.removeprefix(place): a for key, a in arrays.items() if key.startswith(place)}
+    kept = {key: array for key, array in own.items() if key.startswith(_WEIGHTS)}
+    averages = {f"params/{k[4:]}": a for k, a in own.items() if k.startswith("ema/")}
+    strange = [key for key in averages if key not in kept]
+    if strange:
+        raise ValueError(f"it holds averages of parameters that it has not: {', '.join(strange)}")
+    left_out = {key.split("/")[0] for key in own if key not in kept and not key.startswith("ema/")}
+    left_out |= {key.split("/")[0] for key in arrays if not key.startswith(place)}
+    notes = [f"the network is what lies under {place!r}"] if place else []
+    said = f"left out: {', '.join(sorted(left_out))}" if left_out else ""
+    text = "; ".join(filter(None, (*notes, said)))
+    averaged = f"{len(averages)} leaves are averages over steps" if averages else ""
+    return kept | averages, [note for note in (text, averaged) if note]
