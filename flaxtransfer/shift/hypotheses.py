@@ -4,8 +4,27 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import norm
 
-__all__ = ["HypothesisTest", "holm", "permutation_p"]
+__all__ = [
+    "LEVEL",
+    "POWER",
+    "HypothesisTest",
+    "detectable",
+    "enough_repetitions",
+    "holm",
+    "permutation_p",
+    "untestable",
+]
+
+LEVEL = 0.05
+"""The level that `minimum_detectable` is given at."""
+
+POWER = 0.8
+"""The power that `minimum_detectable` is given at."""
+
+_FEWEST_REPETITIONS = 19
+"""With fewer, (1 + 0) / (1 + repetitions) never reaches `LEVEL`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +45,10 @@ class HypothesisTest:
         assumptions: what has to hold for `p` to mean what it says.
         not_testable: why there is no `p`; "" where there is one.
         adjusted_p: `p` after `holm`; None before.
+        notes: what was found on the way and has to be known: rows that both samples share, columns
+            that were left out.
+        members: the tests that a family is made of, one a column, with their own adjusted p-values;
+            empty for a single test.
     """
 
     name: str
@@ -39,6 +62,8 @@ class HypothesisTest:
     assumptions: tuple[str, ...] = ()
     not_testable: str = ""
     adjusted_p: float | None = None
+    notes: tuple[str, ...] = ()
+    members: tuple["HypothesisTest", ...] = ()
 
     def __post_init__(self) -> None:
         if (self.p is None) != bool(self.not_testable):
@@ -87,3 +112,59 @@ def permutation_p(statistic: float, permuted: np.ndarray) -> float:
     # Equal up to rounding counts as equal: the same sum in another order is not smaller.
     slack = 1e-12 * max(1.0, abs(statistic))
     return float((1 + (permuted >= statistic - slack).sum()) / (1 + len(permuted)))
+
+
+def untestable(
+    name: str,
+    hypothesis: str,
+    reason: str,
+    *,
+    effect_name: str,
+    counts: tuple[int, ...],
+    notes: tuple[str, ...] = (),
+) -> HypothesisTest:
+    """A test that could not be made: no p-value, and the reason.
+
+    >>> untestable("t", "H0", "one example", effect_name="AUC", counts=(1, 9)).rejected()
+    False
+    """
+    return HypothesisTest(
+        name=name,
+        hypothesis=hypothesis,
+        statistic=float("nan"),
+        p=None,
+        effect=float("nan"),
+        effect_name=effect_name,
+        minimum_detectable=None,
+        counts=counts,
+        not_testable=reason,
+        notes=notes,
+    )
+
+
+def detectable(null: np.ndarray) -> float:
+    """The true effect that is found with 80 % power, from effects simulated under H0.
+
+    The critical value at level 0.05, and as many standard deviations on top as 80 % of a normal
+    distribution reach down from its mean. An approximation: it takes the statistic to vary about
+    its true value as it does under H0.
+
+    >>> null = np.random.default_rng(0).normal(size=100_000)
+    >>> round(detectable(null), 1)  # 1.645 + 0.842
+    2.5
+    """
+    return float(np.quantile(null, 1 - LEVEL) + norm.ppf(POWER) * np.std(null))
+
+
+def enough_repetitions(count: int, name: str) -> int:
+    """The number of permutations or simulations, where a p-value of 0.05 can be reached with it.
+
+    Raises:
+        ValueError: fewer than 19.
+    """
+    if count < _FEWEST_REPETITIONS:
+        raise ValueError(
+            f"{name}={count}: with fewer than {_FEWEST_REPETITIONS} no p-value reaches {LEVEL}; "
+            "199 are quick, 999 are good"
+        )
+    return int(count)
