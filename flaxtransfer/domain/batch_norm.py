@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.domain.images import Images, reader, target_logits
+from flaxtransfer.domain.images import Images, dealt, reader, target_logits
 from flaxtransfer.domain.reestimation import reestimate
 from flaxtransfer.domain.report import BatchNormReport, Candidate
 from flaxtransfer.domain.standing import FAR, Estimate, Standing, far, one_class, standing, support
@@ -54,8 +54,9 @@ def adapt_batch_norm(
     Statistics are measured in training mode: each BatchNorm normalises by its batch, so that the
     next one sees what it will see. Up to ``batch_size`` images are one batch, and the result is
     exact: evaluated with running statistics, the network gives the outputs of training mode on
-    all images together, in any order. With more, batches are merged as parts of one sample, and
-    deeper layers depend a little on the batches unless ``passes`` are given (``reestimate``).
+    all images together, in any order. With more, images are dealt out to batches, which are merged
+    as parts of one sample, and deeper layers depend a little on which image met which, unless
+    more ``passes`` are given (``reestimate``).
 
     Guards, with ``source`` given: nothing is adapted where the estimated accuracy clearly falls,
     where one class is all there is, where class shares are far from the source's without a clear
@@ -99,7 +100,7 @@ def adapt_batch_norm(
     """
     check_guard(guard)
     chosen = batch_norms(model, variables, where)
-    read = reader(images, batch_size)
+    read = reader(dealt(images, batch_size), batch_size)
     found = reestimate(
         model, variables, read, preprocessing, chosen,
         source_weight=source_weight, mixture=mixture, passes=passes, mesh=mesh,
@@ -157,7 +158,8 @@ def _judge(before: Standing, after: Standing) -> tuple[list[str], list[str]]:
     better = before if before.accuracy >= after.accuracy else after
     shares = better.prevalence
     apart = float(np.abs(before.prevalence.estimate - after.prevalence.estimate).sum() / 2)
-    refusals, notes = [], []
+    refusals: list[str] = []
+    notes: list[str] = []
     if abs(change) <= CLEAR and apart > FAR:
         refusals.append(
             f"the networks before and after are {apart:.2f} apart in total variation about the "

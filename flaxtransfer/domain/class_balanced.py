@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.domain.batch_norm import Guard, batch_norms, check_guard
-from flaxtransfer.domain.images import Images, reader, target_logits
+from flaxtransfer.domain.images import Images, dealt, reader, target_logits
 from flaxtransfer.domain.reestimation import Reestimated, TooFewValues, reestimate
 from flaxtransfer.domain.report import BatchNormReport, Candidate
 from flaxtransfer.domain.standing import Estimate, Standing, one_class, standing
@@ -21,7 +21,7 @@ from flaxtransfer.weights import Preprocessing
 
 __all__ = ["adapt_batch_norm_balanced"]
 
-_WEAK = 0.5
+_WEAK = 0.75
 """Share of its accuracy at the source below which a network's predictions weigh nothing."""
 
 
@@ -52,6 +52,7 @@ def adapt_batch_norm_balanced(
     Predictions still have the prior of the source: correct them by the estimated prevalence
     afterwards. It cannot work where a class is missing, for no weight makes up for that, nor where
     no network says anything about the images: both are refused, and the source's statistics stay.
+    Confidence can be fooled: it also rises, round by round, on images that are of no class at all.
 
     Args:
       model: the network.
@@ -79,7 +80,7 @@ def adapt_batch_norm_balanced(
     if rounds < 1:
         raise ValueError(f"rounds is 1 or more, not {rounds}")
     chosen = batch_norms(model, variables, where)
-    read = reader(images, batch_size)
+    read = reader(dealt(images, batch_size), batch_size)
 
     def network(name: str, weights: np.ndarray | None = None) -> _Network:
         found = reestimate(
@@ -99,8 +100,11 @@ def adapt_batch_norm_balanced(
     # Whichever of the two predicts better says what to weigh by first.
     last = _best(met)
     for number in range(1, rounds + 1):
-        q = last.standing.prevalence.estimate
-        weights = balancing_weights(last.standing.probabilities, source.prior, q)
+        shares = last.standing.prevalence
+        if not shares.identifiable:
+            notes.append(f"round {number} was not taken: {shares.reason}")
+            break
+        weights = balancing_weights(last.standing.probabilities, source.prior, shares.estimate)
         try:
             balanced = network(f"balanced, round {number}", weights)
         except TooFewValues as error:

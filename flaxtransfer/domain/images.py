@@ -14,7 +14,7 @@ from flaxtransfer.training.feed import Batch
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
 
-__all__ = ["Images", "Reader", "reader", "target_logits"]
+__all__ = ["Images", "Reader", "dealt", "reader", "target_logits", "weighted"]
 
 Images = np.ndarray | Callable[[], Iterable[Batch]]
 """uint8 ``[images, height, width, bands]`` as the network takes them, or a function that yields
@@ -69,6 +69,21 @@ def reader(images: Images, batch_size: int) -> Reader:
             }
 
     return batches
+
+
+def dealt(images: Images, batch_size: int) -> Images:
+    """An array's images dealt out like cards, so that every batch has some from everywhere.
+
+    Files come sorted by class, and batches of one class have statistics of one class. What fits
+    into one batch, and a feed, stays as it is.
+
+    >>> dealt(np.arange(6), 3).tolist()
+    [0, 2, 4, 1, 3, 5]
+    """
+    if callable(images) or not hasattr(images, "__len__") or len(images) <= batch_size:
+        return images
+    hands = -(-len(images) // max(batch_size, 1))
+    return images[np.concatenate([np.arange(n, len(images), hands) for n in range(hands)])]
 
 
 def weighted(read: Reader, weights: np.ndarray) -> Reader:

@@ -94,9 +94,10 @@ def reestimate(
     In the first pass every chosen BatchNorm normalises by the batch at hand, mixed with the
     source, so that deeper ones see what they will see; batches are merged as parts of one sample.
     With one batch that is exact. With several, deeper layers saw each batch normalised by itself.
-    A further pass normalises all images by what the pass before has found, which makes one more
-    layer exact, counted from the input, and the others better; when nothing moves any more, the
-    result depends neither on the batches nor on their order.
+    A further pass normalises all images by what the pass before has found, which makes at least
+    one more layer exact, counted from the input; what comes after the exact ones may get worse
+    before it gets better. When nothing moves any more, the result depends neither on the batches
+    nor on their order.
 
     Args:
       model: the network.

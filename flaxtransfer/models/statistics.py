@@ -27,7 +27,7 @@ def apply_measuring(
     chosen: frozenset[str],
     *,
     by_batch: bool = True,
-    share: float = 0.0,
+    share: float | jax.Array | None = None,
     kind: Mixture = "moments",
     stop: str | None = None,
 ) -> tuple[jax.Array, dict[str, Moments]]:
@@ -42,7 +42,7 @@ def apply_measuring(
       by_batch: whether the chosen ones normalise by what they measure, which is what a deeper one
         then sees; otherwise all normalise by the statistics that they have.
       share: of the statistics that a BatchNorm has, where it normalises by a mixture of them with
-        what it measures.
+        what it measures; None is what it measures alone.
       kind: of that mixture.
       stop: segment before which to stop.
 
@@ -73,7 +73,7 @@ def apply_measuring(
         held: Any = module.variables
         own = Moments(held["batch_stats"]["mean"], held["batch_stats"]["var"], 0)
         # Without a share, statistics of a source that are not finite must not spoil the mixture.
-        used = mix(own, found[path], share, kind) if share else found[path]
+        used = found[path] if share is None else mix(own, found[path], share, kind)
         scale = jax.lax.rsqrt(used.var + module.epsilon) * held["params"]["scale"]
         y = (wide - used.mean) * scale + held["params"]["bias"]
         return y.astype(x.dtype)

@@ -98,7 +98,7 @@ def merge(first: Moments, second: Moments) -> Moments:
     return dataclasses.replace(mix(second, first, second.count / count), count=count)
 
 
-def mix(source: Moments, target: Moments, share: float, kind: Mixture = "moments") -> Moments:
+def mix(source: Moments, target: Moments, share: Any, kind: Mixture = "moments") -> Moments:
     """The moments of a mixture of two populations.
 
     Args:

@@ -103,7 +103,7 @@ def measure_moments(
       ValueError: no image.
     """
     mesh = mesh or make_mesh()
-    of_batch = _of_batch(model, preprocessing, chosen, by_batch, share, kind)
+    of_batch = _of_batch(model, preprocessing, chosen, by_batch, kind)
     placed = place_replicated(variables, mesh)
     merged: dict[str, Moments] | None = None
     for batch in without_padding(batches):
@@ -111,7 +111,7 @@ def measure_moments(
         arrived = place_batch(batch, mesh) if whole else place_replicated(batch, mesh)
         found = {
             path: Moments(*(np.asarray(value, np.float64) for value in values))
-            for path, values in jax.device_get(of_batch(placed, *arrived)).items()
+            for path, values in jax.device_get(of_batch(placed, *arrived, share or None)).items()
         }
         both = found if merged is None else {p: merge(merged[p], one) for p, one in found.items()}
         merged = both
@@ -126,11 +126,12 @@ def _of_batch(
     preprocessing: Preprocessing,
     chosen: frozenset[str],
     by_batch: bool,
-    share: float,
     kind: Mixture,
-) -> Callable[[Variables, Any, Any], dict[str, Any]]:
+) -> Callable[..., dict[str, Any]]:
     @jax.jit
-    def moments(variables: Variables, images: jax.Array, weights: jax.Array) -> dict[str, Any]:
+    def moments(
+        variables: Variables, images: jax.Array, weights: jax.Array, share: jax.Array | None
+    ) -> dict[str, Any]:
         normal = normalise(images, preprocessing.mean, preprocessing.std)
         _, found = apply_measuring(
             model, variables, normal, weights, chosen,

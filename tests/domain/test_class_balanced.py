@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from flaxtransfer.domain.batch_norm import adapt_batch_norm
@@ -9,9 +12,9 @@ from flaxtransfer.domain.class_balanced import adapt_batch_norm_balanced
 from tests.domain.gratings import PREPROCESSING, draw, faint
 
 
-def balanced(trained, images, **options):
+def balanced(trained, images, source=None, **options):
     return adapt_batch_norm_balanced(
-        trained.model, trained.variables, images, PREPROCESSING, trained.source,
+        trained.model, trained.variables, images, PREPROCESSING, source or trained.source,
         batch_size=240, **options,
     )  # fmt: skip
 
@@ -55,14 +58,14 @@ def test_where_the_source_is_best_it_stays(trained, shares, reason):
     assert lost > (0.5 if 1 in shares else 0.01)
 
 
-def test_predictions_that_say_nothing_weigh_nothing(trained):
-    """Of images without any pattern no network is sure, and the reason says so."""
-    import numpy as np
-
-    noise = np.random.default_rng(0).integers(120, 136, (240, 32, 32, 3)).astype(np.uint8)
-    variables, report = balanced(trained, noise)
+def test_predictions_that_say_little_weigh_nothing(trained):
+    """A source that was sure of everything and always right: beside it, this target is guesses."""
+    sure = np.eye(3)[trained.source.labels] * 0.998 + 0.002 / 3
+    source = replace(trained.source, probabilities=sure)
+    images = faint(draw((0.8, 0.15, 0.05), 240, 5)[0])
+    variables, report = balanced(trained, images, source)
     assert variables is trained.variables
-    assert "predictions cannot weigh images" in " ".join(report.refusals)
+    assert "against 100 % at the source: its predictions" in " ".join(report.refusals)
 
 
 def test_no_rounds(trained):
