@@ -105,10 +105,10 @@ def write_report(
     out: Path, report: ShiftReport, source: Evidence, found: Evidence, *, run: Path, target: str
 ) -> None:
     """A folder that appears whole: JSON, a page, and the pictures on it."""
+    from flaxtransfer.report.shift_drawings import shift_drawings
     from flaxtransfer.report.shift_page import shift_page
-    from flaxtransfer.report.shift_pictures import shift_pictures
 
-    pictures = shift_pictures(report, source.features, source.labels, found.features)
+    pictures = shift_drawings(report, source.features, source.labels, found.features)
     out.parent.mkdir(parents=True, exist_ok=True)
     with appearing(out) as folder:
         folder.mkdir()
