@@ -50,7 +50,7 @@ def accuracy_without_labels(
         prevalence: of the target, for the estimate that is exact under label shift; None leaves
             it out.
         replicates: of the bootstrap: validation and target examples are drawn again, the
-            calibration is kept.
+            calibration is kept, so that the interval of the average confidence is too narrow.
         level: of the intervals.
         seed: of the bootstrap.
 

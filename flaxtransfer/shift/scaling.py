@@ -95,9 +95,9 @@ class _Likelihood:
         self.moments = np.bincount(labels, weights=observed, minlength=classes) / count
         present = self.frequency > 0
         # Each row measures one absent class against the mean of those that are there.
-        self.absent = np.eye(classes)[~present] - present / present.sum()
-        if form == "temperature":
-            self.absent = self.absent[:0]
+        missing = np.flatnonzero(~present) if form != "temperature" else np.arange(0)
+        self.absent = np.tile(-(present / present.sum()), (len(missing), 1))
+        self.absent[np.arange(len(missing)), missing] = 1
 
     def expand(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scales `[K]` and biases `[K]`."""

@@ -275,14 +275,14 @@ def test_intervals_cover_the_accuracy_under_label_shift():
     even, shares = np.full(3, 1 / 3), np.array([0.6, 0.25, 0.15])
     many, truth = drawn(200_000, shares, 10_000)
     covered = {}
-    for seed in range(200):
+    for seed in range(100):
         logits, labels = drawn(500, even, seed)
         source = calibrate(logits, labels)
         counts = np.bincount(drawn(400, shares, seed + 500)[1], minlength=3) / 400
         half = 1.96 * np.sqrt(counts * (1 - counts) / 400)
         target = source.apply(drawn(400, shares, seed + 500)[0])
         found = accuracy_without_labels(
-            source, target, prevalence_of(counts, half), replicates=200, seed=seed
+            source, target, prevalence_of(counts, half), replicates=100, seed=seed
         )
         accuracy = (source.apply(many).argmax(1) == truth).mean()
         for each in found.estimates:
