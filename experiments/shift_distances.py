@@ -1,6 +1,6 @@
 """What distances and scores say where nothing is the matter: raw, and beside their nulls.
 
-    python experiments/shift_distances.py        # ten seconds on one CPU core
+    OMP_NUM_THREADS=1 python experiments/shift_distances.py        # ten seconds on one CPU core
 
 Every row is measured twice, without and with something to be found: two Gaussian samples of one
 distribution, then with the second shifted by 0.3 standard deviations in every eighth feature;

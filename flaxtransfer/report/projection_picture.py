@@ -80,14 +80,8 @@ def projection_picture(
             axes.scatter(*points[here].T, s=size, c=colour, marker=marker,
                          alpha=0.55, linewidths=1.2 if marker == "x" else 0)  # fmt: skip
         few = "" if len(chosen) == len(points) else f", {len(chosen)} drawn"
-        entries.append(
-            (
-                f"{name} ({len(points)}{few})",
-                colour,
-                "_" if own is not None and known else plain,
-                True,
-            )
-        )
+        marker = "_" if own is not None and known else plain
+        entries.append((f"{name} ({len(points)}{few})", colour, marker, True))
     axes.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of variance)")
     axes.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
     axes.set_aspect("equal", adjustable="datalim")

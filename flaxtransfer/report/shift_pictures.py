@@ -75,11 +75,8 @@ def prevalence_picture(
     levels = sorted({f"{100 * one.level:g} %" for one in estimates if np.isfinite(one.low).any()})
     told = f", with intervals of {' and '.join(levels)}" if levels else ""
     axes.set_xlabel(f"share of the class (%){told}")
-    axes.set_ylabel(
-        "class"
-        if len(shown) == classes
-        else f"{len(shown)} of {classes} classes, which changed most"
-    )
+    few = f"{len(shown)} of {classes} classes, which changed most"
+    axes.set_ylabel("class" if len(shown) == classes else few)
     legend(axes, entries)
     save(made, path)
 

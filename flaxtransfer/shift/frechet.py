@@ -7,7 +7,13 @@ import numpy as np
 from flaxtransfer.shift.nulls import Distance, orders, summary, two_samples
 from flaxtransfer.shift.shrinkage import shrinkage as _shrinkage
 
-__all__ = ["bures_wasserstein", "frechet_distance", "pooled_coordinates"]
+__all__ = [
+    "bures_wasserstein",
+    "frechet_distance",
+    "gaussian_factor",
+    "pooled_coordinates",
+    "squared_distance",
+]
 
 _SYMMETRIC = 1e-8
 
@@ -41,7 +47,7 @@ def bures_wasserstein(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float
     root_b = _root(cov_b, "cov_b", len(first))
     if not np.isfinite(first - second).all():
         raise ValueError("means hold NaN or infinite numbers")
-    return float(np.sqrt(_squared(first - second, root_a, root_b)))
+    return float(np.sqrt(squared_distance(first - second, root_a, root_b)))
 
 
 def frechet_distance(
@@ -88,12 +94,12 @@ def frechet_distance(
     pooled = pooled_coordinates(both)
 
     def distance(order: np.ndarray) -> float:
-        first, floor_a = _moments(pooled[order[:split]], width, shrinkage)
-        second, floor_b = _moments(pooled[order[split:]], width, shrinkage)
+        first, floor_a = gaussian_factor(pooled[order[:split]], width, shrinkage)
+        second, floor_b = gaussian_factor(pooled[order[split:]], width, shrinkage)
         gap = pooled[order[:split]].mean(0) - pooled[order[split:]].mean(0)
         # Outside of the span of the pooled sample both are spheres, which commute.
         outside = (width - pooled.shape[1]) * (floor_a - floor_b) ** 2
-        return _squared(gap, first, second) + outside
+        return squared_distance(gap, first, second) + outside
 
     value = distance(np.arange(len(pooled)))
     null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
@@ -123,11 +129,14 @@ def pooled_coordinates(pooled: np.ndarray) -> np.ndarray:
     return _factor(centred @ centred.T).T
 
 
-def _moments(rows: np.ndarray, width: int, shrink: bool) -> tuple[np.ndarray, float]:
-    """F with F.T @ F the covariance, and the standard deviation outside of the columns' span."""
+def gaussian_factor(rows: np.ndarray, width: int, shrink: bool) -> tuple[np.ndarray, float]:
+    """F with F.T @ F the covariance, and the standard deviation outside of the columns' span.
+
+    One row has no covariance: F is 0.
+    """
     centred = rows - rows.mean(0)
     if not shrink:
-        return _shorten(centred / np.sqrt(len(rows) - 1)), 0.0
+        return _shorten(centred / np.sqrt(max(1, len(rows) - 1))), 0.0
     intensity, variance = _shrinkage(centred, width)
     floor = float(np.sqrt(intensity * variance))
     scaled = centred * np.sqrt((1 - intensity) / len(rows))
@@ -140,7 +149,7 @@ def _shorten(factor: np.ndarray) -> np.ndarray:
     return factor if rows <= columns else np.asarray(np.linalg.qr(factor, mode="r"))
 
 
-def _squared(gap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+def squared_distance(gap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     """|gap|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2, of factors F.T @ F of A and B."""
     # The trace of the root is the sum of singular values of the factors' product: no root is taken
     # of an eigenvalue that is rounding, and with few rows the product is small.

@@ -2,9 +2,11 @@
 
 import numpy as np
 import ot
+import ot.gmm
 import pytest
 from sklearn.covariance import LedoitWolf
 
+from flaxtransfer.shift.class_distance import class_distance
 from flaxtransfer.shift.frechet import bures_wasserstein, frechet_distance
 from flaxtransfer.shift.h_score import h_score
 from flaxtransfer.shift.sliced_wasserstein import random_directions, wasserstein_on_lines
@@ -49,3 +51,20 @@ def test_h_score_of_a_covariance_of_scikit_learn(seed):
     between = np.cov(means.T, bias=True)
     expected = (1 - fitted.shrinkage_) * np.trace(np.linalg.inv(fitted.covariance_) @ between)
     assert h_score(features, labels, permutations=19).value == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_class_distance(seed):
+    first, second = pair(seed, 60, 45, 6)
+    labels, others = np.arange(60) % 4, np.arange(45) % 3
+    mixtures = [
+        (
+            np.stack([x[y == k].mean(0) for k in np.unique(y)]),
+            np.stack([np.cov(x[y == k].T) for k in np.unique(y)]),
+            np.array([(y == k).mean() for k in np.unique(y)]),
+        )
+        for x, y in ((first, labels), (second, others))
+    ]
+    terms = [term for both in zip(*mixtures, strict=True) for term in both]
+    found = class_distance(first, labels, second, others, permutations=19)
+    assert found.value == pytest.approx(float(ot.gmm.gmm_ot_loss(*terms)), rel=1e-7)
