@@ -22,6 +22,9 @@ _BLOCK = 100_000
 _CURVATURE_ROWS = 200
 """Rows for each class that the curvature of a Newton step is taken from; slopes use all rows."""
 
+_FEW_ROWS = 10_000
+"""As many always give all they have; and all do if a dozen passes were not enough."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Maximum:
@@ -96,7 +99,8 @@ def maximise(
         return (height + float(extra[seen] @ np.log(q[seen]))) / total, slopes / total
 
     def curvature(q: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-        stride = max(1, len(probabilities) // (_CURVATURE_ROWS * classes))
+        enough = max(_CURVATURE_ROWS * classes, _FEW_ROWS)
+        stride = max(1, len(probabilities) // enough) if passes <= 12 else 1
         some = None if weights is None else weights[::stride]
         matrix = information(probabilities[::stride], q / divisor, divisor, some)
         matrix *= rows / total
@@ -121,6 +125,11 @@ def maximise(
         if passes > 2:
             matrix = curvature(q, slopes)
             goal = nonnegative_quadratic(matrix, matrix @ q + slopes - 1)
+            # A parabola knows nothing of the logarithm at zero: on the way to a small share it
+            # overshoots, and from too small a one it only doubles. EM's step, which is exact for a
+            # class that nothing is confused with, holds it back until less than a row is left.
+            expected = np.where(slopes > 1, 0.7, 0.03) * q * slopes
+            goal = np.maximum(goal, np.where(expected * total > 1e-3, expected, 0.0))
             if goal.sum() > 0:
                 moved = _line_search(at, q, goal / goal.sum(), height, slopes)
                 passes += 1 if moved is None else moved[3]
