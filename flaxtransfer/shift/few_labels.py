@@ -8,15 +8,17 @@ neither explains the target: the concept shifted, or the model is not calibrated
 For the null distributions labels are drawn from the posteriors themselves, which is exact where
 these are known. Those that were corrected by an estimated prevalence carry its error, and 200
 labels are enough to notice it: at 600 source and 300 target examples `label_residual_test` rejects
-a third of true hypotheses instead of a twentieth. Hand `reestimated_posteriors` to the test as
-`estimates`: then labels drawn from the posteriors meet estimates of these, as they do in reality.
+a quarter of true hypotheses instead of a twentieth. Hand over what `corrected_posteriors` returns
+instead: then labels drawn from posteriors meet estimates of these, as they do in reality.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from flaxtransfer.shift.checks import as_labels, as_probabilities, same_width
+from flaxtransfer.shift.estimated_posteriors import EstimatedPosteriors
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
     detectable,
@@ -24,7 +26,6 @@ from flaxtransfer.shift.hypotheses import (
     permutation_p,
     untestable,
 )
-from flaxtransfer.shift.label_draws import label_draws
 
 __all__ = ["label_residual_test", "log_loss_test", "posterior_ratio_tests"]
 
@@ -35,14 +36,13 @@ _SMALLEST = 1e-300
 
 _CHOICE = "labels are of a random choice of target examples"
 _KNOWN = "posteriors are known: what they were estimated from is much more than the labels"
-_ESTIMATED = "`estimates` vary about the posteriors as these do about the truth"
+_ESTIMATED = "estimates of a bootstrap vary about the posteriors as these do about the truth"
 
 
 def log_loss_test(
     probabilities: Any,
     labels: Any,
     *,
-    estimates: Any = None,
     simulations: int = 9999,
     seed: int = 0,
 ) -> HypothesisTest:
@@ -52,9 +52,9 @@ def log_loss_test(
     timid make labels likelier than was expected, and pass; see `label_residual_test`.
 
     Args:
-        probabilities: `[l, K]`, posteriors of the labelled target examples.
+        probabilities: `[l, K]`, posteriors of the labelled target examples, or
+            `EstimatedPosteriors`.
         labels: `[l]`, their classes.
-        estimates: `[S, l, K]`, where posteriors were estimated: how else they could have come out.
         simulations: draws of all l labels.
         seed: for these.
 
@@ -72,7 +72,8 @@ def log_loss_test(
     True
     """
     name = "log-loss of labels"
-    found, seen, others = _checked(probabilities, labels, estimates, simulations)
+    given, seen, assumption = _checked(probabilities, labels, simulations)
+    found = given.posteriors
     if len(seen) < _FEWEST:
         return _too_few(name, _RIGHT, "nats", len(seen))
     if _certain(found, seen):
@@ -80,7 +81,7 @@ def log_loss_test(
     loss = _surprise(found)
     statistic = float(_picked(loss, seen).sum())
     excess = statistic - float((found * loss).sum())
-    null = _excesses(found, others, _surprise(others), simulations, seed)
+    null = _excesses(given, _surprise(given.estimates), simulations, seed)
     count = len(seen)
     return HypothesisTest(
         name=name,
@@ -91,7 +92,7 @@ def log_loss_test(
         effect_name="nats",
         minimum_detectable=detectable(null) / count,
         counts=(count,),
-        assumptions=(_CHOICE, _KNOWN if estimates is None else _ESTIMATED),
+        assumptions=(_CHOICE, assumption),
     )
 
 
@@ -99,7 +100,6 @@ def label_residual_test(
     probabilities: Any,
     labels: Any,
     *,
-    estimates: Any = None,
     simulations: int = 9999,
     seed: int = 0,
 ) -> HypothesisTest:
@@ -110,9 +110,9 @@ def label_residual_test(
     are for the other one.
 
     Args:
-        probabilities: `[l, K]`, posteriors of the labelled target examples.
+        probabilities: `[l, K]`, posteriors of the labelled target examples, or
+            `EstimatedPosteriors`.
         labels: `[l]`, their classes.
-        estimates: `[S, l, K]`, where posteriors were estimated: how else they could have come out.
         simulations: draws of all l labels.
         seed: for these.
 
@@ -132,20 +132,22 @@ def label_residual_test(
     'class 1 is more frequent than expected, by 6.0 of 20 labels'
     """
     name, effect_name = "residual of labels", "total variation"
-    found, seen, others = _checked(probabilities, labels, estimates, simulations)
+    given, seen, assumption = _checked(probabilities, labels, simulations)
+    found = given.posteriors
     count, classes = found.shape
     if count < _FEWEST:
         return _too_few(name, _RIGHT, effect_name, count)
     if _certain(found, seen):
         return _nothing_to_test(name, _RIGHT, effect_name, count)
-    numbers = np.zeros((simulations, classes))
-    everyone = np.arange(simulations)
-    for drawn in label_draws(found, simulations, np.random.default_rng(seed)):
-        numbers[everyone, drawn] += 1
-    null, null_sizes = [], []
-    for part, posteriors in zip(np.array_split(numbers, len(others)), others, strict=True):
-        null.append(_squares(part - posteriors.sum(0), posteriors))
-        null_sizes.append(np.abs(part - posteriors.sum(0)).sum(1) / 2 / count)
+    null, sizes = [], []
+    rng = np.random.default_rng(seed)
+    for truth, estimate, part in _worlds(given, simulations):
+        numbers = np.zeros((part, classes))
+        for drawn in _draws(truth, part, rng):
+            numbers[np.arange(part), drawn] += 1
+        numbers -= estimate.sum(0)
+        null.append(_squares(numbers, estimate))
+        sizes.append(np.abs(numbers).sum(1) / 2 / count)
     residual = np.bincount(seen, minlength=classes) - found.sum(0)
     statistic = float(_squares(residual[None], found)[0])
     if (_picked(found, seen) <= 0).any():
@@ -159,9 +161,9 @@ def label_residual_test(
         p=p,
         effect=float(np.abs(residual).sum() / 2 / count),
         effect_name=effect_name,
-        minimum_detectable=min(1.0, detectable(np.concatenate(null_sizes))),
+        minimum_detectable=min(1.0, detectable(np.concatenate(sizes))),
         counts=(count,),
-        assumptions=(_CHOICE, _KNOWN if estimates is None else _ESTIMATED),
+        assumptions=(_CHOICE, assumption),
         notes=(
             f"class {largest} is more frequent than expected, by {residual[largest]:.1f} of "
             f"{count} labels",
@@ -174,7 +176,6 @@ def posterior_ratio_tests(
     adjusted: Any,
     labels: Any,
     *,
-    estimates: Any = None,
     simulations: int = 9999,
     seed: int = 0,
 ) -> tuple[HypothesisTest, HypothesisTest]:
@@ -188,9 +189,9 @@ def posterior_ratio_tests(
 
     Args:
         probabilities: `[l, K]`, the model's calibrated posteriors of the labelled examples.
-        adjusted: `[l, K]`, the same, corrected to the target's prevalence.
+        adjusted: `[l, K]`, the same, corrected to the target's prevalence, or
+            `EstimatedPosteriors`.
         labels: `[l]`, their classes.
-        estimates: `[S, l, K]`, of `adjusted`: how else they could have come out.
         simulations: draws of all l labels, under either hypothesis.
         seed: for these.
 
@@ -209,20 +210,20 @@ def posterior_ratio_tests(
     (True, False, 14.7)
     """
     effect_name = "nats a label"
-    raw, seen, known = _checked(probabilities, labels, None, simulations)
-    changed, _, others = _checked(adjusted, labels, estimates, simulations)
+    known, seen, sure = _checked(probabilities, labels, simulations)
+    given, _, unsure = _checked(adjusted, labels, simulations)
+    raw, changed = known.posteriors, given.posteriors
     same_width(raw, "probabilities", changed, "adjusted probabilities")
     count = len(seen)
     ratios = _surprise(raw) - _surprise(changed)
     statistic = float(_picked(ratios, seen).sum())
+    against = _surprise(given.estimates) - _surprise(raw)[given.rows]
     tests = []
     # Large ratios speak against the covariate hypothesis, and small ones against the label one.
-    for name, hypothesis, sign, posteriors, estimated, scores, assumption in (
-        ("covariate hypothesis", "p(y | x) is the source's", 1.0, raw, known, ratios[None], _KNOWN),
-        (
-            "label hypothesis", "p(x | y) is the source's", -1.0, changed, others,
-            _surprise(raw) - _surprise(others), _KNOWN if estimates is None else _ESTIMATED,
-        ),
+    for name, hypothesis, sign, world, scores, assumption in (
+        ("covariate hypothesis", "p(y | x) is the source's", 1.0,
+         EstimatedPosteriors.known(raw), ratios[None], sure),
+        ("label hypothesis", "p(x | y) is the source's", -1.0, given, against, unsure),
     ):  # fmt: skip
         if count < _FEWEST:
             tests.append(_too_few(name, hypothesis, effect_name, count))
@@ -233,8 +234,8 @@ def posterior_ratio_tests(
                 untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
             )
             continue
-        expected = float((posteriors * ratios).sum())
-        null = _excesses(posteriors, estimated, sign * scores, simulations, seed)
+        expected = float((world.posteriors * ratios).sum())
+        null = _excesses(world, scores, simulations, seed)
         tests.append(
             HypothesisTest(
                 name=name,
@@ -252,22 +253,16 @@ def posterior_ratio_tests(
 
 
 def _checked(
-    probabilities: Any, labels: Any, estimates: Any, simulations: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Posteriors `[l, K]`, labels `[l]`, and estimates `[S, l, K]`: the posteriors, or others."""
-    found = as_probabilities(probabilities, "probabilities")
-    seen = as_labels(labels, "labels", count=len(found), classes=found.shape[1])
+    probabilities: Any, labels: Any, simulations: int
+) -> tuple[EstimatedPosteriors, np.ndarray, str]:
+    """Posteriors, labels `[l]`, and what is assumed of the posteriors."""
     enough_repetitions(simulations, "simulations")
-    if estimates is None:
-        return found, seen, found[None]
-    others = np.asarray(estimates, np.float64)
-    if others.ndim != 3 or others.shape[1:] != found.shape or not len(others):
-        raise ValueError(
-            f"estimates have shape {others.shape}, wanted [draws, {len(found)}, {found.shape[1]}]: "
-            "posteriors of the same examples, again and again"
-        )
-    rows = as_probabilities(others.reshape(-1, found.shape[1]), "estimates")
-    return found, seen, rows.reshape(others.shape)
+    given, assumption = probabilities, _ESTIMATED
+    if not isinstance(given, EstimatedPosteriors):
+        given = EstimatedPosteriors.known(as_probabilities(given, "probabilities"))
+        assumption = _KNOWN
+    count, classes = given.posteriors.shape
+    return given, as_labels(labels, "labels", count=count, classes=classes), assumption
 
 
 def _picked(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -278,25 +273,42 @@ def _surprise(posteriors: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(posteriors, _SMALLEST))
 
 
+def _worlds(
+    given: EstimatedPosteriors, simulations: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """True posteriors `[l, K]`, estimates of them `[l, K]`, and a share of the simulations."""
+    parts = np.array_split(np.arange(simulations), len(given.rows))
+    for rows, estimate, part in zip(given.rows, given.estimates, parts, strict=True):
+        yield given.posteriors[rows], estimate, len(part)
+
+
+def _draws(
+    posteriors: np.ndarray, simulations: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """For each example, classes that it is drawn to be in each simulation."""
+    cumulated = np.cumsum(posteriors, axis=1)
+    for chances in cumulated / cumulated[:, -1:]:
+        # From the right: a class of probability 0 is never the first to exceed.
+        yield np.searchsorted(chances, rng.random(simulations), side="right")
+
+
 def _excesses(
-    posteriors: np.ndarray,
-    estimates: np.ndarray,
-    scores: np.ndarray,
-    simulations: int,
-    seed: int,
+    given: EstimatedPosteriors, scores: np.ndarray, simulations: int, seed: int
 ) -> np.ndarray:
     """Sums of scores of labels, less what the estimates expect, `[simulations]`, under H0.
 
-    Labels are drawn from `posteriors` `[l, K]`. Each simulation takes one of the `estimates`
-    `[S, l, K]`, and the `scores` of the same shape that belong to it. Without the expectation the
-    entropy of an estimate would enter, which is biased: estimates are more extreme than the truth.
+    Labels are drawn from the posteriors, and scored by `scores` `[S, l, K]`, which belong to the
+    estimates. Without the expectation the entropy of an estimate would enter, which is biased:
+    estimates are more extreme than the truth.
     """
-    which = np.arange(simulations) % len(estimates)
-    sums = np.zeros(simulations)
-    draws = label_draws(posteriors, simulations, np.random.default_rng(seed))
-    for example, drawn in enumerate(draws):
-        sums += scores[which, example, drawn]
-    return sums - (estimates * scores).sum((1, 2))[which]
+    rng = np.random.default_rng(seed)
+    excesses = []
+    for (truth, estimate, part), table in zip(_worlds(given, simulations), scores, strict=True):
+        sums = np.zeros(part)
+        for row, drawn in zip(table, _draws(truth, part, rng), strict=True):
+            sums += row[drawn]
+        excesses.append(sums - (estimate * table).sum())
+    return np.concatenate(excesses)
 
 
 def _squares(residuals: np.ndarray, posteriors: np.ndarray) -> np.ndarray:
