@@ -155,14 +155,16 @@ def _verdict_table(report: ShiftReport) -> Table:
 
 
 def _test_table(tests: Sequence[HypothesisTest]) -> Table:
-    table = Table("test", "null hypothesis", title="Tests", title_justify="left")
+    table = Table("test", title="Tests", title_justify="left")
     for heading in ("p", "adjusted", "effect", "detectable"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("in")
     for test in tests:
+        if test.p is None:
+            table.add_row(test.name, "", "", "", "", f"not testable: {test.not_testable}")
+            continue
         numbers = (test.p, test.adjusted_p, test.effect, test.minimum_detectable)
-        hypothesis = test.hypothesis if test.p is not None else f"not tested: {test.not_testable}"
-        table.add_row(test.name, hypothesis, *map(_number, numbers), test.effect_name)
+        table.add_row(test.name, *map(_number, numbers), test.effect_name)
     return table
 
 

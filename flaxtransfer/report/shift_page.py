@@ -33,7 +33,8 @@ p.about { color: color-mix(in srgb, currentColor 65%, transparent); margin-top: 
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { font-weight: 600; } .number { text-align: right; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 span.status { border-radius: .7rem; padding: .05rem .6rem; background: var(--soft); white-space: nowrap; }
 span.supported { background: #d5780033; } span.rejected { background: #2a7fbf33; }
 img { max-width: 100%; height: auto; background: white; border-radius: .3rem; }
@@ -93,7 +94,12 @@ def _picture(caption: str, png: bytes) -> str:
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
     """Cells are HTML already; the columns in ``numbers`` are aligned to the right."""
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    head = "".join(
+        f'<th class="number">{escape(heading)}</th>'
+        if column in numbers
+        else f"<th>{escape(heading)}</th>"
+        for column, heading in enumerate(headings)
+    )
     body = "".join(
         "<tr>"
         + "".join(
@@ -156,8 +162,13 @@ def _prevalences(report: ShiftReport) -> str:
         )
         for k, name in enumerate(report.class_names)
     ]
-    reasons = [f"{p.method}: {text}" for p in report.prevalences for text in (p.reason, *p.notes)]
-    return _table(headings, rows, set(range(1, len(headings)))) + _list(filter(None, reasons))
+    said = [
+        f"{found.method}: {text}"
+        for found in report.prevalences
+        for text in (found.reason, *found.notes)
+        if text
+    ]
+    return _table(headings, rows, set(range(1, len(headings)))) + _list(said)
 
 
 def _share(found: Prevalence, k: int) -> str:

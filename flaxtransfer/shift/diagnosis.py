@@ -15,6 +15,7 @@ from flaxtransfer.shift.calibration_error import calibration_error
 from flaxtransfer.shift.checks import as_features, as_labels, as_logits, same_width
 from flaxtransfer.shift.classifier_test import classifier_test
 from flaxtransfer.shift.correction import adjust_prior
+from flaxtransfer.shift.estimated_posteriors import corrected_posteriors
 from flaxtransfer.shift.estimation import estimate_prevalence
 from flaxtransfer.shift.few_labels import (
     label_residual_test,
@@ -22,7 +23,6 @@ from flaxtransfer.shift.few_labels import (
     posterior_ratio_tests,
 )
 from flaxtransfer.shift.hypotheses import HypothesisTest, holm
-from flaxtransfer.shift.label_draws import reestimated_posteriors
 from flaxtransfer.shift.labels_needed import labels_needed
 from flaxtransfer.shift.marginal_tests import kolmogorov_smirnov_test
 from flaxtransfer.shift.mmd import mmd_test
@@ -117,7 +117,7 @@ def diagnose(
     )
     likeliest = prevalences[0]
     adjusted = adjust_prior(probabilities, likeliest) if likeliest.identifiable else probabilities
-    with_labels = _labelled_tests(source, probabilities, adjusted, known, seed)
+    with_labels = _labelled_tests(source, probabilities, known, seed)
     findings = Findings(
         moved=_fell(unlabelled.moved, level),
         prior=_fell(unlabelled.prior, level),
@@ -209,33 +209,26 @@ def _unlabelled_tests(
 def _labelled_tests(
     source: Calibration,
     probabilities: np.ndarray,
-    adjusted: np.ndarray,
     known: tuple[np.ndarray, np.ndarray],
     seed: int,
 ) -> _WithLabels:
     where, labels = known
     if not len(where):
         return _WithLabels()
-    raw, changed = probabilities[where], adjusted[where]
-    estimates = reestimated_posteriors(raw, probabilities, source, seed=seed)
+    raw = probabilities[where]
+    corrected = corrected_posteriors(where, probabilities, source, seed=seed)
 
-    def under(name: str, tests: Sequence[HypothesisTest]) -> tuple[HypothesisTest, ...]:
-        return tuple(dataclasses.replace(test, name=f"{test.name}, {name}") for test in holm(tests))
+    def under(name: str, posteriors: Any) -> tuple[HypothesisTest, ...]:
+        tests = (log_loss_test, label_residual_test)
+        return tuple(
+            dataclasses.replace(test, name=f"{test.name}, {name}")
+            for test in holm([ask(posteriors, labels, seed=seed) for ask in tests])
+        )
 
-    uncertain: dict[str, Any] = {"estimates": estimates, "seed": seed}
     return _WithLabels(
-        as_it_was=under(
-            "p(y | x) as it was",
-            [log_loss_test(raw, labels, seed=seed), label_residual_test(raw, labels, seed=seed)],
-        ),
-        adjusted=under(
-            "p(y | x) adjusted",
-            [
-                log_loss_test(changed, labels, **uncertain),
-                label_residual_test(changed, labels, **uncertain),
-            ],
-        ),
-        ratios=posterior_ratio_tests(raw, changed, labels, **uncertain),
+        as_it_was=under("p(y | x) as it was", raw),
+        adjusted=under("p(y | x) adjusted", corrected),
+        ratios=posterior_ratio_tests(raw, corrected, labels, seed=seed),
     )
 
 

@@ -1,0 +1,138 @@
+"""The procedure on worlds whose shift is known, and on arrays that are wrong."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+import flaxtransfer.shift
+from flaxtransfer.report.shift_page import HEADLINES, shift_page
+from flaxtransfer.shift.diagnosis import diagnose
+
+SCHEMA = json.loads(Path(flaxtransfer.shift.__file__).with_name("report.schema.json").read_text())
+MEANS = 2.5 * np.eye(3, 6)
+
+
+def world(seed, count, prevalence, *, nuisance=0.0):
+    """Three Gaussian classes in six dimensions: exact logits, labels, features."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(3, size=count, p=prevalence)
+    features = MEANS[labels] + rng.normal(size=(count, 6))
+    features[:, 3:] += nuisance
+    return features @ MEANS.T, labels, features
+
+
+SOURCE = world(0, 300, [1 / 3] * 3)
+EVEN, FEW_OF_ONE = [1 / 3] * 3, [0.7, 0.2, 0.1]
+
+
+def report(target, **settings):
+    logits, _, features = target
+    return diagnose(*SOURCE, logits, features, permutations=99, **settings)
+
+
+@pytest.fixture(scope="module")
+def label_shift():
+    target = world(1, 200, FEW_OF_ONE)
+    return report(target, labelled=(np.arange(40), target[1][:40]), class_names=("a", "b & c", "d"))
+
+
+def test_a_label_shift(label_shift):
+    assert label_shift.conclusion == "label"
+    assert label_shift.verdict("label").status == "supported"
+    assert label_shift.verdict("concept").status == "rejected"
+    likeliest = label_shift.prevalences[0]
+    assert np.abs(likeliest.estimate - FEW_OF_ONE).max() < 0.08
+    assert label_shift.counts == (300, 200, 40)
+    # With labels, the first sentence (no one can see a concept shift) is not true any more.
+    assert len(label_shift.not_identifiable) == 4
+
+
+def test_a_covariate_shift():
+    found = report(world(2, 200, EVEN, nuisance=0.8))
+    assert found.conclusion == "covariate"
+    assert found.verdict("concept").status == "not testable"
+
+
+def test_a_concept_shift_is_seen_in_labels_alone():
+    logits, labels, features = world(3, 200, EVEN)
+    renamed = (labels + 1) % 3
+    assert report((logits, None, features)).conclusion == "none detected"
+    found = report((logits, None, features), labelled=(np.arange(30), renamed[:30]))
+    assert found.conclusion == "concept"
+
+
+def test_one_class_that_is_left(label_shift):
+    found = report(world(4, 60, [0, 1, 0]))
+    assert found.conclusion == "label"
+    assert found.prevalences[0].estimate[1] > 0.95
+    assert found.prevalences[0].effective_classes < label_shift.prevalences[0].effective_classes
+
+
+def test_samples_too_small_for_any_test_settle_nothing():
+    found = report(world(5, 4, EVEN))
+    assert found.conclusion == "undetermined"
+    assert all(test.not_testable for test in found.tests if test.p is None)
+    assert any("4 target examples" in note for note in found.notes)
+    jsonschema.validate(found.to_json(), SCHEMA)
+
+
+def test_the_same_seed_says_the_same_of_classes_in_another_order():
+    logits, _, features = world(6, 100, FEW_OF_ONE)
+    order = [2, 0, 1]
+    first = report((logits, None, features))
+    source_logits, labels, source_features = SOURCE
+    second = diagnose(
+        source_logits[:, order], np.argsort(order)[labels], source_features,
+        logits[:, order], features, permutations=99,
+    )  # fmt: skip
+    assert first.conclusion == second.conclusion
+    np.testing.assert_allclose(
+        first.prevalences[0].estimate[order], second.prevalences[0].estimate, atol=1e-6
+    )
+
+
+def test_json_is_of_the_schema_and_has_no_nan(label_shift):
+    written = json.dumps(label_shift.to_json(), allow_nan=False)
+    jsonschema.validate(json.loads(written), SCHEMA)
+    broken = {**label_shift.to_json(), "conclusion": "maybe"}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, SCHEMA)
+
+
+def test_the_page_has_everything_and_escapes_it(label_shift):
+    page = shift_page(label_shift, {"a <figure>": b"png"}, source="runs/x", target="folder:<there>")
+    assert HEADLINES["label"] in page
+    assert "b &amp; c" in page
+    assert "<there>" not in page
+    assert 'src="data:image/png;base64,cG5n"' in page
+    for test in label_shift.tests:
+        assert test.name in page
+    assert "http" not in page  # nothing is fetched from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"level": 0}, "level is 0; it lies between 0 and 1"),
+        ({"class_names": ("a", "b")}, "2 class names, and the logits are of 3 classes"),
+        ({"labelled": ([0, 0], [1, 1])}, "name an example twice"),
+        ({"labelled": ([500], [1])}, "positions of labels"),
+        ({"labelled": ([0], [3])}, r"outside of 0 \.\. 2"),
+    ],
+)
+def test_what_is_wrong_is_said(settings, text):
+    with pytest.raises(ValueError, match=text):
+        report(world(7, 30, EVEN), **settings)
+
+
+def test_arrays_that_do_not_belong_together():
+    logits, labels, features = SOURCE
+    with pytest.raises(ValueError, match="same model"):
+        diagnose(logits, labels, features, logits, features[:, :4])
+    with pytest.raises(ValueError, match=r"200|300"):
+        diagnose(logits, labels, features[:200], logits, features)
+    with pytest.raises(ValueError, match="50"):
+        diagnose(logits, labels, features, logits[:50], features)
