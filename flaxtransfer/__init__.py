@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxtransfer import shift
     from flaxtransfer.analysis.profile import Profile, probe_profile
     from flaxtransfer.analysis.stem import StemReport, stem_report
     from flaxtransfer.architectures import ResNetConfig
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
     from flaxtransfer.checkpoint import Checkpoints
     from flaxtransfer.data import ArraySource, Source, Splits, open_source, stratified_split
+    from flaxtransfer.domain.batch_norm import adapt_batch_norm
+    from flaxtransfer.domain.class_balanced import adapt_batch_norm_balanced
+    from flaxtransfer.domain.entropy import minimise_entropy
+    from flaxtransfer.domain.evidence import Evidence, evidence
     from flaxtransfer.exports import Exported, export
     from flaxtransfer.features import (
         Baseline,
@@ -120,6 +125,10 @@ _ROOMS = {
     "batchnorm": ("Norm", "policy"),
     "checkpoint": ("Checkpoints",),
     "data": ("ArraySource", "Source", "Splits", "open_source", "stratified_split"),
+    "domain.batch_norm": ("adapt_batch_norm",),
+    "domain.class_balanced": ("adapt_batch_norm_balanced",),
+    "domain.entropy": ("minimise_entropy",),
+    "domain.evidence": ("Evidence", "evidence"),
     "exports": ("Exported", "export"),
     "features": (
         "Baseline", "HeadSweep", "LogisticPath", "MeansHead", "RidgePath", "SolvedHead",
@@ -163,12 +172,16 @@ _ROOMS = {
     "weights": ("Checkpoint", "Preprocessing", "load", "save"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_WHOLE_ROOMS = ("shift",)
+"""Rooms that are used by their own name, as in ``ft.shift.diagnose``."""
 
-__all__ = sorted(_ROOM_OF)
+__all__ = sorted([*_ROOM_OF, *_WHOLE_ROOMS])
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name in _WHOLE_ROOMS:
+        return importlib.import_module(f"flaxtransfer.{name}")
     try:
         room = _ROOM_OF[name]
     except KeyError:

@@ -21,10 +21,10 @@ from flaxtransfer.data.unlabelled import Unlabelled, open_unlabelled
 from flaxtransfer.domain.evidence import Evidence, evidence
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import suggest
-from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
+from flaxtransfer.shift.diagnosis.diagnosis import diagnose as diagnose_arrays
+from flaxtransfer.shift.diagnosis.shift_report import ShiftReport
 from flaxtransfer.shift.hypotheses import HypothesisTest
-from flaxtransfer.shift.prevalence import Prevalence
-from flaxtransfer.shift.shift_report import ShiftReport
+from flaxtransfer.shift.prevalence.prevalence import Prevalence
 from flaxtransfer.training.feed import held_out
 from flaxtransfer.training.run_folder import weights_of
 from flaxtransfer.weights import Checkpoint, load

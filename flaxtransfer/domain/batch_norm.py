@@ -15,7 +15,7 @@ from flaxtransfer.domain.standing import FAR, Estimate, Standing, far, one_class
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models import Model
 from flaxtransfer.shift.batch_statistics import Mixture
-from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
 

@@ -15,7 +15,7 @@ from flaxtransfer.domain.standing import Estimate, Standing, one_class, standing
 from flaxtransfer.masks import Mask
 from flaxtransfer.models import Model
 from flaxtransfer.shift.batch_statistics import Mixture, balancing_weights
-from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
 

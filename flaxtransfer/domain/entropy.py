@@ -25,7 +25,7 @@ from flaxtransfer.masks import batch_norm
 from flaxtransfer.models import Model
 from flaxtransfer.optimizers import frozen, merge, partition, trainable
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.training.recalibration import without_padding
 from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights import Preprocessing

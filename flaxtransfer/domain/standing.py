@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.calibration.calibration import Calibration
+from flaxtransfer.shift.prevalence.prevalence import Prevalence
 
 __all__ = ["FAR", "Estimate", "Standing", "far", "one_class", "standing", "support"]
 
@@ -124,6 +124,6 @@ def _threshold(source: Calibration) -> float:
 
 
 def _maximum_likelihood(probabilities: np.ndarray, source: Calibration) -> Prevalence:
-    from flaxtransfer.shift.estimation import estimate_prevalence
+    from flaxtransfer.shift.prevalence.estimation import estimate_prevalence
 
     return estimate_prevalence(probabilities, source, interval=None)

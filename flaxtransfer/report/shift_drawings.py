@@ -14,7 +14,7 @@ from flaxtransfer.report.shift_pictures import (
     prevalence_picture,
     reliability_picture,
 )
-from flaxtransfer.shift.shift_report import ShiftReport
+from flaxtransfer.shift.diagnosis.shift_report import ShiftReport
 
 __all__ = ["shift_drawings"]
 

@@ -8,9 +8,9 @@ from html import escape
 
 import numpy as np
 
+from flaxtransfer.shift.diagnosis.shift_report import ShiftReport
 from flaxtransfer.shift.hypotheses import HypothesisTest
-from flaxtransfer.shift.prevalence import Prevalence
-from flaxtransfer.shift.shift_report import ShiftReport
+from flaxtransfer.shift.prevalence.prevalence import Prevalence
 
 __all__ = ["HEADLINES", "shift_page"]
 

@@ -12,7 +12,7 @@ from flaxtransfer.report.figures import BLUE, RED, SERIES, Target, figure, legen
 if TYPE_CHECKING:
     # Values of another room; their fields are all that is used here.
     from flaxtransfer.shift.hypotheses import HypothesisTest
-    from flaxtransfer.shift.prevalence import Prevalence
+    from flaxtransfer.shift.prevalence.prevalence import Prevalence
 
 __all__ = ["hypotheses_picture", "prevalence_picture", "reliability_picture"]
 

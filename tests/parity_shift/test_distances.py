@@ -6,10 +6,10 @@ import ot.gmm
 import pytest
 from sklearn.covariance import LedoitWolf
 
-from flaxtransfer.shift.class_distance import class_distance
-from flaxtransfer.shift.frechet import bures_wasserstein, frechet_distance
-from flaxtransfer.shift.h_score import h_score
-from flaxtransfer.shift.sliced_wasserstein import random_directions, wasserstein_on_lines
+from flaxtransfer.shift.distances.class_distance import class_distance
+from flaxtransfer.shift.distances.frechet import bures_wasserstein, frechet_distance
+from flaxtransfer.shift.distances.sliced_wasserstein import random_directions, wasserstein_on_lines
+from flaxtransfer.shift.transferability.h_score import h_score
 
 pytestmark = pytest.mark.parity_shift
 

@@ -13,7 +13,7 @@ from flaxtransfer.report.shift_pictures import (
     reliability_picture,
 )
 from flaxtransfer.shift.hypotheses import HypothesisTest, holm
-from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.prevalence.prevalence import Prevalence
 
 BLUE, RED, GREEN, GRAY = (0, 114, 178), (213, 94, 0), (0, 158, 115), (89, 89, 89)
 

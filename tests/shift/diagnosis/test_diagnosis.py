@@ -9,7 +9,7 @@ import pytest
 
 import flaxtransfer.shift
 from flaxtransfer.report.shift_page import HEADLINES, shift_page
-from flaxtransfer.shift.diagnosis import diagnose
+from flaxtransfer.shift.diagnosis.diagnosis import diagnose
 
 SCHEMA = json.loads(Path(flaxtransfer.shift.__file__).with_name("report.schema.json").read_text())
 MEANS = 2.5 * np.eye(3, 6)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.actions import actions
-from flaxtransfer.shift.verdicts import Findings, conclude
+from flaxtransfer.shift.diagnosis.actions import actions
+from flaxtransfer.shift.diagnosis.verdicts import Findings, conclude
 
 YES, NO, ASKED_NOTHING = True, False, None
 

@@ -1,0 +1,1 @@
+"""What a model's accuracy on a target may be, without labels: several estimates, never one."""

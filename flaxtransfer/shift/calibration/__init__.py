@@ -1,0 +1,1 @@
+"""From logits to probabilities that mean what they say, and how far they are from it."""

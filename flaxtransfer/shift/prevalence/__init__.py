@@ -1,0 +1,1 @@
+"""How common each class is in a target without labels, and predictions corrected for it."""

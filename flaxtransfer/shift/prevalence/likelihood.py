@@ -1,0 +1,236 @@
+"""Maximum likelihood of prevalence from calibrated posteriors, with a certificate of optimality.
+
+Under label shift a target row has density proportional to ``sum_k q_k f_k / p_k``: `f` its
+calibrated probabilities, `p` the source's prior, `q` the target's. The logarithm is concave in q.
+Everything here walks over the rows in blocks and copies none of them but the block in hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from flaxtransfer.shift.prevalence.simplex import nonnegative_quadratic
+
+__all__ = ["Maximum", "blocks", "information", "likelihood_pass", "maximise"]
+
+_BLOCK = 100_000
+"""Numbers in a block: both of a pass's products then find it in the processor's cache."""
+
+_CURVATURE_ROWS = 200
+"""Rows for each class that the curvature of a Newton step is taken from; slopes use all rows."""
+
+_FEW_ROWS = 10_000
+"""As many always give all they have; and all do if a dozen passes were not enough."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Maximum:
+    """Where a likelihood was left, and how far that is from its maximum.
+
+    Args:
+        estimate: `[K]`.
+        slopes: `[K]`, of the mean log-likelihood: 1 where a share is positive, and at most 1 where
+            it is zero, at the maximum.
+        gap: largest slope minus 1; the mean log-likelihood can rise by no more than this.
+        log_likelihood: mean over the rows, relative to that of the source prior.
+        passes: over the rows.
+    """
+
+    estimate: np.ndarray
+    slopes: np.ndarray
+    gap: float
+    log_likelihood: float
+    passes: int
+
+
+def maximise(
+    probabilities: np.ndarray,
+    prior: np.ndarray,
+    *,
+    counts: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    tolerance: float = 1e-6,
+    max_passes: int = 1000,
+) -> Maximum:
+    """Maximises the mean over rows of ``log(sum_k q_k f_k / p_k)`` over the shares q.
+
+    Expectation maximisation (Saerens et al.), and Newton steps on the simplex wherever they rise
+    higher, ended by the certificate and by nothing else: with weak classifiers, EM moves so little
+    that rules on its movement stop far away from the maximum.
+
+    Args:
+        probabilities: `[m, K]`, calibrated, float32 or float64; not copied, and checked by whoever
+            calls. The scale of a row does not matter.
+        prior: `[K]`; a class whose prior is 0 plays no part, and must be no row's only class.
+        counts: `[K]`, of labelled examples and of a Dirichlet prior: adds ``counts @ log(q)``.
+        weights: `[m]`, of the rows; ones by default.
+        tolerance: of the gap.
+        max_passes: over the rows; the result says what the gap is where they do not suffice.
+
+    Returns:
+        The maximum, with its certificate.
+
+    >>> probabilities = np.array([[0.8, 0.2], [0.8, 0.2], [0.2, 0.8]])
+    >>> maximise(probabilities, np.array([0.5, 0.5]), tolerance=1e-10).estimate.round(6)
+    array([0.777778, 0.222222])
+
+    References:
+        M. Saerens, P. Latinne, C. Decaestecker, "Adjusting the outputs of a classifier to new a
+        priori probabilities: a simple procedure", 2002.
+        Y. Kim, P. Carbonetto, M. Stephens, M. Anitescu, "A fast algorithm for maximum likelihood
+        estimation of mixture proportions using sequential quadratic programming", 2020.
+    """
+    classes = len(prior)
+    extra = np.zeros(classes) if counts is None else counts
+    divisor = np.where(prior > 0, prior, np.inf)
+    rows = float(len(probabilities) if weights is None else weights.sum())
+    total = rows + extra.sum()
+
+    def at(q: np.ndarray) -> tuple[float, np.ndarray]:
+        height, slopes = likelihood_pass(probabilities, q / divisor, weights)
+        seen = extra > 0
+        if not np.isfinite(height) or (q[seen] <= 0).any():
+            return -np.inf, slopes
+        slopes = slopes / divisor
+        slopes[seen] += extra[seen] / q[seen]
+        return (height + float(extra[seen] @ np.log(q[seen]))) / total, slopes / total
+
+    def curvature(q: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+        enough = max(_CURVATURE_ROWS * classes, _FEW_ROWS)
+        stride = max(1, len(probabilities) // enough) if passes <= 12 else 1
+        some = None if weights is None else weights[::stride]
+        matrix = information(probabilities[::stride], q / divisor, divisor, some)
+        matrix *= rows / total
+        # All rows together satisfy matrix @ q = slopes, without the counts; what a selection of
+        # rows lacks there, the diagonal gets.
+        lacking = slopes - np.divide(extra, q, out=np.zeros(classes), where=extra > 0) / total
+        lacking -= matrix @ q
+        diagonal = np.divide(lacking, q, out=np.zeros(classes), where=q > 0)
+        return matrix + np.diag(
+            np.maximum(diagonal, 0)
+            + np.divide(extra, q**2, out=np.zeros(classes), where=extra > 0) / total
+        )
+
+    # A class that only the counts know starts at what they say.
+    q = prior / prior.sum() + np.where(divisor < np.inf, 0.0, extra / total)
+    q /= q.sum()
+    height, slopes = at(q)
+    start, passes = height, 1
+    while (gap := float(slopes.max()) - 1) > tolerance and passes < max_passes:
+        moved = None
+        # The first steps of EM are its best ones, and bring Newton's near enough.
+        if passes > 2:
+            matrix = curvature(q, slopes)
+            goal = nonnegative_quadratic(matrix, matrix @ q + slopes - 1)
+            # A parabola knows nothing of the logarithm at zero: on the way to a small share it
+            # overshoots, and from too small a one it only doubles. EM's step, which is exact for a
+            # class that nothing is confused with, holds it back until less than a row is left.
+            expected = np.where(slopes > 1, 0.7, 0.03) * q * slopes
+            goal = np.maximum(goal, np.where(expected * total > 1e-3, expected, 0.0))
+            if goal.sum() > 0:
+                moved = _line_search(at, q, goal / goal.sum(), height, slopes)
+                passes += 1 if moved is None else moved[3]
+        if moved is None:
+            following = q * slopes
+            following /= following.sum()
+            moved = (following, *at(following), 1)
+            passes += 1
+        q, height, slopes, _ = moved
+    return Maximum(q, slopes, max(gap, 0.0), height - start, passes)
+
+
+def _line_search(
+    at: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    q: np.ndarray,
+    goal: np.ndarray,
+    height: float,
+    slopes: np.ndarray,
+) -> tuple[np.ndarray, float, np.ndarray, int] | None:
+    """The way towards `goal`, halved until it rises; None where EM is the better step."""
+    rise = float((slopes - 1) @ (goal - q))
+    gap = float(slopes.max())
+    for halving in range(4):
+        step = 0.5**halving
+        following = q + step * (goal - q)
+        found, there = at(following)
+        # Near the maximum rises drown in rounding; there the certificate decides.
+        level = found > height - 1e-13 and float(there.max()) < gap
+        if found > height + 1e-3 * step * max(rise, 0.0) or level:
+            return following, found, there, halving + 1
+    return None
+
+
+def likelihood_pass(
+    probabilities: np.ndarray, ratios: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """Once over the rows: sum of ``log(f @ ratios)``, and of ``f / (f @ ratios)``.
+
+    Args:
+        probabilities: `[m, K]`.
+        ratios: `[K]`, q / p.
+        weights: `[m]`, of the rows; ones by default.
+
+    Returns:
+        The sum, minus infinity where a row is impossible, and sums `[K]`.
+
+    >>> likelihood_pass(np.array([[0.5, 0.5]]), np.array([1.0, 1.0]))
+    (0.0, array([0.5, 0.5]))
+    """
+    height, sums = 0.0, np.zeros(probabilities.shape[1])
+    for part, rows in blocks(probabilities):
+        density = part @ ratios
+        if weights is not None:
+            density[weights[rows] == 0] = 1.0
+        if density.min() <= 0:
+            return -np.inf, sums
+        if weights is None:
+            height += float(np.log(density).sum())
+            sums += (1 / density) @ part
+        else:
+            height += float(weights[rows] @ np.log(density))
+            sums += (weights[rows] / density) @ part
+    return height, sums
+
+
+def information(
+    probabilities: np.ndarray,
+    ratios: np.ndarray,
+    prior: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Observed information of a row about the shares: mean of ``s s'``, s = f / p / (f @ ratios).
+
+    Args:
+        probabilities: `[m, K]`.
+        ratios: `[K]`, q / p.
+        prior: `[K]`.
+        weights: `[m]`, of the rows; ones by default.
+
+    Returns:
+        `[K, K]`.
+
+    >>> information(np.eye(2), np.array([1.0, 1.0]), np.array([0.5, 0.5]))
+    array([[2., 0.],
+           [0., 2.]])
+    """
+    found = np.zeros((probabilities.shape[1],) * 2)
+    total = float(len(probabilities) if weights is None else weights.sum())
+    for part, rows in blocks(probabilities, 8):
+        density = part @ ratios
+        factor = 1 / np.where(density > 0, density, np.inf)
+        if weights is not None:
+            factor *= np.sqrt(weights[rows])
+        scores = part * factor[:, None]
+        found += scores.T @ scores
+    return found / np.outer(prior, prior) / total
+
+
+def blocks(array: np.ndarray, size: int = 1) -> Iterator[tuple[np.ndarray, slice]]:
+    """Rows in float64, as many at a time as fit the processor's cache (`size` times as many)."""
+    step = max(64, size * _BLOCK // array.shape[1])
+    for start in range(0, len(array), step):
+        rows = slice(start, start + step)
+        yield array[rows].astype(np.float64, copy=False), rows

@@ -1,0 +1,135 @@
+"""Confidence intervals of prevalence from the likelihood: score intervals that know the borders.
+
+A share near zero has no normal distribution, and an interval of plus or minus two standard errors
+misses it. A score interval holds the shares that a test would not reject, with the variance that
+they would have had: on posteriors that are certain it is Wilson's interval of a binomial share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import norm
+
+from flaxtransfer.shift.prevalence.likelihood import Maximum, blocks
+from flaxtransfer.shift.prevalence.precision import Precision, Sample
+
+__all__ = ["score_intervals"]
+
+_NUMBERS = 10_000_000
+"""That are held at once, beside the posteriors."""
+
+_FAR = 10.0
+"""Standard errors from 0 and from 1 beyond which a likelihood is as good as normal."""
+
+_Test = Callable[[np.ndarray], np.ndarray]
+
+
+def score_intervals(
+    sample: Sample, maximum: Maximum, precise: Precision, level: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper ends, `[K]` each: the shares that a score test at `level` keeps.
+
+    The others follow along the share's direction. Far from 0 and 1 the score is linear and the
+    ends have a formula; near them they are found on the likelihood itself.
+
+    References:
+        E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+        C. R. Rao, "Large sample tests of statistical hypotheses concerning several parameters with
+        applications to problems of estimation", 1948.
+    """
+    q, total = maximum.estimate, sample.total
+    usable = np.isfinite(sample.divisor)
+    z = float(norm.ppf((1 + level) / 2))
+    low, high = _wilson(q, precise, z, total)
+    low[~usable], high[~usable] = 0.0, 0.0
+    near = usable & (np.minimum(q, 1 - q) < _FAR * precise.error)
+    chosen = np.flatnonzero(near)
+    size = max(1, _NUMBERS // len(sample.probabilities))
+    for start in range(0, len(chosen), size):
+        some = chosen[start : start + size]
+        test = _score_test(sample, maximum, precise, some)
+        fine = 1e-3 * precise.error[some] + 1e-12
+        low[some] = _end(test, q[some], np.zeros(len(some)), z, low[some], fine)
+        high[some] = _end(test, q[some], np.ones(len(some)), -z, high[some], fine)
+    return low, high
+
+
+def _wilson(
+    q: np.ndarray, precise: Precision, z: float, total: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Solutions t of ``(q - t)^2 = z^2 (t (1 - t) + ambiguity) / total + z^2 validation``."""
+    fixed = z**2 * (precise.ambiguity / total + precise.validation)
+    square, middle = 1 + z**2 / total, q + z**2 / total / 2
+    root = np.sqrt(np.maximum(middle**2 - square * (q**2 - fixed), 0))
+    return np.maximum((middle - root) / square, 0), np.minimum((middle + root) / square, 1)
+
+
+def _score_test(sample: Sample, maximum: Maximum, precise: Precision, some: np.ndarray) -> _Test:
+    """The standardised score of the shares `some`, as a function of where they are put."""
+    q, way, total = maximum.estimate, precise.directions[:, some], sample.total
+    ratios, slope = q / sample.divisor, way / sample.divisor[:, None]
+    density = np.empty(len(sample.probabilities))
+    growth = np.empty((len(sample.probabilities), len(some)))
+    for part, rows in blocks(sample.probabilities, 8):
+        density[rows], growth[rows] = part @ ratios, part @ slope
+    if sample.weights is not None:
+        density, growth = density[sample.weights > 0], growth[sample.weights > 0]
+    seen = sample.counts > 0
+
+    def test(shares: np.ndarray) -> np.ndarray:
+        step = shares - q[some]
+        score, possible = np.zeros(len(some)), np.ones(len(some), bool)
+        for begin in range(0, len(density), 20_000):
+            rows = slice(begin, begin + 20_000)
+            there = density[rows, None] + step * growth[rows]
+            possible &= (there > 0).all(0)
+            score += (growth[rows] / np.where(there > 0, there, np.inf)).sum(0)
+        moved = q[seen, None] + step * way[seen]
+        possible &= (moved > 0).all(0)
+        score += (sample.counts[seen, None] * way[seen] / np.where(moved > 0, moved, np.inf)).sum(0)
+        variance = (shares * (1 - shares) + precise.ambiguity[some]) / total
+        whole = np.sqrt(variance + precise.validation[some])
+        found = score * variance / np.where(whole > 0, whole, np.inf)
+        return np.where(possible, found, np.where(step > 0, -np.inf, np.inf))
+
+    return test
+
+
+def _end(
+    test: _Test,
+    inner: np.ndarray,
+    outer: np.ndarray,
+    wanted: float,
+    guess: np.ndarray,
+    fine: np.ndarray,
+) -> np.ndarray:
+    """Where `test` is `wanted` between `inner`, which it keeps, and `outer`; `outer` if nowhere.
+
+    Regula falsi with the Illinois rule, for all shares at once, until the bracket is `fine`.
+    """
+    inside, outside = inner.copy(), outer.copy()
+    near, far = test(inner) - wanted, test(outer) - wanted
+    # A test that rejects the estimate itself, at a border, leaves nothing between.
+    outer = np.where(np.sign(near) == np.sign(wanted), inner, outer)
+    kept = np.sign(far) == np.sign(near)
+    side = np.zeros(len(inner))
+    point = guess
+    for _ in range(60):
+        between = (point > np.minimum(inside, outside)) & (point < np.maximum(inside, outside))
+        point = np.where(between, point, (inside + outside) / 2)
+        value = test(point) - wanted
+        stays = np.sign(value) == np.sign(near)
+        far = np.where(stays & (side > 0), far / 2, far)
+        near = np.where(~stays & (side < 0), near / 2, near)
+        inside, near = np.where(stays, point, inside), np.where(stays, value, near)
+        outside, far = np.where(stays, outside, point), np.where(stays, far, value)
+        side = np.where(stays, 1, -1)
+        width = np.abs(outside - inside)
+        if (kept | (width <= 1e-3 * np.abs(outside - inner) + 1e-12)).all():
+            break
+        with np.errstate(invalid="ignore", divide="ignore"):
+            secant = (inside * far - outside * near) / (far - near)
+        point = np.where(np.isfinite(far) & np.isfinite(secant), secant, (inside + outside) / 2)
+    return np.where(kept, outer, (inside + outside) / 2)

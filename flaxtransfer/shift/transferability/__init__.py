@@ -1,0 +1,1 @@
+"""How well features suit labels, beside what chance alone makes of it."""
