@@ -9,10 +9,10 @@ import numpy as np
 
 from flaxtransfer.shift import bootstrap, confusion, rlls
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.intervals import score_intervals
 from flaxtransfer.shift.likelihood import blocks, maximise
 from flaxtransfer.shift.precision import Sample, observed_information, precision, weakest_direction
 from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.score_intervals import score_intervals
 
 __all__ = ["Resampling", "by_confusion", "by_likelihood"]
 
