@@ -88,11 +88,10 @@ def scale_response(
         scores = part / np.where(density > 0, density, np.inf)[:, None] / divisor
         corrected = scores * prevalence
         logits = _logits(source, part)
-        # A row's constant cancels; taken off, large logits do not cancel in rounding instead.
-        logits -= (corrected * logits).sum(1, keepdims=True)
         if source.method == "vector":
             found += np.diag((scores * logits).sum(0)) - scores.T @ (corrected * logits)
         else:
+            logits -= (corrected * logits).sum(1, keepdims=True)
             found[:, 0] += (scores * logits).sum(0)
     return found / len(some)
 
@@ -102,8 +101,10 @@ def _scales(source: Calibration) -> int:
 
 
 def _logits(source: Calibration, posteriors: np.ndarray) -> np.ndarray:
-    """What the calibration took for input, up to a constant for each row."""
-    return (np.log(np.maximum(posteriors, 1e-300)) - source.bias) / source.scale
+    """What the calibration took for input: logits whose rows sum to 0."""
+    found = (np.log(np.maximum(posteriors, 1e-300)) - source.bias) / source.scale
+    # The logarithm of a posterior lacks a constant of its row, before the scale.
+    return found - found.sum(1, keepdims=True) / (1 / source.scale).sum() / source.scale
 
 
 def _validation(source: Calibration) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -113,7 +114,7 @@ def _validation(source: Calibration) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         residual[np.arange(len(posteriors)), source.labels[rows]] += 1
         parts = [np.zeros((len(posteriors), 0))]
         if _scales(source):
-            pulled = residual * _centred(source, posteriors)
+            pulled = residual * _logits(source, posteriors)
             parts += [pulled if source.method == "vector" else pulled.sum(1, keepdims=True)]
         if source.method in ("bias_corrected", "vector"):
             parts += [residual]
@@ -129,7 +130,9 @@ def _parameters(source: Calibration) -> tuple[np.ndarray, np.ndarray]:
     for posteriors, _ in blocks(source.probabilities):
         if biased:
             bias_bias += np.diag(posteriors.sum(0)) - posteriors.T @ posteriors
-        logits = _centred(source, posteriors)
+        logits = _logits(source, posteriors)
+        if source.method != "vector":
+            logits -= (posteriors * logits).sum(1, keepdims=True)
         weighted = posteriors * logits
         if source.method == "vector":
             scale_scale += np.diag((weighted * logits).sum(0)) - weighted.T @ weighted
@@ -146,8 +149,3 @@ def _parameters(source: Calibration) -> tuple[np.ndarray, np.ndarray]:
     fitted = len(whole)
     matrix = whole[:, :fitted] if biased else whole[:, :width]
     return np.linalg.pinv(matrix, rcond=1e-10, hermitian=True), whole[:, width:]
-
-
-def _centred(source: Calibration, posteriors: np.ndarray) -> np.ndarray:
-    logits = _logits(source, posteriors)
-    return logits - (posteriors * logits).sum(1, keepdims=True)

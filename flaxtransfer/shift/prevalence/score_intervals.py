@@ -23,6 +23,9 @@ _NUMBERS = 10_000_000
 _FAR = 10.0
 """Standard errors from 0 and from 1 beyond which a likelihood is as good as normal."""
 
+_BORDER = 1e-12
+"""A share that is 0 for all that matters."""
+
 _Test = Callable[[np.ndarray], np.ndarray]
 
 
@@ -51,8 +54,11 @@ def score_intervals(
         some = chosen[start : start + size]
         test = _score_test(sample, maximum, precise, some)
         fine = 1e-3 * precise.error[some] + 1e-12
-        low[some] = _end(test, q[some], np.zeros(len(some)), z, low[some], fine)
-        high[some] = _end(test, q[some], np.ones(len(some)), -z, high[some], fine)
+        # At the border itself the score of a certain row is infinite and its variance zero.
+        inside = np.minimum(q[some], _BORDER), np.maximum(q[some], 1 - _BORDER)
+        low[some] = _end(test, q[some], inside[0], z, low[some], fine)
+        high[some] = _end(test, q[some], inside[1], -z, high[some], fine)
+    low[low <= _BORDER], high[high >= 1 - _BORDER] = 0.0, 1.0
     return low, high
 
 
@@ -105,14 +111,24 @@ def _end(
     guess: np.ndarray,
     fine: np.ndarray,
 ) -> np.ndarray:
-    """Where `test` is `wanted` between `inner`, which it keeps, and `outer`; `outer` if nowhere.
+    """Where `test` is first `wanted` on the way from `inner` to `outer`; `outer` if nowhere.
 
-    Regula falsi with the Illinois rule, for all shares at once, until the bracket is `fine`.
+    Steps outward that double until the sign changes, for the variance vanishes at the borders and
+    takes the statistic with it; then regula falsi with the Illinois rule until the bracket is
+    `fine`. All shares at once.
     """
-    inside, outside = inner.copy(), outer.copy()
-    near, far = test(inner) - wanted, test(outer) - wanted
+    near = test(inner) - wanted
     # A test that rejects the estimate itself, at a border, leaves nothing between.
     outer = np.where(np.sign(near) == np.sign(wanted), inner, outer)
+    lowest, highest = np.minimum(inner, outer), np.maximum(inner, outer)
+    reach = np.sign(outer - inner) * np.maximum(1.25 * np.abs(guess - inner), 1000 * fine)
+    inside, outside = inner.copy(), np.clip(inner + reach, lowest, highest)
+    far = test(outside) - wanted
+    while (more := (np.sign(far) == np.sign(near)) & (outside != outer)).any():
+        inside, near = np.where(more, outside, inside), np.where(more, far, near)
+        reach = 2 * reach
+        outside = np.where(more, np.clip(inner + reach, lowest, highest), outside)
+        far = np.where(more, test(outside) - wanted, far)
     kept = np.sign(far) == np.sign(near)
     side = np.zeros(len(inner))
     point = guess
