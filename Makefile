@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo test test-slow check parity benchmarks clean
+.PHONY: demo test test-slow check parity parity-shift benchmarks clean
 
 demo: install-test
 	$(RUN)flaxtransfer train --resume
@@ -25,7 +25,10 @@ check: install-dev
 parity: install-parity
 	$(RUN)python -m pytest -n 2 --dist worksteal -m parity tests/parity $(ARGS)
 
-benchmarks: install-parity
+parity-shift: install-parity-shift
+	$(RUN)python -m pytest -m parity_shift tests/parity_shift $(ARGS)
+
+benchmarks: install-parity install-parity-shift
 	$(RUN)python experiments/benchmarks/train_step.py --model resnet50 --compare both
 	$(RUN)python experiments/benchmarks/train_step.py --model resnet18 --compare both
 	$(RUN)python experiments/benchmarks/cached_prefix.py
@@ -37,7 +40,7 @@ clean:
 # One environment serves all targets; a target adds its extra the first time it is asked for.
 # What was installed is remembered beside the interpreter's version and the two files that decide
 # it, so that a second call costs a comparison, and another PYTHON makes the environment anew.
-.PHONY: venv install-test install-dev install-parity
+.PHONY: venv install-test install-dev install-parity install-parity-shift
 
 venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -49,7 +52,7 @@ venv:
 	  rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
 	fi
 
-install-test install-dev install-parity: install-%: venv
+install-test install-dev install-parity install-parity-shift: install-%: venv
 	@want=$$(cat pyproject.toml constraints.txt | cksum); \
 	if [ "$$want" != "$$(cat $(VENV)/.installed-$* 2>/dev/null)" ]; then \
 	  echo "installing flaxtransfer[$*] into $(VENV)"; \
