@@ -589,10 +589,10 @@ class _Patient(ocp.type_handlers.NumpyHandler):
         results = await asyncio.gather(
             *(describe([info]) for info in infos), return_exceptions=True
         )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [result[0] for result in results]
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            raise errors[0]
+        return [result[0] for result in results if not isinstance(result, BaseException)]
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
         read = super().deserialize
