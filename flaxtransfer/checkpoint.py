@@ -497,6 +497,8 @@ def read_arrays(folder: str | os.PathLike[str], *, most: int) -> Arrays:
     """
     path = _local(folder)
     tree = folder_of_arrays(path)
+    if ".orbax-checkpoint-tmp" in f"{tree}":
+        raise ValueError(f"{tree} was never finished: the program that wrote it ended before")
     if tree is None:
         raise ValueError(f"{path} holds nothing that orbax wrote")
     linked = [inner for inner in path.rglob("*") if inner.is_symlink()]
@@ -517,8 +519,7 @@ def read_arrays(folder: str | os.PathLike[str], *, most: int) -> Arrays:
 
 def _foreign_arrays(folder: Path, most: int) -> dict[str, np.ndarray]:
     patience = _Patient()
-    # Orbax' own knows every kind of leaf that there may be; ours reads the numbers.
-    describing, handler = ocp.PyTreeCheckpointHandler(), _tree_handler(patience)
+    describing, handler = _describing_handler(), _tree_handler(patience)
     try:
         described = describing.metadata(epath.Path(folder)).tree
         leaves = inventories.named_leaves(described)
@@ -571,11 +572,27 @@ class _Patient(ocp.type_handlers.NumpyHandler):
     message that matters. Waiting also finds every leaf that fails, not only the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str | None = None) -> None:
         super().__init__()
+        self._kind = kind
         self.failed: list[str] = []
         self._under_way = 0
         self._errors: list[Exception] = []
+
+    def typestr(self) -> str:
+        """What orbax calls the kind of leaf; another one where arrays are read in its place."""
+        return self._kind or super().typestr()
+
+    async def metadata(self, infos: Any) -> Any:
+        """Shapes and dtypes."""
+        describe = super().metadata
+        results = await asyncio.gather(
+            *(describe([info]) for info in infos), return_exceptions=True
+        )
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            raise errors[0]
+        return [result[0] for result in results if not isinstance(result, BaseException)]
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
         read = super().deserialize
@@ -614,6 +631,20 @@ def _tree_handler(arrays: _Patient) -> ocp.PyTreeCheckpointHandler:
         use_compression=False,
         multiprocessing_options=_alone(),
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays)),
+    )
+
+
+def _describing_handler() -> ocp.PyTreeCheckpointHandler:
+    """Reads what a tree of anybody's holds; every number in it is an array to us."""
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (np.ndarray, _Patient()),
+        (jax.Array, _Patient(types.ArrayHandler().typestr())),
+        (int, _Patient(types.ScalarHandler().typestr())),
+        (str, types.StringHandler()),
+    )
+    return ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=_alone(), type_handler_registry=registry
     )
 
 

@@ -18,6 +18,7 @@ from flaxtransfer.exports.target import check_file, check_folder
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.weights import Checkpoint, load, save
+from flaxtransfer.weights.preprocessing import OF_BANDS
 
 __all__ = ["LAYOUTS", "Exported", "export"]
 
@@ -143,7 +144,14 @@ def _export_folder(checkpoint: Checkpoint, target: Path, layout: str) -> Exporte
         for name, data in files.items():
             write(made / name, data)
         difference = _difference(checkpoint, _loaded(made))
-    return Exported(target, layout, difference, plain.notes)
+    return Exported(target, layout, difference, (*plain.notes, *_left_behind(checkpoint, layout)))
+
+
+def _left_behind(checkpoint: Checkpoint, layout: str) -> list[str]:
+    """What the other program's records have no place for."""
+    said = checkpoint.preprocessing.to_json()
+    lost = [f"{name} {said[name]}" for name in OF_BANDS if name in said]
+    return [f"{layout} has no place for what the bands are: {'; '.join(lost)}"] if lost else []
 
 
 def _check_torchvision(config: ResNetConfig) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 __all__ = ["Foreign", "Name", "Refused", "Storage", "Tensor", "key_of", "known", "made", "ordered"]
@@ -25,9 +24,9 @@ _DTYPES: dict[str, Any] = {
     "bfloat16": jnp.bfloat16, "int64": np.int64, "int32": np.int32, "int16": np.int16,
     "int8": np.int8, "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32,
     "uint64": np.uint64, "bool": np.bool_, "complex64": np.complex64,
-    "complex128": np.complex128, "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2, "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "complex128": np.complex128, "float8_e4m3fn": jnp.float8_e4m3fn,
+    "float8_e5m2": jnp.float8_e5m2, "float8_e4m3fnuz": jnp.float8_e4m3fnuz,
+    "float8_e5m2fnuz": jnp.float8_e5m2fnuz,
 }  # fmt: skip
 
 STORAGES: dict[str, np.dtype | None] = {

@@ -15,7 +15,7 @@ from flaxtransfer import exports
 from flaxtransfer.cli import run
 from flaxtransfer.exports import exporting
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import Checkpoint, load, timm_stem
+from flaxtransfer.weights import Checkpoint, load, timm_stem, torchgeo
 
 PREPROCESSING = ft.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size=32, resize=37)
 TINY = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
@@ -185,3 +185,12 @@ def test_convert_says_what_it_wrote(tmp_path, capsys):
     assert "(huggingface): read again, logits within" in shown
     assert run(["convert", "builtin", str(tmp_path / "net.bin")]) == 2
     assert "says not what to write" in capsys.readouterr().err
+
+
+def test_bands_that_another_program_has_no_place_for_are_said(tmp_path):
+    plain = checkpoint_of(dataclasses.replace(TINY, in_channels=2))
+    radar = dataclasses.replace(plain, preprocessing=torchgeo.SENSORS["sentinel1_all"])
+    written = exports.export(radar, tmp_path / "net", to="timm")
+    assert written.notes[-1].startswith(
+        "timm has no place for what the bands are: bands ['VV', 'VH']; black [-50.0, -50.0]"
+    )

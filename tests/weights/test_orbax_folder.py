@@ -138,6 +138,14 @@ def test_damage(tmp_path):
         load(tmp_path / "c")
 
 
+def test_what_was_never_finished(tmp_path):
+    path = tmp_path / "5.orbax-checkpoint-tmp-0"
+    standard(tmp_path / "5", unflatten(leaves_of()))
+    (tmp_path / "5").rename(path)
+    with pytest.raises(ValueError, match="was never finished"):
+        load(path)
+
+
 def test_links_are_not_followed(tmp_path):
     plain_zarr(tmp_path / "c", unflatten(leaves_of()))
     array = tmp_path / "c" / "params.fc.kernel" / "0.0"
