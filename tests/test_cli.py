@@ -219,6 +219,10 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
              "--compare", "no", "--strategy", str(path)]  # fmt: skip
     assert run(train) == 0
     output = " ".join(capsys.readouterr().out.split())
+    kept = np.load(target / "validation.npz")
+    result = json.loads((target / "result.json").read_text())["validation"]
+    assert result["examples"] == len(kept["labels"]) == 4
+    assert result["accuracy"] == np.mean(kept["logits"].argmax(1) == kept["labels"])
     rows = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
     decisions = [row for row in rows if row["kind"] == "decision"]
     assert decisions[0]["phase"] == "head"

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, TextIO
 import numpy as np
 import tyro
 from rich.console import Console
+from scipy.special import softmax
 
 from flaxtransfer.commands.job import image_bands
 from flaxtransfer.commands.options import training_options
+from flaxtransfer.commands.prior import adjusted, calibration_of, given_prior
 from flaxtransfer.data.band_files import decode_bands
 from flaxtransfer.data.decode import ImageError
 from flaxtransfer.data.transforms import evaluation_transform
@@ -36,6 +38,12 @@ class Predict:
       top: how many classes to list, the likeliest first.
       batch_size: images at a time.
       skip_corrupt: leave out unreadable images, with a note, instead of stopping.
+      adjust_prior: estimate how common each class is among these very images, and correct the
+        predictions for it, with probabilities calibrated on the run's validation examples. For
+        images of the same kind in which classes are differently common; refused where they look
+        like something else, or are too few. They are all read before the first line is written.
+      prior: how common each class is, where that is known, in place of the estimate: numbers in
+        the order of the run's classes (0.2 0.8), or dark=0.2 bright=0.8; they sum to 1.
     """
 
     run: tyro.conf.Positional[Path]
@@ -44,6 +52,8 @@ class Predict:
     top: int = 1
     batch_size: int = 64
     skip_corrupt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    adjust_prior: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    prior: tuple[str, ...] = ()
 
 
 def predict(options: Predict, console: Console) -> None:
@@ -54,13 +64,41 @@ def predict(options: Predict, console: Console) -> None:
     if missing:
         raise FileNotFoundError(f"no such image: {', '.join(missing)}")
     checkpoint = load(weights_of(options.run))
-    write = {"jsonl": _write_json_lines, "csv": _write_csv}[options.format]
-    rows = _rows(options, checkpoint, console)
-    write(rows, min(max(options.top, 1), checkpoint.config.classes), sys.stdout)
-
-
-def _rows(options: Predict, checkpoint: Checkpoint, console: Console) -> Iterator[dict[str, Any]]:
     names = checkpoint.class_names or tuple(map(str, range(checkpoint.config.classes)))
+    write = {"jsonl": _write_json_lines, "csv": _write_csv}[options.format]
+    batches: Iterator[tuple[list[Path], np.ndarray]]
+    if options.adjust_prior or options.prior:
+        # Before any image is read, so that a typing error costs no time.
+        source, prior = calibration_of(options.run), given_prior(options.prior, names)
+        parts = list(_logits(options, checkpoint, console))
+        if not parts:
+            raise ValueError("none of the images could be read, so there is nothing to predict")
+        paths = [path for some, _ in parts for path in some]
+        logits = np.concatenate([logits for _, logits in parts])
+        batches = iter([(paths, adjusted(logits, source, prior, names, console))])
+    else:
+        batches = (
+            (paths, softmax(logits, axis=-1))
+            for paths, logits in _logits(options, checkpoint, console)
+        )
+    top = min(max(options.top, 1), checkpoint.config.classes)
+    write(_rows(batches, names), top, sys.stdout)
+
+
+def _rows(
+    batches: Iterator[tuple[list[Path], np.ndarray]], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    for paths, probabilities in batches:
+        for path, probability in zip(paths, probabilities, strict=True):
+            order = np.argsort(-probability, kind="stable")
+            ranked = [(names[i], float(probability[i])) for i in order]
+            yield {"image": str(path), "ranked": ranked}
+
+
+def _logits(
+    options: Predict, checkpoint: Checkpoint, console: Console
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Batch by batch, the images that could be read and what the network says about them."""
     bands = image_bands(training_options(options.run), checkpoint)
     transform = evaluation_transform(checkpoint.preprocessing, channels=checkpoint.config.bands)
     run = forward(resnet(checkpoint.config), checkpoint.preprocessing)
@@ -83,11 +121,7 @@ def _rows(options: Predict, checkpoint: Checkpoint, console: Console) -> Iterato
             options.batch_size - len(images) if len(options.images) > options.batch_size else 0
         )
         batch = np.stack(images + [images[0]] * padding)
-        logits = np.asarray(run(checkpoint.variables, batch))[: len(paths)]
-        for path, probability in zip(paths, _softmax(logits), strict=True):
-            order = np.argsort(-probability, kind="stable")
-            ranked = [(names[i], float(probability[i])) for i in order]
-            yield {"image": str(path), "ranked": ranked}
+        yield paths, np.asarray(run(checkpoint.variables, batch))[: len(paths)]
 
 
 def _write_json_lines(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:
@@ -109,8 +143,3 @@ def _write_csv(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:
         for label, probability in row["ranked"][:top]:
             cells += [label, f"{probability:.6f}"]
         writer.writerow(cells)
-
-
-def _softmax(logits: np.ndarray) -> Sequence[np.ndarray]:
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)

@@ -181,7 +181,7 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
     variables = state.variables()
     predicted = _predict(run, run.feed, state)
     validation = None if predicted is None else predicted.evaluation()
-    run_folder.finish(run.folder, run.model, variables, run.feed, position.step, validation)
+    run_folder.finish(run.folder, run.model, variables, run.feed, position.step, predicted)
     shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
     return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
 

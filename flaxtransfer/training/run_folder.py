@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -10,14 +11,16 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
 
+from flaxtransfer.appearing import appearing, write
 from flaxtransfer.models import Model
 from flaxtransfer.optimizers import FROZEN, Group
 from flaxtransfer.training.audit import Audit
-from flaxtransfer.training.evaluation import Evaluation
+from flaxtransfer.training.evaluation import Predictions
 from flaxtransfer.training.feed import Feed
 from flaxtransfer.training.phases import Plan
 from flaxtransfer.types import Variables
@@ -30,6 +33,7 @@ ENVIRONMENT_FILE = "environment.json"
 AUDIT_FILE = "audit.json"
 RESULT_FILE = "result.json"
 WEIGHTS_FILE = "model.safetensors"
+VALIDATION_FILE = "validation.npz"
 
 
 def identity(
@@ -148,9 +152,13 @@ def finish(
     variables: Variables,
     feed: Feed,
     steps: int,
-    validation: Evaluation | None,
+    validation: Predictions | None,
 ) -> None:
-    """Writes the weights with their preprocessing, then the result that marks the run as done."""
+    """Writes the weights with their preprocessing, then the result that marks the run as done.
+
+    What the network says about the validation examples stays with it: calibration, and all that
+    is estimated about other images later, needs them.
+    """
     checkpoint = Checkpoint(
         variables=jax.tree.map(np.asarray, jax.device_get(variables)),
         config=model.config,
@@ -161,8 +169,37 @@ def finish(
         class_names=feed.class_names,
     )
     save(folder / WEIGHTS_FILE, checkpoint)
-    result = {"steps": steps, "validation": validation and validation.to_json()}
-    write_json(folder / RESULT_FILE, result)
+    measured = None
+    if validation is not None:
+        arrays = io.BytesIO()
+        np.savez(arrays, logits=validation.logits, labels=validation.labels)
+        with appearing(folder / VALIDATION_FILE) as path:
+            write(path, arrays.getvalue())
+        measured = validation.evaluation().to_json()
+    write_json(folder / RESULT_FILE, {"steps": steps, "validation": measured})
+
+
+def validation_of(folder: Path) -> Predictions:
+    """What a finished run's network says about its validation examples.
+
+    Raises:
+      FileNotFoundError: the run had none, or is older than this file, or has not finished.
+      ValueError: the file is damaged.
+    """
+    weights_of(folder)
+    path = folder / VALIDATION_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the run in {folder} keeps no validation examples (no {VALIDATION_FILE}); train with "
+            "--val-per-class or --val-fraction to have some"
+        )
+    try:
+        # From memory: numpy leaves the file of a broken archive open.
+        with np.load(io.BytesIO(path.read_bytes())) as found:
+            logits, labels = found["logits"], found["labels"]
+    except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return Predictions(logits, labels)
 
 
 def write_json(path: Path, value: Any) -> None:

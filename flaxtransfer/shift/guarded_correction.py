@@ -1,0 +1,146 @@
+"""Predictions corrected for a target's prevalence, unless there is a reason to leave them alone."""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.correction import adjust_prior
+from flaxtransfer.shift.estimation import estimate_prevalence
+from flaxtransfer.shift.hypotheses import HypothesisTest
+from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.residual_test import residual_test
+
+__all__ = ["LEAST_TARGETS", "TARGETS_PER_CLASS", "PriorCorrection", "correct_prior"]
+
+LEAST_TARGETS = 30
+"""Fewer say next to nothing about shares: a half has a standard error of a tenth."""
+
+TARGETS_PER_CLASS = 5
+"""On average; with fewer, some class has none by chance and would be corrected away."""
+
+_FLOOR = 1e-9
+"""Log-probabilities below this one's differ by nothing that a calibration could know."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PriorCorrection:
+    """Corrected predictions, or why they are not.
+
+    Args:
+        adjusted: whether `probabilities` are corrected.
+        refusals: why not; with ``guard="warn"``, what would have been a reason.
+        probabilities: `[m, K]`, what to use.
+        calibrated: `[m, K]`, before the correction.
+        prevalence: of the target; None where there are too few examples to estimate it.
+        residual: the test of label shift; None where it was not asked for or not reached.
+    """
+
+    adjusted: bool
+    refusals: tuple[str, ...]
+    probabilities: np.ndarray
+    calibrated: np.ndarray
+    prevalence: Prevalence | None
+    residual: HypothesisTest | None
+
+    @property
+    def changed(self) -> int:
+        """Examples whose most probable class is another than before."""
+        return int((self.probabilities.argmax(1) != self.calibrated.argmax(1)).sum())
+
+    def __str__(self) -> str:
+        lines = [] if self.prevalence is None else [str(self.prevalence)]
+        if self.residual is not None and self.residual.p is not None:
+            lines.append(f"H0, {self.residual.hypothesis}: p = {self.residual.p:.3g}")
+        word = "reason against it" if self.adjusted else "not corrected"
+        lines += [f"{word}: {reason}" for reason in self.refusals]
+        if self.adjusted:
+            lines.append(f"{self.changed} of {len(self.calibrated)} predictions changed")
+        return "\n".join(lines)
+
+
+def correct_prior(
+    logits: Any,
+    source: Calibration,
+    *,
+    method: str = "maximum_likelihood",
+    guard: Literal["refuse", "warn"] = "refuse",
+    level: float = 0.01,
+    simulations: int = 199,
+    seed: int = 0,
+) -> PriorCorrection:
+    """Calibrates a target's predictions, estimates its prevalence, and corrects them by it.
+
+    You want it where classes are differently common and look the same. It is gated on just that: a
+    correction by shares that were estimated on images of another kind makes good predictions bad.
+    Refused are too few examples, a prevalence that the data do not determine, and a target whose
+    predictions no mixture of the source's classes explains (`residual_test`, on calibrated
+    log-probabilities). A change of the images that leaves predictions within such a mixture is not
+    seen by any test.
+
+    Args:
+        logits: `[m, K]`, of the target.
+        source: calibration of this model, with its validation.
+        method: of `estimate_prevalence`.
+        guard: "refuse" leaves calibrated probabilities as they are where there is a reason, "warn"
+            corrects and reports it.
+        level: of the residual test; 0 leaves the test out.
+        simulations: of it.
+        seed: of it.
+
+    Raises:
+        ValueError: logits that do not fit, options that do not exist.
+
+    >>> rng = np.random.default_rng(0)
+    >>> def draw(shares, count):
+    ...     labels = rng.choice(2, count, p=shares)
+    ...     score = rng.normal(2 * labels - 1)
+    ...     return np.stack([-score, score], 1), labels
+    >>> from flaxtransfer.shift.calibrating import calibrate
+    >>> source = calibrate(*draw([0.5, 0.5], 2000))
+    >>> logits, labels = draw([0.95, 0.05], 500)
+    >>> found = correct_prior(logits, source)
+    >>> before, after = found.calibrated.argmax(1), found.probabilities.argmax(1)
+    >>> bool(np.mean(before == labels) < np.mean(after == labels))
+    True
+    """
+    if guard not in ("refuse", "warn"):
+        raise ValueError(f"guard is 'refuse' or 'warn', not {guard!r}")
+    calibrated = source.apply(logits)
+    count, classes = calibrated.shape
+    least = max(LEAST_TARGETS, TARGETS_PER_CLASS * classes)
+    refusals = []
+    if count < least:
+        refusals.append(
+            f"{count} examples say too little about the shares of {classes} classes: give {least} "
+            "or more, or the prior itself"
+        )
+        if guard == "refuse":
+            return PriorCorrection(False, tuple(refusals), calibrated, calibrated, None, None)
+    prevalence = estimate_prevalence(calibrated, source, method=method)
+    if not prevalence.identifiable:
+        refusals.append(f"the data do not determine the prevalence: {prevalence.reason}")
+    residual = None
+    if level > 0:
+        residual = residual_test(
+            _features(source.probabilities), _features(calibrated), calibrated, source,
+            simulations=simulations, seed=seed,
+        )  # fmt: skip
+        if residual.rejected(level):
+            refusals.append(
+                "no shares of the source's classes explain these predictions (residual test, p = "
+                f"{residual.p:.3g}): the images themselves have changed, and shares estimated on "
+                "them are wrong"
+            )
+    adjusted = not refusals or guard == "warn"
+    probabilities = (
+        adjust_prior(calibrated, prevalence, force=guard == "warn") if adjusted else calibrated
+    )
+    return PriorCorrection(
+        adjusted, tuple(refusals), probabilities, calibrated, prevalence, residual
+    )
+
+
+def _features(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(probabilities, _FLOOR))

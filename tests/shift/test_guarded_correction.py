@@ -1,0 +1,86 @@
+"""A correction that helps under label shift and is refused everywhere else."""
+
+import numpy as np
+import pytest
+
+from flaxtransfer.shift.calibrating import calibrate
+from flaxtransfer.shift.guarded_correction import correct_prior
+
+MEANS = np.array([[1.5, 0.0, 0.0], [0.0, 1.5, 0.0], [0.0, 0.0, 1.5]])
+
+
+def draw(shares, count, seed, shift=0.0):
+    """Three Gaussian classes; their logits for equal shares are those of Bayes' rule."""
+    random = np.random.default_rng(seed)
+    labels = random.choice(3, count, p=shares)
+    x = random.normal(MEANS[labels]) + shift
+    return x @ MEANS.T - (MEANS**2).sum(1) / 2, labels
+
+
+@pytest.fixture(scope="module")
+def source():
+    return calibrate(*draw(np.full(3, 1 / 3), 600, 0))
+
+
+def accuracy(probabilities, labels):
+    return (probabilities.argmax(1) == labels).mean()
+
+
+def test_label_shift_is_corrected(source):
+    """By nearly as much as with the true shares."""
+    shares = [0.8, 0.15, 0.05]
+    logits, labels = draw(shares, 1000, 1)
+    found = correct_prior(logits, source)
+    assert found.adjusted
+    assert found.refusals == ()
+    oracle = source.apply(logits) * shares
+    best, before = accuracy(oracle, labels), accuracy(found.calibrated, labels)
+    assert before < accuracy(found.probabilities, labels) - 0.03
+    assert abs(accuracy(found.probabilities, labels) - best) < 0.02
+    assert found.changed == (found.probabilities.argmax(1) != found.calibrated.argmax(1)).sum() > 0
+    assert f"{found.changed} of 1000 predictions changed" in str(found)
+
+
+def test_without_a_shift_nothing_changes_much(source):
+    logits, labels = draw(np.full(3, 1 / 3), 1000, 2)
+    found = correct_prior(logits, source)
+    assert found.adjusted
+    before, after = (accuracy(p, labels) for p in (found.calibrated, found.probabilities))
+    assert after == pytest.approx(before, abs=0.02)
+
+
+def test_changed_images_are_refused_and_what_the_correction_would_have_done(source):
+    """Every class moves towards the third: the shares look different and are not."""
+    logits, labels = draw(np.full(3, 1 / 3), 600, 3, shift=np.array([0.0, -1.5, 2.0]))
+    found = correct_prior(logits, source)
+    assert not found.adjusted
+    assert "no shares of the source's classes explain these predictions" in found.refusals[0]
+    assert "not corrected: " in str(found)
+    assert found.probabilities is found.calibrated
+    forced = correct_prior(logits, source, guard="warn")
+    assert forced.adjusted
+    assert forced.refusals == found.refusals
+    assert accuracy(forced.probabilities, labels) < accuracy(found.probabilities, labels)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(29, "29 examples say too little about the shares of 3 classes: give 30"), (30, None)],
+)
+def test_too_few(source, count, text):
+    found = correct_prior(draw(np.full(3, 1 / 3), count, 4)[0], source)
+    assert found.adjusted == (text is None)
+    if text:
+        assert text in found.refusals[0]
+        assert found.prevalence is None
+
+
+def test_a_model_that_always_says_the_same_is_refused(source):
+    found = correct_prior(np.tile([1.0, 0.5, 0.0], (200, 1)), source, level=0)
+    assert "do not determine the prevalence" in found.refusals[0]
+    assert found.residual is None
+
+
+def test_what_is_no_guard(source):
+    with pytest.raises(ValueError, match="'refuse' or 'warn', not 'ask'"):
+        correct_prior(np.zeros((30, 3)), source, guard="ask")

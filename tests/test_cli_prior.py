@@ -1,0 +1,174 @@
+"""``flaxtransfer predict`` where classes are differently common than in training."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
+
+import flaxtransfer as ft
+from flaxtransfer.cli import run
+from flaxtransfer.domain.images import reader, target_logits
+from flaxtransfer.models import lax_conv
+from flaxtransfer.shift.calibrating import calibrate
+from flaxtransfer.training import run_folder
+
+SIZE = 16
+PREPROCESSING = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)
+MIDDLE, APART, SPREAD = 128, 15, 20
+"""Gray levels of dark and bright images overlap: the right answer depends on the prior."""
+
+
+def draw(bright: float, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = (random.random(count) < bright).astype(int)
+    level = MIDDLE + APART * (2 * labels - 1) + random.normal(0, SPREAD, count)
+    images = level[:, None, None, None] + random.normal(0, 4, (count, SIZE, SIZE, 1))
+    return np.repeat(np.clip(images, 0, 255).astype(np.uint8), 3, axis=-1), labels
+
+
+def write(images: np.ndarray, folder: Path) -> list[str]:
+    folder.mkdir(parents=True)
+    paths = [folder / f"{number:03}.png" for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        Image.fromarray(image).save(path)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run: random features, their best head, 200 validation examples."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    config = ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=2)
+    model = ft.Model(config, convolution=lax_conv)
+    variables = jax.device_get(model.init(jax.random.key(0)))
+    images, labels = draw(0.5, 200, 0)
+    features, _ = ft.pooled_features(
+        model, variables, [{"image": images, "label": labels}], PREPROCESSING
+    )
+    head = LogisticRegression(C=10.0, max_iter=5000).fit(features, labels)
+    one = np.float32(head.coef_.T)
+    variables["params"]["fc"] = {
+        "kernel": np.concatenate([-one, one], 1) / 2,
+        "bias": np.float32([-1, 1]) * np.float32(head.intercept_) / 2,
+    }
+    held, known = draw(0.5, 200, 1)
+    logits = target_logits(model, variables, reader(held, 200), PREPROCESSING)
+    feed = ft.Feed(iter, 1, None, PREPROCESSING, ("dark", "bright"))
+    run_folder.finish(folder, model, variables, feed, 1, ft.Predictions(logits, known))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> tuple[list[str], np.ndarray]:
+    """Files of which one in ten is bright."""
+    images, labels = draw(0.1, 120, 2)
+    return write(images, tmp_path_factory.mktemp("target") / "images"), labels
+
+
+def predicted(capsys, *arguments) -> tuple[list[dict], list[str]]:
+    assert run(["predict", *map(str, arguments)]) == 0
+    shown = capsys.readouterr()
+    return [json.loads(line) for line in shown.out.splitlines()], shown.err.splitlines()
+
+
+def accuracy(rows: list[dict], labels: np.ndarray) -> float:
+    return float(np.mean(np.array([row["label"] == "bright" for row in rows]) == labels))
+
+
+def test_the_estimate_says_what_it_did_and_helps(finished, target, capsys):
+    """Bayes' rule for two normal levels says by how much: from 77 to 91 % at a tenth bright."""
+    paths, labels = target
+    rows, said = predicted(capsys, finished, *paths, "--adjust-prior", "--top", "2")
+    assert [row["image"] for row in rows] == paths
+    assert all(sum(row["top"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert said[0].startswith("prior by maximum likelihood on 120 images, relative to 200 valid")
+    assert said[1].startswith("dark: 0.5")
+    line = r"bright: (0\.\d+) -> (0\.\d+) \((0\.\d+) to (0\.\d+) at 95%\)"
+    before, estimate, low, high = map(float, re.fullmatch(line, said[2]).groups())
+    assert before == pytest.approx(0.5, abs=0.07)
+    assert low < estimate < high
+    assert low < labels.mean() < high
+    as_trained, _ = predicted(capsys, finished, *paths)
+    assert accuracy(as_trained, labels) == pytest.approx(norm.cdf(APART / SPREAD), abs=0.07)
+    assert accuracy(rows, labels) > accuracy(as_trained, labels) + 0.05
+    # The count is against calibrated predictions, which the prior of the source leaves as they are.
+    kept = np.load(finished / "validation.npz")
+    prior = map(str, calibrate(kept["logits"], kept["labels"]).prior)
+    calibrated, none = predicted(capsys, finished, *paths, "--prior", *prior)
+    assert none[-1] == "0 of 120 predictions changed"
+    assert said[3] == f"{changed(rows, calibrated)} of 120 predictions changed"
+
+
+def changed(rows: list[dict], others: list[dict]) -> int:
+    return sum(row["label"] != other["label"] for row, other in zip(rows, others, strict=True))
+
+
+def test_a_known_prior_is_taken_as_it_is(finished, target, capsys):
+    """In the order of the classes or by their names; calibrated odds times the ratio of priors."""
+    paths, labels = target
+    rows, said = predicted(capsys, finished, *paths, "--prior", "0.9", "0.1")
+    assert said[0].startswith("prior as given, relative to 200 validation examples")
+    named, _ = predicted(capsys, finished, *paths, "--adjust-prior", "--prior", "bright=0.1",
+                         "dark=0.9")  # fmt: skip
+    assert named == rows
+    assert accuracy(rows, labels) > 0.85
+    even, _ = predicted(capsys, finished, *paths, "--prior", "0.5", "0.5", "--top", "2")
+    tilted, _ = predicted(capsys, finished, *paths, "--prior", "0.9", "0.1", "--top", "2")
+    odds = [np.array([row["top"]["bright"] / row["top"]["dark"] for row in found]) for found in
+            (even, tilted)]  # fmt: skip
+    inside = (odds[1] > 1e-3) & (odds[1] < 1e3)
+    np.testing.assert_allclose(odds[1][inside], odds[0][inside] / 9, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--prior", "0.9"], "--prior has 1 numbers, and the run has 2 classes: dark, bright"),
+        (["--prior", "0.9", "0.2"], "0.9 0.2 sum to 1.1"),
+        (["--prior", "drak=0.9", "bright=0.1"], "no class 'drak'; did you mean 'dark'?"),
+        (["--prior", "bright=0.1"], "no share for 'dark'"),
+        (["--prior", "a", "b"], "shares are numbers, not a b"),
+    ],
+)
+def test_what_is_no_prior(finished, target, capsys, arguments, text):
+    refused(capsys, [str(finished), target[0][0], *arguments], text)
+
+
+def refused(capsys, arguments, text):
+    assert run(["predict", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.strip().splitlines()) == 1
+    assert text in shown.err
+
+
+def test_what_images_cannot_tell_is_refused(finished, target, tmp_path, capsys):
+    few = "29 examples say too little about the shares of 2 classes: give 30 or more"
+    refused(capsys, [str(finished), *target[0][:29], "--adjust-prior"], few)
+    same = write(np.full((40, SIZE, SIZE, 3), 128, np.uint8), tmp_path / "same")
+    refused(capsys, [str(finished), *same, "--adjust-prior"], "do not determine the prevalence")
+    random = np.random.default_rng(0)
+    other = random.integers(0, 256, (80, SIZE, SIZE, 3)).astype(np.uint8)
+    other[40:] //= 3
+    strange = write(other, tmp_path / "other")
+    refused(capsys, [str(finished), *strange, "--adjust-prior"], "images themselves have changed")
+
+
+def test_a_run_without_validation_says_how_to_have_some(finished, target, tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
+    text = "keeps no validation examples (no validation.npz); train with --val-per-class"
+    refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], text)
+    (tmp_path / "validation.npz").write_bytes((finished / "validation.npz").read_bytes()[:200])
+    refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], "validation.npz is damaged")
+    np.savez(tmp_path / "validation.npz", logits=np.zeros((9, 2)), labels=np.zeros(9, int))
+    refused(capsys, [str(tmp_path), target[0][0], "--prior", "0.5", "0.5"],
+            "has 9 validation examples, and a correction of the prior needs 10")  # fmt: skip
