@@ -105,10 +105,10 @@ def mmd_test(
     rng = np.random.default_rng(seed)
     number, sizes = _blocks(counts, block)
     used = (number * sizes[0], number * sizes[1])
-    if used != counts:
+    if sum(counts) > block:
         notes += (
-            f"{number} blocks of {sizes[0]} source and {sizes[1]} target rows: {used[0]} of "
-            f"{counts[0]} and {used[1]} of {counts[1]} rows were used",
+            f"in blocks of {sizes[0]} source and {sizes[1]} target rows, {used[0]} of {counts[0]} "
+            f"and {used[1]} of {counts[1]} rows",
         )
     features = rescaled(pooled, width)
     order = [rng.permutation(counts[0])[: used[0]], rng.permutation(counts[1])[: used[1]]]

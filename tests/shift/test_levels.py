@@ -1,0 +1,26 @@
+"""Every test rejects a true hypothesis as often as it says, by simulation."""
+
+import numpy as np
+import pytest
+
+from shift_tests import NULLS, UNCORRECTED, p_values, posteriors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(NULLS)), ids=[f"{row[0]}; {row[1]}" for row in NULLS])
+def test_the_level_is_what_it_says(number):
+    name, _, world, test = NULLS[number]
+    # The draws of experiments/shift_tests.py: its table in short.
+    rate = (p_values(world, test, 500, 1000 * number) <= 0.05).mean()
+    if UNCORRECTED in name:
+        assert rate > 0.07
+    else:
+        assert (0.0 if "conservative" in name else 0.03) <= rate <= 0.07
+
+
+def test_the_model_of_the_study_is_right():
+    # Posteriors of four Gaussians by Bayes' rule from their densities.
+    features = np.random.default_rng(0).normal(size=(5, 10))
+    densities = np.exp(-((features[:, None] - 2 * np.eye(4, 10)[None]) ** 2).sum(2) / 2)
+    wanted = densities / densities.sum(1, keepdims=True)
+    np.testing.assert_allclose(posteriors(features), wanted, atol=1e-12)
