@@ -17,7 +17,7 @@ import flaxtransfer as ft
 from flaxtransfer.cli import run
 from flaxtransfer.domain.images import reader, target_logits
 from flaxtransfer.models import lax_conv
-from flaxtransfer.shift.calibrating import calibrate
+from flaxtransfer.shift.calibration.calibrating import calibrate
 from flaxtransfer.training import run_folder
 
 SIZE = 16

@@ -9,10 +9,10 @@ import numpy as np
 from rich.console import Console
 
 from flaxtransfer.paths import suggest
-from flaxtransfer.shift.calibrating import calibrate
-from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.correction import adjust_prior
-from flaxtransfer.shift.guarded_correction import correct_prior
+from flaxtransfer.shift.calibration.calibrating import calibrate
+from flaxtransfer.shift.calibration.calibration import Calibration
+from flaxtransfer.shift.prevalence.correction import adjust_prior
+from flaxtransfer.shift.prevalence.guarded_correction import correct_prior
 from flaxtransfer.training.run_folder import validation_of
 
 __all__ = ["adjusted", "calibration_of", "given_prior"]

@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.correction import adjust_prior
-from flaxtransfer.shift.estimation import estimate_prevalence
+from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.hypotheses import HypothesisTest
-from flaxtransfer.shift.prevalence import Prevalence
-from flaxtransfer.shift.residual_test import residual_test
+from flaxtransfer.shift.prevalence.correction import adjust_prior
+from flaxtransfer.shift.prevalence.estimation import estimate_prevalence
+from flaxtransfer.shift.prevalence.prevalence import Prevalence
+from flaxtransfer.shift.testing.residual_test import residual_test
 
 __all__ = ["LEAST_TARGETS", "TARGETS_PER_CLASS", "PriorCorrection", "correct_prior"]
 
@@ -97,7 +97,7 @@ def correct_prior(
     ...     labels = rng.choice(2, count, p=shares)
     ...     score = rng.normal(2 * labels - 1)
     ...     return np.stack([-score, score], 1), labels
-    >>> from flaxtransfer.shift.calibrating import calibrate
+    >>> from flaxtransfer.shift.calibration.calibrating import calibrate
     >>> source = calibrate(*draw([0.5, 0.5], 2000))
     >>> logits, labels = draw([0.95, 0.05], 500)
     >>> found = correct_prior(logits, source)

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.mixture_residual import class_kernel, residual, simulated_residuals
-from flaxtransfer.shift.residual_test import residual_test
+from flaxtransfer.shift.calibration.calibration import Calibration
+from flaxtransfer.shift.testing.mixture_residual import class_kernel, residual, simulated_residuals
+from flaxtransfer.shift.testing.residual_test import residual_test
 
 MEANS = 2.0 * np.eye(3, 6)
 

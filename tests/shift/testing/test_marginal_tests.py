@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from flaxtransfer.shift.hypotheses import holm
-from flaxtransfer.shift.marginal_tests import kolmogorov_smirnov_test
-from flaxtransfer.shift.predicted_labels import noncentrality, predicted_label_test
+from flaxtransfer.shift.testing.marginal_tests import kolmogorov_smirnov_test
+from flaxtransfer.shift.testing.predicted_labels import noncentrality, predicted_label_test
 
 
 @pytest.mark.parametrize("counts", [(40, 30), (7, 5), (300, 300), (10_500, 50)])

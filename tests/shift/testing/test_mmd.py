@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.duplicates import shared_rows
-from flaxtransfer.shift.kernel import gaussian_kernel, median_bandwidth, rescaled
-from flaxtransfer.shift.mmd import mmd_test
+from flaxtransfer.shift.testing.duplicates import shared_rows
+from flaxtransfer.shift.testing.kernel import gaussian_kernel, median_bandwidth, rescaled
+from flaxtransfer.shift.testing.mmd import mmd_test
 
 
 def samples(n=40, m=30, d=3, step=0.0, seed=0):

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.estimated_posteriors import EstimatedPosteriors, corrected_posteriors
-from flaxtransfer.shift.few_labels import (
+from flaxtransfer.shift.calibration.calibration import Calibration
+from flaxtransfer.shift.prevalence.resampled_likelihood import maximise_resampled
+from flaxtransfer.shift.testing.estimated_posteriors import (
+    EstimatedPosteriors,
+    corrected_posteriors,
+)
+from flaxtransfer.shift.testing.few_labels import (
     label_residual_test,
     log_loss_test,
     posterior_ratio_tests,
 )
-from flaxtransfer.shift.labels_needed import labels_needed
-from flaxtransfer.shift.resampled_likelihood import maximise_resampled
+from flaxtransfer.shift.testing.labels_needed import labels_needed
 
 POSTERIORS = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.25, 0.6, 0.15]])
 OTHER = np.array([[0.2, 0.6, 0.2], [0.1, 0.3, 0.6], [0.1, 0.1, 0.8], [0.5, 0.1, 0.4]])
