@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.special import log_softmax
 
 from flaxtransfer.appearing import appearing, write
 from flaxtransfer.commands.job import image_bands, split
@@ -26,7 +27,7 @@ from flaxtransfer.shift.diagnosis.shift_report import ShiftReport
 from flaxtransfer.shift.hypotheses import HypothesisTest
 from flaxtransfer.shift.prevalence.prevalence import Prevalence
 from flaxtransfer.training.feed import held_out
-from flaxtransfer.training.run_folder import weights_of
+from flaxtransfer.training.run_folder import validation_of, weights_of
 from flaxtransfer.weights import Checkpoint, load
 
 REPORT_FILE = "report.json"
@@ -80,8 +81,7 @@ def diagnose(options: Diagnose, console: Console) -> None:
     )
     labelled = _few_labels(options.target_labels, target, names)
     chosen = _chosen(len(target.source), labelled[0], options)
-    source = _source(checkpoint, trained, options)
-    found = _evidence(checkpoint, target.source, chosen, options)
+    source, found = _samples(checkpoint, trained, (target.source, chosen), options, console)
     place = {position: row for row, position in enumerate(chosen.tolist())}
     report = diagnose_arrays(
         source.logits,
@@ -187,24 +187,41 @@ def _number(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.3g}"
 
 
-def _source(checkpoint: Checkpoint, trained: Train, options: Diagnose) -> Evidence:
-    """The examples that the run kept apart, of its own data."""
+def _samples(
+    checkpoint: Checkpoint,
+    trained: Train,
+    target: tuple[Source, np.ndarray],
+    options: Diagnose,
+    console: Console,
+) -> tuple[Evidence, Evidence]:
+    """What the network makes of the images the run kept apart, and of the target's."""
+    found = _evidence(checkpoint, *target, options)
     bands = image_bands(trained, checkpoint)
     try:
         source = open_source(trained.data, skip_corrupt=trained.skip_corrupt, bands=bands)
+        if source.class_names != checkpoint.class_names:
+            raise FileNotFoundError(f"{trained.data} has other classes than the run")
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the run's own images are needed, to compare with: {error}"
-        ) from error
+        kept = validation_of(options.run)
+        console.print(
+            f"the run's own images are not here ({error}): log-probabilities of its validation "
+            "examples stand for their features\n",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+        return _of_logits(kept.logits, kept.labels), _of_logits(found.logits, found.labels)
     parts = split(source, trained)
-    kept = np.sort(np.concatenate([parts.val, parts.test]))
-    if not len(kept):
+    positions = np.sort(np.concatenate([parts.val, parts.test]))
+    if not len(positions):
         raise ValueError(
             f"the run in {options.run} kept no image apart; train it with --val-fraction or "
             "--test-fraction"
         )
-    chosen = some(kept, options.most_images, source.labels())
-    return _evidence(checkpoint, source, chosen, options)
+    chosen = some(positions, options.most_images, source.labels())
+    return _evidence(checkpoint, source, chosen, options), found
+
+
+def _of_logits(logits: np.ndarray, labels: np.ndarray) -> Evidence:
+    return Evidence(logits, log_softmax(logits, axis=1), labels)
 
 
 def _evidence(

@@ -1,0 +1,104 @@
+"""``flaxtransfer diagnose``: what it prints and writes, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from brightness import draw, finish_run, write
+
+import flaxtransfer.shift
+from flaxtransfer.cli import run
+
+SCHEMA = json.loads(Path(flaxtransfer.shift.__file__).with_name("report.schema.json").read_text())
+QUICK = ("--permutations", "99")
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory) -> Path:
+    """A run's folder, and beside it images of which one in ten is bright, ten of them labelled."""
+    root = tmp_path_factory.mktemp("there")
+    finish_run(root / "run")
+    images, labels = draw(0.1, 120, 2)
+    names = [Path(path).name for path in write(images, root / "images")]
+    with (root / "few.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("image", "label"))
+        rows.writerows((names[i], ("dark", "bright")[labels[i]]) for i in range(10))
+    return root
+
+
+def diagnosed(there: Path, *more: str) -> int:
+    target = f"folder:{there / 'images'}"
+    return run(["diagnose", "--run", str(there / "run"), "--target", target, *QUICK, *more])
+
+
+def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
+    assert diagnosed(there, "--target-labels", str(there / "few.csv")) == 0
+    printed = capsys.readouterr().out
+    assert "speak for a label shift" in printed
+    assert "200 held-out examples of the source, 120 target images, 10 of them" in printed
+    assert "stand for their features" in printed  # the run's images are gone
+    out = there / "run" / "diagnosis" / "images"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "features.png", "prevalence.png", "reliability.png", "report.html", "report.json",
+        "tests.png",
+    ]  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["conclusion"] == "label"
+    assert report["class_names"] == ["dark", "bright"]
+    assert report["prevalences"][0]["estimate"][1] < 0.25  # of 0.1 in truth and 0.5 before
+    assert (out / "features.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_is_replaced_whole(there, tmp_path, capsys):
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / "old.txt").write_text("of an earlier report")
+    assert diagnosed(there, "--out", str(out)) == 0
+    assert not (out / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--target", "folder:nowhere"), "there is no folder nowhere"),
+        (("--target", "scans"), "unknown data source 'scans'"),
+        (("--run", "nowhere"), "nowhere is not a run folder"),
+        (("--most-images", "5"), "--most-images is 20 or more, not 5"),
+        (("--level", "2"), "level is 2.0; it lies between 0 and 1"),
+        (("--target-labels", "nowhere.csv"), "nowhere.csv"),
+    ],
+)
+def test_one_line_and_exit_code_2(there, arguments, text, capsys):
+    given = {"--run": str(there / "run"), "--target": f"folder:{there / 'images'}"}
+    given |= {"--permutations": "99", **{arguments[0]: arguments[1]}}
+    assert run(["diagnose", *(word for pair in given.items() for word in pair)]) == 2
+    said = capsys.readouterr().err
+    assert text in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ("image,class\n000.png,dark\n", "has no column label; its columns are image, class"),
+        ("image,label\n", "has no rows"),
+        ("image,label\n000.png,dork\n", "no class 'dork'; did you mean 'dark'"),
+        ("image,label\n999.png,dark\n", "no image is called 999.png; images are called 000.png"),
+        ("image,label\n000.png,dark\n000.png,dark\n", "given twice: 000.png"),
+        ("", "its columns are none"),
+    ],
+)
+def test_files_of_labels_that_are_wrong(there, rows, text, tmp_path, capsys):
+    path = tmp_path / "few.csv"
+    path.write_text(rows)
+    assert diagnosed(there, "--target-labels", str(path)) == 2
+    said = capsys.readouterr().err
+    assert text in said
+    assert len(said.splitlines()) == 1
