@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.checks import as_probability_rows
-from flaxtransfer.shift.confusion import black_box, joint_confusion
-from flaxtransfer.shift.estimation import METHODS, estimate_prevalence
-from flaxtransfer.shift.likelihood import maximise
-from flaxtransfer.shift.rlls import regularised_weights
+from flaxtransfer.shift.prevalence.confusion import black_box, joint_confusion
+from flaxtransfer.shift.prevalence.estimation import METHODS, estimate_prevalence
+from flaxtransfer.shift.prevalence.likelihood import maximise
+from flaxtransfer.shift.prevalence.rlls import regularised_weights
 
 
 def draw(prevalence, count, seed, separation=2.0):
