@@ -13,7 +13,8 @@ def test_the_level_is_what_it_says(number):
     # The draws of experiments/shift_tests.py: its table in short.
     rate = (p_values(world, test, 500, 1000 * number) <= 0.05).mean()
     if UNCORRECTED in name:
-        assert rate > 0.07
+        # Why there are estimated posteriors; log-loss minds less than frequencies do.
+        assert rate > (0.15 if "residual" in name else 0.03)
     else:
         assert (0.0 if "conservative" in name else 0.03) <= rate <= 0.07
 

@@ -9,7 +9,7 @@ import numpy as np
 from flaxtransfer.shift.checks import as_features, same_width
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
-    detectable,
+    detectable_square,
     enough_repetitions,
     permutation_p,
     untestable,
@@ -132,7 +132,7 @@ def mmd_test(
         p=permutation_p(observed - _TIE * float(np.abs(null).max()), null),
         effect=observed,
         effect_name=_EFFECT,
-        minimum_detectable=detectable(null),
+        minimum_detectable=detectable_square(null),
         counts=counts,
         assumptions=(
             "examples are independent: frames of one film or slides of one patient are not",

@@ -47,7 +47,8 @@ def prior_test(
     level 0.05 would be 0.15. So p is by permutation: source and target posteriors are pooled and
     dealt out again, the prior and its maximum-likelihood alternative estimated anew each time.
     Under H0 the two samples are exchangeable, and the level is exact whether or not the posteriors
-    are calibrated. (The map of `source` was fitted on one side only: a handful of parameters.)
+    are calibrated. What is not exchangeable is the map of `source`, fitted on one side only: a
+    level of 0.06 was measured with biases of four classes fitted on 600 examples, 0.08 on 100.
 
     Args:
         target_probabilities: `[m, K]`, calibrated by `source`.

@@ -8,7 +8,7 @@ from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.checks import as_features, as_labels, as_probabilities, same_width
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
-    detectable,
+    detectable_square,
     enough_repetitions,
     permutation_p,
     untestable,
@@ -137,7 +137,7 @@ def residual_test(
         p=permutation_p(observed, null),
         effect=observed,
         effect_name=_EFFECT,
-        minimum_detectable=detectable(null),
+        minimum_detectable=detectable_square(null),
         counts=counts,
         assumptions=(
             "examples are independent",
