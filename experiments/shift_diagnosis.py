@@ -3,8 +3,8 @@
     python experiments/shift_diagnosis.py                 # about ten minutes on 2 CPU cores
     python experiments/shift_diagnosis.py --draws 5
 
-The worlds are those of ``shift_tests.py``: four Gaussian classes in ten dimensions, a linear
-classifier, 600 held-out examples of the source and 300 of the target. Rows are what is true,
+The worlds are those of ``shift_tests.py``: four Gaussian classes in ten dimensions, their exact
+posteriors for a model, 600 held-out examples of the source and 300 of the target. Rows are what is true,
 columns what is concluded; what is neither true nor "undetermined" is a false attribution. A step
 along the classes' differences changes p(y | x) as well, so that with labels "concept" is right
 there. Expected: without labels, what changes p(y | x) alone is not seen at all.
@@ -23,7 +23,7 @@ import tyro
 
 from flaxtransfer.shift.diagnosis.diagnosis import diagnose
 from flaxtransfer.shift.diagnosis.verdicts import Conclusion
-from shift_tests import MILD, STRONG, draw, fitted
+from shift_tests import MILD, STRONG, draw, posteriors
 
 CONCLUSIONS: tuple[str, ...] = get_args(Conclusion)
 
@@ -32,7 +32,8 @@ SCENARIOS: dict[str, dict] = {
     "label, mild": {"prevalence": MILD},
     "label, strong": {"prevalence": STRONG},
     "covariate, nuisance": {"nuisance": 0.5},
-    "covariate, class-aligned": {"aligned": 0.6},
+    "covariate, p(y | x) kept": {"tilt": 0.5},
+    "step along the classes": {"aligned": 0.6},
     "label and covariate": {"prevalence": STRONG, "nuisance": 0.5},
     "concept, labels swapped": {"swapped": 0.4},
     "one class moved": {"moved": 1.0},
@@ -64,15 +65,14 @@ def conclusion(world: dict, labels: int, permutations: int, seed: tuple[int, int
     rng = np.random.default_rng(seed)
     moved = world.get("moved", 0.0)
     settings = {name: value for name, value in world.items() if name != "moved"}
-    classifier = fitted(seed[0])
-    found = draw(rng, classifier, **settings)
+    found = draw(rng, **settings)
     if moved:
         features = found.target_features.copy()
         features[found.target_labels == 0, 6] += moved
         found = dataclasses.replace(
             found,
             target_features=features,
-            target_probabilities=classifier.predict_proba(features),
+            target_probabilities=posteriors(features),
         )
     known = np.arange(labels)
     return diagnose(
