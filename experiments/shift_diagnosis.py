@@ -4,10 +4,10 @@
     python experiments/shift_diagnosis.py --draws 5
 
 The worlds are those of ``shift_tests.py``: four Gaussian classes in ten dimensions, their exact
-posteriors for a model, 600 held-out examples of the source and 300 of the target. Rows are what is true,
-columns what is concluded; what is neither true nor "undetermined" is a false attribution. A step
-along the classes' differences changes p(y | x) as well, so that with labels "concept" is right
-there. Expected: without labels, what changes p(y | x) alone is not seen at all.
+posteriors for a model, 600 held-out examples of the source and 300 of the target. Rows are what is
+true, columns what is concluded; what is neither true nor "undetermined" is a false attribution. A
+step along the classes changes p(y | x) as well, so that with labels "concept" is right there.
+Expected: without labels, what changes p(y | x) alone is not seen at all.
 """
 
 from __future__ import annotations
