@@ -32,7 +32,7 @@ SCENARIOS: dict[str, dict] = {
     "label, mild": {"prevalence": MILD},
     "label, strong": {"prevalence": STRONG},
     "covariate, nuisance": {"nuisance": 0.5},
-    "covariate, p(y | x) kept": {"tilt": 0.5},
+    "covariate, p(y given x) kept": {"tilt": 0.5},
     "step along the classes": {"aligned": 0.6},
     "label and covariate": {"prevalence": STRONG, "nuisance": 0.5},
     "concept, labels swapped": {"swapped": 0.4},
