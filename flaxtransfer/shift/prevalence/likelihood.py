@@ -26,6 +26,10 @@ _FEW_ROWS = 10_000
 """As many always give all they have; and all do if a dozen passes were not enough."""
 
 
+_HALVINGS = 4
+"""Of a Newton step that does not rise, before EM's is taken."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Maximum:
     """Where a likelihood was left, and how far that is from its maximum.
@@ -132,14 +136,14 @@ def maximise(
             goal = np.maximum(goal, np.where(expected * total > 1e-3, expected, 0.0))
             if goal.sum() > 0:
                 moved = _line_search(at, q, goal / goal.sum(), height, slopes)
-                passes += 1 if moved is None else moved[3]
+                passes += _HALVINGS if moved is None else moved[3]
         if moved is None:
             following = q * slopes
             following /= following.sum()
             moved = (following, *at(following), 1)
             passes += 1
         q, height, slopes, _ = moved
-    return Maximum(q, slopes, max(gap, 0.0), height - start, passes)
+    return Maximum(q, slopes, max(gap, 0.0), float(height - start), passes)
 
 
 def _line_search(
@@ -152,7 +156,7 @@ def _line_search(
     """The way towards `goal`, halved until it rises; None where EM is the better step."""
     rise = float((slopes - 1) @ (goal - q))
     gap = float(slopes.max())
-    for halving in range(4):
+    for halving in range(_HALVINGS):
         step = 0.5**halving
         following = q + step * (goal - q)
         found, there = at(following)
