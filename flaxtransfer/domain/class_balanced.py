@@ -11,7 +11,7 @@ from flaxtransfer.domain.batch_norm import Guard, batch_norms, check_guard
 from flaxtransfer.domain.images import Images, dealt, reader, target_logits
 from flaxtransfer.domain.reestimation import Reestimated, TooFewValues, reestimate
 from flaxtransfer.domain.report import BatchNormReport, Candidate
-from flaxtransfer.domain.standing import Estimate, Standing, one_class, standing
+from flaxtransfer.domain.standing import Estimate, Standing, one_class, standing, weak
 from flaxtransfer.masks import Mask
 from flaxtransfer.models import Model
 from flaxtransfer.shift.batch_statistics import Mixture, balancing_weights
@@ -20,9 +20,6 @@ from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
 
 __all__ = ["adapt_batch_norm_balanced"]
-
-_WEAK = 0.75
-"""Share of its accuracy at the source below which a network's predictions weigh nothing."""
 
 
 def adapt_batch_norm_balanced(
@@ -157,11 +154,6 @@ def _reasons(best: _Network, source: Calibration) -> list[str]:
         reasons.append("no new statistics are better supported than those of the source")
     if single := one_class(best.standing.prevalence):
         reasons.append(single)
-    known = float((source.probabilities.argmax(axis=1) == source.labels).mean())
-    if best.standing.accuracy < _WEAK * known:
-        reasons.append(
-            "even the best supported network is right about "
-            f"{100 * best.standing.accuracy:.0f} % of the target by its confidence, against "
-            f"{100 * known:.0f} % at the source: its predictions cannot weigh images"
-        )
+    if little := weak(best.standing, source):
+        reasons.append(f"{little}, and no other is surer: predictions cannot weigh images")
     return reasons

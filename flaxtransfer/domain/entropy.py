@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from scipy.special import entr, softmax
 
 from flaxtransfer.data.normalisation import normalise
-from flaxtransfer.domain.batch_norm import Guard, batch_norms, check_guard
+from flaxtransfer.domain.batch_norm import Guard, batch_norms, check_guard, judged
 from flaxtransfer.domain.images import Images, Reader, reader, target_logits
 from flaxtransfer.domain.reestimation import reestimate
-from flaxtransfer.domain.standing import Estimate, far, one_class, standing
+from flaxtransfer.domain.standing import Estimate, far, standing
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import batch_norm
@@ -140,13 +140,16 @@ def minimise_entropy(
 
     # What the mean prediction may not fall from: target statistics, and nothing learned yet.
     reference = logits_of(with_statistics(variables))
-    refusals, notes = [], []
+    refusals: list[str] = []
+    notes: list[str] = []
     if source is None:
         notes.append("no calibration was given: label shift was not looked for")
     else:
-        both = [standing(z, source, estimate) for z in (logits_of(variables), reference)]
-        found = max(both, key=lambda one: one.accuracy).prevalence
-        refusals = [reason for reason in (one_class(found) or far(found),) if reason]
+        before, after = (standing(z, source, estimate) for z in (logits_of(variables), reference))
+        refusals, _ = judged(before, after, source)
+        # Gradients follow the classes that there are; no gain makes up for that.
+        distant = far(max((before, after), key=lambda one: one.accuracy).prevalence)
+        refusals = refusals or [distant] * bool(distant)
     if refusals and guard == "refuse":
         logits = logits_of(variables)[np.argsort(order)]
         return variables, EntropyReport(False, tuple(refusals), tuple(notes), logits, (), (), 0)

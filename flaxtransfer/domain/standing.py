@@ -14,7 +14,10 @@ import numpy as np
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.prevalence.prevalence import Prevalence
 
-__all__ = ["FAR", "Estimate", "Standing", "far", "one_class", "standing", "support"]
+__all__ = [
+    "CLEAR", "FAR", "Estimate", "Standing", "contradiction", "far", "one_class", "standing",
+    "support", "weak",
+]  # fmt: skip
 
 Estimate = Callable[[np.ndarray, Calibration], Prevalence]
 """``(calibrated target probabilities, source) -> prevalence``."""
@@ -22,6 +25,12 @@ Estimate = Callable[[np.ndarray, Calibration], Prevalence]
 FAR = 0.25
 """Total variation between class shares of target and source above which BatchNorm statistics of the
 target say more about its classes than about its images."""
+
+CLEAR = 2.0
+"""Standard deviations by which an estimated accuracy has to differ to count."""
+
+_WEAK = 0.75
+"""Share of its accuracy at the source below which a network's predictions say too little."""
 
 _ONE_CLASS = 1.5
 """exp(entropy) of two classes of which one is nearly absent: 0.88 to 0.12."""
@@ -92,6 +101,36 @@ def support(before: Standing, after: Standing) -> float:
     return (rose - fell) / np.sqrt(rose + fell) if rose + fell else 0.0
 
 
+def weak(after: Standing, source: Calibration) -> str:
+    """Why a network's predictions are no ground to stand on; "" where they are."""
+    known = float((source.probabilities.argmax(axis=1) == source.labels).mean())
+    if after.accuracy >= _WEAK * known:
+        return ""
+    return (
+        f"by its confidence the network is right about {100 * after.accuracy:.0f} % of the target, "
+        f"against {100 * known:.0f} % at the source"
+    )
+
+
+def contradiction(before: Standing, after: Standing, source: Calibration) -> str:
+    """Why it cannot be told whether classes or images have changed; "" where it can.
+
+    After adaptation classes look balanced, whatever they are, and a network that meets images of
+    another kind often sees one class in all of them. Where the two contradict each other, the
+    adapted one is believed if it is clearly surer, and nearly as sure as at the source.
+    """
+    one, other = before.prevalence.estimate, after.prevalence.estimate
+    apart = float(np.abs(one - other).sum() / 2)
+    change = support(before, after)
+    if apart <= FAR or change < -CLEAR or (change > CLEAR and not weak(after, source)):
+        return ""
+    return (
+        f"the networks before and after are {apart:.2f} apart in total variation about the class "
+        "shares, and the adapted one is not well supported: whether the classes have changed or "
+        "the images cannot be told"
+    )
+
+
 def far(prevalence: Prevalence) -> str:
     """Why class shares are too far from the source's for plain statistics; "" where they are not.
 
@@ -111,8 +150,8 @@ def one_class(prevalence: Prevalence) -> str:
         return ""
     top = int(prevalence.estimate.argmax())
     return (
-        f"class {top} makes up {100 * prevalence.estimate[top]:.0f} % of the target: statistics of "
-        "one class say nothing about the others"
+        f"class {top} seems to make up {100 * prevalence.estimate[top]:.0f} % of the target: "
+        "statistics of one class say nothing about the others"
     )
 
 

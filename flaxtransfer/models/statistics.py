@@ -52,11 +52,12 @@ def apply_measuring(
 
     >>> from flaxtransfer.architectures import ResNetConfig
     >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=8))
-    >>> variables = model.init(jax.random.key(0))
-    >>> images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-    >>> _, found = apply_measuring(model, variables, images, None, frozenset({"bn1"}))
-    >>> found["bn1"].mean.shape, float(found["bn1"].count)
-    ((8,), 4.0)
+    >>> def mean_of_stem(variables, images):
+    ...     _, found = apply_measuring(model, variables, images, None, frozenset({"bn1"}))
+    ...     return found["bn1"].mean
+    >>> images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    >>> jax.eval_shape(mean_of_stem, model.abstract(), images).shape
+    (8,)
     """
     found: dict[str, Moments] = {}
 

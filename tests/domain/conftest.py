@@ -18,7 +18,7 @@ from tests.domain.gratings import CONFIG, PREPROCESSING, Trained, draw
 def trained() -> Trained:
     # Compiled in a fraction of the time of the convolutions that are fast on CPUs.
     model = ft.Model(CONFIG, convolution=lax_conv)
-    variables = model.init(jax.random.key(0))
+    variables = jax.device_get(model.init(jax.random.key(0)))
     images, labels = draw((1 / 3, 1 / 3, 1 / 3), 240, 0)
     batches = [{"image": images, "label": labels}]
     variables = {**variables, "batch_stats": ft.recalibrate(
@@ -26,7 +26,7 @@ def trained() -> Trained:
     features, _ = ft.pooled_features(model, variables, batches, PREPROCESSING)
     head = LogisticRegression(C=10.0, max_iter=1000).fit(features, labels)
     fc = {"kernel": np.float32(head.coef_.T), "bias": np.float32(head.intercept_)}
-    variables = {**jax.device_get(variables), "params": {**variables["params"], "fc": fc}}
+    variables = {**variables, "params": {**variables["params"], "fc": fc}}
     held, known = draw((1 / 3, 1 / 3, 1 / 3), 240, 1)
     logits = target_logits(model, variables, reader(held, 240), PREPROCESSING)
     return Trained(model, variables, calibrate(logits, known), images)

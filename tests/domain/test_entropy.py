@@ -70,7 +70,7 @@ def test_label_shift_is_refused(trained):
     variables, report = minimised(trained, images, source=trained.source)
     assert variables is trained.variables
     assert not report.adapted
-    assert "class 0 makes up 100 %" in report.refusals[0]
+    assert "class 0 seems to make up 100 %" in " ".join(report.refusals)
     assert (report.logits.argmax(1) == labels).mean() > 0.9
     _, forced = minimised(trained, images, source=trained.source, guard="warn")
     assert forced.adapted

@@ -113,6 +113,26 @@ def test_bands_prints_a_row_for_every_way_and_what_of_the_stem_survives():
 
 
 @pytest.mark.slow
+def test_domain_shift_is_computed_once_and_tabled_with_and_without_guards(tmp_path):
+    arguments = [
+        "--seeds", "0", "--targets", "one class", "contrast", "--train", "200", "--validation",
+        "100", "--images", "64", "--processes", "1", "--results", str(tmp_path / "results.jsonl"),
+    ]  # fmt: skip
+    tables = run("domain_shift.py", *arguments)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["target"] for row in rows] == arguments[3:5]
+    alone, changed = rows
+    assert alone["without"]["BN target"] < alone["as is"] - 0.3
+    assert alone["refused"]["BN target"]
+    assert alone["with"]["BN target"] == alone["as is"]
+    assert changed["without"]["BN target"] > changed["as is"] + 0.2
+    assert f"| one class | {100 * alone['as is']:.1f} ± 0.0 |" in tables
+    assert f"{100 * alone['as is']:.1f} ± 0.0 (1 refused)" in tables
+    assert run("domain_shift.py", *arguments) == tables
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
 def test_damaged_weights_are_refused_and_nothing_else():
     table = run("fuzz_readers.py", "--minutes", "0.2")
     assert "| safetensors |" in table
