@@ -14,7 +14,7 @@ import flaxtransfer.shift
 from flaxtransfer.cli import run
 
 SCHEMA = json.loads(Path(flaxtransfer.shift.__file__).with_name("report.schema.json").read_text())
-QUICK = ("--permutations", "99")
+QUICK = ("--permutations", "99", "--batch-size", "16")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
     assert diagnosed(there, "--target-labels", str(there / "few.csv")) == 0
     printed = capsys.readouterr().out
     assert "speak for a label shift" in printed
-    assert "200 held-out examples of the source, 120 target images, 10 of them" in printed
+    assert "208 held-out examples of the source, 120 target images, 10 of them" in printed
     assert "stand for their features" in printed  # the run's images are gone
     out = there / "run" / "diagnosis" / "images"
     assert sorted(path.name for path in out.iterdir()) == [
