@@ -3,7 +3,7 @@
     python experiments/shift_tests.py
 
 Four Gaussian classes in ten dimensions, their exact posteriors for a model, 600 source and 300
-target examples. Prints three tables in Markdown; about 8 minutes on 2 CPU cores.
+target examples. Prints three tables in Markdown; about 4 minutes on 2 CPU cores.
 Expected: every rate at level 0.05 between 0.03 and 0.07, but for those that the table calls
 conservative, or whose posteriors are estimated and taken as known.
 """
