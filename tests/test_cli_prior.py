@@ -13,7 +13,6 @@ from scipy.stats import norm
 
 from flaxtransfer.cli import run
 from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.training import run_folder
 
 BATCHES = ("--batch-size", "16")
 """So that the network is compiled once, for batches of one size."""

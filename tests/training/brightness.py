@@ -20,6 +20,7 @@ MIDDLE, APART, SPREAD = 128, 15, 20
 OFFSET = 4
 """Keeps brightness, in deviations of the preprocessing, above 0 on its way through the network."""
 
+
 def draw(bright: float, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     labels = (random.random(count) < bright).astype(int)

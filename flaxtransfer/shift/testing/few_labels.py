@@ -8,35 +8,39 @@ neither explains the target: the concept shifted, or the model is not calibrated
 For the null distributions labels are drawn from the posteriors themselves, which is exact where
 these are known. Those that were corrected by an estimated prevalence carry its error, and 200
 labels are enough to notice it: at 600 source and 300 target examples `label_residual_test` rejects
-a quarter of true hypotheses instead of a twentieth. Hand over what `corrected_posteriors` returns
+a fifth of true hypotheses instead of a twentieth. Hand over what `corrected_posteriors` returns
 instead: then labels drawn from posteriors meet estimates of these, as they do in reality.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from flaxtransfer.shift.checks import as_labels, as_probabilities, same_width
+from flaxtransfer.shift.checks import same_width
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
     detectable,
-    enough_repetitions,
     permutation_p,
     untestable,
 )
 from flaxtransfer.shift.testing.estimated_posteriors import EstimatedPosteriors
+from flaxtransfer.shift.testing.label_simulation import (
+    CHOICE,
+    FEWEST,
+    checked_labels,
+    drawn_labels,
+    excesses,
+    is_certain,
+    nothing_varies,
+    picked,
+    surprise,
+    too_few,
+    worlds,
+)
 
 __all__ = ["label_residual_test", "log_loss_test", "posterior_ratio_tests"]
 
 _RIGHT = "labels are distributed as the posteriors say"
-_FEWEST = 3
-_SMALLEST = 1e-300
-"""A class of probability 0 that is seen costs 691 nats, and not infinitely many."""
-
-_CHOICE = "labels are of a random choice of target examples"
-_KNOWN = "posteriors are known: what they were estimated from is much more than the labels"
-_ESTIMATED = "estimates of a bootstrap vary about the posteriors as these do about the truth"
 
 
 def log_loss_test(
@@ -72,16 +76,16 @@ def log_loss_test(
     True
     """
     name = "log-loss of labels"
-    given, seen, assumption = _checked(probabilities, labels, simulations)
+    given, seen, assumption = checked_labels(probabilities, labels, simulations)
     found = given.posteriors
-    if len(seen) < _FEWEST:
-        return _too_few(name, _RIGHT, "nats", len(seen))
-    if _certain(found, seen):
-        return _nothing_to_test(name, _RIGHT, "nats", len(seen))
-    loss = _surprise(found)
-    statistic = float(_picked(loss, seen).sum())
+    if len(seen) < FEWEST:
+        return too_few(name, _RIGHT, "nats", len(seen))
+    if is_certain(found, seen):
+        return nothing_varies(name, _RIGHT, "nats", len(seen))
+    loss = surprise(found)
+    statistic = float(picked(loss, seen).sum())
     excess = statistic - float((found * loss).sum())
-    null = _excesses(given, _surprise(given.estimates), simulations, seed)
+    null = excesses(given, surprise(given.estimates), simulations, seed)
     count = len(seen)
     return HypothesisTest(
         name=name,
@@ -92,7 +96,7 @@ def log_loss_test(
         effect_name="nats",
         minimum_detectable=detectable(null) / count,
         counts=(count,),
-        assumptions=(_CHOICE, assumption),
+        assumptions=(CHOICE, assumption),
     )
 
 
@@ -132,25 +136,24 @@ def label_residual_test(
     'class 1 is more frequent than expected, by 6.0 of 20 labels'
     """
     name, effect_name = "residual of labels", "total variation"
-    given, seen, assumption = _checked(probabilities, labels, simulations)
+    given, seen, assumption = checked_labels(probabilities, labels, simulations)
     found = given.posteriors
     count, classes = found.shape
-    if count < _FEWEST:
-        return _too_few(name, _RIGHT, effect_name, count)
-    if _certain(found, seen):
-        return _nothing_to_test(name, _RIGHT, effect_name, count)
+    if count < FEWEST:
+        return too_few(name, _RIGHT, effect_name, count)
+    if is_certain(found, seen):
+        return nothing_varies(name, _RIGHT, effect_name, count)
     null, sizes = [], []
     rng = np.random.default_rng(seed)
-    for truth, estimate, part in _worlds(given, simulations):
-        numbers = np.zeros((part, classes))
-        for drawn in _draws(truth, part, rng):
-            numbers[np.arange(part), drawn] += 1
-        numbers -= estimate.sum(0)
+    for truth, estimate, part in worlds(given, simulations):
+        cells = drawn_labels(truth, part, rng) + classes * np.arange(part)[:, None]
+        numbers = np.bincount(cells.ravel(), minlength=part * classes).reshape(part, classes)
+        numbers = numbers - estimate.sum(0)
         null.append(_squares(numbers, estimate))
         sizes.append(np.abs(numbers).sum(1) / 2 / count)
     residual = np.bincount(seen, minlength=classes) - found.sum(0)
     statistic = float(_squares(residual[None], found)[0])
-    if (_picked(found, seen) <= 0).any():
+    if (picked(found, seen) <= 0).any():
         statistic = float("inf")
     p = permutation_p(statistic, np.concatenate(null))
     largest = int(np.argmax(residual))
@@ -163,7 +166,7 @@ def label_residual_test(
         effect_name=effect_name,
         minimum_detectable=min(1.0, detectable(np.concatenate(sizes))),
         counts=(count,),
-        assumptions=(_CHOICE, assumption),
+        assumptions=(CHOICE, assumption),
         notes=(
             f"class {largest} is more frequent than expected, by {residual[largest]:.1f} of "
             f"{count} labels",
@@ -210,14 +213,14 @@ def posterior_ratio_tests(
     (True, False, 14.7)
     """
     effect_name = "nats a label"
-    known, seen, sure = _checked(probabilities, labels, simulations)
-    given, _, unsure = _checked(adjusted, labels, simulations)
+    known, seen, sure = checked_labels(probabilities, labels, simulations)
+    given, _, unsure = checked_labels(adjusted, labels, simulations)
     raw, changed = known.posteriors, given.posteriors
     same_width(raw, "probabilities", changed, "adjusted probabilities")
     count = len(seen)
-    ratios = _surprise(raw) - _surprise(changed)
-    statistic = float(_picked(ratios, seen).sum())
-    against = _surprise(given.estimates) - _surprise(raw)[given.rows]
+    ratios = surprise(raw) - surprise(changed)
+    statistic = float(picked(ratios, seen).sum())
+    against = surprise(given.estimates) - surprise(raw)[given.rows]
     tests = []
     # Large ratios speak against the covariate hypothesis, and small ones against the label one.
     for name, hypothesis, sign, world, scores, assumption in (
@@ -225,8 +228,8 @@ def posterior_ratio_tests(
          EstimatedPosteriors.known(raw), ratios[None], sure),
         ("label hypothesis", "p(x | y) is the source's", -1.0, given, against, unsure),
     ):  # fmt: skip
-        if count < _FEWEST:
-            tests.append(_too_few(name, hypothesis, effect_name, count))
+        if count < FEWEST:
+            tests.append(too_few(name, hypothesis, effect_name, count))
             continue
         if np.allclose(raw, changed, rtol=0, atol=1e-9):
             reason = "both hypotheses have the same posteriors: no label tells them apart"
@@ -235,7 +238,7 @@ def posterior_ratio_tests(
             )
             continue
         expected = float((world.posteriors * ratios).sum())
-        null = _excesses(world, scores, simulations, seed)
+        null = excesses(world, scores, simulations, seed)
         tests.append(
             HypothesisTest(
                 name=name,
@@ -246,69 +249,10 @@ def posterior_ratio_tests(
                 effect_name=effect_name,
                 minimum_detectable=(expected + sign * detectable(null)) / count,
                 counts=(count,),
-                assumptions=(_CHOICE, assumption),
+                assumptions=(CHOICE, assumption),
             )
         )
     return tests[0], tests[1]
-
-
-def _checked(
-    probabilities: Any, labels: Any, simulations: int
-) -> tuple[EstimatedPosteriors, np.ndarray, str]:
-    """Posteriors, labels `[l]`, and what is assumed of the posteriors."""
-    enough_repetitions(simulations, "simulations")
-    given, assumption = probabilities, _ESTIMATED
-    if not isinstance(given, EstimatedPosteriors):
-        given = EstimatedPosteriors.known(as_probabilities(given, "probabilities"))
-        assumption = _KNOWN
-    count, classes = given.posteriors.shape
-    return given, as_labels(labels, "labels", count=count, classes=classes), assumption
-
-
-def _picked(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return table[np.arange(len(labels)), labels]
-
-
-def _surprise(posteriors: np.ndarray) -> np.ndarray:
-    return -np.log(np.maximum(posteriors, _SMALLEST))
-
-
-def _worlds(
-    given: EstimatedPosteriors, simulations: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """True posteriors `[l, K]`, estimates of them `[l, K]`, and a share of the simulations."""
-    parts = np.array_split(np.arange(simulations), len(given.rows))
-    for rows, estimate, part in zip(given.rows, given.estimates, parts, strict=True):
-        yield given.posteriors[rows], estimate, len(part)
-
-
-def _draws(
-    posteriors: np.ndarray, simulations: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """For each example, classes that it is drawn to be in each simulation."""
-    cumulated = np.cumsum(posteriors, axis=1)
-    for chances in cumulated / cumulated[:, -1:]:
-        # From the right: a class of probability 0 is never the first to exceed.
-        yield np.searchsorted(chances, rng.random(simulations), side="right")
-
-
-def _excesses(
-    given: EstimatedPosteriors, scores: np.ndarray, simulations: int, seed: int
-) -> np.ndarray:
-    """Sums of scores of labels, less what the estimates expect, `[simulations]`, under H0.
-
-    Labels are drawn from the posteriors, and scored by `scores` `[S, l, K]`, which belong to the
-    estimates. Without the expectation the entropy of an estimate would enter, which is biased:
-    estimates are more extreme than the truth.
-    """
-    rng = np.random.default_rng(seed)
-    excesses = []
-    for (truth, estimate, part), table in zip(_worlds(given, simulations), scores, strict=True):
-        sums = np.zeros(part)
-        for row, drawn in zip(table, _draws(truth, part, rng), strict=True):
-            sums += row[drawn]
-        excesses.append(sums - (estimate * table).sum())
-    return np.concatenate(excesses)
 
 
 def _squares(residuals: np.ndarray, posteriors: np.ndarray) -> np.ndarray:
@@ -316,18 +260,3 @@ def _squares(residuals: np.ndarray, posteriors: np.ndarray) -> np.ndarray:
     covariance = np.diag(posteriors.sum(0)) - posteriors.T @ posteriors
     inverse = np.linalg.pinv(covariance, rcond=1e-10, hermitian=True)
     return ((residuals @ inverse) * residuals).sum(1)
-
-
-def _certain(probabilities: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether no draw can differ from another and the labels are that draw."""
-    return bool((probabilities.max(1) >= 1).all() and (_picked(probabilities, labels) >= 1).all())
-
-
-def _too_few(name: str, hypothesis: str, effect_name: str, count: int) -> HypothesisTest:
-    reason = f"{count} labels; a test needs {_FEWEST}"
-    return untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
-
-
-def _nothing_to_test(name: str, hypothesis: str, effect_name: str, count: int) -> HypothesisTest:
-    reason = "every posterior is certain, and every label is as it says: nothing varies under H0"
-    return untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
