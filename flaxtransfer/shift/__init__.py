@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from flaxtransfer.shift.accuracy.accuracy_estimates import (
         AccuracyEstimates as AccuracyEstimates,
     )
+    from flaxtransfer.shift.accuracy.recall import (
+        prevalence_weighted_recall as prevalence_weighted_recall,
+    )
     from flaxtransfer.shift.batch_statistics import Moments as Moments
     from flaxtransfer.shift.calibration.calibrating import calibrate as calibrate
     from flaxtransfer.shift.calibration.calibration import Calibration as Calibration
@@ -54,14 +57,21 @@ if TYPE_CHECKING:
     )
     from flaxtransfer.shift.hypotheses import HypothesisTest as HypothesisTest
     from flaxtransfer.shift.hypotheses import holm as holm
-    from flaxtransfer.shift.label_draws import reestimated_posteriors as reestimated_posteriors
     from flaxtransfer.shift.nulls import Distance as Distance
     from flaxtransfer.shift.nulls import Similarity as Similarity
     from flaxtransfer.shift.nulls import Transferability as Transferability
     from flaxtransfer.shift.prevalence.correction import adjust_prior as adjust_prior
     from flaxtransfer.shift.prevalence.estimation import estimate_prevalence as estimate_prevalence
+    from flaxtransfer.shift.prevalence.guarded_correction import PriorCorrection as PriorCorrection
+    from flaxtransfer.shift.prevalence.guarded_correction import correct_prior as correct_prior
     from flaxtransfer.shift.prevalence.prevalence import Prevalence as Prevalence
     from flaxtransfer.shift.testing.classifier_test import classifier_test as classifier_test
+    from flaxtransfer.shift.testing.estimated_posteriors import (
+        EstimatedPosteriors as EstimatedPosteriors,
+    )
+    from flaxtransfer.shift.testing.estimated_posteriors import (
+        corrected_posteriors as corrected_posteriors,
+    )
     from flaxtransfer.shift.testing.few_labels import label_residual_test as label_residual_test
     from flaxtransfer.shift.testing.few_labels import log_loss_test as log_loss_test
     from flaxtransfer.shift.testing.few_labels import posterior_ratio_tests as posterior_ratio_tests
@@ -82,6 +92,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "accuracy.accuracy": ("accuracy_without_labels",),
+    "accuracy.recall": ("prevalence_weighted_recall",),
     "accuracy.accuracy_estimates": ("AccuracyEstimate", "AccuracyEstimates"),
     "diagnosis.actions": ("Action",),
     "batch_statistics": ("Moments",),
@@ -96,11 +107,12 @@ _HOME = {
     "prevalence.correction": ("adjust_prior",),
     "diagnosis.diagnosis": ("diagnose",),
     "prevalence.estimation": ("estimate_prevalence",),
+    "prevalence.guarded_correction": ("PriorCorrection", "correct_prior"),
     "testing.few_labels": ("label_residual_test", "log_loss_test", "posterior_ratio_tests"),
     "distances.frechet": ("bures_wasserstein", "frechet_distance"),
     "transferability.h_score": ("h_score",),
     "hypotheses": ("HypothesisTest", "holm"),
-    "label_draws": ("reestimated_posteriors",),
+    "testing.estimated_posteriors": ("EstimatedPosteriors", "corrected_posteriors"),
     "testing.labels_needed": ("LabelsNeeded", "labels_needed"),
     "transferability.leep": ("leep",),
     "transferability.logme": ("logme",),
