@@ -169,16 +169,19 @@ def detectable_square(null: np.ndarray) -> float:
     >>> null = np.random.default_rng(0).normal(size=100_000) ** 2 - 1  # w = 1
     >>> round(detectable_square(null), 1)  # (1.96 + 0.84)^2 = 7.8 is exact
     7.7
+    >>> round(detectable_square(null - 100), 1)  # wherever zero is
+    -92.3
     """
-    critical, z = float(np.quantile(null, 1 - LEVEL)), float(norm.ppf(POWER))
-    variance = float(np.var(null))
+    # From the null's mean, which correcting for sampling leaves a little off zero.
+    mean, z = float(null.mean()), float(norm.ppf(POWER))
+    critical, variance = float(np.quantile(null, 1 - LEVEL)) - mean, float(np.var(null))
     if variance == 0:
-        return critical
+        return mean + critical
     third = max(0.0, float(((null - null.mean()) ** 3).mean()))
     # Of the quadratic equation (d - critical)^2 = z^2 (variance + third / variance * d).
     slope = z**2 * third / variance
     half = critical + slope / 2
-    return float(half + np.sqrt(half**2 - critical**2 + z**2 * variance))
+    return float(mean + half + np.sqrt(max(0.0, half**2 - critical**2 + z**2 * variance)))
 
 
 def enough_repetitions(count: int, name: str) -> int:
