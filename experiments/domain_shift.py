@@ -32,9 +32,11 @@ from scipy.ndimage import gaussian_filter
 
 import flaxtransfer as ft
 from flaxtransfer.data.transforms import evaluation_transform
-from flaxtransfer.domain.batch_norm import adapt_batch_norm
-from flaxtransfer.domain.class_balanced import adapt_batch_norm_balanced
-from flaxtransfer.domain.entropy import minimise_entropy
+from flaxtransfer.domain import (
+    adapt_batch_norm,
+    adapt_batch_norm_balanced,
+    minimise_entropy,
+)
 from flaxtransfer.domain.images import reader, target_logits
 from flaxtransfer.shift.calibration.calibrating import calibrate
 from flaxtransfer.shift.calibration.calibration import Calibration
