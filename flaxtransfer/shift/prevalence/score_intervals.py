@@ -113,13 +113,16 @@ def _end(
 ) -> np.ndarray:
     """Where `test` is first `wanted` on the way from `inner` to `outer`; `outer` if nowhere.
 
-    Steps outward that double until the sign changes, for the variance vanishes at the borders and
-    takes the statistic with it; then regula falsi with the Illinois rule until the bracket is
-    `fine`. All shares at once.
+    Steps outward that double until the sign changes, then regula falsi with the Illinois rule until
+    the bracket is `fine`. All shares at once. The variance shrinks towards a border, and the test
+    may reject a share on the way and not the border: near by, the interval then goes as far; from
+    far away that says nothing, for there both score and variance are lost.
     """
     near = test(inner) - wanted
     # A test that rejects the estimate itself, at a border, leaves nothing between.
     outer = np.where(np.sign(near) == np.sign(wanted), inner, outer)
+    by = np.abs(outer - inner) < _FAR * 1000 * fine
+    kept = by & (np.sign(test(outer) - wanted) == np.sign(near))
     lowest, highest = np.minimum(inner, outer), np.maximum(inner, outer)
     reach = np.sign(outer - inner) * np.maximum(1.25 * np.abs(guess - inner), 1000 * fine)
     inside, outside = inner.copy(), np.clip(inner + reach, lowest, highest)
@@ -129,7 +132,7 @@ def _end(
         reach = 2 * reach
         outside = np.where(more, np.clip(inner + reach, lowest, highest), outside)
         far = np.where(more, test(outside) - wanted, far)
-    kept = np.sign(far) == np.sign(near)
+    kept |= np.sign(far) == np.sign(near)
     side = np.zeros(len(inner))
     point = guess
     for _ in range(60):
