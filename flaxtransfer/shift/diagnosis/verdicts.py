@@ -80,7 +80,7 @@ def _conclusion(found: Findings) -> Conclusion:
         return "undetermined" if changed else "none detected"
     if found.residual is None:
         return "undetermined"
-    if found.prior and found.residual:
+    if found.prior and found.residual and _labels_say(found) != "covariate":
         return "label and covariate"
     if found.residual:
         return "covariate"
@@ -111,6 +111,8 @@ def _label(found: Findings) -> Verdict:
         if _labels_say(found) == "label":
             return verdict("supported", "target labels follow the adjusted probabilities only")
         return verdict("rejected", "the classes are as common as before, as far as can be seen")
+    if _labels_say(found) == "covariate":
+        return verdict("rejected", "target labels contradict the adjusted probabilities")
     if found.residual is None:
         return verdict(
             "not testable",
@@ -122,8 +124,6 @@ def _label(found: Findings) -> Verdict:
             "outputs have moved, but no prevalence explains the features: what was estimated under "
             "label shift alone is biased",
         )
-    if _labels_say(found) == "covariate":
-        return verdict("rejected", "target labels contradict the adjusted probabilities")
     return verdict(
         "supported", "prevalence has changed, and with it alone the features are explained"
     )

@@ -44,6 +44,9 @@ def test_without_labels(moved, prior, residual, conclusion, label, covariate):
         ((YES, YES, NO), NO, NO, "covariate", "covariate"),
         ((YES, YES, NO), YES, NO, None, "label"),
         ((YES, YES, NO), NO, NO, None, "label"),
+        # p(y | x) as it was: the features moved, and the outputs with them.
+        ((YES, YES, YES), NO, YES, None, "covariate"),
+        ((YES, YES, YES), YES, NO, None, "label and covariate"),
         # They decide what features left open.
         ((YES, NO, NO), YES, NO, None, "label"),
         ((YES, NO, NO), NO, NO, "covariate", "covariate"),
