@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flaxtransfer.shift.accuracy.thresholded_confidence import ThresholdedConfidence
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.prevalence.prevalence import Prevalence
 
@@ -82,7 +83,9 @@ def standing(logits: np.ndarray, source: Calibration, estimate: Estimate | None 
     """
     probabilities = source.apply(logits)
     estimate = estimate or _maximum_likelihood
-    confident = probabilities.max(axis=1) >= _threshold(source)
+    scores, right = source.probabilities.max(1), source.probabilities.argmax(1) == source.labels
+    threshold, _ = ThresholdedConfidence(scores, right, scores).threshold()
+    confident = probabilities.max(axis=1) >= threshold
     return Standing(probabilities, confident, estimate(probabilities, source))
 
 
@@ -153,13 +156,6 @@ def one_class(prevalence: Prevalence) -> str:
         f"class {top} seems to make up {100 * prevalence.estimate[top]:.0f} % of the target: "
         "statistics of one class say nothing about the others"
     )
-
-
-def _threshold(source: Calibration) -> float:
-    """With as large a share of validation below it as is wrong; the least where all is right."""
-    scores = np.sort(source.probabilities.max(axis=1))
-    wrong = int((source.probabilities.argmax(axis=1) != source.labels).sum())
-    return float(scores[min(wrong, len(scores) - 1)])
 
 
 def _maximum_likelihood(probabilities: np.ndarray, source: Calibration) -> Prevalence:

@@ -1,5 +1,6 @@
 """Can a classifier tell source from target? The classifier two-sample test, with its AUC."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,7 @@ def classifier_test(
     counts = (len(source), len(target))
     notes = duplicate_note(source, target)
 
-    def no(reason: str) -> HypothesisTest:
-        return untestable(
-            _NAME, _HYPOTHESIS, reason, effect_name=_EFFECT, counts=counts, notes=notes
-        )
+    no = partial(untestable, _NAME, _HYPOTHESIS, effect_name=_EFFECT, counts=counts, notes=notes)
 
     if min(counts) < _FEWEST:
         return no(f"{counts[0]} and {counts[1]} rows; each side needs {_FEWEST}")

@@ -1,5 +1,6 @@
 """Are two samples of features from one distribution? Maximum mean discrepancy, by permutation."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -90,10 +91,7 @@ def mmd_test(
     counts = (len(source), len(target))
     notes = duplicate_note(source, target)
 
-    def no(reason: str) -> HypothesisTest:
-        return untestable(
-            _NAME, _HYPOTHESIS, reason, effect_name=_EFFECT, counts=counts, notes=notes
-        )
+    no = partial(untestable, _NAME, _HYPOTHESIS, effect_name=_EFFECT, counts=counts, notes=notes)
 
     if min(counts) < _FEWEST:
         return no(f"{counts[0]} and {counts[1]} rows; each side needs {_FEWEST}")

@@ -1,5 +1,6 @@
 """Has the prevalence of the classes changed? The likelihood-ratio test of the source's prior."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,10 +86,7 @@ def prior_test(
     counts = (len(validation), len(target))
     notes = duplicate_note(*(sample[sample.max(1) < _CERTAIN] for sample in (validation, target)))
 
-    def no(reason: str) -> HypothesisTest:
-        return untestable(
-            _NAME, _HYPOTHESIS, reason, effect_name=_EFFECT, counts=counts, notes=notes
-        )
+    no = partial(untestable, _NAME, _HYPOTHESIS, effect_name=_EFFECT, counts=counts, notes=notes)
 
     if min(counts) < _FEWEST:
         return no(f"{counts[0]} and {counts[1]} rows; each side needs {_FEWEST}")

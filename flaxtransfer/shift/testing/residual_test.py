@@ -1,5 +1,6 @@
 """Does a change of prevalence explain the target's features? The over-identification test."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,10 +103,7 @@ def residual_test(
         features, validation, labels = features[chosen], validation[chosen], labels[chosen]
         target, posteriors = target[other], posteriors[other]
 
-    def no(reason: str) -> HypothesisTest:
-        return untestable(
-            _NAME, _HYPOTHESIS, reason, effect_name=_EFFECT, counts=counts, notes=notes
-        )
+    no = partial(untestable, _NAME, _HYPOTHESIS, effect_name=_EFFECT, counts=counts, notes=notes)
 
     if min(counts) < _FEWEST:
         return no(f"{counts[0]} and {counts[1]} rows; each side needs {_FEWEST}")
