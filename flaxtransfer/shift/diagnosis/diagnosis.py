@@ -1,6 +1,5 @@
 """Which kind of shift a target has, as far as the data tell: the decision procedure."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,25 +12,13 @@ from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.calibration.calibration_error import calibration_error
 from flaxtransfer.shift.checks import as_features, as_labels, as_logits, same_width
 from flaxtransfer.shift.diagnosis.actions import NOT_IDENTIFIABLE, actions
-from flaxtransfer.shift.diagnosis.projection import joint_projection
+from flaxtransfer.shift.diagnosis.questions import fell, labelled_tests, unlabelled_tests
 from flaxtransfer.shift.diagnosis.shift_report import ShiftReport
 from flaxtransfer.shift.diagnosis.verdicts import Findings, conclude
-from flaxtransfer.shift.hypotheses import HypothesisTest, holm
+from flaxtransfer.shift.hypotheses import HypothesisTest
 from flaxtransfer.shift.prevalence.correction import adjust_prior
 from flaxtransfer.shift.prevalence.estimation import estimate_prevalence
-from flaxtransfer.shift.testing.classifier_test import classifier_test
-from flaxtransfer.shift.testing.estimated_posteriors import corrected_posteriors
-from flaxtransfer.shift.testing.few_labels import (
-    label_residual_test,
-    log_loss_test,
-    posterior_ratio_tests,
-)
 from flaxtransfer.shift.testing.labels_needed import labels_needed
-from flaxtransfer.shift.testing.marginal_tests import kolmogorov_smirnov_test
-from flaxtransfer.shift.testing.mmd import mmd_test
-from flaxtransfer.shift.testing.predicted_labels import predicted_label_test
-from flaxtransfer.shift.testing.prior_test import prior_test
-from flaxtransfer.shift.testing.residual_test import residual_test
 
 __all__ = ["diagnose"]
 
@@ -111,19 +98,19 @@ def diagnose(
     known = _labelled(labelled, len(logits), source.classes)
     settings = {"permutations": permutations, "seed": seed}
 
-    unlabelled = _unlabelled_tests(source, own_features, probabilities, features, settings)
+    unlabelled = unlabelled_tests(source, own_features, probabilities, features, settings)
     prevalences = tuple(
         estimate_prevalence(probabilities, source, method=method, seed=seed) for method in _METHODS
     )
     likeliest = prevalences[0]
     adjusted = adjust_prior(probabilities, likeliest) if likeliest.identifiable else probabilities
-    with_labels = _labelled_tests(source, probabilities, known, seed)
+    with_labels = labelled_tests(source, probabilities, known, seed)
     findings = Findings(
-        moved=_fell(unlabelled.moved, level),
-        prior=_fell(unlabelled.prior, level),
-        residual=_fell([unlabelled.residual], level),
-        as_it_was=_fell(with_labels.as_it_was, level),
-        adjusted=_fell(with_labels.adjusted, level),
+        moved=fell(unlabelled.moved, level),
+        prior=fell(unlabelled.prior, level),
+        residual=fell([unlabelled.residual], level),
+        as_it_was=fell(with_labels.as_it_was, level),
+        adjusted=fell(with_labels.adjusted, level),
         prefer=_preferred(with_labels.ratios, level),
     )
     conclusion, verdicts = conclude(findings)
@@ -151,92 +138,6 @@ def diagnose(
         class_names=names,
         notes=(*source.notes, *_small(source, len(features), names)),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Unlabelled:
-    moved: tuple[HypothesisTest, ...]
-    prior: tuple[HypothesisTest, ...]
-    residual: HypothesisTest
-
-    @property
-    def all(self) -> tuple[HypothesisTest, ...]:
-        return (*self.moved, *self.prior, self.residual)
-
-
-@dataclasses.dataclass(frozen=True)
-class _WithLabels:
-    as_it_was: tuple[HypothesisTest, ...] = ()
-    adjusted: tuple[HypothesisTest, ...] = ()
-    ratios: tuple[HypothesisTest, ...] = ()
-
-    @property
-    def all(self) -> tuple[HypothesisTest, ...]:
-        return (*self.as_it_was, *self.adjusted, *self.ratios)
-
-
-def _unlabelled_tests(
-    source: Calibration,
-    source_features: np.ndarray,
-    probabilities: np.ndarray,
-    features: np.ndarray,
-    settings: dict[str, int],
-) -> _Unlabelled:
-    """One family asks whether anything moved; the residual answers another question, alone."""
-    near, far = joint_projection(source_features, features)
-    first = holm(
-        [
-            mmd_test(near, far, **settings),
-            classifier_test(near, far, **settings),
-            kolmogorov_smirnov_test(
-                source.probabilities, probabilities, column_name="probability of class"
-            ),
-            predicted_label_test(source.probabilities, probabilities, seed=settings["seed"]),
-            prior_test(probabilities, source, **settings),
-        ]
-    )
-    residual = residual_test(
-        near,
-        far,
-        probabilities,
-        source,
-        simulations=settings["permutations"],
-        seed=settings["seed"],
-    )
-    return _Unlabelled(first[:3], first[3:], residual)
-
-
-def _labelled_tests(
-    source: Calibration,
-    probabilities: np.ndarray,
-    known: tuple[np.ndarray, np.ndarray],
-    seed: int,
-) -> _WithLabels:
-    where, labels = known
-    if not len(where):
-        return _WithLabels()
-    raw = probabilities[where]
-    corrected = corrected_posteriors(where, probabilities, source, seed=seed)
-
-    def under(name: str, posteriors: Any) -> tuple[HypothesisTest, ...]:
-        tests = (log_loss_test, label_residual_test)
-        return tuple(
-            dataclasses.replace(test, name=f"{test.name}, {name}")
-            for test in holm([ask(posteriors, labels, seed=seed) for ask in tests])
-        )
-
-    return _WithLabels(
-        as_it_was=under("p(y | x) as it was", raw),
-        adjusted=under("p(y | x) adjusted", corrected),
-        ratios=posterior_ratio_tests(raw, corrected, labels, seed=seed),
-    )
-
-
-def _fell(tests: Sequence[HypothesisTest], level: float) -> bool | None:
-    """Whether one of them was rejected; None where none could be made."""
-    if all(test.p is None for test in tests):
-        return None
-    return any(test.rejected(level) for test in tests)
 
 
 def _preferred(
