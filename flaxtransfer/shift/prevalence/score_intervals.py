@@ -2,7 +2,9 @@
 
 A share near zero has no normal distribution, and an interval of plus or minus two standard errors
 misses it. A score interval holds the shares that a test would not reject, with the variance that
-they would have had: on posteriors that are certain it is Wilson's interval of a binomial share.
+they would have had: on posteriors that are certain it is Wilson's interval of a binomial share. Its
+lower end also has to convince the likelihood ratio, so that one doubtful row makes no rare class;
+for a share of exactly 0 that is cautious, 0.97 to 0.99 where 0.95 was asked.
 """
 
 from __future__ import annotations
@@ -52,10 +54,10 @@ def score_intervals(
     size = max(1, _NUMBERS // len(sample.probabilities))
     for start in range(0, len(chosen), size):
         some = chosen[start : start + size]
-        test = _score_test(sample, maximum, precise, some)
         fine = 1e-3 * precise.error[some] + 1e-12
         # At the border itself the score of a certain row is infinite and its variance zero.
         inside = np.minimum(q[some], _BORDER), np.maximum(q[some], 1 - _BORDER)
+        test = _score_test(sample, maximum, precise, some)
         low[some] = _end(test, q[some], inside[0], z, low[some], fine)
         high[some] = _end(test, q[some], inside[1], -z, high[some], fine)
     low[low <= _BORDER], high[high >= 1 - _BORDER] = 0.0, 1.0
@@ -87,17 +89,29 @@ def _score_test(sample: Sample, maximum: Maximum, precise: Precision, some: np.n
     def test(shares: np.ndarray) -> np.ndarray:
         step = shares - q[some]
         score, possible = np.zeros(len(some)), np.ones(len(some), bool)
+        fall, below = np.zeros(len(some)), bool((step < 0).any())
         for begin in range(0, len(density), 20_000):
             rows = slice(begin, begin + 20_000)
             there = density[rows, None] + step * growth[rows]
             possible &= (there > 0).all(0)
-            score += (growth[rows] / np.where(there > 0, there, np.inf)).sum(0)
+            there = np.where(there > 0, there, np.inf)
+            score += (growth[rows] / there).sum(0)
+            if below:
+                fall -= np.log(there / density[rows, None]).sum(0)
         moved = q[seen, None] + step * way[seen]
         possible &= (moved > 0).all(0)
-        score += (sample.counts[seen, None] * way[seen] / np.where(moved > 0, moved, np.inf)).sum(0)
+        moved = np.where(moved > 0, moved, np.inf)
+        score += (sample.counts[seen, None] * way[seen] / moved).sum(0)
+        fall -= (sample.counts[seen, None] * np.log(moved / q[seen, None])).sum(0)
         variance = (shares * (1 - shares) + precise.ambiguity[some]) / total
         whole = np.sqrt(variance + precise.validation[some])
         found = score * variance / np.where(whole > 0, whole, np.inf)
+        if below:
+            # The score of a rare class is skewed: one doubtful row makes it large. The root of the
+            # likelihood ratio is not, and a share is only too large where both say so.
+            part = np.sqrt(variance / np.where(whole > 0, whole, np.inf) ** 2)
+            root = np.sqrt(2 * np.maximum(fall, 0)) * part
+            found = np.where(step < 0, np.minimum(found, root), found)
         return np.where(possible, found, np.where(step > 0, -np.inf, np.inf))
 
     return test
