@@ -113,7 +113,7 @@ if TYPE_CHECKING:
     from flaxtransfer.training.recalibration import recalibrate
     from flaxtransfer.training.run_folder import environment
     from flaxtransfer.types import Params, Variables
-    from flaxtransfer.weights import Checkpoint, Preprocessing, load, save
+    from flaxtransfer.weights import Checkpoint, Preprocessing, load, normalised, pixels, save
 
 _ROOMS = {
     "analysis.stem": ("StemReport", "stem_report"),
@@ -169,7 +169,7 @@ _ROOMS = {
     "training.run_folder": ("environment",),
     "pretrained": ("TransferReport", "transfer"),
     "types": ("Params", "Variables"),
-    "weights": ("Checkpoint", "Preprocessing", "load", "save"),
+    "weights": ("Checkpoint", "Preprocessing", "load", "normalised", "pixels", "save"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 _WHOLE_ROOMS = ("shift",)
