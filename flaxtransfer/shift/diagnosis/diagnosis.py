@@ -12,7 +12,7 @@ from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.calibration.calibration_error import calibration_error
 from flaxtransfer.shift.checks import as_features, as_labels, as_logits, same_width
 from flaxtransfer.shift.diagnosis.actions import NOT_IDENTIFIABLE, actions
-from flaxtransfer.shift.diagnosis.diagnosis.questions import fell, labelled_tests, unlabelled_tests
+from flaxtransfer.shift.diagnosis.questions import fell, labelled_tests, unlabelled_tests
 from flaxtransfer.shift.diagnosis.shift_report import ShiftReport
 from flaxtransfer.shift.diagnosis.verdicts import Findings, conclude
 from flaxtransfer.shift.hypotheses import HypothesisTest
