@@ -236,6 +236,7 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
     assert "belongs to another run: plan is" in only_line(capsys)
 
 
+@pytest.mark.slow
 def test_rates_of_a_later_phase_are_printed_and_drawn(folder, weights, tmp_path, capsys):
     """Each group of it, from the network that the phase before it leaves; no run remains."""
     arguments = [
@@ -403,7 +404,10 @@ def test_train_says_what_frozen_features_reach_and_what_it_caches(
 
 @pytest.mark.parametrize(
     ("strategy", "column"),
-    [("curvature_scaled", "Fisher diagonal"), ("surgical", "gradient / weights")],
+    [
+        pytest.param("curvature_scaled", "Fisher diagonal", marks=pytest.mark.slow),
+        ("surgical", "gradient / weights"),
+    ],
 )
 def test_strategies_that_measure_say_what_they_found(
     folder, weights, tmp_path, capsys, strategy, column

@@ -345,6 +345,7 @@ class TestDtypes:
         np.testing.assert_allclose(logits, wanted, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_the_convolution_of_choice_is_the_same_network(small):
     """`conv` and `lax_conv` in float64, to rounding: logits, gradients, statistics.
 

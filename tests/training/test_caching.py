@@ -57,7 +57,7 @@ def chosen(plan: ft.Plan, cache: Cache, data: ft.Feed | None = None):
     [
         ("head()", "memory"),
         ("head() | stage(4)", "disk"),
-        ("head() | stages(1, 2, 3, 4)", "memory"),
+        pytest.param("head() | stages(1, 2, 3, 4)", "memory", marks=pytest.mark.slow),
     ],
 )
 def test_cached_equals_uncached(tmp_path, part, where):
@@ -76,6 +76,7 @@ def test_cached_equals_uncached(tmp_path, part, where):
     assert not (tmp_path / "cached" / "features").exists()
 
 
+@pytest.mark.slow
 def test_a_lower_cut_is_cached_anew(tmp_path):
     model, variables = network()
     plan = two_phases(variables["params"])
@@ -115,6 +116,7 @@ def _stopping_feed(step: int) -> ft.Feed:
     return replace(data, examples=replace(data.examples, rows=rows))
 
 
+@pytest.mark.slow
 def test_versions_are_those_of_the_augmentation(tmp_path):
     """With as many versions as passes, each pass reads its own; the pixels are the transform's."""
     data = feed(augment=True)

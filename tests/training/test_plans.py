@@ -185,6 +185,7 @@ def test_rules_that_the_data_cannot_answer_are_refused_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_phase_that_hurts_is_undone_and_ends_the_plan(tmp_path):
     model, variables = network()
     first = head_phase(steps=8)

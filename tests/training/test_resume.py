@@ -93,9 +93,8 @@ TRANSITIONS = (
 )
 
 
-@pytest.mark.parametrize(
-    "moments", [TRANSITIONS[1:2], pytest.param(TRANSITIONS, marks=pytest.mark.slow)], ids=len
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [TRANSITIONS[1:2], TRANSITIONS], ids=len)
 def test_killed_between_phases_and_resumed_equals_undisturbed(tmp_path, moments):
     """From one phase to the next, where phases are kept and where they are undone."""
     killed, straight = tmp_path / "killed", tmp_path / "straight"

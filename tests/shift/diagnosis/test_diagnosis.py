@@ -79,6 +79,7 @@ def test_samples_too_small_for_any_test_settle_nothing():
     jsonschema.validate(found.to_json(), SCHEMA)
 
 
+@pytest.mark.slow
 def test_the_same_seed_says_the_same_of_classes_in_another_order():
     logits, _, features = world(6, 100, FEW_OF_ONE)
     order = [2, 0, 1]
