@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+# As many processes as cores share the machine: threads of BLAS on top wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Most of the suite's time would go to compiling the same small networks again in every file,
 # worker and fresh process. The first process of a run makes a cache; the others inherit its name.
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
