@@ -10,10 +10,12 @@ import jsonschema
 import pytest
 from brightness import draw, finish_run, write
 
-import flaxtransfer.shift
+import flaxtransfer.shift.diagnosis
 from flaxtransfer.cli import run
 
-SCHEMA = json.loads(Path(flaxtransfer.shift.__file__).with_name("report.schema.json").read_text())
+SCHEMA = json.loads(
+    Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()
+)
 QUICK = ("--permutations", "99", "--batch-size", "16")
 
 

@@ -7,11 +7,13 @@ import jsonschema
 import numpy as np
 import pytest
 
-import flaxtransfer.shift
+import flaxtransfer.shift.diagnosis
 from flaxtransfer.report.shift_page import HEADLINES, shift_page
 from flaxtransfer.shift.diagnosis.diagnosis import diagnose
 
-SCHEMA = json.loads(Path(flaxtransfer.shift.__file__).with_name("report.schema.json").read_text())
+SCHEMA = json.loads(
+    Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()
+)
 MEANS = 2.5 * np.eye(3, 6)
 
 
