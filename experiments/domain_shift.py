@@ -14,10 +14,6 @@ and what is there already is not computed again.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +38,7 @@ from flaxtransfer.shift.calibration.calibrating import calibrate
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.prevalence.guarded_correction import correct_prior
 from flaxtransfer.training.probing import probed_head
+from workers import append_row, compile_once, read_rows, share
 
 
 @dataclass(frozen=True)
@@ -273,8 +270,7 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
 
 def compute(config: DomainShift) -> None:
     """Appends what is missing, in this process."""
-    jax.config.update("jax_compilation_cache_dir", str(config.results.parent / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compile_once(config.results.parent / "compiled")
     for number, seed in enumerate(config.seeds):
         there = read_results(config.results)
         missing = [name for name in names(config) if (name, seed) not in there]
@@ -283,23 +279,7 @@ def compute(config: DomainShift) -> None:
         setting = prepare(config, seed)
         for name in missing:
             row = {"target": name, "seed": seed, **run(setting, TARGETS[name])}
-            with config.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def share(config: DomainShift) -> None:
-    """Runs the workers, each on its own cores, and waits for them."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    workers = []
-    for number in range(config.processes):
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(number)]
-        own = cores[number :: config.processes]
-        pinned = (
-            ["taskset", "-c", ",".join(map(str, own))] if own and shutil.which("taskset") else []
-        )
-        workers.append(subprocess.Popen([*pinned, *command]))
-    if any(worker.wait() for worker in workers):
-        raise SystemExit("a worker has failed; its message is above, the results so far are kept")
+            append_row(config.results, row)
 
 
 def names(config: DomainShift) -> tuple[str, ...]:
@@ -309,8 +289,7 @@ def names(config: DomainShift) -> tuple[str, ...]:
 
 def read_results(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """Results by target and seed."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row["target"], row["seed"]): row for row in rows}
+    return {(row["target"], row["seed"]): row for row in read_rows(path)}
 
 
 def print_tables(config: DomainShift, found: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -349,7 +328,7 @@ def main(config: DomainShift) -> None:
     if config.worker is not None or (config.processes == 1 and not config.print_only):
         compute(config)
     elif not config.print_only:
-        share(config)
+        share(config.processes)
     if config.worker is None:
         print_tables(config, read_results(config.results))
 

@@ -14,9 +14,6 @@ appended to a file, one line each, and what is there already is not computed aga
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +31,7 @@ from flaxtransfer.data.splits import some
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
 from flaxtransfer.strategies.evidence import MOST_IMAGES, measure
+from workers import append_row, compile_once, read_rows, share
 
 TEST_FRACTION = 0.4
 
@@ -208,41 +206,18 @@ def settings(config: Strategies) -> Iterator[tuple[int, int, Setting]]:
 
 def compute(config: Strategies) -> None:
     """Appends what is missing, in this process."""
-    # Each run compiles its own steps, and most of them were compiled before.
-    jax.config.update("jax_compilation_cache_dir", str(config.results.parent / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compile_once(config.results.parent / "compiled")
     for count, seed, setting in settings(config):
         for name in config.strategies or STRATEGIES:
             if (name, count, seed) not in read(config.results):
                 row = {"strategy": name, "labels": count, "seed": seed}
                 row |= run(STRATEGIES[name], setting)
-                with config.results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-
-
-def share(config: Strategies) -> None:
-    """Runs the workers, each on its own cores, and waits for them."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    workers = []
-    for number in range(config.processes):
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(number)]
-        own = cores[number :: config.processes]
-        pinned = ["taskset", "-c", ",".join(map(str, own))] if own and _has_taskset() else []
-        workers.append(subprocess.Popen([*pinned, *command]))
-    if any(worker.wait() for worker in workers):
-        raise SystemExit("a worker has failed; its message is above, the results so far are kept")
-
-
-def _has_taskset() -> bool:
-    from shutil import which
-
-    return which("taskset") is not None
+                append_row(config.results, row)
 
 
 def read(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
     """Results by strategy, label count and seed."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row["strategy"], row["labels"], row["seed"]): row for row in rows}
+    return {(row["strategy"], row["labels"], row["seed"]): row for row in read_rows(path)}
 
 
 def print_tables(config: Strategies, found: dict[tuple[str, int, int], dict[str, Any]]) -> None:
@@ -273,7 +248,7 @@ def main(config: Strategies) -> None:
     if config.worker is not None or (config.processes == 1 and not config.print_only):
         compute(config)
     elif not config.print_only:
-        share(config)
+        share(config.processes)
     if config.worker is None:
         print_tables(config, read(config.results))
 
