@@ -76,6 +76,8 @@ def _files(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _check(archive: zipfile.ZipFile, size: int) -> None:
+    if not all(archive.namelist()):  # Python 3.11 cannot even tell whether that is a folder
+        raise ValueError("it holds a file without a name")
     unfolded = sum(entry.file_size for entry in archive.infolist() if not entry.is_dir())
     if unfolded > most(size):
         raise ValueError(

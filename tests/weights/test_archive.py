@@ -28,6 +28,13 @@ def test_names_that_lead_out(name):
         members(archive_of({name: b""}))
 
 
+def test_a_file_without_a_name():
+    # A name ends at its first zero byte.
+    data = archive_of({"unnamed": b""}).replace(b"unnamed", b"\0nnamed")
+    with pytest.raises(ValueError, match="a file without a name"):
+        members(data)
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".pth", ".keras"])
 def test_a_bomb_is_not_unfolded(tmp_path, suffix):
     data = archive_of({"archive/data.pkl": bytes(1 << 28)}, zipfile.ZIP_DEFLATED)
