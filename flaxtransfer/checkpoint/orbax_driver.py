@@ -1,7 +1,8 @@
 """How orbax is driven: the only module that imports it.
 
 What goes in and comes out are paths, numpy arrays and JSON-able dictionaries. Orbax is told to
-work for this process alone and to keep its log to itself; what it raises is explained here.
+work for this process alone and to keep its log to itself; what it raises while it reads comes out
+as damage of the files or as an error of the machine.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -66,7 +67,7 @@ def finish(writer: Writer) -> None:
     writer.check_for_errors()
 
 
-def read_step(step: Path, paths: Iterable[str]) -> dict[str, np.ndarray]:
+def read_step(step: Path, paths: list[str]) -> dict[str, np.ndarray]:
     """The arrays at these paths from the folder of a step that ``start`` wrote.
 
     Raises:
@@ -74,10 +75,9 @@ def read_step(step: Path, paths: Iterable[str]) -> dict[str, np.ndarray]:
       OSError: the machine did not allow it.
     """
     arrays = _Patient()
-    wanted = list(paths)
     arguments = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(wanted, 0),
-        restore_args=dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray)),
+        item=dict.fromkeys(paths, 0),
+        restore_args=dict.fromkeys(paths, ocp.RestoreArgs(restore_type=np.ndarray)),
     )
     with (
         closing(_tree_handler(arrays)) as handler,
