@@ -28,10 +28,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.checkpoint import Checkpoints, DamagedCheckpointError
-from flaxtransfer.record import seal, unseal
+from flaxtransfer.checkpoint import Checkpoints, DamagedCheckpointError, orbax_driver
+from flaxtransfer.checkpoint.record import seal, unseal
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class TrainState(NamedTuple):
@@ -365,12 +365,10 @@ def test_a_damaged_best_is_reported_and_the_next_best_taken(part, tmp_path):
 
 
 def test_a_shortage_of_the_machine_is_not_damage(broken, monkeypatch):
-    from flaxtransfer import checkpoint
-
     async def fail(self, infos, args=None):
         raise ValueError("Error opening file [os_error_code='24']")
 
-    monkeypatch.setattr(checkpoint._Patient, "deserialize", fail)
+    monkeypatch.setattr(orbax_driver._Patient, "deserialize", fail)
     with Checkpoints.open(broken) as store:
         with pytest.raises(OSError, match="step 2 cannot be read now") as caught:
             store.restore(tree_of(0))
@@ -503,7 +501,6 @@ def test_a_step_that_cannot_be_written_is_one_clear_error(wait, tmp_path):
 PRELUDE = """
 import os, signal, sys
 import jax, jax.numpy as jnp, numpy as np
-from flaxtransfer import checkpoint
 from flaxtransfer.checkpoint import Checkpoints
 
 def tree(step, leaves=40, size=30_000):
@@ -574,17 +571,16 @@ def test_killed_at_random_moments(wait, tmp_path):
     "place",
     [
         # While the arrays are being written.
-        "checkpoint._Patient._open_and_write",
+        "orbax_driver._Patient._open_and_write",
         # The step has its name, but the system may still hold it in memory.
-        "checkpoint.flush",
+        "step_files.flush",
         # An older step has lost its name, and its files are about to go.
-        "checkpoint.steps.shutil.rmtree",
+        "steps.shutil.rmtree",
     ],
 )
 def test_killed_at_a_place(place, tmp_path):
     code = f"""
-    from flaxtransfer import steps
-    checkpoint.steps = steps
+    from flaxtransfer.checkpoint import orbax_driver, step_files, steps
     with Checkpoints.open(sys.argv[1], keep_latest=1, keep_best=0) as store:
         store.save(1, tree(1), {{"step": 1}})
         owner, name = {place.rpartition(".")[0]}, {place.rpartition(".")[2]!r}
