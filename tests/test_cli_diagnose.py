@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -12,6 +15,7 @@ from brightness import draw, finish_run, write
 
 import flaxtransfer.shift.diagnosis
 from flaxtransfer.cli import run
+from flaxtransfer.data import open_source
 
 SCHEMA = json.loads(
     Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()
@@ -64,6 +68,20 @@ def test_a_report_is_replaced_whole(there, tmp_path, capsys):
     assert diagnosed(there, "--out", str(out)) == 0
     assert not (out / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+@pytest.mark.slow
+def test_a_data_set_of_tfds(there, tmp_path):
+    open_source("digits", cache_dir=tmp_path)
+    # The folder of its data sets is read when TensorFlow Datasets is imported.
+    main = (sys.executable, "-c", "from flaxtransfer.cli import main; main()")
+    options = ("--run", there / "run", "--out", tmp_path / "out", *QUICK)
+    command = [*main, "diagnose", "--target", "tfds:sklearn_digits:train[:60]", *options]
+    environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path)}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["counts"][1] == 60
 
 
 @pytest.mark.parametrize(

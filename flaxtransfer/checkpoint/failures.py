@@ -32,7 +32,6 @@ def explained(
     *,
     subject: str,
     place: Path,
-    always: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
     """Says of whatever is raised in the block whether the files or the machine are to blame.
 
@@ -41,7 +40,6 @@ def explained(
       leaves: those that could not be read, filled in while the block runs.
       subject: what the error of the machine calls it.
       place: the path that the error of the machine names.
-      always: errors that are damage whatever they say.
 
     Raises:
       Damage: the files are to blame.
@@ -52,7 +50,7 @@ def explained(
     except MemoryError:
         raise
     except Exception as error:
-        number = None if isinstance(error, always) else error_number(error)
+        number = error_number(error)
         if number in _NOT_DAMAGE:
             reason = os.strerror(number).lower()
             raise OSError(number, f"{subject} cannot be read now ({reason})", str(place)) from error

@@ -95,7 +95,7 @@ def describe(folder: Path) -> Description:
     """
     with (
         closing(_describing_handler()) as handler,
-        explained(folder, (), subject="it", place=folder, always=(ValueError,)),
+        explained(folder, (), subject="it", place=folder),
     ):
         tree = handler.metadata(epath.Path(folder)).tree
         leaves = named_leaves(tree)
@@ -119,7 +119,7 @@ def read_tree(folder: Path, description: Description) -> dict[str, np.ndarray]:
     arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=read)
     with (
         closing(_tree_handler(arrays)) as handler,
-        explained(folder, arrays.failed, subject="it", place=folder, always=(ValueError,)),
+        explained(folder, arrays.failed, subject="it", place=folder),
     ):
         found = named_leaves(handler.restore(epath.Path(folder), args=arguments))
         return {path: np.asarray(found[path]) for path in found if path in description.sizes}

@@ -1,5 +1,6 @@
 """Folders that orbax wrote, of other programs and of our own runs."""
 
+import errno
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 
 from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.bands import Adapter
-from flaxtransfer.checkpoint import Checkpoints, folder_of_arrays
+from flaxtransfer.checkpoint import Checkpoints, folder_of_arrays, orbax_driver, read_arrays
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import load, own_layout
 from flaxtransfer.weights.architecture import leaf_shapes
@@ -209,3 +210,15 @@ def test_averages_of_nothing():
     arrays = {"params/layer1/0/conv1/kernel": 1, "ema/fc/bias": 2}
     with pytest.raises(ValueError, match="averages of parameters that it has not: params/fc/bias"):
         own_layout.prepared(arrays)
+
+
+def test_a_shortage_of_the_machine_is_not_damage(tmp_path, monkeypatch):
+    standard(tmp_path / "tree", {"a": np.ones(3)})
+
+    async def fail(self, infos, args=None):
+        raise ValueError("Error opening file [os_error_code='24']")
+
+    monkeypatch.setattr(orbax_driver._Patient, "deserialize", fail)
+    with pytest.raises(OSError, match="it cannot be read now") as caught:
+        read_arrays(tmp_path / "tree", most=1000)
+    assert caught.value.errno == errno.EMFILE
