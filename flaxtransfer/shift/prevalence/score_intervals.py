@@ -3,8 +3,8 @@
 A share near zero has no normal distribution, and an interval of plus or minus two standard errors
 misses it. A score interval holds the shares that a test would not reject, with the variance that
 they would have had: on posteriors that are certain it is Wilson's interval of a binomial share. Its
-lower end also has to convince the likelihood ratio, so that one doubtful row makes no rare class;
-for a share of exactly 0 that is cautious, 0.97 to 0.99 where 0.95 was asked.
+lower end also has to convince the likelihood ratio, so that one doubtful row makes no rare class,
+and near 0 and 1 its two tails are not equal (`borders.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import norm
 
+from flaxtransfer.shift.prevalence.borders import critical_values
 from flaxtransfer.shift.prevalence.likelihood import Maximum, blocks
 from flaxtransfer.shift.prevalence.precision import Precision, Sample
 
@@ -58,8 +59,9 @@ def score_intervals(
         # At the border itself the score of a certain row is infinite and its variance zero.
         inside = np.minimum(q[some], _BORDER), np.maximum(q[some], 1 - _BORDER)
         test = _score_test(sample, maximum, precise, some)
-        low[some] = _end(test, q[some], inside[0], z, low[some], fine)
-        high[some] = _end(test, q[some], inside[1], -z, high[some], fine)
+        too_small, too_large = _rejections(test, sample, precise, some, level)
+        low[some] = _end(too_small, q[some], inside[0], low[some], fine)
+        high[some] = _end(too_large, q[some], inside[1], high[some], fine)
     low[low <= _BORDER], high[high >= 1 - _BORDER] = 0.0, 1.0
     return low, high
 
@@ -117,42 +119,58 @@ def _score_test(sample: Sample, maximum: Maximum, precise: Precision, some: np.n
     return test
 
 
+def _rejections(
+    test: _Test, sample: Sample, precise: Precision, some: np.ndarray, level: float
+) -> tuple[_Test, _Test]:
+    """How far above a share the estimate lies beyond what is kept, and how far below it."""
+    ambiguity, validation = precise.ambiguity[some], precise.validation[some]
+    z = float(norm.ppf((1 + level) / 2))
+
+    def critical(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        error = np.sqrt((shares * (1 - shares) + ambiguity) / sample.total + validation)
+        error = np.maximum(error, _BORDER)
+        above, below = critical_values(shares / error, level)
+        # At the border of 1 the two change places.
+        below_one, above_one = critical_values((1 - shares) / error, level)
+        return above + above_one - z, below + below_one - z
+
+    return (
+        lambda shares: test(shares) - critical(shares)[0],
+        lambda shares: -test(shares) - critical(shares)[1],
+    )
+
+
 def _end(
-    test: _Test,
-    inner: np.ndarray,
-    outer: np.ndarray,
-    wanted: float,
-    guess: np.ndarray,
-    fine: np.ndarray,
+    rejects: _Test, inner: np.ndarray, outer: np.ndarray, guess: np.ndarray, fine: np.ndarray
 ) -> np.ndarray:
-    """Where `test` is first `wanted` on the way from `inner` to `outer`; `outer` if nowhere.
+    """Where `rejects` is first above 0 on the way from `inner` to `outer`; `outer` if nowhere.
 
     Steps outward that double until the sign changes, then regula falsi with the Illinois rule until
     the bracket is `fine`. All shares at once. The variance shrinks towards a border, and the test
     may reject a share on the way and not the border: near by, the interval then goes as far; from
     far away that says nothing, for there both score and variance are lost.
     """
-    near = test(inner) - wanted
+    near = rejects(inner)
     # A test that rejects the estimate itself, at a border, leaves nothing between.
-    outer = np.where(np.sign(near) == np.sign(wanted), inner, outer)
+    outer = np.where(near > 0, inner, outer)
     by = np.abs(outer - inner) < _FAR * 1000 * fine
-    kept = by & (np.sign(test(outer) - wanted) == np.sign(near))
+    kept = by & (np.sign(rejects(outer)) == np.sign(near))
     lowest, highest = np.minimum(inner, outer), np.maximum(inner, outer)
     reach = np.sign(outer - inner) * np.maximum(1.25 * np.abs(guess - inner), 1000 * fine)
     inside, outside = inner.copy(), np.clip(inner + reach, lowest, highest)
-    far = test(outside) - wanted
+    far = rejects(outside)
     while (more := (np.sign(far) == np.sign(near)) & (outside != outer)).any():
         inside, near = np.where(more, outside, inside), np.where(more, far, near)
         reach = 2 * reach
         outside = np.where(more, np.clip(inner + reach, lowest, highest), outside)
-        far = np.where(more, test(outside) - wanted, far)
+        far = np.where(more, rejects(outside), far)
     kept |= np.sign(far) == np.sign(near)
     side = np.zeros(len(inner))
     point = guess
     for _ in range(60):
         between = (point > np.minimum(inside, outside)) & (point < np.maximum(inside, outside))
         point = np.where(between, point, (inside + outside) / 2)
-        value = test(point) - wanted
+        value = rejects(point)
         stays = np.sign(value) == np.sign(near)
         far = np.where(stays & (side > 0), far / 2, far)
         near = np.where(~stays & (side < 0), near / 2, near)

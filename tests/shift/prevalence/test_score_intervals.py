@@ -13,6 +13,7 @@ from flaxtransfer.shift.prevalence.bootstrap import (
     percentiles,
     resampled_weights,
 )
+from flaxtransfer.shift.prevalence.borders import critical_values
 from flaxtransfer.shift.prevalence.estimation import estimate_prevalence
 from flaxtransfer.shift.prevalence.influence import influences, scale_response
 from flaxtransfer.shift.prevalence.likelihood import maximise
@@ -83,13 +84,15 @@ def test_certain_posteriors_have_wilsons_intervals(counts):
     # Where one class is all there is, it shares its room with one rival at a time.
     # Half of the rows are ten standard errors from both borders, and have the formula.
     slack = 1e-3 if counts[1] else 0.02
-    # The lower end also satisfies the likelihood ratio, which falls by z^2 / 2 from its maximum.
+    # The lower end also satisfies the likelihood ratio, which falls by z^2 / 2 from its maximum,
+    # with a smaller z where 0 is near.
     low = np.maximum(middle - half, 0)
     for k, own in enumerate(share):
 
         def fall(at, own=own):
             rest = 0.0 if own == 1 else (1 - own) * np.log((1 - own) / (1 - at))
-            return 2 * total * (own * np.log(own / at) + rest) - z**2
+            above, _ = critical_values(np.sqrt(at * total / (1 - at)), 0.95)
+            return 2 * total * (own * np.log(own / at) + rest) - above**2
 
         if own:
             low[k] = min(low[k], brentq(fall, 1e-9, own * (1 - 1e-9)))
