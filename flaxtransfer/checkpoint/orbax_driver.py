@@ -8,9 +8,10 @@ as damage of the files or as an error of the machine.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -140,6 +141,19 @@ def quiet() -> Iterator[None]:
         logger.removeFilter(foreign)
 
 
+class _Later:
+    """A coroutine that begins when it is awaited, and leaves no warning when it never is.
+
+    Orbax drops the descriptions that it asked for when it meets a kind of leaf it does not know.
+    """
+
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._begin = begin
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._begin().__await__()
+
+
 class _Patient(ocp.type_handlers.NumpyHandler):
     """Reads and writes numpy arrays, and raises only when no transfer is under way any more.
 
@@ -159,8 +173,11 @@ class _Patient(ocp.type_handlers.NumpyHandler):
         """What orbax calls the kind of leaf; another one where arrays are read in its place."""
         return self._kind or super().typestr()
 
-    async def metadata(self, infos: Any) -> Any:
-        """Shapes and dtypes."""
+    def metadata(self, infos: Any) -> Any:
+        """Shapes and dtypes, once it is awaited."""
+        return _Later(functools.partial(self._describe, infos))
+
+    async def _describe(self, infos: Any) -> Any:
         describe = super().metadata
         results = await asyncio.gather(
             *(describe([info]) for info in infos), return_exceptions=True

@@ -212,6 +212,16 @@ def test_averages_of_nothing():
         own_layout.prepared(arrays)
 
 
+def test_a_kind_of_leaf_that_nobody_knows(tmp_path):
+    standard(tmp_path / "tree", {"a": np.ones(3), "b": jnp.ones(3)})
+    described = tmp_path / "tree" / "_METADATA"
+    text = described.read_text()
+    described.write_text(text.replace('"value_type": "jax.Array"', '"value_type": "jaxArray"', 1))
+    assert described.read_text() != text
+    with pytest.raises(ValueError, match="jaxArray"):
+        read_arrays(tmp_path / "tree", most=1000)
+
+
 def test_a_shortage_of_the_machine_is_not_damage(tmp_path, monkeypatch):
     standard(tmp_path / "tree", {"a": np.ones(3)})
 
