@@ -11,6 +11,7 @@ from flaxtransfer.shift.distances.frechet import (
     pooled_coordinates,
     squared_distance,
 )
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.nulls import Distance, orders, summary, two_samples
 
 __all__ = ["class_distance"]
@@ -80,9 +81,7 @@ def class_distance(
 
     value = distance(np.arange(len(pooled)))
     null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
-    notes: tuple[str, ...] = ()
-    if not np.ptp(both, axis=0).any():
-        notes += ("all rows of both samples are equal",)
+    notes = duplicate_notes(source, target)
     if set(found[0].tolist()) != set(found[1].tolist()):
         notes += ("the domains have other classes: the null has those of both in each",)
     single = sum(int((np.unique(own, return_counts=True)[1] == 1).sum()) for own in found)

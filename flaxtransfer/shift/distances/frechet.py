@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.nulls import Distance, orders, summary, two_samples
 from flaxtransfer.shift.shrinkage import shrinkage as _shrinkage
 
@@ -103,10 +104,8 @@ def frechet_distance(
 
     value = distance(np.arange(len(pooled)))
     null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
-    notes: tuple[str, ...] = ()
-    if not np.ptp(both, axis=0).any():
-        notes += ("all rows of both samples are equal",)
-    elif len(pooled) <= width and not shrinkage:
+    notes = duplicate_notes(source, target)
+    if np.ptp(both, axis=0).any() and len(pooled) <= width and not shrinkage:
         notes += (f"{len(pooled)} examples of {width} features: covariances have not full rank",)
     return Distance(
         "Frechet", counts=(len(source), len(target)), unit="squared units of the features",

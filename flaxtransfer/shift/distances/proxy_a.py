@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.nulls import Distance, orders, random_folds, summary, two_samples
 from flaxtransfer.shift.shrinkage import shrinkage
 
@@ -58,12 +59,10 @@ def proxy_a_distance(
     for number, order in enumerate(orders(len(pooled), permutations, seed)):
         first[order[:split], number + 1] = True
 
-    notes: tuple[str, ...] = ()
+    notes = duplicate_notes(source, target)
     spread = pooled.std(0)
     varies = spread > 1e-12 * np.abs(pooled).max(0)
-    if not varies.any():
-        notes += ("all rows of both samples are equal",)
-    elif not varies.all():
+    if varies.any() and not varies.all():
         notes += (f"{int((~varies).sum())} features are constant and were left out",)
     scaled = (pooled[:, varies] - pooled[:, varies].mean(0)) / spread[varies]
 

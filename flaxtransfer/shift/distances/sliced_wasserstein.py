@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.nulls import Distance, orders, stream, summary, two_samples
 
 __all__ = ["random_directions", "sliced_wasserstein", "wasserstein_on_lines"]
@@ -58,10 +59,9 @@ def sliced_wasserstein(
 
     value = distance(np.arange(len(pooled)))
     null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
-    notes = () if np.ptp(pooled, axis=0).any() else ("all rows of both samples are equal",)
     return Distance(
         "sliced Wasserstein-2", counts=(len(source), len(target)), unit="units of the features",
-        notes=notes, **summary(value, null),
+        notes=duplicate_notes(source, target), **summary(value, null),
     )  # fmt: skip
 
 

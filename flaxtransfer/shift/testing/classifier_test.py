@@ -9,6 +9,7 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 
 from flaxtransfer.shift.checks import as_features, same_width
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
     detectable,
@@ -16,7 +17,6 @@ from flaxtransfer.shift.hypotheses import (
     permutation_p,
     untestable,
 )
-from flaxtransfer.shift.testing.duplicates import duplicate_note
 
 __all__ = ["classifier_test"]
 
@@ -82,7 +82,7 @@ def classifier_test(
     if folds < 2:
         raise ValueError(f"folds={folds}: a classifier is tested on a fold it was not fitted on")
     counts = (len(source), len(target))
-    notes = duplicate_note(source, target)
+    notes = duplicate_notes(source, target)
 
     no = partial(untestable, _NAME, _HYPOTHESIS, effect_name=_EFFECT, counts=counts, notes=notes)
 

@@ -7,8 +7,8 @@ import numpy as np
 from scipy import stats
 
 from flaxtransfer.shift.checks import as_features, same_width
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.hypotheses import LEVEL, POWER, HypothesisTest, holm, untestable
-from flaxtransfer.shift.testing.duplicates import duplicate_note
 
 __all__ = ["kolmogorov_smirnov_test"]
 
@@ -56,7 +56,7 @@ def kolmogorov_smirnov_test(
     width = same_width(first, "source columns", second, "target columns")
     counts = (len(first), len(second))
     hypothesis = f"every {column_name} has one distribution in source and target"
-    notes = duplicate_note(first, second)
+    notes = duplicate_notes(first, second)
     if min(counts) < _FEWEST:
         return untestable(
             _NAME, hypothesis, f"{counts[0]} and {counts[1]} rows; each side needs {_FEWEST}",

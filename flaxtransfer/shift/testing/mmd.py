@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxtransfer.shift.checks import as_features, same_width
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
     detectable_square,
@@ -15,7 +16,6 @@ from flaxtransfer.shift.hypotheses import (
     permutation_p,
     untestable,
 )
-from flaxtransfer.shift.testing.duplicates import duplicate_note
 from flaxtransfer.shift.testing.kernel import (
     as_bandwidth,
     gaussian_kernel,
@@ -89,7 +89,7 @@ def mmd_test(
     if block < 4 * _FEWEST:
         raise ValueError(f"block={block}: a block holds {4 * _FEWEST} rows or more, 4096 is usual")
     counts = (len(source), len(target))
-    notes = duplicate_note(source, target)
+    notes = duplicate_notes(source, target)
 
     no = partial(untestable, _NAME, _HYPOTHESIS, effect_name=_EFFECT, counts=counts, notes=notes)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.checks import as_probabilities, same_width
+from flaxtransfer.shift.duplicates import duplicate_notes, uncertain
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
     enough_repetitions,
@@ -14,7 +15,6 @@ from flaxtransfer.shift.hypotheses import (
     untestable,
 )
 from flaxtransfer.shift.prevalence.resampled_likelihood import maximise_resampled
-from flaxtransfer.shift.testing.duplicates import duplicate_note
 from flaxtransfer.shift.testing.predicted_labels import noncentrality
 
 __all__ = ["prior_test"]
@@ -25,9 +25,6 @@ _EFFECT = "total variation of prevalence"
 _FEWEST = 10
 _ACCURACY = 1e-4
 """Of a likelihood ratio, far below what a p-value notices."""
-
-_CERTAIN = 1 - 1e-6
-"""Posteriors nearer to 1 coincide by rounding and are no duplicates."""
 
 
 def prior_test(
@@ -84,7 +81,7 @@ def prior_test(
     same_width(validation, "source probabilities", target, "target probabilities")
     enough_repetitions(permutations, "permutations")
     counts = (len(validation), len(target))
-    notes = duplicate_note(*(sample[sample.max(1) < _CERTAIN] for sample in (validation, target)))
+    notes = duplicate_notes(uncertain(validation), uncertain(target))
 
     no = partial(untestable, _NAME, _HYPOTHESIS, effect_name=_EFFECT, counts=counts, notes=notes)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.checks import as_features, as_labels, as_probabilities, same_width
+from flaxtransfer.shift.duplicates import duplicate_notes
 from flaxtransfer.shift.hypotheses import (
     HypothesisTest,
     detectable_square,
@@ -15,7 +16,6 @@ from flaxtransfer.shift.hypotheses import (
     untestable,
 )
 from flaxtransfer.shift.prevalence.resampled_likelihood import maximise_resampled
-from flaxtransfer.shift.testing.duplicates import duplicate_note
 from flaxtransfer.shift.testing.kernel import as_bandwidth, median_bandwidth, rescaled
 from flaxtransfer.shift.testing.mixture_residual import class_kernel, residual, simulated_residuals
 
@@ -95,7 +95,7 @@ def residual_test(
     )
     enough_repetitions(simulations, "simulations")
     counts = (len(features), len(target))
-    notes = duplicate_note(features, target)
+    notes = duplicate_notes(features, target)
     rng = np.random.default_rng(seed)
     if max(counts) > most:
         notes += (f"at most {most} rows of either side were used",)

@@ -6,6 +6,7 @@ import numpy as np
 
 from flaxtransfer.shift.checks import as_features
 from flaxtransfer.shift.distances.frechet import pooled_coordinates
+from flaxtransfer.shift.duplicates import repetition_notes
 from flaxtransfer.shift.nulls import Transferability, labelled, orders, summary
 from flaxtransfer.shift.shrinkage import shrinkage
 
@@ -69,7 +70,7 @@ def h_score(
 
     value = score(np.arange(examples))
     null = np.array([score(order) for order in orders(examples, permutations, seed)])
-    notes: tuple[str, ...] = ()
+    notes = repetition_notes(features, "feature")
     if regularised:
         notes += (f"shrinkage {intensity:.3g}",)
     elif examples <= width:

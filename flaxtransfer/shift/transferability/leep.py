@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.shift.checks import as_probabilities
+from flaxtransfer.shift.duplicates import repetition_notes, uncertain
 from flaxtransfer.shift.nulls import Transferability, labelled, orders, summary
 
 __all__ = ["leep"]
@@ -57,7 +58,9 @@ def leep(
     value = score(np.arange(len(found)))
     null = np.array([score(order) for order in orders(len(found), permutations, seed)])
     empty = int((mass == 0).sum())
-    notes = (f"{empty} source classes have no mass and were left out",) if empty else ()
+    notes = repetition_notes(uncertain(given), "uncertain")
+    if empty:
+        notes += (f"{empty} source classes have no mass and were left out",)
     return Transferability(
         "LEEP", counts=(len(given), given.shape[1], count), unit="nats per example", notes=notes,
         **summary(value, null),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.shift.checks import as_features
+from flaxtransfer.shift.duplicates import repetition_notes
 from flaxtransfer.shift.nulls import Transferability, labelled, orders, summary
 
 __all__ = ["Evidence", "evidence", "logme"]
@@ -131,10 +132,12 @@ def logme(features: Any, labels: Any, *, permutations: int = 199, seed: int = 0)
             )  # fmt: skip
             null.extend(found.log_evidence.reshape(-1, count).mean(1) / len(features))
             waiting = []
-    notes = () if own.bounded.all() else (
-        f"features give {int((~own.bounded).sum())} classes without error: their evidence is that "
-        "of the smallest noise looked at",
-    )  # fmt: skip
+    notes = repetition_notes(features, "feature")
+    if not own.bounded.all():
+        notes += (
+            f"features give {int((~own.bounded).sum())} classes without error: their evidence is "
+            "that of the smallest noise looked at",
+        )
     return Transferability(
         "LogME", counts=(len(features), features.shape[1], count), unit="nats per example",
         effective_parameters=float(own.effective_parameters.sum()), notes=notes,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.testing.duplicates import shared_rows
+from flaxtransfer.shift.duplicates import shared_rows
 from flaxtransfer.shift.testing.kernel import gaussian_kernel, median_bandwidth, rescaled
 from flaxtransfer.shift.testing.mmd import mmd_test
 
