@@ -105,13 +105,19 @@ def diagnose(
     likeliest = prevalences[0]
     adjusted = adjust_prior(probabilities, likeliest) if likeliest.identifiable else probabilities
     with_labels = labelled_tests(source, probabilities, known, seed)
+    prior, likelihood_ratio = fell(unlabelled.prior, level), unlabelled.prior[-1]
+    if not prior and (likelihood_ratio.p is None or not likeliest.identifiable):
+        # Outputs of few examples, or of a model that knows nothing, stay as they are whatever the
+        # shares are.
+        prior = None
     findings = Findings(
         moved=fell(unlabelled.moved, level),
-        prior=fell(unlabelled.prior, level),
+        prior=prior,
         residual=fell([unlabelled.residual], level),
         as_it_was=fell(with_labels.as_it_was, level),
         adjusted=fell(with_labels.adjusted, level),
         prefer=_preferred(with_labels.ratios, level),
+        detectable=likelihood_ratio.minimum_detectable,
     )
     conclusion, verdicts = conclude(findings)
     needed = labels_needed(probabilities, adjusted, seed=seed)

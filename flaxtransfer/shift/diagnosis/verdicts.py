@@ -25,6 +25,8 @@ class Findings:
         adjusted: they follow the probabilities adjusted to the target's prevalence, which is what
             a label shift makes true.
         prefer: which of the two the labels' likelihood prefers beyond doubt; None for neither.
+        detectable: the total variation of prevalence that the test of `prior` would have found with
+            80 % power, whichever classes changed; None where not every change can be found.
     """
 
     moved: bool | None
@@ -33,6 +35,7 @@ class Findings:
     as_it_was: bool | None = None
     adjusted: bool | None = None
     prefer: Literal["label", "covariate"] | None = None
+    detectable: float | None = None
 
     @property
     def labelled(self) -> bool:
@@ -106,11 +109,16 @@ def _label(found: Findings) -> Verdict:
         return Verdict("label", status, evidence)
 
     if found.prior is None:
-        return verdict("not testable", "no test of the prevalence could be made")
+        return verdict(
+            "not testable", "the shares of the classes cannot be told from these outputs"
+        )
     if not found.prior:
         if _labels_say(found) == "label":
             return verdict("supported", "target labels follow the adjusted probabilities only")
-        return verdict("rejected", "the classes are as common as before, as far as can be seen")
+        seen = "as far as can be seen"
+        if found.detectable is not None and found.detectable < 1:
+            seen = f"a change of {found.detectable:.2f} in total variation would have been seen"
+        return verdict("rejected", f"the classes are as common as before: {seen}")
     if _labels_say(found) == "covariate":
         return verdict("rejected", "target labels contradict the adjusted probabilities")
     if found.residual is None:

@@ -47,24 +47,32 @@ def regularised_weights(matrix: np.ndarray, difference: np.ndarray, strength: fl
     square = matrix.T @ matrix
     size = float(np.trace(square)) or 1.0
 
+    slope = matrix.T @ difference
+
     def at(ridge: float) -> tuple[np.ndarray, float]:
-        # In w, which is not negative: |C w - (C 1 + d)|^2 + ridge |w - 1|^2.
-        goal = matrix.T @ (matrix.sum(1) + difference) + ridge
-        weights = nonnegative_quadratic(square + ridge * np.eye(len(square)), goal)
-        apart = float(np.linalg.norm(matrix @ (weights - 1) - difference))
-        return weights, strength * apart - ridge * float(np.linalg.norm(weights - 1))
+        # Where no weight is held at 0, t itself is solved for: it may be far smaller than 1.
+        move = np.linalg.solve(square + ridge * np.eye(len(square)), slope) if ridge else None
+        if move is None or (move < -1).any():
+            # In w, which is not negative: |C w - (C 1 + d)|^2 + ridge |w - 1|^2.
+            goal = matrix.T @ matrix.sum(1) + slope + ridge
+            move = nonnegative_quadratic(square + ridge * np.eye(len(square)), goal) - 1
+        apart = float(np.linalg.norm(matrix @ move - difference))
+        return 1 + move, strength * apart - ridge * float(np.linalg.norm(move))
 
     met = _exact(matrix, difference, strength)
     if met is not None:
         return met
     if strength == 0:
         return at(0.0)[0]
-    if np.linalg.norm(matrix.T @ difference) <= strength * np.linalg.norm(difference):
+    if np.linalg.norm(slope) <= strength * np.linalg.norm(difference):
         # At w = 1 the slope of the fit does not overcome the penalty.
         return np.ones(len(difference))
     low, high = np.log(1e-12 * size), np.log(1e6 * size)
     if at(np.exp(low))[1] <= 0:
         return at(0.0)[0]
+    if at(np.exp(high))[1] >= 0:
+        # The slope only just overcomes the penalty.
+        return at(np.exp(high))[0]
     ridge = brentq(lambda power: at(np.exp(power))[1], low, high, xtol=1e-12, rtol=1e-12)
     return at(np.exp(ridge))[0]
 

@@ -61,7 +61,10 @@ def test_a_covariate_shift():
 def test_a_concept_shift_is_seen_in_labels_alone():
     logits, labels, features = world(3, 200, EVEN)
     renamed = (labels + 1) % 3
-    assert report((logits, None, features)).conclusion == "none detected"
+    unseen = report((logits, None, features))
+    assert unseen.conclusion == "none detected"
+    smallest = unseen.tests[4].minimum_detectable
+    assert f"a change of {smallest:.2f} in total variation" in unseen.verdict("label").evidence
     found = report((logits, None, features), labelled=(np.arange(30), renamed[:30]))
     assert found.conclusion == "concept"
 
@@ -79,6 +82,17 @@ def test_samples_too_small_for_any_test_settle_nothing():
     assert all(test.not_testable for test in found.tests if test.p is None)
     assert any("4 target examples" in note for note in found.notes)
     jsonschema.validate(found.to_json(), SCHEMA)
+
+
+def test_a_model_that_knows_nothing_does_not_say_that_shares_stayed():
+    rng = np.random.default_rng(7)
+    labels = np.arange(300) % 3
+    noise, features = rng.normal(size=(500, 3)), rng.normal(size=(500, 6))
+    found = diagnose(
+        noise[:300], labels, features[:300], noise[300:], features[300:], permutations=99
+    )
+    assert found.verdict("label").status == "not testable"
+    assert found.conclusion == "undetermined"
 
 
 @pytest.mark.slow

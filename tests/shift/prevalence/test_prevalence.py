@@ -243,6 +243,17 @@ def test_negative_raw_shares_are_shown_and_not_used():
     assert found.condition == pytest.approx(5 / 3)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+def test_a_difference_of_any_size_gives_weights_in_proportion(size):
+    # |C t - d| + s |t| is homogeneous; a model that tells nothing has a matrix of rank 1 nearly.
+    matrix = np.outer([0.3, 0.18, 0.34, 0.18], [0.28, 0.22, 0.28, 0.22])
+    matrix += 1e-8 * np.random.default_rng(0).normal(size=(4, 4))
+    difference = np.array([0.1, -0.15, 0.14, -0.09])
+    whole = regularised_weights(matrix, difference, 0.0155) - 1
+    part = regularised_weights(matrix, size * difference, 0.0155) - 1
+    np.testing.assert_allclose(part / size, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_regularised_weights_end_at_the_black_box_and_at_one():
     matrix = joint_confusion(SOURCE.probabilities, SOURCE.labels)
     difference = TARGET.mean(0) - SOURCE.probabilities.mean(0)
