@@ -18,9 +18,10 @@ from multiprocessing import get_context
 
 import numpy as np
 import tyro
-from scipy.special import softmax
+from scipy.special import log_softmax
 from scipy.stats import binomtest, kstest
 
+from flaxtransfer.shift.calibration.calibrating import calibrate
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.hypotheses import HypothesisTest
 from flaxtransfer.shift.testing.classifier_test import classifier_test
@@ -43,6 +44,7 @@ CLASSES, WIDTH = 4, 10
 EVEN = np.full(CLASSES, 1 / CLASSES)
 MILD = np.array([0.4, 0.3, 0.2, 0.1])
 STRONG = np.array([0.7, 0.1, 0.1, 0.1])
+BIAS = np.array([0.5, 0.0, -0.5, 0.0])
 MEANS = 2.0 * np.eye(CLASSES, WIDTH)
 REPETITIONS = 199
 
@@ -68,9 +70,9 @@ class World:
     target_labels: np.ndarray
 
 
-def posteriors(features: np.ndarray) -> np.ndarray:
-    """What the model says: the exact posteriors of the source."""
-    return softmax(features @ MEANS.T - (MEANS**2).sum(1) / 2, axis=1)
+def log_posteriors(features: np.ndarray) -> np.ndarray:
+    """Of the source, exactly."""
+    return log_softmax(features @ MEANS.T - (MEANS**2).sum(1) / 2, axis=1)
 
 
 def draw(
@@ -84,6 +86,7 @@ def draw(
     tilt: float = 0.0,
     swapped: float = 0.0,
     renamed: float = 0.0,
+    fitted: bool = False,
 ) -> World:
     """A source of even prevalence, and a target that differs in what is not 0.
 
@@ -97,6 +100,7 @@ def draw(
         tilt: of a density ratio exp(tilt * x) in the first dimension: p(y | x) stays.
         swapped: share of labels that are replaced by the next class: p(y | x) changes, x does not.
         renamed: share of the first class's labels that are replaced by the second.
+        fitted: whether the model is too sure and biased, and is calibrated on the source's rows.
     """
     labels = rng.integers(CLASSES, size=rows)
     features = MEANS[labels] + rng.normal(size=(rows, WIDTH))
@@ -109,8 +113,13 @@ def draw(
     target[:, :2] += aligned * np.array([-1.0, 1.0])
     target_labels = (target_labels + (rng.random(target_rows) < swapped)) % CLASSES
     target_labels[(target_labels == 0) & (rng.random(target_rows) < renamed)] = 1
-    source = Calibration("none", np.ones(CLASSES), np.zeros(CLASSES), posteriors(features), labels)
-    return World(features, source, target, posteriors(target), target_labels)
+    if fitted:
+        source = calibrate(1.7 * log_posteriors(features) + BIAS, labels)
+        probabilities = source.apply(1.7 * log_posteriors(target) + BIAS)
+    else:
+        own, probabilities = np.exp(log_posteriors(features)), np.exp(log_posteriors(target))
+        source = Calibration("none", np.ones(CLASSES), np.zeros(CLASSES), own, labels)
+    return World(features, source, target, probabilities, target_labels)
 
 
 def on_features(world: World, seed: int, **options: int) -> HypothesisTest:
@@ -198,10 +207,16 @@ NULLS: tuple[tuple[str, str, dict, Callable[[World, int], HypothesisTest]], ...]
      on_predictions),
     ("prior", "no shift", {}, on_prior),
     ("prior, n = 100", "no shift", {"rows": 100}, on_prior),
+    ("prior, calibrated on the same", "no shift", {"fitted": True}, on_prior),
+    ("prior, calibrated on the same, n = 100", "no shift", {"fitted": True, "rows": 100}, on_prior),
     ("residual", "no shift", {}, on_residual),
     ("residual", "label, mild", {"prevalence": MILD}, on_residual),
     ("residual", "label, strong", {"prevalence": STRONG}, on_residual),
     ("residual, n = 150", "label, mild", {"rows": 150, "prevalence": MILD}, on_residual),
+    ("residual, calibrated on the same", "label, mild", {"fitted": True, "prevalence": MILD},
+     on_residual),
+    ("residual, calibrated on the same, n = 100", "label, mild",
+     {"fitted": True, "rows": 100, "prevalence": MILD}, on_residual),
     ("log-loss, 50 labels", "covariate", {"tilt": 0.5},
      on_labels(log_loss_test, 50, adjust=False)),
     ("label residual, 50 labels", "covariate", {"tilt": 0.5},
