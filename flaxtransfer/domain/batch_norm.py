@@ -102,6 +102,15 @@ def adapt_batch_norm(
       Adaptation", 2016. Z. Nado et al., "Evaluating Prediction-Time Batch Normalization for
       Robustness under Covariate Shift", 2020. S. Schneider et al., "Improving robustness against
       common corruptions by covariate shift adaptation", 2020.
+
+    >>> import jax, numpy as np, flaxtransfer as ft
+    >>> model = ft.Model(ft.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
+    >>> variables = model.init(jax.random.key(0))
+    >>> images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+    >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 16, 16)
+    >>> adapted, report = adapt_batch_norm(model, variables, images, preprocessing)
+    >>> report.adapted, report.statistics.images, report.statistics.exact
+    (True, 64, True)
     """
     check_guard(guard)
     chosen = batch_norms(model, variables, where)

@@ -72,6 +72,18 @@ def adapt_batch_norm_balanced(
 
     Raises:
       ValueError: as ``adapt_batch_norm``; fewer than one round.
+
+    >>> import jax, numpy as np, flaxtransfer as ft
+    >>> model = ft.Model(ft.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
+    >>> variables = model.init(jax.random.key(0))
+    >>> images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+    >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 16, 16)
+    >>> labels = np.arange(64) % 2
+    >>> source = ft.shift.calibrate(labels[:, None] * [-1.0, 1.0], labels)
+    >>> adapted, report = adapt_batch_norm_balanced(
+    ...     model, variables, images, preprocessing, source, rounds=1)
+    >>> [candidate.name for candidate in report.candidates]
+    ['source', 'target statistics', 'balanced, round 1']
     """
     check_guard(guard)
     if rounds < 1:

@@ -62,6 +62,19 @@ class EntropyReport:
     effective_classes: tuple[float, ...]
     collapses: int
 
+    def __str__(self) -> str:
+        lines = []
+        if self.entropies:
+            lines.append(
+                f"entropy minimised on {len(self.logits)} target images in {len(self.entropies)} "
+                f"batches: {np.mean(self.entropies):.3f} nats a prediction before, "
+                f"{np.mean(self.effective_classes):.1f} effective classes after; "
+                f"set back after {self.collapses} batches"
+            )
+        word = "reason against it" if self.entropies else "not adapted"
+        lines += [f"{word}: {reason}" for reason in self.refusals]
+        return "\n".join([*lines, *self.notes])
+
 
 def minimise_entropy(
     model: Model,
@@ -116,6 +129,15 @@ def minimise_entropy(
     References:
       D. Wang, E. Shelhamer, S. Liu, B. Olshausen, T. Darrell, "Tent: Fully Test-Time Adaptation by
       Entropy Minimization", 2021.
+
+    >>> import jax, numpy as np, flaxtransfer as ft
+    >>> model = ft.Model(ft.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
+    >>> variables = model.init(jax.random.key(0))
+    >>> images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+    >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 16, 16)
+    >>> adapted, report = minimise_entropy(model, variables, images, preprocessing)
+    >>> report.adapted, report.logits.shape, len(report.entropies)
+    (True, (64, 2), 1)
     """
     check_guard(guard)
     if steps < 1 or not learning_rate > 0:
