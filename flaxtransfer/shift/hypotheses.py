@@ -77,6 +77,21 @@ class HypothesisTest:
         p = self.p if self.adjusted_p is None else self.adjusted_p
         return p is not None and p <= level
 
+    def __str__(self) -> str:
+        if self.p is None:
+            return "\n".join([f"{self.name}: not testable, {self.not_testable}", *self._notes()])
+        adjusted = "" if self.adjusted_p is None else f" (adjusted {self.adjusted_p:.3g})"
+        least = self.minimum_detectable
+        found = f"{self.effect_name} {self.effect:.3g}"
+        if least is not None:
+            found += f", from {least:.3g} on it would be found in 4 of 5 cases"
+        return "\n".join(
+            [f"{self.name}: p {self.p:.3g}{adjusted} if {self.hypothesis}; {found}", *self._notes()]
+        )
+
+    def _notes(self) -> list[str]:
+        return [f"  note: {note}" for note in self.notes]
+
 
 def holm(tests: Sequence[HypothesisTest]) -> tuple[HypothesisTest, ...]:
     """The same tests with adjusted p-values; those that could not be tested do not count.

@@ -69,6 +69,12 @@ class NullCalibrated:
         """
         return self.value - self.null_mean
 
+    def __str__(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        by_chance = f"by chance {self.null_mean:.4g} ± {self.null_sd:.2g}, p {self.p:.3g}"
+        notes = [f"  note: {note}" for note in self.notes]
+        return "\n".join([f"{self.name}: {self.value:.4g}{unit}; {by_chance}", *notes])
+
 
 @dataclasses.dataclass(frozen=True)
 class Distance(NullCalibrated):

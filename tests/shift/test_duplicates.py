@@ -28,6 +28,7 @@ def test_two_samples_with_copies(name):
     assert any("7 of 47 source rows repeat an earlier one" in note for note in twice)
     both = compare(ROWS, np.concatenate([OTHER, ROWS[:5]])).notes
     assert any("5 of 35 target rows occur exactly in the source too" in note for note in both)
+    assert "note: 5 of 35 target rows" in str(compare(ROWS, np.concatenate([OTHER, ROWS[:5]])))
 
 
 @pytest.mark.parametrize("score", ["logme", "h_score"])

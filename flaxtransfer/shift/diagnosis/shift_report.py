@@ -61,3 +61,17 @@ class ShiftReport:
     def to_json(self) -> dict[str, Any]:
         """Plain objects, lists and numbers; `report.schema.json` beside this file says which."""
         return {"version": 1, **plain(self)}
+
+    def __str__(self) -> str:
+        held_out, count, labels = self.counts
+        lines = [
+            f"shift: {self.conclusion} ({held_out} held-out examples of the source, {count} of the "
+            f"target, {labels} of them with labels; level {self.level:g})"
+        ]
+        lines += [f"{each.kind} shift: {each.status}, {each.evidence}" for each in self.verdicts]
+        lines += map(str, (*self.tests, *self.prevalences[:1], self.accuracy, self.calibration))
+        for number, action in enumerate(self.actions, 1):
+            text = " ".join(filter(None, (action.what, action.expected)))
+            lines.append(f"{number}. {text} Guard: {action.guard}")
+        lines += [f"not knowable: {text}" for text in self.not_identifiable]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

@@ -48,6 +48,10 @@ def test_a_label_shift(label_shift):
     likeliest = label_shift.prevalences[0]
     assert np.abs(likeliest.estimate - FEW_OF_ONE).max() < 0.08
     assert label_shift.counts == (300, 200, 40)
+    printed = str(label_shift)
+    assert printed.startswith("shift: label (300 held-out examples of the source, 200 of the targ")
+    assert "covariate shift: " in printed
+    assert f"likelihood ratio of the prior: p {label_shift.tests[4].p:.3g} (adjusted" in printed
     # With labels, the first sentence (no one can see a concept shift) is not true any more.
     assert len(label_shift.not_identifiable) == 4
 
