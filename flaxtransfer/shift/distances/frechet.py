@@ -106,8 +106,8 @@ def frechet_distance(
     notes: tuple[str, ...] = ()
     if not np.ptp(both, axis=0).any():
         notes += ("all rows of both samples are equal",)
-    elif len(pooled) <= width and not shrinkage:
-        notes += (f"{len(pooled)} examples of {width} features: covariances have not full rank",)
+    elif (fewest := min(split, len(target))) <= width and not shrinkage:
+        notes += (f"{fewest} examples of {width} features: their covariance has not full rank",)
     return Distance(
         "Frechet", counts=(len(source), len(target)), unit="squared units of the features",
         notes=notes, **summary(value, null),

@@ -72,7 +72,7 @@ def h_score(
     notes: tuple[str, ...] = ()
     if regularised:
         notes += (f"shrinkage {intensity:.3g}",)
-    elif examples <= width:
+    elif kept.sum() == examples - 1:
         notes += (f"{examples} examples of {width} features: C - 1 for any labels",)
     return Transferability(
         "H-score, regularised" if regularised else "H-score", counts=(examples, width, count),
