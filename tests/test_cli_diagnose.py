@@ -100,8 +100,8 @@ def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):
     diagnose._samples(checkpoint, trained, target, options, Console())
     parts = stratified_split(np.repeat([0, 1], 20), val_fraction=0.25, test_fraction=0.2)
     assert seen == [[0, 1, 2, 3, 4], sorted([*parts.val.tolist(), *parts.test.tolist()])]
+    nothing = replace(trained, val_fraction=0.0, test_fraction=0.0)
     with pytest.raises(ValueError, match="kept no image apart; train it with --val-fraction"):
-        nothing = replace(trained, val_fraction=0.0, test_fraction=0.0)
         diagnose._samples(checkpoint, nothing, target, options, Console())
 
 

@@ -62,6 +62,24 @@ def test_two_classes_by_bisection_of_the_score():
     assert shares[0, 0] == pytest.approx(brentq(score, 1e-9, 1 - 1e-9), abs=1e-6)
 
 
+def test_a_step_that_went_too_far_is_taken_back():
+    # On rows like these an extrapolation ends where nothing is likely, unless it is compared.
+    probabilities = np.array([
+        [2e-13, 0.9999994, 6e-7], [3e-26, 0.0018, 0.9982], [1e-18, 1.0, 9e-14],
+        [2e-13, 0.9999994, 6e-7],
+    ])  # fmt: skip
+    prior = np.array([0.41, 0.24, 0.35])
+    shares, ratios = maximise_resampled(probabilities, np.arange(4)[None], prior)
+    likelihoods = probabilities[:, 1:] / prior[1:]
+
+    def score(q):
+        return ((likelihoods[:, 0] - likelihoods[:, 1]) / (likelihoods @ [q, 1 - q])).mean()
+
+    q = brentq(score, 1e-9, 1 - 1e-9)
+    np.testing.assert_allclose(shares[0], [0, q, 1 - q], atol=1e-5)
+    assert ratios[0] == pytest.approx(np.log(likelihoods @ [q, 1 - q]).sum(), abs=1e-5)
+
+
 def test_certain_posteriors_are_counted_and_uninformative_ones_leave_the_prior():
     certain = np.eye(3)[[0, 0, 0, 1, 2]]
     shares, ratios = maximise_resampled(certain, np.arange(5)[None], np.array([0.2, 0.3, 0.5]))
