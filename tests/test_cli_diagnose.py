@@ -7,15 +7,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 from brightness import draw, finish_run, write
+from rich.console import Console
 
 import flaxtransfer.shift.diagnosis
 from flaxtransfer.cli import run
-from flaxtransfer.data import open_source
+from flaxtransfer.commands import diagnose
+from flaxtransfer.commands.diagnose import Diagnose
+from flaxtransfer.commands.options import Train
+from flaxtransfer.data import open_source, stratified_split
+from flaxtransfer.weights import load
 
 SCHEMA = json.loads(
     Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()
@@ -33,7 +40,7 @@ def there(tmp_path_factory) -> Path:
     with (root / "few.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("image", "label"))
-        rows.writerows((names[i], ("dark", "bright")[labels[i]]) for i in range(10))
+        rows.writerows((names[i], ("dark", "bright")[labels[i]]) for i in range(110, 120))
     return root
 
 
@@ -65,9 +72,37 @@ def test_a_report_is_replaced_whole(there, tmp_path, capsys):
     out = tmp_path / "report"
     out.mkdir()
     (out / "old.txt").write_text("of an earlier report")
-    assert diagnosed(there, "--out", str(out)) == 0
+    # Of either side 40 are looked at, those with labels among them.
+    few = ("--target-labels", str(there / "few.csv"), "--most-images", "40")
+    assert diagnosed(there, "--out", str(out), *few) == 0
+    assert json.loads((out / "report.json").read_text())["counts"] == [40, 40, 10]
     assert not (out / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+@pytest.mark.parametrize(("count", "most", "expected"), [(20, 20, 20), (21, 20, 20), (90, 30, 30)])
+def test_no_more_images_are_looked_at_and_those_with_labels_are(count, most, expected):
+    labelled = np.array([0, 7, count - 1])
+    found = diagnose._chosen(count, labelled, Diagnose(Path("run"), "target", most_images=most))
+    assert len(set(found.tolist())) == len(found) == expected
+    assert set(labelled.tolist()) <= set(found.tolist())
+
+
+def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):
+    for name in ("bright", "dark"):
+        write(draw(0.5, 20, 3)[0], tmp_path / name)
+    seen = []
+    monkeypatch.setattr(diagnose, "_evidence", lambda *given: seen.append(given[2].tolist()))
+    trained = Train(data=f"folder:{tmp_path}", val_fraction=0.25, test_fraction=0.2)
+    checkpoint = replace(load(there / "run"), class_names=("bright", "dark"))
+    options = Diagnose(there / "run", "target")
+    target = (None, np.arange(5))
+    diagnose._samples(checkpoint, trained, target, options, Console())
+    parts = stratified_split(np.repeat([0, 1], 20), val_fraction=0.25, test_fraction=0.2)
+    assert seen == [[0, 1, 2, 3, 4], sorted([*parts.val.tolist(), *parts.test.tolist()])]
+    nothing = replace(trained, val_fraction=0.0, test_fraction=0.0)
+    with pytest.raises(ValueError, match="kept no image apart; train it with --val-fraction"):
+        diagnose._samples(checkpoint, nothing, target, options, Console())
 
 
 @pytest.mark.slow

@@ -96,6 +96,8 @@ def test_a_known_prior_is_taken_as_it_is(finished, target, capsys):
         (["--prior", "drak=0.9", "bright=0.1"], "no class 'drak'; did you mean 'dark'?"),
         (["--prior", "bright=0.1"], "no share for 'dark'"),
         (["--prior", "a", "b"], "shares are numbers, not a b"),
+        (["--prior", "dark=-0.1", "bright=1.1"], "shares are 0 or more and sum to 1"),
+        (["--prior", "dark=0.5", "dark=0.5", "bright=0.5"], "a class is named twice"),
     ],
 )
 def test_what_is_no_prior(finished, target, capsys, arguments, text):

@@ -138,7 +138,9 @@ def _samples(
             "examples stand for their features\n",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-        return _of_logits(kept.logits, kept.labels), _of_logits(found.logits, found.labels)
+        rows = some(np.arange(len(kept.labels)), options.most_images, kept.labels)
+        own = _of_logits(kept.logits[rows], kept.labels[rows])
+        return own, _of_logits(found.logits, found.labels)
     parts = split(source, trained)
     positions = np.sort(np.concatenate([parts.val, parts.test]))
     if not len(positions):

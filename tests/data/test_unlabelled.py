@@ -41,9 +41,10 @@ def test_files_that_are_no_image(scans):
     assert found.skipped[0].startswith("notes.txt")
 
 
-def test_arrays(tmp_path):
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_arrays(tmp_path, key):
     images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    np.savez(tmp_path / "target.npz", image=images)
+    np.savez(tmp_path / "target.npz", **{key: images})
     found = open_unlabelled(f"npz:{tmp_path / 'target.npz'}")
     assert found.names == ("0", "1")
     np.testing.assert_array_equal(found.source[1]["image"][..., 0], images[1])
@@ -67,6 +68,9 @@ def test_a_file_of_other_arrays_and_no_file_of_arrays(tmp_path):
     np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
     with pytest.raises(ValueError, match="no array 'image', but pixels"):
         open_unlabelled(f"npz:{tmp_path / 'other.npz'}")
+    (tmp_path / "other.npz").rename(tmp_path / "other.zip")
+    with pytest.raises(ValueError, match=r"other\.zip is not called \.npz"):
+        open_unlabelled(f"npz:{tmp_path / 'other.zip'}")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(ValueError, match="not a readable"):
         open_unlabelled(f"npz:{tmp_path / 'broken.npz'}")

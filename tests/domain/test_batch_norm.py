@@ -141,6 +141,11 @@ def test_nothing_to_adapt_is_an_error(trained, target):
     fails("no target images", images=lambda: iter([]))
     fails("'refuse' or 'warn', not 'ask'", guard="ask")
     fails("source_weight is a number", source_weight=-1)
+    with pytest.raises(ValueError, match="3 weights are given for 64 images"):
+        reestimate(
+            trained.model, trained.variables, reader(target[0][:64], 64), PREPROCESSING,
+            frozenset(modules(trained.variables["batch_stats"])), weights=np.ones(3),
+        )  # fmt: skip
 
 
 @pytest.mark.slow

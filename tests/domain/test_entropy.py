@@ -73,6 +73,8 @@ def test_label_shift_is_refused(trained):
     assert not report.adapted
     assert "not adapted: class 0 seems to make up 100 %" in str(report)
     assert (report.logits.argmax(1) == labels).mean() > 0.9
+    expected = trained.logits(trained.variables, images)
+    np.testing.assert_allclose(report.logits, expected, atol=1e-4)
     _, forced = minimised(trained, images, source=trained.source, guard="warn")
     assert forced.adapted
     assert (forced.logits.argmax(1) == labels).mean() < 0.7

@@ -112,6 +112,14 @@ def test_each_method_has_its_colour_and_its_interval():
     assert lengths[1] <= lengths[2] < lengths[0]
 
 
+def test_methods_stand_one_above_the_other():
+    # The same estimate twice: points of both colours, in the order given, and none hides another.
+    pixels = drawn(prevalence_picture, [prevalence([0.4])] * 2)
+    inside = pixels[: int(0.8 * pixels.shape[0]), : int(0.7 * pixels.shape[1])]
+    above, below = (places(inside, colour)[:, 0] for colour in (BLUE, RED))
+    assert max(above) < min(below)
+
+
 def test_what_is_not_identifiable_is_hollow():
     full = drawn(prevalence_picture, [prevalence([0.7, 0.3])])
     hollow = drawn(
@@ -151,6 +159,19 @@ def test_over_confidence_lies_below_the_diagonal_and_empty_bins_are_left_out():
     right = np.where(sure < 0.5, np.nan, sure)
     half = drawn(reliability_picture, sure, right, [0, 0, 9, 9], none, none)
     assert places(half, BLUE)[:, 1].min() > places(above, BLUE)[:, 1].min() + 100
+
+
+def test_the_title_has_the_error_of_bins_by_their_examples():
+    # |0.8 - 0.9| in 9 of 10 and |0.8 - 0.3| in one is 0.14, and so is |0.8 - 0.66| in all.
+    def title(right, count):
+        ends = np.zeros(2), np.ones(2)
+        picture = drawn(reliability_picture, [0.8, 0.8], right, count, *ends)
+        return picture[: picture.shape[0] // 16]
+
+    weighed = title([0.9, 0.3], [9, 1])
+    assert weighed.std() > 0
+    np.testing.assert_array_equal(weighed, title([0.66, 0.66], [1, 1]))
+    assert (weighed != title([0.9, 0.3], [1, 1])).any()
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,9 @@ def test_archives_of_other_things():
     data = bytes_of(lambda file: np.savez(file, **ONES)).replace(b"a.npy", b"a.txt")
     with pytest.raises(ValueError, match=r"no known kind.*and this one a\.txt"):
         recognise(data, "w.npz")
+    two = bytes_of(lambda file: np.savez(file, b=np.ones(1), **ONES)).replace(b"b.npy", b"b.txt")
+    with pytest.raises(ValueError, match=r"no known kind.*and this one b\.txt, a\.npy"):
+        recognise(two, "w.npz")
 
 
 def test_names_that_weights_have():

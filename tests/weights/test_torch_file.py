@@ -105,6 +105,11 @@ def test_big_endians_and_missing_checksums():
     content, swapped = dictionary(a=tensor()), FOUR.astype(">f4").tobytes()
     arrays, _, _ = read(zipped(content, data_0=swapped, byteorder="big"))
     assert arrays["a"].tolist() == [0, 1, 2, 3]
+    # Of a complex number each half is turned round by itself.
+    pairs = (FOUR + 1j * FOUR[::-1]).astype(">c8").tobytes()
+    halves = dictionary(a=tensor(kind="ComplexFloatStorage"))
+    arrays, _, _ = read(zipped(halves, data_0=pairs, byteorder="big"))
+    assert arrays["a"].tolist() == [3j, 1 + 2j, 2 + 1j, 3]
     # torch writes 0 for every checksum when it is told to compute none.
     data = bytearray(zipped(content, data_0=FOUR.tobytes()))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -132,6 +137,9 @@ def test_views_of_the_former_layout():
     beyond = dictionary(a=tensor(shape=(3,), view=view))
     with pytest.raises(ValueError, match=r"shape \[3\] goes beyond its storage"):
         read(legacy(beyond, **{"0": FOUR}))
+    long = b"(" + text("1") + number(1) + number(4) + b"t"
+    with pytest.raises(ValueError, match="a view beyond its storage"):
+        read(legacy(dictionary(a=tensor(shape=(2,), view=long)), **{"0": FOUR}))
 
 
 NAMED = {
@@ -190,6 +198,7 @@ HOSTILE = {
     "an instruction too many": (b"\x80\x02.", "takes more than it made"),
     "text instructions": (b"\x80\x02I5\n.", "the instruction INT"),
     "a call of text": (b"\x80\x02" + text("a") + b")R.", "a call of what is no function"),
+    "a state of a text": (b"\x80\x02" + text("a") + b"}b.", "a str with a state"),
     "nested keys": (b"\x80\x02})\x85\x85Ns.", "a tuple as a key"),
     "a storage of two kinds": (dictionary(a=tensor(), b=tensor(kind="LongStorage")), "two kinds"),
     "no storage": (dictionary(a=tensor(key="1")), "missing|behind it"),

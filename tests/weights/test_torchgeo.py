@@ -94,6 +94,24 @@ def test_a_published_file_brings_its_bands(write):
     ) in found.notes
 
 
+# Limits of the bands in nm: U.S. Geological Survey, "What are the band designations for the Landsat
+# satellites?". The thermal band of ETM+ comes at two gains.
+TM = {"B1": (450, 520), "B2": (520, 600), "B3": (630, 690), "B4": (760, 900), "B5": (1550, 1750),
+      "B6": (10_400, 12_500), "B7": (2080, 2350)}  # fmt: skip
+ETM = TM | {"B4": (770, 900), "B7": (2090, 2350), "B8": (520, 900)} | dict.fromkeys(
+    ["B6_VCID_1", "B6_VCID_2"], (10_400, 12_500))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sensor", "limits"),
+    [("landsat_tm_toa", TM), ("landsat_etm_toa", ETM), ("landsat_etm_sr", ETM)],
+)
+def test_centres_are_the_middles_of_the_bands_limits(sensor, limits):
+    found = torchgeo.SENSORS[sensor]
+    middles = [sum(limits[band]) / 2 for band in found.bands]
+    np.testing.assert_array_equal(found.wavelengths, middles)
+
+
 @pytest.mark.parametrize(
     ("sensor", "measured", "expected"),
     [

@@ -114,14 +114,17 @@ def error_interval(
     # Equal up to rounding counts as equal, in both tails.
     slack = 1e-12
     # An error smaller than that of calibrated models says little: without the second factor, the
-    # upper end would be 0 as well.
-    below = float((drawn(0.0, observed_sign) <= observed + slack).mean())
+    # upper end would be 0 as well. So few may be below that draws cannot tell a tail of them; it
+    # then counts as the smallest error of which they can.
+    calibrated = drawn(0.0, observed_sign)
+    least = max(observed, float(np.quantile(calibrated, min(1.0, 1 / (tail * replicates)))))
+    below = float((calibrated <= least + slack).mean())
 
     def reached(errors: np.ndarray) -> bool:
         return bool((errors >= observed - slack).mean() >= tail)
 
     def exceeded(errors: np.ndarray) -> bool:
-        return bool((errors <= observed + slack).mean() < tail * below)
+        return bool((errors <= least + slack).mean() < tail * below)
 
     high = max(end(exceeded, observed_sign), end(exceeded, other_sign))
     return min(end(reached, observed_sign), high), high

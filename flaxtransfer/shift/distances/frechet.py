@@ -105,8 +105,9 @@ def frechet_distance(
     value = distance(np.arange(len(pooled)))
     null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
     notes = duplicate_notes(source, target)
-    if np.ptp(both, axis=0).any() and len(pooled) <= width and not shrinkage:
-        notes += (f"{len(pooled)} examples of {width} features: covariances have not full rank",)
+    fewest = min(split, len(target))
+    if np.ptp(both, axis=0).any() and fewest <= width and not shrinkage:
+        notes += (f"{fewest} examples of {width} features: their covariance has not full rank",)
     return Distance(
         "Frechet", counts=(len(source), len(target)), unit="squared units of the features",
         notes=notes, **summary(value, null),

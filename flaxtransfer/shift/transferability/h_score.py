@@ -73,7 +73,7 @@ def h_score(
     notes = repetition_notes(features, "feature")
     if regularised:
         notes += (f"shrinkage {intensity:.3g}",)
-    elif examples <= width:
+    elif kept.sum() == examples - 1:
         notes += (f"{examples} examples of {width} features: C - 1 for any labels",)
     return Transferability(
         "H-score, regularised" if regularised else "H-score", counts=(examples, width, count),

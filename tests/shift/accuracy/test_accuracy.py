@@ -236,6 +236,15 @@ def test_estimates_that_exclude_each_other_are_named():
     assert found.highest - found.lowest > 0.2
 
 
+def test_the_average_confidence_excludes_no_other():
+    # Sure of everything and right in 7 of 10: all the others say 0.7 of the same examples.
+    source = source_of([[0.99, 0.01]] * 100, [0] * 70 + [1] * 30)
+    found = accuracy_without_labels(source, source.probabilities, replicates=100)
+    average = found["average confidence"]
+    assert average.low > max(each.high for each in found.estimates if each is not average)
+    assert not any("differ by more than chance" in note for note in found.notes)
+
+
 def test_a_table_to_read_and_numbers_for_json():
     logits, labels = drawn(300, [0.4, 0.3, 0.3])
     source = calibrate(logits, labels)

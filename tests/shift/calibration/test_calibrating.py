@@ -14,6 +14,7 @@ from scipy.special import softmax
 
 from flaxtransfer.shift.calibration.calibrating import calibrate
 from flaxtransfer.shift.calibration.calibration import Calibration, logits_of
+from flaxtransfer.shift.calibration.scaling import _Likelihood
 
 METHODS = ("none", "temperature", "bias_corrected", "vector")
 FITTED = METHODS[1:]
@@ -252,6 +253,36 @@ def test_logits_that_point_away_have_a_scale_at_its_lower_bound(method):
     assert (found.scale > 0).all()
     assert found.scale.max() < 1e-5
     assert "lower bound" in found.notes[0]
+
+
+def test_logits_that_are_all_but_nothing_have_a_scale_at_its_upper_bound():
+    # The scale that was simulated is 1e5 times what a scale may be.
+    logits, labels = simulated(400, 1.0, np.zeros(3))
+    found = calibrate(1e-8 * logits, labels, method="temperature")
+    np.testing.assert_array_equal(found.scale, 1000)
+    assert found.notes == ("the scale is at its upper bound, 1000: are these logits?",)
+
+
+@pytest.mark.parametrize("form", ["temperature", "bias_corrected", "vector"])
+def test_curvature_is_the_change_of_the_gradient_and_its_products_are_it(form):
+    # Class 3 has no example, and the penalty is part of the curvature.
+    logits, labels = sines()
+    likelihood = _Likelihood(logits - logits.mean(1, keepdims=True), labels % 3, form)
+    point = {"temperature": [0.7], "bias_corrected": [0.7, 0.3, -0.1, 0.2, 0.5]}.get(
+        form, [0.7, 0.6, 0.9, 0.8, 0.3, -0.1, 0.2, 0.5]
+    )
+    point = np.array(point)
+    here, hessian = likelihood.at(point), likelihood.at(point).hessian()
+    for direction in np.eye(len(point)):
+        np.testing.assert_allclose(here.times(direction), hessian @ direction, atol=1e-12)
+        ahead, behind = (likelihood.at(point + step * direction) for step in (1e-5, -1e-5))
+        slope = (ahead.value - behind.value) / 2e-5
+        assert here.gradient @ direction == pytest.approx(slope, abs=1e-8)
+        # One number added to all biases changes no likelihood, and costs in the curvature alone.
+        bias = likelihood.expand(direction)[1]
+        added = likelihood.reduce(np.zeros(4), np.full(4, bias.mean()))
+        change = (ahead.gradient - behind.gradient) / 2e-5
+        np.testing.assert_allclose(hessian @ direction, change + added, atol=1e-7)
 
 
 def test_logits_without_information_have_the_frequencies():

@@ -92,6 +92,16 @@ def test_no_observed_error_is_no_proof():
     assert "1 of 15 bins" in found.notes[0]
 
 
+def test_an_error_below_that_of_calibrated_models_has_an_upper_end():
+    # Ten bins without any error are a chance of 1e-10 or so, and no proof: a true error as large as
+    # what sampling makes of 0 lies in the interval.
+    bins = diagram(*[(100, 0.75, 75)] * 10)
+    noise = np.sqrt(0.75 * 0.25 / 100) * np.sqrt(2 / np.pi)
+    low, high = error_interval(bins)
+    assert low == 0
+    assert noise / 2 < high < 2 * noise
+
+
 def test_the_bias_of_the_error_is_taken_off():
     draws = [predicted(1000, 0.8, seed) for seed in range(30)]
     found, true = [], []

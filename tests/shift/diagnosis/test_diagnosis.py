@@ -1,5 +1,6 @@
 """The procedure on worlds whose shift is known, and on arrays that are wrong."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,12 @@ import pytest
 
 import flaxtransfer.shift.diagnosis
 from flaxtransfer.report.shift_page import HEADLINES, shift_page
-from flaxtransfer.shift.diagnosis.diagnosis import diagnose
+from flaxtransfer.shift.calibration.calibrating import calibrate
+from flaxtransfer.shift.calibration.calibration import Calibration
+from flaxtransfer.shift.diagnosis.diagnosis import _preferred, _small, diagnose
+from flaxtransfer.shift.diagnosis.projection import joint_projection
+from flaxtransfer.shift.diagnosis.questions import fell, labelled_tests, unlabelled_tests
+from flaxtransfer.shift.hypotheses import HypothesisTest
 
 SCHEMA = json.loads(
     Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()
@@ -52,8 +58,64 @@ def test_a_label_shift(label_shift):
     assert printed.startswith("shift: label (300 held-out examples of the source, 200 of the targ")
     assert "covariate shift: " in printed
     assert f"likelihood ratio of the prior: p {label_shift.tests[4].p:.3g} (adjusted" in printed
+    assert label_shift.actions[0].expected.startswith("+")
+    with pytest.raises(ValueError, match="no verdict on 'prior'; there are label, covariate, conc"):
+        label_shift.verdict("prior")
     # With labels, the first sentence (no one can see a concept shift) is not true any more.
     assert len(label_shift.not_identifiable) == 4
+
+
+def test_the_questions_and_their_tests():
+    logits, labels, features = world(1, 200, FEW_OF_ONE)
+    source = calibrate(*SOURCE[:2])
+    probabilities = source.apply(logits)
+    settings = {"permutations": 19, "seed": 0}
+    found = unlabelled_tests(source, SOURCE[2], probabilities, features, settings)
+    assert [test.name for test in found.moved] == [
+        "maximum mean discrepancy", "classifier two-sample test", "Kolmogorov-Smirnov",
+    ]  # fmt: skip
+    assert [test.name for test in found.prior] == [
+        "predicted labels", "likelihood ratio of the prior",
+    ]  # fmt: skip
+    # Under label shift labels follow the adjusted probabilities, and not those that were.
+    asked = labelled_tests(source, probabilities, (np.arange(200), labels), 0)
+    assert fell(asked.as_it_was, 0.05)
+    assert not fell(asked.adjusted, 0.05)
+    assert [test.rejected() for test in asked.ratios] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("covariate", "label", "preferred"),
+    [(0.01, 0.5, "label"), (0.5, 0.01, "covariate"), (0.01, 0.01, None), (0.5, 0.5, None)],
+)
+def test_the_hypothesis_that_stands_is_preferred(covariate, label, preferred):
+    ratios = [HypothesisTest("", "", 0.0, p, 0.0, "", None, (9,)) for p in (covariate, label)]
+    assert _preferred(ratios, 0.05) == preferred
+    assert _preferred((), 0.05) is None
+
+
+@pytest.mark.parametrize(
+    ("rare", "count", "notes"),
+    [
+        (5, 50, ()),
+        (4, 50, ("fewer than 5 held-out examples at the source: b",)),
+        (5, 49, ("49 target examples show large shifts only; 50 or more are better",)),
+    ],
+)
+def test_what_is_too_little(rare, count, notes):
+    labels = np.repeat([0, 1], [9, rare])
+    source = Calibration("none", np.ones(2), np.zeros(2), np.eye(2)[labels], labels)
+    assert _small(source, count, ("a", "b")) == notes
+
+
+@pytest.mark.parametrize("width", [3, 80])
+def test_features_are_projected_into_units_of_their_spread(width):
+    rng = np.random.default_rng(0)
+    source, target = 7 * rng.normal(size=(60, width)) + 3, 7 * rng.normal(size=(50, width))
+    both = np.concatenate(joint_projection(source, target))
+    assert both.shape == (110, min(width, 64))
+    np.testing.assert_allclose(both.mean(0), 0, atol=1e-12)
+    assert np.square(both).sum(1).mean() == pytest.approx(min(width, 64))
 
 
 def test_a_covariate_shift():
@@ -132,6 +194,22 @@ def test_the_page_has_everything_and_escapes_it(label_shift):
     for test in label_shift.tests:
         assert test.name in page
     assert "http" not in page  # nothing is fetched from elsewhere
+    assert "(300 held-out examples) against" in page
+    assert "(200 examples, 40 of them with labels); tests at level 0.05" in page
+    # A share with its interval, and numbers of tests to the right, the hypothesis to the left.
+    likeliest, test = label_shift.prevalences[0], label_shift.tests[0]
+    ends = f"{likeliest.low[0]:.3f} to {likeliest.high[0]:.3f}"
+    number = '<td class="number">'
+    assert f"{number}{likeliest.estimate[0]:.3f} <small>{ends}</small></td>" in page
+    assert f"<td>{test.hypothesis}</td>{number}{test.p:.3g}</td>" in page
+    bare = dataclasses.replace(
+        label_shift, counts=(300, 200, 0), prevalences=(dataclasses.replace(
+            likeliest, low=np.full(3, np.nan), high=np.full(3, np.nan)
+        ),)
+    )  # fmt: skip
+    page = shift_page(bare, {}, source="runs/x", target="y")
+    assert "(200 examples, none with labels)" in page
+    assert f"{number}{likeliest.estimate[0]:.3f}</td>" in page
 
 
 @pytest.mark.parametrize(

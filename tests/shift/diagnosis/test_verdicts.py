@@ -60,6 +60,11 @@ def test_with_labels(unlabelled, as_it_was, adjusted, prefer, conclusion):
     assert conclude(Findings(*unlabelled, as_it_was, adjusted, prefer))[0] == conclusion
 
 
+def test_labels_for_a_label_shift_leave_nothing_to_covariates():
+    verdicts = conclude(Findings(YES, YES, NO, YES, NO))[1]
+    assert [verdict.status for verdict in verdicts] == ["supported", "rejected", "rejected"]
+
+
 @given(st.tuples(*[st.sampled_from([True, False, None])] * 5))
 def test_laws_of_all_findings(answers):
     findings = Findings(*answers)

@@ -33,13 +33,13 @@ def test_it_is_its_definition(rows, columns, others):
     assert debiased_cka(x, y).value == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(20, 60), (30, 4)])
+@pytest.mark.parametrize(("rows", "columns"), [(300, 290), (30, 4)])
 def test_pairs_gathered_or_multiplied_are_the_same(monkeypatch, rows, columns):
     x, y = draw(rows, columns, 1), draw(rows, columns, 2)
     found = []
     for largest in (0, 10**9):
         monkeypatch.setattr(cka, "_LARGEST_GRAM", largest)
-        found.append(debiased_cka(x, y))
+        found.append(debiased_cka(x, y, permutations=39))
     assert found[0].value == pytest.approx(found[1].value, rel=1e-9)
     assert found[0].null_mean == pytest.approx(found[1].null_mean, rel=1e-9, abs=1e-12)
     assert found[0].p == found[1].p

@@ -60,7 +60,7 @@ def test_numbers_of_classes_do_not_matter_and_their_places_do():
 
 
 def test_a_class_of_one_example_is_a_point_and_said():
-    labels = np.array([0] * 11 + [1])
+    labels = np.array([0] * 9 + [1, 2, 2])
     found = class_distance(SOURCE, labels, TARGET, np.zeros(12), permutations=19)
     assert "1 classes have one example, and no covariance" in found.notes
 

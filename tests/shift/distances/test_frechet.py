@@ -136,7 +136,15 @@ def test_two_samples_of_one_distribution_lie_far_apart_and_the_null_knows():
     found = frechet_distance(draw(100, 512, 1), draw(100, 512, 2), permutations=19)
     assert 640 < found.value < 680
     assert abs(found.excess) < 10
-    assert found.notes == ("200 examples of 512 features: covariances have not full rank",)
+    assert found.notes == ("100 examples of 512 features: their covariance has not full rank",)
+
+
+@pytest.mark.parametrize(("fewest", "short"), [(8, True), (9, False)])
+def test_n_examples_have_a_covariance_of_rank_n_less_1(fewest, short):
+    source = draw(fewest, 8, 1)
+    assert (np.linalg.matrix_rank(np.cov(source.T)) < 8) == short
+    found = frechet_distance(source, draw(30, 8, 2), permutations=19)
+    assert found.notes == ("8 examples of 8 features: their covariance has not full rank",) * short
 
 
 def test_what_a_covariance_alone_shows():

@@ -60,6 +60,12 @@ def test_a_large_sample_gains_nothing_by_being_large():
     assert found.p == 1 / 200
 
 
+def test_the_error_is_the_mean_of_both_domains():
+    # A quarter of the larger domain lies on the far side of the other: 2 (1 - 2 (0 + 1 / 4) / 2).
+    source, target = np.zeros((10, 1)), np.repeat([1.0, -1.0], [30, 10])[:, None]
+    assert proxy_a_distance(source, target, permutations=19).value == pytest.approx(1.5)
+
+
 def test_scales_of_features_and_dead_ones_do_not_matter():
     source, target = draw(40, 5, 1), draw(50, 5, 2) + 0.3
     plain = proxy_a_distance(source, target)

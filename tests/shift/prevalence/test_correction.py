@@ -44,6 +44,8 @@ def test_zeros_are_exact_and_small_numbers_survive():
     found = adjust_prior([[0.5, 0.3, 0.2]], [0.5, 0.0, 0.5], source_prior=[0.2, 0.6, 0.2])
     np.testing.assert_allclose(found, [[5 / 7, 0, 2 / 7]], atol=1e-15)
     assert found[0, 1] == 0
+    found = adjust_prior([[0.5, 0.5, 0.0]], [0.9, 0.1, 0.0], source_prior=[0.5, 0.5, 0.0])
+    np.testing.assert_allclose(found, [[0.9, 0.1, 0]], atol=1e-15)
     found = adjust_prior([[1.0, 0.0]], [0.1, 0.9], source_prior=[0.9, 0.1])
     np.testing.assert_array_equal(found, [[1, 0]])
     # A product of these underflows; its logarithm does not.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flaxtransfer.shift.calibration.calibrating import calibrate
+from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.prevalence.guarded_correction import correct_prior
 
 MEANS = np.array([[1.5, 0.0, 0.0], [0.0, 1.5, 0.0], [0.0, 0.0, 1.5]])
@@ -73,6 +74,14 @@ def test_too_few(source, count, text):
     if text:
         assert text in found.refusals[0]
         assert found.prevalence is None
+
+
+def test_too_few_for_the_number_of_classes():
+    # Five for each of eight classes are 40, more than the 30 that any number of classes needs.
+    labels = np.arange(80) % 8
+    source = Calibration("none", np.ones(8), np.zeros(8), np.eye(8)[labels], labels)
+    found = correct_prior(np.eye(8)[labels[:39]], source)
+    assert "39 examples say too little about the shares of 8 classes: give 40" in found.refusals[0]
 
 
 def test_a_model_that_always_says_the_same_is_refused(source):

@@ -6,12 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import softmax
+from scipy.stats import power_divergence
 
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.checks import as_probability_rows
+from flaxtransfer.shift.prevalence.bootstrap import confusion_replicates
 from flaxtransfer.shift.prevalence.confusion import black_box, joint_confusion
 from flaxtransfer.shift.prevalence.estimation import METHODS, estimate_prevalence
 from flaxtransfer.shift.prevalence.likelihood import maximise
+from flaxtransfer.shift.prevalence.precision import Sample, weakest_direction
+from flaxtransfer.shift.prevalence.prevalence import Prevalence
 from flaxtransfer.shift.prevalence.rlls import regularised_weights
 
 
@@ -183,6 +187,38 @@ def test_a_prior_draws_towards_equal_shares_and_vanishes_at_one():
     certain = source_of(np.eye(3)[labels], labels)
     found = estimate_prevalence(np.eye(3)[[0, 0, 1]], certain, method="map")
     np.testing.assert_allclose(found.estimate, [3 / 6, 2 / 6, 1 / 6], atol=1e-9)
+    assert found.notes == ("the intervals are those of the data with the prior's pseudo-examples",)
+    bare = estimate_prevalence(np.eye(3)[[0, 0, 1]], certain, method="map", interval=None)
+    assert bare.notes == ()
+
+
+def test_the_likelihood_ratio_of_certain_rows_is_that_of_counts():
+    # Twice the sum of n log(n / expected), the G statistic.
+    labels = np.arange(30) % 3
+    certain = source_of(np.eye(3)[labels], labels)
+    counts = np.array([50, 30, 10])
+    found = estimate_prevalence(np.eye(3)[np.repeat([0, 1, 2], counts)], certain)
+    assert found.likelihood_ratio == pytest.approx(power_divergence(counts, lambda_=0).statistic)
+
+
+def test_distance_and_diversity_of_shares_by_hand():
+    found = Prevalence(
+        "by hand", np.array([0.5, 0.5, 0]), np.full(3, np.nan), np.full(3, np.nan), 0.95,
+        np.array([0.2, 0.5, 0.3]), (9, 9),
+    )  # fmt: skip
+    assert found.total_variation == pytest.approx(0.3)
+    assert found.effective_classes == pytest.approx(2)
+
+
+def test_a_few_rows_of_a_large_target_determine_it():
+    # Two rows of three are the prior, and of every sixth row of the target none is another.
+    flat = np.tile([0.5, 0.5], (9000, 1))
+    flat[1::3] = np.eye(2)[np.arange(3000) % 4 // 3]
+    source = source_of(np.eye(2)[np.arange(100) % 2], np.arange(100) % 2)
+    found = estimate_prevalence(flat, source)
+    assert found.identifiable
+    np.testing.assert_allclose(found.estimate, [0.75, 0.25], atol=1e-3)
+    assert not estimate_prevalence(flat[::3], source).identifiable
 
 
 def test_a_class_that_the_source_never_has_is_left_out_and_said():
@@ -228,6 +264,28 @@ def test_three_classes_by_hand(hard):
     assert found.confused == (1, 2)
     # Not the transposed system, which has another solution.
     assert np.abs(np.linalg.solve(RATES.T, [0.45, 0.33, 0.22]) - found.raw).max() > 0.01
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_weakest_direction_of_two_classes_by_hand(hard):
+    # q = (f - b) / (a - b) with a, b the rates of predicting the first class; f, a and b are means.
+    predicted = np.repeat([0, 1, 0, 1], [40, 10, 10, 40])
+    target = np.repeat([0, 1], [104, 56])
+    found = black_box(np.eye(2)[target], np.eye(2)[predicted], np.repeat([0, 1], 50), hard=hard)
+    a, b, f = 0.8, 0.2, 0.65
+    q = (f - b) / (a - b)
+    variance = f * (1 - f) / 160 + (q**2 * a * (1 - a) + (1 - q) ** 2 * b * (1 - b)) / 50
+    # Of a direction of length 1: what one share gains the other loses.
+    assert found.weakest == pytest.approx(np.sqrt(2 * variance) / (a - b))
+
+
+def test_counts_drawn_again_vary_as_shares_of_the_rows_do():
+    drawn = confusion_replicates(TARGET, SOURCE, 4000, np.random.default_rng(0), hard=True)
+    for values, rows in zip(drawn, (500, 800), strict=True):
+        chances = values.mean(0)
+        np.testing.assert_allclose(
+            values.std(0), np.sqrt(chances * (1 - chances) / rows), rtol=0.06
+        )
 
 
 def test_negative_raw_shares_are_shown_and_not_used():
@@ -295,3 +353,14 @@ def test_an_estimate_prints_as_a_table():
     labels = np.arange(400) % classes
     many = source_of(0.5 * np.eye(classes)[labels] + 0.5 / classes, labels)
     assert "and 20 smaller ones" in str(estimate_prevalence(many.probabilities, many))
+
+
+def test_labels_alone_have_the_standard_error_of_a_share():
+    # Rows say nothing, 80 labels do: sqrt(q (1 - q) / 80), along a direction of length 1.
+    source = source_of(np.full((20, 2), 0.5), np.arange(20) % 2)
+    labelled = np.array([60.0, 20.0])
+    sample = Sample(np.full((100, 2), 0.5), source, labelled, np.zeros(2))
+    maximum = maximise(sample.probabilities, source.prior, counts=labelled, tolerance=1e-10)
+    error, direction = weakest_direction(sample, maximum)
+    assert error == pytest.approx(np.sqrt(2 * 0.75 * 0.25 / 80), rel=1e-4)
+    np.testing.assert_allclose(np.abs(direction), np.sqrt(0.5))

@@ -7,7 +7,12 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from flaxtransfer.shift.testing.classifier_test import _auc, _discriminant_aucs, classifier_test
+from flaxtransfer.shift.testing.classifier_test import (
+    _auc,
+    _discriminant_aucs,
+    _logistic_auc,
+    classifier_test,
+)
 
 
 def samples(n=60, m=40, d=4, step=0.0, seed=0):
@@ -99,3 +104,20 @@ def test_settings_and_shared_rows():
     with pytest.raises(ValueError, match="permutations=5"):
         classifier_test(source, target, permutations=5)
     assert "40 of 40" in classifier_test(source, source[:40], permutations=19).notes[0]
+
+
+def test_logistic_regression_is_regularised_as_its_first_step_is():
+    # With nearly as many features as examples it is the penalty that decides.
+    is_target, folds = np.repeat([0.0, 1.0], 40), [np.arange(80)[number::5] for number in range(5)]
+    for seed in range(3):
+        pooled = np.concatenate(samples(40, 40, 60, step=0.3, seed=seed))
+        pooled = (pooled - pooled.mean(0)) / pooled.std(0)
+        (first,) = _discriminant_aucs(pooled, is_target[None], folds)
+        assert _logistic_auc(pooled, is_target, folds) == pytest.approx(first, abs=0.002)
+
+
+def test_a_fold_has_two_examples_of_either_side():
+    few = samples(10, 30, step=0.5)
+    assert classifier_test(*few, folds=9, permutations=19) == classifier_test(
+        *few, folds=5, permutations=19
+    )

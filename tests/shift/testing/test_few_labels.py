@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.prevalence.resampled_likelihood import maximise_resampled
+from flaxtransfer.shift.testing import label_simulation
 from flaxtransfer.shift.testing.estimated_posteriors import (
     EstimatedPosteriors,
     corrected_posteriors,
@@ -74,6 +75,37 @@ def test_effects_by_definition():
     missed = np.array([1, 2, 1]) - POSTERIORS.sum(0)
     assert residual.effect == pytest.approx(np.abs(missed).sum() / 8)
     assert residual.notes == ("class 2 is more frequent than expected, by 0.2 of 4 labels",)
+
+
+def test_what_would_have_been_detected_is_that_of_a_normal_sum():
+    # Sums of 400 labels are normal: 1.645 + 0.842 deviations from what is expected.
+    raw, other = np.array([0.7, 0.3]), np.array([0.4, 0.6])
+    labels, far = np.repeat([0, 1], [280, 120]), norm.ppf(0.95) + norm.ppf(0.8)
+
+    def moments(shares, scores):
+        mean = shares @ scores
+        return mean, np.sqrt((shares @ scores**2 - mean**2) / 400)
+
+    given = [np.tile(shares, (400, 1)) for shares in (raw, other)]
+    loss = log_loss_test(given[0], labels)
+    assert loss.minimum_detectable == pytest.approx(far * moments(raw, -np.log(raw))[1], rel=0.05)
+    ratio = np.log(other / raw)
+    for found, shares, sign in zip(
+        posterior_ratio_tests(*given, labels), (raw, other), (1, -1), strict=True
+    ):
+        mean, deviation = moments(shares, ratio)
+        wanted = mean + sign * far * deviation
+        assert found.minimum_detectable == pytest.approx(wanted, abs=0.05 * deviation * far)
+
+
+def test_many_labels_are_drawn_as_few_are(monkeypatch):
+    posteriors = np.random.default_rng(0).dirichlet(np.ones(4), size=6)
+    found = []
+    for at_once in (0, 10**9):
+        monkeypatch.setattr(label_simulation, "_AT_ONCE", at_once)
+        random = np.random.default_rng(1)
+        found.append(label_simulation.drawn_labels(posteriors, 50, random))
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_two_classes_are_a_binomial_test():
@@ -160,6 +192,25 @@ def test_corrected_posteriors_follow_bayes_and_scatter_as_their_estimate_does():
         corrected_posteriors([0, 200], probabilities, source)
     with pytest.raises(ValueError, match="numbers of target rows"):
         corrected_posteriors([0.5], probabilities, source)
+
+
+def test_labelled_examples_are_drawn_into_the_target_that_corrects_them():
+    # With every example labelled and a source that does not scatter, a draw is its rows alone.
+    probabilities, _, _ = target(30)
+    even = np.full((40, 2), 0.5)
+    source = Calibration("none", np.ones(2), np.zeros(2), even, np.arange(40) % 2)
+    found = corrected_posteriors(np.arange(30), probabilities, source, draws=20)
+    shares, _ = maximise_resampled(probabilities, found.rows, source.prior)
+    weighted = probabilities[found.rows] * shares[:, None]
+    np.testing.assert_allclose(found.estimates, weighted / weighted.sum(2, keepdims=True))
+
+
+def test_a_class_that_the_source_never_has_is_left_as_it_is():
+    rows = np.tile([[0.8, 0.2, 0.0], [0.2, 0.8, 0.0]], (20, 1))
+    source = Calibration("none", np.ones(3), np.zeros(3), rows, np.arange(40) % 2)
+    found = corrected_posteriors([0, 1, 2], np.concatenate([np.eye(3)[2:], rows]), source)
+    np.testing.assert_array_equal(found.posteriors[0], [0, 0, 1])
+    np.testing.assert_allclose(found.estimates.sum(2), 1)
 
 
 def test_estimated_posteriors_without_scatter_are_known_ones():

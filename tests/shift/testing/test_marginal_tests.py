@@ -27,6 +27,10 @@ def test_columns_have_the_p_values_of_scipy(counts):
     largest = int(np.argmax([member.statistic for member in found.members]))
     assert found.notes[0] == f"feature {largest} differs most"
     assert found.effect == found.members[largest].effect
+    # The limit of the critical value by Kolmogorov, and the scatter of a share of one half.
+    unit = np.sqrt(1 / counts[0] + 1 / counts[1])
+    detectable = (stats.kstwobign.isf(0.05 / 4) + stats.norm.ppf(0.8) / 2) * unit
+    assert found.minimum_detectable == pytest.approx(min(1, detectable), rel=1e-3)
 
 
 def test_constant_columns_do_not_count():
@@ -70,6 +74,13 @@ def test_the_chi_square_is_that_of_scipy_without_correction(source, target):
     assert found.statistic == pytest.approx(peer.statistic, abs=1e-10)
     assert found.p == pytest.approx(peer.pvalue, abs=1e-10)
     assert "limit" in found.assumptions[1]
+
+
+def test_what_shares_of_two_classes_would_have_shown():
+    # Two shares near one half, at 80 % power: (1.960 + 0.842) sqrt((1 / n + 1 / m) / 4).
+    found = predicted_label_test(labels([50, 50]), labels([100, 100]))
+    wanted = (stats.norm.isf(0.025) + stats.norm.ppf(0.8)) * np.sqrt(0.015 / 4)
+    assert found.minimum_detectable == pytest.approx(wanted, rel=1e-3)
 
 
 @settings(max_examples=50, deadline=None)

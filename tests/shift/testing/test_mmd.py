@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import hypergeom
 
 from flaxtransfer.shift.duplicates import shared_rows
 from flaxtransfer.shift.testing.kernel import gaussian_kernel, median_bandwidth, rescaled
@@ -87,6 +88,25 @@ def test_p_is_what_enumerating_all_labellings_gives():
     assert found.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000))
 
 
+def test_labellings_that_are_as_good_tie_in_single_precision():
+    # Features that are 0 or 1: the statistic depends on how many ones the source has, and p is
+    # hypergeometric.
+    source, target = np.repeat([0.0, 1.0], [5, 1])[:, None], np.repeat([0.0, 1.0], [3, 6])[:, None]
+    ones = np.arange(7)
+    chance = hypergeom.pmf(ones, 15, 7, 6)
+    values = [
+        by_definition(
+            np.repeat([0.0, 1.0], [6 - k, k])[:, None],
+            np.repeat([0.0, 1.0], [2 + k, 7 - k])[:, None],
+            1.0,
+        )
+        for k in ones
+    ]
+    exact = chance[np.array(values) >= values[1] - 1e-9].sum()
+    found = mmd_test(source, target, bandwidth=1.0, permutations=9999)
+    assert found.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 10_000))
+
+
 def test_blocks_agree_with_a_mean_over_blocks_and_find_what_there_is():
     source, target = samples(400, 300, step=0.4)
     whole = mmd_test(source, target, permutations=199)
@@ -159,6 +179,7 @@ def test_examples_on_both_sides_are_noticed():
     source, target = samples()
     target[:4] = source[10:14]
     assert shared_rows(source, target) == 4
+    assert shared_rows(np.array([[-0.0, 1.0]]), np.array([[0.0, 1.0]])) == 1
     assert "4 of 30 target rows occur exactly" in mmd_test(source, target, permutations=19).notes[0]
     assert mmd_test(*samples(), permutations=19).notes == ()
 
@@ -188,7 +209,8 @@ def test_the_median_of_many_rows_and_of_few_that_differ():
     assert median_bandwidth(rare) == 3.0
     rarest = np.zeros((100_000, 1))
     rarest[0] = 1.0
-    assert median_bandwidth(rarest) > 0
+    # The root of twice the variance is the root mean square distance of two examples.
+    assert median_bandwidth(rarest) == pytest.approx(np.sqrt(2e-5), rel=1e-4)
 
 
 def test_the_kernel_is_stable_far_from_the_origin():

@@ -129,6 +129,27 @@ def test_many_rows_are_subsampled_and_shared_ones_noticed():
     found = residual_test(features, target, probabilities, source, simulations=19, most=120)
     assert found.notes == ("at most 120 rows of either side were used",)
     assert found.counts == (300, 150)
+    # Rows keep their probabilities: the first 120 of a sorted target are of two classes alone.
+    order = np.argsort(probabilities.argmax(1))
+    ordered = (features, target[order], probabilities[order], source)
+    assert not residual_test(*ordered, simulations=99, most=120).rejected()
     target[0] = features[0]
     shared = (features, target, probabilities, source)
     assert "1 of 150" in residual_test(*shared, simulations=19).notes[0]
+
+
+def test_classes_without_a_spread_have_the_residual_of_their_numbers():
+    # All examples of a class at one point, and told for certain. Mixed by what was drawn, a target
+    # differs in its pairs of different examples alone, by -2 q0 q1 (1 - k) / m with shares q.
+    labels = np.repeat([0, 1], [30, 20])
+    places = 1.5 * labels[:, None].astype(np.float32)
+    classes = class_kernel(places, labels, np.eye(2)[labels])
+    drawn = simulated_residuals(classes, np.array([0.7, 0.3]), 40, 20, np.random.default_rng(0))
+    wanted = -2 * 0.7 * 0.3 * (1 - np.exp(-(1.5**2) / 2)) / 40
+    np.testing.assert_allclose(drawn, wanted, atol=1e-6)
+
+
+def test_a_class_of_one_example_is_that_example():
+    labels = np.array([0, 0, 0, 1])
+    features = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    assert class_kernel(features, labels, np.eye(2)[labels]).means[1, 1] == 1

@@ -46,6 +46,14 @@ def test_without_shrinkage_noise_is_as_good_as_signal():
     assert h_score(signal, labels, permutations=19).value > 3
 
 
+@pytest.mark.parametrize(("rows", "saturated"), [(12, True), (13, True), (14, False)])
+def test_one_example_more_than_features_is_saturated_still(rows, saturated):
+    # Centred, 13 examples of 12 features span all that can be said of 13 examples.
+    found = h_score(draw(rows, 12), np.arange(rows) % 3, regularised=False, permutations=19)
+    assert (found.value == pytest.approx(2)) == (found.null_mean == pytest.approx(2)) == saturated
+    assert found.notes == (f"{rows} examples of 12 features: C - 1 for any labels",) * saturated
+
+
 def test_one_feature_has_its_correlation_ratio():
     features = np.array([[1.0], [2], [3], [7], [8], [9]])
     # Between classes 9, within 2 / 3.

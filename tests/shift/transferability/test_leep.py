@@ -48,6 +48,17 @@ def test_a_source_that_knows_the_classes_says_so():
     assert -0.5 < found.value <= 0
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_rounding_does_not_lift_it_above_0(seed):
+    # No source class is shared by two classes: each label is told for certain, but for rounding,
+    # which goes up for a third of the seeds.
+    shares = np.random.default_rng(seed).dirichlet(np.ones(3), size=9)
+    labels = np.arange(9) % 2
+    probabilities = np.zeros((9, 2, 3))
+    probabilities[np.arange(9), labels] = shares
+    assert -1e-15 < leep(probabilities.reshape(9, 6), labels).value <= 0
+
+
 def test_half_precision_and_certain_predictions_stay_finite():
     probabilities = np.eye(5)[np.arange(20) % 5].astype(np.float16)
     assert leep(probabilities, np.arange(20) % 4 > 0).value <= 0
