@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flaxtransfer.domain.entropy import minimise_entropy
+from flaxtransfer.domain.entropy import _course, _Tent, minimise_entropy
 from flaxtransfer.paths import flatten
+from flaxtransfer.sharding import make_mesh
 from tests.domain.gratings import PREPROCESSING, draw, faint
 
 EVEN = (1 / 3, 1 / 3, 1 / 3)
@@ -63,6 +64,27 @@ def test_a_collapse_is_seen_and_set_back(trained):
     # What is returned for those images is what was before.
     shares = np.exp(report.logits) / np.exp(report.logits).sum(1, keepdims=True)
     assert shares.mean(0).min() > 0.1
+
+
+def test_after_a_collapse_nothing_is_left_of_it_not_even_in_the_optimizer():
+    """Functions that count their steps, and give one class to bright images once one was made."""
+    met = []
+
+    def step(moving, state, variables, pixels):
+        met.append((moving, state))
+        return moving + 1, state + 1, 1.0
+
+    def predict(moving, variables, pixels):
+        logits = np.tile(np.eye(3), (pixels.shape[0] // 3, 1))
+        return logits * 0 + [9.0, 0, 0] if moving and pixels.mean() > 128 else logits
+
+    parts = [np.full((6, 8, 8, 3), value, np.uint8) for value in (0, 255, 0)]
+    even = np.tile(np.eye(3), (6, 1))
+    tent = _Tent(lambda params: (0, 0), step, predict)
+    course = _course(tent, {"params": {}}, parts, even, 1, False, make_mesh())
+    assert met == [(0, 0), (1, 1), (0, 0)]
+    assert ["batch 1 collapsed" in note for note in course.notes] == [True]
+    np.testing.assert_array_equal(np.concatenate(course.logits), even)
 
 
 @pytest.mark.slow
