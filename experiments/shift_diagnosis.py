@@ -23,7 +23,7 @@ import tyro
 
 from flaxtransfer.shift.diagnosis.diagnosis import diagnose
 from flaxtransfer.shift.diagnosis.verdicts import Conclusion
-from shift_tests import MILD, STRONG, draw, posteriors
+from shift_tests import MILD, STRONG, draw, log_posteriors
 
 CONCLUSIONS: tuple[str, ...] = get_args(Conclusion)
 
@@ -72,7 +72,7 @@ def conclusion(world: dict, labels: int, permutations: int, seed: tuple[int, int
         found = dataclasses.replace(
             found,
             target_features=features,
-            target_probabilities=posteriors(features),
+            target_probabilities=np.exp(log_posteriors(features)),
         )
     known = np.arange(labels)
     return diagnose(
