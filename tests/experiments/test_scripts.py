@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -137,3 +138,8 @@ def test_damaged_weights_are_refused_and_nothing_else():
     table = run("fuzz_readers.py", "--minutes", "0.2")
     assert "| safetensors |" in table
     assert "| h5 |" in table
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
+def test_what_a_script_imports_is_there(name):
+    importlib.import_module(name)
