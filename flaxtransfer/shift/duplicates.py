@@ -85,6 +85,7 @@ def uncertain(probabilities: np.ndarray) -> np.ndarray:
     return probabilities[probabilities.max(1) < _CERTAIN]
 
 
-def _keys(rows: np.ndarray) -> list[bytes]:
-    # Adding 0 turns -0 into 0, which has other bytes.
-    return [row.tobytes() for row in np.ascontiguousarray(rows + 0.0)]
+def _keys(rows: np.ndarray) -> list[int]:
+    # Hashes of 64 bits, for the rows themselves would be held a second time. Adding 0 turns -0 into
+    # 0, which has other bytes.
+    return [hash((row + 0.0).tobytes()) for row in rows]
