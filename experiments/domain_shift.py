@@ -152,6 +152,8 @@ class Setting:
     model: ft.Model
     variables: ft.Variables
     source: Calibration
+    features: np.ndarray
+    """What the head sees of the source's validation examples."""
     images: np.ndarray
     labels: np.ndarray
 
@@ -203,9 +205,11 @@ def prepare(config: DomainShift, seed: int) -> Setting:
     params, _ = probed_head(model, variables, batch, preprocessing)
     variables = jax.device_get({**variables, "params": params})
     held = reader(source(validation), config.validation)
-    logits = target_logits(model, variables, held, preprocessing)
-    known = calibrate(logits, labels[validation])
-    return Setting(config, seed, checkpoint, model, variables, known, images[rest], labels[rest])
+    seen = ft.evidence(model, variables, held(), preprocessing)
+    known = calibrate(seen.logits, labels[validation])
+    return Setting(
+        config, seed, checkpoint, model, variables, known, seen.features, images[rest], labels[rest]
+    )
 
 
 def run(setting: Setting, target: Target) -> dict[str, Any]:
@@ -225,10 +229,11 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     found: dict[str, float] = {}
     refused: dict[str, bool] = {}
     options = {"batch_size": config.images, "guard": "warn"}
-    plain = logits(setting.variables)
+    seen = ft.evidence(setting.model, setting.variables, read(), setting.checkpoint.preprocessing)
+    plain, features = seen.logits, (setting.features, seen.features)
     as_is = accuracy(source.apply(plain))
 
-    by_likelihood = correct_prior(plain, source, guard="warn", simulations=99)
+    by_likelihood = correct_prior(plain, source, features=features, guard="warn")
     found["prior, EM"] = accuracy(by_likelihood.probabilities)
     refused["prior, EM"] = bool(by_likelihood.refusals)
     by_box = correct_prior(plain, source, guard="warn", method="bbse_soft", level=0)
@@ -244,7 +249,8 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     scores = logits(balanced)
     found["BN balanced"] = accuracy(source.apply(scores))
     refused["BN balanced"] = bool(report.refusals)
-    both = correct_prior(scores, source, guard="warn", simulations=99)
+    # Without features: statistics of other images give others, even where classes look the same.
+    both = correct_prior(scores, source, guard="warn")
     found["balanced + EM"] = accuracy(both.probabilities)
 
     _, entropy = minimise_entropy(

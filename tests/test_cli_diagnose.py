@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -54,7 +55,9 @@ def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
     printed = capsys.readouterr().out
     assert "speak for a label shift" in printed
     assert "208 held-out examples of the source, 120 target images, 10 of them" in printed
-    assert "stand for their features" in printed  # the run's images are gone
+    assert (
+        "what it kept of its validation examples stands for them" in printed
+    )  # the images are gone
     out = there / "run" / "diagnosis" / "images"
     assert sorted(path.name for path in out.iterdir()) == [
         "features.png", "prevalence.png", "reliability.png", "report.html", "report.json",
@@ -66,6 +69,15 @@ def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
     assert report["class_names"] == ["dark", "bright"]
     assert report["prevalences"][0]["estimate"][1] < 0.25  # of 0.1 in truth and 0.5 before
     assert (out / "features.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_kept_no_features(there, tmp_path, capsys):
+    """As before runs kept them: its log-probabilities stand for them, and are two columns."""
+    shutil.copytree(there / "run", tmp_path / "run")
+    kept = np.load(there / "run" / "validation.npz")
+    np.savez(tmp_path / "run" / "validation.npz", logits=kept["logits"], labels=kept["labels"])
+    assert diagnosed(there, "--run", str(tmp_path / "run")) == 0
+    assert "log-probabilities of its validation examples stand for" in capsys.readouterr().out
 
 
 def test_a_report_is_replaced_whole(there, tmp_path, capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,26 @@ def test_what_images_cannot_tell_is_refused(finished, target, tmp_path, capsys):
     other[40:] //= 3
     strange = write(other, tmp_path / "other")
     refused(capsys, [str(finished), *strange, "--adjust-prior"], "images themselves have changed")
+
+
+def test_features_that_changed_are_refused_where_the_run_kept_some(
+    finished, target, tmp_path, capsys
+):
+    """Predictions are those of a label shift; the head saw twice of what it did in training."""
+    kept = dict(np.load(finished / "validation.npz"))
+    assert kept["features"].dtype == np.float16
+    assert len(kept["features"]) == len(kept["labels"])
+    shutil.copytree(finished, tmp_path / "run")
+    write_kept = partial(np.savez, tmp_path / "run" / "validation.npz")
+    write_kept(**{**kept, "features": kept["features"] / 2})
+    command = [str(tmp_path / "run"), *target[0], "--adjust-prior"]
+    refused(capsys, command, "no shares of the source's classes explain these features")
+    without = {name: kept[name] for name in ("logits", "labels")}
+    write_kept(**without)
+    rows, _ = predicted(capsys, *command)
+    assert rows == predicted(capsys, finished, *target[0], "--adjust-prior")[0]
+    write_kept(**without, features=kept["features"][:-1])
+    refused(capsys, command, "validation.npz is damaged: its arrays have 207, 208 rows")
 
 
 def test_a_run_without_validation_says_how_to_have_some(finished, target, tmp_path, capsys):

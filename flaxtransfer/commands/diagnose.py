@@ -133,14 +133,21 @@ def _samples(
             raise FileNotFoundError(f"{trained.data} has other classes than the run")
     except FileNotFoundError as error:
         kept = validation_of(options.run)
+        rows = some(np.arange(len(kept.labels)), options.most_images, kept.labels)
+        logits, labels, features = kept.logits[rows], kept.labels[rows], kept.features
+        stand = "what it kept of its validation examples stands for them"
+        if features is None:
+            stand = "log-probabilities of its validation examples stand for their features"
         console.print(
-            f"the run's own images are not here ({error}): log-probabilities of its validation "
-            "examples stand for their features\n",
+            f"the run's own images are not here ({error}): {stand}\n",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-        rows = some(np.arange(len(kept.labels)), options.most_images, kept.labels)
-        own = _of_logits(kept.logits[rows], kept.labels[rows])
-        return own, _of_logits(found.logits, found.labels)
+        if features is None:
+            return _of_logits(logits, labels), _of_logits(found.logits, found.labels)
+        # In the precision that the run kept, so that rounding is no difference.
+        rounded = found.features.astype(features.dtype).astype(np.float32)
+        own = Evidence(logits, features[rows].astype(np.float32), labels)
+        return own, Evidence(found.logits, rounded, found.labels)
     parts = split(source, trained)
     positions = np.sort(np.concatenate([parts.val, parts.test]))
     if not len(positions):

@@ -17,13 +17,13 @@ from scipy.special import softmax
 
 from flaxtransfer.commands.job import image_bands
 from flaxtransfer.commands.options import training_options
-from flaxtransfer.commands.prior import adjusted, calibration_of, given_prior
+from flaxtransfer.commands.prior import adjusted, given_prior, known_of
 from flaxtransfer.data.band_files import decode_bands
 from flaxtransfer.data.decode import ImageError
 from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.models import resnet
 from flaxtransfer.training.run_folder import weights_of
-from flaxtransfer.training.step import forward
+from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.weights import Checkpoint, load
 
 
@@ -69,17 +69,17 @@ def predict(options: Predict, console: Console) -> None:
     batches: Iterator[tuple[list[Path], np.ndarray]]
     if options.adjust_prior or options.prior:
         # Before any image is read, so that a typing error costs no time.
-        source, prior = calibration_of(options.run), given_prior(options.prior, names)
-        parts = list(_logits(options, checkpoint, console))
+        known, prior = known_of(options.run), given_prior(options.prior, names)
+        parts = list(_outputs(options, checkpoint, console))
         if not parts:
             raise ValueError("none of the images could be read, so there is nothing to predict")
-        paths = [path for some, _ in parts for path in some]
-        logits = np.concatenate([logits for _, logits in parts])
-        batches = iter([(paths, adjusted(logits, source, prior, names, console))])
+        paths = [path for some, *_ in parts for path in some]
+        logits, features = (np.concatenate([part[n] for part in parts]) for n in (1, 2))
+        batches = iter([(paths, adjusted(logits, features, known, prior, names, console))])
     else:
         batches = (
             (paths, softmax(logits, axis=-1))
-            for paths, logits in _logits(options, checkpoint, console)
+            for paths, logits, _ in _outputs(options, checkpoint, console)
         )
     top = min(max(options.top, 1), checkpoint.config.classes)
     write(_rows(batches, names), top, sys.stdout)
@@ -95,13 +95,13 @@ def _rows(
             yield {"image": str(path), "ranked": ranked}
 
 
-def _logits(
+def _outputs(
     options: Predict, checkpoint: Checkpoint, console: Console
-) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """Batch by batch, the images that could be read and what the network says about them."""
+) -> Iterator[tuple[list[Path], np.ndarray, np.ndarray]]:
+    """Batch by batch, the images that could be read, their logits, and what the head saw."""
     bands = image_bands(training_options(options.run), checkpoint)
     transform = evaluation_transform(checkpoint.preprocessing, channels=checkpoint.config.bands)
-    run = forward(resnet(checkpoint.config), checkpoint.preprocessing)
+    run = forward_with_features(resnet(checkpoint.config), checkpoint.preprocessing)
     random = np.random.default_rng(0)  # evaluation draws nothing from it
     for first in range(0, len(options.images), options.batch_size):
         paths, images = [], []
@@ -121,7 +121,8 @@ def _logits(
             options.batch_size - len(images) if len(options.images) > options.batch_size else 0
         )
         batch = np.stack(images + [images[0]] * padding)
-        yield paths, np.asarray(run(checkpoint.variables, batch))[: len(paths)]
+        logits, features = map(np.asarray, run(checkpoint.variables, batch))
+        yield paths, logits[: len(paths)], features[: len(paths)]
 
 
 def _write_json_lines(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:

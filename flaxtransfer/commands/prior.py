@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,28 @@ from flaxtransfer.shift.prevalence.correction import adjust_prior
 from flaxtransfer.shift.prevalence.guarded_correction import correct_prior
 from flaxtransfer.training.run_folder import validation_of
 
-__all__ = ["adjusted", "calibration_of", "given_prior"]
+__all__ = ["Known", "adjusted", "given_prior", "known_of"]
 
 _FEWEST_VALIDATION = 5
 """Validation examples a class, on average: with fewer, not even a temperature is known."""
 
 
-def calibration_of(run: Path) -> Calibration:
-    """The calibration of a finished run's network, on its validation examples.
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a finished run knows of its validation examples.
+
+    Args:
+      calibration: of its network, fitted on them.
+      features: float [examples, channels], what its head saw of them; None where the run is older
+        than runs that keep them.
+    """
+
+    calibration: Calibration
+    features: np.ndarray | None
+
+
+def known_of(run: Path) -> Known:
+    """The calibration of a finished run's network, on its validation examples, and their features.
 
     Raises:
       FileNotFoundError: the run keeps none, or has not finished.
@@ -35,7 +50,7 @@ def calibration_of(run: Path) -> Calibration:
             f"the run in {run} has {count} validation examples, and a correction of the prior needs"
             f" {_FEWEST_VALIDATION * classes} for its {classes} classes; train with more of them"
         )
-    return calibrate(found.logits, found.labels)
+    return Known(calibrate(found.logits, found.labels), found.features)
 
 
 def given_prior(shares: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
@@ -83,16 +98,26 @@ def given_prior(shares: Sequence[str], names: Sequence[str]) -> np.ndarray | Non
 
 def adjusted(
     logits: np.ndarray,
-    source: Calibration,
+    features: np.ndarray,
+    known: Known,
     prior: np.ndarray | None,
     names: Sequence[str],
     console: Console,
 ) -> np.ndarray:
     """Corrected probabilities ``[images, classes]``; what was done goes to ``console``.
 
+    Args:
+      logits: ``[images, classes]``.
+      features: ``[images, channels]``, what the head saw of the same images.
+      known: of the run.
+      prior: class shares; None to estimate them.
+      names: of the classes.
+      console: for notes.
+
     Raises:
       ValueError: the prior is to be estimated, and there is a reason against it.
     """
+    source = known.calibration
     calibrated = source.apply(logits)
     if prior is not None:
         corrected = adjust_prior(calibrated, prior, source_prior=source.prior)
@@ -100,7 +125,11 @@ def adjusted(
         lines += [f"{n}: {p:.3f} -> {q:.3f}" for n, p, q in zip(names, source.prior, prior,
                                                                 strict=True)]  # fmt: skip
     else:
-        found = correct_prior(logits, source)
+        both = None
+        if known.features is not None:
+            # In the precision that the run kept, so that rounding is no difference.
+            both = known.features, features.astype(known.features.dtype)
+        found = correct_prior(logits, source, features=both)
         if not found.adjusted or found.prevalence is None:
             raise ValueError(
                 f"the prior is not adjusted: {'; '.join(found.refusals)}; without --adjust-prior "

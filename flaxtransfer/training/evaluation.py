@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from flaxtransfer.models import Model
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training.feed import Batch
-from flaxtransfer.training.step import forward
+from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
 
@@ -35,17 +35,19 @@ class Evaluation:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """What the network said about each example, in the order of the batches.
 
     Args:
       logits: float32 [examples, classes].
       labels: int [examples].
+      features: float32 [examples, channels], what the head saw; None where nobody asked.
     """
 
     logits: np.ndarray
     labels: np.ndarray
+    features: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -69,6 +71,7 @@ def predict(
     mesh: Mesh | None = None,
     *,
     start: str | None = None,
+    features: bool = False,
 ) -> Predictions:
     """Runs the network over all batches, with running statistics, leaving out padding.
 
@@ -79,23 +82,28 @@ def predict(
       preprocessing: that belongs to the weights.
       mesh: devices; by default all of them.
       start: the segment that ``image`` enters, where it holds activations instead of pixels.
+      features: keep what the head saw, too.
 
     Raises:
       ValueError: no example at all.
     """
     mesh = mesh or make_mesh()
-    run = forward(model, preprocessing, start)
+    run = forward_with_features(model, preprocessing, start)
     variables = place_replicated(variables, mesh)
-    logits, labels = [], []
+    logits, labels, seen = [], [], []
     for batch in batches:
-        output = np.asarray(run(variables, place_batch(batch["image"], mesh)))
+        output, before_head = run(variables, place_batch(batch["image"], mesh))
         label = np.asarray(batch["label"])
         keep = np.asarray(batch.get("weight", np.ones(len(label)))) > 0
-        logits.append(output[keep])
+        logits.append(np.asarray(output)[keep])
         labels.append(label[keep])
+        if features:
+            seen.append(np.asarray(before_head)[keep])
     if not sum(map(len, labels)):
         raise ValueError("there is nothing to evaluate: the set has no examples")
-    return Predictions(np.concatenate(logits), np.concatenate(labels))
+    return Predictions(
+        np.concatenate(logits), np.concatenate(labels), np.concatenate(seen) if features else None
+    )
 
 
 def evaluate(

@@ -179,7 +179,7 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
         position = position.next_phase()
         state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
     variables = state.variables()
-    predicted = _predict(run, run.feed, state)
+    predicted = _predict(run, run.feed, state, features=True)
     validation = None if predicted is None else predicted.evaluation()
     run_folder.finish(run.folder, run.model, variables, run.feed, position.step, predicted)
     shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
@@ -320,11 +320,13 @@ def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str
     return f"loss {means['loss']:.3f} accuracy {100 * means['accuracy']:.1f} %"
 
 
-def _predict(run: _Run, feed: Feed, state: State) -> Predictions | None:
+def _predict(run: _Run, feed: Feed, state: State, *, features: bool = False) -> Predictions | None:
     if feed.validation is None:
         return None
-    variables, batches = state.variables(), feed.validation()
-    return predict(run.model, variables, batches, feed.preprocessing, run.mesh, start=feed.start)
+    return predict(
+        run.model, state.variables(), feed.validation(), feed.preprocessing, run.mesh,
+        start=feed.start, features=features,
+    )  # fmt: skip
 
 
 def _validate(

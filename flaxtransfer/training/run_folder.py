@@ -158,6 +158,14 @@ def finish(
 
     What the network says about the validation examples stays with it: calibration, and all that
     is estimated about other images later, needs them.
+
+    Args:
+      folder: of the run.
+      model: the network.
+      variables: its parameters and statistics.
+      feed: says the preprocessing and the classes.
+      steps: that were made.
+      validation: with features, which are kept in half precision; None where there is none.
     """
     checkpoint = Checkpoint(
         variables=jax.tree.map(np.asarray, jax.device_get(variables)),
@@ -172,7 +180,7 @@ def finish(
     measured = None
     if validation is not None:
         arrays = io.BytesIO()
-        np.savez(arrays, logits=validation.logits, labels=validation.labels)
+        np.savez(arrays, allow_pickle=False, **_arrays(validation))
         with appearing(folder / VALIDATION_FILE) as path:
             write(path, arrays.getvalue())
         measured = validation.evaluation().to_json()
@@ -181,6 +189,8 @@ def finish(
 
 def validation_of(folder: Path) -> Predictions:
     """What a finished run's network says about its validation examples.
+
+    Features are None where the run is older than they are.
 
     Raises:
       FileNotFoundError: the run had none, or is older than this file, or has not finished.
@@ -196,10 +206,13 @@ def validation_of(folder: Path) -> Predictions:
     try:
         # From memory: numpy leaves the file of a broken archive open.
         with np.load(io.BytesIO(path.read_bytes())) as found:
-            logits, labels = found["logits"], found["labels"]
+            kept = Predictions(found["logits"], found["labels"], found.get("features"))
+        rows = {len(a) for a in (kept.logits, kept.labels, kept.features) if a is not None}
+        if len(rows) > 1:
+            raise ValueError(f"its arrays have {', '.join(map(str, sorted(rows)))} rows")
+        return kept
     except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return Predictions(logits, labels)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -231,6 +244,15 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         "devices": [str(device) for device in jax.devices()],
     }
+
+
+def _arrays(validation: Predictions) -> dict[str, np.ndarray]:
+    found = {"logits": validation.logits, "labels": validation.labels}
+    if validation.features is not None:
+        # Half of it is enough for a test, unless a number is too large for it.
+        small = bool((np.abs(validation.features) < np.finfo(np.float16).max).all())
+        found["features"] = validation.features.astype(np.float16 if small else np.float32)
+    return found
 
 
 def _has_checkpoint(folder: Path) -> bool:

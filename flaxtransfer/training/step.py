@@ -92,3 +92,23 @@ def forward(
         return model.apply(variables, inputs, norm="running", start=start, stop=stop)[0]
 
     return output
+
+
+@lru_cache(maxsize=8)
+def forward_with_features(
+    model: Model, preprocessing: Preprocessing, start: str | None = None
+) -> Callable[[Variables, Any], tuple[jax.Array, jax.Array]]:
+    """The compiled evaluation pass that also says what the head saw.
+
+    From what enters at ``start``, by default images, to float32 logits [batch, classes] and
+    float32 features [batch, channels].
+    """
+    before_head = forward(model, preprocessing, start, "head")
+
+    @jax.jit
+    def output(variables: Variables, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features = before_head(variables, images)
+        logits, _ = model.apply(variables, features, norm="running", start="head")
+        return logits, features.astype(jnp.float32)
+
+    return output

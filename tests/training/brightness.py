@@ -10,7 +10,7 @@ from PIL import Image
 import flaxtransfer as ft
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.training import run_folder
-from flaxtransfer.training.step import forward
+from flaxtransfer.training.step import forward_with_features
 
 SIZE = 16
 PREPROCESSING = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)
@@ -71,7 +71,8 @@ def finish_run(folder: Path) -> None:
     model = ft.resnet(ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=2))
     variables = brightness_network(model)
     held, known = draw(0.5, 208, 1)
-    network = forward(model, PREPROCESSING)
-    logits = np.concatenate([network(variables, held[n : n + 16]) for n in range(0, 208, 16)])
+    network = forward_with_features(model, PREPROCESSING)
+    parts = [network(variables, held[n : n + 16]) for n in range(0, 208, 16)]
+    logits, features = map(np.concatenate, zip(*parts, strict=True))
     feed = ft.Feed(iter, 1, None, PREPROCESSING, ("dark", "bright"))
-    run_folder.finish(folder, model, variables, feed, 1, ft.Predictions(logits, known))
+    run_folder.finish(folder, model, variables, feed, 1, ft.Predictions(logits, known, features))

@@ -17,6 +17,7 @@ from flaxtransfer.paths import flatten
 from flaxtransfer.training.audit import digest
 from flaxtransfer.training.loop import NonFiniteLoss
 from flaxtransfer.training.metrics import read_metrics
+from flaxtransfer.training.run_folder import finish, validation_of
 from flaxtransfer.training.state import advance, start
 from flaxtransfer.training.step import train_step
 
@@ -75,6 +76,22 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
     assert loaded.class_names == ("dark", "gray", "bright")
     for path, leaf in flatten(loaded.variables).items():
         np.testing.assert_array_equal(leaf, np.asarray(flatten(fitted.variables)[path]))
+    kept, batches = validation_of(folder), feed().validation
+    seen = ft.evidence(model, fitted.variables, batches(), feed().preprocessing)
+    np.testing.assert_allclose(kept.logits, seen.logits, atol=1e-5)
+    # Features are kept with the 11 bits of half precision.
+    np.testing.assert_allclose(kept.features, seen.features, rtol=2**-11, atol=1e-5)
+    assert kept.features.dtype == np.float16
+
+
+@pytest.mark.parametrize(("largest", "kept"), [(6e4, np.float16), (1e5, np.float32)])
+def test_features_too_large_for_half_precision_are_kept_whole(tmp_path, largest, kept):
+    model, variables = network()
+    said = ft.Predictions(np.zeros((2, 3)), np.zeros(2, int), np.array([[1.0], [-largest]]))
+    finish(tmp_path, model, variables, feed(), 1, said)
+    found = validation_of(tmp_path).features
+    assert found.dtype == kept
+    np.testing.assert_array_equal(found, said.features)
 
 
 def kernel_moments(state):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.hypotheses import HypothesisTest
+from flaxtransfer.shift.hypotheses import HypothesisTest, holm
 from flaxtransfer.shift.prevalence.correction import adjust_prior
 from flaxtransfer.shift.prevalence.estimation import estimate_prevalence
 from flaxtransfer.shift.prevalence.prevalence import Prevalence
@@ -34,7 +34,8 @@ class PriorCorrection:
         probabilities: `[m, K]`, what to use.
         calibrated: `[m, K]`, before the correction.
         prevalence: of the target; None where there are too few examples to estimate it.
-        residual: the test of label shift; None where it was not asked for or not reached.
+        residuals: tests of label shift, on log-probabilities and on features where those are
+            given, corrected for their number; none where not asked for or not reached.
     """
 
     adjusted: bool
@@ -42,7 +43,7 @@ class PriorCorrection:
     probabilities: np.ndarray
     calibrated: np.ndarray
     prevalence: Prevalence | None
-    residual: HypothesisTest | None
+    residuals: tuple[HypothesisTest, ...]
 
     @property
     def changed(self) -> int:
@@ -51,8 +52,11 @@ class PriorCorrection:
 
     def __str__(self) -> str:
         lines = [] if self.prevalence is None else [str(self.prevalence)]
-        if self.residual is not None and self.residual.p is not None:
-            lines.append(f"H0, {self.residual.hypothesis}: p = {self.residual.p:.3g}")
+        lines += [
+            f"H0, {test.hypothesis}: p = {test.p:.3g}"
+            for test in self.residuals
+            if test.p is not None
+        ]
         word = "reason against it" if self.adjusted else "not corrected"
         lines += [f"{word}: {reason}" for reason in self.refusals]
         if self.adjusted:
@@ -64,33 +68,36 @@ def correct_prior(
     logits: Any,
     source: Calibration,
     *,
+    features: tuple[Any, Any] | None = None,
     method: str = "maximum_likelihood",
     guard: Literal["refuse", "warn"] = "refuse",
     level: float = 0.01,
-    simulations: int = 199,
+    simulations: int = 499,
     seed: int = 0,
 ) -> PriorCorrection:
     """Calibrates a target's predictions, estimates its prevalence, and corrects them by it.
 
     You want it where classes are differently common and look the same. It is gated on just that: a
     correction by shares that were estimated on images of another kind makes good predictions bad.
-    Refused are too few examples, a prevalence that the data do not determine, and a target whose
-    predictions no mixture of the source's classes explains (`residual_test`, on calibrated
-    log-probabilities). A change of the images that leaves predictions within such a mixture is not
-    seen by any test.
+    Refused are too few examples, a prevalence that the data do not determine, and a target that no
+    mixture of the source's classes explains (`residual_test`, on calibrated log-probabilities and
+    on features). Give features: they show changes of the images that predictions hide. One that
+    leaves them within such a mixture is not seen by any test.
 
     Args:
         logits: `[m, K]`, of the target.
         source: calibration of this model, with its validation.
+        features: `[n, D]` of the validation examples and `[m, D]` of the target, in their orders;
+            what the model's last layer sees, say.
         method: of `estimate_prevalence`.
         guard: "refuse" leaves calibrated probabilities as they are where there is a reason, "warn"
             corrects and reports it.
-        level: of the residual test; 0 leaves the test out.
-        simulations: of it.
-        seed: of it.
+        level: of the residual tests together; 0 leaves them out.
+        simulations: of each.
+        seed: of them.
 
     Raises:
-        ValueError: logits that do not fit, options that do not exist.
+        ValueError: logits or features that do not fit, options that do not exist.
 
     >>> rng = np.random.default_rng(0)
     >>> def draw(shares, count):
@@ -117,30 +124,47 @@ def correct_prior(
             "or more, or the prior itself"
         )
         if guard == "refuse":
-            return PriorCorrection(False, tuple(refusals), calibrated, calibrated, None, None)
+            return PriorCorrection(False, tuple(refusals), calibrated, calibrated, None, ())
     prevalence = estimate_prevalence(calibrated, source, method=method)
     if not prevalence.identifiable:
         refusals.append(f"the data do not determine the prevalence: {prevalence.reason}")
-    residual = None
+    residuals: tuple[HypothesisTest, ...] = ()
     if level > 0:
-        residual = residual_test(
-            _features(source.probabilities), _features(calibrated), calibrated, source,
-            simulations=simulations, seed=seed,
-        )  # fmt: skip
-        if residual.rejected(level):
-            refusals.append(
-                "no shares of the source's classes explain these predictions (residual test, p = "
-                f"{residual.p:.3g}): the images themselves have changed, and shares estimated on "
-                "them are wrong"
-            )
+        residuals = _residual_tests(calibrated, source, features, simulations, seed)
+        refusals += [
+            f"no shares of the source's classes explain these {what} (residual test, p = "
+            f"{test.p:.3g}): the images themselves have changed, and shares estimated on them are "
+            "wrong"
+            for what, test in zip(("predictions", "features"), residuals, strict=False)
+            if test.rejected(level)
+        ]
     adjusted = not refusals or guard == "warn"
     probabilities = (
         adjust_prior(calibrated, prevalence, force=guard == "warn") if adjusted else calibrated
     )
     return PriorCorrection(
-        adjusted, tuple(refusals), probabilities, calibrated, prevalence, residual
+        adjusted, tuple(refusals), probabilities, calibrated, prevalence, residuals
     )
 
 
-def _features(probabilities: np.ndarray) -> np.ndarray:
+def _residual_tests(
+    calibrated: np.ndarray,
+    source: Calibration,
+    features: tuple[Any, Any] | None,
+    simulations: int,
+    seed: int,
+) -> tuple[HypothesisTest, ...]:
+    """Of log-probabilities, then of features where there are any."""
+    pairs = [(_logs(source.probabilities), _logs(calibrated))]
+    if features is not None:
+        pairs.append(features)
+    return holm(
+        [
+            residual_test(*pair, calibrated, source, simulations=simulations, seed=seed)
+            for pair in pairs
+        ]
+    )
+
+
+def _logs(probabilities: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(probabilities, _FLOOR))

@@ -64,6 +64,24 @@ def test_changed_images_are_refused_and_what_the_correction_would_have_done(sour
     assert accuracy(forced.probabilities, labels) < accuracy(found.probabilities, labels)
 
 
+def test_features_show_what_predictions_hide(source):
+    """Images differ where the model does not look: its logits are those of a label shift."""
+    logits, _ = draw([0.8, 0.15, 0.05], 400, 5)
+    random = np.random.default_rng(6)
+    held, same = random.normal(size=(600, 4)), random.normal(size=(400, 4))
+    found = correct_prior(logits, source, features=(held, same))
+    assert found.adjusted
+    assert len(found.residuals) == 2
+    assert found.residuals[0].adjusted_p == min(1, 2 * min(test.p for test in found.residuals))
+    assert str(found).count("H0, the target's features are a mixture") == 2
+    found = correct_prior(logits, source, features=(held, same + np.eye(4)[0] / 2))
+    (reason,) = found.refusals
+    assert "no shares of the source's classes explain these features" in reason
+    assert not found.adjusted
+    with pytest.raises(ValueError, match="599 rows of source features and 600 of source prob"):
+        correct_prior(logits, source, features=(held[1:], same))
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(29, "29 examples say too little about the shares of 3 classes: give 30"), (30, None)],
@@ -87,7 +105,7 @@ def test_too_few_for_the_number_of_classes():
 def test_a_model_that_always_says_the_same_is_refused(source):
     found = correct_prior(np.tile([1.0, 0.5, 0.0], (200, 1)), source, level=0)
     assert "do not determine the prevalence" in found.refusals[0]
-    assert found.residual is None
+    assert found.residuals == ()
 
 
 def test_what_is_no_guard(source):
