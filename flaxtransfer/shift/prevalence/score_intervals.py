@@ -2,9 +2,10 @@
 
 A share near zero has no normal distribution, and an interval of plus or minus two standard errors
 misses it. A score interval holds the shares that a test would not reject, with the variance that
-they would have had: on posteriors that are certain it is Wilson's interval of a binomial share. Its
-lower end also has to convince the likelihood ratio, so that one doubtful row makes no rare class,
-and near 0 and 1 its two tails are not equal (`borders.py`).
+they would have had: on posteriors that are certain, and far from 0 and 1, it is Wilson's interval
+of a binomial share. Near them the score is corrected for its skewness, its lower end also has to
+convince the likelihood ratio, so that one doubtful row makes no rare class, and its two tails are
+not equal (`borders.py`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def score_intervals(
 
     References:
         E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+        J. J. Gart, J. Nam, "Approximate interval estimation of the ratio of binomial parameters: a
+        review and corrections for skewness", 1988.
         C. R. Rao, "Large sample tests of statistical hypotheses concerning several parameters with
         applications to problems of estimation", 1948.
     """
@@ -108,6 +111,13 @@ def _score_test(sample: Sample, maximum: Maximum, precise: Precision, some: np.n
         variance = (shares * (1 - shares) + precise.ambiguity[some]) / total
         whole = np.sqrt(variance + precise.validation[some])
         found = score * variance / np.where(whole > 0, whole, np.inf)
+        # Counts are skewed, and their short tail ends before a normal one. The long one is left to
+        # the likelihood ratio below: there a correction of this order can turn back.
+        skewness = (
+            shares * (1 - shares) * (1 - 2 * shares) / np.where(whole > 0, whole, np.inf) ** 3
+        )
+        further = np.maximum(found**2 - 1, 0) * skewness / total**2 / 6
+        found = np.where(found * skewness < 0, found - further, found)
         if below:
             # The score of a rare class is skewed: one doubtful row makes it large. The root of the
             # likelihood ratio is not, and a share is only too large where both say so.

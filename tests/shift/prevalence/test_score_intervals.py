@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.optimize import brentq, minimize
-from scipy.special import log_softmax, softmax
-from scipy.stats import chi2
+from scipy.optimize import minimize
+from scipy.special import log_softmax, rel_entr, softmax
+from scipy.stats import binom, binomtest, norm
 
 from flaxtransfer.shift.calibration.calibration import Calibration
 from flaxtransfer.shift.prevalence import bootstrap
@@ -26,6 +26,7 @@ from flaxtransfer.shift.prevalence.precision import (
 
 CENTRES = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
 PRIOR = np.full(3, 1 / 3)
+Z = norm.ppf(0.975)
 
 
 def logits(prevalence, count, seed):
@@ -72,32 +73,60 @@ def sample_of(source, prevalence, count, seed=1):
     return Sample(target, source, np.zeros(3), np.zeros(3))
 
 
-@pytest.mark.parametrize("counts", [(30, 20, 50), (0, 3, 97), (0, 0, 60)])
-def test_certain_posteriors_have_wilsons_intervals(counts):
+def kept(own, total):
+    """Ends of the shares that a skew-corrected score test of a binomial share keeps, on a grid."""
+    at = np.linspace(1e-6, 1 - 1e-6, 400_001)
+    error = np.sqrt(at * (1 - at) / total)
+    skewness = (1 - 2 * at) / np.sqrt(total * at * (1 - at))
+    score = (own - at) / error
+    short = score * skewness < 0
+    score = np.where(short, score - skewness * np.maximum(score**2 - 1, 0) / 6, score)
+    # Shares below the estimate also have to fall in likelihood.
+    root = np.sqrt(2 * total * np.maximum(rel_entr(own, at) + rel_entr(1 - own, 1 - at), 0))
+    score = np.where(at < own, np.minimum(score, root), score)
+    from_zero, from_one = (critical_values(np.minimum(d / error, 9), 0.95) for d in (at, 1 - at))
+    above = from_zero[0] + from_one[1] - Z
+    below = from_zero[1] + from_one[0] - Z
+    inside = np.where(at < own, score <= above, -score <= below)
+    return at[inside][0], at[inside][-1]
+
+
+@pytest.mark.parametrize("counts", [(30, 25, 45), (0, 3, 97), (12, 0, 288), (0, 0, 60)])
+def test_certain_posteriors_have_intervals_of_a_binomial_share(counts):
+    """Gart and Nam's, with Feldman and Cousins' tails near a border."""
     total = sum(counts)
     labels = np.arange(300) % 3
     source = Calibration("none", np.ones(3), np.zeros(3), np.eye(3)[labels], labels)
     found = estimate_prevalence(np.repeat(np.eye(3), counts, axis=0), source)
-    share, z = np.array(counts) / total, np.sqrt(chi2.ppf(0.95, 1))
-    middle = (share + z**2 / total / 2) / (1 + z**2 / total)
-    half = z * np.sqrt(share * (1 - share) / total + z**2 / total**2 / 4) / (1 + z**2 / total)
+    expected = np.array([kept(count / total, total) for count in counts])
     # Where one class is all there is, it shares its room with one rival at a time.
-    # Half of the rows are ten standard errors from both borders, and have the formula.
-    slack = 1e-3 if counts[1] else 0.02
-    # The lower end also satisfies the likelihood ratio, which falls by z^2 / 2 from its maximum,
-    # with a smaller z where 0 is near.
-    low = np.maximum(middle - half, 0)
-    for k, own in enumerate(share):
+    slack = 2e-4 if max(counts) < total else 0.02
+    np.testing.assert_allclose(found.low, expected[:, 0], atol=slack)
+    np.testing.assert_allclose(found.high, expected[:, 1], atol=slack)
 
-        def fall(at, own=own):
-            rest = 0.0 if own == 1 else (1 - own) * np.log((1 - own) / (1 - at))
-            above, _ = critical_values(np.sqrt(at * total / (1 - at)), 0.95)
-            return 2 * total * (own * np.log(own / at) + rest) - above**2
 
-        if own:
-            low[k] = min(low[k], brentq(fall, 1e-9, own * (1 - 1e-9)))
-    np.testing.assert_allclose(found.low, low, atol=slack)
-    np.testing.assert_allclose(found.high, middle + half, atol=slack)
+def test_far_from_both_borders_the_interval_is_wilsons():
+    counts = np.array([3000, 2000, 5000])
+    labels = np.arange(300) % 3
+    source = Calibration("none", np.ones(3), np.zeros(3), np.eye(3)[labels], labels)
+    found = estimate_prevalence(np.repeat(np.eye(3), counts, axis=0), source)
+    for k, count in enumerate(counts):
+        wilson = binomtest(count, 10_000).proportion_ci(0.95, method="wilson")
+        assert (found.low[k], found.high[k]) == pytest.approx((wilson.low, wilson.high), abs=1e-6)
+
+
+def test_intervals_of_a_rare_share_cover_it():
+    """Exactly, by the binomial distribution of 300 certain targets: on average .95 to .96."""
+    labels = np.arange(20_000) % 2
+    source = Calibration("none", np.ones(2), np.zeros(2), np.eye(2)[labels], labels)
+    counts = np.arange(60)
+    ends = [estimate_prevalence(np.repeat(np.eye(2), (300 - n, n), axis=0), source) for n in counts]
+    low, high = (np.array([getattr(found, end)[1] for found in ends]) for end in ("low", "high"))
+    shares = np.linspace(0.01, 0.1, 600)[:, None]
+    held = (binom.pmf(counts, 300, shares) * ((low <= shares) & (shares <= high))).sum(1)
+    assert 0.95 < held.mean() < 0.96
+    assert held.min() > 0.92
+    assert held.max() < 0.99
 
 
 def test_the_variance_of_the_target_is_the_inverse_of_the_information():
