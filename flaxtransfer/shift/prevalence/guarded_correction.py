@@ -1,6 +1,7 @@
 """Predictions corrected for a target's prevalence, unless there is a reason to leave them alone."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -114,6 +115,8 @@ def correct_prior(
     """
     if guard not in ("refuse", "warn"):
         raise ValueError(f"guard is 'refuse' or 'warn', not {guard!r}")
+    if features is not None and not (isinstance(features, tuple | list) and len(features) == 2):
+        raise ValueError("features are a pair: of the validation examples, and of the target")
     calibrated = source.apply(logits)
     count, classes = calibrated.shape
     least = max(LEAST_TARGETS, TARGETS_PER_CLASS * classes)
@@ -130,7 +133,7 @@ def correct_prior(
         refusals.append(f"the data do not determine the prevalence: {prevalence.reason}")
     residuals: tuple[HypothesisTest, ...] = ()
     if level > 0:
-        residuals = _residual_tests(calibrated, source, features, simulations, seed)
+        residuals = _residual_tests(calibrated, source, features, simulations, level, seed)
         refusals += [
             f"no shares of the source's classes explain these {what} (residual test, p = "
             f"{test.p:.3g}): the images themselves have changed, and shares estimated on them are "
@@ -152,12 +155,19 @@ def _residual_tests(
     source: Calibration,
     features: tuple[Any, Any] | None,
     simulations: int,
+    level: float,
     seed: int,
 ) -> tuple[HypothesisTest, ...]:
     """Of log-probabilities, then of features where there are any."""
     pairs = [(_logs(source.probabilities), _logs(calibrated))]
     if features is not None:
         pairs.append(features)
+    least = math.ceil(len(pairs) / level) - 1
+    if simulations < least:
+        raise ValueError(
+            f"{simulations} simulations cannot reject at a level of {level:g}: the least p-value "
+            f"is {len(pairs)} / {simulations + 1}; give {least} or more"
+        )
     return holm(
         [
             residual_test(*pair, calibrated, source, simulations=simulations, seed=seed)

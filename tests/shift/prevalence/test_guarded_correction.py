@@ -108,6 +108,18 @@ def test_a_model_that_always_says_the_same_is_refused(source):
     assert found.residuals == ()
 
 
-def test_what_is_no_guard(source):
+def test_what_is_no_guard_and_what_are_no_features(source):
     with pytest.raises(ValueError, match="'refuse' or 'warn', not 'ask'"):
         correct_prior(np.zeros((30, 3)), source, guard="ask")
+    with pytest.raises(ValueError, match="features are a pair"):
+        correct_prior(np.zeros((30, 3)), source, features=np.zeros((600, 4)))
+
+
+def test_too_few_simulations_to_refuse_anything(source):
+    logits, labels = draw(np.full(3, 1 / 3), 60, 7)
+    features = (np.ones((600, 1)) * source.labels[:, None], labels[:, None])
+    for given, number in ((None, 99), (features, 199)):
+        text = rf"{number - 1} simulations cannot reject at a level of 0.01: .*; give {number} or"
+        with pytest.raises(ValueError, match=text):
+            correct_prior(logits, source, features=given, simulations=number - 1)
+        assert correct_prior(logits, source, features=given, simulations=number).residuals
