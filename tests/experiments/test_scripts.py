@@ -134,6 +134,18 @@ def test_domain_shift_is_computed_once_and_tabled_with_and_without_guards(tmp_pa
 
 
 @pytest.mark.slow
+def test_the_prior_is_corrected_under_label_shift_and_not_under_blur(tmp_path):
+    results = tmp_path / "results.jsonl"
+    run("domain_shift.py", "--seeds", "0", "--targets", "label shift", "blur", "--processes", "1",
+        "--results", str(results))  # fmt: skip
+    shares, images = (json.loads(line) for line in results.read_text().splitlines())
+    assert not shares["refused"]["prior, EM"]
+    assert shares["with"]["prior, EM"] > shares["as is"]
+    assert images["refused"]["prior, EM"]
+    assert images["without"]["prior, EM"] < images["as is"] == images["with"]["prior, EM"]
+
+
+@pytest.mark.slow
 def test_damaged_weights_are_refused_and_nothing_else():
     table = run("fuzz_readers.py", "--minutes", "0.2")
     assert "| safetensors |" in table
