@@ -134,13 +134,16 @@ def correct_prior(
     residuals: tuple[HypothesisTest, ...] = ()
     if level > 0:
         residuals = _residual_tests(calibrated, source, features, simulations, level, seed)
-        refusals += [
-            f"no shares of the source's classes explain these {what} (residual test, p = "
-            f"{test.p:.3g}): the images themselves have changed, and shares estimated on them are "
-            "wrong"
+        unexplained = [
+            f"{what} (residual test, p = {test.p:.3g})"
             for what, test in zip(("predictions", "features"), residuals, strict=False)
             if test.rejected(level)
         ]
+        if unexplained:
+            refusals.append(
+                f"no shares of the source's classes explain these {' or '.join(unexplained)}: the "
+                "images themselves have changed, and shares estimated on them are wrong"
+            )
     adjusted = not refusals or guard == "warn"
     probabilities = (
         adjust_prior(calibrated, prevalence, force=guard == "warn") if adjusted else calibrated
