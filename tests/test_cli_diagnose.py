@@ -55,9 +55,8 @@ def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
     printed = capsys.readouterr().out
     assert "speak for a label shift" in printed
     assert "208 held-out examples of the source, 120 target images, 10 of them" in printed
-    assert (
-        "what it kept of its validation examples stands for them" in printed
-    )  # the images are gone
+    # The run's images are gone.
+    assert "what it kept of its validation examples stands for them" in printed
     out = there / "run" / "diagnosis" / "images"
     assert sorted(path.name for path in out.iterdir()) == [
         "features.png", "prevalence.png", "reliability.png", "report.html", "report.json",
@@ -76,8 +75,13 @@ def test_a_run_that_kept_no_features(there, tmp_path, capsys):
     shutil.copytree(there / "run", tmp_path / "run")
     kept = np.load(there / "run" / "validation.npz")
     np.savez(tmp_path / "run" / "validation.npz", logits=kept["logits"], labels=kept["labels"])
-    assert diagnosed(there, "--run", str(tmp_path / "run")) == 0
-    assert "log-probabilities of its validation examples stand for" in capsys.readouterr().out
+    seen = []
+    for folder, text in ((there / "run", "what it kept"), (tmp_path / "run", "log-probabilities")):
+        out = tmp_path / text
+        assert diagnosed(there, "--run", str(folder), "--out", str(out)) == 0
+        assert f"{text} of its validation examples stand" in capsys.readouterr().out
+        seen.append(json.loads((out / "report.json").read_text())["tests"][0]["statistic"])
+    assert seen[0] != seen[1]
 
 
 def test_a_report_is_replaced_whole(there, tmp_path, capsys):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 
-from flaxtransfer.features.extraction import pooled_features
 from flaxtransfer.models import Model
+from flaxtransfer.training.evaluation import predict
 from flaxtransfer.training.feed import Batch
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
@@ -40,6 +39,5 @@ def evidence(
     Raises:
       ValueError: no example at all.
     """
-    features, labels = pooled_features(model, variables, batches, preprocessing)
-    logits, _ = model.apply(variables, jnp.asarray(features), norm="running", start="head")
-    return Evidence(np.asarray(logits), features, labels)
+    found = predict(model, variables, batches, preprocessing, features=True)
+    return Evidence(found.logits, np.asarray(found.features), found.labels)

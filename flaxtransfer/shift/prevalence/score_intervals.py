@@ -110,19 +110,17 @@ def _score_test(sample: Sample, maximum: Maximum, precise: Precision, some: np.n
         fall -= (sample.counts[seen, None] * np.log(moved / q[seen, None])).sum(0)
         variance = (shares * (1 - shares) + precise.ambiguity[some]) / total
         whole = np.sqrt(variance + precise.validation[some])
-        found = score * variance / np.where(whole > 0, whole, np.inf)
+        whole = np.where(whole > 0, whole, np.inf)
+        found = score * variance / whole
         # Counts are skewed, and their short tail ends before a normal one. The long one is left to
         # the likelihood ratio below: there a correction of this order can turn back.
-        skewness = (
-            shares * (1 - shares) * (1 - 2 * shares) / np.where(whole > 0, whole, np.inf) ** 3
-        )
-        further = np.maximum(found**2 - 1, 0) * skewness / total**2 / 6
+        skewness = shares * (1 - shares) * (1 - 2 * shares) / total**2 / whole**3
+        further = np.maximum(found**2 - 1, 0) * skewness / 6
         found = np.where(found * skewness < 0, found - further, found)
         if below:
             # The score of a rare class is skewed: one doubtful row makes it large. The root of the
             # likelihood ratio is not, and a share is only too large where both say so.
-            part = np.sqrt(variance / np.where(whole > 0, whole, np.inf) ** 2)
-            root = np.sqrt(2 * np.maximum(fall, 0)) * part
+            root = np.sqrt(2 * np.maximum(fall, 0)) * np.sqrt(variance) / whole
             found = np.where(step < 0, np.minimum(found, root), found)
         return np.where(possible, found, np.where(step > 0, -np.inf, np.inf))
 
