@@ -14,6 +14,7 @@ appended to a file, one line each, and what is there already is not computed aga
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import tempfile
 import time
@@ -193,23 +194,26 @@ def settings(config: Strategies) -> Iterator[tuple[int, int, Setting]]:
     source, checkpoint = ft.open_source("digits"), ft.load("builtin")
     labels = source.labels()
     apart = ft.stratified_split(labels, val_fraction=0.0, test_fraction=TEST_FRACTION)
-    cells = [(count, seed) for count in config.labels_per_class for seed in config.seeds]
-    for number, (count, seed) in enumerate(cells):
-        if config.worker is None or number % config.processes == config.worker:
-            draw = ft.stratified_split(labels[apart.train], labels_per_class=count, seed=seed)
-            model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
-            train, none = apart.train[draw.train], np.empty(0, np.int64)
-            yield count, seed, Setting(
-                config, source, train, none, apart.test, checkpoint, model, variables, seed
-            )  # fmt: skip
+    for count, seed in itertools.product(config.labels_per_class, config.seeds):
+        draw = ft.stratified_split(labels[apart.train], labels_per_class=count, seed=seed)
+        model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
+        train, none = apart.train[draw.train], np.empty(0, np.int64)
+        yield count, seed, Setting(
+            config, source, train, none, apart.test, checkpoint, model, variables, seed
+        )  # fmt: skip
 
 
 def compute(config: Strategies) -> None:
-    """Appends what is missing, in this process."""
+    """Appends what is missing of this process' share.
+
+    Strategies take turns between the processes, and an odd number of them swaps the turns with
+    every draw: the processes then compile each program once between them, and end together.
+    """
     compile_once(config.results.parent / "compiled")
+    turns = itertools.cycle((None,) if config.worker is None else range(config.processes))
     for count, seed, setting in settings(config):
         for name in config.strategies or STRATEGIES:
-            if (name, count, seed) not in read(config.results):
+            if next(turns) == config.worker and (name, count, seed) not in read(config.results):
                 row = {"strategy": name, "labels": count, "seed": seed}
                 row |= run(STRATEGIES[name], setting)
                 append_row(config.results, row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import optax
@@ -57,17 +58,22 @@ class WarmupCosine:
             raise ValueError("no schedule: " + "; ".join(problems))
 
     def over(self, steps: int) -> Any:
-        """The optax schedule for a phase of so many steps."""
-        rising = max(1, int(steps * self.warmup)) if self.warmup else 0
-        # optax wants at least one step that falls.
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if rising else self.peak,
-            self.peak,
-            rising,
-            max(steps, rising + 1),
-            end_value=self.end * self.peak,
-        )
+        """The optax schedule for a phase of so many steps; for equal ones the same function."""
+        return _schedule(self, steps)
 
     def __mul__(self, factor: float) -> WarmupCosine:
         """The same shape at another height."""
         return replace(self, peak=self.peak * factor)
+
+
+@lru_cache(maxsize=1024)
+def _schedule(rate: WarmupCosine, steps: int) -> Any:
+    rising = max(1, int(steps * rate.warmup)) if rate.warmup else 0
+    # optax wants at least one step that falls.
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if rising else rate.peak,
+        rate.peak,
+        rising,
+        max(steps, rising + 1),
+        end_value=rate.end * rate.peak,
+    )

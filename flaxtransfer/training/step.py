@@ -15,6 +15,7 @@ from flaxtransfer.models import Model
 from flaxtransfer.optimizers import frozen, merge, trainable
 from flaxtransfer.training.feed import Batch, Feed
 from flaxtransfer.training.phases import Phase
+from flaxtransfer.training.program import Program
 from flaxtransfer.training.state import State, optimizer
 from flaxtransfer.types import Variables
 from flaxtransfer.weights import Preprocessing
@@ -32,21 +33,35 @@ def train_step(
     again as soon as a norm over all gradients is logged.) Clipping, decay, the average and the
     logged norms therefore see trainable leaves only.
 
+    Equal phases of equal models share a program (`training/program.py`), so that the second run of
+    a plan, on other data or from another seed, neither traces nor compiles.
+
     Returns:
       ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
       ``loss`` in nats, ``accuracy`` and ``gradient_norm`` before clipping.
     """
+    program = Program(model, phase, feed.preprocessing, feed.start)
+    return _shared(program) if program.identity is not None else _compiled(program)
+
+
+@lru_cache(maxsize=32)
+def _shared(program: Program) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    return _compiled(program)
+
+
+def _compiled(program: Program) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    model, phase = program.model, program.phase
     update = optimizer(phase).update
     norm = phase.batch_norm_policy()
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         still = frozen(state.params, phase.labels, phase.groups)
-        inputs = network_input(batch["image"], feed.preprocessing, feed.start)
+        inputs = network_input(batch["image"], program.preprocessing, program.start)
         loss_key = jax.random.fold_in(state.key, state.step)
 
         def objective(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
             variables = {"params": merge(still, moving), "batch_stats": state.batch_stats}
-            logits, batch_stats = model.apply(variables, inputs, norm=norm, start=feed.start)
+            logits, batch_stats = model.apply(variables, inputs, norm=norm, start=program.start)
             losses = phase.loss(logits, batch["label"], loss_key)
             return losses.mean(), (batch_stats, logits)
 

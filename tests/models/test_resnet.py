@@ -1,4 +1,4 @@
-"""ResNets: names, sizes, arithmetic, BatchNorm modes, cuts, dtypes and errors.
+"""ResNets: names, sizes, arithmetic, initial values and errors.
 
 Logits and gradients are compared with torch's in `tests/parity`; here nothing but JAX is needed.
 """
@@ -13,23 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_resnet import SMALL, SMALL_BOTTLENECK, noise
 
 from flaxtransfer.models import ARCHITECTURES, Model, ResNetConfig, lax_conv, resnet
 from flaxtransfer.paths import flatten, unflatten
-
-SMALL = ResNetConfig("basic", (1, 1, 1, 1), width=16, classes=3)
-SMALL_BOTTLENECK = ResNetConfig("bottleneck", (1, 1, 1, 1), width=16, classes=3)
-
-
-def noise(*shape, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
-
-
-@pytest.fixture(scope="module")
-def small():
-    model = resnet(SMALL)
-    return model, model.init(jax.random.key(0))
-
 
 # Parameters, and 10^9 multiplications for a 224 px image, as torchvision publishes them with its
 # weights (`num_params`, `_ops`).
@@ -172,177 +159,6 @@ class TestInitialValues:
         model, variables = small
         jitted = jax.jit(model.init, static_argnums=1)(jax.random.key(0), (32, 32, 3))
         jax.tree.map(np.testing.assert_array_equal, jitted, variables)
-
-
-class TestBatchNorm:
-    images = noise(4, 16, 16, 3)
-
-    def test_running_statistics_are_the_very_same_arrays(self, small):
-        model, variables = small
-        _, kept = model.apply(variables, self.images, stop="layer2")
-        assert kept is variables["batch_stats"]
-        _, kept = model.apply(variables, self.images, norm=frozenset(), stop="layer2")
-        assert all(
-            a is b
-            for a, b in zip(
-                jax.tree.leaves(kept), jax.tree.leaves(variables["batch_stats"]), strict=True
-            )
-        )
-
-    def test_the_policy_decides_for_each_one(self, small):
-        model, variables = small
-        norm = frozenset({"bn1", "layer2/0/downsample/1"})
-        _, updated = model.apply(variables, self.images, norm=norm, stop="layer3")
-        before = flatten(variables["batch_stats"])
-        for path, leaf in flatten(updated).items():
-            moved = path.rpartition("/")[0] in norm
-            assert (leaf is before[path]) != moved
-            assert bool((leaf == before[path]).all()) != moved
-
-    def test_batch_statistics_follow_the_rule(self, small):
-        """It is 0.9 old + 0.1 batch, with the biased variance, by numpy from the convolution."""
-        model, variables = small
-        variables = jax.tree.map(lambda leaf: leaf, variables)
-        variables["batch_stats"]["bn1"] = {"mean": jnp.arange(16.0), "var": 2 + jnp.arange(16.0)}
-        kernel = variables["params"]["conv1"]["kernel"]
-        x = lax_conv(self.images, kernel, strides=(2, 2), padding=((3, 3), (3, 3)))
-        x = np.asarray(x, np.float64)
-        _, updated = model.apply(variables, self.images, norm="batch", stop="layer1")
-        found = updated["bn1"]
-        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        np.testing.assert_allclose(found["mean"], 0.9 * np.arange(16) + 0.1 * mean, rtol=1e-5)
-        np.testing.assert_allclose(found["var"], 0.9 * (2 + np.arange(16)) + 0.1 * var, rtol=1e-5)
-
-    def test_the_output_is_normalised_by_the_right_statistics(self, small):
-        """Both modes by numpy, through the stem: normalise, ReLU, largest of 3 x 3."""
-        model, variables = small
-        variables = jax.tree.map(lambda leaf: leaf, variables)
-        variables["params"]["bn1"] = {"scale": 1 + noise(16) ** 2, "bias": noise(16)}
-        variables["batch_stats"]["bn1"] = {"mean": noise(16), "var": 1 + noise(16) ** 2}
-        kernel, bn = variables["params"]["conv1"]["kernel"], variables["params"]["bn1"]
-        x = lax_conv(self.images, kernel, strides=(2, 2), padding=((3, 3), (3, 3)))
-        x = np.asarray(x, np.float64)
-        running = variables["batch_stats"]["bn1"]
-        batch = {"mean": x.mean((0, 1, 2)), "var": x.var((0, 1, 2))}
-        for norm, by in (("running", running), ("batch", batch)):
-            y = (x - by["mean"]) / np.sqrt(by["var"] + 1e-5) * bn["scale"] + bn["bias"]
-            y = np.pad(np.maximum(y, 0), ((0, 0), (1, 1), (1, 1), (0, 0)))
-            wanted = np.max(
-                [y[:, i : i + 8 : 2, j : j + 8 : 2] for i in range(3) for j in range(3)], axis=0
-            )
-            found, _ = model.apply(variables, self.images, norm=norm, stop="layer1")
-            np.testing.assert_allclose(found, wanted, atol=2e-5)
-
-    def test_the_variance_of_a_large_mean_survives(self):
-        """A mean 3000 times the deviation: the fast formula keeps no digit of it in float32."""
-        model = resnet(SMALL)
-        variables = model.init(jax.random.key(0))
-        kernel = jnp.zeros((7, 7, 3, 16)).at[3, 3, 0].set(1.0)
-        variables["params"]["conv1"]["kernel"] = kernel
-        images = 3000 + noise(4, 16, 16, 3)
-        _, updated = model.apply(variables, images, norm=frozenset({"bn1"}), stop="layer1")
-        wanted = 0.9 + 0.1 * np.asarray(images, np.float64)[:, ::2, ::2, 0].var()
-        np.testing.assert_allclose(updated["bn1"]["var"], wanted, rtol=1e-4)
-
-    def test_one_value_in_a_channel_is_refused(self, small):
-        model, variables = small
-        with pytest.raises(ValueError, match=r"layer\d/0/.* at least 2 values .* larger images"):
-            jax.eval_shape(lambda x: model.apply(variables, x, norm="batch"), noise(1, 16, 16, 3))
-        jax.eval_shape(lambda x: model.apply(variables, x), noise(1, 1, 1, 3))
-
-
-class TestCuts:
-    @pytest.mark.parametrize("cut", resnet(SMALL).segments)
-    @pytest.mark.parametrize("norm", ["running", "batch"])
-    def test_two_parts_are_the_whole(self, small, cut, norm):
-        model, variables = small
-        images = noise(4, 16, 16, 3)
-        whole, statistics = model.apply(variables, images, norm=norm)
-        middle, first = model.apply(variables, images, norm=norm, stop=cut)
-        variables = {**variables, "batch_stats": first}
-        logits, second = model.apply(variables, middle, norm=norm, start=cut)
-        np.testing.assert_allclose(logits, whole, rtol=1e-6, atol=1e-6)
-        jax.tree.map(np.testing.assert_array_equal, second, statistics)
-
-    @pytest.mark.parametrize(
-        ("stop", "shape"),
-        # 40 x 24 px: the stem divides by 4, each later stage by 2, rounding up.
-        [
-            ("stem", (2, 40, 24, 3)),
-            ("layer1", (2, 10, 6, 16)),
-            ("layer2", (2, 10, 6, 64)),
-            ("layer3", (2, 5, 3, 128)),
-            ("layer4", (2, 3, 2, 256)),
-            ("pool", (2, 2, 1, 512)),
-            ("head", (2, 512)),
-            (None, (2, 3)),
-        ],
-    )
-    def test_shapes_at_every_cut(self, stop, shape):
-        model = resnet(SMALL_BOTTLENECK)
-        images = jax.ShapeDtypeStruct((2, 40, 24, 3), jnp.float32)
-        y, _ = jax.eval_shape(lambda v, x: model.apply(v, x, stop=stop), model.abstract(), images)
-        assert y.shape == shape
-
-    def test_segments_that_do_not_run_may_be_absent(self, small):
-        model, variables = small
-        prefix = {
-            name: {key: tree[key] for key in tree if key in ("conv1", "bn1", "layer1")}
-            for name, tree in variables.items()
-        }
-        images = noise(4, 16, 16, 3)
-        found, _ = model.apply(prefix, images, stop="layer2")
-        np.testing.assert_array_equal(found, model.apply(variables, images, stop="layer2")[0])
-        with pytest.raises(ValueError, match=r"params lack fc/bias, .*layer2/0/.* more"):
-            model.apply(prefix, images)
-
-
-class TestDtypes:
-    @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype("bfloat16")])
-    def test_one_dtype_has_one_spelling(self, dtype):
-        assert resnet(SMALL, dtype=dtype) == resnet(SMALL, dtype=jnp.bfloat16)
-        assert hash(resnet(SMALL, dtype=dtype)) == hash(resnet(SMALL, dtype="bfloat16"))
-
-    def test_bfloat16_is_for_the_convolutions_only(self, small):
-        model, variables = resnet(SMALL, dtype="bfloat16"), small[1]
-        images = noise(8, 16, 16, 3)
-        run = jax.jit(lambda model: model.apply(variables, images, norm="batch"), static_argnums=0)
-        (logits, updated), (exact, statistics) = run(model), run(small[0])
-        # bfloat16 has 8 significant bits; some ten layers on top of each other.
-        assert 0 < abs(logits - exact).max() < 0.1 * abs(exact).max()
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), updated, statistics)
-
-        def loss(params, stop):
-            output, updated = model.apply(
-                {**variables, "params": params}, images, norm="batch", stop=stop
-            )
-            return output.sum().astype("float32"), (output, updated)
-
-        for stop, dtype in (("layer1", "bfloat16"), ("pool", "bfloat16"), ("head", "float32")):
-            gradients, (output, updated) = jax.eval_shape(
-                jax.grad(lambda params, stop=stop: loss(params, stop), has_aux=True),
-                variables["params"],
-            )
-            assert output.dtype == dtype
-            kept = jax.tree.leaves((gradients, updated))
-            assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32")}
-
-    def test_float64_parameters_compute_in_float64(self, small):
-        with jax.enable_x64(True):
-            variables = jax.tree.map(lambda leaf: leaf.astype("float64"), small[1])
-            result = jax.eval_shape(
-                lambda images: small[0].apply(variables, images, norm="batch"),
-                jax.ShapeDtypeStruct((2, 16, 16, 3), "float64"),
-            )
-            assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype("float64")}
-
-    def test_half_precision_features_may_enter_at_a_cut(self, small):
-        model, variables = small
-        features, _ = model.apply(variables, noise(4, 16, 16, 3), stop="head")
-        logits, _ = model.apply(variables, features.astype("float16"), start="head")
-        assert logits.dtype == jnp.float32
-        wanted, _ = model.apply(variables, features, start="head")
-        np.testing.assert_allclose(logits, wanted, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ BATCHES = ("--batch-size", "16")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def trained(tmp_path_factory) -> Path:
     """The folder of a run with 208 validation examples."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     finish_run(folder)
@@ -45,10 +45,10 @@ def accuracy(rows: list[dict], labels: np.ndarray) -> float:
     return float(np.mean(np.array([row["label"] == "bright" for row in rows]) == labels))
 
 
-def test_the_estimate_says_what_it_did_and_helps(finished, target, capsys):
+def test_the_estimate_says_what_it_did_and_helps(trained, target, capsys):
     """Bayes' rule for two normal levels says by how much: from 77 to 91 % at a tenth bright."""
     paths, labels = target
-    rows, said = predicted(capsys, finished, *paths, "--adjust-prior", "--top", "2")
+    rows, said = predicted(capsys, trained, *paths, "--adjust-prior", "--top", "2")
     assert [row["image"] for row in rows] == paths
     assert all(sum(row["top"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
     assert said[0].startswith("prior by maximum likelihood on 120 images, relative to 208 valid")
@@ -58,13 +58,13 @@ def test_the_estimate_says_what_it_did_and_helps(finished, target, capsys):
     assert before == pytest.approx(0.5, abs=0.07)
     assert low < estimate < high
     assert estimate == pytest.approx(labels.mean(), abs=0.12)
-    as_trained, _ = predicted(capsys, finished, *paths)
+    as_trained, _ = predicted(capsys, trained, *paths)
     assert accuracy(as_trained, labels) == pytest.approx(norm.cdf(APART / SPREAD), abs=0.07)
     assert accuracy(rows, labels) > accuracy(as_trained, labels) + 0.05
     # The count is against calibrated predictions, which the prior of the source leaves as they are.
-    kept = np.load(finished / "validation.npz")
+    kept = np.load(trained / "validation.npz")
     prior = map(str, calibrate(kept["logits"], kept["labels"]).prior)
-    calibrated, none = predicted(capsys, finished, *paths, "--prior", *prior)
+    calibrated, none = predicted(capsys, trained, *paths, "--prior", *prior)
     assert none[-1] == "0 of 120 predictions changed"
     assert said[3] == f"{changed(rows, calibrated)} of 120 predictions changed"
 
@@ -73,17 +73,17 @@ def changed(rows: list[dict], others: list[dict]) -> int:
     return sum(row["label"] != other["label"] for row, other in zip(rows, others, strict=True))
 
 
-def test_a_known_prior_is_taken_as_it_is(finished, target, capsys):
+def test_a_known_prior_is_taken_as_it_is(trained, target, capsys):
     """In the order of the classes or by their names; calibrated odds times the ratio of priors."""
     paths, labels = target
-    rows, said = predicted(capsys, finished, *paths, "--prior", "0.9", "0.1")
+    rows, said = predicted(capsys, trained, *paths, "--prior", "0.9", "0.1")
     assert said[0].startswith("prior as given, relative to 208 validation examples")
-    named, _ = predicted(capsys, finished, *paths, "--adjust-prior", "--prior", "bright=0.1",
+    named, _ = predicted(capsys, trained, *paths, "--adjust-prior", "--prior", "bright=0.1",
                          "dark=0.9")  # fmt: skip
     assert named == rows
     assert accuracy(rows, labels) > 0.85
-    even, _ = predicted(capsys, finished, *paths, "--prior", "0.5", "0.5", "--top", "2")
-    tilted, _ = predicted(capsys, finished, *paths, "--prior", "0.9", "0.1", "--top", "2")
+    even, _ = predicted(capsys, trained, *paths, "--prior", "0.5", "0.5", "--top", "2")
+    tilted, _ = predicted(capsys, trained, *paths, "--prior", "0.9", "0.1", "--top", "2")
     odds = [np.array([row["top"]["bright"] / row["top"]["dark"] for row in found]) for found in
             (even, tilted)]  # fmt: skip
     inside = (odds[1] > 1e-3) & (odds[1] < 1e3)
@@ -102,8 +102,8 @@ def test_a_known_prior_is_taken_as_it_is(finished, target, capsys):
         (["--prior", "dark=0.5", "dark=0.5", "bright=0.5"], "a class is named twice"),
     ],
 )
-def test_what_is_no_prior(finished, target, capsys, arguments, text):
-    refused(capsys, [str(finished), target[0][0], *arguments], text)
+def test_what_is_no_prior(trained, target, capsys, arguments, text):
+    refused(capsys, [str(trained), target[0][0], *arguments], text)
 
 
 def refused(capsys, arguments, text):
@@ -114,26 +114,26 @@ def refused(capsys, arguments, text):
     assert text in shown.err
 
 
-def test_what_images_cannot_tell_is_refused(finished, target, tmp_path, capsys):
+def test_what_images_cannot_tell_is_refused(trained, target, tmp_path, capsys):
     few = "29 examples say too little about the shares of 2 classes: give 30 or more"
-    refused(capsys, [str(finished), *target[0][:29], "--adjust-prior"], few)
+    refused(capsys, [str(trained), *target[0][:29], "--adjust-prior"], few)
     same = write(np.full((40, SIZE, SIZE, 3), 128, np.uint8), tmp_path / "same")
-    refused(capsys, [str(finished), *same, "--adjust-prior"], "do not determine the prevalence")
+    refused(capsys, [str(trained), *same, "--adjust-prior"], "do not determine the prevalence")
     random = np.random.default_rng(0)
     other = random.integers(0, 256, (80, SIZE, SIZE, 3)).astype(np.uint8)
     other[40:] //= 3
     strange = write(other, tmp_path / "other")
-    refused(capsys, [str(finished), *strange, "--adjust-prior"], "images themselves have changed")
+    refused(capsys, [str(trained), *strange, "--adjust-prior"], "images themselves have changed")
 
 
 def test_features_that_changed_are_refused_where_the_run_kept_some(
-    finished, target, tmp_path, capsys
+    trained, target, tmp_path, capsys
 ):
     """Predictions are those of a label shift; the head saw twice of what it did in training."""
-    kept = dict(np.load(finished / "validation.npz"))
+    kept = dict(np.load(trained / "validation.npz"))
     assert kept["features"].dtype == np.float16
     assert len(kept["features"]) == len(kept["labels"])
-    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "run")
     write_kept = partial(np.savez, tmp_path / "run" / "validation.npz")
     write_kept(**{**kept, "features": kept["features"] / 2})
     command = [str(tmp_path / "run"), *target[0], "--adjust-prior"]
@@ -141,16 +141,16 @@ def test_features_that_changed_are_refused_where_the_run_kept_some(
     without = {name: kept[name] for name in ("logits", "labels")}
     write_kept(**without)
     rows, _ = predicted(capsys, *command)
-    assert rows == predicted(capsys, finished, *target[0], "--adjust-prior")[0]
+    assert rows == predicted(capsys, trained, *target[0], "--adjust-prior")[0]
     write_kept(**without, features=kept["features"][:-1])
     refused(capsys, command, "validation.npz is damaged: its arrays have 207, 208 rows")
 
 
-def test_a_run_without_validation_says_how_to_have_some(finished, target, tmp_path, capsys):
-    (tmp_path / "model.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
+def test_a_run_without_validation_says_how_to_have_some(trained, target, tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
     text = "keeps no validation examples (no validation.npz); train with --val-per-class"
     refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], text)
-    (tmp_path / "validation.npz").write_bytes((finished / "validation.npz").read_bytes()[:200])
+    (tmp_path / "validation.npz").write_bytes((trained / "validation.npz").read_bytes()[:200])
     refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], "validation.npz is damaged")
     np.savez(tmp_path / "validation.npz", logits=np.zeros((9, 2)), labels=np.zeros(9, int))
     refused(capsys, [str(tmp_path), target[0][0], "--prior", "0.5", "0.5"],

@@ -1,0 +1,145 @@
+"""What goes wrong is one line and exit code 2, and nothing is lost or half-written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from terminal import SIZE, only_line
+
+from flaxtransfer.cli import run
+
+ERRORS = [
+    (["train", "--data", "digit"], "unknown data source 'digit'; did you mean 'digits'?"),
+    (["train", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["train", "--model", "resnet50"], "holds resnet18w32"),
+    (["train", "--data", "folder:nowhere"], "nowhere"),
+    (["train", "--batch-size", "0"], "--batch-size must be positive, not 0"),
+    (["train", "--data", "tfds:no_such_set"], "no_such_set"),
+    (["train", "--labels-per-class", "500"], "class"),
+    (["train", "--strategy", "surgicl"], "no strategy 'surgicl'; did you mean 'surgical'?"),
+    (["train", "--strategy", "nowhere.yaml"], "there is no plan nowhere.yaml"),
+    (["train", "--strategy", "l2_sp", "--head-steps", "5"], "l2_sp takes no --head-steps"),
+    (["train", "--patience", "2"], "patience needs a validation set"),
+    (["plan", "--strategy", "unfreezing"], "did you mean 'progressive_unfreezing'?"),
+    (["plan", "--model", "resnet5"], "unknown model 'resnet5'"),
+    (["predict", "nowhere", "image.png"], "no such image: image.png"),
+    (["evaluate", "nowhere"], "nowhere is not a run folder"),
+    (["params", "--model", "resnet5"], "unknown model 'resnet5'; did you mean 'resnet50'"),
+    (["params", "--rules", "a=heat()"], "head"),
+    (["params", "--rules", "a=head()", "--rates", "a=1"], "conv1/kernel"),
+    (["params", "--rates", "hed=1"], "'hed'; did you mean 'head'?"),
+    (["models", "*resent50*"], "no architecture is called '*resent50*'; did you mean 'resnet50'"),
+    (["models", "resnet[50"], "never closes a '['"),
+    (["models", "--size", "0"], "--size is a positive number of px, not 0"),
+    (["find-rate", "--group", "hed"], "no group 'hed' with a learning rate; did you mean 'head'?"),
+    (["find-rate", "--group", "head", "--each-group"], "give one of the two options"),
+    (["find-rate", "--phase", "finetune"], "no phase 'finetune'; did you mean 'fine-tune'?"),
+    (["find-rate", "--out", "rates.txt"], "rates.txt is no picture; its name has to end in .png"),
+    (["find-rate", "--out", "no/rates.png"], "there is no folder no for rates.png"),
+    (["find-rate", "--lowest", "1", "--steps", "2"], "not from 1.0 to 1.0; steps is 2"),
+    (["find-rate", "--strategy", "l2_sp", "--group", "backbone"], "train the head first"),
+    (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), ERRORS, ids=[" ".join(a) for a, _ in ERRORS])
+def test_errors_are_one_line_with_exit_code_2(arguments, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    assert text in only_line(capsys)
+    assert list(tmp_path.iterdir()) == []  # nothing half-made
+
+
+def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        for number in range(7):
+            Image.new("RGB", (SIZE, SIZE)).save(images / name / f"{number}.png")
+    for number in range(1, 5):  # more than are held back for testing, so that training meets one
+        (images / f"a/{number}.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    train = ["train", "--data", f"folder:{images}", "--weights", str(weights), "--run",
+             str(tmp_path / "run"), "--labels-per-class", "2", "--head-steps", "2",
+             "--fine-tune-steps", "0", "--compare", "no"]  # fmt: skip
+    assert run(train) == 2
+    assert ".png: not an image" in only_line(capsys)
+    # The run folder of the failed attempt holds no checkpoint, and may be used again.
+    assert run([*train, "--skip-corrupt"]) == 0
+    assert "4 unreadable images" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(tmp_path / "file/run")]  # fmt: skip
+    assert run(arguments) == 2
+    assert "file" in only_line(capsys)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
+    folder, weights, tmp_path, capsys
+):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(tmp_path / "run"), "--labels-per-class", "4", "--head-steps", "4",
+                 "--fine-tune-steps", "20", "--learning-rate", "1e30",
+                 "--weight-decay", "0"]  # fmt: skip
+    assert run(arguments) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"(nan|inf) at step \d+ \(fine-tune\)", line), line
+    assert "the checkpoint of step" in line
+    assert run(["predict", str(tmp_path / "run"), str(folder / "dark/0.png")]) == 2
+
+
+def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights, tmp_path, capsys):
+    """A limit on the size of files stands for the full disk; the same call fails alike."""
+    program = (
+        "import resource; from flaxtransfer.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main()"
+    )
+    target = tmp_path / "run"
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(target), "--labels-per-class", "4", "--batch-size", "8", "--head-steps", "2",
+                 "--fine-tune-steps", "2", "--compare", "no", "--resume"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"step \d+ was not written \(file too large\)", last), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (target / "model.safetensors").exists()
+    assert run(arguments) == 0
+    assert (target / "model.safetensors").exists()
+
+
+def test_head_keep_with_another_class_count_says_so(folder, weights, tmp_path, capsys):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(tmp_path / "run"), "--head", "keep"]  # fmt: skip
+    assert run(arguments) == 2
+    line = only_line(capsys)
+    assert "5" in line
+    assert "2" in line
+
+
+def test_a_folder_of_another_run_is_refused(finished, folder, weights, capsys):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
+                 str(finished), "--seed", "3", "--resume"]  # fmt: skip
+    assert run(arguments) == 2
+    assert "seed is 0 there and 3 here" in only_line(capsys)
+
+
+def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    assert run(["predict", str(tmp_path / "run"), str(folder / "dark/0.png")]) == 2
+    assert "has not finished" in only_line(capsys)
+
+
+def test_a_cache_out_of_range_is_one_line(capsys):
+    assert run(["train", "--cache-views", "0", "--cache-disk-gb", "-1"]) == 2
+    assert "views is 1 or more, not 0; disk is a number of bytes" in only_line(capsys)

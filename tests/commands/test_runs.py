@@ -1,0 +1,88 @@
+"""What a run leaves, and what becomes of it at the terminal: evaluation, predictions, files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer.cli import run
+
+
+def test_train_ends_with_the_test_accuracy_and_leaves_everything(finished, capsys):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["train_images"] == 8
+    assert summary["test_images"] == 8
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.json", "metrics.jsonl", "checkpoints", "audit.json", "model.safetensors",
+        "environment.json", "result.json", "summary.json",
+    }  # fmt: skip
+    assert all(audit["moved"] == [] for audit in json.loads((finished / "audit.json").read_text()))
+
+
+def test_evaluate_repeats_what_training_reported(finished, capsys):
+    assert run(["evaluate", str(finished)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    trained = json.loads((finished / "summary.json").read_text())["results"][0]
+    assert result["accuracy"] == trained["accuracy"]
+    assert result["examples"] == 8
+
+
+def test_predict_writes_json_lines_and_csv(finished, folder, capsys):
+    images = [str(folder / "dark/0.png"), str(folder / "bright/0.png")]
+    assert run(["predict", str(finished), *images, "--top", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == images
+    assert all(set(row["top"]) == {"dark", "bright"} for row in rows)
+    assert all(abs(sum(row["top"].values()) - 1) < 1e-5 for row in rows)
+    assert run(["predict", str(finished), *images, "--format", "csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["label"] for row in table] == [row["label"] for row in rows]
+
+
+def test_predictions_do_not_depend_on_the_batch(finished, folder, capsys):
+    images = sorted(str(path) for path in folder.rglob("*.png"))
+    outputs = []
+    for size in ("3", "64"):
+        assert run(["predict", str(finished), *images, "--batch-size", size]) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert len(outputs[0]) == len(images)
+    for one, other in zip(*outputs, strict=True):
+        assert one["label"] == other["label"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+
+
+def test_convert_round_trips(weights, tmp_path):
+    target = tmp_path / "half.safetensors"
+    assert run(["convert", str(weights), str(target), "--dtype", "float16"]) == 0
+    loaded, original = ft.load(target), ft.load(weights)
+    assert loaded.preprocessing == original.preprocessing
+    kernel = original.variables["params"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(
+        loaded.variables["params"]["conv1"]["kernel"], kernel.astype(np.float16)
+    )
+
+
+def test_train_says_what_frozen_features_reach_and_what_it_caches(
+    folder, weights, tmp_path, capsys
+):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--compare",
+                 "no", "--strategy", "feature_extraction", "--steps", "9", "--batch-size", "8",
+                 "--cache-views", "1"]  # fmt: skip
+    assert run([*arguments, "--run", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert "heads on the frozen features of" in shown.out
+    assert "each held out once: ridge" in shown.out
+    assert "before head, 64 numbers each, are cached in memory as float32" in shown.err
+    assert "cache before head:" in shown.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 <= summary["baseline"]["ridge"] <= 1
+    shared = tmp_path / "shared"
+    again = [*arguments, "--cache", "disk", "--cache-dir", str(shared), "--run"]
+    for name, state in (("a", "made in"), ("b", "found in")):
+        assert run([*again, str(tmp_path / name)]) == 0
+        assert state in capsys.readouterr().err

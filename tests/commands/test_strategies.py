@@ -1,0 +1,85 @@
+"""Strategies at the terminal: printed, edited, measured, their rates found."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from terminal import only_line
+
+from flaxtransfer.cli import run
+
+
+def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys):
+    """Progressive unfreezing by way of a file: the decisions are printed, and in the metrics."""
+    path = tmp_path / "plan.yaml"
+    command = ["plan", "--strategy", "progressive_unfreezing", "--out", str(path)]
+    assert run(command) == 0
+    assert "Ends after a phase without better validation" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("steps: 100", "steps: 4"))
+    target = tmp_path / "run"
+    train = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run", str(target),
+             "--labels-per-class", "4", "--val-per-class", "2", "--batch-size", "4",
+             "--compare", "no", "--strategy", str(path)]  # fmt: skip
+    assert run(train) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    kept = np.load(target / "validation.npz")
+    result = json.loads((target / "result.json").read_text())["validation"]
+    assert result["examples"] == len(kept["labels"]) == 4
+    assert result["accuracy"] == np.mean(kept["logits"].argmax(1) == kept["labels"])
+    rows = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    decisions = [row for row in rows if row["kind"] == "decision"]
+    assert decisions[0]["phase"] == "head"
+    for decision in decisions[1:]:
+        verdict = "kept" if decision["kept"] else "undone"
+        assert f"phase '{decision['phase']}' is {verdict}" in output
+    assert run([*train, "--learning-rate", "1"]) == 2
+    assert "edit the file instead" in only_line(capsys)
+    path.write_text(path.read_text().replace("steps: 4", "steps: 5"))
+    assert run([*train, "--resume"]) == 2
+    assert "belongs to another run: plan is" in only_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "column"),
+    [
+        pytest.param("curvature_scaled", "Fisher diagonal", marks=pytest.mark.slow),
+        ("surgical", "gradient / weights"),
+    ],
+)
+def test_strategies_that_measure_say_what_they_found(
+    folder, weights, tmp_path, capsys, strategy, column
+):
+    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--compare",
+                 "no", "--strategy", strategy, "--steps", "2", "--batch-size", "8", "--run",
+                 str(tmp_path / "run")]  # fmt: skip
+    assert run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "measured with logistic regression on" in shown
+    assert column in shown
+    assert shown.index(column) < shown.index("peak rate")
+
+
+def test_a_plan_that_has_to_be_measured(capsys):
+    assert run(["plan", "--strategy", "curvature_scaled"]) == 2
+    assert "measures curvature and examples on the images first" in only_line(capsys)
+
+
+@pytest.mark.slow
+def test_rates_of_a_later_phase_are_printed_and_drawn(folder, weights, tmp_path, capsys):
+    """Each group of it, from the network that the phase before it leaves; no run remains."""
+    arguments = [
+        "find-rate", "--data", f"folder:{folder}", "--weights", str(weights), "--batch-size", "8",
+        "--phase", "fine-tune", "--each-group", "--steps", "12", "--lowest", "1e-4",
+        "--out", str(tmp_path / "rates.png"),
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    output = capsys.readouterr().out
+    for name in ("head", "backbone"):
+        assert re.search(rf"│ {name} +│ +3.0e-04 │ .*1e-04", output), output
+    assert [path.name for path in tmp_path.iterdir()] == ["rates.png"]
+    with Image.open(tmp_path / "rates.png") as picture:
+        assert picture.size[0] > 1000

@@ -1,0 +1,55 @@
+"""A network cut in two is the whole, and its parts ask for their own leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_resnet import SMALL, SMALL_BOTTLENECK, noise
+
+from flaxtransfer.models import resnet
+
+
+class TestCuts:
+    @pytest.mark.parametrize("cut", resnet(SMALL).segments)
+    @pytest.mark.parametrize("norm", ["running", "batch"])
+    def test_two_parts_are_the_whole(self, small, cut, norm):
+        model, variables = small
+        images = noise(4, 16, 16, 3)
+        whole, statistics = model.apply(variables, images, norm=norm)
+        middle, first = model.apply(variables, images, norm=norm, stop=cut)
+        variables = {**variables, "batch_stats": first}
+        logits, second = model.apply(variables, middle, norm=norm, start=cut)
+        np.testing.assert_allclose(logits, whole, rtol=1e-6, atol=1e-6)
+        jax.tree.map(np.testing.assert_array_equal, second, statistics)
+
+    @pytest.mark.parametrize(
+        ("stop", "shape"),
+        # 40 x 24 px: the stem divides by 4, each later stage by 2, rounding up.
+        [
+            ("stem", (2, 40, 24, 3)),
+            ("layer1", (2, 10, 6, 16)),
+            ("layer2", (2, 10, 6, 64)),
+            ("layer3", (2, 5, 3, 128)),
+            ("layer4", (2, 3, 2, 256)),
+            ("pool", (2, 2, 1, 512)),
+            ("head", (2, 512)),
+            (None, (2, 3)),
+        ],
+    )
+    def test_shapes_at_every_cut(self, stop, shape):
+        model = resnet(SMALL_BOTTLENECK)
+        images = jax.ShapeDtypeStruct((2, 40, 24, 3), jnp.float32)
+        y, _ = jax.eval_shape(lambda v, x: model.apply(v, x, stop=stop), model.abstract(), images)
+        assert y.shape == shape
+
+    def test_segments_that_do_not_run_may_be_absent(self, small):
+        model, variables = small
+        prefix = {
+            name: {key: tree[key] for key in tree if key in ("conv1", "bn1", "layer1")}
+            for name, tree in variables.items()
+        }
+        images = noise(4, 16, 16, 3)
+        found, _ = model.apply(prefix, images, stop="layer2")
+        np.testing.assert_array_equal(found, model.apply(variables, images, stop="layer2")[0])
+        with pytest.raises(ValueError, match=r"params lack fc/bias, .*layer2/0/.* more"):
+            model.apply(prefix, images)

@@ -1,0 +1,108 @@
+"""Files that are damaged, foreign, missing, or wrapped by a training script."""
+
+import re
+
+import pytest
+
+from flaxtransfer.weights import (
+    load,
+    safetensors_file,
+    torch_file,
+)
+
+
+def file_of(data, name="weights.safetensors"):
+    def make(folder, whole):
+        (folder / name).write_bytes(data(whole) if callable(data) else data)
+        return folder / name
+
+    return make
+
+
+FILES = {
+    "empty": (file_of(b""), ["the file is empty"]),
+    "empty torch file": (file_of(b"", "w.pth"), ["the file is empty"]),
+    "half": (file_of(lambda whole: whole[: len(whole) // 2]),
+             ["no complete safetensors file", "by its header it has"]),
+    "one byte short": (file_of(lambda whole: whole[:-1]), ["no complete safetensors file"]),
+    "one byte long": (file_of(lambda whole: whole + b"\0"), ["no complete safetensors file"]),
+    "header cut": (file_of(lambda whole: whole[:100]),
+                   ["no complete safetensors file", "its header should end at byte"]),
+    "header damaged": (file_of(lambda whole: whole[:8] + b"]" + whole[9:]),
+                       ["no complete safetensors file", "not the JSON"]),
+    "a few letters": (file_of(b"weights"), ["no complete safetensors file"]),
+    "no arrays": (file_of(safetensors_file.write({}, {})), ["holds no arrays"]),
+    "pointer": (file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+                ["Git LFS pointer", "git lfs pull"]),
+    "web page": (file_of(b"<!DOCTYPE html><html>"), ["a web page"]),
+    "half an archive": (file_of(b"PK\x03\x04 and more"), ["no complete zip archive"]),
+    "text": (file_of(b"hello, this is text", "w.bin"), ["are those of no container of weights"]),
+    "another kind": (file_of(b"...", "w.onnx"), ["b'...', are those of no", "(.safetensors)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_damaged_or_foreign_file_is_refused(golden, tmp_path, case):
+    make, parts = FILES[case]
+    path = make(tmp_path, (golden / "torchvision_basic" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        load(path)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_missing_file_names_the_nearest(basic, write):
+    folder = write(basic, "resnet18_best.safetensors").parent
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'resnet18_best\.safe"):
+        load(folder / "resnet18_bets.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"checkpoints there: resnet18_best\.safetensors"):
+        load(folder / "zzz.pth")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load(folder / "no" / "zzz.pth")
+
+
+def test_a_folder_must_hold_one_checkpoint(basic, write, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"with 0 checkpoints in it.*no .safetensors"):
+        load(tmp_path)
+    write(basic, "first.safetensors")
+    assert load(tmp_path).config.width == 4
+    write(basic, "second.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"first\.safetensors, second\.safetensors"):
+        load(tmp_path)
+    write(basic, "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert load(tmp_path).config.width == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("s3://bucket/resnet18.pth", "no such kind of address; there are hf://"),
+        ("", "the source is empty"),
+    ],
+)
+def test_a_source_that_is_no_path(source, text):
+    with pytest.raises(ValueError, match=text):
+        load(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "weights", "note"),
+    [
+        ({"state_dict": {"a": 1}, "epoch": 3}, {"a": 1}, "'state_dict'"),
+        ({"model": {"a": 1}}, {"a": 1}, "'model'"),
+        ({"model": {"state_dict": {"a": 1}}}, {"a": 1}, "'state_dict'"),
+        ({"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}}, {"a": 2},
+         "'state_dict_ema' (not those under 'state_dict')"),
+        ({"model": {"a": 1}, "model_ema": {"a": 2}}, {"a": 2}, "(not those under 'model')"),
+        ({"model": 5, "a": 1}, {"model": 5, "a": 1}, ""),
+    ],
+)  # fmt: skip
+def test_wrappers_of_training_scripts(content, weights, note):
+    found, notes = torch_file.unwrap(content)
+    assert found == weights
+    assert note in " ".join(notes)
+
+
+def test_a_file_that_is_no_mapping_is_refused():
+    with pytest.raises(ValueError, match="holds a list and no tensors by name"):
+        torch_file.unwrap([1, 2])
