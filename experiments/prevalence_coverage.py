@@ -1,6 +1,6 @@
 """How often a 95 % interval of a share holds it: simulated label shift, calibration refitted.
 
-    python experiments/prevalence_coverage.py               # at most 5 minutes on 2 CPU cores
+    python experiments/prevalence_coverage.py               # 5 minutes on 2 CPU cores
     python experiments/prevalence_coverage.py --draws 100   # seconds
 
 Four Gaussian classes in ten dimensions. Every draw is a new validation, on which the calibration is

@@ -64,12 +64,14 @@ class Precision:
         target: `[K]`, variances from the target alone.
         validation: `[K]`, variances from the validation that fixed calibration and source prior.
         ambiguity: `[K]`, what the variance of a target example has beyond that of a certain label.
+        inside: `[K]`, the estimate with half an example more of each class.
     """
 
     directions: np.ndarray
     target: np.ndarray
     validation: np.ndarray
     ambiguity: np.ndarray
+    inside: np.ndarray
 
     @property
     def error(self) -> np.ndarray:
@@ -154,6 +156,7 @@ def precision(sample: Sample, maximum: Maximum, observed: np.ndarray) -> Precisi
         target=target,
         validation=moved,
         ambiguity=np.maximum(total * target - inside * (1 - inside), 0),
+        inside=inside,
     )
 
 

@@ -3,9 +3,8 @@
 A share near zero has no normal distribution, and an interval of plus or minus two standard errors
 misses it. A score interval holds the shares that a test would not reject, with the variance that
 they would have had: on posteriors that are certain, and far from 0 and 1, it is Wilson's interval
-of a binomial share. Near them the score is corrected for its skewness, its lower end also has to
-convince the likelihood ratio, so that one doubtful row makes no rare class, and its two tails are
-not equal (`borders.py`).
+of a binomial share. Near them both tails are corrected for skewness, and they are not equal
+(`borders.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import numpy as np
 from scipy.stats import norm
 
 from flaxtransfer.shift.prevalence.borders import critical_values
-from flaxtransfer.shift.prevalence.likelihood import Maximum, blocks
+from flaxtransfer.shift.prevalence.likelihood import Maximum
 from flaxtransfer.shift.prevalence.precision import Precision, Sample
+from flaxtransfer.shift.prevalence.profiles import Point, Profiles, profiles
 
 __all__ = ["score_intervals"]
 
@@ -42,6 +42,8 @@ def score_intervals(
     ends have a formula; near them they are found on the likelihood itself.
 
     References:
+        O. E. Barndorff-Nielsen, "Inference on full or partial parameters based on the standardized
+        signed log likelihood ratio", 1986.
         E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
         J. J. Gart, J. Nam, "Approximate interval estimation of the ratio of binomial parameters: a
         review and corrections for skewness", 1988.
@@ -55,14 +57,14 @@ def score_intervals(
     low[~usable], high[~usable] = 0.0, 0.0
     near = usable & (np.minimum(q, 1 - q) < _FAR * precise.error)
     chosen = np.flatnonzero(near)
-    size = max(1, _NUMBERS // len(sample.probabilities))
+    size = max(1, _NUMBERS // (len(sample.probabilities) + len(sample.source.probabilities)))
     for start in range(0, len(chosen), size):
         some = chosen[start : start + size]
         fine = 1e-3 * precise.error[some] + 1e-12
         # At the border itself the score of a certain row is infinite and its variance zero.
         inside = np.minimum(q[some], _BORDER), np.maximum(q[some], 1 - _BORDER)
-        test = _score_test(sample, maximum, precise, some)
-        too_small, too_large = _rejections(test, sample, precise, some, level)
+        along = profiles(sample, maximum, precise.directions[:, some])
+        too_small, too_large = _rejections(along, maximum, precise, some, level)
         low[some] = _end(too_small, q[some], inside[0], low[some], fine)
         high[some] = _end(too_large, q[some], inside[1], high[some], fine)
     low[low <= _BORDER], high[high >= 1 - _BORDER] = 0.0, 1.0
@@ -79,73 +81,54 @@ def _wilson(
     return np.maximum((middle - root) / square, 0), np.minimum((middle + root) / square, 1)
 
 
-def _score_test(sample: Sample, maximum: Maximum, precise: Precision, some: np.ndarray) -> _Test:
-    """The standardised score of the shares `some`, as a function of where they are put."""
-    q, way, total = maximum.estimate, precise.directions[:, some], sample.total
-    ratios, slope = q / sample.divisor, way / sample.divisor[:, None]
-    density = np.empty(len(sample.probabilities))
-    growth = np.empty((len(sample.probabilities), len(some)))
-    for part, rows in blocks(sample.probabilities, 8):
-        density[rows], growth[rows] = part @ ratios, part @ slope
-    if sample.weights is not None:
-        density, growth = density[sample.weights > 0], growth[sample.weights > 0]
-    seen = sample.counts > 0
-
-    def test(shares: np.ndarray) -> np.ndarray:
-        step = shares - q[some]
-        score, possible = np.zeros(len(some)), np.ones(len(some), bool)
-        fall, below = np.zeros(len(some)), bool((step < 0).any())
-        for begin in range(0, len(density), 20_000):
-            rows = slice(begin, begin + 20_000)
-            there = density[rows, None] + step * growth[rows]
-            possible &= (there > 0).all(0)
-            there = np.where(there > 0, there, np.inf)
-            score += (growth[rows] / there).sum(0)
-            if below:
-                fall -= np.log(there / density[rows, None]).sum(0)
-        moved = q[seen, None] + step * way[seen]
-        possible &= (moved > 0).all(0)
-        moved = np.where(moved > 0, moved, np.inf)
-        score += (sample.counts[seen, None] * way[seen] / moved).sum(0)
-        fall -= (sample.counts[seen, None] * np.log(moved / q[seen, None])).sum(0)
-        variance = (shares * (1 - shares) + precise.ambiguity[some]) / total
-        whole = np.sqrt(variance + precise.validation[some])
-        whole = np.where(whole > 0, whole, np.inf)
-        found = score * variance / whole
-        # Counts are skewed, and their short tail ends before a normal one. The long one is left to
-        # the likelihood ratio below: there a correction of this order can turn back.
-        skewness = shares * (1 - shares) * (1 - 2 * shares) / total**2 / whole**3
-        further = np.maximum(found**2 - 1, 0) * skewness / 6
-        found = np.where(found * skewness < 0, found - further, found)
-        if below:
-            # The score of a rare class is skewed: one doubtful row makes it large. The root of the
-            # likelihood ratio is not, and a share is only too large where both say so.
-            root = np.sqrt(2 * np.maximum(fall, 0)) * np.sqrt(variance) / whole
-            found = np.where(step < 0, np.minimum(found, root), found)
-        return np.where(possible, found, np.where(step > 0, -np.inf, np.inf))
-
-    return test
-
-
 def _rejections(
-    test: _Test, sample: Sample, precise: Precision, some: np.ndarray, level: float
+    along: Profiles, maximum: Maximum, precise: Precision, some: np.ndarray, level: float
 ) -> tuple[_Test, _Test]:
     """How far above a share the estimate lies beyond what is kept, and how far below it."""
-    ambiguity, validation = precise.ambiguity[some], precise.validation[some]
-    z = float(norm.ppf((1 + level) / 2))
+    q, two_sided = maximum.estimate[some], float(norm.ppf((1 + level) / 2))
+    # What the validation moves it moves through the scores, whose variance that adds to.
+    target = np.where(precise.target > 0, precise.target, np.inf)[some]
+    validation = precise.validation[some] / target**2
+    # A little inside: an estimate of nothing would be skewed without end.
+    skewness_here = _spread(along.at(precise.inside[some] - q), validation)[1]
 
-    def critical(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        error = np.sqrt((shares * (1 - shares) + ambiguity) / sample.total + validation)
-        error = np.maximum(error, _BORDER)
+    def departure(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The estimate's distance from a share, as a normal number, and the standard error."""
+        step = shares - q
+        point = along.at(step)
+        error, skewness = _spread(point, validation)
+        score = point.score * point.variance / error
+        # The short tail of a skewed estimate ends before a normal one. In the long tail one
+        # doubtful row makes the score large, and a correction of it can turn back; the root of
+        # the likelihood ratio is nearly normal, but for a sixth of the skewness.
+        short = score - np.maximum(score**2 - 1, 0) * skewness / 6
+        root = np.sqrt(2 * np.maximum(point.fall, 0) * point.variance) / error
+        long = -np.sign(step) * root + skewness_here / 6
+        found = np.where(score * skewness < 0, short, long)
+        return np.where(point.possible, found, np.where(step > 0, -np.inf, np.inf)), error
+
+    def critical(shares: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         above, below = critical_values(shares / error, level)
         # At the border of 1 the two change places.
         below_one, above_one = critical_values((1 - shares) / error, level)
-        return above + above_one - z, below + below_one - z
+        return above + above_one - two_sided, below + below_one - two_sided
 
-    return (
-        lambda shares: test(shares) - critical(shares)[0],
-        lambda shares: -test(shares) - critical(shares)[1],
-    )
+    def too_small(shares: np.ndarray) -> np.ndarray:
+        found, error = departure(shares)
+        return found - critical(shares, error)[0]
+
+    def too_large(shares: np.ndarray) -> np.ndarray:
+        found, error = departure(shares)
+        return -found - critical(shares, error)[1]
+
+    return too_small, too_large
+
+
+def _spread(point: Point, validation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard error of a share's estimate, at least `_BORDER`, and its skewness."""
+    variance = point.variance
+    error = np.maximum(np.sqrt(variance + validation * variance**2), _BORDER)
+    return error, point.third * (variance / error) ** 3
 
 
 def _end(

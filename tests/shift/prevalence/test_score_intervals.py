@@ -73,32 +73,36 @@ def sample_of(source, prevalence, count, seed=1):
     return Sample(target, source, np.zeros(3), np.zeros(3))
 
 
-def kept(own, total):
-    """Ends of the shares that a skew-corrected score test of a binomial share keeps, on a grid."""
+def kept(own, total, classes):
+    """Ends of the binomial shares that are kept, on a grid.
+
+    By a score corrected for skewness in the short tail, and in the long tail by the likelihood
+    ratio's root and a sixth of the skewness.
+    """
     at = np.linspace(1e-6, 1 - 1e-6, 400_001)
     error = np.sqrt(at * (1 - at) / total)
     skewness = (1 - 2 * at) / np.sqrt(total * at * (1 - at))
     score = (own - at) / error
-    short = score * skewness < 0
-    score = np.where(short, score - skewness * np.maximum(score**2 - 1, 0) / 6, score)
-    # Shares below the estimate also have to fall in likelihood.
+    short = score - skewness * np.maximum(score**2 - 1, 0) / 6
     root = np.sqrt(2 * total * np.maximum(rel_entr(own, at) + rel_entr(1 - own, 1 - at), 0))
-    score = np.where(at < own, np.minimum(score, root), score)
+    inside = (total * own + 0.5) / (total + classes / 2)
+    long = np.sign(own - at) * root + (1 - 2 * inside) / np.sqrt(total * inside * (1 - inside)) / 6
+    score = np.where(score * skewness < 0, short, long)
     from_zero, from_one = (critical_values(np.minimum(d / error, 9), 0.95) for d in (at, 1 - at))
     above = from_zero[0] + from_one[1] - Z
     below = from_zero[1] + from_one[0] - Z
-    inside = np.where(at < own, score <= above, -score <= below)
-    return at[inside][0], at[inside][-1]
+    held = np.where(at < own, score <= above, -score <= below)
+    return at[held][0], at[held][-1]
 
 
 @pytest.mark.parametrize("counts", [(30, 25, 45), (0, 3, 97), (12, 0, 288), (0, 0, 60)])
 def test_certain_posteriors_have_intervals_of_a_binomial_share(counts):
-    """Gart and Nam's, with Feldman and Cousins' tails near a border."""
+    """Gart and Nam's and Barndorff-Nielsen's, with Feldman and Cousins' tails near a border."""
     total = sum(counts)
     labels = np.arange(300) % 3
     source = Calibration("none", np.ones(3), np.zeros(3), np.eye(3)[labels], labels)
     found = estimate_prevalence(np.repeat(np.eye(3), counts, axis=0), source)
-    expected = np.array([kept(count / total, total) for count in counts])
+    expected = np.array([kept(count / total, total, len(counts)) for count in counts])
     # Where one class is all there is, it shares its room with one rival at a time.
     slack = 2e-4 if max(counts) < total else 0.02
     np.testing.assert_allclose(found.low, expected[:, 0], atol=slack)
@@ -116,7 +120,10 @@ def test_far_from_both_borders_the_interval_is_wilsons():
 
 
 def test_intervals_of_a_rare_share_cover_it():
-    """Exactly, by the binomial distribution of 300 certain targets: on average .95 to .96."""
+    """Exactly, by the binomial distribution of 300 certain targets: on average .95 to .96.
+
+    Counts can do no better: an interval of mid-p tests has .952 here, and .918 at its worst.
+    """
     labels = np.arange(20_000) % 2
     source = Calibration("none", np.ones(2), np.zeros(2), np.eye(2)[labels], labels)
     counts = np.arange(60)
@@ -125,7 +132,7 @@ def test_intervals_of_a_rare_share_cover_it():
     shares = np.linspace(0.01, 0.1, 600)[:, None]
     held = (binom.pmf(counts, 300, shares) * ((low <= shares) & (shares <= high))).sum(1)
     assert 0.95 < held.mean() < 0.96
-    assert held.min() > 0.92
+    assert held.min() > 0.915
     assert held.max() < 0.99
 
 
