@@ -31,8 +31,8 @@ import tyro
 import flaxtransfer as ft
 from flaxtransfer.analysis.stem import StemReport, stem_report
 from flaxtransfer.data import evaluation_transform
+from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.models import adapters
-from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
 
 SENTINEL_NM = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)
 """Centres of Sentinel-2's bands (M. Drusch et al., 2012)."""

@@ -19,11 +19,16 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.analysis.curvature import Curvature, curvature_by_part, fisher_diagonal
-from flaxtransfer.analysis.gradients import mean_gradient, relative_gradient_norms
+from flaxtransfer.analysis.curvature import (
+    Curvature,
+    curvature_by_part,
+    fisher_diagonal,
+    mean_gradient,
+    relative_gradient_norms,
+)
 from flaxtransfer.data import normalise
-from flaxtransfer.strategies.parts import units
-from flaxtransfer.training.probing import probed_head
+from flaxtransfer.strategies.recipes import units
+from flaxtransfer.training.evaluation import probed_head
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,12 @@ import tyro
 from scipy.ndimage import gaussian_filter
 
 import flaxtransfer as ft
+from flaxtransfer.adapt import adapt_batch_norm, adapt_batch_norm_balanced, minimise_entropy
+from flaxtransfer.adapt.statistics import reader, target_logits
 from flaxtransfer.data.transforms import evaluation_transform
-from flaxtransfer.domain import (
-    adapt_batch_norm,
-    adapt_batch_norm_balanced,
-    minimise_entropy,
-)
-from flaxtransfer.domain.images import reader, target_logits
-from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence.guarded_correction import correct_prior
-from flaxtransfer.training.probing import probed_head
+from flaxtransfer.shift.calibration import Calibration, calibrate
+from flaxtransfer.shift.prior_correction import correct_prior
+from flaxtransfer.training.evaluation import probed_head
 from workers import append_row, compile_once, read_rows, share
 
 

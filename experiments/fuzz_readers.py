@@ -30,19 +30,13 @@ import numpy as np
 import tyro
 from flax import serialization
 
-from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import unflatten
-from flaxtransfer.weights import (
-    big_transfer,
-    huggingface,
-    keras,
-    load,
-    rename,
-    safetensors_file,
-    timm,
-)
-from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights import load
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import big_transfer, huggingface, keras, key_map, timm
+from flaxtransfer.weights.readers import safetensors_file
 
 TINY = ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3)
 BOTTLENECK = dataclasses.replace(TINY, block="bottleneck")
@@ -129,20 +123,20 @@ def damage(files: Files, chance: random.Random) -> Files:
 
 def single_files() -> dict[str, tuple[str, bytes]]:
     """A small file of every container that is one, by name: its suffix and its bytes."""
-    torch_keys = rename.to_keys(timm.table_for(TINY), leaves(TINY))
-    found = {"safetensors": (".safetensors", safetensors_file.write(torch_keys, {"a": "b"}))}
+    torch_keys = key_map.to_keys(timm.table_for(TINY), leaves(TINY))
+    found = {"safetensors": (".safetensors", safetensors_file.write_safetensors(torch_keys, {"a": "b"}))}
     archive = io.BytesIO()
-    np.savez(archive, **rename.to_keys(big_transfer.TABLE, leaves(BIT)))
+    np.savez(archive, **key_map.to_keys(big_transfer.TABLE, leaves(BIT)))
     found["npz"] = (".npz", archive.getvalue())
     v1 = keras.first_version(BOTTLENECK)
-    keras_keys = rename.to_keys(keras.table([]), leaves(v1))
+    keras_keys = key_map.to_keys(keras.table([]), leaves(v1))
     found["h5"] = (".h5", hdf5(keras_keys))
     with_config = io.BytesIO()
     with zipfile.ZipFile(with_config, "w") as file:
         file.writestr("config.json", "{}")
         file.writestr("model.weights.h5", hdf5(keras_keys))
     found["keras"] = (".keras", with_config.getvalue())
-    flax_keys = rename.to_keys(huggingface.FLAX, leaves(TINY))
+    flax_keys = key_map.to_keys(huggingface.FLAX, leaves(TINY))
     found["flax"] = (".msgpack", serialization.msgpack_serialize(unflatten(flax_keys)))
     try:
         import torch

@@ -21,8 +21,8 @@ from typing import get_args
 import numpy as np
 import tyro
 
-from flaxtransfer.shift.diagnosis.diagnosis import diagnose
-from flaxtransfer.shift.diagnosis.verdicts import Conclusion
+from flaxtransfer.shift.diagnosis import diagnose
+from flaxtransfer.shift.report import Conclusion
 from shift_tests import MILD, STRONG, draw, log_posteriors
 
 CONCLUSIONS: tuple[str, ...] = get_args(Conclusion)

@@ -18,14 +18,10 @@ from typing import Any
 import numpy as np
 import tyro
 
-from flaxtransfer.shift.distances.cka import debiased_cka
-from flaxtransfer.shift.distances.frechet import frechet_distance
-from flaxtransfer.shift.distances.proxy_a import proxy_a_distance
-from flaxtransfer.shift.distances.sliced_wasserstein import sliced_wasserstein
-from flaxtransfer.shift.nulls import NullCalibrated
-from flaxtransfer.shift.transferability.h_score import h_score
-from flaxtransfer.shift.transferability.leep import leep
-from flaxtransfer.shift.transferability.logme import logme
+from flaxtransfer.analysis.distances import frechet_distance, sliced_wasserstein
+from flaxtransfer.analysis.similarity import debiased_cka, proxy_a_distance
+from flaxtransfer.analysis.transferability import h_score, leep, logme
+from flaxtransfer.shift.permutation import NullCalibrated
 
 Pair = tuple[np.ndarray, np.ndarray]
 

@@ -21,24 +21,17 @@ import tyro
 from scipy.special import log_softmax
 from scipy.stats import binomtest, kstest
 
-from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.hypotheses import HypothesisTest
-from flaxtransfer.shift.testing.classifier_test import classifier_test
-from flaxtransfer.shift.testing.estimated_posteriors import (
-    EstimatedPosteriors,
-    corrected_posteriors,
-)
-from flaxtransfer.shift.testing.few_labels import (
+from flaxtransfer.shift.calibration import Calibration, calibrate
+from flaxtransfer.shift.concept_shift import (
     label_residual_test,
     log_loss_test,
     posterior_ratio_tests,
 )
-from flaxtransfer.shift.testing.marginal_tests import kolmogorov_smirnov_test
-from flaxtransfer.shift.testing.mmd import mmd_test
-from flaxtransfer.shift.testing.predicted_labels import predicted_label_test
-from flaxtransfer.shift.testing.prior_test import prior_test
-from flaxtransfer.shift.testing.residual_test import residual_test
+from flaxtransfer.shift.label_shift import prior_test, residual_test
+from flaxtransfer.shift.marginals import kolmogorov_smirnov_test, predicted_label_test
+from flaxtransfer.shift.sample_size import EstimatedPosteriors, corrected_posteriors
+from flaxtransfer.shift.statistics import HypothesisTest
+from flaxtransfer.shift.two_sample import classifier_test, mmd_test
 
 CLASSES, WIDTH = 4, 10
 EVEN = np.full(CLASSES, 1 / CLASSES)

@@ -31,7 +31,7 @@ import flaxtransfer as ft
 from flaxtransfer.data.splits import some
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
-from flaxtransfer.strategies.evidence import MOST_IMAGES, measure
+from flaxtransfer.strategies.measure import MOST_IMAGES, measure
 from workers import append_row, compile_once, read_rows, share
 
 TEST_FRACTION = 0.4

@@ -37,7 +37,7 @@ import flaxtransfer as ft
 from flaxtransfer.data import normalise
 from flaxtransfer.masks import selected
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.training.metrics import read_metrics
+from flaxtransfer.training.run_folder import read_metrics
 
 SIZE, CLASSES = 16, 4
 PREPROCESSING = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)

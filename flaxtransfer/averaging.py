@@ -20,6 +20,7 @@ from flaxtransfer.types import Variables
 
 __all__ = ["Soup", "average", "greedy_soup", "interpolate"]
 
+
 Statistics = Callable[[Variables], Any]
 """``variables -> batch_stats``, measured on images."""
 

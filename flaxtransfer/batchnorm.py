@@ -14,6 +14,7 @@ from flaxtransfer.paths import flatten, listing, suggest, unflatten
 
 __all__ = ["Norm", "check", "mode", "modules", "policy"]
 
+
 Norm = Literal["running", "batch"] | frozenset[str]
 """All of one kind, or the paths of the BatchNorms ("layer4/0/bn1") that use batch statistics."""
 

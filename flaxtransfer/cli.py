@@ -23,7 +23,7 @@ from flaxtransfer.commands.probe import Probe, probe
 from flaxtransfer.commands.stem import Stem, stem
 from flaxtransfer.commands.train import train
 from flaxtransfer.sharding import guard_cpu_thread_pool
-from flaxtransfer.training.interrupts import Interrupted
+from flaxtransfer.training.console import Interrupted
 
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]

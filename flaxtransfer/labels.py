@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxtransfer.masks import Mask, selected
-from flaxtransfer.overview import Row, Table, Total, table
+from flaxtransfer.parameter_table import Row, Table, Total, table
 from flaxtransfer.paths import flatten, listing, map_with_path
 
 __all__ = ["Rest", "Row", "Table", "Total", "label", "rest", "table"]

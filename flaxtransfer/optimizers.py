@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from flaxtransfer.groups import FROZEN, Frozen, Group, Schedule, check_groups, trainable_mask
-from flaxtransfer.moments import carry
+from flaxtransfer.masks import segment_or_empty
+from flaxtransfer.optimizer_state import migrate
 from flaxtransfer.paths import (
     flatten,
     listing,
@@ -20,7 +21,6 @@ from flaxtransfer.paths import (
     segment_position,
     unflatten,
 )
-from flaxtransfer.predicates import segment_or_empty
 
 __all__ = [
     "FROZEN",
@@ -28,7 +28,7 @@ __all__ = [
     "Group",
     "Scaled",
     "Schedule",
-    "carry",
+    "migrate",
     "frozen",
     "layerwise_decay",
     "merge",

@@ -4,6 +4,7 @@ from typing import Any
 
 __all__ = ["Params", "PyTree", "Variables"]
 
+
 PyTree = Any
 """Any tree that JAX can flatten."""
 

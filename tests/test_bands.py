@@ -14,10 +14,9 @@ from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
-from flaxtransfer.models.band_components import least_squares
-from flaxtransfer.models.band_kernels import by_wavelength
+from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
+from flaxtransfer.models.band_init import by_wavelength, least_squares
 from flaxtransfer.paths import flatten
-from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
 
 TINY = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
 PREPROCESSING = ft.Preprocessing((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), 16, 16)

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.bands import Adapter
-from flaxtransfer.catalogue import ARCHITECTURES
-from flaxtransfer.costs import costs
 from flaxtransfer.models import lax_conv, resnet
+from flaxtransfer.models.config import Adapter, ResNetConfig
+from flaxtransfer.models.costs import costs
+from flaxtransfer.models.registry import ARCHITECTURES
 
 BASIC = ResNetConfig("basic", (2, 1, 1, 1), width=4, classes=3)
 BOTTLENECK = ResNetConfig("bottleneck", (1, 2, 1, 1), width=8, classes=5)

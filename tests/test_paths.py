@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer import globs
+from flaxtransfer import paths
 from flaxtransfer.paths import (
     SEGMENT_ORDER,
     flatten,
@@ -156,7 +156,7 @@ def test_glob(pattern, matches, misses):
 )
 def test_globs_outside_the_grammar_are_refused(pattern, text):
     with pytest.raises(ValueError, match=text):
-        globs.check(pattern)
+        paths.check(pattern)
     with pytest.raises(ValueError, match=text):
         match(pattern, "fc/kernel")
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxtransfer.classifier import transfer
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.pretrained import transfer
 from flaxtransfer.weights import load
 
 GOLDEN = Path(__file__).parent / "golden" / "torchvision_bottleneck"

@@ -29,12 +29,10 @@ from rich.table import Table
 import flaxtransfer as ft
 from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.strategies.parts import adamw
-from flaxtransfer.training.cached_feed import cached_feed
-from flaxtransfer.training.caching import choose
-from flaxtransfer.training.state import start
-from flaxtransfer.training.step import train_step
-from flaxtransfer.training.suffix import narrow, narrow_phase
+from flaxtransfer.strategies.recipes import adamw
+from flaxtransfer.training.cached_loader import cached_feed
+from flaxtransfer.training.prefix_cache import choose, narrow, narrow_phase
+from flaxtransfer.training.step import start, train_step
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flaxtransfer.shift.prevalence.likelihood import likelihood_pass, maximise
+from flaxtransfer.shift.likelihood import likelihood_pass, maximise
 
 PEER = "quapy is not installed: python -m pip install quapy==0.2.3, or --no-peer"
 
@@ -143,8 +143,8 @@ def peak() -> float:
 
 def weigh(options: Prevalence) -> dict[str, Any]:
     """Memory and seconds of one estimate through the door, on a large target."""
-    from flaxtransfer.shift.calibration.calibration import Calibration
-    from flaxtransfer.shift.prevalence.estimation import estimate_prevalence
+    from flaxtransfer.shift.calibration import Calibration
+    from flaxtransfer.shift.prevalence import estimate_prevalence
 
     classes = options.large_classes
     found, prior = posteriors(options.large_examples, classes, 1.0, options.seed, np.float32)

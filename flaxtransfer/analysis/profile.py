@@ -12,13 +12,12 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from flaxtransfer.features.checks import examples, singles
-from flaxtransfer.features.folds import rarest
+from flaxtransfer.features.checks import examples, singles, standardisation
 from flaxtransfer.features.ridge import ridge_path
-from flaxtransfer.features.standardise import standardisation
-from flaxtransfer.features.sweep import sweep_head
+from flaxtransfer.features.sweep import rarest, sweep_head
 
 __all__ = ["Profile", "SegmentProbe", "probe_profile"]
+
 
 Kind = Literal["ridge", "logistic"]
 

@@ -11,6 +11,7 @@ from flaxtransfer.paths import listing
 
 __all__ = ["OPPONENT", "StemReport", "stem_report"]
 
+
 OPPONENT = 0.05
 """Below this share a filter counts as opponent: what remains of it is a rounding of colour."""
 

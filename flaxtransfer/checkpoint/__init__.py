@@ -10,10 +10,9 @@ On disk: ``<folder>/<step>/tree`` (the leaves by path, uncompressed zarr in OCDB
 ``record``. Only ``orbax_driver`` imports orbax.
 """
 
-from flaxtransfer.checkpoint.arrays import Arrays, folder_of_arrays, read_arrays
-from flaxtransfer.checkpoint.failures import DamagedCheckpointError
-from flaxtransfer.checkpoint.restoring import Restored
-from flaxtransfer.checkpoint.store import Checkpoints
+from flaxtransfer.checkpoint.errors import DamagedCheckpointError
+from flaxtransfer.checkpoint.manager import Checkpoints, Restored
+from flaxtransfer.checkpoint.step_files import Arrays, folder_of_arrays, read_any_arrays
 
 __all__ = [
     "Arrays",

@@ -10,9 +10,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from flaxtransfer.exports import export
-from flaxtransfer.folding import fold_adapter
-from flaxtransfer.weights import load
+from flaxtransfer.weights.export.export import export
+from flaxtransfer.weights.load import load
+from flaxtransfer.weights.save import fold_adapter
 
 Layout = Literal["safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo"]
 

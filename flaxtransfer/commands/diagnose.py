@@ -12,21 +12,22 @@ import numpy as np
 from rich.console import Console
 from scipy.special import log_softmax
 
-from flaxtransfer.appearing import appearing, write
+from flaxtransfer.adapt.scores import Evidence, evidence
 from flaxtransfer.commands.job import image_bands, split
 from flaxtransfer.commands.options import Train, training_options
-from flaxtransfer.data import Source, open_source
+from flaxtransfer.data.loaders import held_out
+from flaxtransfer.data.open import Unlabelled, open_source, open_unlabelled
+from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import some
-from flaxtransfer.data.unlabelled import Unlabelled, open_unlabelled
-from flaxtransfer.domain.evidence import Evidence, evidence
-from flaxtransfer.models import resnet
+from flaxtransfer.files import atomic_write, write_file
+from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import suggest
-from flaxtransfer.report.shift_tables import print_report
-from flaxtransfer.shift.diagnosis.diagnosis import diagnose as diagnose_arrays
-from flaxtransfer.shift.diagnosis.shift_report import ShiftReport
-from flaxtransfer.training.feed import held_out
+from flaxtransfer.report.shift_page import print_report
+from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
+from flaxtransfer.shift.report import ShiftReport
 from flaxtransfer.training.run_folder import validation_of, weights_of
-from flaxtransfer.weights import Checkpoint, load
+from flaxtransfer.weights.load import load
+from flaxtransfer.weights.pretrained import Checkpoint
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -103,18 +104,18 @@ def write_report(
     out: Path, report: ShiftReport, source: Evidence, found: Evidence, *, run: Path, target: str
 ) -> None:
     """A folder that appears whole: JSON, a page, and the pictures on it."""
-    from flaxtransfer.report.shift_drawings import shift_drawings
+    from flaxtransfer.report.shift_figures import shift_drawings
     from flaxtransfer.report.shift_page import shift_page
 
     pictures = shift_drawings(report, source.features, source.labels, found.features)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(out) as folder:
+    with atomic_write(out) as folder:
         folder.mkdir()
         for name, (_, png) in pictures.items():
-            write(folder / f"{name}.png", png)
-        write(folder / REPORT_FILE, (json.dumps(report.to_json(), indent=2) + "\n").encode())
+            write_file(folder / f"{name}.png", png)
+        write_file(folder / REPORT_FILE, (json.dumps(report.to_json(), indent=2) + "\n").encode())
         page = shift_page(report, dict(pictures.values()), source=str(run), target=target)
-        write(folder / PAGE_FILE, page.encode())
+        write_file(folder / PAGE_FILE, page.encode())
 
 
 def _samples(

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from flaxtransfer.commands.job import image_bands, split
 from flaxtransfer.commands.options import training_options
-from flaxtransfer.data import Source, open_source
-from flaxtransfer.models import resnet
+from flaxtransfer.data.loaders import held_out
+from flaxtransfer.data.open import open_source
+from flaxtransfer.data.source import Source
+from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.training.evaluation import evaluate as measure
-from flaxtransfer.training.feed import held_out
 from flaxtransfer.training.run_folder import weights_of
-from flaxtransfer.weights import load
+from flaxtransfer.weights.load import load
 
 
 @dataclass(frozen=True)

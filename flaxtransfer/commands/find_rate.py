@@ -14,16 +14,16 @@ from flaxtransfer.commands.job import Job, prepare
 from flaxtransfer.commands.options import Train
 from flaxtransfer.groups import Group
 from flaxtransfer.paths import suggest
-from flaxtransfer.report.rate_picture import check_picture, rate_picture
+from flaxtransfer.report.figures import check_picture, rate_picture
 from flaxtransfer.schedules import WarmupCosine
-from flaxtransfer.training.finder import (
+from flaxtransfer.training.loop import fit
+from flaxtransfer.training.lr_finder import (
     RateSweep,
     check_sweep,
     find_learning_rate,
     find_learning_rates,
 )
-from flaxtransfer.training.loop import fit
-from flaxtransfer.training.phases import Phase, Plan
+from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.types import Variables
 
 

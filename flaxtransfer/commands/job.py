@@ -8,23 +8,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxtransfer.adaptation import change_input
+from flaxtransfer.classifier import TransferReport, transfer
 from flaxtransfer.commands.options import Train
 from flaxtransfer.commands.plan import strategy_plan
-from flaxtransfer.data import Source, Splits, open_source, stratified_split
-from flaxtransfer.data.splits import some
+from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
+from flaxtransfer.data.loaders import Feed, held_out, source_feed
+from flaxtransfer.data.open import open_source
+from flaxtransfer.data.source import Source
+from flaxtransfer.data.splits import Splits, some, stratified_split
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
-from flaxtransfer.models import Model
+from flaxtransfer.models.input_channels import change_input
+from flaxtransfer.models.model import Model
 from flaxtransfer.paths import flatten
-from flaxtransfer.pretrained import TransferReport, transfer
 from flaxtransfer.strategies import RECIPES
-from flaxtransfer.strategies.evidence import MEASURED, MOST_IMAGES, Evidence, measure
-from flaxtransfer.training.band_statistics import band_patches, band_preprocessing
+from flaxtransfer.strategies.measure import MEASURED, MOST_IMAGES, Evidence, measure
 from flaxtransfer.training.evaluation import Evaluation, evaluate
-from flaxtransfer.training.feed import Feed, held_out, source_feed
-from flaxtransfer.training.phases import Plan
+from flaxtransfer.training.plan import Plan
 from flaxtransfer.types import Variables
-from flaxtransfer.weights import Checkpoint, Preprocessing, load
+from flaxtransfer.weights.load import load
+from flaxtransfer.weights.preprocessing import Preprocessing
+from flaxtransfer.weights.pretrained import Checkpoint
 
 
 @dataclass(frozen=True)

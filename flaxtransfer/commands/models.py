@@ -10,11 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.catalogue import ARCHITECTURES
-from flaxtransfer.costs import costs
-from flaxtransfer.globs import match
-from flaxtransfer.paths import suggest
+from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.costs import costs
+from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.paths import match, suggest
 
 
 @dataclass(frozen=True)

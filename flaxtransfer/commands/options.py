@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from flaxtransfer.adaptation import Way
 from flaxtransfer.commands.plan import is_file
-from flaxtransfer.training.caching import Cache
+from flaxtransfer.models.input_channels import Way
+from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import CONFIG_FILE
 
 

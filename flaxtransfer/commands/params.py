@@ -10,12 +10,11 @@ import optax
 from rich.console import Console
 
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.catalogue import ARCHITECTURES
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
-from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import ARCHITECTURES, resnet
 from flaxtransfer.optimizers import FROZEN, Frozen, Group, layerwise_decay, trainable_mask
-from flaxtransfer.overview import table
+from flaxtransfer.parameter_table import table
 from flaxtransfer.paths import suggest
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from flaxtransfer.catalogue import ARCHITECTURES
-from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import ARCHITECTURES, resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.strategies import RECIPES
-from flaxtransfer.training import phases
-from flaxtransfer.training.plan_file import load_plan, save_plan
-from flaxtransfer.training.plan_table import plan_table
+from flaxtransfer.training.plan import Plan as TrainingPlan
+from flaxtransfer.training.plan import plan_table
+from flaxtransfer.training.plan_yaml import load_plan, save_plan
 from flaxtransfer.types import Params
 
 
@@ -63,7 +62,7 @@ def is_file(strategy: str) -> bool:
     return strategy.endswith((".yaml", ".yml"))
 
 
-def strategy_plan(strategy: str, params: Params, settings: Mapping[str, Any]) -> phases.Plan:
+def strategy_plan(strategy: str, params: Params, settings: Mapping[str, Any]) -> TrainingPlan:
     """The plan that a name or a file means.
 
     Args:

@@ -9,14 +9,14 @@ from typing import Literal
 from rich.console import Console
 
 from flaxtransfer.analysis.profile import probe_profile
+from flaxtransfer.classifier import transfer
 from flaxtransfer.commands.job import split
 from flaxtransfer.commands.options import Train
-from flaxtransfer.data import open_source
+from flaxtransfer.data.loaders import held_out
+from flaxtransfer.data.open import open_source
 from flaxtransfer.data.splits import some
-from flaxtransfer.features.extraction import segment_features
-from flaxtransfer.pretrained import transfer
-from flaxtransfer.training.feed import held_out
-from flaxtransfer.weights import load
+from flaxtransfer.features.extract import segment_features
+from flaxtransfer.weights.load import load
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def probe(options: Probe, console: Console) -> None:
     )  # fmt: skip
     console.print(str(profile), highlight=False)
     if options.out is not None:
-        from flaxtransfer.report.profile_picture import draw_profile
+        from flaxtransfer.report.figures import draw_profile
 
         draw_profile(profile, options.out)
         console.print(f"drawn in {options.out}", highlight=False, soft_wrap=True)

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from flaxtransfer.analysis.stem import stem_report
 from flaxtransfer.paths import flatten
-from flaxtransfer.report.stem_picture import stem_picture
+from flaxtransfer.report.figures import stem_picture
 from flaxtransfer.training.run_folder import weights_of
-from flaxtransfer.weights import load
+from flaxtransfer.weights.load import load
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,16 @@ from rich.table import Table
 
 from flaxtransfer.commands.job import Job, prepare
 from flaxtransfer.commands.options import Train
-from flaxtransfer.data import Splits
-from flaxtransfer.data.splits import some
-from flaxtransfer.features.baseline import instant_baseline
-from flaxtransfer.features.extraction import pooled_features
-from flaxtransfer.models import Model, resnet
-from flaxtransfer.strategies import from_scratch
+from flaxtransfer.data.loaders import Feed, held_out
+from flaxtransfer.data.splits import Splits, some
+from flaxtransfer.features.class_means import instant_baseline
+from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.models.model import Model
+from flaxtransfer.models.registry import resnet
+from flaxtransfer.strategies.recipes import from_scratch
 from flaxtransfer.training.evaluation import Evaluation
-from flaxtransfer.training.feed import Feed, held_out
 from flaxtransfer.training.loop import Fitted, Options, fit
-from flaxtransfer.training.phases import Plan
-from flaxtransfer.training.plan_table import plan_table
+from flaxtransfer.training.plan import Plan, plan_table
 from flaxtransfer.training.run_folder import write_json
 from flaxtransfer.types import Variables
 

@@ -12,8 +12,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from flaxtransfer.data.band_files import decode_bands
-from flaxtransfer.data.decode import FORMATS, ImageError, is_image
+from flaxtransfer.data.decode import FORMATS, ImageError, decode_bands, is_image
 from flaxtransfer.data.source import Example, position
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}

@@ -13,6 +13,7 @@ from flaxtransfer.paths import suggest
 if TYPE_CHECKING:
     from PIL import Image
 
+
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 

@@ -1,18 +1,232 @@
-"""Batches from a source: order, augmentation and sharding are pure functions of seed and step."""
+"""Batches: order, sharding and augmentation as pure functions of seed and step.
+
+Which element stands where: the order of an epoch, and the rows of a shard.
+
+One example on its way into a batch: loaded, transformed, and checked against the first.
+
+A fixed number of augmented versions of each image, in place of new ones in every epoch.
+
+Batches from a source: order, augmentation and sharding are pure functions of seed and step.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypedDict
 
 import grain
 import numpy as np
 
-from flaxtransfer.data.elements import Augment, Batch, Evaluate, Load, first_shape
-from flaxtransfer.data.ordering import Rows, Shuffled, seeds
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.steps import Transform, is_random
+from flaxtransfer.data.transforms import Transform, is_random
+
+
+class Shuffled(grain.MapDataset):
+    """Each epoch in an order of its own, a pure function of seed and epoch.
+
+    Grain's own shuffle computes every position alone, by walking a cycle of 65536 until it meets
+    one that exists: for forty examples, a millisecond each. A whole permutation costs nothing for
+    small sets, and for a million examples a tenth of a second an epoch.
+    """
+
+    def __init__(self, parent: grain.MapDataset, seed: int) -> None:
+        super().__init__(parent)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):  # the signature is grain's
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, len(self))
+        return self._parent[int(permutation(self._seed, epoch, len(self))[place])]
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch, int64 ``[count]``.
+
+    >>> sorted(permutation(0, 1, 5).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    # Raw generator output, unlike ``permutation``, is the same in every release of NumPy.
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    order = np.argsort(keys, kind="stable")
+    order.flags.writeable = False  # shared by all who ask again
+    return order
+
+
+def seeds(seed: int) -> tuple[int, int]:
+    """Of the order and of the draws: hashed, so that both, and neighbouring seeds, are independent.
+
+    >>> len(set(seeds(0)) | set(seeds(1)))
+    4
+    """
+    order, draws = np.random.SeedSequence(seed).generate_state(2).tolist()
+    return order, draws
+
+
+def training_rows(
+    count: int, *, batch_size: int, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples batch ``step`` of ``train_batches`` is made of, without making it.
+
+    Returns:
+      For each row its example, as a place in the indices that training was given, and the number
+      of the pass over them; both int64 ``[batch_size]``.
+
+    >>> rows, passes = training_rows(3, batch_size=4, seed=0, step=0)
+    >>> sorted(rows[:3].tolist()), passes.tolist()
+    ([0, 1, 2], [0, 0, 0, 1])
+    """
+    passes, places = np.divmod(step * batch_size + np.arange(batch_size), count)
+    order, _ = seeds(seed)
+    rows = [permutation(order, int(n), count)[places[passes == n]] for n in np.unique(passes)]
+    return np.concatenate(rows), passes
+
+
+class Rows(grain.MapDataset):
+    """Of every ``batch_size`` elements those that belong to one shard, in order."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, shard: tuple[int, int]) -> None:
+        super().__init__(parent)
+        self._whole = batch_size
+        self._part = batch_size // shard[1]
+        self._first = shard[0] * self._part
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._whole * self._part
+
+    def __getitem__(self, index):  # the signature is grain's
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._part)
+        return self._parent[batch * self._whole + self._first + row]
+
+
+class Batch(TypedDict, total=False):
+    """``batch`` examples side by side; ``weight`` is there in evaluation only."""
+
+    image: np.ndarray  # uint8 [batch, height, width, channels]
+    label: np.ndarray  # int32 [batch]
+    index: np.ndarray  # int64 [batch], the positions in the source; -1 for padding
+    weight: np.ndarray  # float32 [batch], 1 for an example, 0 for padding
+
+
+@dataclass(frozen=True)
+class Load:
+    """The position of an example to the example."""
+
+    source: Source
+
+    def __call__(self, index: np.int64) -> Batch:
+        example = self.source[index]
+        # Scalars of the final dtype: the batch is their stack.
+        return {
+            "image": example["image"],
+            "label": np.asarray(example["label"], np.int32),
+            "index": np.asarray(index, np.int64),
+        }
+
+
+@dataclass(frozen=True)
+class Augment:
+    """The transform, and the check that its results fit into one batch."""
+
+    transform: Transform | None
+    shape: tuple[int, ...]
+
+    def __call__(self, example: Batch, rng: np.random.Generator) -> Batch:
+        image = transformed(example["image"], self.transform, rng)
+        if image.shape != self.shape:
+            raise ValueError(
+                f"example {int(example['index'])} has become {list(image.shape)}, the first one "
+                f"{list(self.shape)}: a batch needs one size; "
+                + (
+                    "give a transform, such as evaluation_transform(preprocessing)"
+                    if self.transform is None
+                    else f"{self.transform!r} keeps different sizes"
+                )
+            )
+        return {**example, "image": image}
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The position of an example to the example with its weight; -1 to padding."""
+
+    load: Load
+    augment: Augment
+
+    def __call__(self, index: np.int64) -> Batch:
+        if index < 0:
+            example: Batch = {
+                "image": np.zeros(self.augment.shape, np.uint8),
+                "label": np.asarray(0, np.int32),
+                "index": np.asarray(-1, np.int64),
+            }
+        else:
+            example = self.augment(self.load(index), np.random.default_rng(int(index)))
+        return {**example, "weight": np.asarray(index >= 0, np.float32)}
+
+
+def transformed(
+    image: np.ndarray, transform: Transform | None, rng: np.random.Generator
+) -> np.ndarray:
+    """The transform's result, which must be uint8 ``[height, width, channels]``."""
+    if transform is not None:
+        image = transform(image, rng)
+    dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
+    if dtype != np.uint8 or len(shape) != 3:
+        raise TypeError(
+            f"{transform!r} made {dtype} {list(shape)} of an image, wanted uint8 [height, width, "
+            "channels]; the values are normalised on the device, by normalise()"
+        )
+    return image
+
+
+def first_shape(
+    source: Source, indices: Sequence[int] | np.ndarray, transform: Transform | None
+) -> tuple[int, ...]:
+    """The shape that all examples must have: that of the first."""
+    first = source[indices[0]]["image"]
+    return transformed(first, transform, np.random.default_rng(0)).shape
+
+
+@dataclass(frozen=True)
+class FixedView:
+    """One version of every image: what a random transform makes of it with draws that never change.
+
+    For ``eval_batches``, whose generator depends on the example alone: the same seed and view give
+    the same pixels in every run, on any number of threads.
+
+    Args:
+      transform: the random transform.
+      seed: of the draws.
+      view: number of the version, 0 or more; versions are independent of each other.
+
+    >>> noise = lambda image, rng: image + rng.integers(0, 99, image.shape, dtype=np.uint8)
+    >>> image, example = np.zeros((2, 2, 1), np.uint8), 7
+    >>> views = [FixedView(noise, 0, k)(image, np.random.default_rng(example)) for k in (0, 1, 0)]
+    >>> bool((views[0] == views[2]).all()), bool((views[0] == views[1]).all())
+    (True, False)
+    """
+
+    transform: Transform
+    seed: int
+    view: int
+
+    random: ClassVar[bool] = False
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
+        own = np.random.default_rng([self.seed, self.view, int(rng.integers(2**63))])
+        return self.transform(image, own)
+
 
 # Threads work on whole batches, so that each one beyond the first costs a batch of memory.
 DEFAULT_THREADS = min(4, os.cpu_count() or 1)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import operator
-import os
 from dataclasses import dataclass
 from typing import Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
-
-from flaxtransfer.paths import suggest
-
-SCHEMES = ("digits", "tfds:<name>[/config][:version][:split]", "folder:<path>")
 
 
 class Example(TypedDict):
@@ -46,81 +41,6 @@ class Source(Protocol):
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[examples]``, without decoding an image."""
         ...
-
-
-def open_source(
-    spec: str,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    download: bool = False,
-    skip_corrupt: bool = False,
-    min_side: int | None = None,
-    bands: int | None = None,
-) -> Source:
-    """Opens the data set that ``spec`` names.
-
-    Arrays that are in memory already need no ``spec``: see ``ArraySource``.
-
-    Args:
-      spec: ``"digits"`` (scikit-learn's handwritten digits, 8 x 8 px, built on first use),
-        ``"tfds:<name>[/config][:version][:split]"`` (a prepared TensorFlow Datasets data set, read
-        without TensorFlow; the split may be a slice such as ``train[:80%]`` and is ``train`` when
-        left out), or ``"folder:<path>"`` (one sub-folder of images a class).
-      cache_dir: where prepared data sets lie, in the layout of TensorFlow Datasets. Default for
-        ``digits``: the environment variable FLAXTRANSFER_CACHE, else ``~/.cache/flaxtransfer``;
-        for ``tfds:`` that library's own default (TFDS_DATA_DIR, else ``~/tensorflow_datasets``).
-      download: whether a ``tfds:`` data set that is not prepared may be fetched from the internet.
-      skip_corrupt: for ``folder:``, leave out files that are no image or cannot be decoded, and
-        list them in ``source.skipped``; every file is read once to find them.
-      min_side: for images from files: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size
-        as long as its shorter side keeps this many pixels. It is several times faster, and
-        differs slightly from resizing the full image.
-      bands: channels to read from the files of a ``folder:``, RGB when left out. Other sources have
-        the channels that they have.
-
-    Returns:
-      The source.
-
-    Raises:
-      ValueError: the spec is not understood, or names something that does not exist.
-      FileNotFoundError: the folder or the prepared data set is missing.
-
-    >>> open_source("digit")
-    Traceback (most recent call last):
-    ...
-    ValueError: unknown data source 'digit'; did you mean 'digits'? known: 'digits', ...
-    """
-    scheme, colon, rest = spec.partition(":")
-    if spec == "digits":
-        from flaxtransfer.data.digits import open_digits
-
-        return open_digits(cache_dir)
-    if scheme == "tfds" and colon:
-        from flaxtransfer.data.tfds import open_tfds
-
-        return open_tfds(rest, data_dir=cache_dir, download=download, min_side=min_side)
-    if scheme == "folder" and colon:
-        from flaxtransfer.data.folder import open_folder
-
-        return open_folder(
-            rest, skip_corrupt=skip_corrupt, min_side=min_side, bands=3 if bands is None else bands
-        )
-    raise ValueError(_unknown(spec, scheme, bool(colon)))
-
-
-def _unknown(spec: str, scheme: str, has_colon: bool) -> str:
-    text = f"unknown data source {spec!r}"
-    if scheme == "digits":
-        text += ": 'digits' takes nothing after it;"
-    elif not has_colon and os.path.isdir(os.path.expanduser(spec)):
-        text += f"; it is a folder: write 'folder:{spec}';"
-    else:
-        text += suggest(scheme, ["digits", "tfds", "folder"]) or ";"
-    known = ", ".join(repr(scheme) for scheme in SCHEMES)
-    text += f" known: {known}"
-    if not has_colon and spec.isidentifier():
-        text += f" (a TensorFlow Datasets name is written 'tfds:{spec}')"
-    return text
 
 
 def position(index: SupportsIndex, length: int) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 __all__ = ["Diagonal", "Inverse", "Problem", "Solution", "solve"]
 
+
 _MEMORY = 4
 """Pairs of L-BFGS; few are enough where the first guess of the inverse Hessian is this good."""
 

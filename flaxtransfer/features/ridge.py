@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.features.axes import left_axes
 from flaxtransfer.features.checks import examples, matching
+from flaxtransfer.features.logistic import left_axes
 
 __all__ = ["RidgePath", "ridge_path"]
+
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-3, 6, 19))
 """Strengths that suit standardised features of any number, half a decade apart."""

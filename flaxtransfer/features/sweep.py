@@ -1,22 +1,93 @@
-"""A head on features with a strength chosen by cross-validation: one call, one compiled program."""
+"""Heads with a strength chosen by cross-validation.
+
+Examples that are held out: stratified folds.
+
+A head on features with a strength chosen by cross-validation: one call, one compiled program.
+
+A head at its optimum on frozen features, for features as the network gives them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from flaxtransfer.features.checks import examples, matching, singles
-from flaxtransfer.features.folds import deal, rarest
+from flaxtransfer.features.checks import class_labels, examples, matching, singles, standardisation
 from flaxtransfer.features.logistic import LogisticPath, logistic_path
 from flaxtransfer.features.ridge import STRENGTHS as RIDGE_STRENGTHS
 from flaxtransfer.features.ridge import ridge_path
-from flaxtransfer.features.standardise import standardisation
 
-__all__ = ["HeadSweep", "sweep_head"]
+__all__ = [
+    "HeadSweep",
+    "SolvedHead",
+    "deal",
+    "rarest",
+    "solved_head",
+    "stratified_folds",
+    "sweep_head",
+]
+
+
+def stratified_folds(labels: Any, folds: int, seed: int = 0) -> np.ndarray:
+    """The fold in which each example is held out, int64 ``[examples]``.
+
+    Folds differ by at most one example, in all and within every class.
+
+    Raises:
+      TypeError: labels that are no integers.
+      ValueError: labels of another shape; a class with fewer examples than folds.
+
+    >>> np.bincount(stratified_folds([0, 0, 0, 1, 1, 1, 1], 3)).tolist()
+    [3, 2, 2]
+    """
+    label = class_labels(labels)
+    if label.ndim != 1 or not label.size:
+        raise ValueError(f"labels have shape {label.shape}, wanted [examples], one or more")
+    names, counts = np.unique(label, return_counts=True)
+    if small := {int(c): int(n) for c, n in zip(names, counts, strict=True) if n < folds}:
+        raise ValueError(f"{folds} folds want as many examples of each class; there are {small}")
+    # Raw generator output, unlike ``permutation``, is the same in every release of NumPy.
+    keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(len(label))
+    # Class after class is dealt out in turn, the next where the last one ended.
+    dealt = np.empty(len(label), np.int64)
+    dealt[np.lexsort([keys, label])] = np.arange(len(label)) % folds
+    return dealt
+
+
+def deal(label: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
+    """As ``stratified_folds``, but -1 for the only example of a class, which is never held out.
+
+    >>> deal(np.array([0, 0, 1, 2, 2]), 2).tolist().count(-1)
+    1
+    """
+    several = ~np.isin(label, singles(label))
+    dealt = np.full(len(label), -1)
+    dealt[several] = stratified_folds(label[several], folds, seed)
+    return dealt
+
+
+def rarest(label: np.ndarray) -> tuple[int, int]:
+    """Of the classes with several examples the one with the fewest, and how many: most folds.
+
+    Raises:
+      ValueError: every class has one example.
+
+    >>> rarest(np.array([0, 0, 0, 1, 1, 2]))
+    (1, 2)
+    """
+    names, counts = np.unique(label, return_counts=True)
+    if (counts == 1).all():
+        raise ValueError(
+            "every class has one example, so that none can be held out; give two or more, or fit "
+            "nearest_mean, which needs no more"
+        )
+    n = np.where(counts > 1, counts, counts.max() + 1).argmin()
+    return int(names[n]), int(counts[n])
+
 
 Kind = Literal["logistic", "ridge"]
 Rule = Literal["loss", "accuracy", "one_standard_error"]
@@ -256,3 +327,71 @@ def _check_choices(kind: str, rule: str, folds: int, seeds: Sequence[int]) -> No
         problems.append(f"seeds is {list(seeds)}, wanted one or more, 0 or greater")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+_STRENGTH_OF_ONE = 10.0
+"""Penalty on standardised features where nothing can be held out to choose it by."""
+
+
+class SolvedHead(NamedTuple):
+    """A linear head.
+
+    Args:
+      kernel: float64 ``[features, classes]``.
+      bias: float64 ``[classes]``.
+      text: how it was found, for a person.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    text: str
+
+
+def solved_head(
+    features: Any, labels: Any, classes: int, *, folds: int = 5, seed: int = 0
+) -> SolvedHead:
+    """Multinomial logistic regression to the optimum, its strength chosen by folds.
+
+    Use it to begin fine-tuning with a head that fits the features, so that the first gradients do
+    not distort them. Features are standardised for the fit, and the head is turned back into one
+    for features as they were given: a network with it gives the fitted head's logits.
+
+    Args:
+      features: ``[examples, features]``, finite.
+      labels: integers ``[examples]``, 0 .. classes - 1, each class with an example or more. The
+        only example of a class is never held out; where every class has one alone, the strength
+        is a fixed one.
+      classes: how many there are.
+      folds: by which the strength is chosen; fewer where a class has fewer examples.
+      seed: of the folds.
+
+    Raises:
+      ValueError: a class without examples, and as ``logistic_path``.
+      TypeError: labels that are no integers.
+
+    References:
+      A. Kumar et al., "Fine-Tuning Can Distort Pretrained Features and Underperform
+      Out-of-Distribution", 2022 (a solved head before fine-tuning).
+
+    >>> labels = np.arange(40) % 2
+    >>> random = np.random.default_rng(0)
+    >>> head = solved_head(random.normal(size=(40, 8)) + 4 * labels[:, None], labels, 2)
+    >>> head.kernel.shape, head.text.split(",")[0]
+    ((8, 2), 'logistic regression on 40 examples')
+    """
+    _, label, _ = examples(features, labels, classes)
+    begin = f"logistic regression on {len(label)} examples"
+    counts = np.bincount(label, minlength=classes)
+    if counts.max() > 1:
+        found = sweep_head(features, label, folds=folds, seeds=(seed,), classes=classes)
+        text = (
+            f"{begin}, strength {found.strength:.3g}; {100 * found.accuracy:.1f} % of those held "
+            "out are right"
+        )
+        return SolvedHead(found.kernel, found.bias, text)
+    scaling = standardisation(features)
+    path = logistic_path(scaling(features), label, _STRENGTH_OF_ONE, classes=classes)
+    kernel, bias = scaling.undo(path.kernels[0], path.biases[0])
+    return SolvedHead(
+        kernel, bias, f"{begin}, strength {_STRENGTH_OF_ONE:g}, for each class has but one example"
+    )

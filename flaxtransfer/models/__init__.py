@@ -3,11 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.convolution import conv, lax_conv
 from flaxtransfer.models.model import Model
-from flaxtransfer.models.resnet import resnet
+from flaxtransfer.models.registry import ARCHITECTURES, RESNETS, resnet
 
 if TYPE_CHECKING:
     from flaxtransfer.models import nnx

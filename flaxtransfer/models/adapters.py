@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flaxtransfer.bands import Adapter
-from flaxtransfer.models.band_kernels import checked_stem, luminance
+from flaxtransfer.models.band_init import checked_stem, luminance
+from flaxtransfer.models.config import Adapter
 from flaxtransfer.types import Params
 
 __all__ = ["Adapter", "apply", "fold", "init", "shapes"]

@@ -26,6 +26,7 @@ from jax import lax
 
 __all__ = ["by_taps", "conv", "lax_conv"]
 
+
 Pair = tuple[int, int]
 
 _SMALL_MAP = 16

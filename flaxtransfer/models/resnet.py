@@ -1,65 +1,324 @@
-"""ResNets by name, as torchvision defines them."""
+"""The ResNet family: blocks, network and constructor.
 
-from dataclasses import replace
-from typing import Any
+Attention over channels: each channel of a map is scaled by a number between 0 and 1.
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.catalogue import ARCHITECTURES
-from flaxtransfer.models.convolution import conv
-from flaxtransfer.models.layers import Convolution
-from flaxtransfer.models.model import Model
-from flaxtransfer.paths import suggest
+The residual blocks of a ResNet, under torchvision's and timm's names.
 
-__all__ = ["resnet"]
+A ResNet as a Linen module that runs any slice of its segments.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flaxtransfer.batchnorm import Norm
+from flaxtransfer.models import adapters
+from flaxtransfer.models.config import Adapter, ResNetConfig, eca_size, squeezed
+from flaxtransfer.models.layers import Layers, anti_aliased, average_pool, blur_pool, max_pool
+
+__all__ = ["Network", "attention", "block_of", "segments_of"]
 
 
-def resnet(
-    architecture: str | ResNetConfig,
-    *,
-    classes: int | None = None,
-    dtype: Any = None,
-    zero_head: bool = False,
-    zero_init_residual: bool = False,
-    convolution: Convolution = conv,
-) -> Model:
-    """A ResNet of the v1.5 family, with torchvision's layers, paddings and names.
+class Dense1x1(nn.Module):
+    """A dense layer with a bias, whose kernel is that of a 1x1 convolution as in torch."""
 
-    It is the network alone. For pre-trained numbers, `flaxtransfer.load` reads a checkpoint and
-    `flaxtransfer.pretrained` makes the model that fits it and your classes.
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # `initialise` draws the kernel.
+        shape = (1, 1, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+        return jnp.dot(x, kernel[0, 0], precision=lax.Precision.HIGHEST) + bias
+
+
+class SqueezeExcite(nn.Module):
+    """Two dense layers on the means of all channels."""
+
+    ratio: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        means = nn.relu(Dense1x1(squeezed(channels, self.ratio), name="fc1")(x.mean((1, 2))))
+        return x * nn.sigmoid(Dense1x1(channels, name="fc2")(means))[:, None, None]
+
+
+class EfficientAttention(nn.Module):
+    """One short filter along the means of all channels."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        filtered = Filter(eca_size(x.shape[-1]), name="conv")(x.mean((1, 2)))
+        return x * nn.sigmoid(filtered)[:, None, None]
+
+
+class Filter(nn.Module):
+    """A filter along the channels, beyond which there is 0."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.zeros, (self.size, 1, 1), jnp.float32)
+        kernel = kernel.astype(x.dtype)
+        padded = jnp.pad(x, ((0, 0), (self.size // 2, self.size // 2)))
+        taps = [padded[:, i : i + x.shape[1]] * kernel[i, 0, 0] for i in range(self.size)]
+        return sum(taps[1:], start=taps[0])
+
+
+def attention(config: ResNetConfig, name: str) -> nn.Module | None:
+    """The module that a config asks for; None without one."""
+    if config.attention == "se":
+        return SqueezeExcite(config.se_ratio, name=name)
+    return EfficientAttention(name=name) if config.attention == "eca" else None
+
+
+class Downsample(Layers):
+    """What brings the shortcut to the shape of its block.
+
+    Its parts are numbered as in torch: an average-pool before the convolution is number 0. In a
+    network of pre-activations it has no norm.
+    """
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        pooled = self.config.shortcut == "average"
+        if pooled:
+            if self.stride != 1:
+                x = average_pool(x, padded=True)
+            x = self.convolve("1", x, self.features, 1)
+        else:
+            size = self.config.shortcut_kernel if self.stride != 1 else 1
+            x = self.convolve("0", x, self.features, size, self.stride)
+        return x if self.config.preactivation else self.normalise(str(1 + pooled), x, norm)
+
+
+class Block(Layers):
+    """What all blocks have in common.
 
     Args:
-      architecture: "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", a wide or ResNeXt
-        form such as "wide_resnet50_2" and "resnext50_32x4d", or a config of your own.
-      classes: outputs of the head; None keeps the config's.
-      dtype: of the convolutions; None is that of the parameters. See `Model`.
-      zero_head: whether `init` sets the head's kernel to 0.
-      zero_init_residual: whether `init` makes every block start as an identity.
-      convolution: the function that convolves; `lax_conv` gives the same network without the
-        remedies for CPU.
-
-    Raises:
-      ValueError: an unknown name, with the nearest; numbers that describe no network.
-
-    >>> import jax
-    >>> model = resnet("resnet18", classes=10)
-    >>> sum(leaf.size for leaf in jax.tree.leaves(model.abstract()["params"]))
-    11181642
-
-    References:
-      K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
-      P. Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017 (stride
-      in the 3x3 convolution; zero-initialised last scale of each block).
+      stage: 1 to 4.
+      index: in the stage, from 0.
     """
-    config = _by_name(architecture) if isinstance(architecture, str) else architecture
-    if classes is not None:
-        config = replace(config, classes=classes)
-    return Model(config, dtype, zero_head, zero_init_residual, convolution)
+
+    stage: int
+    index: int
+
+    @property
+    def stride(self) -> int:
+        """Of the block."""
+        return self.config.stride(self.stage, self.index)
+
+    @property
+    def planes(self) -> int:
+        """Output channels before expansion."""
+        return self.config.width * 2 ** (self.stage - 1)
+
+    @property
+    def convolved(self) -> int:
+        """The stride that convolutions have; an anti-aliased block lowers resolution after one."""
+        return 1 if self.config.anti_alias else self.stride
+
+    def lower(self, x: jax.Array) -> jax.Array:
+        """`x` at the block's resolution, where no convolution has the stride."""
+        alias = self.config.anti_alias
+        return anti_aliased(x, alias) if alias and self.stride != 1 else x
+
+    def join(self, x: jax.Array, y: jax.Array, norm: Norm) -> jax.Array:
+        """The block's input, fitted to its output `y`, plus `y`."""
+        if (scaled := attention(self.config, "se")) is not None:
+            y = scaled(y)
+        if self.config.has_shortcut(self.stage, self.index):
+            x = self.downsample(x, norm)
+        if x.shape != y.shape:
+            raise ValueError(
+                f"at {'/'.join(self.path)} the shortcut has {x.shape[1]}x{x.shape[2]} positions, "
+                f"and the block {y.shape[1]}x{y.shape[2]}: average anti-aliasing takes images "
+                "whose sides are multiples of 32"
+            )
+        return nn.relu(x + y)
+
+    def downsample(self, x: jax.Array, norm: Norm) -> jax.Array:
+        """`x` in the shape of the block's output."""
+        features = self.planes * self.config.expansion
+        parts = (self.dtype, self.convolution, self.config, features, self.stride)
+        return Downsample(*parts, name="downsample")(x, norm)
 
 
-def _by_name(name: str) -> ResNetConfig:
-    if name not in ARCHITECTURES:
-        raise ValueError(
-            f"no network {name!r}{suggest(name, ARCHITECTURES)}; there are "
-            f"{', '.join(ARCHITECTURES)}, and any other shape as a ResNetConfig"
-        )
-    return ARCHITECTURES[name]
+class Basic(Block):
+    """Two 3x3 convolutions; the first one has the stride."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        y = self.convolve("conv1", x, self.planes // self.config.reduce_first, 3, self.convolved)
+        y = self.lower(nn.relu(self.normalise("bn1", y, norm)))
+        y = self.convolve("conv2", y, self.planes, 3)
+        y = self.normalise("bn2", y, norm)
+        return self.join(x, y, norm)
+
+
+class Bottleneck(Block):
+    """1x1, 3x3 and 1x1 convolutions, one of the first two with the stride."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        config = self.config
+        inner = config.inner(self.stage)
+        first, second = (self.stride, 1) if config.stride_in == "1x1" else (1, self.convolved)
+        y = self.convolve("conv1", x, inner // config.reduce_first, 1, first)
+        y = nn.relu(self.normalise("bn1", y, norm))
+        y = self.convolve("conv2", y, inner, 3, second, config.groups)
+        y = self.lower(nn.relu(self.normalise("bn2", y, norm)))
+        y = self.convolve("conv3", y, 4 * self.planes, 1)
+        y = self.normalise("bn3", y, norm)
+        return self.join(x, y, norm)
+
+
+class Preactivated(Block):
+    """Norm and activation stand before each convolution, and the sum is passed on as it is."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        inner, stride = self.config.inner(self.stage), self.stride
+        first = inner // self.config.reduce_first
+        if self.config.block == "basic":
+            layers = [(first, 3, stride, 1), (self.planes, 3, 1, 1)]
+        else:
+            layers = [
+                (first, 1, 1, 1),
+                (inner, 3, stride, self.config.groups),
+                (4 * self.planes, 1, 1, 1),
+            ]
+        y = nn.relu(self.normalise("bn1", x, norm))
+        if self.config.has_shortcut(self.stage, self.index):
+            x = self.downsample(y, norm)
+        elif stride != 1:
+            x = x[:, ::stride, ::stride]
+        for number, layer in enumerate(layers, start=1):
+            if number > 1:
+                y = nn.relu(self.normalise(f"bn{number}", y, norm))
+            y = self.convolve(f"conv{number}", y, *layer)
+        return x + y
+
+
+def block_of(config: ResNetConfig) -> type[Block]:
+    """The kind of block that a network is made of."""
+    if config.preactivation:
+        return Preactivated
+    return Basic if config.block == "basic" else Bottleneck
+
+
+_SEGMENTS = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
+
+
+def segments_of(config: ResNetConfig) -> tuple[str, ...]:
+    """Names of the segments, from the input to the output."""
+    return _SEGMENTS if config.adapter is None else ("adapter", *_SEGMENTS)
+
+
+class InputAdapter(nn.Module):
+    """From n bands to the three channels of the stem, in the dtype of the images."""
+
+    adapter: Adapter
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shapes = adapters.shapes(self.adapter)
+        # `initialise` and `transfer` fill them.
+        params = {
+            name: self.param(name, nn.initializers.zeros, shape, jnp.float32)
+            for name, shape in shapes.items()
+        }
+        return adapters.apply(self.adapter, params, x)
+
+
+class DeepStem(Layers):
+    """Three 3x3 convolutions in the place of a 7x7; the last one's norm follows it outside.
+
+    The convolutions are numbered as in torch, where norms and activations count.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        first, second, third = self.config.stem_channels
+        x = nn.relu(self.normalise("bn1", self.convolve("0", x, first, 3, 2), norm))
+        x = nn.relu(self.normalise("bn4", self.convolve("3", x, second, 3), norm))
+        return self.convolve("6", x, third, 3)
+
+
+class Pool(Layers):
+    """A convolution with stride 2 in the place of the stem's max-pool."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        x = self.convolve("0", x, x.shape[-1], 3, 2)
+        return nn.relu(self.normalise("bn1", x, norm))
+
+
+class Stage(Layers):
+    """The blocks of one resolution; the last of pre-activations are normalised once more."""
+
+    number: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+        config = self.config
+        kind = block_of(config)
+        for index in range(config.depths[self.number - 1]):
+            parts = (self.dtype, self.convolution, config, self.number, index)
+            x = kind(*parts, name=str(index))(x, norm)
+        if config.preactivation and self.number == len(config.depths):
+            x = nn.relu(self.normalise("bn1", x, norm))
+        return x
+
+
+class Network(Layers):
+    """The whole network; pooling and head compute in float32 whatever the dtype before them."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, norm: Norm, segments: tuple[str, ...] | None = None
+    ) -> jax.Array:
+        for segment in segments_of(self.config) if segments is None else segments:
+            if segment == "adapter" and self.config.adapter is not None:
+                x = InputAdapter(self.config.adapter, name="adapter")(x)
+            elif segment == "stem":
+                x = self._stem(x, norm)
+            elif segment == "pool":
+                x = _wide(x).mean((1, 2))
+            elif segment == "head":
+                # `initialise` fills the kernel.
+                head = nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="fc")
+                x = head(_wide(x))
+            else:
+                number = int(segment.removeprefix("layer"))
+                stage = Stage(self.dtype, self.convolution, self.config, number, name=segment)
+                x = stage(x, norm)
+        return x
+
+    def _stem(self, x: jax.Array, norm: Norm) -> jax.Array:
+        config, parts = self.config, (self.dtype, self.convolution, self.config)
+        if config.stem == "plain":
+            x = self.convolve("conv1", x, config.width, 7, 2, bias=config.stem_bias)
+        else:
+            x = DeepStem(*parts, name="conv1")(x, norm)
+        if not config.preactivation:
+            x = nn.relu(self.normalise("bn1", x, norm))
+        if config.stem_pool == "zero-padded":
+            return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), padding=0)
+        if config.stem_pool == "convolution":
+            return Pool(*parts, name="maxpool")(x, norm)
+        if config.anti_alias == "average":
+            return average_pool(x)
+        return blur_pool(max_pool(x, stride=1)) if config.anti_alias == "blur" else max_pool(x)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -7,14 +7,19 @@ plan like any other.
 from collections.abc import Callable
 
 from flaxtransfer.strategies.measured import curvature_scaled, gradient_scaled
-from flaxtransfer.strategies.partial import batch_norm_only, feature_extraction, surgical
-from flaxtransfer.strategies.staged import (
+from flaxtransfer.strategies.recipes import (
+    batch_norm_only,
+    discriminative,
+    feature_extraction,
+    from_scratch,
+    full_fine_tuning,
     head_then_fine_tune,
+    l2_sp,
     linear_probe_then_fine_tune,
     progressive_unfreezing,
+    surgical,
 )
-from flaxtransfer.strategies.whole import discriminative, from_scratch, full_fine_tuning, l2_sp
-from flaxtransfer.training.phases import Plan
+from flaxtransfer.training.plan import Plan
 
 __all__ = [
     "RECIPES",

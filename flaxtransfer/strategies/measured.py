@@ -12,8 +12,8 @@ from flaxtransfer.labels import rest
 from flaxtransfer.masks import Mask, batch_norm
 from flaxtransfer.optimizers import scaled
 from flaxtransfer.paths import listing, suggest
-from flaxtransfer.strategies.parts import By, adamw, check_measured, units
-from flaxtransfer.training.phases import Phase, Plan
+from flaxtransfer.strategies.recipes import By, adamw, check_measured, units
+from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.types import Params
 
 __all__ = ["curvature_rates", "curvature_scaled", "gradient_scaled"]

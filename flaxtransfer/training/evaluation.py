@@ -1,19 +1,30 @@
-"""Accuracy and loss over every example of a set, each counted once."""
+"""Evaluate and predict over every example of a set, and the linear probe of a head.
+
+Accuracy and loss over every example of a set, each counted once.
+
+A linear probe on the network as it is, put in place of its head.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.models import Model
+from flaxtransfer.data.loaders import Batch
+from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.sweep import solved_head
+from flaxtransfer.models.model import Model
+from flaxtransfer.optimizers import merge
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.training.feed import Batch
 from flaxtransfer.training.step import forward_with_features
-from flaxtransfer.types import Variables
-from flaxtransfer.weights import Preprocessing
+from flaxtransfer.types import Params, Variables
+from flaxtransfer.weights.preprocessing import Preprocessing
+
+__all__ = ["Evaluation", "Predictions", "evaluate", "predict", "probed_head"]
 
 
 @dataclass(frozen=True)
@@ -117,3 +128,31 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy and loss of the network on ``batches``; arguments as for ``predict``."""
     return predict(model, variables, batches, preprocessing, mesh, start=start).evaluation()
+
+
+def probed_head(
+    model: Model,
+    variables: Variables,
+    batches: Iterable[Batch],
+    preprocessing: Preprocessing,
+    mesh: Mesh | None = None,
+) -> tuple[Params, str]:
+    """The parameters with the head that is optimal on the features as they are.
+
+    Args:
+      model, variables, batches, preprocessing, mesh: as for ``pooled_features``.
+
+    Returns:
+      All parameters, in which the head's kernel and bias are new; and how they were found.
+
+    Raises:
+      ValueError: a class without examples, features that are not finite.
+    """
+    features, labels = pooled_features(model, variables, batches, preprocessing, mesh)
+    head = solved_head(features, labels, model.config.classes)
+    old = variables["params"]["fc"]
+    new = {
+        name: jax.numpy.asarray(value, old[name].dtype)
+        for name, value in (("kernel", head.kernel), ("bias", head.bias))
+    }
+    return merge(variables["params"], {"fc": new}), head.text

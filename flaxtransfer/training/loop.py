@@ -16,26 +16,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.checkpoint import Checkpoints
-from flaxtransfer.lock import hold
-from flaxtransfer.models import Model
+from flaxtransfer.checkpoint.manager import Checkpoints
+from flaxtransfer.data.loaders import Batch, Feed
+from flaxtransfer.files import folder_lock
+from flaxtransfer.models.model import Model
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.training import audit, run_folder
-from flaxtransfer.training.cached_feed import cached_feed
-from flaxtransfer.training.caching import OFF, Cache, choose
-from flaxtransfer.training.decision import check_feed, decide, score
-from flaxtransfer.training.evaluation import Evaluation, Predictions, predict
-from flaxtransfer.training.feed import Batch, Feed
-from flaxtransfer.training.interrupts import Interrupted, Request, watch_signals
-from flaxtransfer.training.metrics import MetricsWriter
-from flaxtransfer.training.phases import Phase, Plan
-from flaxtransfer.training.position import Position
-from flaxtransfer.training.probing import probed_head
-from flaxtransfer.training.progress import progress_bar, say
+from flaxtransfer.training import run_folder
+from flaxtransfer.training.cached_loader import cached_feed
+from flaxtransfer.training.console import Interrupted, Request, progress_bar, say, watch_signals
+from flaxtransfer.training.evaluation import Evaluation, Predictions, predict, probed_head
+from flaxtransfer.training.plan import Phase, Plan
+from flaxtransfer.training.prefix_cache import OFF, Cache, choose, narrow, narrow_phase, widen
 from flaxtransfer.training.recalibration import recalibrate
-from flaxtransfer.training.state import State, advance, start, with_params
-from flaxtransfer.training.step import Metrics, train_step
-from flaxtransfer.training.suffix import narrow, narrow_phase, widen
+from flaxtransfer.training.run_folder import MetricsWriter
+from flaxtransfer.training.selection import Position, check_feed, decide, score
+from flaxtransfer.training.step import Metrics, State, advance, start, train_step, with_params
 from flaxtransfer.types import Variables
 
 
@@ -76,7 +71,7 @@ class Fitted:
     variables: Variables
     steps: int
     validation: Evaluation | None
-    audits: tuple[audit.Audit, ...]
+    audits: tuple[run_folder.Audit, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -143,7 +138,7 @@ def fit(
     check_feed(plan, feed)
     identity = run_folder.identity(model, plan, seed, {**cache.identity(), **(config or {})})
     run_folder.check(folder, identity, resume=resume)
-    with hold(folder), watch_signals() as request:
+    with folder_lock(folder), watch_signals() as request:
         run_folder.prepare(folder, identity)
         with Checkpoints.open(
             folder / run_folder.CHECKPOINTS, keep_best=options.keep_best
@@ -171,7 +166,7 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
             state = _probe(run, phase, state)
         before = _digests_at_start(run, state, position)
         state, position = _run_phase(run, phase, state, position)
-        audits.append(audit.compare(phase, before, audit.frozen_digests(state, phase)))
+        audits.append(run_folder.compare(phase, before, run_folder.frozen_digests(state, phase)))
         run_folder.write_audits(run.folder, audits)
         state = _best(run, state, position)
         if not _decide(run, position):
@@ -385,6 +380,6 @@ def _digests_at_start(run: _Run, state: State, position: Position) -> Mapping[st
     """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
     path = run.folder / f"frozen-{position.phase}.json"
     if position.phase_step == 0 or not path.exists():
-        digests = audit.frozen_digests(state, run.plan.phases[position.phase])
+        digests = run_folder.frozen_digests(state, run.plan.phases[position.phase])
         run_folder.write_json(path, digests)
     return json.loads(path.read_text())

@@ -11,16 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.data.normalisation import normalise
+from flaxtransfer.data.loaders import Batch
 from flaxtransfer.masks import Mask, everything
-from flaxtransfer.models import Model
-from flaxtransfer.models.statistics import apply_measuring
+from flaxtransfer.models.model import Model
+from flaxtransfer.models.moments import Mixture, Moments, apply_measuring, merge
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.shift.batch_statistics import Mixture, Moments, merge
-from flaxtransfer.training.feed import Batch
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights import Preprocessing
+from flaxtransfer.weights.preprocessing import Preprocessing, normalise
 
 __all__ = ["measure_moments", "recalibrate", "with_statistics", "without_padding"]
 
@@ -41,7 +39,7 @@ def recalibrate(
     training, so that a layer's statistics are those of the inputs it will see; the others use what
     they have. Means and variances of the batches are merged as parts of one sample. (The mean of
     the variances, which a running average tends to, leaves out the variance between batches.)
-    ``flaxtransfer.domain.adapt_batch_norm`` does it for images of another domain, with guards.
+    ``flaxtransfer.adapt.adapt_batch_norm`` does it for images of another domain, with guards.
 
     Args:
       model: the network.

@@ -1,13 +1,22 @@
-"""The files of a run: what it was, what it ran on, and what came out of it."""
+"""The run folder: configuration, environment, metrics, audit and result.
+
+Proof, leaf by leaf, that what was frozen did not move.
+
+What a run measured, as JSON lines that survive a kill, and as TensorBoard events.
+
+The files of a run: what it was, what it ran on, and what came out of it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,15 +25,150 @@ from zipfile import BadZipFile
 import jax
 import numpy as np
 
-from flaxtransfer.appearing import appearing, write
-from flaxtransfer.models import Model
-from flaxtransfer.optimizers import FROZEN, Group
-from flaxtransfer.training.audit import Audit
+from flaxtransfer.data.loaders import Feed
+from flaxtransfer.files import atomic_write, write_file
+from flaxtransfer.models.model import Model
+from flaxtransfer.optimizers import FROZEN, Group, frozen
+from flaxtransfer.paths import flatten
 from flaxtransfer.training.evaluation import Predictions
-from flaxtransfer.training.feed import Feed
-from flaxtransfer.training.phases import Plan
+from flaxtransfer.training.plan import Phase, Plan
+from flaxtransfer.training.step import State
 from flaxtransfer.types import Variables
-from flaxtransfer.weights import Checkpoint, save
+from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.save import save
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The frozen leaves and frozen BatchNorm statistics of one phase, at its start and end.
+
+    Args:
+      phase: the phase's name.
+      leaves: how many were compared.
+      moved: paths of those that are not bit for bit what they were.
+    """
+
+    phase: str
+    leaves: int
+    moved: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.moved:
+            return f"{self.phase}: {len(self.moved)} frozen leaves MOVED: {', '.join(self.moved)}"
+        return f"{self.phase}: all {self.leaves} frozen leaves are bit-identical to their start"
+
+
+def frozen_digests(state: State, phase: Phase) -> dict[str, str]:
+    """SHA-256 of shape, dtype and bytes of every leaf that ``phase`` may not move."""
+    digests = {
+        f"params/{path}": digest(leaf)
+        for path, leaf in flatten(frozen(state.params, phase.labels, phase.groups)).items()
+    }
+    norm = phase.batch_norm_policy()
+    for path, leaf in flatten(state.batch_stats).items():
+        module = path.rpartition("/")[0]
+        if norm == "running" or (norm != "batch" and module not in norm):
+            digests[f"batch_stats/{path}"] = digest(leaf)
+    return digests
+
+
+def compare(phase: Phase, before: Mapping[str, str], after: Mapping[str, str]) -> Audit:
+    """Compares the digests of a phase's start and end."""
+    moved = sorted(path for path in before if before[path] != after.get(path))
+    return Audit(phase.name, len(before), tuple(moved))
+
+
+def digest(leaf: Any) -> str:
+    """SHA-256 over dtype, shape and bytes: equal exactly when the arrays are bit-identical."""
+    array = np.asarray(jax.device_get(leaf))
+    header = f"{array.dtype} {array.shape} ".encode()
+    return hashlib.sha256(header + array.tobytes()).hexdigest()
+
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to ``<folder>/metrics.jsonl``.
+
+    Opening it for a run that continues at ``step`` drops the lines that an interrupted process
+    wrote after its last checkpoint (they will be written again), and a torn last line.
+
+    Args:
+      folder: the run folder.
+      step: the step the run continues at; 0 for a new run.
+      tensorboard: also write events to ``<folder>/tensorboard`` (extra ``tb``).
+
+    Raises:
+      ValueError: ``tensorboard`` without the extra.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
+        self._path = folder / METRICS_FILE
+        kept = [row for row in read_metrics(folder) if _happened(row, step)]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(row) for row in kept))
+        temporary.replace(self._path)
+        self._file = self._path.open("a")
+        self._events = _event_writer(folder / "tensorboard", step) if tensorboard else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends ``{"kind": ..., "step": ..., **values}``; NaN and infinities become null."""
+        self._file.write(_line({"kind": kind, "step": step, **values}))
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All complete lines of a run's metrics, in order; an empty list if there are none."""
+    path = folder / METRICS_FILE
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _happened(row: Mapping[str, Any], step: int) -> bool:
+    """Whether a run that continues at this step will not write the row again."""
+    # A decision follows the checkpoint of its step, and is taken again from it.
+    return step > 0 and (row["step"] < step or (row["step"] == step and row["kind"] != "decision"))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "TensorBoard events need the extra 'tb': pip install 'flaxtransfer[tb]'"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step or None)
+
 
 CHECKPOINTS = "checkpoints"
 FEATURES = "features"
@@ -181,8 +325,8 @@ def finish(
     if validation is not None:
         arrays = io.BytesIO()
         np.savez(arrays, allow_pickle=False, **_arrays(validation))
-        with appearing(folder / VALIDATION_FILE) as path:
-            write(path, arrays.getvalue())
+        with atomic_write(folder / VALIDATION_FILE) as path:
+            write_file(path, arrays.getvalue())
         measured = validation.evaluation().to_json()
     write_json(folder / RESULT_FILE, {"steps": steps, "validation": measured})
 

@@ -1,24 +1,166 @@
-"""The training step: pure, jit-compiled, donated, with gradients of the trainable leaves alone."""
+"""The training state and the jit-compiled training step.
+
+Everything that a run changes as it goes, as one pytree.
+
+When two training steps are the same program, so that it is compiled once.
+
+The training step: pure, jit-compiled, donated, with gradients of the trainable leaves alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flaxtransfer.data.normalisation import normalise
-from flaxtransfer.models import Model
-from flaxtransfer.optimizers import frozen, merge, trainable
-from flaxtransfer.training.feed import Batch, Feed
-from flaxtransfer.training.phases import Phase
-from flaxtransfer.training.program import Program
-from flaxtransfer.training.state import State, optimizer
-from flaxtransfer.types import Variables
-from flaxtransfer.weights import Preprocessing
+from flaxtransfer.data.loaders import Batch, Feed
+from flaxtransfer.groups import FROZEN, Group
+from flaxtransfer.models.model import Model
+from flaxtransfer.optimizers import Scaled, frozen, merge, migrate, partition, trainable
+from flaxtransfer.paths import flatten
+from flaxtransfer.training.plan import Phase
+from flaxtransfer.types import Params, Variables
+from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+
+
+class State(NamedTuple):
+    """The state of a run.
+
+    Args:
+      step: optimizer steps since the start of the run, int32 scalar. It is also the position in
+        the training data.
+      params: all parameters.
+      batch_stats: all BatchNorm statistics.
+      opt_state: of the trainable leaves of the current phase, and of no others.
+      ema: average of the trainable leaves, or an empty dict.
+      key: the random key that the step's randomness is folded from.
+    """
+
+    step: jax.Array
+    params: Params
+    batch_stats: Params
+    opt_state: Any
+    ema: Params
+    key: jax.Array
+
+    def variables(self) -> Variables:
+        """What evaluation uses: the average where there is one."""
+        params = merge(self.params, self.ema) if self.ema else self.params
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def optimizer(phase: Phase) -> optax.GradientTransformation:
+    """The phase's optimizer over the nested dict of its trainable leaves."""
+    labels = trainable(phase.labels, phase.labels, phase.groups)
+    return partition(phase.groups, labels, clip=phase.clip)
+
+
+def start(variables: Variables, phase: Phase, seed: int) -> State:
+    """The state before the first step of a run."""
+    moving = trainable(variables["params"], phase.labels, phase.groups)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer(phase).init(moving),
+        ema=_average_of(moving, phase),
+        key=jax.random.key(seed),
+    )
+
+
+def advance(state: State, phase: Phase) -> State:
+    """The state before the first step of the next ``phase``.
+
+    An average that the last phase kept becomes the parameters: it is what was validated.
+    """
+    params = state.variables()["params"]
+    moving = trainable(params, phase.labels, phase.groups)
+    return state._replace(
+        params=params,
+        opt_state=migrate(state.opt_state, optimizer(phase).init(moving)),
+        ema=_average_of(moving, phase),
+    )
+
+
+def with_params(state: State, params: Params, phase: Phase) -> State:
+    """The state before the first step of ``phase`` with other parameters; its average follows."""
+    moving = trainable(params, phase.labels, phase.groups)
+    return state._replace(params=params, ema=_average_of(moving, phase))
+
+
+def _average_of(moving: Params, phase: Phase) -> Params:
+    # A copy, because donated buffers may not appear twice in the state.
+    return {} if phase.ema is None else jax.tree.map(jnp.array, moving)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """All that a compiled training step depends on, besides its arguments.
+
+    Args:
+      model: the network.
+      phase: resolved.
+      preprocessing: whose mean and deviation the images are normalised by.
+      start: segment that the batches enter at; None for images.
+    """
+
+    model: Model
+    phase: Phase = field(repr=False)
+    preprocessing: Preprocessing
+    start: str | None
+
+    @cached_property
+    def identity(self) -> Hashable | None:
+        """What equal programs have in common; None where that cannot be told from outside.
+
+        A function of somebody else's may read what has changed since it was compiled, and a
+        transformation of optax shows none of its numbers. Such a phase is compiled for itself.
+        """
+        phase = self.phase
+        groups = tuple(sorted(phase.groups.items()))
+        if not (_of(phase.loss, "flaxtransfer") and all(_is_plain(g) for _, g in groups)):
+            return None
+        labels = tuple(flatten(phase.labels).items())
+        preprocessing = (self.preprocessing.mean, self.preprocessing.std)
+        identity = (
+            self.model, labels, groups, phase.batch_norm_policy(), phase.clip, phase.ema,
+            phase.loss, preprocessing, self.start,
+        )  # fmt: skip
+        try:
+            hash(identity)
+        except TypeError:
+            return None
+        return identity
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Program) or self.identity is None:
+            return self is other
+        return self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+
+def _is_plain(group: Any) -> bool:
+    """Whether a group is all numbers, masks, and functions of optax."""
+    if not isinstance(group, Group):
+        return group is FROZEN
+    rate = group.learning_rate
+    while isinstance(rate, Scaled):
+        rate = rate.schedule
+    return _of(group.optimizer, "optax") and (not callable(rate) or _of(rate, "optax"))
+
+
+def _of(function: Any, package: str) -> bool:
+    """Whether a function, or the class of a callable value, is a package's own."""
+    module = getattr(function, "__module__", "")
+    return str(module).split(".")[0] == package
+
 
 Metrics = dict[str, jax.Array]
 

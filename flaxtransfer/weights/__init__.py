@@ -1,11 +1,10 @@
 """Pre-trained weights with what belongs to them: strict in, strict out."""
 
-from flaxtransfer.weights.checkpoint import Checkpoint
-from flaxtransfer.weights.loading import load
-from flaxtransfer.weights.measured import normalised, pixels
-from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
-from flaxtransfer.weights.saving import save
-from flaxtransfer.weights.shipped import card
+from flaxtransfer.weights.load import load
+from flaxtransfer.weights.locations import card
+from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing, normalised, pixels
+from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.save import save
 
 __all__ = [
     "IMAGENET",

@@ -1,4 +1,13 @@
-"""What has to be done to an image before a set of weights may see it."""
+"""Preprocessing: what is done to an image before a set of weights may see it.
+
+What has to be done to an image before a set of weights may see it.
+
+From what a sensor measured to the pixels that a pipeline carries, or straight to the network.
+
+From stored bytes to what the network was trained on; runs on the device, inside the step.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -6,7 +15,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["IMAGENET", "Preprocessing"]
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["IMAGENET", "Preprocessing", "normalise", "normalised", "pixels"]
+
 
 REQUIRED = ("mean", "std", "size", "resize")
 OF_BANDS = ("bands", "wavelengths", "black", "white")
@@ -171,3 +185,116 @@ class Preprocessing:
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size=224, resize=256)
 """What torchvision's first ImageNet weights were evaluated with."""
+
+
+def pixels(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
+    """Pixels from 0 to 1, as `ArraySource` takes them, between the preprocessing's black and white.
+
+    You want it to train or predict with the pipeline, which stores images in 8 bits: what lies
+    beyond black and white is cut off there. `normalised` cuts and rounds nothing.
+
+    Args:
+        measurements: numbers `[..., bands]` in the sensor's units, such as Sentinel-2's integers.
+        preprocessing: of the checkpoint; one without black and white is for photographs.
+
+    Returns:
+        float32 `[..., bands]`.
+
+    Raises:
+        ValueError: another number of bands, numbers that are not finite, or a preprocessing that
+            does not say what black and white are.
+
+    >>> sentinel = Preprocessing((0.0,), (1.0,), 8, 8, bands=("B4",), black=(0,), white=(10_000,))
+    >>> pixels(np.array([[-3], [2_500], [12_000]]), sentinel).ravel().tolist()
+    [0.0, 0.25, 1.0]
+    """
+    return np.clip(_scaled(measurements, preprocessing), 0, 1).astype(np.float32)
+
+
+def normalised(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
+    """What the network takes, from what the sensor measured: nothing is cut off or rounded.
+
+    You want it to look at features of images that have their size already; nothing is resized.
+
+    Args:
+        measurements: numbers `[..., bands]` in the sensor's units.
+        preprocessing: of the checkpoint.
+
+    Returns:
+        float32 `[..., bands]`.
+
+    Raises:
+        ValueError: as `pixels`.
+
+    >>> radar = Preprocessing((0.5,), (0.25,), 8, 8, bands=("VV",), black=(-40,), white=(0,))
+    >>> normalised([[-20.0], [-10.0]], radar).ravel().tolist()
+    [0.0, 1.0]
+    """
+    mean, std = (np.asarray(values) for values in (preprocessing.mean, preprocessing.std))
+    return ((_scaled(measurements, preprocessing) - mean) / std).astype(np.float32)
+
+
+def _scaled(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
+    values = np.asarray(measurements)
+    if not preprocessing.black:
+        raise ValueError(
+            "the preprocessing does not say which measurements are black and white: it is for "
+            "photographs, whose pixels are uint8, or floats from 0 to 1, already"
+        )
+    if values.ndim < 1 or values.shape[-1] != len(preprocessing.black):
+        raise ValueError(
+            f"measurements of shape {list(values.shape)}, wanted [..., {len(preprocessing.black)}]"
+            f"; the last axis has the bands {', '.join(preprocessing.bands) or 'in their order'}"
+        )
+    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise ValueError("measurements must be finite numbers; fill in what is missing first")
+    black, white = (np.asarray(ends) for ends in (preprocessing.black, preprocessing.white))
+    return (values.astype(np.float64) - black) / (white - black)
+
+
+def normalise(
+    images: jax.Array | np.ndarray,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """``(images / 255 - mean) / std``, channel by channel.
+
+    Images travel as uint8, a quarter of the bytes of float32, and are normalised where they are
+    used. Anything but uint8 is refused, so that nothing can be normalised twice.
+
+    Args:
+      images: uint8 ``[..., channels]``.
+      mean: of each channel on the scale 0 .. 1, or one number for all.
+      std: likewise, greater than 0.
+      dtype: of the result; the arithmetic is float32.
+
+    Returns:
+      ``[..., channels]`` of ``dtype``.
+
+    Raises:
+      TypeError: ``images`` are not uint8.
+      ValueError: mean or std do not fit the channels, or a std is not positive.
+
+    >>> normalise(np.array([[0, 255]], np.uint8), (0.5,), (0.25,)).tolist()
+    [[-2.0, 2.0]]
+    """
+    if images.dtype != jnp.uint8:
+        raise TypeError(
+            f"images are {images.dtype}, wanted uint8 as the data pipeline makes them; have they "
+            "been normalised already?"
+        )
+    channels = images.shape[-1]
+    problems = [
+        f"{name} has {len(values)} values"
+        for name, values in (("mean", mean), ("std", std))
+        if len(values) not in (1, channels)
+    ]
+    if problems:
+        raise ValueError(f"images have {channels} channels, but {' and '.join(problems)}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std is {tuple(std)}; every value must be greater than 0")
+    scaled = jnp.asarray(images).astype(jnp.float32) / 255
+    centred = scaled - jnp.asarray(mean, jnp.float32)
+    return (centred / jnp.asarray(std, jnp.float32)).astype(dtype)

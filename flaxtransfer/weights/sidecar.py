@@ -22,6 +22,7 @@ __all__ = [
     "timm_preprocessing",
 ]
 
+
 # Pillow's numbers for its filters, which Hugging Face stores.
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # From this side on, a ConvNext processor warps the image to a square and cuts nothing.

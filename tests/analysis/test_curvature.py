@@ -10,7 +10,7 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.analysis.curvature import curvature_by_part, fisher_diagonal
-from flaxtransfer.strategies.parts import units
+from flaxtransfer.strategies.recipes import units
 
 from ..training.small import batch, network
 

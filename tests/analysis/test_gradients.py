@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from flaxtransfer.analysis.gradients import mean_gradient, relative_gradient_norms
+from flaxtransfer.analysis.curvature import mean_gradient, relative_gradient_norms
 from flaxtransfer.masks import glob
-from flaxtransfer.strategies.parts import units
-from flaxtransfer.training.probing import probed_head
+from flaxtransfer.strategies.recipes import units
+from flaxtransfer.training.evaluation import probed_head
 
 from ..training.small import PREPROCESSING, batch, network
 

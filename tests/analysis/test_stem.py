@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flaxtransfer.analysis import stem_report
 from flaxtransfer.models.adapters import fold
-from flaxtransfer.models.band_kernels import by_wavelength, luminance, sum_kernels
+from flaxtransfer.models.band_init import by_wavelength, luminance, sum_kernels
 
 rng = np.random.default_rng(0)
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from stored import files, names, restore_newest, same, tree_of
 
-from flaxtransfer.checkpoint import Checkpoints, DamagedCheckpointError, orbax_driver
-from flaxtransfer.checkpoint.record import seal, unseal
+from flaxtransfer.checkpoint import Checkpoints, DamagedCheckpointError, orbax_io
+from flaxtransfer.checkpoint.step_files import seal, unseal
 
 
 def test_flipped_bits_in_the_arrays_are_always_found_and_named(two_steps, tmp_path):
@@ -155,7 +155,7 @@ def test_a_shortage_of_the_machine_is_not_damage(broken, monkeypatch):
     async def fail(self, infos, args=None):
         raise ValueError("Error opening file [os_error_code='24']")
 
-    monkeypatch.setattr(orbax_driver._Patient, "deserialize", fail)
+    monkeypatch.setattr(orbax_io._Patient, "deserialize", fail)
     with Checkpoints.open(broken) as store:
         with pytest.raises(OSError, match="step 2 cannot be read now") as caught:
             store.restore(tree_of(0))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from flaxtransfer.checkpoint import inventory as inv
+from flaxtransfer.checkpoint import manifest as inv
 
 DTYPES = [
     "bool", "int8", "uint8", "int16", "int32", "uint32", "float16", "bfloat16", "float32",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.checkpoint.record import jsonable, seal, unseal
+from flaxtransfer.checkpoint.step_files import jsonable, seal, unseal
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -14,7 +14,7 @@ from brightness import APART, SIZE, SPREAD, draw, finish_run, write
 from scipy.stats import norm
 
 from flaxtransfer.cli import run
-from flaxtransfer.shift.calibration.calibrating import calibrate
+from flaxtransfer.shift.calibration import calibrate
 
 BATCHES = ("--batch-size", "16")
 """So that the network is compiled once, for batches of one size."""

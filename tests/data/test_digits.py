@@ -126,7 +126,7 @@ def test_processes_that_prepare_at_once_all_succeed(tmp_path):
 def test_a_process_killed_while_preparing_leaves_no_data_set(tmp_path):
     code = """
 import os
-from flaxtransfer.data.digits_builder import SklearnDigits
+from flaxtransfer.data.digits import SklearnDigits
 make = SklearnDigits._generate_examples
 def die(self):
     for index, example in make(self):

@@ -26,7 +26,7 @@ from flaxtransfer.data import (
     train_dataset,
     training_transform,
 )
-from flaxtransfer.data.ordering import permutation
+from flaxtransfer.data.pipeline import permutation
 
 PREPROCESSING = SimpleNamespace(size=12, resize=12, interpolation="bilinear")
 AUGMENT = training_transform(PREPROCESSING, flip=True, jitter=True)

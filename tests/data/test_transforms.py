@@ -22,7 +22,7 @@ from flaxtransfer.data import (
     training_transform,
 )
 from flaxtransfer.data.geometry import affine, resize_crop
-from flaxtransfer.data.steps import is_random
+from flaxtransfer.data.transforms import is_random
 
 PREPROCESSING = SimpleNamespace(size=48, resize=48, interpolation="bilinear")
 GRAY = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)

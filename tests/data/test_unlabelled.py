@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxtransfer.data.unlabelled import open_unlabelled
+from flaxtransfer.data.open import open_unlabelled
 
 
 def put(path, value):

@@ -8,9 +8,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import flaxtransfer as ft
-from flaxtransfer.domain.images import reader, target_logits
+from flaxtransfer.adapt.statistics import reader, target_logits
 from flaxtransfer.models import lax_conv
-from flaxtransfer.shift.calibration.calibrating import calibrate
+from flaxtransfer.shift.calibration import calibrate
 from tests.domain.gratings import CONFIG, PREPROCESSING, Trained, draw
 
 

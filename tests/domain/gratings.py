@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import flaxtransfer as ft
-from flaxtransfer.domain.images import reader, target_logits
-from flaxtransfer.shift.calibration.calibration import Calibration
+from flaxtransfer.adapt.statistics import reader, target_logits
+from flaxtransfer.shift.calibration import Calibration
 
 SIZE = 32
 CONFIG = ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=3)

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 import flaxtransfer as ft
+from flaxtransfer.adapt.batch_norm import adapt_batch_norm
+from flaxtransfer.adapt.statistics import reader, reestimate
 from flaxtransfer.batchnorm import modules
-from flaxtransfer.data.normalisation import normalise
-from flaxtransfer.domain.batch_norm import adapt_batch_norm
-from flaxtransfer.domain.images import reader
-from flaxtransfer.domain.reestimation import reestimate
 from flaxtransfer.models import lax_conv
-from flaxtransfer.models.statistics import apply_measuring
+from flaxtransfer.models.moments import apply_measuring
 from flaxtransfer.paths import flatten
+from flaxtransfer.weights.preprocessing import normalise
 from tests.domain.gratings import CONFIG, PREPROCESSING, SIZE, draw, faint
 
 EVEN = (1 / 3, 1 / 3, 1 / 3)

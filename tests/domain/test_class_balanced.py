@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flaxtransfer.domain.batch_norm import adapt_batch_norm
-from flaxtransfer.domain.class_balanced import adapt_batch_norm_balanced
+from flaxtransfer.adapt.batch_norm import adapt_batch_norm, adapt_batch_norm_balanced
 from tests.domain.gratings import PREPROCESSING, draw, faint
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flaxtransfer.domain.entropy import _course, _Tent, minimise_entropy
+from flaxtransfer.adapt.entropy import _course, _Tent, minimise_entropy
 from flaxtransfer.paths import flatten
 from flaxtransfer.sharding import make_mesh
 from tests.domain.gratings import PREPROCESSING, draw, faint

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxtransfer.domain.images import reader, weighted
+from flaxtransfer.adapt.statistics import reader, weighted
 
 IMAGES = np.arange(5, dtype=np.uint8)[:, None, None, None]
 

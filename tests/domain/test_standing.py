@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from flaxtransfer.domain.standing import Standing, contradiction, far, one_class, support, weak
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence.prevalence import Prevalence
+from flaxtransfer.adapt.scores import Standing, contradiction, far, one_class, support, weak
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.prevalence import Prevalence
 
 SOURCE = Calibration(  # 8 of 10 are right
     "none", np.ones(2), np.zeros(2), np.tile([0.9, 0.1], (10, 1)), np.repeat([0, 1], [8, 2])

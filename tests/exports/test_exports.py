@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer import exports
 from flaxtransfer.cli import run
-from flaxtransfer.exports import exporting
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import Checkpoint, load, timm_stem, torchgeo
+from flaxtransfer.weights import Checkpoint, load
+from flaxtransfer.weights.export import export as exporting
+from flaxtransfer.weights.naming import timm, torchgeo
 
 PREPROCESSING = ft.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size=32, resize=37)
 TINY = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
@@ -39,7 +39,7 @@ def entries(folder):
 
 @pytest.mark.parametrize("layout", ["timm", "huggingface"])
 def test_a_folder_is_read_again_as_what_it_was(tiny, tmp_path, layout):
-    written = exports.export(tiny, tmp_path / "net", to=layout)
+    written = exporting.export(tiny, tmp_path / "net", to=layout)
     assert written.difference <= 1e-6
     again = load(tmp_path / "net")
     assert (again.config, again.preprocessing) == (tiny.config, tiny.preprocessing)
@@ -47,12 +47,12 @@ def test_a_folder_is_read_again_as_what_it_was(tiny, tmp_path, layout):
     own, back = flatten(tiny.variables), flatten(again.variables)
     assert all(np.asarray(own[path]).tobytes() == back[path].tobytes() for path in own)
     # An earlier export is replaced, and nothing lies about.
-    exports.export(tiny, tmp_path / "net", to=layout)
+    exporting.export(tiny, tmp_path / "net", to=layout)
     assert entries(tmp_path) == ["net"]
 
 
 def test_stablehlo_and_its_words(tiny, tmp_path):
-    written = exports.export(tiny, tmp_path / "net.stablehlo")
+    written = exporting.export(tiny, tmp_path / "net.stablehlo")
     assert written.difference <= 1e-5
     assert entries(tmp_path) == ["net.stablehlo", "net.stablehlo.json"]
     words = json.loads((tmp_path / "net.stablehlo.json").read_text())
@@ -82,7 +82,7 @@ def test_what_another_program_has_not_is_refused_and_leaves_nothing(
 ):
     target = tmp_path / ("net.safetensors" if layout == "torchvision" else "net")
     with pytest.raises(ValueError, match=text):
-        exports.export(checkpoint_of(dataclasses.replace(TINY, **changes)), target, to=layout)
+        exporting.export(checkpoint_of(dataclasses.replace(TINY, **changes)), target, to=layout)
     assert entries(tmp_path) == []
 
 
@@ -102,7 +102,7 @@ def test_targets_that_cannot_be_written(tiny, tmp_path, name, to, text):
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     with pytest.raises((ValueError, FileNotFoundError), match=text):
-        exports.export(tiny, tmp_path / name, to=to)
+        exporting.export(tiny, tmp_path / name, to=to)
     assert entries(tmp_path) == ["file", "taken"]
     assert (tmp_path / "taken" / "mine.txt").read_text() == "mine"
 
@@ -115,46 +115,46 @@ def test_what_computes_something_else_does_not_appear(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(exporting.stablehlo, "logits", other)
     monkeypatch.setattr(exporting.stablehlo, "artefact", lambda checkpoint: b"other")
     with pytest.raises(ValueError, match="computes something else: logits differ"):
-        exports.export(tiny, tmp_path / "net.stablehlo")
+        exporting.export(tiny, tmp_path / "net.stablehlo")
     assert entries(tmp_path) == []
 
 
 def test_a_disk_that_fills_leaves_the_earlier_export(tiny, tmp_path, monkeypatch):
-    exports.export(tiny, tmp_path / "net", to="timm")
+    exporting.export(tiny, tmp_path / "net", to="timm")
     before = (tmp_path / "net" / "model.safetensors").read_bytes()
 
     def full(path, data):
         path.write_bytes(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "write", full)
+    monkeypatch.setattr(exporting, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
-        exports.export(checkpoint_of(), tmp_path / "net", to="timm")
+        exporting.export(checkpoint_of(), tmp_path / "net", to="timm")
     assert entries(tmp_path) == ["net"]
     assert (tmp_path / "net" / "model.safetensors").read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_renamed_gives_the_earlier_one_back(tiny, tmp_path, monkeypatch):
-    exports.export(tiny, tmp_path / "net", to="timm")
+    exporting.export(tiny, tmp_path / "net", to="timm")
 
     def fail(self, target):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="Input/output"):
-        exports.export(tiny, tmp_path / "net", to="timm")
+        exporting.export(tiny, tmp_path / "net", to="timm")
     assert entries(tmp_path) == ["net"]
     assert entries(tmp_path / "net") == ["config.json", "model.safetensors"]
 
 
 def test_half_precision_is_measured(tiny, tmp_path):
-    written = exports.export(tiny, tmp_path / "net.safetensors", dtype=np.float16)
+    written = exporting.export(tiny, tmp_path / "net.safetensors", dtype=np.float16)
     assert 1e-6 < written.difference < 1e-2
 
 
 def test_another_epsilon_becomes_variance(tmp_path):
     odd = checkpoint_of(dataclasses.replace(TINY, epsilon=1e-3))
-    written = exports.export(odd, tmp_path / "net", to="huggingface")
+    written = exporting.export(odd, tmp_path / "net", to="huggingface")
     assert written.difference <= 1e-5
     again = load(tmp_path / "net")
     assert again.config.epsilon == 1e-5
@@ -171,12 +171,12 @@ def test_channels_that_only_seem_silent_stay():
         "layer1.0.conv2.weight": np.zeros((64, 64, 3, 3), np.float32),
     }
     # As wide as its stages: these are the network's own.
-    assert timm_stem.narrowed(arrays) == (arrays, [])
+    assert timm.narrowed(arrays) == (arrays, [])
     narrow = {**arrays, "layer1.0.conv2.weight": np.zeros((8, 8, 3, 3), np.float32),
               "layer1.0.conv1.weight": np.zeros((8, 64, 3, 3), np.float32)}  # fmt: skip
-    assert timm_stem.narrowed(narrow)[0]["conv1.weight"].shape == (8, 3, 7, 7)
+    assert timm.narrowed(narrow)[0]["conv1.weight"].shape == (8, 3, 7, 7)
     heard = {**narrow, "bn1.bias": np.eye(64, dtype=np.float32)[63]}
-    assert timm_stem.narrowed(heard)[0]["conv1.weight"].shape == (64, 3, 7, 7)
+    assert timm.narrowed(heard)[0]["conv1.weight"].shape == (64, 3, 7, 7)
 
 
 def test_convert_says_what_it_wrote(tmp_path, capsys):
@@ -190,7 +190,7 @@ def test_convert_says_what_it_wrote(tmp_path, capsys):
 def test_bands_that_another_program_has_no_place_for_are_said(tmp_path):
     plain = checkpoint_of(dataclasses.replace(TINY, in_channels=2))
     radar = dataclasses.replace(plain, preprocessing=torchgeo.SENSORS["sentinel1_all"])
-    written = exports.export(radar, tmp_path / "net", to="timm")
+    written = exporting.export(radar, tmp_path / "net", to="timm")
     assert written.notes[-1].startswith(
         "timm has no place for what the bands are: bands ['VV', 'VH']; black [-50.0, -50.0]"
     )

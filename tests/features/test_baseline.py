@@ -10,9 +10,9 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import NearestCentroid
 
-from flaxtransfer.features import baseline as module
+from flaxtransfer.features import class_means as module
 from flaxtransfer.features import stratified_folds
-from flaxtransfer.features.baseline import (
+from flaxtransfer.features.class_means import (
     LOGISTIC_STRENGTHS,
     Baseline,
     instant_baseline,

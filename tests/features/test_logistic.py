@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize._linesearch import LineSearchWarning
 from sklearn.linear_model import LogisticRegression
 
-from flaxtransfer.features import logistic_fits, logistic_path
+from flaxtransfer.features import logistic, logistic_path
 
 STRENGTHS = (0.01, 1.0, 100.0)
 
@@ -171,8 +171,8 @@ def test_batches_of_fits_are_the_same_fits(monkeypatch):
     features, labels = sample(40, 5, 3)
     strengths = np.logspace(-2, 2, 7)
     whole = logistic_path(features, labels, strengths)
-    monkeypatch.setattr(logistic_fits, "_AT_ONCE", 0)
-    monkeypatch.setattr(logistic_fits, "_BATCH", 3)
+    monkeypatch.setattr(logistic, "_AT_ONCE", 0)
+    monkeypatch.setattr(logistic, "_BATCH", 3)
     parts = logistic_path(features, labels, strengths)
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-6)
     assert parts.logits.shape == (7, 40, 3)

@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.features import store
+from flaxtransfer.training import cached_loader
 
 FINGERPRINT = {"weights": "a", "images": "b", "augmentation": "seed 0"}
 VALUES = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
 
 
 def write(folder, fingerprint=FINGERPRINT, values=VALUES, dtype="float32"):
-    return store.write(folder, fingerprint, values.shape, dtype, [values[:4], values[4:]])
+    return cached_loader.write_array(folder, fingerprint, values.shape, dtype, [values[:4], values[4:]])
 
 
 def find(folder, fingerprint=FINGERPRINT, shape=VALUES.shape, dtype="float32"):
-    return store.find(folder, fingerprint, shape, dtype)
+    return cached_loader.get(folder, fingerprint, shape, dtype)
 
 
 def slot(folder):
@@ -99,27 +99,27 @@ def test_half_written_is_not_there(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.write(tmp_path, FINGERPRINT, VALUES.shape, "float32", parts())
+        cached_loader.write_array(tmp_path, FINGERPRINT, VALUES.shape, "float32", parts())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_range_that_is_too_small():
     large = np.full((2, 3), 70_000.0, np.float32)
-    with pytest.raises(store.OutOfRange, match=r"7e\+04 is beyond the 65504 of float16"):
-        store.keep((2, 3), "float16", [large])
-    np.testing.assert_array_equal(store.keep((2, 3), "float32", [large]), large)
+    with pytest.raises(cached_loader.OutOfRange, match=r"7e\+04 is beyond the 65504 of float16"):
+        cached_loader.put((2, 3), "float16", [large])
+    np.testing.assert_array_equal(cached_loader.put((2, 3), "float32", [large]), large)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_not_finite(bad):
     with pytest.raises(ValueError, match="not finite"):
-        store.keep((1, 1), "float32", [np.array([[bad]], np.float32)])
+        cached_loader.put((1, 1), "float32", [np.array([[bad]], np.float32)])
 
 
 @pytest.mark.parametrize("rows", [5, 7])
 def test_parts_that_do_not_make_up_the_shape(rows):
     with pytest.raises(ValueError, match="do not make up"):
-        store.keep((rows, 2, 2), "float32", [VALUES])
+        cached_loader.put((rows, 2, 2), "float32", [VALUES])
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path):
@@ -128,7 +128,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
         os.utime(slot_of(tmp_path, number), (number, number))
     assert find(tmp_path, {"number": "0"})[0] is not None  # Used now, so the youngest.
     size = sum(file.stat().st_size for file in slot_of(tmp_path, 0).iterdir())
-    removed = store.make_room(tmp_path, size, 3 * size + 10)
+    removed = cached_loader.evict(tmp_path, size, 3 * size + 10)
     assert len(removed) == 1
     assert find(tmp_path, {"number": "1"})[0] is None
     assert find(tmp_path, {"number": "2"})[0] is not None
@@ -156,7 +156,7 @@ def test_what_a_killed_process_left_goes(tmp_path):
     elsewhere = tmp_path / ".abc@another-machine:1"
     for folder in (dead, mine, elsewhere):
         folder.mkdir()
-    store.make_room(tmp_path, 0, 10**9)
+    cached_loader.evict(tmp_path, 0, 10**9)
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from flaxtransfer.models.adapters import Adapter, apply, init
-from flaxtransfer.models.band_kernels import by_wavelength, replicate
+from flaxtransfer.models.band_init import by_wavelength, replicate
 
 
 def normal(*shape, seed=0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from flaxtransfer.models.band_components import RGB_CORRELATION, least_squares
+from flaxtransfer.models.band_init import RGB_CORRELATION, least_squares
 
 
 def normal(*shape, seed=0):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from flaxtransfer.models.adapters import Adapter, apply, fold, init
-from flaxtransfer.models.band_kernels import (
+from flaxtransfer.models.band_init import (
     average_kernels,
     by_wavelength,
     luminance,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.models.pooling import max_pool
+from flaxtransfer.models.layers import max_pool
 
 
 def peer(x, window=3, stride=2, padding=1):

@@ -11,7 +11,7 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.batchnorm import modules
-from flaxtransfer.models.pooling import average_pool, blur_pool
+from flaxtransfer.models.layers import average_pool, blur_pool
 from flaxtransfer.paths import flatten, segments, unflatten
 
 PLAIN = ft.ResNetConfig("bottleneck", (1, 1, 1, 1), width=8, classes=3)

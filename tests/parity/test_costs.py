@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from flaxtransfer.catalogue import ARCHITECTURES
-from flaxtransfer.costs import costs
+from flaxtransfer.models.costs import costs
+from flaxtransfer.models.registry import ARCHITECTURES
 
 pytestmark = pytest.mark.parity
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.catalogue import ARCHITECTURES
-from flaxtransfer.exports import export
 from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import unflatten
 from flaxtransfer.weights import Checkpoint, Preprocessing, load
-from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights.export import export
+from flaxtransfer.weights.infer import leaf_shapes
 
 pytestmark = pytest.mark.parity
 

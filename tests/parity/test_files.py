@@ -7,10 +7,10 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from flaxtransfer.catalogue import RESNETS
+from flaxtransfer.classifier import transfer
 from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.paths import flatten
-from flaxtransfer.pretrained import transfer
 from flaxtransfer.weights import load, save
 
 pytestmark = pytest.mark.parity

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
 from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import rename, timm_v2
-from flaxtransfer.weights.architecture import leaf_shapes
-from flaxtransfer.weights.formats import table_for
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import key_map
+from flaxtransfer.weights.naming.formats import table_for
 
 pytestmark = pytest.mark.parity
 
@@ -25,7 +25,7 @@ LIMIT = 1e-10  # of the largest entry of each leaf's gradient
 def leaves_from(tensors, config):
     shapes = leaf_shapes(config)
     arrays = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
-    return rename.to_leaves(table_for(config), arrays, shapes, what="torch")
+    return key_map.to_leaves(table_for(config), arrays, shapes, what="torch")
 
 
 def both(torch, network, config, norm):
@@ -97,7 +97,7 @@ def test_of_timms_variants(differing, torch, torchvision, making, name):
     network = making.randomise(timm.create_model(name, pretrained=False, num_classes=7), 4)
     config = dataclasses.replace(ARCHITECTURES[name], classes=7)
     if config.standardised is not None:
-        config = dataclasses.replace(config, standardised=timm_v2.EPSILON)
+        config = dataclasses.replace(config, standardised=timm.V2_EPSILON)
     ours, theirs = both(torch, network, config, "running")
     assert len(ours) == len(theirs)
     assert differing(ours, theirs, "params/") == {}

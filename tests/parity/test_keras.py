@@ -12,10 +12,12 @@ import pytest
 
 from flaxtransfer.models import resnet
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import keras as naming
-from flaxtransfer.weights import load, rename, tensors
-from flaxtransfer.weights.architecture import leaf_shapes
-from flaxtransfer.weights.formats import FORMATS
+from flaxtransfer.weights import load
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import keras as naming
+from flaxtransfer.weights.naming import key_map
+from flaxtransfer.weights.naming.formats import FORMATS
+from flaxtransfer.weights.readers import detect
 
 # Keras warns of its own: of copies of torch's arrays, of legacy files, of unusual channels.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -132,9 +134,9 @@ def test_gradients_in_float64(record_property, keras, tmp_path, monkeypatch, nam
         keras.config.set_dtype_policy("float32")
     checkpoint = load(tmp_path / "net.weights.h5")
     # In float64 as they were: `load` gives float32.
-    arrays, _ = FORMATS["keras"].prepare(tensors.read(tmp_path / "net.weights.h5").arrays)
+    arrays, _ = FORMATS["keras"].prepare(detect.read_tensors(tmp_path / "net.weights.h5").arrays)
     table = naming.table(arrays)
-    leaves = rename.to_leaves(table, arrays, leaf_shapes(checkpoint.config), what="keras")
+    leaves = key_map.to_leaves(table, arrays, leaf_shapes(checkpoint.config), what="keras")
     flip = name == "ResNet50"
     with jax.enable_x64(True):
         variables = unflatten({path: np.asarray(leaf, np.float64) for path, leaf in leaves.items()})
@@ -149,7 +151,7 @@ def test_gradients_in_float64(record_property, keras, tmp_path, monkeypatch, nam
     worst = 0.0
     for key, array in wanted.items():
         layer, variable = key.split("/")[-2:]
-        found = rename.leaf_of(table, f"{layer}/{variable}", array.shape)
+        found = key_map.leaf_of(table, f"{layer}/{variable}", array.shape)
         if found is None or found[0].removeprefix("params/") not in ours:
             continue  # a bias that was folded
         leaf = np.asarray(ours[found[0].removeprefix("params/")])

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from flaxtransfer.catalogue import RESNETS
 from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.weights import load, save
 
 pytestmark = pytest.mark.parity
@@ -176,11 +176,11 @@ def test_timms_variants(agree, torch, torchvision, making, tmp_path, name):
 def test_all_named_architectures_have_timms_leaves(torch, torchvision):
     import timm
 
-    from flaxtransfer.catalogue import ARCHITECTURES
-    from flaxtransfer.weights import timm as v1
-    from flaxtransfer.weights import timm_v2 as v2
-    from flaxtransfer.weights.architecture import leaf_shapes
-    from flaxtransfer.weights.rename import leaf_of
+    from flaxtransfer.models.registry import ARCHITECTURES
+    from flaxtransfer.weights.infer import leaf_shapes
+    from flaxtransfer.weights.naming import timm as v1
+    from flaxtransfer.weights.naming import timm as v2
+    from flaxtransfer.weights.naming.key_map import leaf_of
 
     for name, config in ARCHITECTURES.items():
         if name not in timm.list_models():
@@ -261,7 +261,7 @@ def test_timms_other_networks_are_refused(torch, torchvision, tmp_path, name):
 
 
 def test_published_names_bring_torchvisions_preprocessing(torchvision):
-    from flaxtransfer.weights.torchvision import RESIZE
+    from flaxtransfer.weights.naming.torchvision import RESIZE
 
     published = {}
     for name in torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"]):

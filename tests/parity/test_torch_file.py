@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flaxtransfer.weights.torch_file import read
+from flaxtransfer.weights.readers.torch_file import read_torch
 
 pytestmark = pytest.mark.parity
 MAKING = Path(__file__).parents[1] / "golden" / "make_torch_files.py"
@@ -35,7 +35,7 @@ def same_as_torch(torch, files, data, key=None):
     """How many arrays there are; each has torch's dtype, shape and bytes."""
     theirs = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     theirs = theirs[key] if key else theirs
-    ours, _, _ = read(data)
+    ours, _, _ = read_torch(data)
     assert list(ours) == list(theirs)
     for name, tensor in theirs.items():
         array = ours[name].view("u2") if tensor.dtype == torch.bfloat16 else ours[name]
@@ -62,8 +62,8 @@ def test_every_kind_of_tensor_in_every_protocol(torch, files, zipped, protocol):
         assert same_as_torch(torch, files, data) == len(tensors)
         return
     # torch's restricted reader knows protocol 2 alone.
-    expected, _, _ = read(saved(torch, tensors))
-    found, _, _ = read(data)
+    expected, _, _ = read_torch(saved(torch, tensors))
+    found, _, _ = read_torch(data)
     assert {k: a.tobytes() for k, a in found.items()} == {
         k: a.tobytes() for k, a in expected.items()
     }
@@ -138,13 +138,13 @@ def test_programs_and_networks_are_refused(torch):
     for zipped in (True, False):
         data = saved(torch, network, _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match=r"a whole network, pickled with its code"):
-            read(data)
+            read_torch(data)
     program = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(network), program)
     with pytest.raises(ValueError, match="a TorchScript program"):
-        read(program.getvalue())
+        read_torch(program.getvalue())
 
 
 def test_what_is_not_dense_is_refused_where_a_weight_should_be(torch):
@@ -153,6 +153,6 @@ def test_what_is_not_dense_is_refused_where_a_weight_should_be(torch):
         quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     for odd in (torch.eye(2).to_sparse(), quantised, torch.empty(2, device="meta")):
         with pytest.raises(ValueError, match=r"w \(sparse, quantised or empty tensor\)"):
-            read(saved(torch, {"w": odd}))
-    arrays, _, _ = read(saved(torch, {"w": torch.ones(2).to(torch.float8_e4m3fn)}))
+            read_torch(saved(torch, {"w": odd}))
+    arrays, _, _ = read_torch(saved(torch, {"w": torch.ones(2).to(torch.float8_e4m3fn)}))
     assert np.asarray(arrays["w"], np.float32).tolist() == [1, 1]

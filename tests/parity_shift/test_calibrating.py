@@ -7,9 +7,8 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, log_loss
 
-from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.shift.calibration.calibration import logits_of
-from flaxtransfer.shift.calibration.calibration_error import brier_score, negative_log_likelihood
+from flaxtransfer.shift.calibration import calibrate, logits_of
+from flaxtransfer.shift.calibration_metrics import brier_score, negative_log_likelihood
 
 with warnings.catch_warnings():
     # It imports scipy.misc, which is deprecated.

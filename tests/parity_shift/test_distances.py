@@ -6,10 +6,14 @@ import ot.gmm
 import pytest
 from sklearn.covariance import LedoitWolf
 
-from flaxtransfer.shift.distances.class_distance import class_distance
-from flaxtransfer.shift.distances.frechet import bures_wasserstein, frechet_distance
-from flaxtransfer.shift.distances.sliced_wasserstein import random_directions, wasserstein_on_lines
-from flaxtransfer.shift.transferability.h_score import h_score
+from flaxtransfer.analysis.distances import (
+    bures_wasserstein,
+    class_distance,
+    frechet_distance,
+    random_directions,
+    wasserstein_on_lines,
+)
+from flaxtransfer.analysis.transferability import h_score
 
 pytestmark = pytest.mark.parity_shift
 

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from flaxtransfer.shift.prevalence.confusion import black_box, joint_confusion, mean_prediction
-from flaxtransfer.shift.prevalence.likelihood import maximise
-from flaxtransfer.shift.prevalence.rlls import regularisation_radius, regularised_weights
+from flaxtransfer.shift.confusion import (
+    black_box,
+    joint_confusion,
+    mean_prediction,
+    regularisation_radius,
+    regularised_weights,
+)
+from flaxtransfer.shift.likelihood import maximise
 
 with warnings.catch_warnings():
     # abstention imports scipy.misc, and quapy what it finds.

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from flaxtransfer.report.shift_drawings import shift_drawings
-from flaxtransfer.report.shift_pictures import hypotheses_picture, reliability_picture
-from flaxtransfer.shift.calibration.reliability import ReliabilityBin
-from flaxtransfer.shift.hypotheses import HypothesisTest
+from flaxtransfer.report.shift_figures import (
+    hypotheses_picture,
+    reliability_picture,
+    shift_drawings,
+)
+from flaxtransfer.shift.calibration_metrics import ReliabilityBin
+from flaxtransfer.shift.statistics import HypothesisTest
 
 
 def png(draw, *arguments, **options):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxtransfer.report.projection_picture import projection_picture
-from flaxtransfer.report.shift_pictures import (
+from flaxtransfer.report.shift_figures import (
     hypotheses_picture,
     prevalence_picture,
+    projection_picture,
     reliability_picture,
 )
-from flaxtransfer.shift.hypotheses import HypothesisTest, holm
-from flaxtransfer.shift.prevalence.prevalence import Prevalence
+from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.statistics import HypothesisTest, holm
 
 BLUE, RED, GREEN, GRAY = (0, 114, 178), (213, 94, 0), (0, 158, 115), (89, 89, 89)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flaxtransfer.report.shift_tables import _prevalence_table, _test_table
-from flaxtransfer.shift.hypotheses import HypothesisTest
-from flaxtransfer.shift.prevalence.prevalence import Prevalence
+from flaxtransfer.report.shift_page import _prevalence_table, _test_table
+from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.statistics import HypothesisTest
 
 
 def cells(table):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.batch_statistics import (
+from flaxtransfer.models.moments import (
     Moments,
     balancing_weights,
     displacement,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxtransfer.shift.checks import as_features, as_labels, as_prior, as_probabilities
-from flaxtransfer.shift.hypotheses import HypothesisTest, holm, permutation_p
+from flaxtransfer.shift.statistics import HypothesisTest, holm, permutation_p
 
 TEST = HypothesisTest("t", "H0", 0.0, 0.5, 0.0, "AUC", None, (9, 9))
 

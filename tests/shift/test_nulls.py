@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 
-from flaxtransfer.shift.distances.cka import debiased_cka
-from flaxtransfer.shift.distances.frechet import frechet_distance
-from flaxtransfer.shift.distances.proxy_a import proxy_a_distance
-from flaxtransfer.shift.distances.sliced_wasserstein import sliced_wasserstein
-from flaxtransfer.shift.nulls import Distance, labelled, orders, random_folds
-from flaxtransfer.shift.transferability.h_score import h_score
-from flaxtransfer.shift.transferability.leep import leep
-from flaxtransfer.shift.transferability.logme import logme
+from flaxtransfer.analysis.distances import frechet_distance, sliced_wasserstein
+from flaxtransfer.analysis.similarity import debiased_cka, proxy_a_distance
+from flaxtransfer.analysis.transferability import h_score, leep, logme
+from flaxtransfer.shift.permutation import Distance, labelled, orders, random_folds
 
 DISTANCES = [frechet_distance, proxy_a_distance, sliced_wasserstein]
 SCORES = [logme, h_score]

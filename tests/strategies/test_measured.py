@@ -13,7 +13,7 @@ import flaxtransfer as ft
 from flaxtransfer.groups import FROZEN
 from flaxtransfer.masks import selected
 from flaxtransfer.strategies.measured import curvature_rates
-from flaxtransfer.strategies.parts import units
+from flaxtransfer.strategies.recipes import units
 
 from ..training.small import network
 

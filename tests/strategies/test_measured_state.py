@@ -14,7 +14,7 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.masks import resolve
 from flaxtransfer.paths import flatten, segment_of, unflatten
-from flaxtransfer.training.state import optimizer
+from flaxtransfer.training.step import optimizer
 
 from ..training.small import network
 

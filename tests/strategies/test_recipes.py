@@ -12,9 +12,8 @@ import optax
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.anchors import AnchorState
 from flaxtransfer.batchnorm import modules
-from flaxtransfer.groups import trainable_mask
+from flaxtransfer.groups import AnchorState, trainable_mask
 from flaxtransfer.masks import selected
 from flaxtransfer.paths import flatten
 
@@ -129,7 +128,7 @@ def test_unfreezing_keeps_the_moments_of_what_already_moved():
     )
     gradient = jax.tree.map(jnp.ones_like, params)
     _, state = first.update(gradient, first.init(params), params)
-    carried = ft.carry(state, second.init(params))
+    carried = ft.migrate(state, second.init(params))
     moments = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(carried)
@@ -160,7 +159,7 @@ def test_decay_toward_the_start_is_the_gradient_of_its_penalty():
 def test_the_start_is_carried_from_phase_to_phase():
     start, later = {"fc": {"kernel": jnp.zeros((1, 1))}}, {"fc": {"kernel": jnp.ones((1, 1))}}
     tx = ft.Group(optax.adamw, 1e-3, weight_decay=0.1, decay_toward="start").transformation()
-    carried = ft.carry(tx.init(start), tx.init(later))
+    carried = ft.migrate(tx.init(start), tx.init(later))
     (anchor,) = [
         node
         for node in jax.tree.leaves(carried, is_leaf=lambda n: isinstance(n, AnchorState))

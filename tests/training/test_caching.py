@@ -12,12 +12,11 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.data.transforms import evaluation_transform, training_transform
-from flaxtransfer.features.cut import lowest_moving
 from flaxtransfer.paths import flatten
 from flaxtransfer.sharding import make_mesh
-from flaxtransfer.training.cached_feed import cached_feed
-from flaxtransfer.training.caching import Cache, choose
-from flaxtransfer.training.metrics import read_metrics
+from flaxtransfer.training.cached_loader import cached_feed
+from flaxtransfer.training.prefix_cache import Cache, choose, lowest_moving
+from flaxtransfer.training.run_folder import read_metrics
 
 from .small import PREPROCESSING, SIZE, batch, network, two_phases
 
@@ -337,8 +336,7 @@ def test_the_lowest_moving_segment():
 
 def test_the_cached_step_has_the_flops_of_the_suffix():
     """Compiled cost of a step on activations before layer4, against one on images."""
-    from flaxtransfer.training.state import start
-    from flaxtransfer.training.step import train_step
+    from flaxtransfer.training.step import start, train_step
 
     model, variables = network()
     data = feed()

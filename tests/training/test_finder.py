@@ -9,8 +9,8 @@ import pytest
 from small import batch, feed, network
 
 import flaxtransfer as ft
-from flaxtransfer.training.audit import digest
-from flaxtransfer.training.finder import steepest
+from flaxtransfer.training.lr_finder import steepest
+from flaxtransfer.training.run_folder import digest
 
 RULES = {"new": ft.head(), "old": ft.rest()}
 SGD = ft.Group(optax.sgd, 0.0)

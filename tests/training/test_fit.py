@@ -14,14 +14,11 @@ import pytest
 from small import SIZE, batch, feed, network, two_phases
 
 import flaxtransfer as ft
-from flaxtransfer.features.extraction import pooled_features
+from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.paths import flatten
-from flaxtransfer.training.audit import digest
 from flaxtransfer.training.loop import NonFiniteLoss
-from flaxtransfer.training.metrics import read_metrics
-from flaxtransfer.training.run_folder import finish, validation_of
-from flaxtransfer.training.state import advance, start
-from flaxtransfer.training.step import train_step
+from flaxtransfer.training.run_folder import digest, finish, read_metrics, validation_of
+from flaxtransfer.training.step import advance, start, train_step
 
 
 def digests(tree):

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 
 import flaxtransfer as ft
-from flaxtransfer.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from flaxtransfer.training.run_folder import METRICS_FILE, MetricsWriter, read_metrics
 
 
 def test_lines_are_json_and_not_a_number_becomes_null(tmp_path):

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from small import PREPROCESSING, batch, feed, network
 
 import flaxtransfer as ft
-from flaxtransfer.training.decision import Comparison, decide, score
-from flaxtransfer.training.metrics import read_metrics
-from flaxtransfer.training.plan_table import plan_text
-from flaxtransfer.training.position import Position, bits
+from flaxtransfer.training.plan import plan_text
+from flaxtransfer.training.run_folder import read_metrics
+from flaxtransfer.training.selection import Comparison, Position, bits, decide, score
 
 HEAD = {"new": ft.head(), "old": ft.rest()}
 ADAM = ft.Group(optax.adamw, ft.WarmupCosine(1e-2), weight_decay=0.1)

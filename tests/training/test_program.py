@@ -13,8 +13,8 @@ from small import PREPROCESSING, feed, network, two_phases
 
 import flaxtransfer as ft
 from flaxtransfer.schedules import WarmupCosine
-from flaxtransfer.training.losses import SmoothedCrossEntropy, cross_entropy
 from flaxtransfer.training.step import train_step
+from flaxtransfer.training.task import SmoothedCrossEntropy, cross_entropy
 
 
 def phase(**changes):

@@ -14,7 +14,7 @@ import flaxtransfer as ft
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
 from flaxtransfer.training import loop
-from flaxtransfer.training.metrics import read_metrics
+from flaxtransfer.training.run_folder import read_metrics
 
 
 @pytest.fixture(scope="module")

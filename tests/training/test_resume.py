@@ -14,10 +14,9 @@ import pytest
 from small import feed, network, two_phases
 
 import flaxtransfer as ft
-from flaxtransfer.lock import hold
+from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import flatten
-from flaxtransfer.training.audit import digest
-from flaxtransfer.training.metrics import read_metrics
+from flaxtransfer.training.run_folder import digest, read_metrics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -155,5 +154,5 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_is_used(tmp_path, dam
 
 
 def test_a_second_writer_is_refused(tmp_path):
-    with hold(tmp_path / "run"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
+    with folder_lock(tmp_path / "run"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
         run_some(tmp_path / "run")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
 from flaxtransfer.models import resnet
+from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights.architecture import infer, leaf_shapes, with_unseen
+from flaxtransfer.weights.infer import infer, leaf_shapes, with_unseen
 
 # Parameters as torchvision documents them for its weights ("num_params").
 PARAMETERS = {

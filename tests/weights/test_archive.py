@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flaxtransfer.weights import load
-from flaxtransfer.weights.archive import members
+from flaxtransfer.weights.readers.archives import members
 
 
 def archive_of(files, compression=zipfile.ZIP_STORED):

@@ -6,17 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import (
-    IMAGENET,
-    Checkpoint,
-    load,
-    save,
-    timm,
-)
-from flaxtransfer.weights.architecture import leaf_shapes
-from flaxtransfer.weights.rename import to_keys
+from flaxtransfer.weights import IMAGENET, Checkpoint, load, save
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import timm
+from flaxtransfer.weights.naming.key_map import to_keys
 
 
 def beside(golden, tmp_path, name, change):

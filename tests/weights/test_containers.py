@@ -11,7 +11,7 @@ from flax import serialization
 from safetensors.numpy import save
 
 from flaxtransfer.weights import load
-from flaxtransfer.weights.containers import CONTAINERS, has_weights_name, recognise
+from flaxtransfer.weights.readers.detect import CONTAINERS, has_weights_name, recognise
 
 ONES = {"a": np.ones(3, np.float32)}
 

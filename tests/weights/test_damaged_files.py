@@ -4,11 +4,8 @@ import re
 
 import pytest
 
-from flaxtransfer.weights import (
-    load,
-    safetensors_file,
-    torch_file,
-)
+from flaxtransfer.weights import load
+from flaxtransfer.weights.readers import safetensors_file, torch_file
 
 
 def file_of(data, name="weights.safetensors"):
@@ -31,7 +28,7 @@ FILES = {
     "header damaged": (file_of(lambda whole: whole[:8] + b"]" + whole[9:]),
                        ["no complete safetensors file", "not the JSON"]),
     "a few letters": (file_of(b"weights"), ["no complete safetensors file"]),
-    "no arrays": (file_of(safetensors_file.write({}, {})), ["holds no arrays"]),
+    "no arrays": (file_of(safetensors_file.write_safetensors({}, {})), ["holds no arrays"]),
     "pointer": (file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
                 ["Git LFS pointer", "git lfs pull"]),
     "web page": (file_of(b"<!DOCTYPE html><html>"), ["a web page"]),

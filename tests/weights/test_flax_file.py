@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import huggingface, load
-from flaxtransfer.weights.architecture import leaf_shapes
-from flaxtransfer.weights.flax_file import read
-from flaxtransfer.weights.rename import to_keys
+from flaxtransfer.weights import load
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import huggingface
+from flaxtransfer.weights.naming.key_map import to_keys
+from flaxtransfer.weights.readers.flax_file import read_flax
 
 
 def packed(shape, dtype, content):
@@ -43,7 +44,7 @@ def test_half_precision():
     import jax.numpy as jnp
 
     arrays = {"a": jnp.array([1.5, -2.0], jnp.bfloat16), "b": np.float16([0.5])}
-    found, _, _ = read(serialization.msgpack_serialize(arrays))
+    found, _, _ = read_flax(serialization.msgpack_serialize(arrays))
     assert found["a"].astype(np.float32).tolist() == [1.5, -2.0]
     assert found["b"].dtype == np.float16
 
@@ -62,11 +63,11 @@ def test_half_precision():
 )
 def test_what_is_no_dictionary_of_arrays(content, text):
     with pytest.raises(ValueError, match=text):
-        read(msgpack.packb(content))
+        read_flax(msgpack.packb(content))
 
 
 def test_truncated(tmp_path):
     data = serialization.msgpack_serialize({"params": {"a": np.ones(100)}})
     for share in (0.1, 0.5, 0.99):
         with pytest.raises(ValueError, match="no complete msgpack of arrays"):
-            read(data[: int(share * len(data))])
+            read_flax(data[: int(share * len(data))])

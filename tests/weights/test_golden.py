@@ -8,8 +8,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flaxtransfer.architectures import ResNetConfig
 from flaxtransfer.models import resnet
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.weights import IMAGENET, load
 
 BICUBIC = dataclasses.replace(IMAGENET, interpolation="bicubic")

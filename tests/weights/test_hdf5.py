@@ -7,11 +7,11 @@ import h5py
 import numpy as np
 import pytest
 
-from flaxtransfer.weights import keras
-from flaxtransfer.weights.architecture import leaf_shapes
-from flaxtransfer.weights.formats import FORMATS
-from flaxtransfer.weights.hdf5_file import read, read_archive
-from flaxtransfer.weights.rename import to_keys, to_leaves
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import keras
+from flaxtransfer.weights.naming.formats import FORMATS
+from flaxtransfer.weights.naming.key_map import to_keys, to_leaves
+from flaxtransfer.weights.readers.hdf5_file import read_hdf5, read_keras_archive
 
 
 def file_of(fill):
@@ -37,10 +37,10 @@ def test_layers_have_their_own_names_in_every_layout():
         file["model_weights/conv1_conv/conv1_conv/kernel:0"] = np.ones((7, 7, 3, 4))
         file["model_weights/conv1_conv/conv1_conv/bias:0"] = np.ones(4)
 
-    arrays, _, notes = read(file_of(numbered))
+    arrays, _, notes = read_hdf5(file_of(numbered))
     assert sorted(arrays) == ["conv1_conv/0", "conv1_conv/1"]
     assert notes == ["the optimizer's state was left out"]
-    assert sorted(keras.prepared(arrays)[0]) == sorted(read(file_of(named))[0])
+    assert sorted(keras.prepared(arrays)[0]) == sorted(read_hdf5(file_of(named))[0])
 
 
 def hostile_soft(file):
@@ -82,7 +82,7 @@ def hostile_bomb(file):
 )
 def test_what_leads_elsewhere_is_not_followed(fill, text):
     with pytest.raises(ValueError, match=text):
-        read(file_of(fill))
+        read_hdf5(file_of(fill))
 
 
 def test_a_group_within_itself_is_read_once():
@@ -90,14 +90,14 @@ def test_a_group_within_itself_is_read_once():
         file["a/w"] = np.ones(2)
         file["a/again"] = file["a"]
 
-    assert list(read(file_of(loop))[0]) == ["a/w"]
+    assert list(read_hdf5(file_of(loop))[0]) == ["a/w"]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated(share):
     data = file_of(lambda file: layer(file, "conv1_conv", _0=np.ones((7, 7, 3, 64))))
     with pytest.raises(ValueError, match="no complete HDF5 file"):
-        read(data[: int(share * len(data))])
+        read_hdf5(data[: int(share * len(data))])
 
 
 def test_an_archive_without_weights():
@@ -105,13 +105,13 @@ def test_an_archive_without_weights():
     with zipfile.ZipFile(data, "w") as archive:
         archive.writestr("config.json", "{}")
     with pytest.raises(ValueError, match=r"has model.weights.h5, and this one \['config.json'\]"):
-        read_archive(data.getvalue())
+        read_keras_archive(data.getvalue())
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_names_go_there_and_back(version):
     # The smallest network of the version; `keras.applications` has the same names.
-    from flaxtransfer.architectures import ResNetConfig
+    from flaxtransfer.models.config import ResNetConfig
 
     plain = ResNetConfig("bottleneck", (2, 1, 1, 1), width=4, classes=3)
     second = {"preactivation": True, "stem_bias": True} if version == 2 else {}

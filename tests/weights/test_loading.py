@@ -6,15 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.catalogue import RESNETS
+from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import (
-    load,
-    safetensors_file,
-)
-from flaxtransfer.weights.companions import companions
-from flaxtransfer.weights.tensors import Tensors, strip
+from flaxtransfer.weights import load
+from flaxtransfer.weights.load import companions
+from flaxtransfer.weights.readers import safetensors_file
+from flaxtransfer.weights.readers.detect import Tensors, strip
 
 
 def same(a, b):
@@ -66,7 +64,7 @@ def test_other_precisions_become_float32_and_that_is_said(basic, tmp_path, kind)
         for key, array in basic.items()
     }
     path = tmp_path / "other.safetensors"
-    path.write_bytes(safetensors_file.write(stored, {}))
+    path.write_bytes(safetensors_file.write_safetensors(stored, {}))
     checkpoint = load(path)
     leaves = flatten(checkpoint.variables)
     assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("f4")}

@@ -10,12 +10,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.bands import Adapter
-from flaxtransfer.checkpoint import Checkpoints, folder_of_arrays, orbax_driver, read_arrays
+from flaxtransfer.checkpoint import Checkpoints, folder_of_arrays, orbax_io, read_any_arrays
+from flaxtransfer.models.config import Adapter, ResNetConfig
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import load, own_layout
-from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights import load
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import native
 
 CONFIG = ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=3)
 
@@ -203,13 +203,13 @@ class TestStepsOfRuns:
 
 
 def test_other_files_are_left_alone(basic):
-    assert own_layout.prepared(basic) == (dict(basic), [])
+    assert native.prepared(basic) == (dict(basic), [])
 
 
 def test_averages_of_nothing():
     arrays = {"params/layer1/0/conv1/kernel": 1, "ema/fc/bias": 2}
     with pytest.raises(ValueError, match="averages of parameters that it has not: params/fc/bias"):
-        own_layout.prepared(arrays)
+        native.prepared(arrays)
 
 
 def test_a_kind_of_leaf_that_nobody_knows(tmp_path):
@@ -219,7 +219,7 @@ def test_a_kind_of_leaf_that_nobody_knows(tmp_path):
     described.write_text(text.replace('"value_type": "jax.Array"', '"value_type": "jaxArray"', 1))
     assert described.read_text() != text
     with pytest.raises(ValueError, match="jaxArray"):
-        read_arrays(tmp_path / "tree", most=1000)
+        read_any_arrays(tmp_path / "tree", most=1000)
 
 
 def test_a_shortage_of_the_machine_is_not_damage(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_shortage_of_the_machine_is_not_damage(tmp_path, monkeypatch):
     async def fail(self, infos, args=None):
         raise ValueError("Error opening file [os_error_code='24']")
 
-    monkeypatch.setattr(orbax_driver._Patient, "deserialize", fail)
+    monkeypatch.setattr(orbax_io._Patient, "deserialize", fail)
     with pytest.raises(OSError, match="it cannot be read now") as caught:
-        read_arrays(tmp_path / "tree", most=1000)
+        read_any_arrays(tmp_path / "tree", most=1000)
     assert caught.value.errno == errno.EMFILE

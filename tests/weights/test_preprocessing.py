@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.weights import IMAGENET, Preprocessing, load, sidecar, torchvision
+from flaxtransfer.weights import IMAGENET, Preprocessing, load, sidecar
+from flaxtransfer.weights.naming import torchvision
 from flaxtransfer.weights.preprocessing import INTERPOLATIONS
 
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}

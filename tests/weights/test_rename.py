@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.catalogue import ARCHITECTURES, RESNETS
-from flaxtransfer.weights import big_transfer, huggingface, timm, timm_v2, torchvision
-from flaxtransfer.weights.architecture import leaf_shapes
-from flaxtransfer.weights.rename import CONV, Rule, leaf_of, to_keys, to_leaves
+from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import big_transfer, huggingface, timm, torchvision
+from flaxtransfer.weights.naming.formats import table_for
+from flaxtransfer.weights.naming.key_map import CONV, Rule, leaf_of, to_keys, to_leaves
 
 TABLES = {"torchvision": torchvision.TABLE, "huggingface": huggingface.TABLE}
 TINY = ResNetConfig("bottleneck", (2, 1, 1, 1), width=4, classes=3)
@@ -45,10 +46,9 @@ def test_every_leaf_has_one_key_and_every_key_one_leaf(table, name):
 def test_timms_table_is_one_to_one_for_every_architecture(name):
     config = ARCHITECTURES[name]
     leaves = {path: np.zeros((0,) * len(shape)) for path, shape in leaf_shapes(config).items()}
-    naming = timm_v2 if config.preactivation else timm
-    keys = to_keys(naming.table_for(config), leaves)
+    keys = to_keys(table_for(config), leaves)
     assert len(keys) == len(leaves)
-    table = naming.table_of(keys)
+    table = (timm.v2_table_of if config.preactivation else timm.table_of)(keys)
     assert [leaf_of(table, key, ())[0] for key in keys] == list(leaves)
 
 

@@ -12,10 +12,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import IMAGENET, Checkpoint, Preprocessing, load, safetensors_file, save
-from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights import IMAGENET, Checkpoint, Preprocessing, load, save
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.readers import safetensors_file
 
 CONFIG = ResNetConfig("bottleneck", (1, 2, 1, 1), 4, 32, 4, classes=3, in_channels=5)
 BANDS = Preprocessing((0.1, 0.2, 0.3, 0.4, 1 / 3), (0.5,) * 5, 64, 72, "bicubic")
@@ -158,7 +159,7 @@ def rewritten(path, change):
     with safe_open(path, "np") as file:
         content = json.loads(file.metadata()["flaxtransfer"])
     change(content)
-    path.write_bytes(safetensors_file.write(arrays, {"flaxtransfer": json.dumps(content)}))
+    path.write_bytes(safetensors_file.write_safetensors(arrays, {"flaxtransfer": json.dumps(content)}))
     return path
 
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from flaxtransfer.architectures import ResNetConfig
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import unflatten
-from flaxtransfer.weights import IMAGENET, Checkpoint, card, load, save, shipped
-from flaxtransfer.weights.architecture import leaf_shapes
+from flaxtransfer.weights import IMAGENET, Checkpoint, card, load, locations, save
+from flaxtransfer.weights.infer import leaf_shapes
 
 TINY = ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2)
 
@@ -16,24 +16,24 @@ TINY = ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder as the package has it, with one small checkpoint."""
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(locations, "BUILTIN_FOLDER", tmp_path)
     leaves = {path: np.ones(shape, np.float32) for path, shape in leaf_shapes(TINY).items()}
     digest = save(
-        tmp_path / f"{shipped.DEFAULT}.safetensors",
+        tmp_path / f"{locations.BUILTIN_DEFAULT}.safetensors",
         Checkpoint(unflatten(leaves), TINY, IMAGENET, class_names=("no", "yes")),
     )
     fields = {"data": "ones", "command": "none", "accuracy": 0.5, "seed": 0, "sha256": digest}
-    (tmp_path / f"{shipped.DEFAULT}.json").write_text(json.dumps(fields))
+    (tmp_path / f"{locations.BUILTIN_DEFAULT}.json").write_text(json.dumps(fields))
     return tmp_path
 
 
-@pytest.mark.parametrize("source", ["builtin", f"builtin:{shipped.DEFAULT}"])
+@pytest.mark.parametrize("source", ["builtin", f"builtin:{locations.BUILTIN_DEFAULT}"])
 def test_by_name(folder, source):
     checkpoint = load(source)
-    assert checkpoint.source == f"builtin:{shipped.DEFAULT}"
+    assert checkpoint.source == f"builtin:{locations.BUILTIN_DEFAULT}"
     assert checkpoint.config == TINY
     assert checkpoint.class_names == ("no", "yes")
-    assert checkpoint.sha256 == card()["sha256"] == card(shipped.DEFAULT)["sha256"]
+    assert checkpoint.sha256 == card()["sha256"] == card(locations.BUILTIN_DEFAULT)["sha256"]
 
 
 def test_an_unknown_name_says_what_there_is(folder):
@@ -43,13 +43,13 @@ def test_an_unknown_name_says_what_there_is(folder):
 
 
 def test_an_empty_folder_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(locations, "BUILTIN_FOLDER", tmp_path / "none")
     with pytest.raises(ValueError, match="there are: none"):
         load("builtin")
 
 
 def test_a_file_that_is_not_the_card_s_is_refused(folder):
-    path = folder / f"{shipped.DEFAULT}.safetensors"
+    path = folder / f"{locations.BUILTIN_DEFAULT}.safetensors"
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
@@ -58,6 +58,6 @@ def test_a_file_that_is_not_the_card_s_is_refused(folder):
 
 
 def test_a_card_without_its_fields_is_refused(folder):
-    (folder / f"{shipped.DEFAULT}.json").write_text('{"data": "ones"}')
+    (folder / f"{locations.BUILTIN_DEFAULT}.json").write_text('{"data": "ones"}')
     with pytest.raises(ValueError, match=r"lacks \['command', 'accuracy', 'seed', 'sha256'\]"):
         load("builtin")

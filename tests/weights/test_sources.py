@@ -13,7 +13,7 @@ import pytest
 
 from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import load, web
+from flaxtransfer.weights import load, locations
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "timm/tiny.in1k"
@@ -368,11 +368,11 @@ def test_from_https_nothing_leads_to_http():
 
     request = urllib.request.Request("https://example.org/a.pth")
     with pytest.raises(urllib.error.URLError, match="leads from https to http:"):
-        web._Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/a.pth")
+        locations._Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/a.pth")
 
 
 def test_more_than_the_disk_has(server, monkeypatch):
-    monkeypatch.setattr(web.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(locations.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match=r"has [\d,]+ bytes, and .* room for 10"):
         load(hashed(server))
 

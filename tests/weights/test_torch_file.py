@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import load, pickled, torch_file
-from flaxtransfer.weights.torch_file import read
-from flaxtransfer.weights.torch_names import Foreign, Refused
+from flaxtransfer.weights import load
+from flaxtransfer.weights.readers import torch_file, torch_pickle
+from flaxtransfer.weights.readers.torch_file import read_torch
+from flaxtransfer.weights.readers.torch_pickle import Foreign, Refused
 
 MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 SYSTEM = pickle.dumps({"protocol_version": 1001, "little_endian": True}, 2)
@@ -64,7 +65,7 @@ FOUR = np.arange(4, dtype=np.float32)
 
 @pytest.mark.parametrize("layout", ["zip", "legacy"])
 def test_what_torch_wrote_bit_for_bit(golden, layout):
-    arrays, metadata, notes = read((golden / "torch_files" / f"{layout}.pth").read_bytes())
+    arrays, metadata, notes = read_torch((golden / "torch_files" / f"{layout}.pth").read_bytes())
     expected = np.load(golden / "torch_files" / "expected.npz")
     assert list(arrays) == list(expected)
     assert arrays["bfloat16"].dtype == jnp.bfloat16
@@ -79,7 +80,7 @@ def test_what_torch_wrote_bit_for_bit(golden, layout):
 def test_nothing_of_torch_is_imported():
     # In the suite's own environment there is no torch; where there is one, it stays where it is.
     assert "torch" not in vars(torch_file)
-    assert "torch" not in sys.modules or "torch" not in vars(pickled)
+    assert "torch" not in sys.modules or "torch" not in vars(torch_pickle)
 
 
 @pytest.mark.parametrize("layout", ["zip", "legacy"])
@@ -103,12 +104,12 @@ def test_a_network_in_either_layout(basic, tmp_path, layout):
 
 def test_big_endians_and_missing_checksums():
     content, swapped = dictionary(a=tensor()), FOUR.astype(">f4").tobytes()
-    arrays, _, _ = read(zipped(content, data_0=swapped, byteorder="big"))
+    arrays, _, _ = read_torch(zipped(content, data_0=swapped, byteorder="big"))
     assert arrays["a"].tolist() == [0, 1, 2, 3]
     # Of a complex number each half is turned round by itself.
     pairs = (FOUR + 1j * FOUR[::-1]).astype(">c8").tobytes()
     halves = dictionary(a=tensor(kind="ComplexFloatStorage"))
-    arrays, _, _ = read(zipped(halves, data_0=pairs, byteorder="big"))
+    arrays, _, _ = read_torch(zipped(halves, data_0=pairs, byteorder="big"))
     assert arrays["a"].tolist() == [3j, 1 + 2j, 2 + 1j, 3]
     # torch writes 0 for every checksum when it is told to compute none.
     data = bytearray(zipped(content, data_0=FOUR.tobytes()))
@@ -117,7 +118,7 @@ def test_big_endians_and_missing_checksums():
             checksum = struct.pack("<I", entry.CRC)
             while (at := data.find(checksum)) >= 0:
                 data[at : at + 4] = bytes(4)
-    arrays, _, notes = read(bytes(data))
+    arrays, _, notes = read_torch(bytes(data))
     assert arrays["a"].tolist() == [0, 1, 2, 3]
     assert notes == ["the archive has no checksums: damage to it would not show"]
 
@@ -126,20 +127,20 @@ def test_a_flipped_bit_is_found():
     data = bytearray(zipped(dictionary(a=tensor()), data_0=FOUR.tobytes()))
     data[data.find(FOUR.tobytes())] ^= 1
     with pytest.raises(ValueError, match="Bad CRC-32 for file 'archive/data/0'"):
-        read(bytes(data))
+        read_torch(bytes(data))
 
 
 def test_views_of_the_former_layout():
     view = b"(" + text("1") + number(1) + number(2) + b"t"
     content = dictionary(a=tensor(shape=(2,), view=view), b=tensor(offset=1, shape=(3,)))
-    arrays, _, _ = read(legacy(content, **{"0": FOUR}))
+    arrays, _, _ = read_torch(legacy(content, **{"0": FOUR}))
     assert [arrays[name].tolist() for name in "ab"] == [[1, 2], [1, 2, 3]]
     beyond = dictionary(a=tensor(shape=(3,), view=view))
     with pytest.raises(ValueError, match=r"shape \[3\] goes beyond its storage"):
-        read(legacy(beyond, **{"0": FOUR}))
+        read_torch(legacy(beyond, **{"0": FOUR}))
     long = b"(" + text("1") + number(1) + number(4) + b"t"
     with pytest.raises(ValueError, match="a view beyond its storage"):
-        read(legacy(dictionary(a=tensor(shape=(2,), view=long)), **{"0": FOUR}))
+        read_torch(legacy(dictionary(a=tensor(shape=(2,), view=long)), **{"0": FOUR}))
 
 
 NAMED = {
@@ -172,7 +173,7 @@ def audit():
 def test_a_name_that_is_on_no_list_is_refused_and_not_looked_up(audit, content, layout):
     data, audit["seen"] = layout(content), []
     with pytest.raises(ValueError, match=r"refused, and nothing in it was run, .* to call \w+\."):
-        read(data)
+        read_torch(data)
     seen, audit["seen"] = audit["seen"], None
     assert seen == []
 
@@ -187,10 +188,10 @@ def test_a_whole_network_is_refused_with_the_reason():
     )
     for layout in (zipped, legacy):
         with pytest.raises(ValueError, match=r"whole network.*torchvision\.models\.resnet\.ResNet"):
-            read(layout(whole))
+            read_torch(layout(whole))
     module = b"\x80\x02(" + text("module") + b"NNNtQ."
     with pytest.raises(ValueError, match="whole network, pickled with its code"):
-        read(legacy(module))
+        read_torch(legacy(module))
 
 
 HOSTILE = {
@@ -234,14 +235,14 @@ def test_what_does_not_fit_is_an_error_of_one_kind(case, layout):
     else:
         data = legacy(content, **{"0": FOUR})
     with pytest.raises(ValueError, match=said):
-        read(data)
+        read_torch(data)
 
 
 def test_there_is_an_end_to_instructions(monkeypatch):
-    monkeypatch.setattr(pickled, "MOST_INSTRUCTIONS", 1000)
-    assert pickled.read(io.BytesIO(b"\x80\x02" + b"N0" * 498 + b"N."))[0] is None
+    monkeypatch.setattr(torch_pickle, "MOST_INSTRUCTIONS", 1000)
+    assert torch_pickle.read_pickle(io.BytesIO(b"\x80\x02" + b"N0" * 498 + b"N."))[0] is None
     with pytest.raises(ValueError, match="more than 1,000 instructions"):
-        pickled.read(io.BytesIO(b"\x80\x02" + b"N0" * 499 + b"N."))
+        torch_pickle.read_pickle(io.BytesIO(b"\x80\x02" + b"N0" * 499 + b"N."))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_there_is_an_end_to_instructions(monkeypatch):
 )  # fmt: skip
 def test_layouts_that_contradict_themselves(data, said):
     with pytest.raises(ValueError, match=said):
-        read(data)
+        read_torch(data)
 
 
 def test_values_beside_weights_leave_a_mark():
@@ -270,16 +271,16 @@ def test_values_beside_weights_leave_a_mark():
     beside = [Namespace(a=1), Counter("ab"), defaultdict(list, a=[1]), deque([1]), {1}, 1j,
               frozenset({2}), bytearray(b"1"), np.float64(0.5), np.dtype("f4")]  # fmt: skip
     for protocol in (2, 3, 4):
-        found, _ = pickled.read(io.BytesIO(pickle.dumps(beside, protocol)))
+        found, _ = torch_pickle.read_pickle(io.BytesIO(pickle.dumps(beside, protocol)))
         assert all(isinstance(value, Foreign) for value in found)
     plain = {"a": [1, 2.5, None, True, "ä", b"\xff", (), (1, 2, 3), 1 << 80], "b": {}}
     for protocol in (2, 3, 4, 5):
         data = pickle.dumps({**plain, "c": OrderedDict(plain)}, protocol)
-        found, _ = pickled.read(io.BytesIO(data))
+        found, _ = torch_pickle.read_pickle(io.BytesIO(data))
         if protocol == 2:  # which writes bytes as a call
             assert isinstance(found["a"].pop(5), Foreign)
             assert isinstance(found["c"]["a"], list)
         else:
             assert found == {**plain, "c": plain}
     with pytest.raises(Refused, match=r"posix\.DirEntry|nt\.DirEntry"):
-        pickled.read(io.BytesIO(pickle.dumps(os.DirEntry)))
+        torch_pickle.read_pickle(io.BytesIO(pickle.dumps(os.DirEntry)))

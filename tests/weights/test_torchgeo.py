@@ -11,21 +11,13 @@ import numpy as np
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.architectures import ResNetConfig
-from flaxtransfer.models.band_kernels import by_wavelength
+from flaxtransfer.models.band_init import by_wavelength
+from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import unflatten
-from flaxtransfer.weights import (
-    IMAGENET,
-    Checkpoint,
-    load,
-    normalised,
-    pixels,
-    save,
-    timm,
-    torchgeo,
-)
-from flaxtransfer.weights.architecture import leaf_shapes
-from flaxtransfer.weights.rename import to_keys
+from flaxtransfer.weights import IMAGENET, Checkpoint, load, normalised, pixels, save
+from flaxtransfer.weights.infer import leaf_shapes
+from flaxtransfer.weights.naming import timm, torchgeo
+from flaxtransfer.weights.naming.key_map import to_keys
 
 ALL = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)
 

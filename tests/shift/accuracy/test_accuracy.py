@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from flaxtransfer.shift.accuracy.accuracy import accuracy_without_labels
-from flaxtransfer.shift.accuracy.accuracy_estimates import AccuracyEstimate
-from flaxtransfer.shift.accuracy.recall import class_recall, prevalence_weighted_recall
-from flaxtransfer.shift.accuracy.thresholded_confidence import (
+from flaxtransfer.shift.accuracy import (
+    AccuracyEstimate,
     ThresholdedConfidence,
+    accuracy_without_labels,
+    class_recall,
     negative_entropy,
+    prevalence_weighted_recall,
 )
-from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence.prevalence import Prevalence
+from flaxtransfer.shift.calibration import Calibration, calibrate
+from flaxtransfer.shift.prevalence import Prevalence
 
 CONFIDENCE, ENTROPY = "ATC, maximum confidence", "ATC, negative entropy"
 RECALL, DIFFERENCE = "prevalence-weighted recall", "difference of confidences"

@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.shift.calibration.calibration import Calibration, logits_of
-from flaxtransfer.shift.calibration.scaling import _Likelihood
+from flaxtransfer.shift.calibration import Calibration, _Likelihood, calibrate, logits_of
 
 METHODS = ("none", "temperature", "bias_corrected", "vector")
 FITTED = METHODS[1:]

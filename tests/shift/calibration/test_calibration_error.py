@@ -8,17 +8,15 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from flaxtransfer.shift.calibration.binned_error import (
+from flaxtransfer.shift.calibration_metrics import (
+    ReliabilityBin,
+    brier_score,
+    calibration_error,
     debiased_errors,
     error_interval,
     expected_error,
-)
-from flaxtransfer.shift.calibration.calibration_error import (
-    brier_score,
-    calibration_error,
     negative_log_likelihood,
 )
-from flaxtransfer.shift.calibration.reliability import ReliabilityBin
 
 
 def predicted(count, temperature, seed):

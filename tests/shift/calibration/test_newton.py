@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from flaxtransfer.shift.calibration import scaling
-from flaxtransfer.shift.calibration.newton import minimise
+from flaxtransfer.shift import calibration
+from flaxtransfer.shift.optimize import minimise
 
 MATRIX = np.array([[2.0, 1.8], [1.8, 2.0]])
 
@@ -85,7 +85,7 @@ def test_products_with_the_hessian_are_the_hessian(form, absent, monkeypatch):
     logits = random.normal(size=(200, 5))
     logits[np.arange(200), labels] += 1
     logits -= logits.mean(1, keepdims=True)
-    likelihood = scaling._Likelihood(logits, labels, form)
+    likelihood = calibration._Likelihood(logits, labels, form)
     size = {"temperature": 1, "bias_corrected": 6, "vector": 10}[form]
     place = random.normal(0, 0.3, size)
     local = likelihood.at(place)
@@ -106,9 +106,9 @@ def test_products_with_the_hessian_are_the_hessian(form, absent, monkeypatch):
         pinned[-5:, -5:] = 1 / 5
     np.testing.assert_allclose(dense, curves + pinned, atol=1e-8)
 
-    found = scaling.fit_scaling(logits, labels, form)
-    monkeypatch.setattr(scaling, "_DENSE_PARAMETERS", 0)
-    by_products = scaling.fit_scaling(logits, labels, form)
+    found = calibration.fit_scaling(logits, labels, form)
+    monkeypatch.setattr(calibration, "_DENSE_PARAMETERS", 0)
+    by_products = calibration.fit_scaling(logits, labels, form)
     assert by_products.gradient_norm <= 1e-8
     np.testing.assert_allclose(by_products.scale, found.scale, atol=1e-5)
     np.testing.assert_allclose(by_products.bias, found.bias, atol=1e-5)

@@ -8,12 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.calibration.reliability import bin_by_confidence, reliability
-from flaxtransfer.shift.intervals import (
-    checked_replicates,
-    percentile_interval,
-    wilson_interval,
-)
+from flaxtransfer.shift.calibration_metrics import bin_by_confidence, reliability
+from flaxtransfer.shift.statistics import checked_replicates, percentile_interval, wilson_interval
 
 
 @given(st.lists(st.sampled_from([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]), min_size=1), st.integers(1, 20))

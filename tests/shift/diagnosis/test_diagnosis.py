@@ -10,12 +10,17 @@ import pytest
 
 import flaxtransfer.shift.diagnosis
 from flaxtransfer.report.shift_page import HEADLINES, shift_page
-from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.diagnosis.diagnosis import _preferred, _small, diagnose
-from flaxtransfer.shift.diagnosis.projection import joint_projection
-from flaxtransfer.shift.diagnosis.questions import fell, labelled_tests, unlabelled_tests
-from flaxtransfer.shift.hypotheses import HypothesisTest
+from flaxtransfer.shift.calibration import Calibration, calibrate
+from flaxtransfer.shift.diagnosis import (
+    _preferred,
+    _small,
+    diagnose,
+    fell,
+    labelled_tests,
+    unlabelled_tests,
+)
+from flaxtransfer.shift.report import joint_projection
+from flaxtransfer.shift.statistics import HypothesisTest
 
 SCHEMA = json.loads(
     Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.diagnosis.actions import actions
-from flaxtransfer.shift.diagnosis.verdicts import Findings, conclude
+from flaxtransfer.shift.report import Findings, actions, conclude
 
 YES, NO, ASKED_NOTHING = True, False, None
 

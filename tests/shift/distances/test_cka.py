@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.distances import cka
-from flaxtransfer.shift.distances.cka import debiased_cka
+from flaxtransfer.analysis import similarity
+from flaxtransfer.analysis.similarity import debiased_cka
 
 
 def draw(rows, columns, seed=0):
@@ -38,7 +38,7 @@ def test_pairs_gathered_or_multiplied_are_the_same(monkeypatch, rows, columns):
     x, y = draw(rows, columns, 1), draw(rows, columns, 2)
     found = []
     for largest in (0, 10**9):
-        monkeypatch.setattr(cka, "_LARGEST_GRAM", largest)
+        monkeypatch.setattr(similarity, "_LARGEST_GRAM", largest)
         found.append(debiased_cka(x, y, permutations=39))
     assert found[0].value == pytest.approx(found[1].value, rel=1e-9)
     assert found[0].null_mean == pytest.approx(found[1].null_mean, rel=1e-9, abs=1e-12)

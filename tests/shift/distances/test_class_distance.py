@@ -5,8 +5,7 @@ from itertools import permutations as arrangements
 import numpy as np
 import pytest
 
-from flaxtransfer.shift.distances.class_distance import class_distance
-from flaxtransfer.shift.distances.frechet import bures_wasserstein, frechet_distance
+from flaxtransfer.analysis.distances import bures_wasserstein, class_distance, frechet_distance
 
 I = np.arange(12.0)  # noqa: E741
 SOURCE = np.stack([np.sin(I), np.cos(1.3 * I), 2 * np.sin(0.7 * I)], 1)

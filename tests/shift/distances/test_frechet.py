@@ -6,12 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from flaxtransfer.shift.distances.frechet import (
-    bures_wasserstein,
-    frechet_distance,
-    pooled_coordinates,
-)
-from flaxtransfer.shift.shrinkage import shrinkage
+from flaxtransfer.analysis.distances import bures_wasserstein, frechet_distance, pooled_coordinates
+from flaxtransfer.shift.two_sample import shrinkage
 
 I = np.arange(12.0)  # noqa: E741
 SOURCE = np.stack([np.sin(I), np.cos(1.3 * I), 2 * np.sin(0.7 * I)], 1)

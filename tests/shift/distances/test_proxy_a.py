@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from flaxtransfer.shift.distances.proxy_a import proxy_a_distance
-from flaxtransfer.shift.nulls import random_folds
+from flaxtransfer.analysis.similarity import proxy_a_distance
+from flaxtransfer.shift.permutation import random_folds
 
 
 def draw(rows, columns, seed=0):

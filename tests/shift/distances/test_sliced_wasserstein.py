@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.shift.distances.sliced_wasserstein import (
+from flaxtransfer.analysis.distances import (
     random_directions,
     sliced_wasserstein,
     wasserstein_on_lines,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from flaxtransfer.shift.prevalence.borders import critical_values
+from flaxtransfer.shift.prevalence_intervals import critical_values
 
 
 @pytest.mark.parametrize(

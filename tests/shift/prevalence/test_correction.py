@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from flaxtransfer.shift.prevalence.correction import adjust_prior
-from flaxtransfer.shift.prevalence.prevalence import Prevalence
+from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.prior_correction import adjust_prior
 
 NAN = np.full(2, np.nan)
 ESTIMATE = Prevalence("BBSE", np.array([0.9, 0.1]), NAN, NAN, 0.95, np.array([0.5, 0.5]), (10, 20))

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from flaxtransfer.shift.calibration.calibrating import calibrate
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence.guarded_correction import correct_prior
+from flaxtransfer.shift.calibration import Calibration, calibrate
+from flaxtransfer.shift.prior_correction import correct_prior
 
 MEANS = np.array([[1.5, 0.0, 0.0], [0.0, 1.5, 0.0], [0.0, 0.0, 1.5]])
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import softmax
 
-from flaxtransfer.shift.prevalence.likelihood import information, likelihood_pass, maximise
-from flaxtransfer.shift.prevalence.simplex import nonnegative_quadratic, simplex_least_squares
+from flaxtransfer.shift.likelihood import information, likelihood_pass, maximise
+from flaxtransfer.shift.optimize import nonnegative_quadratic, simplex_least_squares
 
 # python -c "import numpy as np; from quapy.method.aggregative import EMQ; EMQ.MAX_ITER = 10**6;
 # P = np.array([[(i * j + i * i) % 11 + 1 for j in (1, 3, 4)] for i in range(1, 15)], float);

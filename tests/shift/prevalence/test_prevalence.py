@@ -8,15 +8,13 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import power_divergence
 
-from flaxtransfer.shift.calibration.calibration import Calibration
+from flaxtransfer.shift.bootstrap import confusion_replicates
+from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_probability_rows
-from flaxtransfer.shift.prevalence.bootstrap import confusion_replicates
-from flaxtransfer.shift.prevalence.confusion import black_box, joint_confusion
-from flaxtransfer.shift.prevalence.estimation import METHODS, estimate_prevalence
-from flaxtransfer.shift.prevalence.likelihood import maximise
-from flaxtransfer.shift.prevalence.precision import Sample, weakest_direction
-from flaxtransfer.shift.prevalence.prevalence import Prevalence
-from flaxtransfer.shift.prevalence.rlls import regularised_weights
+from flaxtransfer.shift.confusion import black_box, joint_confusion, regularised_weights
+from flaxtransfer.shift.likelihood import maximise
+from flaxtransfer.shift.precision import Sample, weakest_direction
+from flaxtransfer.shift.prevalence import METHODS, Prevalence, estimate_prevalence
 
 
 def draw(prevalence, count, seed, separation=2.0):

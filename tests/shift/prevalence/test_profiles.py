@@ -6,10 +6,10 @@ from scipy.integrate import quad
 from scipy.special import softmax
 from scipy.stats import norm
 
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence.likelihood import maximise
-from flaxtransfer.shift.prevalence.precision import Sample
-from flaxtransfer.shift.prevalence.profiles import profiles
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.likelihood import maximise
+from flaxtransfer.shift.precision import Sample
+from flaxtransfer.shift.prevalence_intervals import profiles
 
 UP = np.array([[1.0], [-1.0]])
 """The first share grows as the second shrinks."""

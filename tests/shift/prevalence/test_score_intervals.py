@@ -6,23 +6,20 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import binom, binomtest, norm
 
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence import bootstrap
-from flaxtransfer.shift.prevalence.bootstrap import (
-    likelihood_replicates,
-    percentiles,
-    resampled_weights,
-)
-from flaxtransfer.shift.prevalence.borders import critical_values
-from flaxtransfer.shift.prevalence.estimation import estimate_prevalence
-from flaxtransfer.shift.prevalence.influence import influences, scale_response
-from flaxtransfer.shift.prevalence.likelihood import maximise
-from flaxtransfer.shift.prevalence.precision import (
+from flaxtransfer.shift import bootstrap
+from flaxtransfer.shift.bootstrap import likelihood_replicates, percentiles, resampled_weights
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.likelihood import maximise
+from flaxtransfer.shift.precision import (
     Sample,
+    influences,
     observed_information,
     precision,
+    scale_response,
     weakest_direction,
 )
+from flaxtransfer.shift.prevalence import estimate_prevalence
+from flaxtransfer.shift.prevalence_intervals import critical_values
 
 CENTRES = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
 PRIOR = np.full(3, 1 / 3)

@@ -7,12 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from flaxtransfer.shift.testing.classifier_test import (
-    _auc,
-    _discriminant_aucs,
-    _logistic_auc,
-    classifier_test,
-)
+from flaxtransfer.shift.two_sample import _auc, _discriminant_aucs, _logistic_auc, classifier_test
 
 
 def samples(n=60, m=40, d=4, step=0.0, seed=0):

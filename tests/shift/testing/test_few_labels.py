@@ -6,19 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence.resampled_likelihood import maximise_resampled
-from flaxtransfer.shift.testing import label_simulation
-from flaxtransfer.shift.testing.estimated_posteriors import (
-    EstimatedPosteriors,
-    corrected_posteriors,
-)
-from flaxtransfer.shift.testing.few_labels import (
+from flaxtransfer.shift import concept_shift
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.concept_shift import (
     label_residual_test,
     log_loss_test,
     posterior_ratio_tests,
 )
-from flaxtransfer.shift.testing.labels_needed import labels_needed
+from flaxtransfer.shift.likelihood import maximise_resampled
+from flaxtransfer.shift.sample_size import EstimatedPosteriors, corrected_posteriors, labels_needed
 
 POSTERIORS = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.25, 0.6, 0.15]])
 OTHER = np.array([[0.2, 0.6, 0.2], [0.1, 0.3, 0.6], [0.1, 0.1, 0.8], [0.5, 0.1, 0.4]])
@@ -102,9 +98,9 @@ def test_many_labels_are_drawn_as_few_are(monkeypatch):
     posteriors = np.random.default_rng(0).dirichlet(np.ones(4), size=6)
     found = []
     for at_once in (0, 10**9):
-        monkeypatch.setattr(label_simulation, "_AT_ONCE", at_once)
+        monkeypatch.setattr(concept_shift, "_AT_ONCE", at_once)
         random = np.random.default_rng(1)
-        found.append(label_simulation.drawn_labels(posteriors, 50, random))
+        found.append(concept_shift.drawn_labels(posteriors, 50, random))
     np.testing.assert_array_equal(found[0], found[1])
 
 

@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from flaxtransfer.shift.hypotheses import holm
-from flaxtransfer.shift.testing.marginal_tests import kolmogorov_smirnov_test
-from flaxtransfer.shift.testing.predicted_labels import noncentrality, predicted_label_test
+from flaxtransfer.shift.marginals import (
+    kolmogorov_smirnov_test,
+    noncentrality,
+    predicted_label_test,
+)
+from flaxtransfer.shift.statistics import holm
 
 
 @pytest.mark.parametrize("counts", [(40, 30), (7, 5), (300, 300), (10_500, 50)])

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
-from flaxtransfer.shift.duplicates import shared_rows
-from flaxtransfer.shift.testing.kernel import gaussian_kernel, median_bandwidth, rescaled
-from flaxtransfer.shift.testing.mmd import mmd_test
+from flaxtransfer.shift.checks import shared_rows
+from flaxtransfer.shift.two_sample import gaussian_kernel, median_bandwidth, mmd_test, rescaled
 
 
 def samples(n=40, m=30, d=3, step=0.0, seed=0):

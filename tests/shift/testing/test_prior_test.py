@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import chi2
 
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.prevalence.resampled_likelihood import maximise_resampled
-from flaxtransfer.shift.testing.predicted_labels import noncentrality
-from flaxtransfer.shift.testing.prior_test import _detectable, prior_test
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.label_shift import _detectable, prior_test
+from flaxtransfer.shift.likelihood import maximise_resampled
+from flaxtransfer.shift.marginals import noncentrality
 
 MEANS = 1.5 * np.eye(3, 5)
 

@@ -5,9 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flaxtransfer.shift.calibration.calibration import Calibration
-from flaxtransfer.shift.testing.mixture_residual import class_kernel, residual, simulated_residuals
-from flaxtransfer.shift.testing.residual_test import residual_test
+from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.shift.label_shift import (
+    class_kernel,
+    residual,
+    residual_test,
+    simulated_residuals,
+)
 
 MEANS = 2.0 * np.eye(3, 6)
 

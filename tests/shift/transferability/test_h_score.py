@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.covariance import ledoit_wolf
 
-from flaxtransfer.shift.transferability.h_score import h_score
+from flaxtransfer.analysis.transferability import h_score
 
 
 def draw(rows, columns, seed=0):

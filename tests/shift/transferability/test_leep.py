@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flaxtransfer.shift.transferability.leep import leep
+from flaxtransfer.analysis.transferability import leep
 
 
 def by_definition(probabilities, labels):

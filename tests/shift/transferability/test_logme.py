@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
-from flaxtransfer.shift.transferability.logme import evidence, logme
+from flaxtransfer.analysis.transferability import evidence, logme
 
 
 def fixture(rows, columns, strength):
@@ -129,7 +129,7 @@ def test_labels_that_are_given_away_have_no_bounded_evidence_and_say_so():
 
 def test_permutations_are_each_what_logme_says_of_them(monkeypatch):
     """However many problems are solved at once."""
-    from flaxtransfer.shift.transferability import logme as module
+    from flaxtransfer.analysis import transferability as module
 
     features, labels = fixture(24, 10, 0.3)
     at_once = logme(features, labels, permutations=19)

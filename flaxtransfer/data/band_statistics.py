@@ -1,0 +1,109 @@
+"""Mean, deviation and samples of each band, from the images that a network will be trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flaxtransfer.data.pipeline import eval_batches
+from flaxtransfer.data.source import Source
+from flaxtransfer.data.splits import some
+from flaxtransfer.data.transforms import evaluation_transform
+from flaxtransfer.weights.preprocessing import Preprocessing
+
+__all__ = ["band_patches", "band_preprocessing"]
+
+
+_MOST_IMAGES = 2000
+"""More images than that hardly change a mean over all their pixels."""
+
+_BATCH = 64
+
+
+def band_preprocessing(
+    preprocessing: Preprocessing, source: Source, positions: np.ndarray, bands: int
+) -> Preprocessing:
+    """The weights' preprocessing with each band's own mean and deviation in place of RGB's.
+
+    The statistics that belong to the weights are those of red, green and blue photographs, and
+    there is none for a band that those do not have. Over all pixels of the training images, each
+    band gets mean 0 and deviation 1; that comes before the adapter, which therefore folds exactly
+    into the stem. A band that is the same everywhere is only centred.
+
+    Args:
+      preprocessing: that belongs to the weights; size, resize and interpolation are kept.
+      source: labelled images of ``bands`` bands.
+      positions: of the training images; at most 2000 of them are looked at, spread evenly.
+      bands: n.
+
+    Raises:
+      ValueError: images of another number of bands.
+
+    >>> from flaxtransfer.data import ArraySource
+    >>> images = np.stack([np.full((4, 8, 8), 51), np.arange(256).reshape(4, 8, 8)], -1)
+    >>> source = ArraySource(images.astype(np.uint8), [0, 1, 0, 1])
+    >>> plain = Preprocessing((0.5,) * 3, (0.25,) * 3, 8, 8)
+    >>> found = band_preprocessing(plain, source, np.arange(4), 2)
+    >>> [round(value, 3) for value in (*found.mean, *found.std)]
+    [0.2, 0.5, 1.0, 0.29]
+    """
+    counts = np.zeros((bands, 256), np.int64)
+    transform = evaluation_transform(preprocessing, channels=bands)
+    chosen = some(np.asarray(positions), _MOST_IMAGES)
+    _check(source, chosen, bands)
+    for batch in eval_batches(source, chosen, batch_size=_BATCH, transform=transform):
+        images = batch["image"][batch["weight"] > 0]
+        for band in range(bands):
+            # Whole numbers: the result depends neither on the order nor on the batches.
+            counts[band] += np.bincount(images[..., band].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt(np.maximum((share * np.square(values - mean[:, None])).sum(axis=1), 0))
+    std[std < 1e-9] = 1.0
+    return preprocessing.of_other_bands(mean.tolist(), std.tolist())
+
+
+def band_patches(
+    preprocessing: Preprocessing,
+    source: Source,
+    positions: np.ndarray,
+    *,
+    side: int = 4,
+    most: int = 20_000,
+) -> np.ndarray:
+    """Means of small squares of normalised training images, for ``transfer(..., patches=...)``.
+
+    Args:
+      preprocessing: from ``band_preprocessing``.
+      source: labelled images with as many bands.
+      positions: of the training images.
+      side: of a square in px of the network's input; less noise than single pixels have.
+      most: squares, from images spread evenly over the positions.
+
+    Returns:
+      float64 ``[patches, bands]``.
+    """
+    bands, side = len(preprocessing.mean), min(side, preprocessing.size)
+    across = preprocessing.size // side
+    chosen = some(np.asarray(positions), max(1, most // across**2))
+    _check(source, chosen, bands)
+    transform = evaluation_transform(preprocessing, channels=bands)
+    found = []
+    for batch in eval_batches(source, chosen, batch_size=_BATCH, transform=transform):
+        images = batch["image"][batch["weight"] > 0]
+        cut = images[:, : across * side, : across * side]
+        squares = cut.reshape(len(cut), across, side, across, side, bands)
+        found.append(squares.mean(axis=(2, 4), dtype=np.float64).reshape(-1, bands))
+    means, stds = np.array(preprocessing.mean), np.array(preprocessing.std)
+    return (np.concatenate(found) / 255 - means) / stds
+
+
+def _check(source: Source, positions: np.ndarray, bands: int) -> None:
+    if not len(positions):
+        raise ValueError("there are no training images to take the bands' statistics from")
+    shape = source[int(positions[0])]["image"].shape
+    if shape[-1] != bands:
+        raise ValueError(
+            f"image {int(positions[0])} of the data has {shape[-1]} channels (shape "
+            f"{list(shape)}), and {bands} bands were asked for"
+        )

@@ -1,0 +1,160 @@
+"""What training reads batches from: pure functions of the step number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flaxtransfer.data.cache import digest
+from flaxtransfer.data.pipeline import FixedView, eval_batches, train_batches, training_rows
+from flaxtransfer.data.source import Source
+from flaxtransfer.data.transforms import (
+    Transform,
+    evaluation_transform,
+    flip_keeps_labels,
+    is_random,
+    training_transform,
+)
+from flaxtransfer.weights.preprocessing import Preprocessing
+
+Batch = Mapping[str, Any]
+"""``image`` uint8 [batch, height, width, 3], ``label`` int [batch], and for evaluation ``weight``
+float [batch], 0 where an example is padding."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples behind a feed, for whoever wants to remember what became of each of them.
+
+    Args:
+      labels: of the training examples, int [examples].
+      validation_labels: of the validation examples, int [examples], which may be none.
+      batch_size: rows of a training batch.
+      rows: of batch k, for each row: which training example, and in which pass over them.
+      view: every training example once, in order, in version k of its augmentation, which never
+        changes; padded, with ``weight``.
+      random: whether augmentation draws at all; if not, there is one version.
+      fingerprint: what the pixels of the training and of the validation examples depend on, as
+        short texts and digests. Reads every image.
+    """
+
+    labels: np.ndarray
+    validation_labels: np.ndarray
+    batch_size: int
+    rows: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    view: Callable[[int], Iterable[Batch]]
+    random: bool
+    fingerprint: Callable[[], tuple[Mapping[str, str], Mapping[str, str]]]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches for training and validation, and how to normalise them.
+
+    The position in the data is the step number and nothing else, which makes exact resume, and
+    the same order on any number of devices, a property of the feed.
+
+    Args:
+      train: ``train(k)`` yields batch k, k+1, ... for ever; batch k is always the same.
+      steps_per_epoch: optimizer steps in one pass over the training examples.
+      validation: yields every validation example once, or None where there are none.
+      preprocessing: that belongs to the weights; its mean and std normalise on the device.
+      class_names: what the labels 0, 1, ... mean.
+      calibration: yields every training example once, without augmentation, for measuring
+        BatchNorm statistics; or None where there is no such pass.
+      examples: the examples one by one, or None where they cannot be told apart; without them no
+        activations are cached.
+      start: the segment that ``image`` enters, where batches hold activations instead of pixels.
+    """
+
+    train: Callable[[int], Iterator[Batch]]
+    steps_per_epoch: int
+    validation: Callable[[], Iterable[Batch]] | None
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    calibration: Callable[[], Iterable[Batch]] | None = None
+    examples: Examples | None = None
+    start: str | None = None
+
+
+def source_feed(
+    source: Source,
+    train: np.ndarray,
+    validation: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    transform: Transform | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> Feed:
+    """The batches of a data source.
+
+    Args:
+      source: labelled images.
+      train: positions of the training examples.
+      validation: positions of the validation examples; may be empty.
+      preprocessing: that belongs to the weights.
+      batch_size: examples a step, over all devices.
+      transform: augmentation of training images; by default the usual one, with mirror images
+        where the class names do not speak against them.
+      seed: of order and augmentation.
+      workers: processes that decode; 0 uses threads.
+
+    Raises:
+      ValueError: no training example.
+    """
+    channels = len(preprocessing.mean)
+    if transform is None:
+        flip = flip_keeps_labels(source.class_names)
+        transform = training_transform(preprocessing, flip=flip, channels=channels)
+    augmentation: Transform = transform
+    plain = evaluation_transform(preprocessing, channels=channels)
+
+    def training(start: int) -> Iterator[Batch]:
+        return train_batches(
+            source, train, batch_size=batch_size, transform=augmentation, seed=seed,
+            start_step=start, workers=workers,
+        )  # fmt: skip
+
+    def once(positions: np.ndarray, form: Transform = plain) -> Iterable[Batch]:
+        return eval_batches(source, positions, batch_size=batch_size, transform=form)
+
+    def fingerprint() -> tuple[Mapping[str, str], Mapping[str, str]]:
+        drawn = f"{augmentation!r}, seed {seed}" if is_random(augmentation) else f"{augmentation!r}"
+        return (
+            {"images": digest(source, train), "augmentation": drawn},
+            {"images": digest(source, validation), "augmentation": f"{plain!r}"},
+        )
+
+    labels = source.labels()
+    examples = Examples(
+        labels=labels[train],
+        validation_labels=labels[validation],
+        batch_size=batch_size,
+        rows=lambda k: training_rows(len(train), batch_size=batch_size, seed=seed, step=k),
+        view=lambda k: once(train, FixedView(augmentation, seed, k)),
+        random=is_random(augmentation),
+        fingerprint=fingerprint,
+    )
+
+    return Feed(
+        train=training,
+        steps_per_epoch=-(-len(train) // batch_size),
+        validation=(lambda: once(validation)) if len(validation) else None,
+        preprocessing=preprocessing,
+        class_names=tuple(source.class_names),
+        calibration=lambda: once(train),
+        examples=examples,
+    )
+
+
+def held_out(
+    source: Source, positions: np.ndarray, preprocessing: Preprocessing, *, batch_size: int = 256
+) -> Iterable[Batch]:
+    """Every example at ``positions`` once, prepared as the weights want it; for ``evaluate``."""
+    transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
+    return eval_batches(source, positions, batch_size=batch_size, transform=transform)

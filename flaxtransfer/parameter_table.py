@@ -1,0 +1,245 @@
+"""The table of what moves, how fast, and how it decays, from shapes alone."""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from flaxtransfer.batchnorm import Norm, check, mode, modules, policy
+from flaxtransfer.groups import FROZEN, Group, check_groups, trainable_mask
+from flaxtransfer.masks import segment_or_empty, selected
+from flaxtransfer.paths import flatten, listing, segment_position
+from flaxtransfer.schedules import WarmupCosine
+
+__all__ = ["Row", "Table", "Total", "table"]
+
+
+_WIDTH = 120
+"""Characters a line of ``str(table)``, where there is no terminal to ask."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Args:
+      path: its path.
+      shape: its shape.
+      bytes: its size in memory.
+      label: its label.
+      trainable: whether it moves.
+      learning_rate: at step 0, or the peak of a ``WarmupCosine``; None where it is frozen or hidden
+        in an optax transformation.
+      scheduled: whether the learning rate changes with the step.
+      weight_decay: the coefficient that really applies to it; None where it is hidden.
+      norm: which statistics its BatchNorm uses; None where it is no BatchNorm's.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    bytes: int
+    label: str
+    trainable: bool
+    learning_rate: float | None
+    scheduled: bool
+    weight_decay: float | None
+    norm: Literal["running", "batch"] | None
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sums over the leaves of a label, or over all.
+
+    Args:
+      label: the label; "total" for all.
+      leaves: how many.
+      parameters: numbers in them.
+      trainable: numbers in those that move.
+      bytes: size in memory.
+    """
+
+    label: str
+    leaves: int
+    parameters: int
+    trainable: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """What ``table`` returns: rows and totals as values; printed, a table.
+
+    Args:
+      rows: one for each parameter, from the input to the output where the names are a ResNet's.
+      totals: one for each label, then one over all.
+    """
+
+    rows: tuple[Row, ...]
+    totals: tuple[Total, ...]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def __rich__(self) -> Any:
+        # Here, so that the core needs no rich until something is printed.
+        from rich.console import Group as Stack
+        from rich.table import Table as RichTable
+
+        leaves = RichTable("path", "shape", "label", "learning rate", "decay", "trainable", "BN")
+        for row in self.rows:
+            leaves.add_row(
+                row.path,
+                " × ".join(map(str, row.shape)) or "scalar",
+                row.label,
+                _rate(row),
+                "–" if not row.weight_decay else f"{row.weight_decay:g}",
+                "yes" if row.trainable else "no",
+                row.norm or "",
+            )
+        # A path cut short names no leaf; the other columns fold where the terminal is narrow.
+        leaves.columns[0].no_wrap = True
+        leaves.columns[0].min_width = max((len(row.path) for row in self.rows), default=4)
+        return Stack(leaves, self.summary())
+
+    def summary(self) -> Any:
+        """The totals alone, as a table of rich: for logs, where the leaves would be too many."""
+        from rich.table import Table as RichTable
+
+        sums = RichTable("label", "leaves", "parameters", "trainable", "MB")
+        for total in self.totals:
+            numbers = (total.leaves, total.parameters, total.trainable)
+            sums.add_row(total.label, *(f"{n:,}" for n in numbers), f"{total.bytes / 1e6:,.2f}")
+        for column in sums.columns[1:]:
+            column.justify = "right"
+        return sums
+
+
+def table(
+    variables: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    groups: Mapping[str, Any],
+    norm: Norm | None = None,
+) -> Table:
+    """What moves, how fast, and how it decays, leaf by leaf, for a person to read before step 0.
+
+    It needs shapes only: on ``jax.ShapeDtypeStruct`` nothing is allocated.
+
+    Args:
+      variables: ``{"params": ..., "batch_stats": ...}`` of arrays or ``jax.ShapeDtypeStruct``.
+      labels: nested dict of label names with the structure of the parameters.
+      groups: for each label a ``Group``, an optax transformation (whose learning rate and decay
+        cannot be seen, and are shown as "–") or ``FROZEN``.
+      norm: BatchNorm policy; by default the one that follows from the labels.
+
+    Returns:
+      A ``Table``; ``print`` shows it.
+
+    Raises:
+      ValueError: labels of another tree, labels and groups that do not fit, a decay mask that
+        selects nothing, a policy for BatchNorms that do not exist.
+
+    >>> import jax, optax
+    >>> shapes = {"kernel": (512, 10), "bias": (10,)}
+    >>> fc = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    >>> groups = {"new": Group(optax.adamw, learning_rate=1e-3, weight_decay=1e-4)}
+    >>> report = table({"params": {"fc": fc}}, {"fc": {"kernel": "new", "bias": "new"}}, groups)
+    >>> [(row.path, row.learning_rate, row.weight_decay) for row in report.rows]
+    [('fc/bias', 0.001, 0.0), ('fc/kernel', 0.001, 0.0001)]
+    >>> report.totals[-1].parameters
+    5130
+    """
+    if "params" not in variables:
+        raise ValueError(
+            f'variables are {{"params": ...}}; these have {listing(map(repr, variables))}'
+        )
+    params = variables["params"]
+    flat = flatten(params)
+    named = check_groups(groups, labels)
+    if differing := sorted(set(flat) ^ set(named)):
+        raise ValueError(
+            "labels and parameters are of different trees; they differ in " + listing(differing)
+        )
+    # Statistics tell a BatchNorm from what is only named like one.
+    where = variables.get("batch_stats") or params
+    moving = trainable_mask(labels, groups)
+    norm = policy(where, moving) if norm is None else check(norm, where)
+    norms = modules(where)
+    decaying = _decaying(params, groups)
+    rows = []
+    for path, leaf in sorted(flat.items(), key=_position):
+        group = groups[named[path]]
+        module = path.rpartition("/")[0]
+        rate, scheduled = _learning_rate(group)
+        known = group is FROZEN or isinstance(group, Group)
+        rows.append(
+            Row(
+                path=path,
+                shape=tuple(leaf.shape),
+                bytes=math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize,
+                label=named[path],
+                trainable=group is not FROZEN,
+                learning_rate=rate,
+                scheduled=scheduled,
+                weight_decay=(
+                    (group.weight_decay if path in decaying[named[path]] else 0.0)
+                    if known
+                    else None
+                ),
+                norm=mode(norm, module) if module in norms else None,
+            )
+        )
+    totals = [_total(name, [row for row in rows if row.label == name]) for name in groups]
+    return Table(tuple(rows), (*totals, _total("total", rows)))
+
+
+def _position(item: tuple[str, Any]) -> tuple[Any, ...]:
+    """Sorts a ResNet's leaves from input to output, whichever order jit left the dicts in."""
+    path, _ = item
+    segment = segment_or_empty(path)
+    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split("/")]
+    return (segment_position(segment), parts) if segment else ((math.inf, 0), parts)
+
+
+def _decaying(params: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """For each group, the leaves that its decay mask selects; all groups' problems at once."""
+    decaying: dict[str, frozenset[str]] = {}
+    problems = []
+    for name, group in groups.items():
+        decaying[name] = frozenset()
+        if isinstance(group, Group) and group.weight_decay:
+            try:
+                decaying[name] = selected(group.decay_mask, params)
+            except ValueError as error:
+                problems.append(f"decay_mask of group {name!r}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return decaying
+
+
+def _learning_rate(group: Any) -> tuple[float | None, bool]:
+    if not isinstance(group, Group):
+        return None, False
+    if isinstance(group.learning_rate, WarmupCosine):
+        return group.learning_rate.peak, True
+    if callable(group.learning_rate):
+        return float(group.learning_rate(0)), True
+    return float(group.learning_rate), False
+
+
+def _rate(row: Row) -> str:
+    if row.learning_rate is None:
+        return "–"
+    return f"{row.learning_rate:g}" + (" schedule" if row.scheduled else "")
+
+
+def _total(name: str, rows: list[Row]) -> Total:
+    sizes = {row.path: math.prod(row.shape) for row in rows}
+    moving = sum(sizes[row.path] for row in rows if row.trainable)
+    return Total(name, len(rows), sum(sizes.values()), moving, sum(row.bytes for row in rows))

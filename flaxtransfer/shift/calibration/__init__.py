@@ -1,1 +1,0 @@
-"""From logits to probabilities that mean what they say, and how far they are from it."""

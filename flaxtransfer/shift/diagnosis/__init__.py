@@ -1,1 +1,0 @@
-"""Which kind of shift a target has, as far as the data tell, and what to do."""

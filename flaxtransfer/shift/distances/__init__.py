@@ -1,1 +1,0 @@
-"""How far two samples of features are apart, beside what chance alone makes of it."""

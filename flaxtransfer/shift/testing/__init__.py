@@ -1,1 +1,0 @@
-"""Statistical tests of whether a target differs from its source, and in what."""

@@ -1,1 +1,0 @@
-"""How well features suit labels, beside what chance alone makes of it."""

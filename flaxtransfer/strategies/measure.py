@@ -1,0 +1,99 @@
+"""What strategies measure on the training images before they decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxtransfer.analysis.curvature import (
+    curvature_by_part,
+    fisher_diagonal,
+    mean_gradient,
+    relative_gradient_norms,
+)
+from flaxtransfer.data.loaders import Batch
+from flaxtransfer.models.model import Model
+from flaxtransfer.strategies.recipes import units
+from flaxtransfer.training.evaluation import probed_head
+from flaxtransfer.types import Params, Variables
+from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+
+MOST_IMAGES = 512
+"""More images than that are not looked at: each costs a backward pass of its own."""
+
+MEASURED = ("curvature_scaled", "gradient_scaled", "surgical")
+"""Strategies that measure, or can."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A measurement.
+
+    Args:
+      settings: arguments of the recipe, rounded to what is printed, so that a run that is resumed
+        elsewhere measures the same.
+      text: the same as a table.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+def measure(
+    strategy: str,
+    model: Model,
+    variables: Variables,
+    batches: list[Batch],
+    preprocessing: Preprocessing,
+    examples: int,
+) -> Evidence:
+    """Measures with a linear probe as the head: below a new head that is zero nothing pulls.
+
+    Args:
+      strategy: one of MEASURED.
+      model: the network.
+      variables: pre-trained.
+      batches: of the training images, without augmentation; see MOST_IMAGES.
+      preprocessing: that belongs to the weights.
+      examples: training images there are in all.
+
+    Raises:
+      ValueError: a class without examples, gradients that are not finite.
+    """
+    params, text = probed_head(model, variables, batches, preprocessing)
+    probed = {**variables, "params": params}
+    lines = [f"measured with {text}:"]
+    if strategy == "curvature_scaled":
+        fisher, count = fisher_diagonal(
+            _logits(model, variables, preprocessing), params, _images(batches)
+        )
+        found = curvature_by_part(fisher, units(params), count)
+        means = {name: _rounded(value) for name, value in found.means().items()}
+        return Evidence({"curvature": means, "examples": examples}, "\n".join([*lines, str(found)]))
+    gradient = mean_gradient(model, probed, batches, preprocessing)
+    norms = relative_gradient_norms(params, gradient, units(params))
+    rounded = {name: _rounded(value) for name, value in norms.items()}
+    lines.append(f"{'part':<10} {'gradient / weights':>18}")
+    lines += [f"{name:<10} {value:>18.3g}" for name, value in rounded.items()]
+    return Evidence({"gradients": rounded}, "\n".join(lines))
+
+
+def _logits(model: Model, variables: Variables, preprocessing: Preprocessing) -> Any:
+    def logits(params: Params, images: Any) -> jax.Array:
+        inputs = normalise(images, preprocessing.mean, preprocessing.std)
+        return model.apply({**variables, "params": params}, inputs, norm="running")[0]
+
+    return logits
+
+
+def _images(batches: Iterable[Batch]) -> Iterable[np.ndarray]:
+    for batch in batches:
+        yield batch["image"][np.asarray(batch.get("weight", np.ones(len(batch["label"])))) > 0]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

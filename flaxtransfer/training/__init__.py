@@ -1,0 +1,1 @@
+"""Training: plans, steps, the loop, evaluation, run folders."""

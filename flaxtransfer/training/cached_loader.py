@@ -1,0 +1,445 @@
+"""Loaders of cached activations, and their content-addressed store.
+
+Arrays that were dear to compute, kept in memory, or on disk under what they came from.
+
+A feed of activations: the frozen prefix is run once, and training reads what came out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxtransfer.data.loaders import Batch, Examples, Feed
+from flaxtransfer.models.model import Model
+from flaxtransfer.sharding import place_batch, place_replicated
+from flaxtransfer.training.prefix_cache import Choice, bytes_text, prefix_digest
+from flaxtransfer.training.step import forward
+from flaxtransfer.types import Variables
+
+__all__ = [
+    "Cached",
+    "Fingerprint",
+    "OutOfRange",
+    "cached_feed",
+    "evict",
+    "get",
+    "put",
+    "write_array",
+]
+
+
+Fingerprint = Mapping[str, str]
+"""Everything the array depends on, by name, each as a short text or a digest."""
+
+_VALUES, _META = "features.npy", "features.json"
+
+_CHUNK = 2**24
+"""Bytes read at a time."""
+
+
+class OutOfRange(ValueError):
+    """A number is too large for the dtype that was to hold it."""
+
+
+def _name(fingerprint: Fingerprint) -> str:
+    """The name under which an array with this fingerprint lies."""
+    return hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def evict(folder: Path, wanted: int, budget: int) -> list[str]:
+    """Removes what was not used for longest until ``wanted`` more bytes fit the budget.
+
+    What a killed process of this machine has left half-written goes as well.
+
+    Returns:
+      The names of the arrays that were removed.
+    """
+    if not folder.is_dir():
+        return []
+    for path in folder.glob(".*@*:*"):
+        host, _, process = path.name.rpartition("@")[2].partition(":")
+        if host == platform.node() and process.isdecimal() and not _alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+    slots = sorted(
+        (path.parent for path in folder.glob(f"*/{_META}")), key=lambda slot: slot.stat().st_mtime
+    )
+    sizes = {slot: sum(file.stat().st_size for file in slot.iterdir()) for slot in slots}
+    removed = []
+    for slot in slots:
+        if sum(sizes.values()) + wanted <= budget:
+            break
+        shutil.rmtree(slot, ignore_errors=True)
+        del sizes[slot]
+        removed.append(slot.name)
+    return removed
+
+
+def put(shape: tuple[int, ...], dtype: str, parts: Iterable[np.ndarray]) -> np.ndarray:
+    """The parts, one after the other, as one array in memory.
+
+    Raises:
+      OutOfRange: a number does not fit ``dtype``.
+      ValueError: a number is not finite, or the parts do not make up the shape.
+    """
+    values = np.empty(shape, dtype)
+    filled = 0
+    for part in _narrow(parts, shape, dtype):
+        values[filled : filled + len(part)] = part
+        filled += len(part)
+    return values
+
+
+def write_array(
+    folder: Path,
+    fingerprint: Fingerprint,
+    shape: tuple[int, ...],
+    dtype: str,
+    parts: Iterable[np.ndarray],
+) -> np.ndarray:
+    """The parts, one after the other, as one array on disk, mapped into memory.
+
+    It lies in a folder of its own, which appears under its name only when it is complete.
+
+    Raises:
+      OSError: the disk is full or the folder cannot be written; nothing is left behind.
+      OutOfRange, ValueError: as ``keep``.
+    """
+    name = _name(fingerprint)
+    partial, final = folder / f".{name}@{platform.node()}:{os.getpid()}", folder / name
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        checksum = 0
+        # Plain writes: a full disk under a mapped file would end the process by a signal.
+        with (partial / _VALUES).open("wb") as file:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in _narrow(parts, shape, dtype):
+                data = memoryview(np.ascontiguousarray(part)).cast("B")
+                file.write(data)
+                checksum = zlib.crc32(data, checksum)
+            file.flush()
+            os.fsync(file.fileno())
+        meta = {"fingerprint": dict(fingerprint), "shape": shape, "dtype": dtype, "crc32": checksum}
+        (partial / _META).write_text(json.dumps(meta, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.replace(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return np.load(final / _VALUES, mmap_mode="r")
+
+
+def get(
+    folder: Path, fingerprint: Fingerprint, shape: tuple[int, ...], dtype: str
+) -> tuple[np.ndarray | None, str]:
+    """The array with this very fingerprint, if it lies there whole.
+
+    Returns:
+      The array mapped into memory, or None; and why not, for a person. What is damaged is removed.
+    """
+    slot = folder / _name(fingerprint)
+    if not slot.is_dir():
+        return None, _explain(folder, fingerprint)
+    try:
+        values = _read_array(slot, fingerprint, shape, dtype)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        shutil.rmtree(slot, ignore_errors=True)
+        return None, f"the one in {slot} is damaged ({error}) and is made anew"
+    return values, ""
+
+
+def _explain(folder: Path, fingerprint: Fingerprint) -> str:
+    """How the nearest of the arrays that lie there differs from what is wanted; "" if none does."""
+    nearest: list[str] | None = None
+    for path in sorted(folder.glob(f"*/{_META}")) if folder.is_dir() else []:
+        try:
+            other = json.loads(path.read_text())["fingerprint"]
+            differs = sorted(k for k in fingerprint if other.get(k) != fingerprint[k])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if nearest is None or len(differs) < len(nearest):
+            nearest = differs
+    if nearest is None:
+        return ""
+    return f"none of those in {folder} fits; the nearest differs in {', '.join(nearest)}"
+
+
+def _read_array(
+    slot: Path, fingerprint: Fingerprint, shape: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    meta: dict[str, Any] = json.loads((slot / _META).read_text())
+    wanted = {"fingerprint": dict(fingerprint), "shape": list(shape), "dtype": dtype}
+    if foreign := [name for name, value in wanted.items() if meta[name] != value]:
+        raise ValueError(f"its {' and '.join(foreign)} are of something else")
+    with (slot / _VALUES).open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0) or np.lib.format.read_array_header_1_0(file) != (
+            shape, False, np.dtype(dtype),
+        ):  # fmt: skip
+            raise ValueError("its header is of another array")
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+        expected = math.prod(shape) * np.dtype(dtype).itemsize
+        if size - start != expected:
+            raise ValueError(f"it has {size - start} bytes of numbers, and not {expected}")
+        checksum = 0
+        while data := file.read(_CHUNK):
+            checksum = zlib.crc32(data, checksum)
+    if checksum != meta["crc32"]:
+        raise ValueError("its checksum is another")
+    with contextlib.suppress(OSError):  # A folder that may only be read is as good.
+        os.utime(slot)  # For whoever clears away what was not used for long.
+    return np.load(slot / _VALUES, mmap_mode="r")
+
+
+def _narrow(
+    parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str
+) -> Iterator[np.ndarray]:
+    count, largest = 0, float(np.finfo(dtype).max)
+    for part in parts:
+        if not np.isfinite(part).all():
+            raise ValueError("the activations hold numbers that are not finite")
+        if part.size and (most := float(np.abs(part).max())) > largest:
+            raise OutOfRange(f"{most:.3g} is beyond the {largest:.5g} of {dtype}")
+        count += len(part)
+        if part.shape[1:] != shape[1:] or count > shape[0]:
+            raise ValueError(f"parts of shape {part.shape} do not make up {shape}")
+        yield part.astype(dtype, copy=False)
+    if count != shape[0]:
+        raise ValueError(f"{count} rows do not make up {shape}")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What was kept.
+
+    Args:
+      feed: batches of activations, with ``start`` set.
+      text: what it took, for a person.
+      facts: the same as numbers, for the metrics.
+    """
+
+    feed: Feed
+    text: str
+    facts: Mapping[str, Any]
+
+
+def cached_feed(
+    choice: Choice,
+    model: Model,
+    variables: Variables,
+    feed: Feed,
+    mesh: Mesh,
+    folder: Path,
+    say: Say = lambda text: None,
+) -> Cached | None:
+    """Runs the prefix over all examples, or finds what an earlier run has kept.
+
+    Args:
+      choice: with a cut.
+      model: the network.
+      variables: as they are when the phase begins.
+      feed: of images, with ``examples``.
+      mesh: devices.
+      folder: for arrays on disk.
+      say: called with what a person should know before the long part begins.
+
+    Returns:
+      The feed, or None where the disk would not take it; ``say`` is told.
+
+    Raises:
+      ValueError: activations that are not finite.
+    """
+    examples = feed.examples
+    assert examples is not None
+    assert choice.cut is not None
+    job = _Job(choice, choice.cut, model, variables, feed, examples, mesh, folder, say)
+    began = time.monotonic()
+    try:
+        training, validation = job.parts()
+    except OutOfRange as problem:
+        wider = replace(choice, dtype="float32", nbytes=2 * choice.nbytes)
+        if wider.nbytes > choice.budget:
+            say(f"activations before {choice.cut} are not cached: {problem}, and float32 needs "
+                f"{bytes_text(wider.nbytes)}")  # fmt: skip
+            return None
+        say(f"activations before {choice.cut} are kept as float32 instead: {problem}")
+        return cached_feed(wider, model, variables, feed, mesh, folder, say)
+    except OSError as error:
+        say(
+            f"activations before {choice.cut} could not be kept in {folder} "
+            f"({error.strerror or error}); training goes on without a cache"
+        )
+        return None
+    nbytes = training.nbytes + validation.nbytes
+    facts = {
+        "cut": choice.cut,
+        "where": choice.where,
+        "dtype": choice.dtype,
+        "images": len(examples.labels),
+        "versions": choice.views,
+        "bytes": nbytes,
+        "seconds": round(time.monotonic() - began, 2),
+        "found": job.found,
+    }
+    text = (
+        f"cache before {choice.cut}: {len(training) + len(validation):,} activations, "
+        f"{bytes_text(nbytes)} as {choice.dtype} {choice.place}, "
+        f"{'found' if job.found == job.wanted else 'made'} in {facts['seconds']:.1f} s"
+    )
+    return Cached(_feed(choice, feed, examples, training, validation), text, facts)
+
+
+@dataclass
+class _Job:
+    choice: Choice
+    cut: str
+    model: Model
+    variables: Variables
+    feed: Feed
+    examples: Examples
+    mesh: Mesh
+    folder: Path
+    say: Say
+    wanted: int = 2
+    found: int = 0
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The activations of training, [versions * examples, ...], and of validation."""
+        of_training: Mapping[str, str] = {}
+        of_validation: Mapping[str, str] = {}
+        if self.choice.where == "disk":
+            of_training, of_validation = self.examples.fingerprint()
+        count, views = len(self.examples.labels), self.choice.views
+        versions = (self.examples.view(k) for k in range(views))
+        made = self._one(
+            views * count, itertools.chain.from_iterable(versions),
+            {**of_training, "versions": str(views)}, predict=True,
+        )  # fmt: skip
+        held_out = len(self.examples.validation_labels)
+        if not held_out or self.feed.validation is None:
+            self.wanted = 1
+            return made, np.empty((0, *self.choice.shape), self.choice.dtype)
+        return made, self._one(held_out, self.feed.validation(), of_validation)
+
+    def _one(
+        self, rows: int, batches: Iterable[Batch], images: Mapping[str, str], predict: bool = False
+    ) -> np.ndarray:
+        shape, dtype = (rows, *self.choice.shape), self.choice.dtype
+        parts = self._activations(batches, rows if predict else 0)
+        if self.choice.where == "memory":
+            return put(shape, dtype, parts)
+        fingerprint = {**images, **self._network()}
+        values, why = get(self.folder, fingerprint, shape, dtype)
+        if values is not None:
+            self.found += 1
+            return values
+        if why:
+            self.say(f"cache before {self.cut}: {why}")
+        wanted = math.prod(shape) * np.dtype(dtype).itemsize
+        if removed := evict(self.folder, wanted, self.choice.budget):
+            self.say(f"{len(removed)} older caches in {self.folder} made room")
+        return write_array(self.folder, fingerprint, shape, dtype, parts)
+
+    def _network(self) -> dict[str, str]:
+        segments = self.model.segments
+        cut = segments.index(self.cut)
+        return {
+            "weights": prefix_digest(self.variables, segments[:cut]),
+            "network": f"{self.model!r} up to {self.cut}, BatchNorm running",
+            "preprocessing": repr(self.feed.preprocessing),
+            "storage": self.choice.dtype,
+            "software": f"jax {jax.__version__} on {self.mesh.devices.flat[0].device_kind}",
+        }
+
+    def _activations(self, batches: Iterable[Batch], predict: int) -> Iterator[np.ndarray]:
+        """One batch is computed while the one before it is fetched."""
+        run = forward(self.model, self.feed.preprocessing, None, self.cut)
+        placed = place_replicated(self.variables, self.mesh)
+        waiting: tuple[jax.Array, np.ndarray] | None = None
+        began = 0.0
+        for number, batch in enumerate(batches):
+            images = place_batch(batch["image"], self.mesh)
+            weight = np.asarray(batch.get("weight", np.ones(len(batch["image"]))))
+            output = run(placed, images)
+            if predict and number <= 1:
+                # The first batch waits for the compiler, the second is timed.
+                jax.block_until_ready(output)
+                if number == 1:
+                    seconds = time.perf_counter() - began
+                    self._predict(seconds * predict / len(weight))
+                began = time.perf_counter()
+            if waiting is not None:
+                yield _kept(*waiting)
+            waiting = output, weight
+        if waiting is not None:
+            yield _kept(*waiting)
+
+    def _predict(self, seconds: float) -> None:
+        spared = seconds * (self.choice.passes / self.choice.views - 1)
+        self.say(f"cache before {self.cut}: takes about {seconds:.2g} s, spares {spared:.2g} s")
+
+
+def _kept(output: jax.Array, weight: np.ndarray) -> np.ndarray:
+    return np.asarray(output, np.float32)[weight > 0]
+
+
+def _feed(
+    choice: Choice, feed: Feed, examples: Examples, training: np.ndarray, validation: np.ndarray
+) -> Feed:
+    count, size = len(examples.labels), examples.batch_size
+    labels = examples.labels.astype(np.int32)
+
+    def train(start: int) -> Iterator[Batch]:
+        for step in itertools.count(start):
+            rows, passes = examples.rows(step)
+            yield {"image": training[passes % choice.views * count + rows], "label": labels[rows]}
+
+    def held_out() -> Iterator[Batch]:
+        targets = examples.validation_labels.astype(np.int32)
+        for first in range(0, len(validation), size):
+            batch = np.asarray(validation[first : first + size])
+            missing = size - len(batch)
+            yield {
+                "image": np.pad(batch, [(0, missing), *[(0, 0)] * (batch.ndim - 1)]),
+                "label": np.pad(targets[first : first + size], (0, missing)),
+                "weight": (np.arange(size) < len(batch)).astype(np.float32),
+            }
+
+    return replace(
+        feed,
+        train=train,
+        validation=held_out if len(validation) else None,
+        start=choice.cut,
+        calibration=None,
+        examples=None,
+    )

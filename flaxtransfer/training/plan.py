@@ -1,0 +1,344 @@
+"""Phases and plans: what moves, how fast, for how long, and the table that shows it.
+
+A plan of training as data: phases of which leaves move, how fast, and for how long.
+
+A plan as a table that a person reads before step 0.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.console import Group as RichGroup
+from rich.table import Table
+from rich.text import Text
+
+from flaxtransfer.batchnorm import Norm, policy
+from flaxtransfer.groups import FROZEN, Group, trainable_mask
+from flaxtransfer.groups import Group as OptimizerGroup
+from flaxtransfer.labels import Rest, label
+from flaxtransfer.masks import Mask, as_mask, selected
+from flaxtransfer.paths import flatten, listing
+from flaxtransfer.schedules import WarmupCosine
+from flaxtransfer.training.task import Loss, cross_entropy
+from flaxtransfer.types import Params
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training with the same leaves moving.
+
+    Use it to say what a stage of an adaptation does; it holds decisions, not state, and can be
+    printed or changed with ``dataclasses.replace`` before anything is allocated.
+
+    Args:
+      labels: rules, ``{label: mask or ft.rest()}``; or what ``ft.label`` makes of them for one
+        network, a nested dict of label names.
+      groups: what each label means: a ``Group``, any optax transformation, or ``FROZEN``.
+      steps: optimizer steps; give this or ``epochs``.
+      epochs: passes over the training examples, rounded up to whole steps.
+      name: what tables and logs call the phase.
+      norm: BatchNorm policy. By default a BatchNorm whose affine leaves are all frozen uses its
+        running statistics and never updates them, and the others use batch statistics. Exceptions
+        to that are given as ``{mask: "running" or "batch"}``, the later ones winning.
+      recalibrate: mask of the BatchNorms whose running statistics are measured anew on the training
+        images before the first step of the phase, with the weights as they are then.
+      probe: whether the head is first replaced by a linear probe: logistic regression to its
+        optimum on the pooled features of the training images, with the weights as they are then.
+      clip: largest global norm of the gradient over the trainable leaves of all groups.
+      ema: decay of an exponential moving average of the trainable leaves, which evaluation then
+        uses; None for no average.
+      patience: evaluations without a better validation metric after which the phase ends; needs
+        a validation set.
+      loss: see ``Loss``.
+
+    Raises:
+      ValueError: both or neither of steps and epochs, or numbers out of range; the text names
+        them all.
+    """
+
+    labels: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    steps: int | None = None
+    epochs: float | None = None
+    name: str = "fine-tune"
+    norm: Norm | Mapping[Mask | str, Literal["running", "batch"]] | None = None
+    recalibrate: Mask | str | None = None
+    probe: bool = False
+    clip: float | None = None
+    ema: float | None = None
+    patience: int | None = None
+    loss: Loss = field(default=cross_entropy, repr=False)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (self.steps is None) == (self.epochs is None):
+            problems.append(
+                f"give steps or epochs, one of them; got {self.steps} and {self.epochs}"
+            )
+        for name in ("steps", "epochs", "clip", "patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                problems.append(f"{name} must be positive, not {value}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            problems.append(f"ema must be in [0, 1), not {self.ema}")
+        if not isinstance(self.probe, bool):
+            problems.append(f"probe is true or false, not {self.probe!r}")
+        if problems:
+            raise ValueError(f"phase {self.name!r}: " + "; ".join(problems))
+        if self.recalibrate is not None:
+            object.__setattr__(self, "recalibrate", as_mask(self.recalibrate))
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The length of the phase in optimizer steps."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, -int(-(self.epochs or 0) * steps_per_epoch // 1))
+
+    def resolve(self, params: Params, steps_per_epoch: int = 1) -> Phase:
+        """The phase for one network and one set of data: every leaf labelled, every number said.
+
+        Args:
+          params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
+          steps_per_epoch: optimizer steps in one pass over the training examples.
+
+        Raises:
+          ValueError: rules that leave gaps or overlap, resolved labels of another network,
+            exceptions to the BatchNorm policy that touch none; labels and groups that do not fit.
+            The text names the phase.
+        """
+        try:
+            labels = label(params, self.labels) if self._has_rules() else self.labels
+            _check_fit(labels, params)
+            moving = trainable_mask(labels, self.groups)
+            norm = self.norm
+            if norm is None or isinstance(norm, Mapping):
+                norm = policy(params, moving, overrides=norm)
+            if self.recalibrate is not None:
+                selected(self.recalibrate, params)
+        except ValueError as error:
+            raise ValueError(f"phase {self.name!r}: {error}") from error
+        steps = self.total_steps(steps_per_epoch)
+        groups = {
+            name: group.over(steps) if isinstance(group, Group) else group
+            for name, group in self.groups.items()
+        }
+        return replace(self, labels=labels, groups=groups, norm=norm, steps=steps, epochs=None)
+
+    def batch_norm_policy(self) -> Norm:
+        """The policy of a resolved phase: the one given, or the one that follows from the labels.
+
+        Raises:
+          ValueError: the phase is not resolved.
+        """
+        if self._has_rules() or isinstance(self.norm, Mapping):
+            raise ValueError(f"phase {self.name!r} is not resolved yet; call resolve(params)")
+        if self.norm is None:
+            return policy(trainable_mask(self.labels, self.groups))
+        return self.norm
+
+    def moves_anything(self) -> bool:
+        """Whether any label is trainable, and for a resolved phase any leaf."""
+        if self._has_rules():
+            return any(self.groups.get(name, FROZEN) is not FROZEN for name in self.labels)
+        return any(jax.tree.leaves(trainable_mask(self.labels, self.groups)))
+
+    def _has_rules(self) -> bool:
+        return bool(self.labels) and all(
+            isinstance(rule, Mask | Rest) for rule in self.labels.values()
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Phases in order, and what has to be shown for the next one to begin.
+
+    Between two phases the best validated state of the run is restored (a phase that made
+    validation worse is undone), and the optimizer moments of leaves that stay trainable are
+    carried over.
+
+    Args:
+      phases: in order.
+      patience: phases in a row without a better validation score after which the plan ends. None
+        goes through all phases; a number needs a validation set.
+      min_gain: validation accuracy, as a share, that every further phase has to earn over what
+        was kept before it.
+      min_z: how many standard errors the gain has to exceed on top, so that luck does not pass for
+        a gain. The two states are compared on the same images: with w that only the new one gets
+        right and l that only the old one does, the standard error is sqrt(w + l) images (McNemar's
+        test). 2 asks for 5 of 5, 9 of 11 or 22 of 32 such images. The validations of a phase are
+        ranked, and its patience is measured, by the gain less both.
+
+    Raises:
+      ValueError: no phase, two phases of one name, a phase in which nothing is trainable, or
+        numbers out of range.
+
+    References:
+      Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or
+      Percentages", 1947.
+    """
+
+    phases: Sequence[Phase]
+    patience: int | None = None
+    min_gain: float = 0.0
+    min_z: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        names = [phase.name for phase in self.phases]
+        if not names:
+            raise ValueError("a plan needs at least one phase")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"phases need names of their own; repeated: {', '.join(repeated)}")
+        for phase in self.phases:
+            if not phase.moves_anything():
+                frozen = ", ".join(n for n, group in phase.groups.items() if group is FROZEN)
+                raise ValueError(f"phase {phase.name!r} trains nothing: frozen are {frozen}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is a number of phases, 1 or more, not {self.patience}")
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"min_gain is a share of at least 0 and less than 1: {self.min_gain}")
+        if not 0 <= self.min_z < math.inf:
+            raise ValueError(f"min_z is a number of standard errors, 0 or more, not {self.min_z}")
+
+    def __str__(self) -> str:
+
+        return plan_text(self)
+
+    def resolve(self, params: Params, steps_per_epoch: int = 1) -> Plan:
+        """The plan for one network and one set of data.
+
+        Raises:
+          ValueError: see ``Phase.resolve``; or validation is to decide about a phase that differs
+            from the one before it in nothing but its length.
+        """
+        phases = [phase.resolve(params, steps_per_epoch) for phase in self.phases]
+        if self.patience is not None:
+            for number in range(1, len(phases)):
+                before, here = self.phases[number - 1 : number + 1]
+                # Schedules are compared as they were given; resolved, they are closures.
+                if _treatment(before, phases[number - 1]) == _treatment(here, phases[number]):
+                    raise ValueError(
+                        f"phase {here.name!r} unfreezes nothing new: it treats every leaf as "
+                        f"{before.name!r} does, so that validation would decide about more of the "
+                        f"same; give {before.name!r} more steps, or take the plan's patience away"
+                    )
+        return replace(self, phases=phases)
+
+
+def _treatment(given: Phase, resolved: Phase) -> tuple[Any, ...]:
+    """All that a phase does to the leaves, apart from how long."""
+    groups = {path: given.groups[name] for path, name in flatten(resolved.labels).items()}
+    return (groups, resolved.norm, given.recalibrate, given.clip, given.ema, given.loss)
+
+
+def _check_fit(labels: Mapping[str, Any], params: Params) -> None:
+    """Refuses labels that were resolved on other leaves."""
+    labelled, leaves = set(flatten(labels)), set(flatten(params))
+    problems = []
+    if gap := sorted(leaves - labelled):
+        problems.append(f"no label takes {len(gap)} leaves: {listing(gap)}")
+    if foreign := sorted(labelled - leaves):
+        problems.append(f"the network has no such leaves as are labelled: {listing(foreign)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+_WIDTH = 120
+"""Characters a line of ``plan_text``, where there is no terminal to ask."""
+
+
+def plan_table(plan: Plan, params: Params | None = None) -> Any:
+    """What moves in each phase, how fast and for how long, as a renderable of rich.
+
+    Args:
+      plan: whose phases hold rules or resolved labels.
+      params: of the network that it is meant for, or their shapes: adds the numbers of
+        parameters, and of the BatchNorms that use batch statistics ("BN").
+
+    Raises:
+      ValueError: the plan does not fit the parameters.
+    """
+    table = Table("phase", "label", "leaves", "peak rate", "decay")
+    resolved = plan.resolve(params) if params is not None else plan
+    if params is not None:
+        table.add_column("parameters", justify="right")
+        table.add_column("BN", justify="right")
+    for phase, fitted in zip(plan.phases, resolved.phases, strict=True):
+        sizes = {} if params is None else _sizes(fitted, params)
+        for number, (name, group) in enumerate(phase.groups.items()):
+            cells = [f"{phase.name}\n{_length(phase)}" if number == 0 else ""]
+            rule = phase.labels.get(name)
+            cells += [name, "" if isinstance(rule, Mapping) or rule is None else str(rule)]
+            cells += _pace(group)
+            if params is not None:
+                by_batch = len(fitted.batch_norm_policy()) if number == 0 else ""
+                cells += [f"{sizes.get(name, 0):,}", str(by_batch)]
+            table.add_row(*cells, end_section=number == len(phase.groups) - 1)
+    for column in table.columns[3:]:
+        column.no_wrap = True
+    notes = _notes(plan) + ([] if params is None else _repeats(resolved))
+    return RichGroup(table, *(Text(note) for note in notes))
+
+
+def plan_text(plan: Plan, params: Params | None = None) -> str:
+    """``plan_table`` as plain text."""
+    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+    console.print(plan_table(plan, params))
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _length(phase: Phase) -> str:
+    unit, number = ("epochs", phase.epochs) if phase.steps is None else ("steps", phase.steps)
+    text = f"{number:g} {unit}"
+    text = text if phase.patience is None else f"{text}, patience {phase.patience}"
+    return f"{text}\nfrom a linear probe" if phase.probe else text
+
+
+def _pace(group: Any) -> list[str]:
+    if group is FROZEN:
+        return ["frozen", ""]
+    if not isinstance(group, OptimizerGroup):
+        return ["–", "–"]
+    rate: Any = group.learning_rate
+    if isinstance(rate, WarmupCosine):
+        text = f"{rate.peak:.2g}"
+    else:
+        text = "schedule" if callable(rate) else f"{rate:.2g}"
+    decay = f"{group.weight_decay:g}" if group.weight_decay else "–"
+    return [text, f"{decay} → start" if group.decay_toward == "start" else decay]
+
+
+def _sizes(phase: Phase, params: Params) -> dict[str, int]:
+    leaves = flatten(params)
+    sizes: dict[str, int] = {}
+    for path, name in flatten(phase.labels).items():
+        sizes[name] = sizes.get(name, 0) + leaves[path].size
+    return sizes
+
+
+def _notes(plan: Plan) -> list[str]:
+    if plan.patience is None:
+        return []
+    phases = "a phase" if plan.patience == 1 else f"{plan.patience} phases in a row"
+    least = [f"{100 * plan.min_gain:g} %"] if plan.min_gain else []
+    least += [f"{plan.min_z:g} standard errors"] if plan.min_z else []
+    gain = f" by more than {' and '.join(least)} a phase" if least else ""
+    return [f"Ends after {phases} without better validation{gain}; what did not help is undone."]
+
+
+def _repeats(plan: Plan) -> list[str]:
+    """Phases that move the leaves of the one before: meant for another pace, or a mistake."""
+    moving = [jax.tree.leaves(trainable_mask(p.labels, p.groups)) for p in plan.phases]
+    return [
+        f"Phase {plan.phases[n].name!r} moves the same leaves as {plan.phases[n - 1].name!r}."
+        for n in range(1, len(moving))
+        if moving[n] == moving[n - 1]
+    ]

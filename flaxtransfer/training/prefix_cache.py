@@ -1,0 +1,336 @@
+"""Whether the frozen prefix is run once, and the state without it.
+
+Where a network can be cut so that nothing below the cut ever changes.
+
+The part of a state that a step on cached activations needs; the rest waits outside of it.
+
+A compiled step is handed every leaf of its state, and takes a microsecond or two for each. A step
+of the head alone is not much longer than that.
+
+Whether the frozen part of a network is run once instead of in every step, and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import numpy as np
+
+from flaxtransfer.batchnorm import Norm, modules
+from flaxtransfer.data.loaders import Feed
+from flaxtransfer.groups import trainable_mask
+from flaxtransfer.models.model import Model
+from flaxtransfer.optimizers import merge
+from flaxtransfer.paths import flatten, segment_of, unflatten
+from flaxtransfer.training.plan import Phase
+from flaxtransfer.training.step import State, forward
+from flaxtransfer.types import Params, Variables
+
+__all__ = [
+    "Below",
+    "Cache",
+    "Choice",
+    "OFF",
+    "activation_shape",
+    "bytes_text",
+    "choose",
+    "lowest_moving",
+    "narrow",
+    "narrow_phase",
+    "prefix_digest",
+    "widen",
+]
+
+
+def lowest_moving(
+    segments: Sequence[str], params: Params, moving: Iterable[str], norm: Norm
+) -> str | None:
+    """The first segment whose output changes in the course of training.
+
+    A segment changes if a leaf of it is trainable, or if one of its BatchNorms uses batch
+    statistics: then what an image becomes depends on the images beside it.
+
+    Args:
+      segments: names, from the input to the output.
+      params: nested dict of parameters or their shapes.
+      moving: paths of the trainable leaves.
+      norm: the BatchNorm policy.
+
+    Returns:
+      Its name, where a cut spares all work below; None if that is the very first segment, or if
+      nothing moves at all.
+
+    >>> params = {"conv1": {"kernel": 0}, "bn1": {"scale": 0}, "fc": {"bias": 0}}
+    >>> lowest_moving(("stem", "head"), params, ["fc/bias"], "running")
+    'head'
+    >>> lowest_moving(("stem", "head"), params, ["fc/bias"], frozenset({"bn1"})) is None
+    True
+    """
+    of_batch = modules(params) if norm == "batch" else () if norm == "running" else norm
+    changing = {segment_of(path) for path in moving} | {segment_of(f"{m}/mean") for m in of_batch}
+    first = next((name for name in segments if name in changing), None)
+    return None if first == segments[0] else first
+
+
+def prefix_digest(variables: Variables, segments: Iterable[str]) -> str:
+    """SHA-256 over the parameters and statistics of these segments, names and shapes included."""
+    chosen, total = set(segments), hashlib.sha256()
+    for path, leaf in sorted(flatten(dict(variables)).items()):
+        if segment_of(path.split("/", 1)[1]) in chosen:
+            array = np.ascontiguousarray(leaf)
+            total.update(repr((path, array.shape, array.dtype.str)).encode())
+            total.update(array.tobytes())
+    return total.hexdigest()
+
+
+class Below(NamedTuple):
+    """What lies before the cut."""
+
+    params: Params
+    batch_stats: Params
+
+
+def narrow_phase(phase: Phase, segments: Sequence[str], start: str | None) -> Phase:
+    """The resolved phase for the segments from ``start`` on; all of it without ``start``."""
+    return replace(phase, labels=_split(phase.labels, segments, start)[1])  # type: ignore[arg-type]
+
+
+def narrow(state: State, segments: Sequence[str], start: str | None) -> tuple[State, Below]:
+    """The state for the segments from ``start`` on, and what it leaves out.
+
+    Args:
+      state: whole.
+      segments: of the network, from the input to the output.
+      start: the segment that training enters; None keeps everything.
+    """
+    params, batch_stats = (_split(t, segments, start) for t in (state.params, state.batch_stats))
+    above = state._replace(params=params[1], batch_stats=batch_stats[1])
+    return above, Below(params[0], batch_stats[0])
+
+
+def widen(state: State, below: Below) -> State:
+    """The whole state again."""
+    return state._replace(
+        params=merge(below.params, state.params),
+        batch_stats=merge(below.batch_stats, state.batch_stats),
+    )
+
+
+def _split(tree: Params, segments: Sequence[str], start: str | None) -> tuple[Params, Params]:
+    if start is None:
+        return {}, tree
+    kept = set(segments[segments.index(start) :])
+    flat = flatten(tree)
+    above = {path: leaf for path, leaf in flat.items() if segment_of(path) in kept}
+    return unflatten({p: leaf for p, leaf in flat.items() if p not in above}), unflatten(above)
+
+
+_PLACE = {"memory": "in memory", "disk": "on disk"}
+
+_Place = Literal["memory", "disk"]
+_Dtype = Literal["float32", "float16"]
+Where = Literal["auto", "memory", "disk", "off"]
+Storage = Literal["auto", "float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How the output of a frozen prefix is kept, so that only what follows it is trained.
+
+    Without random augmentation and in float32 training takes the same course as without a cache,
+    to rounding. Random augmentation is replaced by a fixed number of versions of each image, one
+    after the other from pass to pass.
+
+    Args:
+      where: "auto" uses memory, or else disk, where the budgets allow it and a phase is long enough
+        to gain; "memory" and "disk" insist on the place; "off" runs the prefix in every step.
+      dtype: "auto" is float32 where that fits the budget and float16 where only that does.
+        Activations beyond float16's range (65504) are kept in float32 in any case.
+      views: versions of each image where augmentation is random; without it there is one.
+      memory: bytes of activations to hold in memory at most.
+      disk: bytes of activations to hold on disk at most.
+      folder: where caches lie on disk, and stay for other runs; by default within the run folder
+        until the run has finished.
+
+    Raises:
+      ValueError: unknown words, numbers out of range; all in one text.
+    """
+
+    where: Where = "auto"
+    dtype: Storage = "auto"
+    views: int = 8
+    memory: int = 2 * 2**30
+    disk: int = 20 * 2**30
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is one of {', '.join(get_args(words))}, not {value!r}"
+            for name, words, value in (("where", Where, self.where), ("dtype", Storage, self.dtype))
+            if value not in get_args(words)
+        ]
+        problems += [f"views is 1 or more, not {self.views}"] if self.views < 1 else []
+        problems += [
+            f"{name} is a number of bytes, 0 or more, not {value}"
+            for name, value in (("memory", self.memory), ("disk", self.disk))
+            if value < 0
+        ]
+        if problems:
+            raise ValueError("cache: " + "; ".join(problems))
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides what is learned, as JSON for a run's configuration; {} where off."""
+        if self.where == "off":
+            return {}
+        known = asdict(self)
+        return {"cache": {name: value for name, value in known.items() if name != "folder"}}
+
+
+OFF = Cache("off")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is done for one phase.
+
+    Args:
+      cut: the segment that training enters; what comes before is run once. None caches nothing.
+      where: "memory" or "disk".
+      dtype: "float32" or "float16".
+      views: versions of each training image.
+      shape: of one example's activations.
+      nbytes: of all of them, those of validation included.
+      budget: bytes that may lie in that place.
+      passes: over the training examples in the phase.
+      text: all that for a person, and why.
+    """
+
+    cut: str | None
+    text: str
+    where: _Place = "memory"
+    dtype: _Dtype = "float32"
+    views: int = 1
+    shape: tuple[int, ...] = ()
+    nbytes: int = 0
+    budget: int = 0
+    passes: float = 0.0
+
+    @property
+    def place(self) -> str:
+        """The place in words: "in memory" or "on disk"."""
+        return _PLACE[self.where]
+
+
+def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: Feed) -> Choice:
+    """Applies the rules to one resolved phase; a pure function of what is given.
+
+    Nothing here is timed, so that a run that is resumed chooses as it did before: the prefix is
+    run ``views`` times over all images instead of once a pass, which pays as soon as there are more
+    passes than versions.
+
+    Args:
+      cache: budgets and wishes.
+      model: the network.
+      params: its parameters or their shapes.
+      phase: resolved.
+      feed: of the run, with ``examples``.
+    """
+    labelled = flatten(trainable_mask(phase.labels, phase.groups))
+    moving = [path for path, moves in labelled.items() if moves]
+    cut = lowest_moving(model.segments, params, moving, phase.batch_norm_policy())
+    reason = _never(cache, cut, feed)
+    if reason or feed.examples is None or cut is None:
+        return Choice(None, f"phase {phase.name!r}: nothing is cached, {reason}")
+    examples = feed.examples
+    count, held_out = len(examples.labels), len(examples.validation_labels)
+    views = cache.views if examples.random else 1
+    passes = phase.total_steps(feed.steps_per_epoch) * examples.batch_size / count
+    shape = activation_shape(model, feed, cut)
+    numbers = (views * count + held_out) * math.prod(shape)
+    begin = (
+        f"phase {phase.name!r}: {_count(views, 'version')} of {_count(count, 'image')}"
+        + (f" and {held_out} of validation" if held_out else "")
+        + f" before {cut}, {math.prod(shape):,} numbers each"
+    )
+    if cache.where == "auto" and passes <= views:
+        return Choice(
+            None,
+            f"{begin}, are not cached: that pays after {_count(views, 'pass')}, and the phase has "
+            f"{passes:.3g}",
+        )
+    for dtype, where, budget in _places(cache):
+        nbytes = numbers * np.dtype(dtype).itemsize
+        if nbytes <= budget:
+            text = (
+                f"{begin}, are cached {_PLACE[where]} as {dtype} ({bytes_text(nbytes)}): breaks "
+                f"even after {_count(views, 'pass')} of {passes:.3g}"
+            )
+            return Choice(cut, text, where, dtype, views, shape, nbytes, budget, passes)
+    smallest = numbers * (4 if cache.dtype == "float32" else 2)
+    return Choice(
+        None,
+        f"{begin}, are not cached: {bytes_text(smallest)} are more than the budget of "
+        f"{_budget(cache)}",
+    )
+
+
+def _places(cache: Cache) -> Iterator[tuple[_Dtype, _Place, int]]:
+    """What may be tried, exact numbers first, and memory before the disk."""
+    dtypes: tuple[_Dtype, ...] = ("float32", "float16")
+    places: tuple[tuple[_Place, int], ...] = (("memory", cache.memory), ("disk", cache.disk))
+    for dtype in dtypes:
+        for where, budget in places:
+            if cache.dtype in ("auto", dtype) and cache.where in ("auto", where):
+                yield dtype, where, budget
+
+
+def activation_shape(model: Model, feed: Feed, cut: str) -> tuple[int, ...]:
+    """The shape of one example's activations before ``cut``."""
+    size, channels = feed.preprocessing.size, len(feed.preprocessing.mean)
+    image = jax.ShapeDtypeStruct((1, size, size, channels), np.uint8)
+    prefix = forward(model, feed.preprocessing, None, cut)
+    return tuple(jax.eval_shape(prefix, model.abstract(), image).shape[1:])
+
+
+def _never(cache: Cache, cut: str | None, feed: Feed) -> str:
+    if cache.where == "off":
+        return "as it was asked for"
+    if cut is None:
+        return "for training moves the network from its input on"
+    if feed.examples is None:
+        return "for the feed does not tell its examples apart (Feed.examples)"
+    if jax.process_count() > 1:
+        return "for the run is spread over several processes"
+    return ""
+
+
+def _budget(cache: Cache) -> str:
+    budgets = {"memory": cache.memory, "disk": cache.disk}
+    return " and ".join(
+        f"{bytes_text(budget)} {_PLACE[name]}"
+        for name, budget in budgets.items()
+        if cache.where in ("auto", name)
+    )
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes for a person.
+
+    >>> bytes_text(2_500_000)
+    '2.5 MB'
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def _count(number: int, what: str) -> str:
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"

@@ -1,0 +1,99 @@
+"""A folder that `AutoModelForImageClassification.from_pretrained` takes."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.paths import flatten
+from flaxtransfer.weights.export.prepare import plainly
+from flaxtransfer.weights.naming import huggingface, key_map
+from flaxtransfer.weights.preprocessing import Preprocessing
+from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.readers import safetensors_file
+from flaxtransfer.weights.sidecar import RESAMPLE
+
+__all__ = ["NAMES", "files"]
+
+
+NAMES = ("model.safetensors", "config.json", "preprocessor_config.json")
+
+
+def files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], Checkpoint]:
+    """The files of the folder by name, and the checkpoint that they hold.
+
+    Raises:
+        ValueError: a network that transformers' ResNet is not.
+    """
+    checkpoint = plainly(checkpoint, exporting="Hugging Face's ResNet")
+    config = checkpoint.config
+    _check(config)
+    arrays = key_map.to_keys(huggingface.TABLE, flatten(checkpoint.variables))
+    # transformers compares names, and its BatchNorms count their batches.
+    arrays |= {
+        key.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64)
+        for key in arrays
+        if key.endswith(".running_mean")
+    }
+    names = checkpoint.class_names or [f"LABEL_{number}" for number in range(config.classes)]
+    settings = {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "num_channels": config.in_channels,
+        "embedding_size": config.width,
+        "hidden_sizes": [config.width * 2**stage * config.expansion for stage in range(4)],
+        "depths": list(config.depths),
+        "layer_type": config.block,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": config.stride_in == "1x1",
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+        "dtype": "float32",
+    }
+    return {
+        "model.safetensors": safetensors_file.write_safetensors(arrays, {"format": "pt"}),
+        "config.json": _json(settings),
+        "preprocessor_config.json": _json(_processor(checkpoint.preprocessing)),
+    }, checkpoint
+
+
+def _check(config: ResNetConfig) -> None:
+    plain = ResNetConfig()
+    own = {"block", "depths", "width", "classes", "in_channels", "stride_in"}
+    foreign = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in own and getattr(config, field.name) != getattr(plain, field.name)
+    }
+    if foreign:
+        words = ", ".join(f"{name} {value}" for name, value in foreign.items())
+        raise ValueError(
+            f"transformers' ResNet has no {words}, which {config.name} has; --to timm, onnx or "
+            "stablehlo can hold more"
+        )
+
+
+def _processor(preprocessing: Preprocessing) -> dict:
+    # BiT's processor does what a `Preprocessing` says; ConvNext's, which comes with the published
+    # ResNets, stretches images from 384 px on.
+    numbers = {name: number for number, name in RESAMPLE.items()}
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": preprocessing.resize},
+        "resample": numbers[preprocessing.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": preprocessing.size, "width": preprocessing.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+        "do_convert_rgb": len(preprocessing.mean) == 3,
+    }
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

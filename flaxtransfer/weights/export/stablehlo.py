@@ -1,0 +1,59 @@
+"""The network as StableHLO, which `jax.export` reads without this package.
+
+The artefact has no room for words: what its input and outputs mean lies in a JSON file beside it.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from flaxtransfer.models.convolution import lax_conv
+from flaxtransfer.models.registry import resnet
+from flaxtransfer.weights.export.prepare import record
+from flaxtransfer.weights.pretrained import Checkpoint
+
+__all__ = ["PLATFORMS", "artefact", "logits", "words"]
+
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def artefact(checkpoint: Checkpoint) -> bytes:
+    """The serialised function from images `[batch, size, size, bands]` to logits, weights inside.
+
+    The batch is open, the size is that of the preprocessing.
+    """
+    # Our routes around slow convolutions are for the CPU at hand; this runs anywhere.
+    model = resnet(checkpoint.config, convolution=lax_conv)
+    variables = jax.tree.map(jnp.asarray, checkpoint.variables)
+
+    def network(images: jax.Array) -> jax.Array:
+        return model.apply(variables, images)[0]
+
+    (batch,) = export.symbolic_shape("batch")
+    size = checkpoint.preprocessing.size
+    images = jax.ShapeDtypeStruct((batch, size, size, checkpoint.config.bands), jnp.float32)
+    return bytes(export.export(jax.jit(network), platforms=PLATFORMS)(images).serialize())
+
+
+def words(checkpoint: Checkpoint) -> bytes:
+    """The JSON beside the artefact."""
+    size = checkpoint.preprocessing.size
+    content = {
+        **record(checkpoint, f"[batch, {size}, {size}, bands]"),
+        "preprocessing": checkpoint.preprocessing.to_json(),
+        "class_names": checkpoint.class_names,
+        "config": checkpoint.config.to_json(),
+        "platforms": PLATFORMS,
+        "jax": jax.__version__,
+        "use": "jax.export.deserialize(bytearray(open(path, 'rb').read())).call(images)",
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def logits(data: bytes, images: np.ndarray) -> np.ndarray:
+    """What the artefact computes."""
+    return np.asarray(export.deserialize(bytearray(data)).call(images))

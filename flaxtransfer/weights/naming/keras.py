@@ -1,0 +1,168 @@
+"""The names of `keras.applications` and of Keras Hub's ResNets.
+
+References: F. Chollet et al., "Keras", 2015-, `keras/src/applications/resnet.py`; the Keras team,
+"KerasHub", 2024-, `keras_hub/src/models/resnet/resnet_backbone.py`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.weights.naming.key_map import Rule, Table
+from flaxtransfer.weights.preprocessing import Preprocessing
+
+__all__ = ["CAFFE", "TF", "first_version", "hub_table", "prepared", "second_version", "table"]
+
+
+CAFFE = Preprocessing(
+    (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3, size=224, resize=256
+)
+"""Of the first version: means of ImageNet's pixels from 0 to 255, no division."""
+TF = Preprocessing((0.5,) * 3, (0.5,) * 3, size=224, resize=256)
+"""Of the second version: pixels from -1 to 1."""
+
+EPSILON = 1.001e-5
+
+_VARIABLES = {
+    "conv": ("kernel", "bias"),
+    "bn": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "predictions": ("kernel", "bias"),
+}
+
+
+def _norm(key: str, path: str) -> Table:
+    return (
+        Rule(f"{key}/gamma", f"params/{path}/scale"),
+        Rule(f"{key}/beta", f"params/{path}/bias"),
+        Rule(f"{key}/moving_mean", f"batch_stats/{path}/mean"),
+        Rule(f"{key}/moving_variance", f"batch_stats/{path}/var"),
+    )
+
+
+def table(keys: Collection[str]) -> Table:
+    """The names of `keras.applications`, of the version that the keys are of."""
+    return _table("conv{s+1}_block{b+1}", "preact_bn", "post_bn/gamma" in keys, "downsample/0")
+
+
+def hub_table(keys: Collection[str]) -> Table:
+    """The names of Keras Hub; a stem of three convolutions goes with pooled shortcuts."""
+    deep = "conv3_conv/kernel" in keys
+    shortcut = "downsample/1" if deep else "downsample/0"
+    blocks = _table("stack{s-1}_block{b}", "pre_activation_bn", "post_bn/gamma" in keys, shortcut)
+    if not deep:
+        return blocks
+    stem = (
+        Rule("conv1_conv/kernel", "params/conv1/0/kernel"),
+        *_norm("conv1_bn", "conv1/bn1"),
+        Rule("conv2_conv/kernel", "params/conv1/3/kernel"),
+        *_norm("conv2_bn", "conv1/bn4"),
+        Rule("conv3_conv/kernel", "params/conv1/6/kernel"),
+        *_norm("conv3_bn", "bn1"),
+    )
+    return (*stem, *(rule for rule in blocks if not rule.key.startswith("conv1_")))
+
+
+def _table(block: str, first_norm: str, preactivation: bool, shortcut: str) -> Table:
+    path, number = "layer{s}/{b}", int(shortcut[-1])
+    shared = (
+        Rule("conv1_conv/kernel", "params/conv1/kernel"),
+        Rule("conv1_conv/bias", "params/conv1/bias"),
+        Rule(f"{block}_0_conv/kernel", f"params/{path}/{shortcut}/kernel"),
+        Rule(f"{block}_{{k}}_conv/kernel", f"params/{path}/conv{{k}}/kernel"),
+        Rule("predictions/kernel", "params/fc/kernel"),
+        Rule("predictions/bias", "params/fc/bias"),
+    )
+    if preactivation:
+        return (
+            *shared,
+            *_norm(f"{block}_{first_norm}", f"{path}/bn1"),
+            # A norm is numbered after the convolution that it follows.
+            *(rule for k in (1, 2) for rule in _norm(f"{block}_{k}_bn", f"{path}/bn{k + 1}")),
+            *_norm("post_bn", "layer4/bn1"),
+        )
+    return (
+        *shared,
+        *_norm("conv1_bn", "bn1"),
+        *_norm(f"{block}_0_bn", f"{path}/downsample/{number + 1}"),
+        *_norm(f"{block}_{{k}}_bn", f"{path}/bn{{k}}"),
+    )
+
+
+def first_version(config: ResNetConfig) -> ResNetConfig:
+    """What `keras.applications.ResNet50` and its like are, and no leaf shows."""
+    if config.preactivation:
+        return second_version(config)
+    return dataclasses.replace(config, stride_in="1x1", epsilon=EPSILON)
+
+
+def second_version(config: ResNetConfig) -> ResNetConfig:
+    """What `keras.applications.ResNet50V2` and its like are, and no leaf shows."""
+    return dataclasses.replace(config, stride_at="last", stem_pool="zero-padded", epsilon=EPSILON)
+
+
+def prepared(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Variables by name, biases of convolutions in the norms behind them, channels as RGB.
+
+    Other files' arrays are left as they are.
+    """
+    if not any(key.startswith("conv1_conv/") for key in arrays):
+        return dict(arrays), []
+    named = {_named(key): np.asarray(array) for key, array in arrays.items()}
+    notes = []
+    blocks = sorted(
+        {m[1] for key in named if (m := re.match(r"(conv\d+_block\d+)_", key))}, key=_order
+    )
+    biases = [key for key in named if key.endswith("_conv/bias")]
+    if "post_bn/moving_mean" in named:
+        _fold_along_the_stream(named, blocks)
+    else:
+        for key in biases:
+            norm = key.replace("_conv/bias", "_bn/moving_mean")
+            if norm in named:
+                _shift(named, norm, named.pop(key))
+        kernel = named.get("conv1_conv/kernel")
+        if blocks and kernel is not None and kernel.ndim == 4 and kernel.shape[2] == 3:
+            named["conv1_conv/kernel"] = kernel[:, :, ::-1]
+            notes.append("the stem's input channels were turned from BGR to RGB")
+    folded = [key for key in biases if key not in named]
+    if folded:
+        notes.append(f"{len(folded)} biases of convolutions went into running means")
+    return named, notes
+
+
+def _fold_along_the_stream(named: dict[str, np.ndarray], blocks: list[str]) -> None:
+    """Takes the biases that blocks of pre-activations add to the stream out of the means behind.
+
+    What flows from block to block is seen by norms and by shortcuts that pass it on; a shortcut
+    with a convolution starts behind a norm, so that what was added before ends there.
+    """
+    added = np.zeros(())
+    for block in blocks:
+        _shift(named, f"{block}_preact_bn/moving_mean", added)
+        if f"{block}_0_conv/bias" in named:
+            added = named.pop(f"{block}_0_conv/bias").astype(np.float64)
+        if f"{block}_3_conv/bias" in named:
+            added = added + named.pop(f"{block}_3_conv/bias")
+    _shift(named, "post_bn/moving_mean", added)
+
+
+def _shift(named: dict[str, np.ndarray], mean: str, bias: np.ndarray) -> None:
+    if mean not in named or np.shape(bias) not in ((), named[mean].shape):
+        raise ValueError(f"{mean} is missing, or has another shape than the bias before it")
+    old = named[mean]
+    named[mean] = (old.astype(np.float64) - bias).astype(old.dtype)
+
+
+def _named(key: str) -> str:
+    layer, _, variable = key.rpartition("/")
+    names = _VARIABLES.get(layer.rsplit("_", 1)[-1], ())
+    if variable.isdigit() and int(variable) < len(names):
+        return f"{layer}/{names[int(variable)]}"
+    return key
+
+
+def _order(block: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", block)))

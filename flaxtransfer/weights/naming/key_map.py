@@ -1,0 +1,229 @@
+"""A table of names that must fit a file exactly, in both directions.
+
+A table says once how a foreign key and a leaf of ours correspond; reading, writing and every
+complaint about a file that does not fit follow from it.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from flaxtransfer.paths import suggest
+
+__all__ = ["CONV", "DENSE", "Rule", "Table", "batch_norm", "leaf_of", "to_keys", "to_leaves"]
+
+
+CONV = (2, 3, 1, 0)
+"""[out, in / groups, height, width] -> [height, width, in / groups, out]."""
+DENSE = (1, 0)
+"""[out, in] -> [in, out]."""
+
+_PLACEHOLDER = re.compile(r"\{(\w+?)(?:([-+])(\d+))?(?::0(\d))?\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One correspondence between keys of a file and leaves.
+
+    Args:
+        key: the file's name; `{s}` stands for a number, `{s-1}` for that number less one, and
+            `{s+1:02}` for one more in two digits.
+        leaf: our path, with the same placeholders.
+        axes: the order in which the file's axes become the leaf's; None leaves them.
+        units: the file's axes of length 1 that the leaf has not; `axes` counts those that remain.
+    """
+
+    key: str
+    leaf: str
+    axes: tuple[int, ...] | None = None
+    units: tuple[int, ...] = ()
+
+    def leaf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the leaf for an array of the file; an impossible one is left as it is."""
+        if any(axis >= len(shape) or shape[axis] != 1 for axis in self.units):
+            return shape
+        left = tuple(size for axis, size in enumerate(shape) if axis not in self.units)
+        if self.axes is None or len(self.axes) != len(left):
+            return left
+        return tuple(left[axis] for axis in self.axes)
+
+    def key_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a leaf's array."""
+        sizes = iter(shape if self.axes is None else (shape[i] for i in np.argsort(self.axes)))
+        count = len(shape) + len(self.units)
+        return tuple(1 if axis in self.units else next(sizes) for axis in range(count))
+
+    def to_leaf(self, array: np.ndarray) -> np.ndarray:
+        """The leaf's array from the file's."""
+        array = np.squeeze(array, self.units)
+        return array if self.axes is None else np.transpose(array, self.axes)
+
+    def to_key(self, array: np.ndarray) -> np.ndarray:
+        """The file's array from the leaf's."""
+        array = array if self.axes is None else np.transpose(array, np.argsort(self.axes))
+        return np.expand_dims(array, self.units)
+
+
+Table = tuple[Rule, ...]
+
+
+def batch_norm(key: str, path: str) -> Table:
+    """The four rules of a BatchNorm; torch's counter of batches has no leaf.
+
+    >>> [rule.leaf for rule in batch_norm("bn1", "bn1")][2:]
+    ['batch_stats/bn1/mean', 'batch_stats/bn1/var']
+    """
+    return (
+        Rule(f"{key}.weight", f"params/{path}/scale"),
+        Rule(f"{key}.bias", f"params/{path}/bias"),
+        Rule(f"{key}.running_mean", f"batch_stats/{path}/mean"),
+        Rule(f"{key}.running_var", f"batch_stats/{path}/var"),
+    )
+
+
+def leaf_of(table: Table, key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
+    """The leaf that a key names, and its shape there; None for a key that no rule knows.
+
+    >>> leaf_of((Rule("layer{s}.conv.weight", "params/layer{s}/conv/kernel", CONV),),
+    ...         "layer2.conv.weight", (8, 4, 3, 3))
+    ('params/layer2/conv/kernel', (3, 3, 4, 8))
+    """
+    for rule in table:
+        numbers = _read(rule.key, key)
+        if numbers is not None:
+            return _write(rule.leaf, numbers), rule.leaf_shape(tuple(shape))
+    return None
+
+
+def to_leaves(
+    table: Table,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    what: str,
+) -> dict[str, np.ndarray]:
+    """Every leaf from its key, or one error with every difference.
+
+    Args:
+        table: the file's naming.
+        tensors: the file's arrays by key.
+        shapes: the shape of each leaf that has to be filled.
+        what: begins the error text: which file, as what.
+
+    Returns:
+        An array for each path in `shapes`, in its order.
+
+    Raises:
+        ValueError: keys that are missing, unexpected or of another shape. Only torch's
+            `num_batches_tracked` beside an expected BatchNorm is excused.
+    """
+    wanted = _wanted(table, shapes)
+    expected = {key: rule.key_shape(shapes[leaf]) for key, (leaf, rule) in wanted.items()}
+    counters = {_counter(key) for key in wanted if key.endswith(".running_mean")}
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected and key not in counters]
+    misshaped = [
+        key for key, shape in expected.items() if key in tensors and tensors[key].shape != shape
+    ]
+    if missing or unexpected or misshaped:
+        lines = [
+            f"{what}; keys: {len(missing)} missing, {len(unexpected)} unexpected, "
+            f"{len(misshaped)} of another shape"
+        ]
+        lines += [f"  missing: {key} {list(expected[key])}" for key in missing]
+        lines += [
+            f"  unexpected: {key} {list(tensors[key].shape)}{suggest(key, missing)}"
+            for key in unexpected
+        ]
+        lines += [
+            f"  shape: {key} is {list(tensors[key].shape)} in the file, "
+            f"{list(expected[key])} in the network"
+            for key in misshaped
+        ]
+        raise ValueError("\n".join(lines))
+    return {leaf: rule.to_leaf(tensors[key]) for key, (leaf, rule) in wanted.items()}
+
+
+def to_keys(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays under the file's names and in its axes: the way back from `to_leaves`.
+
+    >>> list(to_keys((Rule("fc.bias", "params/fc/bias"),), {"params/fc/bias": np.zeros(2)}))
+    ['fc.bias']
+    """
+    shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
+    return {
+        key: rule.to_key(np.asarray(leaves[path]))
+        for key, (path, rule) in _wanted(table, shapes).items()
+    }
+
+
+def _wanted(table: Table, leaves: Iterable[str]) -> dict[str, tuple[str, Rule]]:
+    """The key of each leaf. A leaf without a rule is a gap in the table, not in the file."""
+    wanted = {}
+    for leaf in leaves:
+        for rule in table:
+            numbers = _read(rule.leaf, leaf)
+            if numbers is not None:
+                wanted[_write(rule.key, numbers)] = (leaf, rule)
+                break
+        else:
+            raise ValueError(f"this naming has no key for the leaf {leaf!r}")
+    return wanted
+
+
+def _counter(key: str) -> str:
+    return key.removesuffix("running_mean") + "num_batches_tracked"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """A placeholder: which number, how much more the text says, and in how many digits."""
+
+    name: str
+    more: int
+    digits: int
+
+    @classmethod
+    def found(cls, match: re.Match[str]) -> "_Number":
+        name, sign, amount, digits = match.groups()
+        return cls(name, int(f"{sign}{amount}") if sign else 0, int(digits or 1))
+
+
+@functools.cache
+def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[_Number, ...]]:
+    numbers = tuple(_Number.found(match) for match in _PLACEHOLDER.finditer(pattern))
+    parts = [re.escape(part) for part in _PLACEHOLDER.sub("\0", pattern).split("\0")]
+    text = parts[0]
+    for number, part in zip(numbers, parts[1:], strict=True):
+        padded = "|0[0-9]" if number.digits > 1 else ""
+        text += f"(0|[1-9][0-9]*{padded})" + part
+    return re.compile(text), numbers
+
+
+def _read(pattern: str, text: str) -> dict[str, int] | None:
+    """The numbers at the placeholders, or None where the text has another form.
+
+    >>> _read("stages.{s-1}.weight", "stages.0.weight"), _read("unit{b+1:02}/b", "unit01/b")
+    ({'s': 1}, {'b': 0})
+    """
+    expression, numbers = _compiled(pattern)
+    found = expression.fullmatch(text)
+    if found is None:
+        return None
+    read = {
+        number.name: int(value) - number.more
+        for number, value in zip(numbers, found.groups(), strict=True)
+    }
+    # What is written otherwise than it was read ("unit1", "unit00") is another key.
+    return read if min(read.values(), default=0) >= 0 and _write(pattern, read) == text else None
+
+
+def _write(pattern: str, numbers: Mapping[str, int]) -> str:
+    def text(match: re.Match[str]) -> str:
+        number = _Number.found(match)
+        return str(numbers[number.name] + number.more).zfill(number.digits)
+
+    return _PLACEHOLDER.sub(text, pattern)

@@ -1,0 +1,274 @@
+"""Detect how a weight file is packed, and read its arrays by key.
+
+How a file is packed, by its content: what it is called was decided by a person or a cache.
+
+The arrays of a file by key, before anything is known about what they mean.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from flaxtransfer.paths import suggest
+from flaxtransfer.weights.naming import native
+from flaxtransfer.weights.readers import (
+    archives,
+    flax_file,
+    hdf5_file,
+    safetensors_file,
+    torch_file,
+)
+
+__all__ = [
+    "CONTAINERS",
+    "Container",
+    "SUFFIXES",
+    "Tensors",
+    "has_weights_name",
+    "read_tensors",
+    "recognise",
+    "strip",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """A way to pack named arrays into a file.
+
+    Args:
+        text: what a person calls such a file.
+        suffixes: under which such files are published.
+        read: arrays, metadata and notes of the bytes of one.
+    """
+
+    text: str
+    suffixes: tuple[str, ...]
+    read: Callable[[bytes], tuple[dict[str, np.ndarray], dict[str, str], list[str]]]
+
+
+CONTAINERS: dict[str, Container] = {
+    "safetensors": Container(
+        "a safetensors file", (".safetensors",), safetensors_file.read_safetensors
+    ),
+    "torch": Container(
+        "a file of torch.save", (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), torch_file.read_torch
+    ),
+    "npz": Container("an archive of numpy's", (".npz",), archives.read_npz),
+    "hdf5": Container("an HDF5 file", (".h5", ".hdf5"), hdf5_file.read_hdf5),
+    "keras": Container("an archive of Keras'", (".keras",), hdf5_file.read_keras_archive),
+    "msgpack": Container("a msgpack of flax's", (".msgpack",), flax_file.read_flax),
+}
+
+SUFFIXES = tuple(suffix for container in CONTAINERS.values() for suffix in container.suffixes)
+
+_MOST_HEADER = 100_000_000
+"""Bytes of a safetensors header, by the format's definition."""
+
+
+def has_weights_name(name: str) -> bool:
+    """Whether files of this name are usually weights.
+
+    >>> has_weights_name("moco_v2_800ep_pretrain.pth.tar"), has_weights_name("images.tar")
+    (True, False)
+    """
+    return PurePath(name).name.endswith(SUFFIXES)
+
+
+def recognise(data: bytes, name: str) -> tuple[Container, list[str]]:
+    r"""The container of a file, and a note where its name says another one or none.
+
+    Args:
+        data: the whole file; its first bytes decide, and the names of the files in a zip archive.
+        name: of the file.
+
+    Raises:
+        ValueError: an empty file, what a failed download leaves, or bytes of another kind.
+
+    >>> recognise(b"\x89HDF\r\n\x1a\n", "weights.h5")[0].text
+    'an HDF5 file'
+    >>> recognise(b"\x89HDF\r\n\x1a\n", "0a4e6b")[1]
+    ['an HDF5 file by its content; its name does not say so']
+    """
+    container = CONTAINERS[_kind(data, name)]
+    if name.endswith(container.suffixes):
+        return container, []
+    said = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    if said is None:
+        return container, [f"{container.text} by its content; its name does not say so"]
+    return container, [f"{container.text} by its content, though its name ends in {said}"]
+
+
+def _kind(data: bytes, name: str) -> str:
+    if not data:
+        raise ValueError("the file is empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            "this is a Git LFS pointer and not the weights; fetch them with `git lfs pull`"
+        )
+    if data.lstrip()[:1] == b"<":
+        raise ValueError("this is a web page and not the weights; the download went wrong")
+    # The header of a safetensors file is JSON behind its length, whose bytes may be anything.
+    length = int.from_bytes(data[:8], "little")
+    if data[8:9] == b"{" and length <= _MOST_HEADER:
+        return "safetensors"
+    if data.startswith(b"PK\x03\x04"):
+        return _kind_of_archive(archives.names(data))
+    if data.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "hdf5"
+    if data[0] == 0x80 and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "torch"
+    # A dictionary of 1 to 15, or of more entries, whose first key is a text.
+    key = {0xDE: 3, 0xDF: 5}.get(data[0], 1)
+    if (0x80 < data[0] < 0x90 or key > 1) and data[key : key + 1] > b"\x9f":
+        return "msgpack"
+    # Cut off or damaged: its reader says by how much.
+    if name.endswith(".safetensors") and (len(data) < 9 or data[4:8] == bytes(4)):
+        return "safetensors"
+    kinds = "; ".join(f"{c.text} ({', '.join(c.suffixes)})" for c in CONTAINERS.values())
+    raise ValueError(
+        f"its first bytes, {data[:8]!r}, are those of no container of weights; there are: {kinds}"
+    )
+
+
+def _kind_of_archive(names: list[str]) -> str:
+    last = {name.rsplit("/", 1)[-1] for name in names}
+    if "data.pkl" in last:
+        return "torch"
+    if "model.weights.h5" in names:
+        return "keras"
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    held = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise ValueError(
+        "a zip archive of no known kind: torch's has data.pkl in it, Keras' model.weights.h5, "
+        f"numpy's nothing but .npy files, and this one {held or 'nothing'}"
+    )
+
+
+IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensors:
+    """The content of one file.
+
+    Args:
+        path: where it was read.
+        arrays: by the file's own keys, in the file's own dtypes and axes.
+        metadata: text by name, as a safetensors header has it.
+        sha256: of the bytes, in hexadecimal.
+        notes: what was done to get at the arrays.
+    """
+
+    path: Path
+    arrays: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str]
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Reads a file once: its checksum is that of the bytes that became the arrays.
+
+    Args:
+        path: a file, a folder that holds one as Hugging Face lays them out, or one of orbax'.
+
+    Raises:
+        FileNotFoundError: no such file; the text names the nearest in the folder.
+        ValueError: a file that is empty, damaged, unsafe or of another kind.
+    """
+    path = _found(path)
+    try:
+        arrays, metadata, sha256, told = _folder(path) if path.is_dir() else _file(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error.__cause__
+    if not arrays:
+        raise ValueError(f"{path} holds no arrays")
+    arrays, removed = strip(arrays)
+    prefixes = [f"the prefix {prefix!r} was removed from the keys" for prefix in removed]
+    arrays, left_out = native.encoder_of(arrays)
+    return Tensors(path, arrays, metadata, sha256, (*told, *prefixes, *left_out))
+
+
+_Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
+
+
+def _file(path: Path) -> _Read:
+    data = path.read_bytes()
+    container, named = recognise(data, path.name)
+    arrays, metadata, notes = container.read(data)
+    return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
+
+
+def _folder(path: Path) -> _Read:
+    """A tree of orbax', whose checksum is that of its leaves in the order of their paths."""
+    found = flax_file.read_orbax(path)
+    if found is None:
+        steps = sorted(map(str, path.glob("checkpoints/[0-9]*")))
+        raise FileNotFoundError(
+            f"{path} is a folder with 0 checkpoints in it: no {', '.join(SUFFIXES)} "
+            "file is there, and nothing that orbax wrote"
+            + (f"; a run that has not finished has steps: {', '.join(steps)}" if steps else "")
+        )
+    arrays, metadata, notes = found
+    checksum = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        checksum.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        checksum.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return arrays, metadata, checksum.hexdigest(), notes
+
+
+def strip(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Takes off what data parallelism and compilation put before each key.
+
+    Raises:
+        ValueError: two keys that become one.
+
+    >>> strip({"module._orig_mod.fc.bias": 0})
+    ({'fc.bias': 0}, ['module.', '_orig_mod.'])
+    """
+    stripped: dict[str, np.ndarray] = {}
+    removed: list[str] = []
+    for key, array in arrays.items():
+        short = key
+        while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
+            short = short.removeprefix(prefix)
+            removed += [] if prefix in removed else [prefix]
+        if short in stripped:
+            raise ValueError(f"two keys name {short!r} once the prefixes {removed} are removed")
+        stripped[short] = array
+    return stripped, removed
+
+
+def _found(path: Path) -> Path:
+    if path.is_dir():
+        files = _weights_in(path)
+        if not files:
+            return path
+        preferred = [name for name in IN_A_FOLDER if name in files] or files
+        if len(preferred) != 1 and preferred[:1] != [IN_A_FOLDER[0]]:
+            raise FileNotFoundError(
+                f"{path} is a folder with {len(files)} checkpoints in it, name one: "
+                f"{', '.join(files)}"
+            )
+        return path / preferred[0]
+    if not path.exists():
+        folder = path.parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no file {path}: there is no folder {folder}")
+        names = sorted(entry.name for entry in folder.iterdir())
+        nearest = suggest(path.name, names)
+        raise FileNotFoundError(
+            f"no file {path.name!r} in {folder.resolve()}"
+            + (nearest or f"; checkpoints there: {', '.join(_weights_in(folder)) or 'none'}")
+        )
+    return path
+
+
+def _weights_in(folder: Path) -> list[str]:
+    return sorted(e.name for e in folder.iterdir() if has_weights_name(e.name))

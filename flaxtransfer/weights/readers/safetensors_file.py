@@ -1,0 +1,81 @@
+"""safetensors files: a JSON header and plain bytes, so that reading one can run no code."""
+
+import json
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+__all__ = ["read_safetensors", "write_safetensors"]
+
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+def read_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+    """Arrays, metadata and notes of a whole file.
+
+    Raises:
+        ValueError: bytes that are no complete safetensors file, or numbers of an unknown kind.
+    """
+    try:
+        entries = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"no complete safetensors file ({_why(data)}): {error}") from error
+    unknown = {name: entry["dtype"] for name, entry in entries if entry["dtype"] not in _DTYPES}
+    if unknown:
+        raise ValueError(f"arrays of a kind that weights do not have: {unknown}")
+    arrays = {
+        name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries
+    }
+    return arrays, _header(data).get("__metadata__") or {}, []
+
+
+def write_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a file; the same arguments give the same bytes.
+
+    >>> read(write({"w": np.ones(2, np.float32)}, {"format": "pt"}))[1]
+    {'format': 'pt'}
+    """
+    # np.ascontiguousarray would give a number an axis.
+    data = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
+    # The library writes metadata in an order that differs from run to run.
+    header = json.dumps(
+        {"__metadata__": dict(sorted(metadata.items())), **_header(data)}, separators=(",", ":")
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + _length(data) :]
+
+
+def _length(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
+
+
+def _header(data: bytes) -> dict:
+    return json.loads(data[8 : 8 + _length(data)])
+
+
+def _why(data: bytes) -> str:
+    start = 8 + _length(data)
+    if len(data) < start:
+        return f"its header should end at byte {start}, and there are {len(data)}"
+    try:
+        spans = [entry["data_offsets"] for key, entry in _header(data).items() if key[:2] != "__"]
+        end = start + max(stop for _, stop in spans)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its header is not the JSON that it should be"
+    return f"by its header it has {end} bytes, and there are {len(data)}"

@@ -1,0 +1,478 @@
+"""Pickles of torch, read as data: nothing in them is ever called.
+
+What the names in a pickle of torch stand for: numbers, tensors, dictionaries, or nothing here.
+
+No name is looked up in Python. Some are on a list of what weights are made of, and what a call of
+them would give is made here. Others are on a list of what lies beside weights in the files of
+training scripts, and a mark takes the place of their values. Every other name is refused.
+
+Pickles of torch, read as data: tensors, plain containers, and nothing that can be called.
+
+A pickle is a program for a small machine, two of whose instructions call whatever function the
+file names. Here is the machine without that: names mean what `torch_names` says and are never
+looked up in Python, so that there is nothing to run. The standard library's `pickletools` decodes
+the instructions, and allocates no more for them than the file holds.
+
+Reference: A. Pitrou, "Pickle protocol 5 with out-of-band data", PEP 574, 2018.
+"""
+
+import dataclasses
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "Foreign",
+    "Name",
+    "Refused",
+    "Storage",
+    "Tensor",
+    "key_of",
+    "known",
+    "made",
+    "ordered",
+    "read_pickle",
+]
+
+
+_STORAGES: dict[str, Any] = {
+    "Float": np.float32, "Double": np.float64, "Half": np.float16, "BFloat16": jnp.bfloat16,
+    "Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8,
+    "Bool": np.bool_, "ComplexFloat": np.complex64, "ComplexDouble": np.complex128,
+}  # fmt: skip
+_DTYPES: dict[str, Any] = {
+    "float32": np.float32, "float64": np.float64, "float16": np.float16,
+    "bfloat16": jnp.bfloat16, "int64": np.int64, "int32": np.int32, "int16": np.int16,
+    "int8": np.int8, "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32,
+    "uint64": np.uint64, "bool": np.bool_, "complex64": np.complex64,
+    "complex128": np.complex128, "float8_e4m3fn": jnp.float8_e4m3fn,
+    "float8_e5m2": jnp.float8_e5m2, "float8_e4m3fnuz": jnp.float8_e4m3fnuz,
+    "float8_e5m2fnuz": jnp.float8_e5m2fnuz,
+}  # fmt: skip
+
+STORAGES: dict[str, np.dtype | None] = {
+    **{
+        f"{module}.{kind}Storage": np.dtype(dtype)
+        for module in ("torch", "torch.cuda")
+        for kind, dtype in _STORAGES.items()
+    },
+    # Of bytes: the tensors say what they are.
+    "torch.UntypedStorage": None,
+    "torch.storage.UntypedStorage": None,
+}
+DTYPES = {f"torch.{name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
+_QUANTISED = {f"torch.{kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2")}
+
+INERT = {
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__")
+      for name in ("bytearray", "complex", "set", "frozenset", "list", "dict", "int", "float")),
+    "_codecs.encode", "argparse.Namespace", "collections.Counter", "collections.defaultdict",
+    "collections.deque", "numpy.dtype", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "pathlib.PosixPath", "pathlib._local.PosixPath",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "torch.Size", "torch.Tensor", "torch._tensor.Tensor", "torch.device", "torch.dtype",
+    "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.serialization._get_layout",
+    "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
+    "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams", *_QUANTISED,
+}  # fmt: skip
+"""Arguments of scripts, counters, positions: of no interest here, and torch's reader knows most."""
+
+_NOT_DENSE = {
+    f"torch._utils._rebuild_{kind}"
+    for kind in ("sparse_tensor", "sparse_csr_tensor", "qtensor", "meta_tensor_no_storage",
+                 "nested_tensor", "device_tensor_from_numpy", "device_tensor_from_cpu_tensor")
+}  # fmt: skip
+
+MOST_AXES = 64
+NOT_DENSE = "sparse, quantised or empty tensor"
+
+
+class Refused(ValueError):
+    """The file names a function or class that weights have no use for; it was not looked up."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Name:
+    """What the file calls "module.name"."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Foreign:
+    """The mark of a value that was not made."""
+
+    what: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """A row of numbers that lies elsewhere in the file.
+
+    Args:
+        key: its name there.
+        dtype: of its numbers; None where the tensors say it.
+        count: how many it has; bytes, where the tensors say what they are.
+        start: first number of a view.
+        length: numbers of a view; None for all that follow.
+    """
+
+    key: str
+    dtype: np.dtype | None
+    count: int
+    start: int = 0
+    length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """Which numbers of a storage form an array; offset and strides count numbers, not bytes.
+
+    Args:
+        storage: where they are.
+        dtype: of the numbers.
+        offset: of the first.
+        shape: of the array.
+        strides: from one number to the next along each axis.
+        negative: whether the numbers are stored with the other sign.
+        conjugate: whether complex numbers are stored conjugated.
+    """
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    negative: bool = False
+    conjugate: bool = False
+
+
+def known(text: str) -> Name:
+    """The name, if it is on a list.
+
+    Raises:
+        Refused: it is on none.
+
+    >>> known("os.system")
+    Traceback (most recent call last):
+    flaxtransfer.weights.readers.torch_pickle.Refused: os.system
+    """
+    if not any(text in names for names in (_CALLS, STORAGES, DTYPES, INERT, _NOT_DENSE)):
+        raise Refused(text)
+    return Name(text)
+
+
+def made(called: Any, given: Any) -> Any:
+    """What a call gives: a value that weights are made of, or a mark in its place.
+
+    Raises:
+        ValueError: a call of what is no function, or with other arguments than torch gives.
+
+    >>> made(known("collections.OrderedDict"), ([["fc.bias", 1]],))
+    {'fc.bias': 1}
+    >>> made(known("argparse.Namespace"), ())
+    Foreign(what='Namespace')
+    """
+    if not isinstance(called, Name) or not isinstance(given, tuple):
+        raise ValueError("a call of what is no function")
+    if called.text in _CALLS:
+        return _CALLS[called.text](*given)
+    return Foreign(NOT_DENSE if called.text in _NOT_DENSE else called.text.rsplit(".", 1)[-1])
+
+
+def storage(given: Any) -> Storage | Foreign:
+    """The storage that a tuple of torch's describes.
+
+    Raises:
+        Refused: the source code of a class, which pickled networks bring along.
+        ValueError: another tuple.
+    """
+    if isinstance(given, tuple) and given[:1] == ("module",):
+        raise Refused("a class with its source code")
+    if not isinstance(given, tuple) or given[:1] != ("storage",) or len(given) not in (5, 6):
+        raise ValueError("something that lies elsewhere and is no storage")
+    kind, key, _, count = given[1:5]
+    view = given[5] if len(given) == 6 else None
+    if isinstance(kind, Name) and kind.text in _QUANTISED:
+        return Foreign(NOT_DENSE)
+    if not isinstance(kind, Name) or kind.text not in STORAGES:
+        raise ValueError("a storage of an unknown kind")
+    if not isinstance(key, str | int):
+        raise ValueError("a storage without a name")
+    start, length = (0, None) if view is None else (_whole(view[1]), _whole(view[2]))
+    return Storage(str(key), STORAGES[kind.text], _whole(count), start, length)
+
+
+def ordered(items: Any = None) -> dict[Any, Any]:
+    """A dictionary of a list of pairs, which is used up: a file that names one list a million
+    times would have a million copies of it.
+
+    Raises:
+        ValueError: other things than pairs, a list that was used before, or a key as in `key_of`.
+    """
+    if items is None:
+        return {}
+    if not isinstance(items, list):
+        raise ValueError("a dictionary of no pairs")
+    found = {key_of(key): value for key, value in items}
+    items[:] = [None]
+    return found
+
+
+def key_of(key: Any) -> Any:
+    """The key, if a dictionary may have it: tuples of tuples can take for ever to hash.
+
+    Raises:
+        ValueError: it may not.
+    """
+    flat = key if isinstance(key, tuple) else (key,)
+    if all(part is None or isinstance(part, str | int | float | bytes) for part in flat):
+        return key
+    raise ValueError(f"a dictionary with a {type(key).__name__} as a key")
+
+
+def _tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
+    dtype: np.dtype | None = None,
+) -> Tensor | Foreign:
+    del requires_grad, hooks
+    if isinstance(storage, Foreign):
+        return Foreign(NOT_DENSE)
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor without a storage")
+    if len(shape) != len(strides) or len(shape) > MOST_AXES:
+        raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
+    shape, strides = (tuple(map(_whole, numbers)) for numbers in (shape, strides))
+    kind = dtype or storage.dtype
+    if kind is None:
+        raise ValueError("a tensor of numbers of an unknown kind")
+    flags = metadata if isinstance(metadata, dict) else {}
+    negative, conjugate = flags.get("neg") is True, flags.get("conj") is True
+    return Tensor(storage, kind, _whole(offset), shape, strides, negative, conjugate)
+
+
+def _tensor_of_bytes(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Tensor | Foreign:
+    if not isinstance(dtype, Name) or dtype.text not in DTYPES:
+        raise ValueError("a tensor of numbers of an unknown kind")
+    kind = DTYPES[dtype.text]
+    return _tensor(storage, offset, shape, strides, requires_grad, hooks, metadata, kind)
+
+
+def _parameter(tensor: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
+    del requires_grad, hooks, state
+    return tensor
+
+
+def _with_attributes(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    del kind, state
+    return made(rebuild, arguments)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"a {type(number).__name__} where a whole number from 0 is expected")
+    return number
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": ordered,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _with_attributes,
+}
+
+
+MOST_INSTRUCTIONS = 5_000_000
+"""A ResNet-152 with the state of its optimizer has 10^5. An instruction makes an object of some
+100 bytes, or one as long as itself."""
+
+
+def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
+    """The value of the pickle at a file's position, which is behind it afterwards.
+
+    Returns:
+        Numbers, text, lists, tuples, dictionaries, `Tensor` and `Foreign`; and the storages that
+        were mentioned, by key.
+
+    Raises:
+        Refused: the name of a function or class that is on no list.
+        ValueError: bytes that are no pickle of torch's; or whatever else Python raises where
+            instructions do not fit each other (`IndexError`, `KeyError`, `TypeError`).
+
+    >>> import io, pickle
+    >>> read(io.BytesIO(pickle.dumps({"epoch": (3, None)})))
+    ({'epoch': (3, None)}, {})
+    >>> read(io.BytesIO(pickle.dumps(print)))
+    Traceback (most recent call last):
+    flaxtransfer.weights.readers.torch_pickle.Refused: builtins.print
+    """
+    machine = _Machine()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if count == MOST_INSTRUCTIONS:
+            raise ValueError(f"a pickle of more than {MOST_INSTRUCTIONS:,} instructions")
+        if opcode.name == "STOP":
+            return machine.last(1)[0], machine.storages
+        if opcode.name in _ARGUMENTS:
+            machine.push(argument)
+        elif opcode.name in _CONSTANTS:
+            machine.push(_CONSTANTS[opcode.name]())
+        elif opcode.name in _STEPS:
+            _STEPS[opcode.name](machine, argument)
+        elif opcode.name not in ("PROTO", "FRAME"):
+            raise ValueError(f"the instruction {opcode.name}, which torch.save does not write")
+    raise ValueError("a pickle without an end")
+
+
+class _Machine:
+    """The stack of a pickle, and what it remembers."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+        self.push = self.stack.append
+
+    def mark(self) -> None:
+        """Remembers how high the stack is."""
+        self.marks.append(len(self.stack))
+
+    def since_mark(self) -> list[Any]:
+        """Takes what was put on the stack after the last mark."""
+        start = self.marks.pop()
+        found = self.stack[start:]
+        del self.stack[start:]
+        return found
+
+    def last(self, count: int) -> list[Any]:
+        """Takes the topmost values, the topmost last."""
+        if len(self.stack) < count:
+            raise ValueError("a pickle that takes more than it made")
+        found = self.stack[-count:]
+        del self.stack[-count:]
+        return found
+
+    def put(self, place: int) -> None:
+        """Remembers the topmost value."""
+        self.memo[place] = self.stack[-1]
+
+    def name(self) -> None:
+        """The name that the two topmost texts form."""
+        module, name = self.last(2)
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a name that is no text")
+        self.push(known(f"{module}.{name}"))
+
+    def call(self, arguments: int = 1) -> None:
+        """What a call gives; arguments by name, which only foreign classes take, are dropped."""
+        called, given, *_ = self.last(1 + arguments)
+        self.push(made(called, given))
+
+    def build(self) -> None:
+        """Drops the state of marks, and torch's `_metadata` of dictionaries."""
+        self.last(1)
+        if not isinstance(self.stack[-1], dict | Foreign | Tensor):
+            raise ValueError(f"a {type(self.stack[-1]).__name__} with a state")
+
+    def extend(self, values: list[Any]) -> None:
+        """Adds to the list on top of the stack."""
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(values)
+        elif not isinstance(target, Foreign):
+            raise ValueError(f"a {type(target).__name__} that grows like a list")
+
+    def update(self, items: list[Any]) -> None:
+        """Adds to the dictionary on top of the stack."""
+        target = self.stack[-1]
+        if isinstance(target, dict):
+            target.update(_pairs(items))
+        elif not isinstance(target, Foreign):
+            raise ValueError(f"a {type(target).__name__} that grows like a dictionary")
+
+    def storage(self) -> None:
+        """What lies outside of the pickle: the numbers of tensors, and nothing else."""
+        found = storage(self.last(1)[0])
+        if isinstance(found, Storage):
+            first = self.storages.setdefault(found.key, found)
+            if (first.dtype, first.count) != (found.dtype, found.count):
+                raise ValueError(f"the storage {found.key!r} is of two kinds")
+        self.push(found)
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    return ordered(list(zip(items[::2], items[1::2], strict=True)))
+
+
+_ARGUMENTS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
+    "SHORT_BINBYTES", "BINBYTES8",
+}  # fmt: skip
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": lambda: Foreign("set"),
+}
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    "MARK": lambda machine, _: machine.mark(),
+    "POP": lambda machine, _: machine.last(1).clear(),
+    "POP_MARK": lambda machine, _: machine.since_mark().clear(),
+    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
+    "BINPUT": lambda machine, place: machine.put(place),
+    "LONG_BINPUT": lambda machine, place: machine.put(place),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
+    "BINGET": lambda machine, place: machine.push(machine.memo[place]),
+    "LONG_BINGET": lambda machine, place: machine.push(machine.memo[place]),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.last(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.last(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.last(3))),
+    "LIST": lambda machine, _: machine.push(machine.since_mark()),
+    "DICT": lambda machine, _: machine.push(_pairs(machine.since_mark())),
+    "FROZENSET": lambda machine, _: machine.push(Foreign(f"{len(machine.since_mark())} values")),
+    "APPEND": lambda machine, _: machine.extend(machine.last(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.since_mark()),
+    "ADDITEMS": lambda machine, _: machine.extend(machine.since_mark()),
+    "SETITEM": lambda machine, _: machine.update(machine.last(2)),
+    "SETITEMS": lambda machine, _: machine.update(machine.since_mark()),
+    # pickletools separates the two parts of a name by a space.
+    "GLOBAL": lambda machine, text: machine.push(known(text.replace(" ", ".", 1))),
+    "STACK_GLOBAL": lambda machine, _: machine.name(),
+    "REDUCE": lambda machine, _: machine.call(),
+    "NEWOBJ": lambda machine, _: machine.call(),
+    "NEWOBJ_EX": lambda machine, _: machine.call(2),
+    "BUILD": lambda machine, _: machine.build(),
+    "BINPERSID": lambda machine, _: machine.storage(),
+}
