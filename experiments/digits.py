@@ -2,7 +2,7 @@
 
     python experiments/digits.py --seeds 5
 
-Expected on 2 CPU cores: see the table of transfer in BUILD_NOTES.md.
+Expected on 2 CPU cores: see experiments/results/digits.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Four Gaussian classes in ten dimensions. Every draw is a new validation, on whic
 fitted anew, and a new target of another prevalence. "none" gives exact posteriors; the others get
 logits that are 1.7 times too steep, "bias_corrected" ones whose classes are biased as well. The
 table's numbers are the coverage of each of the four shares; with 1000 draws, 0.95 shows as 0.936 to
-0.964 in 95 of 100 numbers. BUILD_NOTES.md has the figures.
+0.964 in 95 of 100 numbers. Figures: experiments/results/prevalence_coverage.md.
 """
 
 from __future__ import annotations

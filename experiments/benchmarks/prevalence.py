@@ -6,8 +6,8 @@
 Both get the same float64 posteriors and the same prior, take turns in one process, and use the
 machine's threads. QuaPy's EM has no certificate: it gets the tolerance at which it stops as soon as
 its gap is small enough, and as many steps as it likes. The large target is measured in a process of
-its own: the peak of its resident memory over what it was with the posteriors alone. BUILD_NOTES.md
-has the figures.
+its own: the peak of its resident memory over what it was with the posteriors alone.
+Figures: experiments/results/prevalence.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Three tasks: one logistic probe to its optimum, a sweep of strengths over folds 
 one after another), and ridge at a hundred strengths with exact leave-one-out errors, where
 scikit-learn is `RidgeClassifierCV` over the same. scikit-learn gets one thread, with which it is
 fastest on few cores; ours has the machine's, or what OPENBLAS_NUM_THREADS and taskset leave it. Our
-compilation is not in the turns; it is shown. BUILD_NOTES.md has the figures.
+compilation is not in the turns; it is shown. Figures: experiments/results/probes.md.
 """
 
 from __future__ import annotations
