@@ -4,18 +4,18 @@
 
 Two targets are drawn. "13 bands": a patch whose spectrum differs from that of its surroundings, the
 mean over the bands equal everywhere: the class lies in contrast between bands alone. "gray": a disc
-whose grey value lies in one of two pairs of windows that interlock, on a surrounding of all grey
+whose gray value lies in one of two pairs of windows that interlock, on a surrounding of all gray
 values, so that no single threshold tells the classes apart. On both the network is frozen but for
 the head and, where there is one, the adapter; all ways get the same images, steps and rates, none
 of which were tuned.
 
 Of the stem two numbers are printed for what was learned: the share of its energy that survives, and
 the mean share of those filters that are opponent, which is to say silent on replicated gray. Tone
-curves are measured by what they make of grey values spread evenly.
+curves are measured by what they make of gray values spread evenly.
 
 Two networks: the built-in one, whose stem has no opponent filter, and one that is pre-trained here
-on coloured shapes behind a stem that was written down: half of its filters compare brightness, half
-compare colours of equal brightness, which replicated gray leaves silent.
+on colored shapes behind a stem that was written down: half of its filters compare brightness, half
+compare colors of equal brightness, which replicated gray leaves silent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.models import adapters
 
 SENTINEL_NM = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)
-"""Centres of Sentinel-2's bands (M. Drusch et al., 2012)."""
+"""Centers of Sentinel-2's bands (M. Drusch et al., 2012)."""
 
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "gray": {
@@ -80,9 +80,9 @@ class Bands:
 def blobs(random: np.random.Generator, count: int, size: int) -> np.ndarray:
     """Soft discs at random places, in 0..1, [count, size, size]."""
     y, x = np.mgrid[:size, :size] / size
-    centre = random.uniform(0.3, 0.7, (2, count, 1, 1))
+    center = random.uniform(0.3, 0.7, (2, count, 1, 1))
     radius = random.uniform(0.15, 0.3, (count, 1, 1))
-    distance = np.sqrt((y - centre[0]) ** 2 + (x - centre[1]) ** 2)
+    distance = np.sqrt((y - center[0]) ** 2 + (x - center[1]) ** 2)
     return 1 / (1 + np.exp((distance - radius) * size))
 
 
@@ -101,7 +101,7 @@ def many_bands(random: np.random.Generator, count: int, size: int) -> ft.ArraySo
 
 
 def gray(random: np.random.Generator, count: int, size: int) -> ft.ArraySource:
-    """A disc at 50 or 170 against one at 110 or 230, each give or take 15, on all grey values."""
+    """A disc at 50 or 170 against one at 110 or 230, each give or take 15, on all gray values."""
     labels = np.arange(count) % 2
     tone = np.array([[50, 170], [110, 230]])[labels, random.integers(0, 2, count)]
     tone = tone + random.uniform(-15, 15, count)
@@ -114,21 +114,22 @@ def gray(random: np.random.Generator, count: int, size: int) -> ft.ArraySource:
 TARGETS = {"gray": (gray, 1), "13 bands": (many_bands, 13)}
 
 
-def coloured_shapes(random: np.random.Generator, count: int, size: int) -> ft.ArraySource:
+def colored_shapes(random: np.random.Generator, count: int, size: int) -> ft.ArraySource:
     """Discs, bars and rings in six hues of one brightness: 18 classes."""
     labels = np.arange(count) % 18
     hue = np.linspace(0, 2 * np.pi, 6, endpoint=False)[labels % 6]
     axes = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
-    colour = np.stack([np.cos(hue), np.sin(hue)], -1) @ axes
+    color = np.stack([np.cos(hue), np.sin(hue)], -1) @ axes
     y, x = np.mgrid[:size, :size] / size - 0.5
-    shape = np.stack([np.hypot(x, y) < 0.3, np.abs(x) < 0.12,
-                      np.abs(np.hypot(x, y) - 0.3) < 0.08])[labels // 6]  # fmt: skip
+    shape = np.stack([np.hypot(x, y) < 0.3, np.abs(x) < 0.12, np.abs(np.hypot(x, y) - 0.3) < 0.08])[
+        labels // 6
+    ]
     shift = random.integers(-5, 6, (count, 2))
     moved = np.stack([np.roll(s, tuple(d), (0, 1)) for s, d in zip(shape, shift, strict=True)])
     strength = random.uniform(40, 90, (count, 1, 1, 1))
     base = random.uniform(70, 180, (count, 1, 1, 1))
     bright = random.uniform(-60, 60, (count, 1, 1, 1)) * moved[..., None]
-    pixels = base + bright + strength * moved[..., None] * colour[:, None, None]
+    pixels = base + bright + strength * moved[..., None] * color[:, None, None]
     pixels = pixels + random.normal(scale=10, size=pixels.shape)
     return ft.ArraySource(np.clip(pixels, 0, 255).astype(np.uint8), labels)
 
@@ -144,37 +145,40 @@ def written_stem() -> np.ndarray:
     # A wave of length infinity has no second phase: there a plain blob stands in for it.
     waves = [wave if np.abs(wave).sum() > 0.1 else window for wave in waves]
     opponents = np.array([[1.0, -1.0, 0.0], [-0.5, -0.5, 1.0]])
-    colours = [np.ones(3)] * 16 + [opponents[0]] * 8 + [opponents[1]] * 8
+    colors = [np.ones(3)] * 16 + [opponents[0]] * 8 + [opponents[1]] * 8
     filters = [
-        wave[..., None] * colour / np.linalg.norm(wave) / np.linalg.norm(colour)
-        for wave, colour in zip((waves * 2)[:32], colours, strict=True)
+        wave[..., None] * color / np.linalg.norm(wave) / np.linalg.norm(color)
+        for wave, color in zip((waves * 2)[:32], colors, strict=True)
     ]
     return 0.3 * np.stack(filters, axis=-1).astype(np.float32)
 
 
-def pretrained_on_colour(config: Bands) -> ft.Checkpoint:
+def pretrained_on_color(config: Bands) -> ft.Pretrained:
     """A small network behind the written stem, which stays as it was written."""
-    model = ft.resnet(ft.ResNetConfig(depths=(1, 1, 1, 1), width=32, classes=18))
+    model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=32, classes=18))
     variables = model.init(jax.random.key(0))
     variables["params"]["conv1"]["kernel"] = jax.numpy.asarray(written_stem())
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, config.size, config.size)
-    source = coloured_shapes(np.random.default_rng(1), 2160, config.size)
-    feed = ft.source_feed(source, np.arange(1800), np.arange(1800, 2160), preprocessing,
-                          batch_size=32)  # fmt: skip
-    adamw = ft.from_scratch(variables["params"], steps=config.pretraining).phases[0].groups["all"]
+    source = colored_shapes(np.random.default_rng(1), 2160, config.size)
+    feed = ft.loaders(source, np.arange(1800), np.arange(1800, 2160), preprocessing, batch_size=32)
+    adamw = (
+        ft.recipes.from_scratch(variables["params"], steps=config.pretraining)
+        .phases[0]
+        .groups["all"]
+    )
     rules = {"stem": ft.glob("conv1/**"), "rest": ft.rest()}
     phase = ft.Phase(rules, {"stem": ft.FROZEN, "rest": adamw}, config.pretraining, clip=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        options = ft.Options(evaluate_every=config.pretraining)
+        options = ft.FitOptions(evaluate_every=config.pretraining)
         fitted = ft.fit(model, variables, ft.Plan([phase]), feed, folder, options=options)
     assert fitted.validation is not None
-    print(f"pre-training on colour: {100 * fitted.validation.accuracy:.1f} % of 18 classes\n")
+    print(f"pre-training on color: {100 * fitted.validation.accuracy:.1f} % of 18 classes\n")
     arrays = jax.tree.map(np.asarray, fitted.variables)
-    return ft.Checkpoint(arrays, model.config, preprocessing, source="coloured shapes")
+    return ft.Pretrained(arrays, model.config, preprocessing, source="colored shapes")
 
 
 def adapt(
-    config: Bands, checkpoint: ft.Checkpoint, target: str, way: dict[str, Any], seed: int
+    config: Bands, checkpoint: ft.Pretrained, target: str, way: dict[str, Any], seed: int
 ) -> tuple[float, StemReport]:
     """Test accuracy, and what of the stem survives what was learned."""
     draw, bands = TARGETS[target]
@@ -191,17 +195,25 @@ def adapt(
     model, variables, _ = ft.transfer(checkpoint, classes=len(source.class_names), **settings)
     plain = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     none = np.arange(0)
-    feed = ft.source_feed(source, train, none, preprocessing, batch_size=32, transform=plain,
-                          seed=seed)  # fmt: skip
-    plan = ft.feature_extraction(
+    feed = ft.loaders(source, train, none, preprocessing, batch_size=32, transform=plain, seed=seed)
+    plan = ft.recipes.feature_extraction(
         variables["params"], steps=config.steps, learning_rate=config.learning_rate
     )
     with tempfile.TemporaryDirectory() as folder:
-        fitted = ft.fit(model, variables, plan, feed, folder, seed=seed, cache=ft.Cache("memory"),
-                        options=ft.Options(evaluate_every=config.steps))  # fmt: skip
+        fitted = ft.fit(
+            model,
+            variables,
+            plan,
+            feed,
+            folder,
+            seed=seed,
+            cache=ft.Cache("memory"),
+            options=ft.FitOptions(evaluate_every=config.steps),
+        )
     test = np.arange(config.train, config.train + config.test)
-    result = ft.evaluate(model, fitted.variables, ft.held_out(source, test, preprocessing),
-                         preprocessing)  # fmt: skip
+    result = ft.evaluate(
+        model, fitted.variables, ft.eval_batches(source, test, preprocessing), preprocessing
+    )
     stem = checkpoint.variables["params"]["conv1"]["kernel"]
     learned = fitted.variables["params"].get("adapter")
     if learned is not None and model.config.adapter is not None:
@@ -210,10 +222,10 @@ def adapt(
     return result.accuracy, stem_report(stem, channel[None, None])
 
 
-def tones(adapter: ft.Adapter, params: ft.Params) -> np.ndarray:
-    """What each band alone makes of 64 grey values, without its mean: ``[1, 1, bands * 64, 3]``.
+def tones(adapter: ft.models.Adapter, params: ft.models.Params) -> np.ndarray:
+    """What each band alone makes of 64 gray values, without its mean: ``[1, 1, bands * 64, 3]``.
 
-    Bands that are independent add up in a filter, and so do grey values that are equally frequent:
+    Bands that are independent add up in a filter, and so do gray values that are equally frequent:
     of a linear adapter it is the kernel, 64 times over, in other units.
     """
     values = np.linspace(-2, 2, 64, dtype=np.float32)
@@ -224,7 +236,7 @@ def tones(adapter: ft.Adapter, params: ft.Params) -> np.ndarray:
 
 
 def main(config: Bands) -> None:
-    networks = {"built-in": ft.load("builtin"), "colour": pretrained_on_colour(config)}
+    networks = {"built-in": ft.load("builtin"), "color": pretrained_on_color(config)}
     for name, checkpoint in networks.items():
         report = stem_report(checkpoint.variables["params"]["conv1"]["kernel"])
         print(f"{name}: {report.summary()}")
@@ -242,8 +254,9 @@ def main(config: Bands) -> None:
                 woken = f"{100 * np.mean(awake):.1f} %" if awake else "none there"
                 print(
                     f"| {name} | {target} | {label} | {accuracy.mean():.1f} ± {spread:.1f} | "
-                    f"{100 * energy:.0f} % | {woken} |", flush=True,
-                )  # fmt: skip
+                    f"{100 * energy:.0f} % | {woken} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

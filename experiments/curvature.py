@@ -26,9 +26,9 @@ from flaxtransfer.analysis.curvature import (
     mean_gradient,
     relative_gradient_norms,
 )
-from flaxtransfer.data import normalise
-from flaxtransfer.strategies.recipes import units
-from flaxtransfer.training.evaluation import probed_head
+from flaxtransfer.recipes.catalog import units
+from flaxtransfer.training.evaluation import init_head_from_probe
+from flaxtransfer.weights import normalize
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CurvatureOfStages:
     Args:
       labels_per_class: digits of each class.
       seeds: draws of digits.
-      noise: standard deviation of the noise, in grey values of 255.
+      noise: standard deviation of the noise, in gray values of 255.
       labels: "all" takes the exact expectation over labels, "sampled" draws one an image, at a
         tenth of the price.
     """
@@ -56,11 +56,11 @@ def measure(config: CurvatureOfStages, seed: int) -> tuple[Curvature, Curvature,
     model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
     labels_per_class = config.labels_per_class
     drawn = ft.stratified_split(source.labels(), labels_per_class=labels_per_class, seed=seed)
-    batches = list(ft.held_out(source, drawn.train, preprocessing, batch_size=50))
-    params, _ = probed_head(model, variables, batches, preprocessing)
+    batches = list(ft.eval_batches(source, drawn.train, preprocessing, batch_size=50))
+    params, _ = init_head_from_probe(model, variables, batches, preprocessing)
 
-    def logits(params: ft.Params, images: Any) -> jax.Array:
-        inputs = normalise(images, preprocessing.mean, preprocessing.std)
+    def logits(params: ft.models.Params, images: Any) -> jax.Array:
+        inputs = normalize(images, preprocessing.mean, preprocessing.std)
         return model.apply({**variables, "params": params}, inputs, norm="running")[0]
 
     images = [batch["image"][batch["weight"] > 0] for batch in batches]
@@ -71,17 +71,18 @@ def measure(config: CurvatureOfStages, seed: int) -> tuple[Curvature, Curvature,
         "as they are": lambda batch: batch,
         "noise": lambda batch: batch | {"image": noisy(batch["image"], config.noise, random)},
         "inverted": lambda batch: batch | {"image": 255 - batch["image"]},
-        "relabelled": lambda batch: batch | {"label": (batch["label"] + 1) % 10},
+        "relabeled": lambda batch: batch | {"label": (batch["label"] + 1) % 10},
     }
     ratios = {
         name: relative_gradient_norms(
             params,
-            mean_gradient(model, {**variables, "params": params}, map(shift, batches),
-                          preprocessing),
+            mean_gradient(
+                model, {**variables, "params": params}, map(shift, batches), preprocessing
+            ),
             parts,
         )
         for name, shift in shifts.items()
-    }  # fmt: skip
+    }
     kernels = curvature_by_part(fisher, parts, count, ft.kernels())
     return curvature_by_part(fisher, parts, count), kernels, ratios
 
@@ -117,8 +118,11 @@ def print_draws(
 ) -> None:
     """Stem over layer4: of the curvature, and of what each shift does to the ratio of gradients."""
     shifts = [name for name in ratios[0] if name != "as they are"]
-    print("\n| draw | stem / layer4, Fisher | " + " | ".join(f"{s}: stem, layer4" for s in shifts)
-          + " |")  # fmt: skip
+    print(
+        "\n| draw | stem / layer4, Fisher | "
+        + " | ".join(f"{s}: stem, layer4" for s in shifts)
+        + " |"
+    )
     print("|---" * (2 + len(shifts)) + "|")
     for seed, one, ratio in zip(config.seeds, every, ratios, strict=True):
         means, before = one.means(), ratio["as they are"]

@@ -47,23 +47,31 @@ def adapt(config: Digits, seed: int) -> dict[str, float]:
     splits = ft.stratified_split(
         source.labels(), labels_per_class=config.labels_per_class, seed=seed
     )
-    feed = ft.source_feed(
-        source, splits.train, splits.val, checkpoint.preprocessing,
-        batch_size=config.batch_size, seed=seed,
-    )  # fmt: skip
+    feed = ft.loaders(
+        source,
+        splits.train,
+        splits.val,
+        checkpoint.preprocessing,
+        batch_size=config.batch_size,
+        seed=seed,
+    )
 
     labels = ft.label(params, {"new": ft.head(), "old": ft.everything() - ft.head()})
     first, second = config.head_steps, config.fine_tune_steps
     head_first = ft.Phase(
-        labels, {"new": group(config, config.head_learning_rate, first), "old": ft.FROZEN},
-        steps=first, name="head",
-    )  # fmt: skip
+        labels,
+        {"new": group(config, config.head_learning_rate, first), "old": ft.FROZEN},
+        steps=first,
+        name="head",
+    )
     rate = group(config, config.learning_rate, second)
     then_all = ft.Phase(labels, {"new": rate, "old": rate}, steps=second, name="all", clip=1.0)
-    from_scratch = ft.from_scratch(
-        params, steps=first + second, learning_rate=config.scratch_learning_rate,
+    from_scratch = ft.recipes.from_scratch(
+        params,
+        steps=first + second,
+        learning_rate=config.scratch_learning_rate,
         weight_decay=config.weight_decay,
-    )  # fmt: skip
+    )
     random = ft.resnet(model.config).init(jax.random.key(seed), (48, 48, 3))
 
     accuracy = {}
@@ -73,7 +81,7 @@ def adapt(config: Digits, seed: int) -> dict[str, float]:
     ):
         folder = config.runs / f"{name.replace(' ', '_')}-{config.labels_per_class}-{seed}"
         fitted = ft.fit(model, start, plan, feed, folder, seed=seed, resume=True)
-        test = ft.held_out(source, splits.test, checkpoint.preprocessing)
+        test = ft.eval_batches(source, splits.test, checkpoint.preprocessing)
         result = ft.evaluate(model, fitted.variables, test, checkpoint.preprocessing)
         accuracy[name] = result.accuracy
     return accuracy

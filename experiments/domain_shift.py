@@ -6,7 +6,7 @@
 For every seed the built-in network gets statistics and the optimal head on 400 noisy digits, and is
 calibrated on 400 others. A target is 250 more of them, with other class shares, changed images, or
 both. Every method sees the target without labels. It is run without its guard and with it: in the
-second table a refusal leaves the network as it was, and is counted. Relabelling (3s are called 5s
+second table a refusal leaves the network as it was, and is counted. Relabeling (3s are called 5s
 and the reverse) stands for what no method can see. Results are appended to a file, one line each,
 and what is there already is not computed again.
 """
@@ -27,12 +27,12 @@ import tyro
 from scipy.ndimage import gaussian_filter
 
 import flaxtransfer as ft
-from flaxtransfer.adapt import adapt_batch_norm, adapt_batch_norm_balanced, minimise_entropy
+from flaxtransfer.adapt import adapt_batch_norm, adapt_batch_norm_balanced, tent
 from flaxtransfer.adapt.statistics import reader, target_logits
 from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.shift.calibration import Calibration, calibrate
 from flaxtransfer.shift.prior_correction import correct_prior
-from flaxtransfer.training.evaluation import probed_head
+from flaxtransfer.training.evaluation import init_head_from_probe
 from workers import append_row, compile_once, read_rows, share
 
 
@@ -44,13 +44,13 @@ class DomainShift:
       seeds: each its own split, shares and noise.
       targets: names, see TARGETS; by default all.
       size: side of the images that the network sees, in px.
-      train: labelled images of the source.
+      train: labeled images of the source.
       validation: held-out images of the source, for calibration.
       images: of a target.
       concentration: of the Dirichlet distribution that shares are drawn from.
       source_noise: standard deviation of the noise in all images, in gray levels.
       source_weight: N of the mixture N / (N + n).
-      learning_rate: of entropy minimisation.
+      learning_rate: of entropy minimization.
       processes: that share the work, each on its part of the CPU cores.
       results: JSON lines.
       print_only: print the tables of what is there.
@@ -107,7 +107,7 @@ class Target:
 
     shares: str = "even"
     change: Change = as_it_is
-    relabelled: bool = False
+    relabeled: bool = False
 
 
 TARGETS = {
@@ -121,7 +121,7 @@ TARGETS = {
     "label shift, contrast": Target("Dirichlet", contrast),
     "label shift, noise": Target("Dirichlet", noise),
     "one class, contrast": Target("one class", contrast),
-    "relabelled": Target(relabelled=True),
+    "relabeled": Target(relabeled=True),
 }
 
 METHODS = {
@@ -130,7 +130,7 @@ METHODS = {
     "BN target": "BatchNorm statistics of the target",
     "BN mixture": "the same mixed with the source's, N / (N + n)",
     "BN balanced": "class-balanced statistics",
-    "entropy": "entropy minimised over BatchNorm's scales and biases",
+    "entropy": "entropy minimized over BatchNorm's scales and biases",
     "balanced + EM": "class-balanced statistics, then the prior",
 }
 UNGUARDED = ("prior, BBSE", "BN mixture")
@@ -143,9 +143,9 @@ class Setting:
 
     config: DomainShift
     seed: int
-    checkpoint: ft.Checkpoint
+    checkpoint: ft.Pretrained
     model: ft.Model
-    variables: ft.Variables
+    variables: ft.models.Variables
     source: Calibration
     features: np.ndarray
     """What the head sees of the source's validation examples."""
@@ -164,7 +164,7 @@ class Setting:
         chosen = np.array([random.choice(np.flatnonzero(self.labels == k)) for k in classes])
         images = noisy(self.images[chosen], self.config.source_noise, random)
         images = np.clip(target.change(images, random), 0, 255).round().astype(np.uint8)
-        if target.relabelled:
+        if target.relabeled:
             exchange = np.arange(10)
             exchange[[3, 5]] = 5, 3
             classes = exchange[classes]
@@ -195,12 +195,12 @@ def prepare(config: DomainShift, seed: int) -> Setting:
 
     model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
     batch = [{"image": source(train), "label": labels[train]}]
-    statistics = ft.recalibrate(model, variables, batch, preprocessing)
+    statistics = ft.training.recalibrate(model, variables, batch, preprocessing)
     variables = {**variables, "batch_stats": statistics}
-    params, _ = probed_head(model, variables, batch, preprocessing)
+    params, _ = init_head_from_probe(model, variables, batch, preprocessing)
     variables = jax.device_get({**variables, "params": params})
     held = reader(source(validation), config.validation)
-    seen = ft.evidence(model, variables, held(), preprocessing)
+    seen = ft.adapt.model_outputs(model, variables, held(), preprocessing)
     known = calibrate(seen.logits, labels[validation])
     return Setting(
         config, seed, checkpoint, model, variables, known, seen.features, images[rest], labels[rest]
@@ -215,7 +215,7 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     network = (setting.model, setting.variables, images, setting.checkpoint.preprocessing)
     read = reader(images, config.images)
 
-    def logits(variables: ft.Variables) -> np.ndarray:
+    def logits(variables: ft.models.Variables) -> np.ndarray:
         return target_logits(setting.model, variables, read, setting.checkpoint.preprocessing)
 
     def accuracy(scores: np.ndarray) -> float:
@@ -224,7 +224,9 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     found: dict[str, float] = {}
     refused: dict[str, bool] = {}
     options = {"batch_size": config.images, "guard": "warn"}
-    seen = ft.evidence(setting.model, setting.variables, read(), setting.checkpoint.preprocessing)
+    seen = ft.adapt.model_outputs(
+        setting.model, setting.variables, read(), setting.checkpoint.preprocessing
+    )
     plain, features = seen.logits, (setting.features, seen.features)
     as_is = accuracy(source.apply(plain))
 
@@ -248,10 +250,14 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     both = correct_prior(scores, source, guard="warn")
     found["balanced + EM"] = accuracy(both.probabilities)
 
-    _, entropy = minimise_entropy(
-        *network, source=source, learning_rate=config.learning_rate, batch_size=64, guard="warn",
+    _, entropy = tent(
+        *network,
+        source=source,
+        learning_rate=config.learning_rate,
+        batch_size=64,
+        guard="warn",
         seed=setting.seed,
-    )  # fmt: skip
+    )
     found["entropy"] = accuracy(source.apply(entropy.logits))
     refused["entropy"] = bool(entropy.refusals)
 
@@ -297,8 +303,10 @@ def print_tables(config: DomainShift, found: dict[tuple[str, int], dict[str, Any
     """Mean ± sd of the accuracy in percent, without guards and with them, in Markdown."""
     for name, meaning in METHODS.items():
         print(f"- {name}: {meaning}")
-    for guard, shown in (("without", tuple(METHODS)),
-                         ("with", tuple(n for n in METHODS if n not in UNGUARDED))):  # fmt: skip
+    for guard, shown in (
+        ("without", tuple(METHODS)),
+        ("with", tuple(n for n in METHODS if n not in UNGUARDED)),
+    ):
         many = len({seed for _, seed in found})
         print(f"\n{guard} guards, {many} seeds\n")
         print("| target | as is | " + " | ".join(shown) + " |")

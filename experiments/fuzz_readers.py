@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from flax import serialization
 
-from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.checkpoint import CheckpointManager
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import unflatten
 from flaxtransfer.weights import load
@@ -87,7 +87,7 @@ def containers() -> dict[str, tuple[str, Files]]:
     }
     with tempfile.TemporaryDirectory() as folder:
         of_run, of_others = Path(folder) / "run" / "checkpoints", Path(folder) / "others"
-        with Checkpoints.open(of_run) as store:
+        with CheckpointManager.open(of_run) as store:
             store.save(7, {"model": unflatten(leaves(TINY))})
         tree = of_run / "7" / "tree"
         shutil.copytree(tree, of_others / "7" / "tree")
@@ -124,7 +124,9 @@ def damage(files: Files, chance: random.Random) -> Files:
 def single_files() -> dict[str, tuple[str, bytes]]:
     """A small file of every container that is one, by name: its suffix and its bytes."""
     torch_keys = key_map.to_keys(timm.table_for(TINY), leaves(TINY))
-    found = {"safetensors": (".safetensors", safetensors_file.write_safetensors(torch_keys, {"a": "b"}))}
+    found = {
+        "safetensors": (".safetensors", safetensors_file.write_safetensors(torch_keys, {"a": "b"}))
+    }
     archive = io.BytesIO()
     np.savez(archive, **key_map.to_keys(big_transfer.TABLE, leaves(BIT)))
     found["npz"] = (".npz", archive.getvalue())
@@ -231,8 +233,15 @@ def inside(data: bytearray, chance: random.Random) -> bytes:
 
 
 DAMAGES: tuple[Callable[[bytearray, random.Random], bytes], ...] = (
-    flip, flip, cut, splice, extreme, header, inside, inside,
-)  # fmt: skip
+    flip,
+    flip,
+    cut,
+    splice,
+    extreme,
+    header,
+    inside,
+    inside,
+)
 
 
 class Watch:
@@ -249,8 +258,18 @@ class Watch:
         writes = (
             event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
         )
-        forbidden = ("os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename", "os.mkdir",
-                     "subprocess.", "socket.", "shutil.", "os.putenv")  # fmt: skip
+        forbidden = (
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "os.remove",
+            "os.rename",
+            "os.mkdir",
+            "subprocess.",
+            "socket.",
+            "shutil.",
+            "os.putenv",
+        )
         # An event loop, which orbax needs, wakes itself through a pair of local sockets.
         local = event == "socket.__new__" and arguments[1] in (-1, socket.AF_UNIX)
         if writes or (event.startswith(forbidden) and not local):
@@ -312,11 +331,15 @@ def main(options: Fuzz) -> None:
     print("| container | cases | read all the same | refused | kinds of reasons | slowest, ms |")
     print("|---|---|---|---|---|---|")
     for name, t in tallies.items():
-        print(f"| {name} | {t.cases:,} | {t.accepted:,} | {t.cases - t.accepted:,} "
-              f"| {len(t.reasons)} | {1000 * t.slowest:.0f} |")  # fmt: skip
+        print(
+            f"| {name} | {t.cases:,} | {t.accepted:,} | {t.cases - t.accepted:,} "
+            f"| {len(t.reasons)} | {1000 * t.slowest:.0f} |"
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(f"\n{sum(t.cases for t in tallies.values()):,} files in {options.minutes:g} minutes, "
-          f"resident memory at most {peak:.2f} GiB")  # fmt: skip
+    print(
+        f"\n{sum(t.cases for t in tallies.values()):,} files in {options.minutes:g} minutes, "
+        f"resident memory at most {peak:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

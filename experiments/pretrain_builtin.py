@@ -69,7 +69,7 @@ class Pretrain:
     seed: int = 0
 
 
-def drawings(bank: Bank, config: Pretrain, stream: int, start: int) -> Iterator[ft.Batch]:
+def drawings(bank: Bank, config: Pretrain, stream: int, start: int) -> Iterator[ft.data.Batch]:
     """Batches ``start``, ``start + 1``, ... of a stream; each depends on its number alone."""
     stream_key = jax.random.fold_in(jax.random.key(config.seed), stream)
     for number in itertools.count(start):
@@ -78,7 +78,7 @@ def drawings(bank: Bank, config: Pretrain, stream: int, start: int) -> Iterator[
         yield {"image": images, "label": labels}
 
 
-def make_plan(params: ft.Params, config: Pretrain) -> ft.Plan:
+def make_plan(params: ft.models.Params, config: Pretrain) -> ft.Plan:
     """One phase in which everything moves."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, max(1, config.steps // 12), config.steps
@@ -88,12 +88,12 @@ def make_plan(params: ft.Params, config: Pretrain) -> ft.Plan:
         groups={"all": ft.Group(optax.adamw, schedule, weight_decay=config.weight_decay)},
         steps=config.steps,
         name="pretrain",
-        loss=ft.SmoothedCrossEntropy(config.label_smoothing),
+        loss=ft.training.SmoothedCrossEntropy(config.label_smoothing),
     )
     return ft.Plan([phase])
 
 
-def export(config: Pretrain, fitted: ft.Fitted, accuracy: float, seconds: float) -> Path:
+def export(config: Pretrain, fitted: ft.FitResult, accuracy: float, seconds: float) -> Path:
     """Writes the float16 checkpoint and its model card; returns the card's path."""
     checkpoint = ft.load(config.run / "model.safetensors")
     weights = config.output / f"{config.name}.safetensors"
@@ -103,7 +103,7 @@ def export(config: Pretrain, fitted: ft.Fitted, accuracy: float, seconds: float)
         "name": config.name,
         "architecture": checkpoint.config.name,
         "data": f"{config.glyphs} characters of many scripts in matplotlib's DejaVu faces (no "
-        f"character of the Unicode number categories) and {config.fractals} coloured fractal "
+        f"character of the Unicode number categories) and {config.fractals} colored fractal "
         "classes (after Kataoka et al., 2020), drawn procedurally by experiments/drawing",
         "command": "python experiments/pretrain_builtin.py"
         + "".join(f" {argument}" for argument in sys.argv[1:]),
@@ -113,8 +113,8 @@ def export(config: Pretrain, fitted: ft.Fitted, accuracy: float, seconds: float)
         f"trained on, {config.glyphs + config.fractals} classes",
         "seed": config.seed,
         "minutes": round(seconds / 60, 1),
-        "versions": {name: str(v) for name, v in ft.environment()["packages"].items()},
-        "licence": "Apache-2.0; the DejaVu faces are free to use and redistribute",
+        "versions": {name: str(v) for name, v in ft.training.environment()["packages"].items()},
+        "license": "Apache-2.0; the DejaVu faces are free to use and redistribute",
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     path = weights.with_suffix(".json")
@@ -128,10 +128,10 @@ def main(config: Pretrain) -> None:
     families = [glyph_templates(config.glyphs), fractal_templates(config.fractals, config.seed)]
     bank = make_bank(families, config.image_size)
     class_names = tuple(name for family in families for name in family.names)
-    architecture = ft.ResNetConfig(width=config.width, classes=len(class_names))
+    architecture = ft.models.ResNetConfig(width=config.width, classes=len(class_names))
     model = ft.resnet(architecture)
     variables = model.init(jax.random.key(config.seed), (config.image_size, config.image_size, 3))
-    feed = ft.Feed(
+    feed = ft.data.DataLoaders(
         train=lambda start: drawings(bank, config, TRAIN_STREAM, start),
         steps_per_epoch=500,
         validation=lambda: itertools.islice(drawings(bank, config, VALIDATION_STREAM, 0), 8),
@@ -142,9 +142,15 @@ def main(config: Pretrain) -> None:
     )
     identity = {"glyphs": config.glyphs, "fractals": config.fractals, "batch": config.batch_size}
     fitted = ft.fit(
-        model, variables, make_plan(variables["params"], config), feed, config.run,
-        seed=config.seed, config=identity, resume=True,
-    )  # fmt: skip
+        model,
+        variables,
+        make_plan(variables["params"], config),
+        feed,
+        config.run,
+        seed=config.seed,
+        config=identity,
+        resume=True,
+    )
     test = itertools.islice(drawings(bank, config, TEST_STREAM, 0), config.test_batches)
     result = ft.evaluate(model, fitted.variables, test, feed.preprocessing)
     card = export(config, fitted, result.accuracy, time.monotonic() - started)

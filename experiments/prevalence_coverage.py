@@ -48,7 +48,7 @@ class Coverage:
       draws: simulations of every cell.
       targets: numbers of target examples.
       validations: numbers of validation examples, one for each number of targets.
-      separations: distances of the class centres from the middle, in standard deviations.
+      separations: distances of the class centers from the middle, in standard deviations.
       calibrations: what is fitted on every validation.
       method: of `estimate_prevalence`.
       interval: of `estimate_prevalence`.
@@ -115,12 +115,12 @@ def fit(logits: np.ndarray, labels: np.ndarray, method: str) -> tuple[np.ndarray
 
 def draw(cell: Cell, random: np.random.Generator) -> tuple[Calibration, np.ndarray]:
     """A calibration with its validation, and a target's probabilities."""
-    centres = np.random.default_rng(0).normal(size=(4, 10)) * cell.separation / np.sqrt(10)
+    centers = np.random.default_rng(0).normal(size=(4, 10)) * cell.separation / np.sqrt(10)
 
     def sample(prevalence: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = random.choice(4, size=count, p=prevalence)
-        inputs = centres[labels] + random.normal(size=(count, 10))
-        logits = inputs @ centres.T - np.square(centres).sum(1) / 2
+        inputs = centers[labels] + random.normal(size=(count, 10))
+        logits = inputs @ centers.T - np.square(centers).sum(1) / 2
         if cell.calibration != "none":
             logits = 1.7 * logits
         if cell.calibration == "bias_corrected":

@@ -1,4 +1,4 @@
-"""What the diagnosis says of shifts that are known, unlabelled and with a few target labels.
+"""What the diagnosis says of shifts that are known, unlabeled and with a few target labels.
 
     python experiments/shift_diagnosis.py                 # about ten minutes on 2 CPU cores
     python experiments/shift_diagnosis.py --draws 5
@@ -81,7 +81,7 @@ def conclusion(world: dict, labels: int, permutations: int, seed: tuple[int, int
         found.source_features,
         np.log(found.target_probabilities),
         found.target_features,
-        labelled=(known, found.target_labels[:labels]) if labels else None,
+        labeled=(known, found.target_labels[:labels]) if labels else None,
         permutations=permutations,
         seed=seed[1],
     ).conclusion

@@ -5,7 +5,7 @@
 Every row is measured twice, without and with something to be found: two Gaussian samples of one
 distribution, then with the second shifted by 0.3 standard deviations in every eighth feature;
 representations that are independent, then that share a quarter of their variance; labels at random,
-then with a centre for each class. The usual numbers stand beside those that are calibrated, the
+then with a center for each class. The usual numbers stand beside those that are calibrated, the
 p-value in brackets.
 """
 
@@ -32,7 +32,7 @@ class Distances:
 
     Args:
       permutations: of every null.
-      classes: of the labelled examples.
+      classes: of the labeled examples.
       seed: of all that is drawn.
     """
 
@@ -42,8 +42,10 @@ class Distances:
 
 
 def main(config: Distances) -> None:
-    print("| number | N, D | usual: nothing, something | value | null | excess (p): nothing "
-          "| excess (p): something |")  # fmt: skip
+    print(
+        "| number | N, D | usual: nothing, something | value | null | excess (p): nothing "
+        "| excess (p): something |"
+    )
     print("|---|---|---|---|---|---|---|")
     two = [
         ("Frechet", frechet_distance, unknown, ((200, 64), (100, 512), (200, 2048))),
@@ -64,14 +66,17 @@ def main(config: Distances) -> None:
     ]
     for name, score, usual, shapes in scores:
         for shape in shapes:
-            pairs = [labelled(config, *shape, s, name == "LEEP") for s in (0.0, 1.0)]
+            pairs = [labeled(config, *shape, s, name == "LEEP") for s in (0.0, 1.0)]
             row(config, name, score, usual, pairs)
 
 
 def row(
-    config: Distances, name: str, measure: Callable[..., NullCalibrated],
-    usual: Callable[[Any, Any], float | None], pairs: list[Pair],
-) -> None:  # fmt: skip
+    config: Distances,
+    name: str,
+    measure: Callable[..., NullCalibrated],
+    usual: Callable[[Any, Any], float | None],
+    pairs: list[Pair],
+) -> None:
     nothing, something = (measure(*pair, permutations=config.permutations) for pair in pairs)
     raw = [usual(*pair) for pair in pairs]
     told = "as value" if None in raw else ", ".join(f"{value:.3f}" for value in raw)
@@ -94,12 +99,12 @@ def representations(config: Distances, count: int, width: int, shared: float) ->
     return first, shared * first + np.sqrt(1 - shared**2) * second
 
 
-def labelled(config: Distances, count: int, width: int, strength: float, head: bool) -> Pair:
+def labeled(config: Distances, count: int, width: int, strength: float, head: bool) -> Pair:
     random = np.random.default_rng(config.seed)
     labels = np.arange(count) % config.classes
     # As far apart in one width as in another.
-    centres = 8 * strength * random.normal(size=(config.classes, width)) / np.sqrt(width)
-    features = random.normal(size=(count, width)) + centres[labels]
+    centers = 8 * strength * random.normal(size=(config.classes, width)) / np.sqrt(width)
+    features = random.normal(size=(count, width)) + centers[labels]
     if not head:
         return features, labels
     powers = np.exp(features - features.max(1, keepdims=True))
@@ -143,15 +148,16 @@ def incomplete_logme(features: np.ndarray, labels: np.ndarray) -> float:
             error = ((target - left @ (scale * weights)) ** 2).sum()
             alpha, beta = gamma / (weights @ weights), (count - gamma) / error
         values.append(
-            width / 2 * np.log(alpha) + count / 2 * np.log(beta / (2 * np.pi))
+            width / 2 * np.log(alpha)
+            + count / 2 * np.log(beta / (2 * np.pi))
             - 0.5 * np.log(alpha + beta * squares).sum()
             - 0.5 * (beta * error + alpha * weights @ weights)
-        )  # fmt: skip
+        )
     return float(np.mean(values) / count)
 
 
 def saturated(features: np.ndarray, labels: np.ndarray) -> float:
-    return h_score(features, labels, regularised=False, permutations=19).value
+    return h_score(features, labels, regularized=False, permutations=19).value
 
 
 if __name__ == "__main__":

@@ -117,9 +117,12 @@ def draw(
 
 def on_features(world: World, seed: int, **options: int) -> HypothesisTest:
     return mmd_test(
-        world.source_features, world.target_features,
-        permutations=REPETITIONS, seed=seed, **options,
-    )  # fmt: skip
+        world.source_features,
+        world.target_features,
+        permutations=REPETITIONS,
+        seed=seed,
+        **options,
+    )
 
 
 def by_classifier(world: World, seed: int) -> HypothesisTest:
@@ -150,9 +153,13 @@ def on_prior(world: World, seed: int) -> HypothesisTest:
 
 def on_residual(world: World, seed: int) -> HypothesisTest:
     return residual_test(
-        world.source_features, world.target_features, world.target_probabilities, world.source,
-        simulations=REPETITIONS, seed=seed,
-    )  # fmt: skip
+        world.source_features,
+        world.target_features,
+        world.target_probabilities,
+        world.source,
+        simulations=REPETITIONS,
+        seed=seed,
+    )
 
 
 def adjusted(world: World, count: int, seed: int) -> EstimatedPosteriors:
@@ -181,9 +188,12 @@ def of_two(which: int, count: int) -> Callable[[World, int], HypothesisTest]:
 
     def run(world: World, seed: int) -> HypothesisTest:
         return posterior_ratio_tests(
-            world.target_probabilities[:count], adjusted(world, count, seed),
-            world.target_labels[:count], simulations=999, seed=seed,
-        )[which]  # fmt: skip
+            world.target_probabilities[:count],
+            adjusted(world, count, seed),
+            world.target_labels[:count],
+            simulations=999,
+            seed=seed,
+        )[which]
 
     return run
 
@@ -196,8 +206,12 @@ NULLS: tuple[tuple[str, str, dict, Callable[[World, int], HypothesisTest]], ...]
     ("KS of features", "no shift", {}, on_columns),
     ("KS of probabilities (conservative)", "no shift", {}, on_probabilities),
     ("predicted labels", "no shift", {}, on_predictions),
-    ("predicted labels, n = 30, m = 15", "no shift", {"rows": 30, "target_rows": 15},
-     on_predictions),
+    (
+        "predicted labels, n = 30, m = 15",
+        "no shift",
+        {"rows": 30, "target_rows": 15},
+        on_predictions,
+    ),
     ("prior", "no shift", {}, on_prior),
     ("prior, n = 100", "no shift", {"rows": 100}, on_prior),
     ("prior, calibrated on the same", "no shift", {"fitted": True}, on_prior),
@@ -206,25 +220,52 @@ NULLS: tuple[tuple[str, str, dict, Callable[[World, int], HypothesisTest]], ...]
     ("residual", "label, mild", {"prevalence": MILD}, on_residual),
     ("residual", "label, strong", {"prevalence": STRONG}, on_residual),
     ("residual, n = 150", "label, mild", {"rows": 150, "prevalence": MILD}, on_residual),
-    ("residual, calibrated on the same", "label, mild", {"fitted": True, "prevalence": MILD},
-     on_residual),
-    ("residual, calibrated on the same, n = 100", "label, mild",
-     {"fitted": True, "rows": 100, "prevalence": MILD}, on_residual),
-    ("log-loss, 50 labels", "covariate", {"tilt": 0.5},
-     on_labels(log_loss_test, 50, adjust=False)),
-    ("label residual, 50 labels", "covariate", {"tilt": 0.5},
-     on_labels(label_residual_test, 50, adjust=False)),
-    ("log-loss, 200 labels, " + UNCORRECTED, "label, strong", {"prevalence": STRONG},
-     on_labels(log_loss_test, 200, adjust=True, known=True)),
-    ("log-loss, 200 labels", "label, strong", {"prevalence": STRONG},
-     on_labels(log_loss_test, 200, adjust=True)),
-    ("label residual, 200 labels, " + UNCORRECTED, "label, strong", {"prevalence": STRONG},
-     on_labels(label_residual_test, 200, adjust=True, known=True)),
-    ("label residual, 200 labels", "label, strong", {"prevalence": STRONG},
-     on_labels(label_residual_test, 200, adjust=True)),
+    (
+        "residual, calibrated on the same",
+        "label, mild",
+        {"fitted": True, "prevalence": MILD},
+        on_residual,
+    ),
+    (
+        "residual, calibrated on the same, n = 100",
+        "label, mild",
+        {"fitted": True, "rows": 100, "prevalence": MILD},
+        on_residual,
+    ),
+    ("log-loss, 50 labels", "covariate", {"tilt": 0.5}, on_labels(log_loss_test, 50, adjust=False)),
+    (
+        "label residual, 50 labels",
+        "covariate",
+        {"tilt": 0.5},
+        on_labels(label_residual_test, 50, adjust=False),
+    ),
+    (
+        "log-loss, 200 labels, " + UNCORRECTED,
+        "label, strong",
+        {"prevalence": STRONG},
+        on_labels(log_loss_test, 200, adjust=True, known=True),
+    ),
+    (
+        "log-loss, 200 labels",
+        "label, strong",
+        {"prevalence": STRONG},
+        on_labels(log_loss_test, 200, adjust=True),
+    ),
+    (
+        "label residual, 200 labels, " + UNCORRECTED,
+        "label, strong",
+        {"prevalence": STRONG},
+        on_labels(label_residual_test, 200, adjust=True, known=True),
+    ),
+    (
+        "label residual, 200 labels",
+        "label, strong",
+        {"prevalence": STRONG},
+        on_labels(label_residual_test, 200, adjust=True),
+    ),
     ("covariate hypothesis, 50 labels", "covariate", {"tilt": 0.5}, of_two(0, 50)),
     ("label hypothesis, 50 labels", "label, strong", {"prevalence": STRONG}, of_two(1, 50)),
-)  # fmt: skip
+)
 """Test, what is true, the world, the function; H0 holds in all of them."""
 
 UNLABELLED = {
@@ -236,33 +277,61 @@ UNLABELLED = {
     "residual": on_residual,
 }
 SHIFTS: tuple[tuple[str, dict], ...] = (
-    *((f"label, {share:.0%} of the way to (.7, .1, .1, .1)",
-       {"prevalence": EVEN + share * (STRONG - EVEN)}) for share in (0.1, 0.2, 0.4, 1.0)),
+    *(
+        (
+            f"label, {share:.0%} of the way to (.7, .1, .1, .1)",
+            {"prevalence": EVEN + share * (STRONG - EVEN)},
+        )
+        for share in (0.1, 0.2, 0.4, 1.0)
+    ),
     *((f"features, nuisance step {step}", {"nuisance": step}) for step in (0.1, 0.2, 0.4)),
     *((f"features, class-aligned step {step}", {"aligned": step}) for step in (0.2, 0.4, 0.8)),
     *((f"covariate, tilt {tilt}", {"tilt": tilt}) for tilt in (0.1, 0.2, 0.4)),
-    *((f"nuisance step 0.2, n = {rows}, m = {rows // 2}",
-       {"nuisance": 0.2, "rows": rows, "target_rows": rows // 2}) for rows in (150, 300, 1200)),
-    *((f"label, 20% of the way, n = {rows}, m = {rows // 2}",
-       {"prevalence": EVEN + 0.2 * (STRONG - EVEN), "rows": rows, "target_rows": rows // 2})
-      for rows in (150, 300, 1200)),
-)  # fmt: skip
+    *(
+        (
+            f"nuisance step 0.2, n = {rows}, m = {rows // 2}",
+            {"nuisance": 0.2, "rows": rows, "target_rows": rows // 2},
+        )
+        for rows in (150, 300, 1200)
+    ),
+    *(
+        (
+            f"label, 20% of the way, n = {rows}, m = {rows // 2}",
+            {"prevalence": EVEN + 0.2 * (STRONG - EVEN), "rows": rows, "target_rows": rows // 2},
+        )
+        for rows in (150, 300, 1200)
+    ),
+)
 
 LABELLED: tuple[tuple[str, dict, Callable[[int], Callable[[World, int], HypothesisTest]]], ...] = (
-    ("log-loss, 15 % of labels swapped", {"swapped": 0.15},
-     lambda count: on_labels(log_loss_test, count, adjust=False)),
-    ("label residual, 15 % of labels swapped", {"swapped": 0.15},
-     lambda count: on_labels(label_residual_test, count, adjust=False)),
-    ("log-loss, half of class 0 renamed 1", {"renamed": 0.5},
-     lambda count: on_labels(log_loss_test, count, adjust=False)),
-    ("label residual, half of class 0 renamed 1", {"renamed": 0.5},
-     lambda count: on_labels(label_residual_test, count, adjust=False)),
-    ("covariate hypothesis under label shift", {"prevalence": STRONG},
-     lambda count: of_two(0, count)),
+    (
+        "log-loss, 15 % of labels swapped",
+        {"swapped": 0.15},
+        lambda count: on_labels(log_loss_test, count, adjust=False),
+    ),
+    (
+        "label residual, 15 % of labels swapped",
+        {"swapped": 0.15},
+        lambda count: on_labels(label_residual_test, count, adjust=False),
+    ),
+    (
+        "log-loss, half of class 0 renamed 1",
+        {"renamed": 0.5},
+        lambda count: on_labels(log_loss_test, count, adjust=False),
+    ),
+    (
+        "label residual, half of class 0 renamed 1",
+        {"renamed": 0.5},
+        lambda count: on_labels(label_residual_test, count, adjust=False),
+    ),
+    (
+        "covariate hypothesis under label shift",
+        {"prevalence": STRONG},
+        lambda count: of_two(0, count),
+    ),
     ("label hypothesis under covariate shift", {"tilt": 0.8}, lambda count: of_two(1, count)),
-    ("label hypothesis under class-aligned step", {"aligned": 0.8},
-     lambda count: of_two(1, count)),
-)  # fmt: skip
+    ("label hypothesis under class-aligned step", {"aligned": 0.8}, lambda count: of_two(1, count)),
+)
 LABEL_COUNTS = (10, 20, 50, 100, 200)
 
 
@@ -304,18 +373,30 @@ def table(name: str, columns: Iterable[object]) -> None:
 
 def null_table(title: str, rows: dict[tuple[str, str], np.ndarray], study: Study) -> None:
     """How often tests reject what is true."""
-    table(title, [
-        "what is true", f"rate at .05 of {study.null_draws}", "95 % interval", "mean p",
-        "p of uniformity",
-    ])  # fmt: skip
+    table(
+        title,
+        [
+            "what is true",
+            f"rate at .05 of {study.null_draws}",
+            "95 % interval",
+            "mean p",
+            "p of uniformity",
+        ],
+    )
     table("---", ["---"] * 5)
     for (name, truth), found in rows.items():
         rejected = int((found <= 0.05).sum())
         interval = binomtest(rejected, len(found)).proportion_ci(method="wilson")
-        table(name, [
-            truth, f"{rejected / len(found):.3f}", f"{interval.low:.3f}-{interval.high:.3f}",
-            f"{found.mean():.2f}", f"{kstest(found, 'uniform').pvalue:.3f}",
-        ])  # fmt: skip
+        table(
+            name,
+            [
+                truth,
+                f"{rejected / len(found):.3f}",
+                f"{interval.low:.3f}-{interval.high:.3f}",
+                f"{found.mean():.2f}",
+                f"{kstest(found, 'uniform').pvalue:.3f}",
+            ],
+        )
 
 
 def main(study: Study) -> None:

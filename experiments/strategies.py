@@ -28,10 +28,10 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.data.splits import some
+from flaxtransfer.data.splits import subsample
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
-from flaxtransfer.strategies.measure import MOST_IMAGES, measure
+from flaxtransfer.recipes.measurement import MOST_IMAGES, measure
 from workers import append_row, compile_once, read_rows, share
 
 TEST_FRACTION = 0.4
@@ -75,31 +75,39 @@ class Setting:
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
-    checkpoint: ft.Checkpoint
+    checkpoint: ft.Pretrained
     model: ft.Model
-    variables: ft.Variables
+    variables: ft.models.Variables
     seed: int
 
     @property
-    def feed(self) -> ft.Feed:
-        return ft.source_feed(
-            self.source, self.train, self.validation, self.checkpoint.preprocessing,
-            batch_size=self.config.batch_size, seed=self.seed,
-        )  # fmt: skip
+    def feed(self) -> ft.data.DataLoaders:
+        return ft.loaders(
+            self.source,
+            self.train,
+            self.validation,
+            self.checkpoint.preprocessing,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+        )
 
-    def accuracy(self, variables: ft.Variables) -> float:
+    def accuracy(self, variables: ft.models.Variables) -> float:
         preprocessing = self.checkpoint.preprocessing
-        held_out = ft.held_out(self.source, self.test, preprocessing)
+        held_out = ft.eval_batches(self.source, self.test, preprocessing)
         return ft.evaluate(self.model, variables, held_out, preprocessing).accuracy
 
     def evidence(self, recipe: str) -> Mapping[str, Any]:
-        """What the recipe measures on the labelled images."""
-        positions = some(self.train, MOST_IMAGES)
-        batches = list(ft.held_out(self.source, positions, self.checkpoint.preprocessing))
+        """What the recipe measures on the labeled images."""
+        positions = subsample(self.train, MOST_IMAGES)
+        batches = list(ft.eval_batches(self.source, positions, self.checkpoint.preprocessing))
         return measure(
-            recipe, self.model, self.variables, batches, self.checkpoint.preprocessing,
+            recipe,
+            self.model,
+            self.variables,
+            batches,
+            self.checkpoint.preprocessing,
             len(self.train),
-        ).settings  # fmt: skip
+        ).settings
 
     def with_validation(self) -> Setting:
         """A fifth of the labels of each class, and one at least, validates."""
@@ -124,35 +132,37 @@ class Strategy:
     def plan(self, setting: Setting) -> ft.Plan:
         config, params = setting.config, setting.variables["params"]
         lengths: dict[str, Any] = {"steps": config.steps}
-        if self.recipe is ft.progressive_unfreezing:
+        if self.recipe is ft.recipes.progressive_unfreezing:
             lengths = {"steps": config.phase_steps}
-        if self.recipe is ft.head_then_fine_tune:
+        if self.recipe is ft.recipes.head_then_fine_tune:
             head = config.steps // 3
             lengths = {"head_steps": head, "fine_tune_steps": config.steps - head}
         measured = setting.evidence(self.recipe.__name__) if self.measures else {}
         return self.recipe(params, **lengths, **self.settings, **measured)
 
 
-def scratch(params: ft.Params, *, steps: int) -> ft.Plan:
+def scratch(params: ft.models.Params, *, steps: int) -> ft.Plan:
     """At the rate that was best from scratch on labels of other draws (what_transfers.py)."""
-    return ft.from_scratch(params, steps=steps, learning_rate=3e-3)
+    return ft.recipes.from_scratch(params, steps=steps, learning_rate=3e-3)
 
 
 STRATEGIES = {
-    "feature_extraction": Strategy(ft.feature_extraction),
-    "batch_norm_only": Strategy(ft.batch_norm_only),
-    "batch_norm_only, running statistics": Strategy(ft.batch_norm_only, {"statistics": False}),
-    "surgical, stem and stage 1": Strategy(ft.surgical),
-    "surgical, stage 4": Strategy(ft.surgical, {"part": ft.stage(4)}),
-    "progressive_unfreezing": Strategy(ft.progressive_unfreezing, validates=True),
-    "head_then_fine_tune": Strategy(ft.head_then_fine_tune),
-    "linear_probe_then_fine_tune": Strategy(ft.linear_probe_then_fine_tune),
-    "discriminative": Strategy(ft.discriminative),
-    "curvature_scaled": Strategy(ft.curvature_scaled, measures=True),
-    "gradient_scaled": Strategy(ft.gradient_scaled, measures=True),
-    "surgical, by gradient": Strategy(ft.surgical, measures=True),
-    "l2_sp": Strategy(ft.l2_sp),
-    "full_fine_tuning": Strategy(ft.full_fine_tuning),
+    "feature_extraction": Strategy(ft.recipes.feature_extraction),
+    "batch_norm_only": Strategy(ft.recipes.batch_norm_only),
+    "batch_norm_only, running statistics": Strategy(
+        ft.recipes.batch_norm_only, {"statistics": False}
+    ),
+    "surgical, stem and stage 1": Strategy(ft.recipes.surgical),
+    "surgical, stage 4": Strategy(ft.recipes.surgical, {"part": ft.stage(4)}),
+    "progressive_unfreezing": Strategy(ft.recipes.progressive_unfreezing, validates=True),
+    "head_then_fine_tune": Strategy(ft.recipes.head_then_fine_tune),
+    "linear_probe_then_fine_tune": Strategy(ft.recipes.linear_probe_then_fine_tune),
+    "discriminative": Strategy(ft.recipes.discriminative),
+    "curvature_scaled": Strategy(ft.recipes.curvature_scaled, measures=True),
+    "gradient_scaled": Strategy(ft.recipes.gradient_scaled, measures=True),
+    "surgical, by gradient": Strategy(ft.recipes.surgical, measures=True),
+    "l2_sp": Strategy(ft.recipes.l2_sp),
+    "full_fine_tuning": Strategy(ft.recipes.full_fine_tuning),
     "from_scratch": Strategy(scratch, random_start=True),
 }
 
@@ -170,9 +180,15 @@ def run(strategy: Strategy, setting: Setting) -> dict[str, Any]:
         # Nothing but the end is evaluated where no decision hangs on it.
         every = None if strategy.validates else setting.config.steps
         fitted = ft.fit(
-            setting.model, setting.variables, plan, setting.feed, folder, seed=setting.seed,
-            cache=ft.Cache(), options=ft.Options(evaluate_every=every),
-        )  # fmt: skip
+            setting.model,
+            setting.variables,
+            plan,
+            setting.feed,
+            folder,
+            seed=setting.seed,
+            cache=ft.Cache(),
+            options=ft.FitOptions(evaluate_every=every),
+        )
     return {
         "accuracy": setting.accuracy(fitted.variables),
         "seconds": round(time.perf_counter() - began, 1),
@@ -182,7 +198,7 @@ def run(strategy: Strategy, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _trainable(plan: ft.Plan, params: ft.Params) -> Iterator[int]:
+def _trainable(plan: ft.Plan, params: ft.models.Params) -> Iterator[int]:
     sizes = {path: leaf.size for path, leaf in flatten(params).items()}
     for phase in plan.resolve(params).phases:
         moves = flatten(trainable_mask(phase.labels, phase.groups))
@@ -198,9 +214,11 @@ def settings(config: Strategies) -> Iterator[tuple[int, int, Setting]]:
         draw = ft.stratified_split(labels[apart.train], labels_per_class=count, seed=seed)
         model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
         train, none = apart.train[draw.train], np.empty(0, np.int64)
-        yield count, seed, Setting(
-            config, source, train, none, apart.test, checkpoint, model, variables, seed
-        )  # fmt: skip
+        yield (
+            count,
+            seed,
+            Setting(config, source, train, none, apart.test, checkpoint, model, variables, seed),
+        )
 
 
 def compute(config: Strategies) -> None:

@@ -34,10 +34,10 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.data import normalise
 from flaxtransfer.masks import selected
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.training.run_folder import read_metrics
+from flaxtransfer.weights import normalize
 
 SIZE, CLASSES = 16, 4
 PREPROCESSING = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)
@@ -104,15 +104,15 @@ class Case:
     """A student, and what it is to learn."""
 
     model: ft.Model
-    variables: ft.Variables
-    feed: ft.Feed
+    variables: ft.models.Variables
+    feed: ft.data.DataLoaders
 
 
 def case(name: str, seed: int, validation: int) -> Case:
     """Draws a student, its teacher, and images with the teacher's labels."""
     target = TARGETS[name]
     random = np.random.default_rng([seed, 0])
-    model = ft.resnet(ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=CLASSES))
+    model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=CLASSES))
     start, other = (
         model.init(jax.random.key(2 * seed + k), (SIZE, SIZE, 3))["params"] for k in (0, 1)
     )
@@ -132,13 +132,15 @@ def case(name: str, seed: int, validation: int) -> Case:
 
 
 def draw(random: np.random.Generator, count: int) -> np.ndarray:
-    """Random images uint8 [count, 16, 16, 3]: coloured squares under fine noise."""
+    """Random images uint8 [count, 16, 16, 3]: colored squares under fine noise."""
     squares = random.normal(size=(count, 4, 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
     noise = random.normal(size=(count, SIZE, SIZE, 3))
     return np.clip(128 + 45 * squares + 25 * noise, 0, 255).astype(np.uint8)
 
 
-def turned(start: ft.Params, other: ft.Params, turns: Mapping[str, float]) -> ft.Params:
+def turned(
+    start: ft.models.Params, other: ft.models.Params, turns: Mapping[str, float]
+) -> ft.models.Params:
     """Kernels turned from ``start`` toward ``other``; their variance stays what it was."""
     theirs = flatten(other)
     kernels = selected(ft.kernels(), start)
@@ -150,25 +152,28 @@ def turned(start: ft.Params, other: ft.Params, turns: Mapping[str, float]) -> ft
     return unflatten({path: turn(path, leaf) for path, leaf in flatten(start).items()})
 
 
-def settled(model: ft.Model, params: ft.Params, images: np.ndarray) -> ft.Variables:
+def settled(model: ft.Model, params: ft.models.Params, images: np.ndarray) -> ft.models.Variables:
     """A network whose BatchNorms know the images, with a head that says nothing yet."""
     variables = {
         "params": {**params, "fc": jax.tree.map(jnp.zeros_like, params["fc"])},
         "batch_stats": model.init(jax.random.key(0), (SIZE, SIZE, 3))["batch_stats"],
     }
     batches = [{"image": images, "label": np.zeros(len(images), np.int32)}]
-    return {**variables, "batch_stats": ft.recalibrate(model, variables, batches, PREPROCESSING)}
+    return {
+        **variables,
+        "batch_stats": ft.training.recalibrate(model, variables, batches, PREPROCESSING),
+    }
 
 
 def answers(
-    model: ft.Model, teacher: ft.Variables, images: np.ndarray, random: np.random.Generator
+    model: ft.Model, teacher: ft.models.Variables, images: np.ndarray, random: np.random.Generator
 ) -> np.ndarray:
-    """Logits [images, classes] of a random head on the teacher's standardised features."""
+    """Logits [images, classes] of a random head on the teacher's standardized features."""
 
     @jax.jit
     def pooled(part: np.ndarray) -> jax.Array:
         return model.apply(
-            teacher, normalise(part, PREPROCESSING.mean, PREPROCESSING.std), stop="head"
+            teacher, normalize(part, PREPROCESSING.mean, PREPROCESSING.std), stop="head"
         )[0]
 
     parts = np.array_split(images, -(-len(images) // 1000))
@@ -180,36 +185,41 @@ def answers(
 
 def array_feed(
     images: np.ndarray, labels: np.ndarray, held: np.ndarray, answers: np.ndarray, seed: int
-) -> ft.Feed:
+) -> ft.data.DataLoaders:
     """Batches of arrays in memory, without augmentation, which would change the answers."""
     an_epoch = len(images) // BATCH
 
-    def batch(number: int) -> ft.Batch:
+    def batch(number: int) -> ft.data.Batch:
         epoch, place = divmod(number, an_epoch)
         order = np.random.default_rng([seed, 1, epoch]).permutation(len(images))
         chosen = order[place * BATCH : (place + 1) * BATCH]
         return {"image": images[chosen], "label": labels[chosen]}
 
-    def train(start: int) -> Iterator[ft.Batch]:
+    def train(start: int) -> Iterator[ft.data.Batch]:
         return map(batch, itertools.count(start))
 
-    def validation() -> list[ft.Batch]:
+    def validation() -> list[ft.data.Batch]:
         parts = np.array_split(np.arange(len(held)), -(-len(held) // 500))
         return [{"image": held[part], "label": answers[part]} for part in parts]
 
     names = tuple(f"class {k}" for k in range(CLASSES))
-    return ft.Feed(train, an_epoch, validation, PREPROCESSING, names)
+    return ft.data.DataLoaders(train, an_epoch, validation, PREPROCESSING, names)
 
 
 def unfreeze(
     made: Case, folder: Path, *, steps: int, min_z: float, stop_after: int = 1
 ) -> list[dict[str, Any]]:
     """The decisions of a run of the recipe, from the top down."""
-    plan = ft.progressive_unfreezing(
-        made.variables["params"], steps=steps, learning_rate=3e-3, head_learning_rate=1e-2,
-        decay=1.0, min_z=min_z, stop_after=stop_after,
-    )  # fmt: skip
-    options = ft.Options(evaluate_every=max(1, steps // 10))
+    plan = ft.recipes.progressive_unfreezing(
+        made.variables["params"],
+        steps=steps,
+        learning_rate=3e-3,
+        head_learning_rate=1e-2,
+        decay=1.0,
+        min_z=min_z,
+        stop_after=stop_after,
+    )
+    options = ft.FitOptions(evaluate_every=max(1, steps // 10))
     ft.fit(made.model, made.variables, plan, made.feed, folder, options=options)
     return [row for row in read_metrics(folder) if row["kind"] == "decision"]
 
@@ -231,9 +241,12 @@ def main(config: Unfreezing) -> None:
             made = made or case(name, seed, config.validation)
             with tempfile.TemporaryDirectory() as folder:
                 decisions = unfreeze(
-                    made, Path(folder) / "run", steps=config.steps, min_z=min_z,
+                    made,
+                    Path(folder) / "run",
+                    steps=config.steps,
+                    min_z=min_z,
                     stop_after=config.stop_after,
-                )  # fmt: skip
+                )
             with config.results.open("a") as file:
                 file.write(json.dumps({**key, "decisions": decisions}) + "\n")
     print_log(config)
@@ -266,8 +279,14 @@ def print_log(config: Unfreezing) -> None:
         for row in itertools.chain.from_iterable(r["decisions"] for r in find(config.results, key)):
             verdict = "kept" if row["kept"] else "undone"
             if "z" in row:
-                cells = [f"{100 * row['accuracy_before']:.1f}", f"{100 * row['accuracy']:.1f}",
-                         row["won"], row["lost"], f"{row['z']:.1f}", verdict]  # fmt: skip
+                cells = [
+                    f"{100 * row['accuracy_before']:.1f}",
+                    f"{100 * row['accuracy']:.1f}",
+                    row["won"],
+                    row["lost"],
+                    f"{row['z']:.1f}",
+                    verdict,
+                ]
             else:
                 cells = ["", f"{100 * row['accuracy']:.1f}", "", "", "", verdict]
             print("| " + " | ".join(map(str, [name, row["phase"], *cells])) + " |")

@@ -26,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 import flaxtransfer as ft
-from flaxtransfer.data import normalise
+from flaxtransfer.weights import normalize
 
 TEST_FRACTION = 0.4
 
@@ -49,8 +49,12 @@ class WhatTransfers:
 
     labels_per_class: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     methods: tuple[str, ...] = (
-        "raw pixels", "random features", "features", "fine-tuned", "scratch"
-    )  # fmt: skip
+        "raw pixels",
+        "random features",
+        "features",
+        "fine-tuned",
+        "scratch",
+    )
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = 300
     scratch_learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
@@ -64,14 +68,14 @@ class Setting:
     """The labels of one draw, where they are judged, and the networks that are compared."""
 
     source: ft.Source
-    labelled: np.ndarray
+    labeled: np.ndarray
     judged: np.ndarray
-    checkpoint: ft.Checkpoint
+    checkpoint: ft.Pretrained
     seed: int
     config: WhatTransfers
     model: ft.Model = field(init=False)
-    pretrained: ft.Variables = field(init=False)
-    random: ft.Variables = field(init=False)
+    pretrained: ft.models.Variables = field(init=False)
+    random: ft.models.Variables = field(init=False)
 
     def __post_init__(self) -> None:
         model, variables, _ = ft.transfer(self.checkpoint, classes=10, seed=self.seed)
@@ -79,30 +83,30 @@ class Setting:
         for name, value in (("model", model), ("pretrained", variables), ("random", random)):
             object.__setattr__(self, name, value)
 
-    def fit(self, start: ft.Variables, plan: ft.Plan) -> float:
+    def fit(self, start: ft.models.Variables, plan: ft.Plan) -> float:
         """Accuracy after training on the labels of this setting."""
         preprocessing, none = self.checkpoint.preprocessing, np.empty(0, np.int64)
-        feed = ft.source_feed(
-            self.source, self.labelled, none, preprocessing, batch_size=64, seed=self.seed
+        feed = ft.loaders(
+            self.source, self.labeled, none, preprocessing, batch_size=64, seed=self.seed
         )
         with tempfile.TemporaryDirectory() as folder:
-            options = ft.Options(evaluate_every=self.config.steps)
+            options = ft.FitOptions(evaluate_every=self.config.steps)
             fitted = ft.fit(self.model, start, plan, feed, folder, seed=self.seed, options=options)
-        judged = ft.held_out(self.source, self.judged, preprocessing)
+        judged = ft.eval_batches(self.source, self.judged, preprocessing)
         return ft.evaluate(self.model, fitted.variables, judged, preprocessing).accuracy
 
     def fit_scratch(self, learning_rate: float) -> float:
         """Accuracy of the same network from random weights."""
         params, steps = self.random["params"], self.config.steps
         return self.fit(
-            self.random, ft.from_scratch(params, steps=steps, learning_rate=learning_rate)
+            self.random, ft.recipes.from_scratch(params, steps=steps, learning_rate=learning_rate)
         )
 
     def probe(self, features: Callable[[np.ndarray], np.ndarray]) -> float:
-        """Accuracy of logistic regression on standardised features."""
+        """Accuracy of logistic regression on standardized features."""
         train, test = (
             [features(self.images(part)), self.source.labels()[part]]
-            for part in (self.labelled, self.judged)
+            for part in (self.labeled, self.judged)
         )
         scaler = StandardScaler().fit(train[0])
         model = LogisticRegression(C=0.1, max_iter=2000)
@@ -112,17 +116,19 @@ class Setting:
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """Prepared uint8 images [examples, size, size, 3]."""
-        batches = ft.held_out(self.source, positions, self.checkpoint.preprocessing)
+        batches = ft.eval_batches(self.source, positions, self.checkpoint.preprocessing)
         kept = [batch["image"][batch["weight"] > 0] for batch in batches]
         return np.concatenate(kept)
 
-    def network_features(self, variables: ft.Variables) -> Callable[[np.ndarray], np.ndarray]:
+    def network_features(
+        self, variables: ft.models.Variables
+    ) -> Callable[[np.ndarray], np.ndarray]:
         """Pooled features of a network with running statistics."""
         preprocessing = self.checkpoint.preprocessing
 
         @jax.jit
         def pooled(images: jax.Array) -> jax.Array:
-            normal = normalise(images, preprocessing.mean, preprocessing.std)
+            normal = normalize(images, preprocessing.mean, preprocessing.std)
             return self.model.apply(variables, normal, stop="head")[0]
 
         return lambda images: np.concatenate(
@@ -144,14 +150,14 @@ def features(setting: Setting) -> float:
 
 def fine_tuned(setting: Setting) -> float:
     head = setting.config.steps // 3
-    plan = ft.head_then_fine_tune(
+    plan = ft.recipes.head_then_fine_tune(
         setting.pretrained["params"], head_steps=head, fine_tune_steps=setting.config.steps - head
     )
     return setting.fit(setting.pretrained, plan)
 
 
 def scratch(setting: Setting) -> float:
-    return setting.fit_scratch(best_rate(setting.config, len(setting.labelled) // 10))
+    return setting.fit_scratch(best_rate(setting.config, len(setting.labeled) // 10))
 
 
 METHODS: dict[str, Callable[[Setting], float]] = {

@@ -1,8 +1,8 @@
 """One network out of several of the same shape: averages of their weights.
 
 An average of weights has never seen an image: its BatchNorm statistics are those of none of its
-inputs. Give ``statistics`` (``ft.recalibrate`` with the images at hand) wherever there is BatchNorm
-with statistics of its own.
+inputs. Give ``statistics`` (``ft.training.recalibrate`` with the images at hand) wherever there is
+BatchNorm with statistics of its own.
 """
 
 from __future__ import annotations

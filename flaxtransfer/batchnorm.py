@@ -1,6 +1,6 @@
 """Which statistics each BatchNorm uses: a static policy, decided before anything is compiled.
 
-A BatchNorm with "batch" normalises by the statistics of the batch and updates its running ones;
+A BatchNorm with "batch" normalizes by the statistics of the batch and updates its running ones;
 one with "running" uses the running statistics and leaves them alone, in training too.
 """
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from flaxtransfer.models.config import Adapter
-from flaxtransfer.models.input_channels import Way, change_input
+from flaxtransfer.models.input_channels import Method, change_input
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import flatten, segment_of, suggest, unflatten
 from flaxtransfer.types import Variables
 from flaxtransfer.weights.infer import differences
 from flaxtransfer.weights.naming import torchgeo
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.pretrained import Pretrained
 
 __all__ = ["Head", "TransferReport", "transfer"]
 
@@ -83,11 +83,11 @@ def _row(state: str, what: str, count: str, numbers: int) -> str:
 
 
 def transfer(
-    checkpoint: Checkpoint,
+    checkpoint: Pretrained,
     *,
     classes: int,
     bands: int | None = None,
-    adapter: Way | Adapter | None = None,
+    adapter: Method | Adapter | None = None,
     wavelengths: Sequence[float] | str | None = None,
     patches: Any = None,
     head: Head = "new",
@@ -100,7 +100,7 @@ def transfer(
     What becomes of the head is said, and not read off whether shapes happen to fit: ten new
     classes are not the ten old ones.
 
-    Images of n bands come normalised band by band, by their own statistics
+    Images of n bands come normalized band by band, by their own statistics
     (`band_preprocessing`), except where a gray image is replicated.
 
     Args:
@@ -112,10 +112,10 @@ def transfer(
             channels can show different content of one gray band; "sum", "average" and "repeat"
             change the stem's kernel instead, and "replicate" copies gray to three channels. Or
             an `Adapter` with knots and span of your own.
-        wavelengths: centre of each band in nm, in the order of the bands, or the name of their
+        wavelengths: center of each band in nm, in the order of the bands, or the name of their
             sensor in `torchgeo.SENSORS`; an adapter then starts with the visible ones as red,
             green and blue, or as whatever bands the checkpoint says that its stem takes.
-        patches: [patches, bands] of normalised training images (`band_patches`); an adapter then
+        patches: [patches, bands] of normalized training images (`band_patches`); an adapter then
             starts with their main components where photographs have theirs, by least squares.
         head: "new" starts afresh; "keep" takes the pre-trained head, for the same classes in the
             same order; "resize" takes its first columns, for a list of classes that was

@@ -23,13 +23,13 @@ from flaxtransfer.paths import flatten, listing, map_with_path, suggest
 from flaxtransfer.schedules import WarmupCosine
 
 __all__ = [
-    "AnchorState",
     "FROZEN",
+    "AnchorState",
     "Frozen",
     "Group",
     "Schedule",
     "check_groups",
-    "decay_toward_start",
+    "decay_to_init",
     "trainable_mask",
 ]
 
@@ -120,7 +120,7 @@ class Group:
         if self.decay_toward not in ("zero", "start"):
             raise ValueError(f"decay_toward is 'zero' or 'start', not {self.decay_toward!r}")
 
-    def over(self, steps: int) -> "Group":
+    def over(self, steps: int) -> Group:
         """The group for a phase of so many steps: its schedule as a function of the step."""
         if not isinstance(self.learning_rate, WarmupCosine):
             return self
@@ -151,7 +151,7 @@ class Group:
         if not self.weight_decay:
             return optimizer
         if toward_start:
-            pull = optax.masked(decay_toward_start(self.weight_decay), mask)
+            pull = optax.masked(decay_to_init(self.weight_decay), mask)
             return optax.chain(pull, optimizer)
         return optax.chain(optax.add_decayed_weights(self.weight_decay, mask=mask), optimizer)
 
@@ -255,7 +255,7 @@ class AnchorState(NamedTuple):
     anchor: Any
 
 
-def decay_toward_start(strength: float) -> optax.GradientTransformation:
+def decay_to_init(strength: float) -> optax.GradientTransformation:
     """Adds ``strength * (parameter - start)`` to the gradient: an L2 penalty around the start.
 
     Args:
@@ -265,7 +265,7 @@ def decay_toward_start(strength: float) -> optax.GradientTransformation:
       X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with
       Convolutional Networks", 2018 (L2-SP).
 
-    >>> tx = decay_toward_start(0.5)
+    >>> tx = decay_to_init(0.5)
     >>> state = tx.init({"w": jnp.array(1.0)})
     >>> gradient, _ = tx.update({"w": jnp.array(0.0)}, state, {"w": jnp.array(3.0)})
     >>> float(gradient["w"])

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flaxtransfer.masks import Mask, selected
-from flaxtransfer.parameter_table import Row, Table, Total, table
 from flaxtransfer.paths import flatten, listing, map_with_path
 
-__all__ = ["Rest", "Row", "Table", "Total", "label", "rest", "table"]
+__all__ = ["Rest", "label", "rest"]
 
 
 @dataclass(frozen=True)

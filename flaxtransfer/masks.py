@@ -36,13 +36,13 @@ from flaxtransfer.paths import (
 )
 
 __all__ = [
+    "PREDICATES",
     "Atom",
     "Both",
     "Either",
     "Less",
     "Mask",
     "Not",
-    "PREDICATES",
     "adapter",
     "as_mask",
     "batch_norm",
@@ -323,7 +323,7 @@ def batch_norm() -> Mask:
     """Every BatchNorm, by name.
 
     It takes what lies under a component named ``bn``, ``bn1``, ``bn_init``, ``conv1_bn`` or
-    ``BatchNorm_0``, and the scale, bias, mean and var of a normalisation among the numbered parts
+    ``BatchNorm_0``, and the scale, bias, mean and var of a normalization among the numbered parts
     of a ``downsample``. It does not take ``norm1`` and its like: LayerNorm and GroupNorm go by
     that name and have no running statistics. Where such a name is a BatchNorm, say so:
     ``glob("**/norm*/**")``.

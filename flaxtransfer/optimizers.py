@@ -28,10 +28,10 @@ __all__ = [
     "Group",
     "Scaled",
     "Schedule",
-    "migrate",
     "frozen",
     "layerwise_decay",
     "merge",
+    "migrate",
     "partition",
     "scaled",
     "trainable",
@@ -254,8 +254,8 @@ def _part(
 def _check_same_leaves(labels: Mapping[str, Any], tree: Mapping[str, Any], what: str) -> None:
     named, there = flatten(labels), flatten(tree)
     problems = []
-    if unlabelled := [path for path in there if path not in named]:
-        problems.append(f"{len(unlabelled)} leaves without label: {listing(unlabelled)}")
+    if unlabeled := [path for path in there if path not in named]:
+        problems.append(f"{len(unlabeled)} leaves without label: {listing(unlabeled)}")
     if absent := [path for path in named if path not in there]:
         problems.append(f"{len(absent)} labels without leaf: {listing(absent)}")
     if problems:

@@ -18,14 +18,14 @@ from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.models.band_init import by_wavelength, least_squares
 from flaxtransfer.paths import flatten
 
-TINY = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
+TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
 PREPROCESSING = ft.Preprocessing((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), 16, 16)
 RANDOM = np.random.default_rng(0)
 
 
-def checkpoint(seed: int = 0) -> ft.Checkpoint:
+def checkpoint(seed: int = 0) -> ft.Pretrained:
     variables = ft.resnet(TINY).init(jax.random.key(seed))
-    return ft.Checkpoint(jax.tree.map(np.asarray, variables), TINY, PREPROCESSING)
+    return ft.Pretrained(jax.tree.map(np.asarray, variables), TINY, PREPROCESSING)
 
 
 def images(bands: int, count: int = 12) -> ft.ArraySource:
@@ -36,7 +36,7 @@ def images(bands: int, count: int = 12) -> ft.ArraySource:
     return ft.ArraySource(pixels.astype(np.uint8), labels, ("dark", "bright"))
 
 
-def logits(model: ft.Model, variables: ft.Variables, pixels: np.ndarray) -> np.ndarray:
+def logits(model: ft.Model, variables: ft.models.Variables, pixels: np.ndarray) -> np.ndarray:
     return np.asarray(model.apply(variables, jnp.asarray(pixels, jnp.float32))[0])
 
 
@@ -80,10 +80,10 @@ def test_another_stem_is_adapted(way):
 
 
 def test_where_an_adapter_starts():
-    centres = [443, 490, 560, 665, 842]
-    _, variables, _ = ft.transfer(checkpoint(), classes=2, bands=5, wavelengths=centres)
+    centers = [443, 490, 560, 665, 842]
+    _, variables, _ = ft.transfer(checkpoint(), classes=2, bands=5, wavelengths=centers)
     kernel = variables["params"]["adapter"]["kernel"]
-    np.testing.assert_allclose(kernel, by_wavelength(centres), rtol=1e-6)
+    np.testing.assert_allclose(kernel, by_wavelength(centers), rtol=1e-6)
     patches = RANDOM.normal(size=(80, 5))
     patches -= patches.mean(axis=0)
     _, variables, _ = ft.transfer(checkpoint(), classes=2, bands=5, patches=patches)
@@ -99,7 +99,7 @@ def test_where_an_adapter_starts():
         ({"bands": 4, "adapter": "sum"}, "'sum' is for one gray band, not 4"),
         ({"bands": 4, "wavelengths": [490, 560]}, "2 wavelengths for 4 bands"),
         ({"bands": 4, "adapter": "repeat", "wavelengths": [400] * 4}, "takes no wavelengths"),
-        ({"bands": 4, "adapter": ft.Adapter(5)}, "for 5 bands, and the images have 4"),
+        ({"bands": 4, "adapter": ft.models.Adapter(5)}, "for 5 bands, and the images have 4"),
         ({"wavelengths": [490.0]}, "belong to bands"),
         ({"bands": 4, "patches": np.zeros((99, 3))}, "patches of 3 bands for images of 4"),
     ],
@@ -132,8 +132,8 @@ def test_adapter_and_head_learn_while_the_stem_is_frozen(tmp_path, bands, adapte
     start = checkpoint()
     preprocessing = band_preprocessing(start.preprocessing, source, np.arange(8), bands)
     model, variables, _ = ft.transfer(start, classes=2, bands=bands, adapter=adapter)
-    feed = ft.source_feed(source, np.arange(8), np.arange(8, 12), preprocessing, batch_size=4)
-    plan = ft.feature_extraction(variables["params"], steps=3)
+    feed = ft.loaders(source, np.arange(8), np.arange(8, 12), preprocessing, batch_size=4)
+    plan = ft.recipes.feature_extraction(variables["params"], steps=3)
     fitted = ft.fit(model, variables, plan, feed, tmp_path, cache=ft.Cache("memory"))
     before, after = flatten(variables), flatten(fitted.variables)
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
@@ -152,28 +152,29 @@ def test_folding_is_the_same_function(tmp_path):
         checkpoint(), classes=2, bands=6, wavelengths=range(450, 690, 40), zero_head=False
     )
     six = dataclasses.replace(PREPROCESSING, mean=(0.5,) * 6, std=(0.25,) * 6)
-    whole = ft.Checkpoint(jax.tree.map(np.asarray, variables), model.config, six)
-    folded = ft.fold_adapter(whole)
+    whole = ft.Pretrained(jax.tree.map(np.asarray, variables), model.config, six)
+    folded = ft.weights.fold_adapter(whole)
     assert folded.config.adapter is None
     assert folded.config.in_channels == 6
     pixels = RANDOM.normal(size=(2, 17, 17, 6))
     np.testing.assert_allclose(
         logits(ft.resnet(folded.config), folded.variables, pixels),
         logits(model, variables, pixels),
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+        rtol=1e-4,
+        atol=1e-5,
+    )
     ft.save(tmp_path / "folded.safetensors", folded)
     assert ft.load(tmp_path / "folded.safetensors").config == folded.config
     curved, values, _ = ft.transfer(checkpoint(), classes=2, bands=6, adapter="curves")
     with pytest.raises(ValueError, match="curves"):
-        ft.fold_adapter(ft.Checkpoint(values, curved.config, six))
+        ft.weights.fold_adapter(ft.Pretrained(values, curved.config, six))
 
 
 def test_a_span_of_ones_own_comes_back(tmp_path):
-    own = ft.Adapter(1, "curves", knots=5, span=(-1.0, 4.0))
+    own = ft.models.Adapter(1, "curves", knots=5, span=(-1.0, 4.0))
     model, variables, _ = ft.transfer(checkpoint(), classes=2, bands=1, adapter=own)
     one = dataclasses.replace(PREPROCESSING, mean=(0.5,), std=(0.25,))
-    saved = ft.Checkpoint(jax.tree.map(np.asarray, variables), model.config, one)
+    saved = ft.Pretrained(jax.tree.map(np.asarray, variables), model.config, one)
     ft.save(tmp_path / "own.safetensors", saved)
     assert ft.load(tmp_path / "own.safetensors").config.adapter == own
 
@@ -185,10 +186,25 @@ def test_four_bands_from_a_folder_in_the_terminal(tmp_path, capsys):
             pixels = images(4).images[label]
             Image.fromarray(pixels, "RGBA").save(tmp_path / f"images/{name}/{number}.png")
     ft.save(tmp_path / "tiny.safetensors", checkpoint())
-    arguments = ["train", "--data", f"folder:{tmp_path / 'images'}", "--weights",
-                 str(tmp_path / "tiny.safetensors"), "--bands", "4", "--strategy",
-                 "feature_extraction", "--steps", "2", "--batch-size", "4", "--compare", "no",
-                 "--run", str(tmp_path / "run")]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{tmp_path / 'images'}",
+        "--weights",
+        str(tmp_path / "tiny.safetensors"),
+        "--bands",
+        "4",
+        "--strategy",
+        "feature_extraction",
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--compare",
+        "no",
+        "--run",
+        str(tmp_path / "run"),
+    ]
     assert run(arguments) == 0
     assert "4 bands by a linear adapter" in capsys.readouterr().out
     assert run(["evaluate", str(tmp_path / "run")]) == 0

@@ -1,4 +1,4 @@
-"""The BatchNorm policy: frozen means running statistics, and exceptions are spelt out."""
+"""The BatchNorm policy: frozen means running statistics, and exceptions are spelled out."""
 
 import jax
 import optax

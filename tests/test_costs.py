@@ -21,26 +21,39 @@ BOTTLENECK = ResNetConfig("bottleneck", (1, 2, 1, 1), width=8, classes=5)
 CASES = {
     "basic": (BASIC, 75, {}),
     "basic, averages, tiered": (
-        BASIC, 64, {"anti_alias": "average", "stem": "tiered", "stem_width": 8}
+        BASIC,
+        64,
+        {"anti_alias": "average", "stem": "tiered", "stem_width": 8},
     ),
     "basic, blur, se": (BASIC, 33, {"anti_alias": "blur", "attention": "se"}),
     "averaged shortcut, deep": (
-        BOTTLENECK, 75, {"shortcut": "average", "stem": "deep", "stem_width": 8}
+        BOTTLENECK,
+        75,
+        {"shortcut": "average", "stem": "deep", "stem_width": 8},
     ),
     "averages": (BOTTLENECK, 66, {"anti_alias": "average"}),
     "blur": (BOTTLENECK, 50, {"anti_alias": "blur", "shortcut": "average"}),
     "v1, stem pool, groups": (
-        BOTTLENECK, 65, {"stride_in": "1x1", "stem_pool": "convolution", "groups": 2}
+        BOTTLENECK,
+        65,
+        {"stride_in": "1x1", "stem_pool": "convolution", "groups": 2},
     ),
     "as in senet": (BOTTLENECK, 61, {"reduce_first": 2, "shortcut_kernel": 3, "attention": "se"}),
     "group norm, wide": (BOTTLENECK, 40, {"norm": "group", "width": 32, "base_width": 128}),
     "adapter": (BASIC, 32, {"adapter": Adapter(5)}),
     "v2": (BASIC, 75, {"preactivation": True, "stem": "deep", "stem_width": 8}),
-    "v2, strides last": (BOTTLENECK, 75, {
-        "preactivation": True, "stride_at": "last", "depths": (2, 1, 3, 1), "stem_bias": True,
-        "stem_pool": "zero-padded",
-    }),
-}  # fmt: skip
+    "v2, strides last": (
+        BOTTLENECK,
+        75,
+        {
+            "preactivation": True,
+            "stride_at": "last",
+            "depths": (2, 1, 3, 1),
+            "stem_bias": True,
+            "stem_pool": "zero-padded",
+        },
+    ),
+}
 
 
 def abstract_inputs(model, size):

@@ -14,9 +14,13 @@ def test_import_costs_at_most_half_more_than_jax_flax_and_optax():
     def seconds(statement: str) -> float:
         code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
         times = [
-            float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                                 check=True).stdout) for _ in range(5)
-        ]  # fmt: skip
+            float(
+                subprocess.run(
+                    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+                ).stdout
+            )
+            for _ in range(5)
+        ]
         return min(times)
 
     assert seconds("import flaxtransfer") <= 1.5 * seconds("import jax, flax, optax")

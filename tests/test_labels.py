@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxtransfer.groups import FROZEN, Group
-from flaxtransfer.labels import label, rest, table
+from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import batch_norm, biases, everything, head, kernels, selected, stage, stem
+from flaxtransfer.overview import parameter_table
 from flaxtransfer.paths import flatten, unflatten
 
 SHAPES = {
@@ -55,13 +56,13 @@ def test_every_leaf_has_the_label_of_its_rule():
     }
 
 
-def test_rules_may_be_expressions_and_the_rest_spelt_out():
-    spelt = {
+def test_rules_may_be_expressions_and_the_rest_spelled_out():
+    spelled = {
         "head": "head()",
         "late": "stage(4) - batch_norm()",
         "frozen": everything() - (head() | stage(4) - batch_norm()),
     }
-    assert label(PARAMS, spelt) == label(PARAMS, RULES)
+    assert label(PARAMS, spelled) == label(PARAMS, RULES)
 
 
 def test_the_order_of_rules_does_not_matter():
@@ -136,7 +137,7 @@ def test_rules_that_cannot_be_meant(rules, error, text):
         label(PARAMS, rules)
 
 
-def test_variables_in_place_of_parameters_are_recognised():
+def test_variables_in_place_of_parameters_are_recognized():
     with pytest.raises(ValueError, match=r'label variables\["params"\]'):
         label(VARIABLES, {"new": head(), "frozen": rest()})
     with pytest.raises(ValueError, match="the tree has no leaves"):
@@ -153,7 +154,7 @@ GROUPS = {
 
 
 def test_the_table_says_for_each_leaf_what_happens_to_it():
-    report = table(VARIABLES, label(PARAMS, RULES), GROUPS)
+    report = parameter_table(VARIABLES, label(PARAMS, RULES), GROUPS)
     assert [
         (
             r.path,
@@ -179,7 +180,7 @@ def test_the_table_says_for_each_leaf_what_happens_to_it():
 
 
 def test_the_totals_are_sums():
-    report = table(VARIABLES, label(PARAMS, RULES), GROUPS)
+    report = parameter_table(VARIABLES, label(PARAMS, RULES), GROUPS)
     # By hand: 7*7*3*64 + 4*64 = 9664; 3*3*64*64 = 36864; 64*10 + 10 = 650. Four bytes each.
     assert [(t.label, t.leaves, t.parameters, t.trainable, t.bytes) for t in report.totals] == [
         ("head", 2, 650, 650, 2600),
@@ -191,13 +192,13 @@ def test_the_totals_are_sums():
 
 def test_bytes_follow_the_type():
     half = {"params": jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16), PARAMS)}
-    report = table(half, label(PARAMS, RULES), GROUPS)
+    report = parameter_table(half, label(PARAMS, RULES), GROUPS)
     assert report.totals[-1].bytes == 2 * 47178
 
 
 def test_the_batch_norm_policy_is_the_default_one_or_the_one_given():
     def norms(labels, norm=None):
-        rows = table(VARIABLES, labels, GROUPS, norm).rows
+        rows = parameter_table(VARIABLES, labels, GROUPS, norm).rows
         return {row.path.rpartition("/")[0]: row.norm for row in rows if row.norm}
 
     trained = label(PARAMS, {"head": head(), "late": stage(4), "frozen": rest()})
@@ -210,12 +211,12 @@ def test_the_batch_norm_policy_is_the_default_one_or_the_one_given():
 
 def test_the_learning_rate_of_an_optax_transformation_is_not_guessed():
     groups = GROUPS | {"head": optax.adamw(1e-2)}
-    row = table(VARIABLES, label(PARAMS, RULES), groups).rows[-1]
+    row = parameter_table(VARIABLES, label(PARAMS, RULES), groups).rows[-1]
     assert (row.learning_rate, row.weight_decay, row.trainable) == (None, None, True)
 
 
 def test_printed_every_leaf_and_every_total_is_there():
-    report = table(VARIABLES, label(PARAMS, RULES), GROUPS)
+    report = parameter_table(VARIABLES, label(PARAMS, RULES), GROUPS)
     text = str(report)
     lines = text.splitlines()
 
@@ -228,7 +229,7 @@ def test_printed_every_leaf_and_every_total_is_there():
     assert cells("layer4/0/conv1/kernel") == late
     assert cells("bn1/scale") == ["bn1/scale", "64", "frozen", "–", "–", "no", "running"]
     assert cells("total") == ["total", "8", "47,178", "37,514", "0.19"]
-    hidden = table(VARIABLES, label(PARAMS, RULES), GROUPS | {"head": optax.sgd(1.0)})
+    hidden = parameter_table(VARIABLES, label(PARAMS, RULES), GROUPS | {"head": optax.sgd(1.0)})
     assert " – " in next(line for line in str(hidden).splitlines() if "fc/kernel" in line)
 
 
@@ -237,16 +238,20 @@ def test_printed_every_leaf_and_every_total_is_there():
     [
         ({"variables": PARAMS}, "variables are .*these have 'conv1', 'bn1'"),
         ({"labels": {"fc": {"kernel": "head", "bias": "late"}}}, "they differ in bn1/bias, "),
-        ({"groups": {"haed": GROUPS["head"], "late": GROUPS["late"], "frozen": FROZEN}},
-         "label 'head' has no group; did you mean 'haed'.*group 'haed' has no leaves"),
-        ({"groups": GROUPS | {"head": Group(optax.sgd, 0.1, 0.1, "glob('fc/kernl')")}},
-         "decay_mask of group 'head': .*did you mean 'fc/kernel'"),
+        (
+            {"groups": {"haed": GROUPS["head"], "late": GROUPS["late"], "frozen": FROZEN}},
+            "label 'head' has no group; did you mean 'haed'.*group 'haed' has no leaves",
+        ),
+        (
+            {"groups": GROUPS | {"head": Group(optax.sgd, 0.1, 0.1, "glob('fc/kernl')")}},
+            "decay_mask of group 'head': .*did you mean 'fc/kernel'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(change, text):
     arguments = {"variables": VARIABLES, "labels": label(PARAMS, RULES), "groups": GROUPS} | change
     with pytest.raises(ValueError, match=text):
-        table(**arguments)
+        parameter_table(**arguments)
 
 
 def test_rows_go_from_the_input_to_the_output_and_blocks_by_number():
@@ -258,14 +263,16 @@ def test_rows_go_from_the_input_to_the_output_and_blocks_by_number():
         "conv1/b",
     ]
     params = unflatten({path: jax.ShapeDtypeStruct((2,), "float32") for path in paths})
-    rows = table({"params": params}, label(params, {"a": rest()}), {"a": optax.sgd(0.1)}).rows
+    rows = parameter_table(
+        {"params": params}, label(params, {"a": rest()}), {"a": optax.sgd(0.1)}
+    ).rows
     assert [row.path for row in rows] == [paths[i] for i in (4, 3, 2, 1, 0)]
 
 
 def test_real_arrays_in_the_order_of_jit_give_the_same_table():
     arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), VARIABLES)
     labels = label(PARAMS, RULES)
-    assert table(arrays, labels, GROUPS) == table(VARIABLES, labels, GROUPS)
+    assert parameter_table(arrays, labels, GROUPS) == parameter_table(VARIABLES, labels, GROUPS)
 
 
 def python(program):
@@ -295,5 +302,5 @@ def test_the_core_imports_neither_flax_nor_rich():
 
 def test_the_table_is_a_function_also_after_the_labels_were_imported():
     # A module called as its function would take its place in the package.
-    program = "import flaxtransfer as ft; ft.label, ft.Group; print(callable(ft.table))"
+    program = "import flaxtransfer as ft; ft.label, ft.Group; print(callable(ft.parameter_table))"
     assert python(program).strip() == "True"

@@ -35,8 +35,11 @@ def start():
     def run(folder: Path) -> tuple[subprocess.Popen, str]:
         process = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(folder)],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         running.append(process)
         return process, process.stdout.readline().strip()
 

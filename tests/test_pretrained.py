@@ -93,10 +93,11 @@ def test_a_new_head_is_zero_unless_asked(checkpoint):
 
 def test_a_random_head_is_reproducible_and_bounded(checkpoint):
     kernels = [
-        np.asarray(head_of(transfer(checkpoint, classes=400, seed=seed, zero_head=False)[1])[
-            "kernel"])
+        np.asarray(
+            head_of(transfer(checkpoint, classes=400, seed=seed, zero_head=False)[1])["kernel"]
+        )
         for seed in (0, 0, 1)
-    ]  # fmt: skip
+    ]
     assert np.array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], kernels[2])
     bound = 1 / np.sqrt(checkpoint.config.features)
@@ -126,9 +127,14 @@ def test_the_report_as_text(checkpoint):
     lines = str(report).splitlines()
     assert lines[0].endswith("5 -> 3 classes")
     assert [line.split()[:2] for line in lines[1:]] == [
-        ["kept", "stem"], ["kept", "layer1"], ["kept", "layer2"], ["kept", "layer3"],
-        ["kept", "layer4"], ["adapted", "params/fc/bias"], ["adapted", "params/fc/kernel"],
-    ]  # fmt: skip
+        ["kept", "stem"],
+        ["kept", "layer1"],
+        ["kept", "layer2"],
+        ["kept", "layer3"],
+        ["kept", "layer4"],
+        ["adapted", "params/fc/bias"],
+        ["adapted", "params/fc/kernel"],
+    ]
     assert lines[-1].endswith("384 numbers")
     assert report.numbers(report.kept) + 3 + 384 == sum(report.sizes.values())
 

@@ -45,9 +45,12 @@ def child(code: str, *arguments: object, **environment: str) -> subprocess.Popen
     inherited = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
-        cwd=ROOT, env=inherited | environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=inherited | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -99,8 +102,9 @@ def test_a_batch_keeps_its_values_and_types():
 def test_a_replicated_tree_can_be_donated_and_the_given_one_stays(make):
     given = {"w": make(4096, np.float32), "key": jax.random.key(3)}
     placed = place_replicated(given, make_mesh())
-    step = jax.jit(lambda t: {"w": t["w"] * 0, "key": jax.random.fold_in(t["key"], 1)},
-                   donate_argnums=0)  # fmt: skip
+    step = jax.jit(
+        lambda t: {"w": t["w"] * 0, "key": jax.random.fold_in(t["key"], 1)}, donate_argnums=0
+    )
     jax.block_until_ready(step(placed))
     assert placed["w"].is_deleted()
     assert np.array_equal(given["w"], np.ones(4096))
@@ -155,7 +159,7 @@ def test_eight_devices_compute_what_one_computes():
 
     def step(state, batch):
         def loss(w):
-            # The mean and the variance of the whole batch, as batch normalisation takes them.
+            # The mean and the variance of the whole batch, as batch normalization takes them.
             x = batch["image"]
             x = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)
             logits = x @ w + jax.random.normal(state["key"], (3,))

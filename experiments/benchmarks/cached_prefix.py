@@ -28,10 +28,10 @@ from rich.table import Table
 
 import flaxtransfer as ft
 from flaxtransfer.data.transforms import evaluation_transform
+from flaxtransfer.recipes.catalog import adamw
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.strategies.recipes import adamw
 from flaxtransfer.training.cached_loader import cached_feed
-from flaxtransfer.training.prefix_cache import choose, narrow, narrow_phase
+from flaxtransfer.training.prefix_cache import choose, split_phase, split_state
 from flaxtransfer.training.step import start, train_step
 
 
@@ -64,12 +64,12 @@ PARTS = {"head": "head()", "layer4": "head() | stage(4)"}
 
 
 def epoch(
-    model: ft.Model, phase: ft.Phase, feed: ft.Feed, variables: ft.Variables
+    model: ft.Model, phase: ft.Phase, feed: ft.data.DataLoaders, variables: ft.models.Variables
 ) -> Callable[[], float]:
     """Seconds of one epoch; the first call compiles."""
     mesh = make_mesh()
-    step = train_step(model, narrow_phase(phase, model.segments, feed.start), feed)
-    state, _ = narrow(start(variables, phase, 0), model.segments, feed.start)
+    step = train_step(model, split_phase(phase, model.segments, feed.start), feed)
+    state, _ = split_state(start(variables, phase, 0), model.segments, feed.start)
     state = place_replicated(state, mesh)
 
     def run() -> float:
@@ -92,13 +92,17 @@ def compare(options: CachedPrefix, name: str, size: int, part: str) -> dict[str,
     pixels = random.integers(0, 256, (options.images, size, size, 3), dtype=np.uint8)
     source = ft.ArraySource(pixels, np.arange(options.images) % 10)
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, size, size)
-    feed = ft.source_feed(
-        source, np.arange(options.images), np.arange(0), preprocessing,
-        batch_size=options.batch_size, transform=evaluation_transform(preprocessing),
-    )  # fmt: skip
-    model = ft.resnet(dataclasses.replace(ft.RESNETS[name], classes=10))
+    feed = ft.loaders(
+        source,
+        np.arange(options.images),
+        np.arange(0),
+        preprocessing,
+        batch_size=options.batch_size,
+        transform=evaluation_transform(preprocessing),
+    )
+    model = ft.resnet(dataclasses.replace(ft.models.RESNETS[name], classes=10))
     variables = model.init(jax.random.key(0))
-    rules = {"moving": ft.parse(PARTS[part]), "still": ft.rest()}
+    rules = {"moving": ft.masks.parse(PARTS[part]), "still": ft.rest()}
     phase = ft.Phase(rules, {"moving": adamw(1e-3, 0.0), "still": ft.FROZEN}, epochs=10)
     phase = phase.resolve(variables["params"], feed.steps_per_epoch)
     cache = ft.Cache("memory", options.dtype, memory=2**36)  # type: ignore[arg-type]
@@ -133,7 +137,7 @@ def compare(options: CachedPrefix, name: str, size: int, part: str) -> dict[str,
 def main(options: CachedPrefix) -> None:
     """Measures, prints, and writes the figures if asked to."""
     unknown = [p for p in options.parts if p not in PARTS]
-    unknown += [m for m in options.models if m not in ft.RESNETS]
+    unknown += [m for m in options.models if m not in ft.models.RESNETS]
     if unknown:
         print(f"unknown: {unknown}; parts are {sorted(PARTS)}", file=sys.stderr)
         raise SystemExit(2)
@@ -153,15 +157,22 @@ def main(options: CachedPrefix) -> None:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
-            row["model"], str(row["size"]), row["trains"],
+            row["model"],
+            str(row["size"]),
+            row["trains"],
             *(f"{1e3 * row[f'{kind}_seconds']:.0f}" for kind in ("image", "caching")),
-            f"{1e3 * row['cached_seconds']:.1f}", f"{row['speed_up']:.1f}",
-            f"{row['break_even_epochs']:.2f}", f"{row['bytes'] / 1e6:.1f}",
-        )  # fmt: skip
+            f"{1e3 * row['cached_seconds']:.1f}",
+            f"{row['speed_up']:.1f}",
+            f"{row['break_even_epochs']:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+        )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind,
-                "python": platform.python_version()}  # fmt: skip
+    versions = {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+    }
     console.print(", ".join(f"{name} {value}" for name, value in versions.items()))
     if options.json is not None:
         asked = dataclasses.asdict(options) | {"json": str(options.json)}

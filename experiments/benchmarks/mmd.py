@@ -105,9 +105,17 @@ def main(options: Mmd) -> None:
         f"{np.median(np.divide(theirs, ours)):.0f})"
     )
     if options.large:
-        command = [sys.executable, __file__, "--alone", "--large", str(options.large),
-                   "--features", str(options.features),
-                   "--permutations", str(options.permutations)]  # fmt: skip
+        command = [
+            sys.executable,
+            __file__,
+            "--alone",
+            "--large",
+            str(options.large),
+            "--features",
+            str(options.features),
+            "--permutations",
+            str(options.permutations),
+        ]
         print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
     print(f"jax {jax.__version__}, numpy {np.__version__}, python {platform.python_version()}")
 

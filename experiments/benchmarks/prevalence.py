@@ -30,7 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flaxtransfer.shift.likelihood import likelihood_pass, maximise
+from flaxtransfer.shift.likelihood import likelihood_pass, maximize
 
 PEER = "quapy is not installed: python -m pip install quapy==0.2.3, or --no-peer"
 
@@ -42,7 +42,7 @@ class Prevalence:
     Args:
       examples: of the target that is timed.
       classes: of it.
-      separations: distances of the class centres; small ones are hard for EM.
+      separations: distances of the class centers; small ones are hard for EM.
       tolerance: of the certificate, for both.
       rounds: turns of each.
       peer: compare with QuaPy.
@@ -73,15 +73,15 @@ def posteriors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact posteriors of Gaussian classes on a target of other prevalence, and the prior."""
     random = np.random.default_rng(seed)
-    centres = separation * random.normal(size=(classes, 20))
+    centers = separation * random.normal(size=(classes, 20))
     prior = random.dirichlet(np.full(classes, 5.0))
     shares = random.dirichlet(np.full(classes, 1.0))
     found = np.empty((count, classes), dtype)
     for start in range(0, count, 10_000):
         rows = slice(start, min(start + 10_000, count))
         labels = random.choice(classes, size=rows.stop - start, p=shares)
-        inputs = centres[labels] + random.normal(size=(len(labels), 20))
-        scores = inputs @ centres.T - np.square(centres).sum(1) / 2 + np.log(prior)
+        inputs = centers[labels] + random.normal(size=(len(labels), 20))
+        scores = inputs @ centers.T - np.square(centers).sum(1) / 2 + np.log(prior)
         scores = np.exp(scores - scores.max(1, keepdims=True))
         found[rows] = scores / scores.sum(1, keepdims=True)
     return found, prior
@@ -112,7 +112,7 @@ def compare(options: Prevalence, separation: float) -> dict[str, Any]:
         options.examples, options.classes, separation, options.seed, np.float64
     )
     row: dict[str, Any] = {"separation": separation}
-    ours = maximise(found, prior, tolerance=options.tolerance)
+    ours = maximize(found, prior, tolerance=options.tolerance)
     row |= {"passes": ours.passes, "gap": ours.gap}
     if options.peer:
         from quapy.method.aggregative import EMQ
@@ -122,7 +122,7 @@ def compare(options: Prevalence, separation: float) -> dict[str, Any]:
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(options.rounds):
         start = time.perf_counter()
-        maximise(found, prior, tolerance=options.tolerance)
+        maximize(found, prior, tolerance=options.tolerance)
         seconds[0].append(time.perf_counter() - start)
         if options.peer:
             start = time.perf_counter()

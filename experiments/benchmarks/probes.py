@@ -36,7 +36,7 @@ from threadpoolctl import threadpool_limits
 from flaxtransfer.features import (
     logistic_path,
     ridge_path,
-    standardisation,
+    standardization,
     stratified_folds,
     sweep_head,
 )
@@ -50,7 +50,7 @@ class Probes:
       examples: numbers of examples, one comparison each.
       features: of each example, correlated as a network's are.
       classes: of equal size.
-      strengths: of a sweep, from 0.01 to 1e5 on standardised features.
+      strengths: of a sweep, from 0.01 to 1e5 on standardized features.
       ridge_strengths: of the ridge path, over the same range.
       folds: of a sweep; as many fits as strengths times folds.
       strength: of the single probe.
@@ -80,14 +80,14 @@ class Probes:
 
 
 def data(options: Probes, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised float32 features, rectified and correlated, and labels that overlap."""
+    """Standardized float32 features, rectified and correlated, and labels that overlap."""
     random = np.random.default_rng(options.seed)
     width = options.features
     labels = np.arange(count) % options.classes
     hidden = random.normal(size=(options.classes, width))[labels] / 2
     hidden = (hidden + random.normal(size=(count, width))) / np.sqrt(1 + np.arange(width))
     features = np.maximum(hidden @ random.normal(size=(width, width)), 0).astype(np.float32)
-    return standardisation(features)(features), labels
+    return standardization(features)(features), labels
 
 
 def take_turns(
@@ -167,7 +167,7 @@ def sweep(options: Probes, features: np.ndarray, labels: np.ndarray) -> dict[str
             labels,
             strengths=strengths.tolist(),
             folds=options.folds,
-            standardise=False,
+            standardize=False,
             rule="accuracy",
         ),
         theirs,

@@ -64,7 +64,7 @@ class TrainStep:
       compare: whom to take turns with.
       rounds: turns of each.
       steps: steps a turn; unset, 1 on CPU and 20 on accelerators.
-      peak_tflops: of the device, for the model FLOP utilisation; unset, looked up by its name.
+      peak_tflops: of the device, for the model FLOP utilization; unset, looked up by its name.
       json: file for the figures.
     """
 
@@ -102,7 +102,7 @@ def measure(options: TrainStep) -> list[Contestant]:
 
 
 def figures(contestants: list[Contestant], options: TrainStep) -> list[dict[str, Any]]:
-    """One dict for each contestant; utilisation is None where the device's peak is not known."""
+    """One dict for each contestant; utilization is None where the device's peak is not known."""
     ours = contestants[0]
     peak = options.peak_tflops or PEAKS.get(ours.facts["device"])
     return [
@@ -112,7 +112,7 @@ def figures(contestants: list[Contestant], options: TrainStep) -> list[dict[str,
             "images_per_second": options.batch_size / each.best,
             "best_ms": 1e3 * each.best,
             "median_ms": 1e3 * each.median,
-            "utilisation": peak and ours.facts["flops"] / each.best / (peak * 1e12),
+            "utilization": peak and ours.facts["flops"] / each.best / (peak * 1e12),
             "peak_bytes": each.facts["peak_bytes"],
             "ours_over_this": ours.best / each.best,
             "ours_over_this_median": ours.median / each.median,
@@ -140,7 +140,7 @@ def report(rows: list[dict[str, Any]], options: TrainStep) -> Table:
                     ("images_per_second", ".1f"),
                     ("best_ms", ".1f"),
                     ("median_ms", ".1f"),
-                    ("utilisation", ".1%"),
+                    ("utilization", ".1%"),
                 )
             ),
             "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",

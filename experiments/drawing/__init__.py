@@ -1,1 +1,1 @@
-"""Procedurally drawn images: glyphs of many scripts and coloured fractals, no decimal digit."""
+"""Procedurally drawn images: glyphs of many scripts and colored fractals, no decimal digit."""

@@ -1,4 +1,4 @@
-"""Coloured fractals of random iterated function systems: shape and colour both name the class."""
+"""Colored fractals of random iterated function systems: shape and color both name the class."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from drawing.templates import TEMPLATE_SIZE, TEMPLATES_PER_CLASS, Templates
 
-COLOURINGS = 3
-"""Classes that share one shape and differ in hue alone, so that colour has to be seen."""
+COLORINGS = 3
+"""Classes that share one shape and differ in hue alone, so that color has to be seen."""
 
 WALKERS = 4096
 STEPS = 60
@@ -17,29 +17,29 @@ BURN_IN = 20
 
 
 def fractal_templates(classes: int, seed: int) -> Templates:
-    """Draws ``classes`` fractal classes: ``classes / COLOURINGS`` shapes, each in several hues.
+    """Draws ``classes`` fractal classes: ``classes / COLORINGS`` shapes, each in several hues.
 
     The templates of one class come from its affine maps perturbed by up to 20 %, as in the paper.
 
     Args:
-      classes: how many classes; a multiple of ``COLOURINGS``.
+      classes: how many classes; a multiple of ``COLORINGS``.
       seed: of the random systems.
 
     References:
       Kataoka et al., "Pre-training without Natural Images", 2020 (FractalDB).
     """
-    if classes % COLOURINGS:
-        raise ValueError(f"{classes} fractal classes do not divide by {COLOURINGS} colourings")
+    if classes % COLORINGS:
+        raise ValueError(f"{classes} fractal classes do not divide by {COLORINGS} colorings")
     random = np.random.default_rng(seed)
     planes, names, palettes = [], [], []
-    for shape in range(classes // COLOURINGS):
+    for shape in range(classes // COLORINGS):
         drawn = _draw_shape(random)
         first, second = random.uniform(0, 1), random.uniform(0.1, 0.25)
-        for colouring in range(COLOURINGS):
-            hue = first + colouring / COLOURINGS
+        for coloring in range(COLORINGS):
+            hue = first + coloring / COLORINGS
             pair = [colorsys.hsv_to_rgb(h % 1, 0.85, 1.0) for h in (hue, hue + second)]
             planes.append(drawn)
-            names.append(f"fractal {shape} colouring {colouring}")
+            names.append(f"fractal {shape} coloring {coloring}")
             palettes.append(pair)
     return Templates(np.stack(planes), tuple(names), np.asarray(palettes, np.float32))
 

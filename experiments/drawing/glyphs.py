@@ -28,7 +28,7 @@ PEN_FACES = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif-Italic", "DejaVuSans-O
 """Faces whose thinned shapes stand for what a pen would write."""
 
 CANVAS = 128
-"""Glyphs are rasterised this large, so that thinning and distances are smooth."""
+"""Glyphs are rasterized this large, so that thinning and distances are smooth."""
 
 GLYPH_BOX = 96
 """The longer side of a glyph on the canvas; the rest is margin."""
@@ -51,7 +51,7 @@ def glyph_templates(classes: int) -> Templates:
       classes: how many characters, taken in the order of their code points.
 
     Returns:
-      The templates, without a palette: a letter is the same letter in every colour.
+      The templates, without a palette: a letter is the same letter in every color.
 
     Raises:
       ValueError: the faces hold fewer distinct characters than asked.
@@ -63,7 +63,7 @@ def glyph_templates(classes: int) -> Templates:
     for character in _letters(covered["DejaVuSans"]):
         if len(chosen) == classes:
             break
-        shape = _rasterise(character, "DejaVuSans")
+        shape = _rasterize(character, "DejaVuSans")
         if shape is None:
             continue
         signature = _signature(shape)
@@ -91,13 +91,13 @@ def thin(shape: np.ndarray) -> np.ndarray:
             # Clockwise from north, as in the paper: p2 ... p9.
             shifts = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
             p = [np.roll(image, shift, (0, 1)) for shift in shifts]
-            neighbours = np.sum(p, axis=0)
+            neighbors = np.sum(p, axis=0)
             crossings = np.sum([~p[i] & p[(i + 1) % 8] for i in range(8)], axis=0)
             if step == 0:
                 open_side = ~(p[0] & p[2] & p[4]) & ~(p[2] & p[4] & p[6])
             else:
                 open_side = ~(p[0] & p[2] & p[6]) & ~(p[0] & p[4] & p[6])
-            remove = image & (neighbours >= 2) & (neighbours <= 6) & (crossings == 1) & open_side
+            remove = image & (neighbors >= 2) & (neighbors <= 6) & (crossings == 1) & open_side
             image &= ~remove
             changed |= bool(remove.any())
     return image[1:-1, 1:-1]
@@ -121,8 +121,8 @@ def _font_path(face: str) -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
 
 
-def _rasterise(character: str, face: str) -> np.ndarray | None:
-    """The glyph's boolean shape, its longer side GLYPH_BOX pixels, centred; None if it is blank."""
+def _rasterize(character: str, face: str) -> np.ndarray | None:
+    """The glyph's boolean shape, its longer side GLYPH_BOX pixels, centered; or None."""
     font = ImageFont.truetype(str(_font_path(face)), 160)
     left, top, right, bottom = font.getbbox(character)
     if right - left < 4 or bottom - top < 4:
@@ -139,8 +139,8 @@ def _rasterise(character: str, face: str) -> np.ndarray | None:
 def _signature(shape: np.ndarray) -> np.ndarray:
     """A unit vector whose inner products tell look-alikes from different characters."""
     blurred = ndimage.gaussian_filter(shape.astype(np.float32), CANVAS / 24)[::4, ::4].ravel()
-    centred = blurred - blurred.mean()
-    return centred / np.linalg.norm(centred)
+    centered = blurred - blurred.mean()
+    return centered / np.linalg.norm(centered)
 
 
 def _templates_of(character: str, covered: dict[str, set[int]]) -> np.ndarray:
@@ -150,7 +150,7 @@ def _templates_of(character: str, covered: dict[str, set[int]]) -> np.ndarray:
     halves = []
     half = TEMPLATES_PER_CLASS // 2
     for faces, distance in ((PEN_FACES, _pen_distance), (FACES, _print_distance)):
-        shapes = (_rasterise(character, face) for face in available(faces))
+        shapes = (_rasterize(character, face) for face in available(faces))
         drawn = [distance(s) for s in itertools.islice((s for s in shapes if s is not None), half)]
         halves.extend(drawn[i % len(drawn)] for i in range(half))
     planes = np.zeros((TEMPLATES_PER_CLASS, TEMPLATE_SIZE, TEMPLATE_SIZE, 2), np.uint8)

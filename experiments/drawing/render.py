@@ -1,4 +1,4 @@
-"""Varies templates into training images: position, shape, stroke, colour, sharpness and noise.
+"""Varies templates into training images: position, shape, stroke, color, sharpness and noise.
 
 Everything is one jit-compiled function of a random key, so that batch ``k`` of a pre-training run
 is drawn anew from ``(seed, k)`` and nothing has to be stored to resume it.
@@ -20,7 +20,7 @@ ELASTIC_GRID = 5
 """Control points a side of the elastic deformation (after Simard et al., 2003)."""
 
 TEXTURE_GRID = 4
-"""Control points a side of the background's slow colour variation."""
+"""Control points a side of the background's slow color variation."""
 
 COARSEST = 8
 """The smallest resolution, in pixels a side, that a drawing is reduced to and enlarged from."""
@@ -35,7 +35,7 @@ class Bank(NamedTuple):
     sharpness: jax.Array  # float32 [operators, image_size, image_size]
 
 
-class Colours(NamedTuple):
+class Colors(NamedTuple):
     """``foreground`` [batch, 2, 3], ``background`` [batch, 3], each RGB in 0..1."""
 
     foreground: jax.Array
@@ -92,8 +92,8 @@ def _deform(key: jax.Array, bank: Bank, labels: jax.Array) -> jax.Array:
 
 @jax.jit
 def _paint(key: jax.Array, bank: Bank, labels: jax.Array, planes: jax.Array) -> jax.Array:
-    """Stroke width, edge and colours: float images ``[batch, size, size, 3]``."""
-    stroke_key, colour_key, texture_key, amount_key = jax.random.split(key, 4)
+    """Stroke width, edge and colors: float images ``[batch, size, size, 3]``."""
+    stroke_key, color_key, texture_key, amount_key = jax.random.split(key, 4)
     batch_size, size = planes.shape[:2]
     fractal = bank.has_palette[labels]
     inside, mix = planes[..., 0], planes[..., 1] / 255
@@ -105,11 +105,11 @@ def _paint(key: jax.Array, bank: Bank, labels: jax.Array, planes: jax.Array) -> 
     fade = jnp.linspace(0, 1, size)[:, None]
     mix = jnp.where(fractal[:, None, None], mix, fade)[..., None]
 
-    colours = _colours(colour_key, bank.palette[labels], fractal)
-    first, second = (colours.foreground[:, None, None, i] for i in (0, 1))
+    colors = _colors(color_key, bank.palette[labels], fractal)
+    first, second = (colors.foreground[:, None, None, i] for i in (0, 1))
     texture = _smooth_noise(texture_key, (batch_size, 3), TEXTURE_GRID, size)
     amount = 0.08 * jax.random.uniform(amount_key, (batch_size, 1, 1, 1))
-    background = colours.background[:, None, None] + amount * jnp.moveaxis(texture, 1, -1)
+    background = colors.background[:, None, None] + amount * jnp.moveaxis(texture, 1, -1)
     return background + (first + (second - first) * mix - background) * alpha
 
 
@@ -167,9 +167,9 @@ def _warped_grid(
     return (rows + 0.5) * TEMPLATE_SIZE - 0.5, (columns + 0.5) * TEMPLATE_SIZE - 0.5
 
 
-def _colours(key: jax.Array, palette: jax.Array, fractal: jax.Array) -> Colours:
+def _colors(key: jax.Array, palette: jax.Array, fractal: jax.Array) -> Colors:
     """A third of the glyphs are bright on dark and a sixth dark on bright; the rest take two
-    colours that differ in every channel, with luminances that may well be equal. A fractal keeps
+    colors that differ in every channel, with luminances that may well be equal. A fractal keeps
     its hues up to brightness and a small jitter, on a dark background.
     """
     batch_size = len(palette)
@@ -189,7 +189,7 @@ def _colours(key: jax.Array, palette: jax.Array, fractal: jax.Array) -> Colours:
     fractal = fractal[:, None, None]
     foreground = jnp.where(fractal, jittered, foreground)
     background = jnp.where(fractal, 0.6 * dark, background)
-    return Colours(foreground, background[:, 0])
+    return Colors(foreground, background[:, 0])
 
 
 def _smooth_noise(key: jax.Array, shape: tuple[int, ...], grid: int, size: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """The form that every drawn class takes before it is varied: a stack of small two-plane pictures.
 
-Plane 0 says how far inside the shape a point lies, plane 1 which of the two colours of the class
+Plane 0 says how far inside the shape a point lies, plane 1 which of the two colors of the class
 it takes. Glyphs store a signed distance there, so that one threshold varies the stroke width;
 fractals store their density.
 """
@@ -25,7 +25,7 @@ class Templates:
     Args:
       planes: uint8 ``[classes, TEMPLATES_PER_CLASS, TEMPLATE_SIZE, TEMPLATE_SIZE, 2]``.
       names: one name a class.
-      palette: float32 ``[classes, 2, 3]`` RGB in 0..1, or None where colour says nothing about
+      palette: float32 ``[classes, 2, 3]`` RGB in 0..1, or None where color says nothing about
         the class.
     """
 

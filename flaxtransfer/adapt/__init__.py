@@ -1,20 +1,18 @@
-"""A network in another domain than it was trained for: adapted to unlabelled images, guarded."""
+"""Test-time adaptation: adapt a trained network to unlabeled images of another domain."""
 
-from flaxtransfer.adapt.batch_norm import (
-    BatchNormReport,
-    Candidate,
-    adapt_batch_norm,
-    adapt_batch_norm_balanced,
-)
-from flaxtransfer.adapt.entropy import EntropyReport, minimise_entropy
-from flaxtransfer.adapt.scores import Standing
+from __future__ import annotations
 
-__all__ = [
-    "BatchNormReport",
-    "Candidate",
-    "EntropyReport",
-    "Standing",
-    "adapt_batch_norm",
-    "adapt_batch_norm_balanced",
-    "minimise_entropy",
-]
+from typing import TYPE_CHECKING
+
+from flaxtransfer.lazy import attach
+
+if TYPE_CHECKING:
+    from flaxtransfer.adapt.batch_norm import adapt_batch_norm as adapt_batch_norm
+    from flaxtransfer.adapt.batch_norm import adapt_batch_norm_balanced as adapt_batch_norm_balanced
+    from flaxtransfer.adapt.entropy import tent as tent
+    from flaxtransfer.adapt.scores import ModelOutputs as ModelOutputs
+    from flaxtransfer.adapt.scores import model_outputs as model_outputs
+    from flaxtransfer.adapt.statistics import reader as reader
+    from flaxtransfer.adapt.statistics import target_logits as target_logits
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Adapt BatchNorm statistics to an unlabelled target, guarded.
+"""Adapt BatchNorm statistics to an unlabeled target, guarded.
 
 What an adaptation did, or why it did nothing, as a person reads it.
 
@@ -18,20 +18,20 @@ from jax.sharding import Mesh
 from flaxtransfer.adapt.scores import (
     CLEAR,
     Estimate,
-    Standing,
+    UnlabeledScores,
     contradiction,
-    far,
+    exceeds_shift,
+    is_weak,
     one_class,
-    standing,
     support,
-    weak,
+    unlabeled_scores,
 )
 from flaxtransfer.adapt.statistics import (
     Images,
     LayerStatistics,
     Reestimated,
     TooFewValues,
-    dealt,
+    interleave,
     reader,
     reestimate,
     target_logits,
@@ -67,7 +67,7 @@ class Candidate:
     """
 
     name: str
-    standing: Standing | None
+    unlabeled_scores: UnlabeledScores | None
     effective_images: float | None
 
 
@@ -92,12 +92,12 @@ class BatchNormReport:
     chosen: str
 
     @property
-    def before(self) -> Standing | None:
+    def before(self) -> UnlabeledScores | None:
         """Of the source's network."""
         return self.candidates[0].standing
 
     @property
-    def after(self) -> Standing | None:
+    def after(self) -> UnlabeledScores | None:
         """Of the network that came back."""
         return next(c.standing for c in self.candidates if c.name == self.chosen)
 
@@ -143,14 +143,14 @@ def adapt_batch_norm(
     estimate: Estimate | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Variables, BatchNormReport]:
-    """The network with BatchNorm statistics of unlabelled target images.
+    """The network with BatchNorm statistics of unlabeled target images.
 
     You want it where images have changed (contrast, brightness, blur, noise, another scanner) and
     classes are about as common as at the source. It is not for label shift: statistics of a
     target with other class shares remove the very difference that tells classes apart, and
     ``adapt_batch_norm_balanced`` is for that. Nothing is learned, and the weights stay.
 
-    Statistics are measured in training mode: each BatchNorm normalises by its batch, so that the
+    Statistics are measured in training mode: each BatchNorm normalizes by its batch, so that the
     next one sees what it will see. Up to ``batch_size`` images are one batch, and the result is
     exact: evaluated with running statistics, the network gives the outputs of training mode on
     all images together, in any order. With more, images are dealt out to batches, which are merged
@@ -167,7 +167,7 @@ def adapt_batch_norm(
     Args:
       model: the network.
       variables: the source's; not changed.
-      images: unlabelled, of the target.
+      images: unlabeled, of the target.
       preprocessing: that belongs to the weights.
       source: calibration of this network on held-out examples of the source.
       source_weight: N, how many target images the source's statistics are worth, in the mixture
@@ -198,7 +198,7 @@ def adapt_batch_norm(
       common corruptions by covariate shift adaptation", 2020.
 
     >>> import jax, numpy as np, flaxtransfer as ft
-    >>> model = ft.Model(ft.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
+    >>> model = ft.Model(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
     >>> variables = model.init(jax.random.key(0))
     >>> images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 16, 16)
@@ -208,11 +208,18 @@ def adapt_batch_norm(
     """
     check_guard(guard)
     chosen = batch_norms(model, variables, where)
-    read = reader(dealt(images, batch_size), batch_size)
+    read = reader(interleave(images, batch_size), batch_size)
     found = reestimate(
-        model, variables, read, preprocessing, chosen,
-        source_weight=source_weight, mixture=mixture, passes=passes, mesh=mesh,
-    )  # fmt: skip
+        model,
+        variables,
+        read,
+        preprocessing,
+        chosen,
+        source_weight=source_weight,
+        mixture=mixture,
+        passes=passes,
+        mesh=mesh,
+    )
     adapted = {**variables, "batch_stats": found.batch_stats}
     before = after = None
     refusals: list[str] = []
@@ -221,7 +228,7 @@ def adapt_batch_norm(
         notes.append("no calibration was given: neither label shift nor confidence was looked at")
     else:
         before, after = (
-            standing(target_logits(model, v, read, preprocessing, mesh), source, estimate)
+            unlabeled_scores(target_logits(model, v, read, preprocessing, mesh), source, estimate)
             for v in (variables, adapted)
         )
         refusals, notes = judged(before, after, source)
@@ -244,7 +251,7 @@ def batch_norms(model: Model, variables: Variables, where: Mask | str | None) ->
     """
     if model.config.norm == "group":
         raise ValueError(
-            "this network normalises by groups of channels within each image (GroupNorm): it has "
+            "this network normalizes by groups of channels within each image (GroupNorm): it has "
             "no statistics of a domain, and there is nothing to adapt"
         )
     chosen = policy(variables["params"], everything() if where is None else where)
@@ -259,7 +266,9 @@ def check_guard(guard: str) -> None:
         raise ValueError(f"guard is 'refuse' or 'warn', not {guard!r}")
 
 
-def judged(before: Standing, after: Standing, source: Calibration) -> tuple[list[str], list[str]]:
+def judged(
+    before: UnlabeledScores, after: UnlabeledScores, source: Calibration
+) -> tuple[list[str], list[str]]:
     """Reasons against statistics of the target, and notes.
 
     Args:
@@ -281,7 +290,7 @@ def judged(before: Standing, after: Standing, source: Calibration) -> tuple[list
         )
     if single := one_class(shares):
         refusals.append(single)
-    elif (distant := far(shares)) and change <= CLEAR:
+    elif (distant := exceeds_shift(shares)) and change <= CLEAR:
         refusals.append(f"{distant}, and the estimated accuracy does not clearly rise")
     elif distant:
         notes.append(f"{distant}: adapt_batch_norm_balanced is made for that")
@@ -322,7 +331,7 @@ def adapt_batch_norm_balanced(
     Args:
       model: the network.
       variables: the source's; not changed.
-      images: unlabelled, of the target.
+      images: unlabeled, of the target.
       preprocessing: that belongs to the weights.
       source: calibration of this network on held-out examples of the source.
       rounds: of predicting and weighing, 1 or more; it ends earlier where nothing improves.
@@ -342,7 +351,7 @@ def adapt_batch_norm_balanced(
       ValueError: as ``adapt_batch_norm``; fewer than one round.
 
     >>> import jax, numpy as np, flaxtransfer as ft
-    >>> model = ft.Model(ft.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
+    >>> model = ft.Model(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
     >>> variables = model.init(jax.random.key(0))
     >>> images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 16, 16)
@@ -357,18 +366,27 @@ def adapt_batch_norm_balanced(
     if rounds < 1:
         raise ValueError(f"rounds is 1 or more, not {rounds}")
     chosen = batch_norms(model, variables, where)
-    read = reader(dealt(images, batch_size), batch_size)
+    read = reader(interleave(images, batch_size), batch_size)
 
     def network(name: str, weights: np.ndarray | None = None) -> _Network:
         found = reestimate(
-            model, variables, read, preprocessing, chosen,
-            weights=weights, source_weight=source_weight, mixture=mixture, mesh=mesh,
-        )  # fmt: skip
+            model,
+            variables,
+            read,
+            preprocessing,
+            chosen,
+            weights=weights,
+            source_weight=source_weight,
+            mixture=mixture,
+            mesh=mesh,
+        )
         adapted = {**variables, "batch_stats": found.batch_stats}
         return _Network(name, adapted, found, stands(adapted))
 
-    def stands(of: Variables) -> Standing:
-        return standing(target_logits(model, of, read, preprocessing, mesh), source, estimate)
+    def stands(of: Variables) -> UnlabeledScores:
+        return unlabeled_scores(
+            target_logits(model, of, read, preprocessing, mesh), source, estimate
+        )
 
     met = [_Network("source", variables, None, stands(variables)), network("target statistics")]
     plain = met[1].statistics
@@ -419,7 +437,7 @@ class _Network:
     name: str
     variables: Variables
     statistics: Reestimated | None
-    standing: Standing
+    unlabeled_scores: UnlabeledScores
 
 
 def _best(met: list[_Network]) -> _Network:
@@ -434,6 +452,6 @@ def _reasons(best: _Network, source: Calibration) -> list[str]:
         reasons.append("no new statistics are better supported than those of the source")
     if single := one_class(best.standing.prevalence):
         reasons.append(single)
-    if little := weak(best.standing, source):
+    if little := is_weak(best.standing, source):
         reasons.append(f"{little}, and no other is surer: predictions cannot weigh images")
     return reasons

@@ -1,4 +1,4 @@
-"""Entropy minimisation at test time: BatchNorm scales and biases that make predictions sharper."""
+"""Entropy minimization at test time: BatchNorm scales and biases that make predictions sharper."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from scipy.special import entr, softmax
 
 from flaxtransfer.adapt.batch_norm import Guard, batch_norms, check_guard, judged
-from flaxtransfer.adapt.scores import Estimate, far, standing
+from flaxtransfer.adapt.scores import Estimate, exceeds_shift, unlabeled_scores
 from flaxtransfer.adapt.statistics import Images, Reader, reader, reestimate, target_logits
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.labels import label, rest
@@ -26,9 +26,9 @@ from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.training.recalibration import without_padding
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
-__all__ = ["EntropyReport", "LEAST_BATCH", "minimise_entropy"]
+__all__ = ["LEAST_BATCH", "EntropyReport", "tent"]
 
 
 LEAST_BATCH = 32
@@ -40,13 +40,13 @@ _COLLAPSE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class EntropyReport:
-    """What entropy minimisation did.
+    """What entropy minimization did.
 
     Args:
       adapted: whether the variables that came back have moved.
       refusals: why not; with ``guard="warn"``, what would have been a reason.
       notes: what a person should know, collapses among it.
-      logits: float32 [images, classes], of each image after the steps on its batch, normalised by
+      logits: float32 [images, classes], of each image after the steps on its batch, normalized by
         the statistics of that batch; in the images' order.
       entropies: mean entropy of the predictions of each batch before its steps, in nats.
       effective_classes: exp(entropy) of the mean prediction of each batch after its steps.
@@ -65,7 +65,7 @@ class EntropyReport:
         lines = []
         if self.entropies:
             lines.append(
-                f"entropy minimised on {len(self.logits)} target images in {len(self.entropies)} "
+                f"entropy minimized on {len(self.logits)} target images in {len(self.entropies)} "
                 f"batches: {np.mean(self.entropies):.3f} nats a prediction before, "
                 f"{np.mean(self.effective_classes):.1f} effective classes after; "
                 f"set back after {self.collapses} batches"
@@ -75,7 +75,7 @@ class EntropyReport:
         return "\n".join([*lines, *self.notes])
 
 
-def minimise_entropy(
+def tent(
     model: Model,
     variables: Variables,
     images: Images,
@@ -94,15 +94,15 @@ def minimise_entropy(
     """Moves BatchNorm scales and biases so that predictions on the target become surer.
 
     It comes after ``adapt_batch_norm``, for what statistics alone do not mend; every batch is
-    normalised by its own statistics, and all other parameters are frozen. It believes the
+    normalized by its own statistics, and all other parameters are frozen. It believes the
     predictions, right or wrong, and ends in one class where the batches have one: it is refused
     under label shift, and set back where the mean prediction collapses. Afterwards confidence says
-    nothing about accuracy any more, for confidence is what was maximised.
+    nothing about accuracy any more, for confidence is what was maximized.
 
     Args:
       model: the network.
       variables: the source's; not changed.
-      images: unlabelled, of the target. Arrays are shuffled, feeds are taken in their order.
+      images: unlabeled, of the target. Arrays are shuffled, feeds are taken in their order.
       preprocessing: that belongs to the weights.
       source: calibration of this network on held-out examples of the source; without it label
         shift is not looked for.
@@ -130,11 +130,11 @@ def minimise_entropy(
       Entropy Minimization", 2021.
 
     >>> import jax, numpy as np, flaxtransfer as ft
-    >>> model = ft.Model(ft.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
+    >>> model = ft.Model(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
     >>> variables = model.init(jax.random.key(0))
     >>> images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 16, 16)
-    >>> adapted, report = minimise_entropy(model, variables, images, preprocessing)
+    >>> adapted, report = tent(model, variables, images, preprocessing)
     >>> report.adapted, report.logits.shape, len(report.entropies)
     (True, (64, 2), 1)
     """
@@ -148,7 +148,7 @@ def minimise_entropy(
     parts = [part for part, _ in without_padding(read())]
     if few := [len(part) for part in parts if len(part) < LEAST_BATCH] or not parts:
         raise ValueError(
-            f"entropy is minimised on batches of {LEAST_BATCH} images or more, not of "
+            f"entropy is minimized on batches of {LEAST_BATCH} images or more, not of "
             f"{few if parts else 0}; adapt_batch_norm with a source_weight takes fewer"
         )
 
@@ -166,10 +166,12 @@ def minimise_entropy(
     if source is None:
         notes.append("no calibration was given: label shift was not looked for")
     else:
-        before, after = (standing(z, source, estimate) for z in (logits_of(variables), reference))
+        before, after = (
+            unlabeled_scores(z, source, estimate) for z in (logits_of(variables), reference)
+        )
         refusals, _ = judged(before, after, source)
         # Gradients follow the classes that there are; no gain makes up for that.
-        distant = far(max((before, after), key=lambda one: one.accuracy).prevalence)
+        distant = exceeds_shift(max((before, after), key=lambda one: one.accuracy).prevalence)
         refusals = refusals or [distant] * bool(distant)
     if refusals and guard == "refuse":
         logits = logits_of(variables)[np.argsort(order)]
@@ -259,7 +261,7 @@ def _tent(model: Model, preprocessing: Preprocessing, learning_rate: float) -> _
 
     def by_batch(moving: Any, variables: Variables, images: jax.Array) -> jax.Array:
         params = merge(frozen(variables["params"], labels, groups), moving)
-        normal = normalise(images, preprocessing.mean, preprocessing.std)
+        normal = normalize(images, preprocessing.mean, preprocessing.std)
         return model.apply({**variables, "params": params}, normal, norm="batch")[0]
 
     def entropy(moving: Any, variables: Variables, images: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Scores of a network on unlabelled images: confidence, estimated accuracy, prevalence.
+"""Scores of a network on unlabeled images: confidence, estimated accuracy, prevalence.
 
-How a network stands on unlabelled images: confidence, estimated accuracy, prevalence.
+How a network stands on unlabeled images: confidence, estimated accuracy, prevalence.
 
 No labels, no certainty: each of these is an indication and rests on the source's calibration, which
 need not hold in another domain. They are good at telling which of two networks to prefer.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flaxtransfer.data.loaders import Batch
+from flaxtransfer.data.loader import Batch
 from flaxtransfer.models.model import Model
 from flaxtransfer.shift.accuracy import ThresholdedConfidence
 from flaxtransfer.shift.calibration import Calibration
@@ -26,17 +26,17 @@ from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
     "CLEAR",
-    "Estimate",
-    "Evidence",
     "FAR",
-    "Standing",
+    "Estimate",
+    "ModelOutputs",
+    "UnlabeledScores",
     "contradiction",
-    "evidence",
-    "far",
+    "exceeds_shift",
+    "is_weak",
+    "model_outputs",
     "one_class",
-    "standing",
     "support",
-    "weak",
+    "unlabeled_scores",
 ]
 
 
@@ -58,7 +58,7 @@ _ONE_CLASS = 1.5
 
 
 @dataclass(frozen=True, eq=False)
-class Standing:
+class UnlabeledScores:
     """What one network says about the target's images.
 
     Args:
@@ -89,7 +89,9 @@ class Standing:
         )
 
 
-def standing(logits: np.ndarray, source: Calibration, estimate: Estimate | None = None) -> Standing:
+def unlabeled_scores(
+    logits: np.ndarray, source: Calibration, estimate: Estimate | None = None
+) -> UnlabeledScores:
     """What can be told of a network by its logits on the target.
 
     Args:
@@ -106,10 +108,10 @@ def standing(logits: np.ndarray, source: Calibration, estimate: Estimate | None 
     scores, right = source.probabilities.max(1), source.probabilities.argmax(1) == source.labels
     threshold, _ = ThresholdedConfidence(scores, right, scores).threshold()
     confident = probabilities.max(axis=1) >= threshold
-    return Standing(probabilities, confident, estimate(probabilities, source))
+    return UnlabeledScores(probabilities, confident, estimate(probabilities, source))
 
 
-def support(before: Standing, after: Standing) -> float:
+def support(before: UnlabeledScores, after: UnlabeledScores) -> float:
     """How many standard deviations the estimated accuracy rose by; negative where it fell.
 
     The same images are compared twice, so that only those count which crossed the threshold: among
@@ -124,7 +126,7 @@ def support(before: Standing, after: Standing) -> float:
     return (rose - fell) / np.sqrt(rose + fell) if rose + fell else 0.0
 
 
-def weak(after: Standing, source: Calibration) -> str:
+def is_weak(after: UnlabeledScores, source: Calibration) -> str:
     """Why a network's predictions are no ground to stand on; "" where they are."""
     known = float((source.probabilities.argmax(axis=1) == source.labels).mean())
     if after.accuracy >= _WEAK * known:
@@ -135,7 +137,7 @@ def weak(after: Standing, source: Calibration) -> str:
     )
 
 
-def contradiction(before: Standing, after: Standing, source: Calibration) -> str:
+def contradiction(before: UnlabeledScores, after: UnlabeledScores, source: Calibration) -> str:
     """Why it cannot be told whether classes or images have changed; "" where it can.
 
     After adaptation classes look balanced, whatever they are, and a network that meets images of
@@ -145,7 +147,7 @@ def contradiction(before: Standing, after: Standing, source: Calibration) -> str
     one, other = before.prevalence.estimate, after.prevalence.estimate
     apart = float(np.abs(one - other).sum() / 2)
     change = support(before, after)
-    if apart <= FAR or change < -CLEAR or (change > CLEAR and not weak(after, source)):
+    if apart <= FAR or change < -CLEAR or (change > CLEAR and not is_weak(after, source)):
         return ""
     return (
         f"the networks before and after are {apart:.2f} apart in total variation about the class "
@@ -154,7 +156,7 @@ def contradiction(before: Standing, after: Standing, source: Calibration) -> str
     )
 
 
-def far(prevalence: Prevalence) -> str:
+def exceeds_shift(prevalence: Prevalence) -> str:
     """Why class shares are too far from the source's for plain statistics; "" where they are not.
 
     A target of few images is far by its draw alone, and its statistics suffer as much from that.
@@ -185,7 +187,7 @@ def _maximum_likelihood(probabilities: np.ndarray, source: Calibration) -> Preva
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class ModelOutputs:
     """Logits and features of the same examples, in their order.
 
     Args:
@@ -199,13 +201,13 @@ class Evidence:
     labels: np.ndarray
 
 
-def evidence(
+def model_outputs(
     model: Model, variables: Variables, batches: Iterable[Batch], preprocessing: Preprocessing
-) -> Evidence:
+) -> ModelOutputs:
     """Runs the network once over the batches, with running statistics.
 
     Raises:
       ValueError: no example at all.
     """
     found = predict(model, variables, batches, preprocessing, features=True)
-    return Evidence(found.logits, np.asarray(found.features), found.labels)
+    return ModelOutputs(found.logits, np.asarray(found.features), found.labels)

@@ -1,6 +1,6 @@
 """BatchNorm statistics of target images, re-estimated through the whole network.
 
-Unlabelled target images, as an array or as a feed, read any number of times.
+Unlabeled target images, as an array or as a feed, read any number of times.
 
 BatchNorm statistics of target images, through the whole network: the pass, without guards.
 """
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.data.loaders import Batch
+from flaxtransfer.data.loader import Batch
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.moments import (
     Mixture,
@@ -32,13 +32,13 @@ from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
-    "Images",
     "LEAST_VALUES",
+    "Images",
     "LayerStatistics",
     "Reader",
     "Reestimated",
     "TooFewValues",
-    "dealt",
+    "interleave",
     "reader",
     "reestimate",
     "target_logits",
@@ -70,7 +70,7 @@ def reader(images: Images, batch_size: int) -> Reader:
     """
     if callable(images):
         make = images
-        return lambda: map(_unlabelled, make())
+        return lambda: map(_unlabeled, make())
     if not hasattr(images, "dtype") or images.dtype != np.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(
@@ -101,7 +101,7 @@ def reader(images: Images, batch_size: int) -> Reader:
     return batches
 
 
-def dealt(images: Images, batch_size: int) -> Images:
+def interleave(images: Images, batch_size: int) -> Images:
     """An array's images dealt out like cards, so that every batch has some from everywhere.
 
     Files come sorted by class, and batches of one class have statistics of one class. What fits
@@ -146,7 +146,7 @@ def target_logits(
     return predict(model, variables, read(), preprocessing, mesh).logits
 
 
-def _unlabelled(batch: Batch) -> Batch:
+def _unlabeled(batch: Batch) -> Batch:
     count = len(batch["image"])
     weight = np.asarray(batch.get("weight", np.ones(count, np.float32)))
     return {"image": batch["image"], "label": np.zeros(count, np.int32), "weight": weight}
@@ -218,10 +218,10 @@ def reestimate(
 ) -> Reestimated:
     """Statistics of the chosen BatchNorms on these images, mixed with those of the source.
 
-    In the first pass every chosen BatchNorm normalises by the batch at hand, mixed with the
+    In the first pass every chosen BatchNorm normalizes by the batch at hand, mixed with the
     source, so that deeper ones see what they will see; batches are merged as parts of one sample.
-    With one batch that is exact. With several, deeper layers saw each batch normalised by itself.
-    A further pass normalises all images by what the pass before has found, which makes at least
+    With one batch that is exact. With several, deeper layers saw each batch normalized by itself.
+    A further pass normalizes all images by what the pass before has found, which makes at least
     one more layer exact, counted from the input; what comes after the exact ones may get worse
     before it gets better. When nothing moves any more, the result depends neither on the batches
     nor on their order.
@@ -259,9 +259,16 @@ def reestimate(
     current, target, done, settled = variables, source, 0, len(counts) == 1
     while done < max(passes, 1) and not (done and settled):
         target = measure_moments(
-            model, current, feed(), preprocessing, chosen,
-            by_batch=not done, share=share, kind=mixture, mesh=mesh,
-        )  # fmt: skip
+            model,
+            current,
+            feed(),
+            preprocessing,
+            chosen,
+            by_batch=not done,
+            share=share,
+            kind=mixture,
+            mesh=mesh,
+        )
         before = _held(current, chosen)
         mixed = {path: mix(source[path], target[path], share, mixture) for path in target}
         stats = with_statistics(variables["batch_stats"], mixed if share else target)
@@ -271,11 +278,13 @@ def reestimate(
         settled = settled or (done > 1 and moved < _SETTLED)
     layers = tuple(
         LayerStatistics(
-            path, effective * values[path],
+            path,
+            effective * values[path],
             displacement(source[path], target[path], model.config.epsilon),
         )
-        for path in values if path in chosen
-    )  # fmt: skip
+        for path in values
+        if path in chosen
+    )
     return Reestimated(current["batch_stats"], layers, images, effective, share, done, settled)
 
 

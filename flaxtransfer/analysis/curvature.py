@@ -21,7 +21,7 @@ from flaxtransfer.masks import Mask, selected
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import flatten
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 __all__ = [
     "Curvature",
@@ -58,7 +58,7 @@ def mean_gradient(
     @jax.jit
     def of_batch(params: Params, images: Any, labels: Any, weights: Any) -> Params:
         def total(params: Params) -> jax.Array:
-            inputs = normalise(images, preprocessing.mean, preprocessing.std)
+            inputs = normalize(images, preprocessing.mean, preprocessing.std)
             logits, _ = model.apply({**variables, "params": params}, inputs, norm="running")
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return (losses * weights).sum()
@@ -83,7 +83,7 @@ def relative_gradient_norms(
 
     A part with a large ratio is where the pre-trained weights fit the new data least. Below a head
     that is zero all gradients are zero: measure with a head that fits (``Phase.probe``,
-    ``training.probing.probed_head``).
+    ``training.probing.init_head_from_probe``).
 
     Args:
       params: nested dict of weights.

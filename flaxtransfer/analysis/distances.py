@@ -2,7 +2,7 @@
 
 The Frechet distance: how far two Gaussians lie apart that have the samples' moments.
 
-How far two labelled data sets lie apart: their classes, carried onto each other.
+How far two labeled data sets lie apart: their classes, carried onto each other.
 
 The sliced Wasserstein distance: samples compared line by line, by their quantiles.
 """
@@ -122,13 +122,16 @@ def frechet_distance(
     if np.ptp(both, axis=0).any() and fewest <= width and not shrinkage:
         notes += (f"{fewest} examples of {width} features: their covariance has not full rank",)
     return Distance(
-        "Frechet", counts=(len(source), len(target)), unit="squared units of the features",
-        notes=notes, **summary(value, null),
-    )  # fmt: skip
+        "Frechet",
+        counts=(len(source), len(target)),
+        unit="squared units of the features",
+        notes=notes,
+        **summary(value, null),
+    )
 
 
 def pooled_coordinates(pooled: np.ndarray) -> np.ndarray:
-    """The same rows, centred, with no more columns than rows: ``[n, min(n, D)]``.
+    """The same rows, centered, with no more columns than rows: ``[n, min(n, D)]``.
 
     Distances, angles and all that is made of them stay what they are; what is thrown away is the
     space in which no row has any part.
@@ -136,10 +139,10 @@ def pooled_coordinates(pooled: np.ndarray) -> np.ndarray:
     >>> pooled_coordinates(np.array([[0.0, 3.0, 4.0], [0.0, 0.0, 0.0]])).shape
     (2, 2)
     """
-    centred = pooled - pooled.mean(0)
-    if centred.shape[0] >= centred.shape[1]:
-        return centred
-    return _factor(centred @ centred.T).T
+    centered = pooled - pooled.mean(0)
+    if centered.shape[0] >= centered.shape[1]:
+        return centered
+    return _factor(centered @ centered.T).T
 
 
 def gaussian_factor(rows: np.ndarray, width: int, shrink: bool) -> tuple[np.ndarray, float]:
@@ -147,12 +150,12 @@ def gaussian_factor(rows: np.ndarray, width: int, shrink: bool) -> tuple[np.ndar
 
     One row has no covariance: F is 0.
     """
-    centred = rows - rows.mean(0)
+    centered = rows - rows.mean(0)
     if not shrink:
-        return _shorten(centred / np.sqrt(max(1, len(rows) - 1))), 0.0
-    intensity, variance = _shrinkage(centred, width)
+        return _shorten(centered / np.sqrt(max(1, len(rows) - 1))), 0.0
+    intensity, variance = _shrinkage(centered, width)
     floor = float(np.sqrt(intensity * variance))
-    scaled = centred * np.sqrt((1 - intensity) / len(rows))
+    scaled = centered * np.sqrt((1 - intensity) / len(rows))
     return _shorten(np.concatenate([scaled, floor * np.eye(rows.shape[1])])), floor
 
 
@@ -198,17 +201,22 @@ _MOST_CLASSES = 2**31
 
 
 def class_distance(
-    source: Any, source_labels: Any, target: Any, target_labels: Any, *,
-    permutations: int = 99, seed: int = 0,
-) -> Distance:  # fmt: skip
+    source: Any,
+    source_labels: Any,
+    target: Any,
+    target_labels: Any,
+    *,
+    permutations: int = 99,
+    seed: int = 0,
+) -> Distance:
     """Squared cost of carrying the source's classes onto the target's, each a Gaussian.
 
     A class costs its squared Frechet distance to the classes it goes to; shares of classes have to
-    be met. You want it to choose among source data sets for a labelled target, whose classes may be
+    be met. You want it to choose among source data sets for a labeled target, whose classes may be
     others: they are matched by where they lie, and not by number. The same features with other
     classes are apart here, and are not for `frechet_distance`. Classes are no Gaussians, and a
     class of few examples has a poor covariance: the null has the same, so read `excess`. Its
-    p-value asks whether labelled examples are exchangeable, which supposes that a number stands for
+    p-value asks whether labeled examples are exchangeable, which supposes that a number stands for
     one class in both domains; where shares were balanced by design it is too large.
 
     Args:
@@ -243,18 +251,21 @@ def class_distance(
     found = [
         as_labels(labels, f"{name} labels", count=count, classes=_MOST_CLASSES)
         for labels, name, count in (
-            (source_labels, "source", split), (target_labels, "target", len(target)),
+            (source_labels, "source", split),
+            (target_labels, "target", len(target)),
         )
-    ]  # fmt: skip
+    ]
     classes = np.concatenate(found)
 
     def distance(order: np.ndarray) -> float:
         first = _mixture(pooled[order[:split]], classes[order[:split]], width)
         second = _mixture(pooled[order[split:]], classes[order[split:]], width)
-        costs = np.array([
-            [squared_distance(here - there, one, other) for there, other, _ in second]
-            for here, one, _ in first
-        ])  # fmt: skip
+        costs = np.array(
+            [
+                [squared_distance(here - there, one, other) for there, other, _ in second]
+                for here, one, _ in first
+            ]
+        )
         return _carried(costs, [share for *_, share in first], [share for *_, share in second])
 
     value = distance(np.arange(len(pooled)))
@@ -266,9 +277,12 @@ def class_distance(
     if single:
         notes += (f"{single} classes have one example, and no covariance",)
     return Distance(
-        "class distance", counts=(split, len(target)), unit="squared units of the features",
-        notes=notes, **summary(value, null),
-    )  # fmt: skip
+        "class distance",
+        counts=(split, len(target)),
+        unit="squared units of the features",
+        notes=notes,
+        **summary(value, null),
+    )
 
 
 def _mixture(
@@ -284,15 +298,20 @@ def _mixture(
 def _carried(costs: np.ndarray, given: list[float], wanted: list[float]) -> float:
     """The least cost of carrying the given shares to those that are wanted, exactly."""
     here, there = costs.shape
-    sums = np.concatenate([
-        np.kron(np.eye(here), np.ones(there)), np.kron(np.ones(here), np.eye(there)),
-    ])  # fmt: skip
+    sums = np.concatenate(
+        [
+            np.kron(np.eye(here), np.ones(there)),
+            np.kron(np.ones(here), np.eye(there)),
+        ]
+    )
     scale = max(float(costs.max()), np.finfo(np.float64).tiny)
     # The last condition follows from the others; left in, rounding could make them contradict.
     plan = linprog(
-        (costs / scale).ravel(), A_eq=sums[:-1], b_eq=np.concatenate([given, wanted])[:-1],
+        (costs / scale).ravel(),
+        A_eq=sums[:-1],
+        b_eq=np.concatenate([given, wanted])[:-1],
         method="highs",
-    )  # fmt: skip
+    )
     if plan.status != 0:
         raise RuntimeError(f"the transport of {here} to {there} classes failed: {plan.message}")
     return float(plan.fun) * scale
@@ -348,9 +367,12 @@ def sliced_wasserstein(
     value = distance(np.arange(len(pooled)))
     null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
     return Distance(
-        "sliced Wasserstein-2", counts=(len(source), len(target)), unit="units of the features",
-        notes=duplicate_notes(source, target), **summary(value, null),
-    )  # fmt: skip
+        "sliced Wasserstein-2",
+        counts=(len(source), len(target)),
+        unit="units of the features",
+        notes=duplicate_notes(source, target),
+        **summary(value, null),
+    )
 
 
 def wasserstein_on_lines(source: Any, target: Any, directions: Any) -> float:

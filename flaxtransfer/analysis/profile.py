@@ -12,7 +12,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from flaxtransfer.features.checks import examples, singles, standardisation
+from flaxtransfer.features.checks import examples, singles, standardization
 from flaxtransfer.features.ridge import ridge_path
 from flaxtransfer.features.sweep import rarest, sweep_head
 
@@ -128,7 +128,7 @@ def probe_profile(
             matrix, label, number = examples(values, labels, classes)
             rarest(label)
             present, label, counts = np.unique(label, return_inverse=True, return_counts=True)
-            accuracy, loss, strength, said = probe(standardisation(matrix)(matrix), label)
+            accuracy, loss, strength, said = probe(standardization(matrix)(matrix), label)
         except ValueError as error:
             raise ValueError(f"the features of {name} cannot be probed: {error}") from error
         notes += [note for note in said if note not in notes]
@@ -157,6 +157,6 @@ def _ridge(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, 
 
 
 def _logistic(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, list[str]]:
-    found = sweep_head(matrix, label, standardise=False)
+    found = sweep_head(matrix, label, standardize=False)
     said = [note for note in found.notes if "folds" in note]
     return found.accuracy, float(found.losses[found.best].mean()), found.strength, said

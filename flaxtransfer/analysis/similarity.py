@@ -30,7 +30,7 @@ _LARGEST_GRAM = 5000
 
 
 def debiased_cka(x: Any, y: Any, *, permutations: int = 199, seed: int = 0) -> Similarity:
-    """Linear centred kernel alignment of two representations of the same examples, debiased.
+    """Linear centered kernel alignment of two representations of the same examples, debiased.
 
     1 for representations that differ by a rotation, a shift and a scale; near 0 for those that
     have nothing to do with each other, where the usual, biased CKA of 50 examples and 2048
@@ -91,13 +91,15 @@ def debiased_cka(x: Any, y: Any, *, permutations: int = 199, seed: int = 0) -> S
     value = alignment(np.arange(count))
     null = np.array([alignment(order) for order in orders(count, permutations, seed)])
     return Similarity(
-        "debiased linear CKA", counts=(count,), unit="at most 1",
+        "debiased linear CKA",
+        counts=(count,),
+        unit="at most 1",
         **summary(value, null),
-    )  # fmt: skip
+    )
 
 
 def _scaled(features: np.ndarray, name: str) -> np.ndarray:
-    """Centred, of mean square 1, with no more columns than rows."""
+    """Centered, of mean square 1, with no more columns than rows."""
     found = pooled_coordinates(features)
     size = np.sqrt((found**2).mean())
     # Rounding of a mean leaves rows that are equal a little apart.
@@ -112,7 +114,7 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _hsic(overlap: float, lengths: np.ndarray, others: np.ndarray) -> float:
-    """HSIC_1 of Song et al., times n (n - 3), for centred features.
+    """HSIC_1 of Song et al., times n (n - 3), for centered features.
 
     With K's rows summing to 0, K without its diagonal has row sums -k and sum -sum(k), where k is
     the diagonal; the three terms of the estimator are made of these.
@@ -138,7 +140,7 @@ def proxy_a_distance(
     2.00 for two samples of one distribution, whenever there are as many features as examples.
 
     The classifier is the discriminant of Fisher, whose covariance is shrunk by Ledoit and Wolf's
-    intensity, on standardised features; the error is the mean of both domains' errors, so that a
+    intensity, on standardized features; the error is the mean of both domains' errors, so that a
     larger sample gains nothing by being larger. Nothing is tuned, and all permutations share one
     decomposition a fold.
 
@@ -190,9 +192,12 @@ def proxy_a_distance(
     error = (wrong[0] / split + wrong[1] / (len(pooled) - split)) / 2
     distance = 2 * (1 - 2 * error)
     return Distance(
-        "proxy A-distance", counts=(len(source), len(target)), unit="0 to 2", notes=notes,
+        "proxy A-distance",
+        counts=(len(source), len(target)),
+        unit="0 to 2",
+        notes=notes,
         **summary(distance[0], distance[1:]),
-    )  # fmt: skip
+    )
 
 
 def _classified(rows: np.ndarray, first: np.ndarray, held: np.ndarray) -> np.ndarray:
@@ -234,7 +239,7 @@ def _classified(rows: np.ndarray, first: np.ndarray, held: np.ndarray) -> np.nda
     middle = (
         (apart * first).sum(0) / np.maximum(sizes, 1)
         + (apart * ~first).sum(0) / np.maximum(count - sizes, 1)
-    ) / 2  # fmt: skip
+    ) / 2
     scores = (held @ right) @ ((inverse * scale)[:, None] * inner) - middle
     # A tie decides nothing, nor does a fold that saw one domain alone.
     return np.where(both & (np.abs(scores) > 1e-12), scores > 0, 0.5)

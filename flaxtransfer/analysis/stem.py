@@ -1,4 +1,4 @@
-"""How much of each first-layer filter an image without colour, or with other bands, can reach."""
+"""How much of each first-layer filter an image without color, or with other bands, can reach."""
 
 import io
 import itertools
@@ -13,13 +13,13 @@ __all__ = ["OPPONENT", "StemReport", "stem_report"]
 
 
 OPPONENT = 0.05
-"""Below this share a filter counts as opponent: what remains of it is a rounding of colour."""
+"""Below this share a filter counts as opponent: what remains of it is a rounding of color."""
 
 _DEAD = 1e-6
 """Energy, relative to the strongest filter's, at which a filter says nothing about anything."""
 
 _EDGES = (0.0, OPPONENT, 1 / 3, 2 / 3, 0.95, 1.0)
-"""Ranges of the printed table. A filter of one colour only has a third."""
+"""Ranges of the printed table. A filter of one color only has a third."""
 
 _WIDTH = 100
 """Characters a line of ``str(report)``, where there is no terminal to ask."""
@@ -127,8 +127,8 @@ def stem_report(stem_kernel: Any, adapter_kernel: Any = None) -> StemReport:
     the gray axis (1, 1, 1) / √3, times √3. The share is thus the part of the filter's energy that
     lies on that axis: 1 exactly where all three parts are equal (achromatic), 0 exactly where they
     cancel at every pixel (opponent), and by Cauchy and Schwarz never outside. A filter of one
-    colour alone has 1/3, and so have filters of random numbers on average: a stem near that has
-    not learned to tell brightness from colour. Opponent filters are silent on replicated gray.
+    color alone has 1/3, and so have filters of random numbers on average: a stem near that has
+    not learned to tell brightness from color. Opponent filters are silent on replicated gray.
     Unequal weights for the channels wake them, but all channels still show the same picture;
     different pictures need tone curves, or a stem that learns.
 
@@ -161,9 +161,9 @@ def stem_report(stem_kernel: Any, adapter_kernel: Any = None) -> StemReport:
 
     References:
       A. Krizhevsky, I. Sutskever, G. E. Hinton, "ImageNet Classification with Deep Convolutional
-      Neural Networks", 2012 (figure 3: colour-agnostic and colour-specific filters).
+      Neural Networks", 2012 (figure 3: color-agnostic and color-specific filters).
       I. Rafegas, M. Vanrell, "Color encoding in biologically-inspired convolutional neural
-      networks", 2018 (colour opponency of learned filters).
+      networks", 2018 (color opponency of learned filters).
     """
     kernel = _checked(stem_kernel, "the stem's kernel", "[height, width, 3, filters]")
     if kernel.ndim != 4 or kernel.shape[2] != 3 or 0 in kernel.shape:

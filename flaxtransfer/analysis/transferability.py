@@ -14,14 +14,14 @@ import numpy as np
 
 from flaxtransfer.analysis.distances import pooled_coordinates
 from flaxtransfer.shift.checks import as_features, as_probabilities, repetition_notes, uncertain
-from flaxtransfer.shift.permutation import Transferability, labelled, orders, summary
+from flaxtransfer.shift.permutation import Transferability, labeled, orders, summary
 from flaxtransfer.shift.two_sample import shrinkage
 
-__all__ = ["Evidence", "evidence", "h_score", "leep", "logme"]
+__all__ = ["LogEvidence", "h_score", "leep", "log_evidence", "logme"]
 
 
 def h_score(
-    features: Any, labels: Any, *, regularised: bool = True, permutations: int = 199, seed: int = 0
+    features: Any, labels: Any, *, regularized: bool = True, permutations: int = 199, seed: int = 0
 ) -> Transferability:
     """tr(cov(features)^-1 cov(class means)), with the covariance shrunk; between 0 and C - 1.
 
@@ -33,7 +33,7 @@ def h_score(
     Args:
         features: ``[N, D]``.
         labels: ``[N]``, class numbers; classes without examples are left out.
-        regularised: (1 - s) tr(cov_s^-1 cov(class means)), with s of Ledoit and Wolf; else the
+        regularized: (1 - s) tr(cov_s^-1 cov(class means)), with s of Ledoit and Wolf; else the
             score of Bao et al. with a pseudo-inverse.
         permutations: random deals of the labels.
         seed: of the deals.
@@ -46,7 +46,7 @@ def h_score(
             examples.
 
     >>> features = np.array([[0.0, 1], [1, 0], [4, 5], [5, 4], [0, 0], [4, 4]])
-    >>> round(h_score(features, [0, 0, 1, 1, 0, 1], regularised=False).value, 3)
+    >>> round(h_score(features, [0, 0, 1, 1, 0, 1], regularized=False).value, 3)
     0.986
 
     References:
@@ -56,15 +56,15 @@ def h_score(
         transferability metrics, their peculiarities, stability and performance", 2021.
     """
     features = as_features(features, "features")
-    classes, count = labelled(labels, len(features))
+    classes, count = labeled(labels, len(features))
     examples, width = features.shape
     if not np.ptp(features, axis=0).any():
         raise ValueError("features are the same for all examples: they tell no class from another")
-    centred = pooled_coordinates(features)
-    variances, vectors = np.linalg.eigh(centred.T @ centred / examples)
+    centered = pooled_coordinates(features)
+    variances, vectors = np.linalg.eigh(centered.T @ centered / examples)
     kept = variances > 1e-12 * variances[-1]
-    rotated, variances = centred @ vectors[:, kept], variances[kept]
-    intensity, floor = shrinkage(centred, width) if regularised else (0.0, 0.0)
+    rotated, variances = centered @ vectors[:, kept], variances[kept]
+    intensity, floor = shrinkage(centered, width) if regularized else (0.0, 0.0)
     # What (1 - s) leaves of each direction is one number, so that whitening does it all.
     white = rotated * np.sqrt(
         (1 - intensity) / ((1 - intensity) * variances + intensity * floor) / examples
@@ -78,14 +78,16 @@ def h_score(
     value = score(np.arange(examples))
     null = np.array([score(order) for order in orders(examples, permutations, seed)])
     notes = repetition_notes(features, "feature")
-    if regularised:
+    if regularized:
         notes += (f"shrinkage {intensity:.3g}",)
     elif kept.sum() == examples - 1:
         notes += (f"{examples} examples of {width} features: C - 1 for any labels",)
     return Transferability(
-        "H-score, regularised" if regularised else "H-score", counts=(examples, width, count),
-        notes=notes, **summary(value, null),
-    )  # fmt: skip
+        "H-score, regularized" if regularized else "H-score",
+        counts=(examples, width, count),
+        notes=notes,
+        **summary(value, null),
+    )
 
 
 def leep(
@@ -120,7 +122,7 @@ def leep(
         transferability of learned representations", 2020.
     """
     given = as_probabilities(source_probabilities, "source probabilities")
-    classes, count = labelled(labels, len(given))
+    classes, count = labeled(labels, len(given))
     # A class that no example has mass in says nothing; divided by its mass it would be 0 / 0.
     mass = given.sum(0)
     found = given[:, mass > 0]
@@ -139,9 +141,12 @@ def leep(
     if empty:
         notes += (f"{empty} source classes have no mass and were left out",)
     return Transferability(
-        "LEEP", counts=(len(given), given.shape[1], count), unit="nats per example", notes=notes,
+        "LEEP",
+        counts=(len(given), given.shape[1], count),
+        unit="nats per example",
+        notes=notes,
         **summary(value, null),
-    )  # fmt: skip
+    )
 
 
 _BELOW, _ABOVE, _STEP = -22.0, 20.0, 0.5
@@ -151,7 +156,7 @@ _CHUNK = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Evidence:
+class LogEvidence:
     """Maximum evidence of linear regressions on the same features, one for each column of targets.
 
     The model is ``targets = features @ w + noise``, w of precision alpha and noise of precision
@@ -178,7 +183,7 @@ class Evidence:
     features: int
 
 
-def evidence(features: Any, targets: Any) -> Evidence:
+def log_evidence(features: Any, targets: Any) -> LogEvidence:
     """The maximum over alpha and beta of the evidence of linear regressions; exact for any N and D.
 
     You want it of targets that are numbers; for classes see `logme`. There is no intercept: append
@@ -217,7 +222,7 @@ def evidence(features: Any, targets: Any) -> Evidence:
 def logme(features: Any, labels: Any, *, permutations: int = 199, seed: int = 0) -> Transferability:
     """Mean log-evidence per example and class of a Bayesian linear head; larger is better.
 
-    You want it to rank networks, or layers, for a small labelled set without training any head. It
+    You want it to rank networks, or layers, for a small labeled set without training any head. It
     takes classes for numbers (0 or 1 each, "one against the rest"), so that it is no likelihood
     of labels. Where N < D it differs from implementations that leave out the
     (D - rank) / 2 log(alpha) of the weights that no example sees: theirs then mean nothing.
@@ -245,7 +250,7 @@ def logme(features: Any, labels: Any, *, permutations: int = 199, seed: int = 0)
         transfer learning", 2021.
     """
     features = as_features(features, "features")
-    classes, count = labelled(labels, len(features))
+    classes, count = labeled(labels, len(features))
     if not np.ptp(features, axis=0).any():
         raise ValueError("features are the same for all examples: they tell no class from another")
     left, squares = _decomposed(features)
@@ -260,9 +265,11 @@ def logme(features: Any, labels: Any, *, permutations: int = 199, seed: int = 0)
         waiting.append((left.T @ one_hot[order]) ** 2)
         if len(waiting) == at_once or len(null) + len(waiting) == permutations:
             found = _maximum(
-                squares, np.concatenate(waiting, axis=1), np.tile(one_hot.sum(0), len(waiting)),
+                squares,
+                np.concatenate(waiting, axis=1),
+                np.tile(one_hot.sum(0), len(waiting)),
                 features.shape,
-            )  # fmt: skip
+            )
             null.extend(found.log_evidence.reshape(-1, count).mean(1) / len(features))
             waiting = []
     notes = repetition_notes(features, "feature")
@@ -272,10 +279,13 @@ def logme(features: Any, labels: Any, *, permutations: int = 199, seed: int = 0)
             "that of the smallest noise looked at",
         )
     return Transferability(
-        "LogME", counts=(len(features), features.shape[1], count), unit="nats per example",
-        effective_parameters=float(own.effective_parameters.sum()), notes=notes,
+        "LogME",
+        counts=(len(features), features.shape[1], count),
+        unit="nats per example",
+        effective_parameters=float(own.effective_parameters.sum()),
+        notes=notes,
         **summary(value, np.array(null)),
-    )  # fmt: skip
+    )
 
 
 def _decomposed(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -289,7 +299,7 @@ def _decomposed(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _maximum(
     squares: np.ndarray, explained: np.ndarray, total: np.ndarray, shape: tuple[int, ...]
-) -> Evidence:
+) -> LogEvidence:
     """The best alpha and beta of every column.
 
     Of the two only the ratio r = alpha / beta has to be searched for. Given r, 1 / beta is Q / N
@@ -321,20 +331,23 @@ def _maximum(
 
     shrunk = squares[:, None] / (squares[:, None] + ratio)
     spread = residual + ((1 - shrunk) * explained).sum(0)
-    value = (
-        -count / 2 * (np.log(2 * np.pi * spread / count) + 1)
-        - 0.5 * np.log1p(squares[:, None] / ratio).sum(0)
-    )  # fmt: skip
+    value = -count / 2 * (np.log(2 * np.pi * spread / count) + 1) - 0.5 * np.log1p(
+        squares[:, None] / ratio
+    ).sum(0)
     beta = count / spread
     bounded = (best > 0) | (len(squares) >= count)
-    return Evidence(value, ratio * beta, beta, shrunk.sum(0), bounded, *shape)
+    return LogEvidence(value, ratio * beta, beta, shrunk.sum(0), bounded, *shape)
 
 
 def _refined(
-    squares: np.ndarray, explained: np.ndarray, residual: np.ndarray, count: int,
-    grid: np.ndarray, best: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """Alpha / beta ``[M]`` where the slope is 0, between the neighbours of the best grid point."""
+    squares: np.ndarray,
+    explained: np.ndarray,
+    residual: np.ndarray,
+    count: int,
+    grid: np.ndarray,
+    best: np.ndarray,
+) -> np.ndarray:
+    """Alpha / beta ``[M]`` where the slope is 0, between the neighbors of the best grid point."""
     low = grid[np.maximum(best - 1, 0)]
     high = grid[np.minimum(best + 1, len(grid) - 1)]
     place = grid[best]

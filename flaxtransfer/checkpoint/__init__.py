@@ -1,24 +1,15 @@
-"""Checkpoints of any pytree with a JSON-able dictionary, which know when they are damaged.
+"""Checkpoints of any pytree with a JSON-able dictionary, which know when they are damaged."""
 
-Orbax writes and reads the arrays, and makes a step appear all at once or not at all. What it does
-not do is notice that a file has changed since: a flipped bit is restored without a word. So each
-step carries a record beside its arrays, with a checksum for every leaf and one for the record
-itself, and a step that does not match its record is never returned.
+from __future__ import annotations
 
-On disk: ``<folder>/<step>/tree`` (the leaves by path, uncompressed zarr in OCDBT) and
-``<folder>/<step>/record`` (JSON). Any orbax can open them as a Composite of ``tree`` and
-``record``. Only ``orbax_driver`` imports orbax.
-"""
+from typing import TYPE_CHECKING
 
-from flaxtransfer.checkpoint.errors import DamagedCheckpointError
-from flaxtransfer.checkpoint.manager import Checkpoints, Restored
-from flaxtransfer.checkpoint.step_files import Arrays, folder_of_arrays, read_any_arrays
+from flaxtransfer.lazy import attach
 
-__all__ = [
-    "Arrays",
-    "Checkpoints",
-    "DamagedCheckpointError",
-    "Restored",
-    "folder_of_arrays",
-    "read_arrays",
-]
+if TYPE_CHECKING:
+    from flaxtransfer.checkpoint.errors import Damage as Damage
+    from flaxtransfer.checkpoint.errors import DamagedCheckpointError as DamagedCheckpointError
+    from flaxtransfer.checkpoint.manager import CheckpointManager as CheckpointManager
+    from flaxtransfer.checkpoint.manager import Restored as Restored
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -31,9 +31,9 @@ from flaxtransfer.checkpoint.step_files import (
     jsonable,
     local,
     numbered,
+    quarantine,
     remove,
     require,
-    set_aside,
 )
 from flaxtransfer.distributed import any_process, on_primary
 from flaxtransfer.files import folder_lock
@@ -198,7 +198,7 @@ def _agreed(read: Callable[[], _T]) -> _T:
     return result
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one folder: the newest and the best of them are kept.
 
     Use :meth:`open`, always in a ``with`` block: a program that ends without closing can lose the
@@ -233,7 +233,7 @@ class Checkpoints:
         keep_best: int = 1,
         keep_latest: int = 2,
         read_only: bool = False,
-    ) -> Iterator[Checkpoints]:
+    ) -> Iterator[CheckpointManager]:
         """Opens the checkpoints of a folder for the length of a ``with`` block.
 
         A writer holds the folder's lock, and removes what a killed writer left half done. In a
@@ -254,7 +254,7 @@ class Checkpoints:
           OSError: the folder cannot be made or written.
 
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints.open(folder) as store:
+        >>> with tempfile.TemporaryDirectory() as folder, CheckpointManager.open(folder) as store:
         ...     store.save(10, {"w": np.ones(3)}, {"epoch": 1}, metric=0.5)
         ...     restored = store.restore({"w": np.zeros(3)})
         >>> restored.step, restored.tree, restored.meta
@@ -327,7 +327,7 @@ class Checkpoints:
             raise ValueError(f"{self.folder} is not open for writing, step {step} was not saved")
         self.wait()
         on_primary(lambda: self._check_step(step), f"save step {step} in {self.folder}")
-        arrays, inventory = inventories.take(tree)
+        arrays, inventory = inventories.build_manifest(tree)
         record = {
             "format": FORMAT,
             "step": int(step),
@@ -437,7 +437,7 @@ class Checkpoints:
     def _write(self, step: int, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
         assert self._writer is not None  # process 0 of a store that may write
         for damaged in [number for number in self._damaged if number in numbered(self.folder)]:
-            set_aside(self.folder, damaged)
+            quarantine(self.folder, damaged)
         step_files.start(self._writer, self.folder, step, arrays, record)
 
     def _finish(self, step: int) -> None:

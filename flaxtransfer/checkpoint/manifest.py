@@ -15,7 +15,7 @@ from flaxtransfer.types import PyTree
 
 # Per leaf, JSON-able: {"shape": [...], "dtype": "...", "crc32": n}, with "key": the generator's
 # name for typed keys; or {"python": "int" | "float" | "bool", "value": v} for Python numbers.
-Inventory = dict[str, dict[str, Any]]
+Manifest = dict[str, dict[str, Any]]
 
 _PYTHON = (bool, int, float)
 # Types of numbers that the array files underneath cannot hold.
@@ -55,7 +55,7 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), header)
 
 
-def take(tree: PyTree) -> tuple[dict[str, np.ndarray], Inventory]:
+def build_manifest(tree: PyTree) -> tuple[dict[str, np.ndarray], Manifest]:
     """Copies a pytree to the host and takes its inventory.
 
     The whole tree passes through the memory of this machine, also where its arrays are cut over
@@ -84,7 +84,7 @@ def take(tree: PyTree) -> tuple[dict[str, np.ndarray], Inventory]:
     data = {p: jax.random.key_data(x) if _is_key(x) else x for p, x in others.items()}
     # One call for all of them, so that the copies from the device overlap.
     host = jax.device_get({path: _addressable(leaf) for path, leaf in data.items()})
-    inventory: Inventory = {
+    inventory: Manifest = {
         path: {"python": type(leaf).__name__, "value": leaf} for path, leaf in numbers.items()
     }
     for path, leaf in others.items():

@@ -44,7 +44,7 @@ def open_writer() -> Writer:
     """Writes steps while the program goes on; to be closed."""
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(
-            tree=_tree_handler(_Patient()),
+            tree=_tree_handler(_WaitingNumpyHandler()),
             record=ocp.JsonCheckpointHandler(multiprocessing_options=_alone()),
             composite_options=ocp.CompositeOptions(multiprocessing_options=_alone()),
         ),
@@ -75,7 +75,7 @@ def read_step(step: Path, paths: list[str]) -> dict[str, np.ndarray]:
       Damage: one of them cannot be read.
       OSError: the machine did not allow it.
     """
-    arrays = _Patient()
+    arrays = _WaitingNumpyHandler()
     arguments = ocp.args.PyTreeRestore(
         item=dict.fromkeys(paths, 0),
         restore_args=dict.fromkeys(paths, ocp.RestoreArgs(restore_type=np.ndarray)),
@@ -113,7 +113,7 @@ def read_tree(folder: Path, description: Description) -> dict[str, np.ndarray]:
       Damage: one of them cannot be read.
       OSError: the machine did not allow it.
     """
-    arrays = _Patient()
+    arrays = _WaitingNumpyHandler()
     # What is not read is left out of the template: text, and nodes without leaves.
     wanted = jax.tree.map(lambda leaf: leaf if _is_array(leaf) else ..., description.tree)
     read = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -141,7 +141,7 @@ def quiet() -> Iterator[None]:
         logger.removeFilter(foreign)
 
 
-class _Later:
+class _DeferredArray:
     """A coroutine that begins when it is awaited, and leaves no warning when it never is.
 
     Orbax drops the descriptions that it asked for when it meets a kind of leaf it does not know.
@@ -154,7 +154,7 @@ class _Later:
         return self._begin().__await__()
 
 
-class _Patient(ocp.type_handlers.NumpyHandler):
+class _WaitingNumpyHandler(ocp.type_handlers.NumpyHandler):
     """Reads and writes numpy arrays, and raises only when no transfer is under way any more.
 
     Orbax raises at the first failure and closes its event loop, while the transfers of the other
@@ -175,7 +175,7 @@ class _Patient(ocp.type_handlers.NumpyHandler):
 
     def metadata(self, infos: Any) -> Any:
         """Shapes and dtypes, once it is awaited."""
-        return _Later(functools.partial(self._describe, infos))
+        return _DeferredArray(functools.partial(self._describe, infos))
 
     async def _describe(self, infos: Any) -> Any:
         describe = super().metadata
@@ -218,7 +218,7 @@ class _Patient(ocp.type_handlers.NumpyHandler):
             raise errors[0]
 
 
-def _tree_handler(arrays: _Patient) -> ocp.PyTreeCheckpointHandler:
+def _tree_handler(arrays: _WaitingNumpyHandler) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
         # Trained floating-point numbers shrink by a tenth, for more time than the writing takes.
         use_compression=False,
@@ -231,9 +231,9 @@ def _describing_handler() -> ocp.PyTreeCheckpointHandler:
     """Reads what a tree of anybody's holds; every number in it is an array to us."""
     types = ocp.type_handlers
     registry = types.create_type_handler_registry(
-        (np.ndarray, _Patient()),
-        (jax.Array, _Patient(types.ArrayHandler().typestr())),
-        (int, _Patient(types.ScalarHandler().typestr())),
+        (np.ndarray, _WaitingNumpyHandler()),
+        (jax.Array, _WaitingNumpyHandler(types.ArrayHandler().typestr())),
+        (int, _WaitingNumpyHandler(types.ScalarHandler().typestr())),
         (str, types.StringHandler()),
     )
     return ocp.PyTreeCheckpointHandler(

@@ -37,10 +37,10 @@ import numpy as np
 
 from flaxtransfer.checkpoint import orbax_io
 from flaxtransfer.checkpoint.errors import Damage, DamagedCheckpointError, error_number, first_line
-from flaxtransfer.checkpoint.manifest import Inventory, corrupted, stored
+from flaxtransfer.checkpoint.manifest import Manifest, corrupted, stored
 
 
-def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+def sign(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with its digest, ready to be written as JSON.
 
     >>> sorted(seal({"epoch": 3}))
@@ -49,7 +49,7 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"sha256": _digest(record), "record": dict(record)}
 
 
-def unseal(text: str) -> dict[str, Any]:
+def verify(text: str) -> dict[str, Any]:
     """The record in a sealed document.
 
     Raises:
@@ -172,7 +172,7 @@ def remove(folder: Path, step: int) -> None:
     shutil.rmtree((folder / str(step)).rename(folder / f"{step}.deleting"))
 
 
-def set_aside(folder: Path, step: int) -> Path:
+def quarantine(folder: Path, step: int) -> Path:
     """Renames a step to ``<step>.damaged`` (or ``.damaged.2`` and so on), and returns that path."""
     target, count = folder / f"{step}.damaged", 1
     while target.exists():
@@ -205,7 +205,7 @@ def start(
       OSError: it could not be written; what of it was there is removed.
     """
     try:
-        orbax_io.start(writer, folder / str(step), arrays, seal(record))
+        orbax_io.start(writer, folder / str(step), arrays, sign(record))
     except Exception as error:
         raise _not_written(folder, step, error) from error
 
@@ -231,7 +231,7 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     """
     path = folder / str(step) / "record" / "metadata"
     try:
-        record = unseal(path.read_text())
+        record = verify(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damage("record/metadata is missing") from error
     except ValueError as error:
@@ -241,7 +241,7 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     return record
 
 
-def read_arrays(folder: Path, step: int, inventory: Inventory) -> dict[str, np.ndarray]:
+def read_arrays(folder: Path, step: int, inventory: Manifest) -> dict[str, np.ndarray]:
     """The arrays of a step, each compared with its checksum in the inventory.
 
     Raises:
@@ -311,15 +311,16 @@ def folder_of_arrays(folder: str | os.PathLike[str]) -> Path | None:
         raise ValueError(f"{path} holds several trees, name one: {names}")
     steps = sorted({inner.parents[1] for inner in path.glob("[0-9]*/*/_METADATA")})
     if steps:
-        raise ValueError(f"{path} holds checkpoints of several steps, name one: "
-                         f"{', '.join(map(str, steps))}")  # fmt: skip
+        raise ValueError(
+            f"{path} holds checkpoints of several steps, name one: {', '.join(map(str, steps))}"
+        )
     return None
 
 
 def read_any_arrays(folder: str | os.PathLike[str], *, most: int) -> Arrays:
     """The arrays of a folder that any orbax wrote, without a template.
 
-    You want it to look into checkpoints of others. For those of ours there is ``Checkpoints``,
+    You want it to look into checkpoints of others. For ours there is ``CheckpointManager``,
     which also fills a template and passes damaged steps over.
 
     Args:

@@ -10,9 +10,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from flaxtransfer.weights.export.export import export
-from flaxtransfer.weights.load import load
-from flaxtransfer.weights.save import fold_adapter
+from flaxtransfer.weights.exports.exporting import export
+from flaxtransfer.weights.loading import load
+from flaxtransfer.weights.saving import fold_adapter
 
 Layout = Literal["safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo"]
 
@@ -24,7 +24,7 @@ class Convert:
     What was written is read again and its logits compared before it gets its name.
 
     Args:
-      source: a file of weights, a folder with one, a run folder, hf://organisation/name, https://
+      source: a file of weights, a folder with one, a run folder, hf://organization/name, https://
         or "builtin".
       target: the file to write, .safetensors, .onnx or .stablehlo; or the folder for timm and
         huggingface.

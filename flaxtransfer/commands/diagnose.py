@@ -12,13 +12,13 @@ import numpy as np
 from rich.console import Console
 from scipy.special import log_softmax
 
-from flaxtransfer.adapt.scores import Evidence, evidence
+from flaxtransfer.adapt.scores import ModelOutputs, model_outputs
 from flaxtransfer.commands.job import image_bands, split
 from flaxtransfer.commands.options import Train, training_options
-from flaxtransfer.data.loaders import held_out
-from flaxtransfer.data.open import Unlabelled, open_source, open_unlabelled
+from flaxtransfer.data.loader import eval_batches
+from flaxtransfer.data.open import Unlabeled, open_source, open_unlabeled
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import some
+from flaxtransfer.data.splits import subsample
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import suggest
@@ -26,8 +26,8 @@ from flaxtransfer.report.shift_page import print_report
 from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
 from flaxtransfer.shift.report import ShiftReport
 from flaxtransfer.training.run_folder import validation_of, weights_of
-from flaxtransfer.weights.load import load
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.loading import load
+from flaxtransfer.weights.pretrained import Pretrained
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -75,11 +75,11 @@ def diagnose(options: Diagnose, console: Console) -> None:
     checkpoint = load(weights_of(options.run))
     trained = training_options(options.run)
     names = checkpoint.class_names or tuple(map(str, range(checkpoint.config.classes)))
-    target = open_unlabelled(
+    target = open_unlabeled(
         options.target, skip_corrupt=options.skip_corrupt, bands=image_bands(trained, checkpoint)
     )
-    labelled = _few_labels(options.target_labels, target, names)
-    chosen = _chosen(len(target.source), labelled[0], options)
+    labeled = _few_labels(options.target_labels, target, names)
+    chosen = _chosen(len(target.source), labeled[0], options)
     source, found = _samples(checkpoint, trained, (target.source, chosen), options, console)
     place = {position: row for row, position in enumerate(chosen.tolist())}
     report = diagnose_arrays(
@@ -88,7 +88,7 @@ def diagnose(options: Diagnose, console: Console) -> None:
         source.features,
         found.logits,
         found.features,
-        labelled=([place[i] for i in labelled[0].tolist()], labelled[1]),
+        labeled=([place[i] for i in labeled[0].tolist()], labeled[1]),
         class_names=names,
         level=options.level,
         permutations=options.permutations,
@@ -101,7 +101,13 @@ def diagnose(options: Diagnose, console: Console) -> None:
 
 
 def write_report(
-    out: Path, report: ShiftReport, source: Evidence, found: Evidence, *, run: Path, target: str
+    out: Path,
+    report: ShiftReport,
+    source: ModelOutputs,
+    found: ModelOutputs,
+    *,
+    run: Path,
+    target: str,
 ) -> None:
     """A folder that appears whole: JSON, a page, and the pictures on it."""
     from flaxtransfer.report.shift_figures import shift_drawings
@@ -119,12 +125,12 @@ def write_report(
 
 
 def _samples(
-    checkpoint: Checkpoint,
+    checkpoint: Pretrained,
     trained: Train,
     target: tuple[Source, np.ndarray],
     options: Diagnose,
     console: Console,
-) -> tuple[Evidence, Evidence]:
+) -> tuple[ModelOutputs, ModelOutputs]:
     """What the network makes of the images the run kept apart, and of the target's."""
     found = _evidence(checkpoint, *target, options)
     bands = image_bands(trained, checkpoint)
@@ -134,21 +140,23 @@ def _samples(
             raise FileNotFoundError(f"{trained.data} has other classes than the run")
     except FileNotFoundError as error:
         kept = validation_of(options.run)
-        rows = some(np.arange(len(kept.labels)), options.most_images, kept.labels)
+        rows = subsample(np.arange(len(kept.labels)), options.most_images, kept.labels)
         logits, labels, features = kept.logits[rows], kept.labels[rows], kept.features
         stand = "what it kept of its validation examples stands for them"
         if features is None:
             stand = "log-probabilities of its validation examples stand for their features"
         console.print(
             f"the run's own images are not here ({error}): {stand}\n",
-            highlight=False, soft_wrap=True, markup=False,
-        )  # fmt: skip
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
         if features is None:
             return _of_logits(logits, labels), _of_logits(found.logits, found.labels)
         # In the precision that the run kept, so that rounding is no difference.
         rounded = found.features.astype(features.dtype).astype(np.float32)
-        own = Evidence(logits, features[rows].astype(np.float32), labels)
-        return own, Evidence(found.logits, rounded, found.labels)
+        own = ModelOutputs(logits, features[rows].astype(np.float32), labels)
+        return own, ModelOutputs(found.logits, rounded, found.labels)
     parts = split(source, trained)
     positions = np.sort(np.concatenate([parts.val, parts.test]))
     if not len(positions):
@@ -156,33 +164,33 @@ def _samples(
             f"the run in {options.run} kept no image apart; train it with --val-fraction or "
             "--test-fraction"
         )
-    chosen = some(positions, options.most_images, source.labels())
+    chosen = subsample(positions, options.most_images, source.labels())
     return _evidence(checkpoint, source, chosen, options), found
 
 
-def _of_logits(logits: np.ndarray, labels: np.ndarray) -> Evidence:
-    return Evidence(logits, log_softmax(logits, axis=1), labels)
+def _of_logits(logits: np.ndarray, labels: np.ndarray) -> ModelOutputs:
+    return ModelOutputs(logits, log_softmax(logits, axis=1), labels)
 
 
 def _evidence(
-    checkpoint: Checkpoint, source: Source, chosen: np.ndarray, options: Diagnose
-) -> Evidence:
-    batches = held_out(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
+    checkpoint: Pretrained, source: Source, chosen: np.ndarray, options: Diagnose
+) -> ModelOutputs:
+    batches = eval_batches(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
     model = resnet(checkpoint.config)
-    return evidence(model, checkpoint.variables, batches, checkpoint.preprocessing)
+    return model_outputs(model, checkpoint.variables, batches, checkpoint.preprocessing)
 
 
-def _chosen(count: int, labelled: np.ndarray, options: Diagnose) -> np.ndarray:
+def _chosen(count: int, labeled: np.ndarray, options: Diagnose) -> np.ndarray:
     """Positions in the target to look at; those with labels among them."""
     if count <= options.most_images:
         return np.arange(count)
-    others = np.setdiff1d(np.arange(count), labelled)
-    rest = some(others, max(0, options.most_images - len(labelled)))
-    return np.sort(np.concatenate([labelled, rest]))
+    others = np.setdiff1d(np.arange(count), labeled)
+    rest = subsample(others, max(0, options.most_images - len(labeled)))
+    return np.sort(np.concatenate([labeled, rest]))
 
 
 def _few_labels(
-    path: Path | None, target: Unlabelled, names: Sequence[str]
+    path: Path | None, target: Unlabeled, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the images in a CSV file, and their classes."""
     if path is None:

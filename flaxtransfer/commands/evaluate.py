@@ -12,14 +12,14 @@ from rich.console import Console
 
 from flaxtransfer.commands.job import image_bands, split
 from flaxtransfer.commands.options import training_options
-from flaxtransfer.data.loaders import held_out
+from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.training.evaluation import evaluate as measure
 from flaxtransfer.training.run_folder import weights_of
-from flaxtransfer.weights.load import load
+from flaxtransfer.weights.loading import load
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def evaluate(options: Evaluate, console: Console) -> None:
     )
     _check_classes(source, checkpoint.class_names or ())
     chosen = np.arange(len(source)) if options.data else split(source, trained).test
-    batches = held_out(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
+    batches = eval_batches(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
     model = resnet(checkpoint.config)
     result = measure(model, checkpoint.variables, batches, checkpoint.preprocessing)
     console.print_json(json.dumps({"data": options.data or trained.data, **result.to_json()}))

@@ -83,8 +83,21 @@ class FindRate:
 
     def job(self) -> Train:
         """The options of a training run on the same images, network and strategy."""
-        names = ("data", "weights", "model", "strategy", "labels_per_class", "head", "batch_size",
-                 "flip", "compute", "seed", "workers", "skip_corrupt", "download")  # fmt: skip
+        names = (
+            "data",
+            "weights",
+            "model",
+            "strategy",
+            "labels_per_class",
+            "head",
+            "batch_size",
+            "flip",
+            "compute",
+            "seed",
+            "workers",
+            "skip_corrupt",
+            "download",
+        )
         return Train(**{name: getattr(self, name) for name in names})
 
 
@@ -103,14 +116,27 @@ def find_rate(options: FindRate, console: Console) -> None:
     variables = _trained(job, job.plan.phases.index(phase), options.seed)
     if options.each_group:
         sweeps = find_learning_rates(
-            job.model, variables, phase, job.feed, lowest=options.lowest, highest=options.highest,
-            steps=options.steps, seed=options.seed,
-        )  # fmt: skip
+            job.model,
+            variables,
+            phase,
+            job.feed,
+            lowest=options.lowest,
+            highest=options.highest,
+            steps=options.steps,
+            seed=options.seed,
+        )
     else:
         sweep = find_learning_rate(
-            job.model, variables, phase, job.feed, group=options.group, lowest=options.lowest,
-            highest=options.highest, steps=options.steps, seed=options.seed,
-        )  # fmt: skip
+            job.model,
+            variables,
+            phase,
+            job.feed,
+            group=options.group,
+            lowest=options.lowest,
+            highest=options.highest,
+            steps=options.steps,
+            seed=options.seed,
+        )
         sweeps = {options.group or "all groups": sweep}
         console.print(str(sweep), highlight=False)
     console.print(_table(phase, sweeps))
@@ -145,9 +171,12 @@ def _table(phase: Phase, sweeps: dict[str, RateSweep]) -> Table:
     for name, sweep in sweeps.items():
         end = "diverged at" if sweep.diverged else "to"
         table.add_row(
-            name, _planned(phase, sweep.group), _rate(sweep.suggestion), _rate(sweep.valley),
+            name,
+            _planned(phase, sweep.group),
+            _rate(sweep.suggestion),
+            _rate(sweep.valley),
             f"{sweep.rates[0]:.0e} {end} {sweep.rates[-1]:.0e}",
-        )  # fmt: skip
+        )
     return table
 
 

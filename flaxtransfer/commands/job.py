@@ -12,22 +12,22 @@ from flaxtransfer.classifier import TransferReport, transfer
 from flaxtransfer.commands.options import Train
 from flaxtransfer.commands.plan import strategy_plan
 from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
-from flaxtransfer.data.loaders import Feed, held_out, source_feed
+from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import Splits, some, stratified_split
+from flaxtransfer.data.splits import Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import flatten
-from flaxtransfer.strategies import RECIPES
-from flaxtransfer.strategies.measure import MEASURED, MOST_IMAGES, Evidence, measure
+from flaxtransfer.recipes import RECIPES
+from flaxtransfer.recipes.measurement import MEASURED, MOST_IMAGES, Measurement, measure
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.types import Variables
-from flaxtransfer.weights.load import load
+from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Job:
 
     source: Source
     splits: Splits
-    checkpoint: Checkpoint
+    checkpoint: Pretrained
     report: TransferReport
     model: Model
     variables: Variables
-    feed: Feed
+    feed: DataLoaders
     plan: Plan
-    evidence: Evidence
+    evidence: Measurement
 
     def test(self, model: Model, variables: Variables) -> Evaluation:
         """Accuracy and loss on the images that were kept apart."""
         preprocessing = self.feed.preprocessing
-        batches = held_out(self.source, self.splits.test, preprocessing)
+        batches = eval_batches(self.source, self.splits.test, preprocessing)
         return evaluate(model, variables, batches, preprocessing)
 
 
@@ -72,7 +72,7 @@ def prepare(options: Train) -> Job:
     flip = options.flip == "yes" or (
         options.flip == "auto" and flip_keeps_labels(source.class_names)
     )
-    feed = source_feed(
+    feed = loaders(
         source,
         splits.train,
         splits.val,
@@ -84,10 +84,12 @@ def prepare(options: Train) -> Job:
     )
     if options.strategy == "from_scratch":
         variables = model.init(jax.random.key(options.seed))
-    evidence = Evidence()
+    evidence = Measurement()
     if options.strategy in MEASURED:
-        positions = some(splits.train, MOST_IMAGES, source.labels())
-        batches = list(held_out(source, positions, preprocessing, batch_size=options.batch_size))
+        positions = subsample(splits.train, MOST_IMAGES, source.labels())
+        batches = list(
+            eval_batches(source, positions, preprocessing, batch_size=options.batch_size)
+        )
         evidence = measure(
             options.strategy, model, variables, batches, preprocessing, len(splits.train)
         )
@@ -96,13 +98,13 @@ def prepare(options: Train) -> Job:
     return Job(source, splits, checkpoint, report, model, variables, feed, plan, evidence)
 
 
-def image_bands(options: Train, checkpoint: Checkpoint) -> int:
+def image_bands(options: Train, checkpoint: Pretrained) -> int:
     """Channels to read from image files, for training and for whatever comes after it."""
     return checkpoint.config.bands if options.bands is None else options.bands
 
 
 def _bands(
-    options: Train, checkpoint: Checkpoint, source: Source, splits: Splits
+    options: Train, checkpoint: Pretrained, source: Source, splits: Splits
 ) -> tuple[Preprocessing, dict[str, Any]]:
     """The preprocessing for the bands at hand, and what `transfer` has to know of them."""
     own, bands = checkpoint.preprocessing, options.bands
@@ -112,10 +114,13 @@ def _bands(
         return own, start
     # Before the images are read, so that a typing error costs no time.
     change_input(
-        checkpoint.config, flatten(checkpoint.variables["params"])[checkpoint.config.first_kernel],
-        bands=bands, way=options.adapter, wavelengths=start["wavelengths"],
+        checkpoint.config,
+        flatten(checkpoint.variables["params"])[checkpoint.config.first_kernel],
+        bands=bands,
+        way=options.adapter,
+        wavelengths=start["wavelengths"],
         stem_wavelengths=own.wavelengths,
-    )  # fmt: skip
+    )
     if bands == checkpoint.config.bands and not options.adapter and not options.wavelengths:
         return own, start
     preprocessing = band_preprocessing(own, source, splits.train, bands)
@@ -124,10 +129,17 @@ def _bands(
     return preprocessing, start
 
 
-def _settings(options: Train, feed: Feed) -> dict[str, Any]:
+def _settings(options: Train, feed: DataLoaders) -> dict[str, Any]:
     """What of the options is for the strategy; lengths follow the size of the training set."""
-    names = ("steps", "head_steps", "fine_tune_steps", "head_learning_rate", "learning_rate",
-             "weight_decay", "patience")  # fmt: skip
+    names = (
+        "steps",
+        "head_steps",
+        "fine_tune_steps",
+        "head_learning_rate",
+        "learning_rate",
+        "weight_decay",
+        "patience",
+    )
     settings = {name: getattr(options, name) for name in names}
     lengths = {
         "head_then_fine_tune": {"head_steps": (100, 3), "fine_tune_steps": (200, 10)},
@@ -155,5 +167,5 @@ def split(source: Source, options: Train) -> Splits:
     )
 
 
-def _steps(given: int | None, least: int, epochs: int, feed: Feed) -> int:
+def _steps(given: int | None, least: int, epochs: int, feed: DataLoaders) -> int:
     return max(least, epochs * feed.steps_per_epoch) if given is None else given

@@ -25,7 +25,7 @@ class Models:
     Args:
       names: a part of the name, or a pattern of the whole, such as "se*50*"; by default all.
       size: height and width of the images in px.
-      sort: "family", the order of the catalogue, or by name, parameters or macs.
+      sort: "family", the order of the catalog, or by name, parameters or macs.
     """
 
     names: tyro.conf.Positional[str] = "*"

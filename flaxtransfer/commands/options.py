@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flaxtransfer.commands.plan import is_file
-from flaxtransfer.models.input_channels import Way
+from flaxtransfer.models.input_channels import Method
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import CONFIG_FILE
 
@@ -24,7 +24,7 @@ class Train:
     Args:
       data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
       weights: "builtin", a file of a ResNet (.safetensors, .pth, .npz, .h5, .keras), a folder with
-        one, hf://organisation/name[@revision], or https://.
+        one, hf://organization/name[@revision], or https://.
       format: naming of the weights, where it is not to be read off: torchvision, timm, timm-v2,
         huggingface, huggingface-flax, bit, keras or keras-hub.
       model: architecture that the weights must be of, such as resnet50; by default whatever they
@@ -36,14 +36,14 @@ class Train:
       labels_per_class: use so many labels of each class and test on all others. By default 5 for
         the digits and all for other data; 0 means all.
       val_per_class: so many of those labels validate instead of train.
-      val_fraction: share of the labelled images that validates, where all labels are used.
+      val_fraction: share of the labeled images that validates, where all labels are used.
       test_fraction: share of the images that tests, where all labels are used.
       bands: channels of the images; by default what the weights take, to which gray is
-        replicated. With it, each band is normalised by its own statistics over the training
+        replicated. With it, each band is normalized by its own statistics over the training
         images. Files: gray, RGB, gray with alpha (2), RGBA (4), or one gray page a band.
       adapter: how other bands reach the stem: "linear" (the default) or "curves", which learn, or
         "replicate", "sum", "average", "repeat", which do not.
-      wavelengths: centre of each band in nm, for an adapter to start from; by default it starts
+      wavelengths: center of each band in nm, for an adapter to start from; by default it starts
         from the training images, by least squares, and for one band as replication.
       head: "new" starts the head at zero, "keep" takes the checkpoint's, "resize" its first rows.
       strategy: how to adapt: a recipe (head_then_fine_tune, linear_probe_then_fine_tune,
@@ -95,7 +95,7 @@ class Train:
     val_fraction: float | None = None
     test_fraction: float | None = None
     bands: int | None = None
-    adapter: Way | None = None
+    adapter: Method | None = None
     wavelengths: tuple[float, ...] = ()
     head: Literal["new", "keep", "resize"] = "new"
     strategy: str = "head_then_fine_tune"

@@ -14,7 +14,7 @@ from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
 from flaxtransfer.models.registry import ARCHITECTURES, resnet
 from flaxtransfer.optimizers import FROZEN, Frozen, Group, layerwise_decay, trainable_mask
-from flaxtransfer.parameter_table import table
+from flaxtransfer.overview import parameter_table
 from flaxtransfer.paths import suggest
 
 
@@ -62,7 +62,7 @@ def params(options: Params, console: Console) -> None:
     variables = resnet(config).abstract()
     labels, groups = _labels_and_groups(options, variables["params"])
     norm = policy(variables["params"], trainable_mask(labels, groups))
-    console.print(table(variables, labels, groups, norm))
+    console.print(parameter_table(variables, labels, groups, norm))
 
 
 def _labels_and_groups(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from flaxtransfer.models.registry import ARCHITECTURES, resnet
 from flaxtransfer.paths import suggest
-from flaxtransfer.strategies import RECIPES
+from flaxtransfer.recipes import RECIPES
 from flaxtransfer.training.plan import Plan as TrainingPlan
 from flaxtransfer.training.plan import plan_table
 from flaxtransfer.training.plan_yaml import load_plan, save_plan

@@ -30,8 +30,8 @@ from flaxtransfer.shift.calibration import Calibration, calibrate
 from flaxtransfer.shift.prior_correction import adjust_prior, correct_prior
 from flaxtransfer.training.run_folder import validation_of, weights_of
 from flaxtransfer.training.step import forward_with_features
-from flaxtransfer.weights.load import load
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.loading import load
+from flaxtransfer.weights.pretrained import Pretrained
 
 __all__ = ["Known", "Predict", "adjusted", "given_prior", "known_of", "predict"]
 
@@ -140,8 +140,9 @@ def adjusted(
     if prior is not None:
         corrected = adjust_prior(calibrated, prior, source_prior=source.prior)
         lines = [f"prior as given, {_calibrated(source)}"]
-        lines += [f"{n}: {p:.3f} -> {q:.3f}" for n, p, q in zip(names, source.prior, prior,
-                                                                strict=True)]  # fmt: skip
+        lines += [
+            f"{n}: {p:.3f} -> {q:.3f}" for n, p, q in zip(names, source.prior, prior, strict=True)
+        ]
     else:
         both = None
         if known.features is not None:
@@ -243,7 +244,7 @@ def _rows(
 
 
 def _outputs(
-    options: Predict, checkpoint: Checkpoint, console: Console
+    options: Predict, checkpoint: Pretrained, console: Console
 ) -> Iterator[tuple[list[Path], np.ndarray, np.ndarray]]:
     """Batch by batch, the images that could be read, their logits, and what the head saw."""
     bands = image_bands(training_options(options.run), checkpoint)

@@ -12,11 +12,11 @@ from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import transfer
 from flaxtransfer.commands.job import split
 from flaxtransfer.commands.options import Train
-from flaxtransfer.data.loaders import held_out
+from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
-from flaxtransfer.data.splits import some
+from flaxtransfer.data.splits import subsample
 from flaxtransfer.features.extract import segment_features
-from flaxtransfer.weights.load import load
+from flaxtransfer.weights.loading import load
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Probe:
 
     Args:
       data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
-      weights: "builtin", a file of a ResNet, a folder with one, hf://organisation/name, or https://.
+      weights: "builtin", a file of a ResNet, a folder with one, hf://organization/name, or https://.
       format: naming of the weights, where it is not to be read off.
       sensor: whose bands the weights take, where their name does not say it: sentinel2_all, ...
       model: architecture that the weights must be of; by default whatever they are.
@@ -66,16 +66,17 @@ def probe(options: Probe, console: Console) -> None:
     source = open_source(
         options.data, skip_corrupt=options.skip_corrupt, bands=checkpoint.config.bands
     )
-    positions = some(split(source, shared).train, options.most_images, source.labels())
+    positions = subsample(split(source, shared).train, options.most_images, source.labels())
     classes = len(source.class_names)
     model, variables, _ = transfer(checkpoint, classes=classes)
-    batches = held_out(source, positions, checkpoint.preprocessing)
+    batches = eval_batches(source, positions, checkpoint.preprocessing)
     features, labels = segment_features(model, variables, batches, checkpoint.preprocessing)
     profile = probe_profile(features, labels, kind=options.kind, classes=classes)
     console.print(
         f"{options.data}: {len(positions)} training images, {classes} classes; {checkpoint!r}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(str(profile), highlight=False)
     if options.out is not None:
         from flaxtransfer.report.figures import draw_profile

@@ -12,14 +12,14 @@ from flaxtransfer.analysis.stem import stem_report
 from flaxtransfer.paths import flatten
 from flaxtransfer.report.figures import stem_picture
 from flaxtransfer.training.run_folder import weights_of
-from flaxtransfer.weights.load import load
+from flaxtransfer.weights.loading import load
 
 
 @dataclass(frozen=True)
 class Stem:
     """Print how much of each first-layer filter survives replicated gray, and an adapter.
 
-    Filters that compare colours are silent on gray images in three equal channels. For a run with
+    Filters that compare colors are silent on gray images in three equal channels. For a run with
     an input adapter, what survives it is printed too.
 
     Args:

@@ -14,15 +14,15 @@ from rich.table import Table
 
 from flaxtransfer.commands.job import Job, prepare
 from flaxtransfer.commands.options import Train
-from flaxtransfer.data.loaders import Feed, held_out
-from flaxtransfer.data.splits import Splits, some
-from flaxtransfer.features.class_means import instant_baseline
+from flaxtransfer.data.loader import DataLoaders, eval_batches
+from flaxtransfer.data.splits import Splits, subsample
+from flaxtransfer.features.class_means import baseline
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.strategies.recipes import from_scratch
+from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.training.evaluation import Evaluation
-from flaxtransfer.training.loop import Fitted, Options, fit
+from flaxtransfer.training.loop import FitOptions, FitResult, fit
 from flaxtransfer.training.plan import Plan, plan_table
 from flaxtransfer.training.run_folder import write_json
 from flaxtransfer.types import Variables
@@ -129,8 +129,8 @@ def _train_from_scratch(
 
 
 def _fit(
-    options: Train, model: Model, variables: Variables, plan: Plan, feed: Feed, folder: Path
-) -> Fitted:
+    options: Train, model: Model, variables: Variables, plan: Plan, feed: DataLoaders, folder: Path
+) -> FitResult:
     return fit(
         model,
         variables,
@@ -140,12 +140,12 @@ def _fit(
         seed=options.seed,
         config={"options": options.identity()},
         resume=options.resume,
-        options=Options(evaluate_every=options.evaluate_every, tensorboard=options.tensorboard),
+        options=FitOptions(evaluate_every=options.evaluate_every, tensorboard=options.tensorboard),
         cache=options.caching(),
     )
 
 
-def _row(start: str, result: Evaluation, fitted: Fitted, started: float) -> dict[str, Any]:
+def _row(start: str, result: Evaluation, fitted: FitResult, started: float) -> dict[str, Any]:
     seconds = round(time.monotonic() - started, 1)
     return {"start": start, "steps": fitted.steps, "seconds": seconds, **result.to_json()}
 
@@ -169,11 +169,11 @@ def _print_job(job: Job, options: Train, console: Console) -> None:
 def _baseline(job: Job, console: Console) -> dict[str, Any] | None:
     """Prints what heads on frozen features reach; nothing that is wrong there stops a run."""
     preprocessing = job.feed.preprocessing
-    positions = some(job.splits.train, MOST_IMAGES_FOR_BASELINE, job.source.labels())
-    batches = held_out(job.source, positions, preprocessing)
+    positions = subsample(job.splits.train, MOST_IMAGES_FOR_BASELINE, job.source.labels())
+    batches = eval_batches(job.source, positions, preprocessing)
     try:
         pooled = pooled_features(job.model, job.variables, batches, preprocessing)
-        found = instant_baseline(*pooled, classes=len(job.source.class_names))
+        found = baseline(*pooled, classes=len(job.source.class_names))
     except ValueError as error:
         console.print(f"no baseline on frozen features: {error}", highlight=False)
         return None

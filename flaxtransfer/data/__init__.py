@@ -1,4 +1,4 @@
-"""Labelled images: sources, splits, transforms and batches.
+"""Labeled images: sources, splits, transforms and batches.
 
 Names are looked up when they are used, so that importing the package does not import grain.
 """
@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
+    from flaxtransfer.data.band_statistics import band_patches as band_patches
+    from flaxtransfer.data.band_statistics import band_preprocessing as band_preprocessing
     from flaxtransfer.data.cache import cached as cached
     from flaxtransfer.data.cache import digest as digest
     from flaxtransfer.data.decode import ImageError as ImageError
     from flaxtransfer.data.folder import FolderSource as FolderSource
+    from flaxtransfer.data.loader import DataLoaders as DataLoaders
+    from flaxtransfer.data.loader import IndexedExamples as IndexedExamples
+    from flaxtransfer.data.loader import eval_batches as eval_batches
+    from flaxtransfer.data.loader import loaders as loaders
     from flaxtransfer.data.open import open_source as open_source
     from flaxtransfer.data.pipeline import Batch as Batch
     from flaxtransfer.data.pipeline import FixedView as FixedView
-    from flaxtransfer.data.pipeline import eval_batches as eval_batches
+    from flaxtransfer.data.pipeline import batches_in_order as batches_in_order
     from flaxtransfer.data.pipeline import train_batches as train_batches
     from flaxtransfer.data.pipeline import train_dataset as train_dataset
     from flaxtransfer.data.pipeline import training_rows as training_rows
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from flaxtransfer.data.source import Source as Source
     from flaxtransfer.data.splits import Splits as Splits
     from flaxtransfer.data.splits import stratified_split as stratified_split
+    from flaxtransfer.data.splits import subsample as subsample
     from flaxtransfer.data.transforms import Channels as Channels
     from flaxtransfer.data.transforms import Compose as Compose
     from flaxtransfer.data.transforms import HorizontalFlip as HorizontalFlip
@@ -37,6 +44,5 @@ if TYPE_CHECKING:
     from flaxtransfer.data.transforms import evaluation_transform as evaluation_transform
     from flaxtransfer.data.transforms import flip_keeps_labels as flip_keeps_labels
     from flaxtransfer.data.transforms import training_transform as training_transform
-    from flaxtransfer.weights.preprocessing import normalise as normalise
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flaxtransfer.data.pipeline import eval_batches
+from flaxtransfer.data.pipeline import batches_in_order
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import some
+from flaxtransfer.data.splits import subsample
 from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.weights.preprocessing import Preprocessing
 
@@ -27,11 +27,11 @@ def band_preprocessing(
     The statistics that belong to the weights are those of red, green and blue photographs, and
     there is none for a band that those do not have. Over all pixels of the training images, each
     band gets mean 0 and deviation 1; that comes before the adapter, which therefore folds exactly
-    into the stem. A band that is the same everywhere is only centred.
+    into the stem. A band that is the same everywhere is only centered.
 
     Args:
       preprocessing: that belongs to the weights; size, resize and interpolation are kept.
-      source: labelled images of ``bands`` bands.
+      source: labeled images of ``bands`` bands.
       positions: of the training images; at most 2000 of them are looked at, spread evenly.
       bands: n.
 
@@ -48,9 +48,9 @@ def band_preprocessing(
     """
     counts = np.zeros((bands, 256), np.int64)
     transform = evaluation_transform(preprocessing, channels=bands)
-    chosen = some(np.asarray(positions), _MOST_IMAGES)
+    chosen = subsample(np.asarray(positions), _MOST_IMAGES)
     _check(source, chosen, bands)
-    for batch in eval_batches(source, chosen, batch_size=_BATCH, transform=transform):
+    for batch in batches_in_order(source, chosen, batch_size=_BATCH, transform=transform):
         images = batch["image"][batch["weight"] > 0]
         for band in range(bands):
             # Whole numbers: the result depends neither on the order nor on the batches.
@@ -71,11 +71,11 @@ def band_patches(
     side: int = 4,
     most: int = 20_000,
 ) -> np.ndarray:
-    """Means of small squares of normalised training images, for ``transfer(..., patches=...)``.
+    """Means of small squares of normalized training images, for ``transfer(..., patches=...)``.
 
     Args:
       preprocessing: from ``band_preprocessing``.
-      source: labelled images with as many bands.
+      source: labeled images with as many bands.
       positions: of the training images.
       side: of a square in px of the network's input; less noise than single pixels have.
       most: squares, from images spread evenly over the positions.
@@ -85,11 +85,11 @@ def band_patches(
     """
     bands, side = len(preprocessing.mean), min(side, preprocessing.size)
     across = preprocessing.size // side
-    chosen = some(np.asarray(positions), max(1, most // across**2))
+    chosen = subsample(np.asarray(positions), max(1, most // across**2))
     _check(source, chosen, bands)
     transform = evaluation_transform(preprocessing, channels=bands)
     found = []
-    for batch in eval_batches(source, chosen, batch_size=_BATCH, transform=transform):
+    for batch in batches_in_order(source, chosen, batch_size=_BATCH, transform=transform):
         images = batch["image"][batch["weight"] > 0]
         cut = images[:, : across * side, : across * side]
         squares = cut.reshape(len(cut), across, side, across, side, bands)

@@ -1,6 +1,6 @@
 """Decode image files to pixels, with one, three or any number of bands.
 
-Encoded image files to uint8 pixels: one rule for each colour mode, and every error named.
+Encoded image files to uint8 pixels: one rule for each color mode, and every error named.
 
 Image files with any number of bands, as far as Pillow reads them.
 """
@@ -50,8 +50,8 @@ def decode(
     """Decodes one PNG, JPEG, BMP, GIF, TIFF or WebP image.
 
     - The EXIF orientation is applied: the result stands as a viewer would show it.
-    - Palette colours are looked up; CMYK, YCbCr, LAB and 1-bit images are converted by Pillow.
-    - Transparency is composed over white, as a viewer would; the colours that lie hidden under
+    - Palette colors are looked up; CMYK, YCbCr, LAB and 1-bit images are converted by Pillow.
+    - Transparency is composed over white, as a viewer would; the colors that lie hidden under
       fully transparent pixels are arbitrary.
     - 16-bit gray is scaled linearly, 0 .. 65535 to 0 .. 255 (``round(x / 257)``). A 12-bit scan
       stored in 16 bits therefore becomes dark: window it before.
@@ -155,7 +155,7 @@ _MANY = {"LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
 def decode_bands(
     data: bytes | str | os.PathLike[str], *, name: str, bands: int, min_side: int | None = None
 ) -> np.ndarray:
-    """Decodes an image of n bands, without any conversion of colours.
+    """Decodes an image of n bands, without any conversion of colors.
 
     One and three bands are gray and RGB, as ``decode`` makes them from any image. For every other
     number the file has to hold exactly that many, in one of two ways: as the channels of one

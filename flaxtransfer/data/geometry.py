@@ -46,8 +46,8 @@ def resized_shape(height: int, width: int, shortest: int) -> tuple[int, int]:
     return int(shortest * height / width), shortest
 
 
-def centre_offset(length: int, size: int) -> int:
-    """Where a centred window of ``size`` begins; halves round to even, as torchvision's do."""
+def center_offset(length: int, size: int) -> int:
+    """Where a centered window of ``size`` begins; halves round to even, as torchvision's do."""
     return round((length - size) / 2)
 
 
@@ -59,7 +59,7 @@ def resize_crop(image: np.ndarray, size: int, resize: int, interpolation: str) -
     """
     check_image(image)
     height, width = resized_shape(image.shape[0], image.shape[1], resize)
-    top, left = centre_offset(height, size), centre_offset(width, size)
+    top, left = center_offset(height, size), center_offset(width, size)
     box = (left, top, left + size, top + size)
     method = _resampling(interpolation)
     return _by_pillow(image, lambda p: p.resize((width, height), method).crop(box))
@@ -91,7 +91,7 @@ def affine(
     interpolation: str = "bilinear",
     fill: int = 0,
 ) -> np.ndarray:
-    """``resize_crop`` followed by an affine map about the centre, resampled once where possible.
+    """``resize_crop`` followed by an affine map about the center, resampled once where possible.
 
     An image that is enlarged with bilinear (or nearest) interpolation is resampled a single time,
     from its own pixels. Otherwise it is resized first, with the antialiased kernel that the
@@ -118,32 +118,30 @@ def affine(
 
     check_image(image)
     height, width = resized_shape(image.shape[0], image.shape[1], resize)
-    left, top = centre_offset(width, size), centre_offset(height, size)
+    left, top = center_offset(width, size), center_offset(height, size)
     angle, slant = math.radians(degrees), math.tan(math.radians(shear))
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     # Pillow asks where a pixel of the result comes from: the inverse of
-    # scale * rotation * shear, about the centre of the result.
+    # scale * rotation * shear, about the center of the result.
     xx, xy = cos + slant * -sin, -sin - slant * cos
     yx, yy = sin, cos
-    centre_x, centre_y = size / 2 + shift[0], size / 2 + shift[1]
-    from_x = left + size / 2 - xx * centre_x - xy * centre_y
-    from_y = top + size / 2 - yx * centre_x - yy * centre_y
+    center_x, center_y = size / 2 + shift[0], size / 2 + shift[1]
+    from_x = left + size / 2 - xx * center_x - xy * center_y
+    from_y = top + size / 2 - yx * center_x - yy * center_y
     across, down = image.shape[1] / width, image.shape[0] / height
     once = interpolation in ("nearest", "bilinear") and across <= 1 and down <= 1
     if not once:
         across = down = 1.0
-    matrix = (
-        across * xx, across * xy, across * from_x, down * yx, down * yy, down * from_y
-    )  # fmt: skip
+    matrix = (across * xx, across * xy, across * from_x, down * yx, down * yy, down * from_y)
     method = _resampling(interpolation)
     mapping = method if once else Image.Resampling.BILINEAR
 
     def apply(picture: Image.Image) -> Image.Image:
         if not once:
             picture = picture.resize((width, height), method)
-        colour = fill if picture.mode == "L" else (fill,) * 3
+        color = fill if picture.mode == "L" else (fill,) * 3
         return picture.transform(
-            (size, size), Image.Transform.AFFINE, matrix, mapping, fillcolor=colour
+            (size, size), Image.Transform.AFFINE, matrix, mapping, fillcolor=color
         )
 
     return _by_pillow(image, apply)

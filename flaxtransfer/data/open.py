@@ -1,6 +1,6 @@
-"""Open a data set by its scheme, labelled or not.
+"""Open a data set by its scheme, labeled or not.
 
-What a data set is here: random access to labelled images, and the names of the classes.
+What a data set is here: random access to labeled images, and the names of the classes.
 
 Images whose classes nobody has said: to predict, to diagnose, to adapt to.
 """
@@ -18,7 +18,7 @@ from flaxtransfer.data.folder import FolderSource, files_below, missing_folder, 
 from flaxtransfer.data.source import ArraySource, Source
 from flaxtransfer.paths import suggest
 
-__all__ = ["SCHEMES", "Unlabelled", "open_source", "open_unlabelled"]
+__all__ = ["SCHEMES", "Unlabeled", "open_source", "open_unlabeled"]
 
 
 SCHEMES = ("digits", "tfds:<name>[/config][:version][:split]", "folder:<path>")
@@ -103,7 +103,7 @@ IMAGE_KEYS = ("image", "images")
 
 
 @dataclass(frozen=True)
-class Unlabelled:
+class Unlabeled:
     """Images with a name each; labels that the source may have are not to be looked at.
 
     Args:
@@ -132,9 +132,7 @@ class Unlabelled:
         return np.array([place[name] for name in names], np.int64)
 
 
-def open_unlabelled(
-    spec: str, *, skip_corrupt: bool = False, bands: int | None = None
-) -> Unlabelled:
+def open_unlabeled(spec: str, *, skip_corrupt: bool = False, bands: int | None = None) -> Unlabeled:
     """Opens images without regard to classes.
 
     Args:
@@ -156,11 +154,11 @@ def open_unlabelled(
     return _numbered(open_source(spec, skip_corrupt=skip_corrupt, bands=bands))
 
 
-def _numbered(source: Source) -> Unlabelled:
-    return Unlabelled(source, tuple(map(str, range(len(source)))))
+def _numbered(source: Source) -> Unlabeled:
+    return Unlabeled(source, tuple(map(str, range(len(source)))))
 
 
-def _folder(root: Path, skip_corrupt: bool, bands: int) -> Unlabelled:
+def _folder(root: Path, skip_corrupt: bool, bands: int) -> Unlabeled:
     if not root.is_dir():
         raise FileNotFoundError(missing_folder(root))
     files = files_below(root)
@@ -173,7 +171,7 @@ def _folder(root: Path, skip_corrupt: bool, bands: int) -> Unlabelled:
     source = FolderSource(
         root, ("?",), tuple(files), np.zeros(len(files), np.int64), tuple(bad.values()), bands=bands
     )
-    return Unlabelled(source, tuple(files), tuple(bad.values()))
+    return Unlabeled(source, tuple(files), tuple(bad.values()))
 
 
 def _arrays(path: Path) -> ArraySource:

@@ -62,7 +62,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def seeds(seed: int) -> tuple[int, int]:
-    """Of the order and of the draws: hashed, so that both, and neighbouring seeds, are independent.
+    """Of the order and of the draws: hashed, so that both, and neighboring seeds, are independent.
 
     >>> len(set(seeds(0)) | set(seeds(1)))
     4
@@ -185,7 +185,7 @@ def transformed(
     if dtype != np.uint8 or len(shape) != 3:
         raise TypeError(
             f"{transform!r} made {dtype} {list(shape)} of an image, wanted uint8 [height, width, "
-            "channels]; the values are normalised on the device, by normalise()"
+            "channels]; the values are normalized on the device, by normalize()"
         )
     return image
 
@@ -311,7 +311,7 @@ def train_dataset(
     return Rows(dataset, batch_size, shard).batch(batch_size // shard[1], drop_remainder=True)
 
 
-def eval_batches(
+def batches_in_order(
     source: Source,
     indices: Sequence[int] | np.ndarray,
     *,

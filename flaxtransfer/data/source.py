@@ -1,4 +1,4 @@
-"""What a data set is here: random access to labelled images, and the names of the classes."""
+"""What a data set is here: random access to labeled images, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Example(TypedDict):
-    """One labelled image: ``image`` is uint8 ``[height, width, channels]``."""
+    """One labeled image: ``image`` is uint8 ``[height, width, channels]``."""
 
     image: np.ndarray
     label: int
@@ -18,7 +18,7 @@ class Example(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """Labelled images with random access; the order never changes.
+    """Labeled images with random access; the order never changes.
 
     A class of yours is a source as soon as it has these four members; nothing has to be
     inherited. It must be picklable to be used with worker processes, and safe to read from
@@ -60,7 +60,7 @@ def position(index: SupportsIndex, length: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Labelled images that are in memory.
+    """Labeled images that are in memory.
 
     Float images must lie in 0 .. 1 and are stored as ``round(255 * x)``; scale other ranges
     yourself, since only you know what their black and white are.

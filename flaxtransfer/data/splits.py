@@ -31,7 +31,7 @@ def stratified_split(
 
     Every class is put in an order of its own that depends on ``seed`` and the class alone. Its
     beginning is the test part (when ``test_fraction`` is given), then come the examples that may
-    be learnt from, of which the last are for validation.
+    be learned from, of which the last are for validation.
 
     With ``labels_per_class=n``, n labels of each class are used and no more: **validation comes
     out of those n** (``val_per_class`` of them, none by default), as it would for somebody who
@@ -180,7 +180,7 @@ def _check_numbers(
         raise ValueError("; ".join(problems))
 
 
-def some(positions: np.ndarray, most: int, labels: np.ndarray | None = None) -> np.ndarray:
+def subsample(positions: np.ndarray, most: int, labels: np.ndarray | None = None) -> np.ndarray:
     """At most so many of the positions, in order, drawn the same way every time.
 
     Args:

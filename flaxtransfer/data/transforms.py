@@ -124,7 +124,7 @@ def check_sizes(step: object, problems: Sequence[str] = ()) -> None:
 class RandomAffine:
     """``ResizeCrop`` with a random rotation, shift, magnification and shear on top.
 
-    Suits glyphs, scans and whatever else stands centred: nothing is cropped away on purpose. It is
+    Suits glyphs, scans and whatever else stands centered: nothing is cropped away on purpose. It is
     not the crop with which ImageNet networks are trained; that is ``RandomResizedCrop``.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Standardisation", "class_labels", "examples", "matching", "singles", "standardisation"]
+__all__ = ["Standardization", "class_labels", "examples", "matching", "singles", "standardization"]
 
 
 def examples(
@@ -80,7 +80,7 @@ def matching(features: Any, width: int, dtype: Any = np.float64) -> np.ndarray:
 
 
 def singles(label: np.ndarray) -> list[int]:
-    """Classes with one example, from which nothing can be held out and still be learnt.
+    """Classes with one example, from which nothing can be held out and still be learned.
 
     >>> singles(np.array([0, 0, 3, 1]))
     [1, 3]
@@ -90,7 +90,7 @@ def singles(label: np.ndarray) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Standardisation:
+class Standardization:
     """A shift and a scale for each feature, as measured on training examples.
 
     Args:
@@ -120,9 +120,9 @@ class Standardisation:
         return ((matrix - self.mean) / self.scale).astype(dtype)
 
     def undo(self, kernel: Any, bias: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The same linear head for features that were not standardised.
+        """The same linear head for features that were not standardized.
 
-        Use it to put a head that was fitted on standardised features onto a network.
+        Use it to put a head that was fitted on standardized features onto a network.
 
         Args:
           kernel: ``[features, classes]``.
@@ -131,7 +131,7 @@ class Standardisation:
         Returns:
           Kernel and bias, float64.
 
-        >>> fitted = standardisation([[0.0, 5.0], [2.0, 5.0]])
+        >>> fitted = standardization([[0.0, 5.0], [2.0, 5.0]])
         >>> kernel, bias = fitted.undo(np.array([[2.0], [0.0]]), np.array([0.5]))
         >>> (np.array([[3.0, 5.0]]) @ kernel + bias).item()
         4.5
@@ -140,7 +140,7 @@ class Standardisation:
         return kernel, np.asarray(bias, np.float64) - self.mean @ kernel
 
 
-def standardisation(features: Any) -> Standardisation:
+def standardization(features: Any) -> Standardization:
     """Measures mean and standard deviation of each feature, in float64.
 
     Measure on training examples alone and apply to all. The deviation is that of the examples
@@ -154,7 +154,7 @@ def standardisation(features: Any) -> Standardisation:
     Raises:
       ValueError: another shape, no examples, or values that are not finite.
 
-    >>> fitted = standardisation([[0.0, 5.0], [2.0, 5.0]])
+    >>> fitted = standardization([[0.0, 5.0], [2.0, 5.0]])
     >>> fitted([[3.0, 5.0]]).tolist(), fitted.constant.tolist()
     ([[2.0, 0.0]], [1])
     """
@@ -167,4 +167,4 @@ def standardisation(features: Any) -> Standardisation:
     deviation = np.sqrt(np.square(matrix - mean).mean(axis=0))
     # The mean is rounded, too: a constant of 0.1 does not have a deviation of exactly 0.
     constant = deviation <= 10 * np.finfo(np.float64).eps * np.abs(mean)
-    return Standardisation(mean, np.where(constant, 1.0, deviation), np.flatnonzero(constant))
+    return Standardization(mean, np.where(constant, 1.0, deviation), np.flatnonzero(constant))

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from flaxtransfer.features.checks import examples, matching, singles, standardisation
+from flaxtransfer.features.checks import examples, matching, singles, standardization
 from flaxtransfer.features.ridge import ridge_path
 from flaxtransfer.features.sweep import deal, rarest, sweep_head
 
 __all__ = [
     "Baseline",
     "MeansHead",
-    "instant_baseline",
+    "baseline",
     "linear_discriminant",
-    "nearest_mean",
+    "nearest_class_mean",
     "nearest_mean_left_out",
 ]
 
@@ -35,34 +35,34 @@ class MeansHead:
     Args:
       kernel: float64 ``[features, classes]``.
       bias: float64 ``[classes]``.
-      normalised: whether every example is scaled to length 1 first.
+      normalized: whether every example is scaled to length 1 first.
       shrinkage: of the covariance, 0 .. 1; None without a covariance.
     """
 
     kernel: np.ndarray
     bias: np.ndarray
-    normalised: bool = False
+    normalized: bool = False
     shrinkage: float | None = None
 
     def scores(self, features: Any) -> np.ndarray:
         """``[examples, classes]``, the largest of which is the prediction.
 
         With ``linear_discriminant`` they are logits: log-probabilities up to a shift. With
-        ``nearest_mean`` they are half the squared distances, negative and up to a shift.
+        ``nearest_class_mean`` they are half the squared distances, negative and up to a shift.
 
         Raises:
-          ValueError: another number of features, or an example of length 0 to be normalised.
+          ValueError: another number of features, or an example of length 0 to be normalized.
         """
         matrix = matching(features, len(self.kernel))
-        return (_normalised(matrix) if self.normalised else matrix) @ self.kernel + self.bias
+        return (_normalized(matrix) if self.normalized else matrix) @ self.kernel + self.bias
 
     def predict(self, features: Any) -> np.ndarray:
         """Classes, int64 ``[examples]``."""
         return self.scores(features).argmax(axis=1)
 
 
-def nearest_mean(
-    features: Any, labels: Any, *, normalise: bool = False, classes: int | None = None
+def nearest_class_mean(
+    features: Any, labels: Any, *, normalize: bool = False, classes: int | None = None
 ) -> MeansHead:
     """The class whose mean is nearest, by Euclidean distance.
 
@@ -72,30 +72,30 @@ def nearest_mean(
     Args:
       features: ``[examples, features]``, finite.
       labels: integers ``[examples]``, 0 .. classes - 1.
-      normalise: scale each example to length 1 first, and each mean after averaging: the class of
+      normalize: scale each example to length 1 first, and each mean after averaging: the class of
         the largest cosine.
       classes: how many there are; by default as many as the labels say.
 
     Raises:
       ValueError: shapes that do not fit, values that are not finite, one class, a class without
-        examples, an example or mean of length 0 to be normalised.
+        examples, an example or mean of length 0 to be normalized.
       TypeError: labels that are no integers.
 
     References:
       T. Mensink, J. Verbeek, F. Perronnin, G. Csurka, "Distance-Based Image Classification:
       Generalizing to New Classes at Near-Zero Cost", 2013.
 
-    >>> head = nearest_mean([[0.0, 0.0], [2.0, 0.0], [0.0, 9.0]], [0, 0, 1])
+    >>> head = nearest_class_mean([[0.0, 0.0], [2.0, 0.0], [0.0, 9.0]], [0, 0, 1])
     >>> head.predict([[1.0, 4.0], [1.0, 5.0]]).tolist()
     [0, 1]
     """
     matrix, label, counts = _checked(features, labels, classes)
-    if normalise:
-        matrix = _normalised(matrix)
+    if normalize:
+        matrix = _normalized(matrix)
     means = _means(matrix, label, counts)
-    if normalise:
-        means = _normalised(means, "class means")
-    return MeansHead(means.T, -np.square(means).sum(axis=1) / 2, normalised=normalise)
+    if normalize:
+        means = _normalized(means, "class means")
+    return MeansHead(means.T, -np.square(means).sum(axis=1) / 2, normalized=normalize)
 
 
 def linear_discriminant(
@@ -120,7 +120,7 @@ def linear_discriminant(
       classes: how many there are; by default as many as the labels say.
 
     Raises:
-      ValueError: as ``nearest_mean``; a shrinkage outside 0 .. 1, a covariance that is singular, or
+      ValueError: as ``nearest_class_mean``; a shrinkage outside 0 .. 1, a singular covariance, or
         no variance within the classes.
       TypeError: labels that are no integers.
 
@@ -142,7 +142,7 @@ def linear_discriminant(
     if variance <= (10 * np.finfo(np.float64).eps) ** 2 * np.square(matrix).sum() / matrix.size:
         raise ValueError(
             "the features do not vary within the classes, so there is no covariance to go by; "
-            "nearest_mean needs none"
+            "nearest_class_mean needs none"
         )
     # Of both Gram matrices the smaller one; their Frobenius norms are the same.
     few = len(matrix) < matrix.shape[1]
@@ -195,11 +195,11 @@ def _means(matrix: np.ndarray, label: np.ndarray, counts: np.ndarray) -> np.ndar
     return (np.eye(len(counts))[label].T @ matrix) / counts[:, None]
 
 
-def _normalised(matrix: np.ndarray, what: str = "examples") -> np.ndarray:
+def _normalized(matrix: np.ndarray, what: str = "examples") -> np.ndarray:
     lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
     if zero := np.flatnonzero(lengths == 0).tolist():
         raise ValueError(
-            f"{what} {zero[:5]} have length 0 and no direction; normalise=False takes them"
+            f"{what} {zero[:5]} have length 0 and no direction; normalize=False takes them"
         )
     return matrix / lengths
 
@@ -218,7 +218,7 @@ def _checked(
 _FOLDS = 5
 
 LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
-"""Of logistic regression; on standardised features a finer grid gains little."""
+"""Of logistic regression; on standardized features a finer grid gains little."""
 
 _DISCRIMINANT_WORK = 5e9
 """Products, examples times features times the fewer of both, that are done within a second."""
@@ -242,7 +242,7 @@ class Baseline:
 
     examples: int
     majority: float
-    nearest_mean: float
+    nearest_class_mean: float
     ridge: float
     discriminant: float | None
     logistic: float | None
@@ -274,10 +274,10 @@ class Baseline:
         return "\n".join([line, *self.notes])
 
 
-def instant_baseline(
+def baseline(
     features: Any, labels: Any, classes: int | None = None, *, logistic: bool = False
 ) -> Baseline:
-    """Several heads on standardised features, judged on examples that were held out.
+    """Several heads on standardized features, judged on examples that were held out.
 
     Use it before any training: what a fine-tuned network does not beat was not worth the time.
     Nearest class mean and ridge leave out examples one by one, in closed form. Discriminant
@@ -298,7 +298,7 @@ def instant_baseline(
 
     >>> labels = np.arange(40) % 2
     >>> random = np.random.default_rng(0)
-    >>> found = instant_baseline(random.normal(size=(40, 8)) + 4 * labels[:, None], labels)
+    >>> found = baseline(random.normal(size=(40, 8)) + 4 * labels[:, None], labels)
     >>> found.ridge, found.nearest_mean, found.majority
     (1.0, 1.0, 0.5)
     """
@@ -311,14 +311,14 @@ def instant_baseline(
         notes.append(f"{number - len(present)} of {number} classes have no example.")
     if single := singles(label):
         notes.append(f"{len(single)} classes have one example, which counts as wrong.")
-    matrix = standardisation(matrix)(matrix)
+    matrix = standardization(matrix)(matrix)
     path = ridge_path(matrix, label)
     work = matrix.size * min(matrix.shape)
     discriminant = _discriminant(matrix, label, folds) if work <= _DISCRIMINANT_WORK else None
     swept = None
     if logistic:
         found = sweep_head(
-            matrix, label, strengths=LOGISTIC_STRENGTHS, folds=folds, standardise=False
+            matrix, label, strengths=LOGISTIC_STRENGTHS, folds=folds, standardize=False
         )
         swept = found.accuracy * (1 - len(single) / len(label))
     return Baseline(

@@ -16,7 +16,7 @@ from flaxtransfer.models.model import Model
 from flaxtransfer.paths import suggest
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.types import Variables
-from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 __all__ = ["pooled_features", "segment_features"]
 
@@ -53,7 +53,7 @@ def segment_features(
         those that do.
 
     >>> import flaxtransfer as ft
-    >>> model = ft.resnet(ft.ResNetConfig(depths=(1, 1, 1, 1), width=4))
+    >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4))
     >>> batch = {"image": np.zeros((2, 32, 32, 3), np.uint8), "label": np.array([0, 1])}
     >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
     >>> variables = model.init(jax.random.key(0))
@@ -120,7 +120,7 @@ def _pooled(
 
     @jax.jit
     def run(variables: Variables, images: jax.Array) -> tuple[jax.Array, ...]:
-        x, found = normalise(images, preprocessing.mean, preprocessing.std), []
+        x, found = normalize(images, preprocessing.mean, preprocessing.std), []
         for name, following in steps:
             x, _ = model.apply(variables, x, norm="running", start=name, stop=following)
             if name in chosen:

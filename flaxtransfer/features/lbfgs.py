@@ -94,7 +94,7 @@ def solve(
     max_iterations: Any,
     memory: int = _MEMORY,
 ) -> Solution:
-    """Minimises all fits in step; fits that are done stand still.
+    """Minimizes all fits in step; fits that are done stand still.
 
     Steps are searched along logits, which are linear in the step, so that a trial costs no pass
     over the features.
@@ -167,9 +167,14 @@ def solve(
         # Relative to the true class, which changes no probability and cancels nothing later.
         move = move - jnp.sum(jnp.where(true, move, 0), axis=1, keepdims=True)
         size = _step_size(
-            here.logits, move, weights, _inner(penalty * here.coefficients, way),
-            _inner(penalty * way, way), _inner(here.gradient, way), active,
-        )  # fmt: skip
+            here.logits,
+            move,
+            weights,
+            _inner(penalty * here.coefficients, way),
+            _inner(penalty * way, way),
+            _inner(here.gradient, way),
+            active,
+        )
         there = point(here.coefficients + size * way, here.logits + size * move)
         slot = state.iteration % memory
         return _State(

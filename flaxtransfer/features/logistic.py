@@ -27,7 +27,7 @@ _NEGLIGIBLE = 1e-12
 """Share of the largest eigenvalue below which a direction is rounding, in float64."""
 
 
-def left_axes(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def left_axes(centered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Squared singular values and left singular vectors, those without variance left out.
 
     With fewer examples than features they come out of the examples' products, which is exact: no
@@ -35,7 +35,7 @@ def left_axes(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     singular values below 3e-4 of the largest; float64 keeps those above 1e-6.
 
     Args:
-      centred: float64 ``[examples, features]``.
+      centered: float64 ``[examples, features]``.
 
     Returns:
       ``[rank]``, ascending, and ``[examples, rank]``.
@@ -44,12 +44,12 @@ def left_axes(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     >>> values.round(12).tolist(), np.abs(left).round(3).tolist()
     ([18.0], [[0.707], [0.707]])
     """
-    count, width = centred.shape
+    count, width = centered.shape
     few = count <= width
-    values, vectors = eigen(centred @ centred.T if few else centred.T @ centred)
+    values, vectors = eigen(centered @ centered.T if few else centered.T @ centered)
     kept = values > _NEGLIGIBLE * max(values[-1], 0)
     values, vectors = values[kept], vectors[:, kept]
-    return values, vectors if few else centred @ (vectors / np.sqrt(values))
+    return values, vectors if few else centered @ (vectors / np.sqrt(values))
 
 
 def eigen(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +80,7 @@ _GOOD = 3.0
 
 
 def together(
-    centred: np.ndarray,
+    centered: np.ndarray,
     true: np.ndarray,
     weights: np.ndarray,
     strengths: np.ndarray,
@@ -91,7 +91,7 @@ def together(
     """All fits, along the principal axes of all examples.
 
     Args:
-      centred: float64 ``[examples, features]``, of mean 0.
+      centered: float64 ``[examples, features]``, of mean 0.
       true: bool ``[examples, classes]``.
       weights: ``[fits, examples]``.
       strengths: ``[fits]``.
@@ -100,7 +100,7 @@ def together(
       max_iterations: of each fit.
 
     Returns:
-      Kernels ``[fits, features, classes]``, biases ``[fits, classes]`` for centred features, and
+      Kernels ``[fits, features, classes]``, biases ``[fits, classes]`` for centered features, and
       how well they were solved.
 
     References:
@@ -108,7 +108,7 @@ def together(
       T. Hastie, R. Tibshirani, "Efficient Quadratic Regularization for Expression Arrays", 2004
       (fewer examples than features).
     """
-    values, rotated, back = _rotate(centred, dtype)
+    values, rotated, back = _rotate(centered, dtype)
     design = _with_bias(rotated)
     guess = Diagonal(np.append(values, len(design)).astype(dtype))
     (count, classes), fits = true.shape, len(strengths)
@@ -130,7 +130,7 @@ def together(
 
 
 def alone(
-    centred: np.ndarray,
+    centered: np.ndarray,
     true: np.ndarray,
     weights: np.ndarray,
     strengths: np.ndarray,
@@ -147,7 +147,7 @@ def alone(
 
     Args and Returns as for ``together``.
     """
-    matrix = centred.astype(dtype)
+    matrix = centered.astype(dtype)
     few = len(matrix) < matrix.shape[1]
     if few:
         (packed, tau), upper = scipy.linalg.qr(matrix.T, mode="raw", check_finite=False)
@@ -182,16 +182,16 @@ def _with_bias(matrix: np.ndarray) -> np.ndarray:
     return np.column_stack([matrix, np.ones(len(matrix), matrix.dtype)])
 
 
-def _rotate(centred: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _rotate(centered: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Squared singular values, examples on the principal axes in ``dtype``, and the axes.
 
     With more examples than features any orthogonal axes are exact, and approximately principal ones
     are as good a guess: products in ``dtype``.
     """
-    if len(centred) <= centred.shape[1]:
-        values, left = left_axes(centred)
-        return values, (left * np.sqrt(values)).astype(dtype), centred.T @ (left / np.sqrt(values))
-    matrix = centred.astype(dtype)
+    if len(centered) <= centered.shape[1]:
+        values, left = left_axes(centered)
+        return values, (left * np.sqrt(values)).astype(dtype), centered.T @ (left / np.sqrt(values))
+    matrix = centered.astype(dtype)
     _, axes = eigen((matrix.T @ matrix).astype(np.float64))
     rotated = matrix @ axes.astype(dtype)
     return np.square(rotated).sum(axis=0), rotated, axes
@@ -285,7 +285,7 @@ def logistic_path(
 ) -> LogisticPath:
     """Fits every strength and every choice of examples, all at once.
 
-    Each fit minimises ``sum(weights * cross_entropy) + strength / 2 * sum(kernel ** 2)``, the bias
+    Each fit minimizes ``sum(weights * cross_entropy) + strength / 2 * sum(kernel ** 2)``, the bias
     without penalty: scikit-learn's ``LogisticRegression(C=1 / strength)`` with three classes or
     more. With two, scikit-learn keeps one column where there are two here, and its ``C`` is
     ``2 / strength``.
@@ -298,7 +298,7 @@ def logistic_path(
     nothing to share: the first guess is the inverse of a matrix, which costs a fifth of the axes.
 
     Args:
-      features: ``[examples, features]``, finite; standardise them, for the penalty is the same for
+      features: ``[examples, features]``, finite; standardize them, for the penalty is the same for
         all. Solved in float32, or in float64 with ``jax_enable_x64``.
       labels: integers ``[examples]``, 0 .. classes - 1.
       strengths: penalties above 0, ``[fits]``, or one for all fits. (At 0 separable classes have
@@ -340,9 +340,14 @@ def logistic_path(
     middle = matrix.mean(axis=0)
     solver = alone if len(penalties) == 1 else together
     kernels, biases, solved = solver(
-        matrix - middle, np.eye(number, dtype=bool)[label], shares, penalties,
-        dtype, tolerance, max_iterations,
-    )  # fmt: skip
+        matrix - middle,
+        np.eye(number, dtype=bool)[label],
+        shares,
+        penalties,
+        dtype,
+        tolerance,
+        max_iterations,
+    )
     biases = biases - middle @ kernels
     return LogisticPath(
         penalties,

@@ -15,7 +15,7 @@ __all__ = ["RidgePath", "ridge_path"]
 
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-3, 6, 19))
-"""Strengths that suit standardised features of any number, half a decade apart."""
+"""Strengths that suit standardized features of any number, half a decade apart."""
 
 _AT_ONCE = 2**23
 """Scores held at once; strengths that make more go in parts."""
@@ -83,7 +83,7 @@ def ridge_path(
     features are harmless: a direction without variance gets no weight.
 
     Args:
-      features: ``[examples, features]``, finite; standardise them, for the penalty is the same for
+      features: ``[examples, features]``, finite; standardize them, for the penalty is the same for
         all. Computed in float64.
       labels: integers ``[examples]``, 0 .. classes - 1.
       strengths: penalties, each above 0.
@@ -109,9 +109,9 @@ def ridge_path(
     penalties = _checked(len(matrix), strengths)
     targets = np.where(label[:, None] == np.arange(number), 1.0, -1.0)
     middle, target_mean = matrix.mean(axis=0), targets.mean(axis=0)
-    centred, residual = matrix - middle, targets - target_mean
+    centered, residual = matrix - middle, targets - target_mean
 
-    values, left = left_axes(centred)
+    values, left = left_axes(centered)
     projected = left.T @ residual
     shrunk = values[:, None] / (values[:, None] + penalties)  # [rank, strengths]
     kept = 1 - 1 / len(matrix) - np.square(left) @ shrunk  # 1 - leverage, [examples, strengths]
@@ -132,7 +132,7 @@ def ridge_path(
         accuracies[part] = (guesses == label[:, None]).mean(axis=0)
     best = int(np.flatnonzero(errors == errors.min())[np.argmax(penalties[errors == errors.min()])])
     # kernel = X' U (values + strength)^-1 U' Y, in which X' U is V sqrt(values).
-    kernel = centred.T @ (left @ (projected / (values[:, None] + penalties[best])))
+    kernel = centered.T @ (left @ (projected / (values[:, None] + penalties[best])))
     left_out = targets - out([best])[:, 0]
     bias = target_mean - middle @ kernel
     return RidgePath(penalties, errors, accuracies, best, kernel, bias, left_out)

@@ -16,17 +16,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from flaxtransfer.features.checks import class_labels, examples, matching, singles, standardisation
+from flaxtransfer.features.checks import class_labels, examples, matching, singles, standardization
 from flaxtransfer.features.logistic import LogisticPath, logistic_path
 from flaxtransfer.features.ridge import STRENGTHS as RIDGE_STRENGTHS
 from flaxtransfer.features.ridge import ridge_path
 
 __all__ = [
     "HeadSweep",
-    "SolvedHead",
+    "LinearProbe",
     "deal",
+    "fit_linear_probe",
     "rarest",
-    "solved_head",
     "stratified_folds",
     "sweep_head",
 ]
@@ -83,7 +83,7 @@ def rarest(label: np.ndarray) -> tuple[int, int]:
     if (counts == 1).all():
         raise ValueError(
             "every class has one example, so that none can be held out; give two or more, or fit "
-            "nearest_mean, which needs no more"
+            "nearest_class_mean, which needs no more"
         )
     n = np.where(counts > 1, counts, counts.max() + 1).argmin()
     return int(names[n]), int(counts[n])
@@ -93,7 +93,7 @@ Kind = Literal["logistic", "ridge"]
 Rule = Literal["loss", "accuracy", "one_standard_error"]
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-2, 5.5, 16))
-"""Strengths of logistic regression on standardised features, half a decade apart."""
+"""Strengths of logistic regression on standardized features, half a decade apart."""
 
 _TOLERANCE = 1e-6
 """In float32: moves a held-out loss by a thousandth of itself, where folds differ by a tenth."""
@@ -111,7 +111,7 @@ class HeadSweep:
       rule: how the best was chosen.
       best: its index.
       kernel: of the head that was refitted on all examples, for features as they were given
-        (standardisation included), float64 ``[features, classes]``.
+        (standardization included), float64 ``[features, classes]``.
       bias: float64 ``[classes]``.
       notes: what a reader of the table should know, in sentences.
     """
@@ -167,7 +167,7 @@ def sweep_head(
     folds: int = 5,
     seeds: Sequence[int] = (0,),
     rule: Rule = "loss",
-    standardise: bool = True,
+    standardize: bool = True,
     classes: int | None = None,
 ) -> HeadSweep:
     """Tries every strength on held-out examples, and refits the best on all.
@@ -176,7 +176,7 @@ def sweep_head(
     solved to the optimum by one compiled program; with ``"ridge"`` each example is left out once,
     in closed form, and neither folds nor seeds are needed.
 
-    Standardisation is by all examples that are given, held-out ones included: it sees no labels.
+    Standardization is by all examples that are given, held-out ones included: it sees no labels.
     Keep a test set out of ``features`` altogether: the accuracy of the best strength is that of the
     best of many.
 
@@ -185,14 +185,14 @@ def sweep_head(
       labels: integers ``[examples]``, 0 .. classes - 1, each class with an example or more, some
         with two.
       kind: of head. Logistic regression gives probabilities; ridge is faster.
-      strengths: penalties above 0. Default: half decades that suit standardised features.
+      strengths: penalties above 0. Default: half decades that suit standardized features.
       folds: 2 or more. A class with fewer examples lowers it; the only example of a class is
         never held out. Both are said in the notes.
       seeds: one partition into folds for each.
       rule: the best is that of the smallest mean loss or the largest mean accuracy, the largest
         strength of equals; or the largest strength whose mean loss is within one standard error of
         the smallest, which wants folds.
-      standardise: whether to; if not, the penalty is by the features' own units.
+      standardize: whether to; if not, the penalty is by the features' own units.
       classes: how many there are; by default as many as the labels say.
 
     Raises:
@@ -217,8 +217,8 @@ def sweep_head(
         (STRENGTHS if kind == "logistic" else RIDGE_STRENGTHS) if strengths is None else strengths
     )
     tried = np.sort(np.asarray(given, np.float64), axis=None)
-    scaling = standardisation(features)
-    matrix = scaling(features) if standardise else np.asarray(features)
+    scaling = standardization(features)
+    matrix = scaling(features) if standardize else np.asarray(features)
     notes = []
     if len(scaling.constant):
         notes.append(f"{len(scaling.constant)} of {matrix.shape[1]} features do not vary.")
@@ -242,7 +242,7 @@ def sweep_head(
         # The first fit of each strength is on all examples.
         fit = best * (len(path.strengths) // len(tried))
         kernel, bias = path.kernels[fit], path.biases[fit]
-    if standardise:
+    if standardize:
         kernel, bias = scaling.undo(kernel, bias)
     kernel, bias = np.asarray(kernel, np.float64), np.asarray(bias, np.float64)
     return HeadSweep(kind, tried, accuracies, losses, rule, best, kernel, bias, tuple(notes))
@@ -330,10 +330,10 @@ def _check_choices(kind: str, rule: str, folds: int, seeds: Sequence[int]) -> No
 
 
 _STRENGTH_OF_ONE = 10.0
-"""Penalty on standardised features where nothing can be held out to choose it by."""
+"""Penalty on standardized features where nothing can be held out to choose it by."""
 
 
-class SolvedHead(NamedTuple):
+class LinearProbe(NamedTuple):
     """A linear head.
 
     Args:
@@ -347,13 +347,13 @@ class SolvedHead(NamedTuple):
     text: str
 
 
-def solved_head(
+def fit_linear_probe(
     features: Any, labels: Any, classes: int, *, folds: int = 5, seed: int = 0
-) -> SolvedHead:
+) -> LinearProbe:
     """Multinomial logistic regression to the optimum, its strength chosen by folds.
 
     Use it to begin fine-tuning with a head that fits the features, so that the first gradients do
-    not distort them. Features are standardised for the fit, and the head is turned back into one
+    not distort them. Features are standardized for the fit, and the head is turned back into one
     for features as they were given: a network with it gives the fitted head's logits.
 
     Args:
@@ -375,7 +375,7 @@ def solved_head(
 
     >>> labels = np.arange(40) % 2
     >>> random = np.random.default_rng(0)
-    >>> head = solved_head(random.normal(size=(40, 8)) + 4 * labels[:, None], labels, 2)
+    >>> head = fit_linear_probe(random.normal(size=(40, 8)) + 4 * labels[:, None], labels, 2)
     >>> head.kernel.shape, head.text.split(",")[0]
     ((8, 2), 'logistic regression on 40 examples')
     """
@@ -388,10 +388,10 @@ def solved_head(
             f"{begin}, strength {found.strength:.3g}; {100 * found.accuracy:.1f} % of those held "
             "out are right"
         )
-        return SolvedHead(found.kernel, found.bias, text)
-    scaling = standardisation(features)
+        return LinearProbe(found.kernel, found.bias, text)
+    scaling = standardization(features)
     path = logistic_path(scaling(features), label, _STRENGTH_OF_ONE, classes=classes)
     kernel, bias = scaling.undo(path.kernels[0], path.biases[0])
-    return SolvedHead(
+    return LinearProbe(
         kernel, bias, f"{begin}, strength {_STRENGTH_OF_ONE:g}, for each class has but one example"
     )

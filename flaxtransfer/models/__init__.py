@@ -1,20 +1,22 @@
 """Networks as pairs of pure functions over named segments."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.convolution import conv, lax_conv
-from flaxtransfer.models.model import Model
-from flaxtransfer.models.registry import ARCHITECTURES, RESNETS, resnet
+from typing import TYPE_CHECKING
+
+from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
-    from flaxtransfer.models import nnx
+    from flaxtransfer.models import adapters as adapters
+    from flaxtransfer.models import nnx as nnx
+    from flaxtransfer.models.config import Adapter as Adapter
+    from flaxtransfer.models.config import ResNetConfig as ResNetConfig
+    from flaxtransfer.models.convolution import conv as conv
+    from flaxtransfer.models.convolution import lax_conv as lax_conv
+    from flaxtransfer.models.model import Model as Model
+    from flaxtransfer.models.registry import ARCHITECTURES as ARCHITECTURES
+    from flaxtransfer.models.registry import RESNETS as RESNETS
+    from flaxtransfer.types import Params as Params
+    from flaxtransfer.types import Variables as Variables
 
-__all__ = ["ARCHITECTURES", "RESNETS", "Model", "ResNetConfig", "conv", "lax_conv", "nnx", "resnet"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "nnx":  # Imported when asked for: who uses no NNX need not wait for it.
-        return importlib.import_module("flaxtransfer.models.nnx")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,6 +1,6 @@
 """Input adapters: what stands between an image of n bands and a stem that was trained on RGB.
 
-An adapter is a 1×1 convolution without bias, or tone curves, and sees images that are normalised
+An adapter is a 1×1 convolution without bias, or tone curves, and sees images that are normalized
 already. What is learned lies in the path ``adapter`` of a model's parameters; where it starts is a
 kernel ``[1, 1, bands, 3]``, made by ``luminance`` or ``by_wavelength`` of ``band_kernels``, or by
 ``least_squares`` of ``band_components``.
@@ -66,14 +66,14 @@ def apply(adapter: Adapter, params: Mapping[str, Any], images: jax.Array) -> jax
     Args:
       adapter: static where this is jitted.
       params: as ``init`` returns them.
-      images: normalised, of a floating dtype, ``[batch, height, width, bands]``.
+      images: normalized, of a floating dtype, ``[batch, height, width, bands]``.
 
     Returns:
       ``[batch, height, width, 3]``, of the images' dtype.
 
     Raises:
       ValueError: images of another number of bands, parameters of another adapter.
-      TypeError: images of integers, which are not normalised yet.
+      TypeError: images of integers, which are not normalized yet.
 
     >>> gray = jnp.array([-1.0, 2.0]).reshape(1, 1, 2, 1)
     >>> adapter = Adapter(bands=1)
@@ -81,7 +81,7 @@ def apply(adapter: Adapter, params: Mapping[str, Any], images: jax.Array) -> jax
     [[-1.0, -1.0, -1.0], [2.0, 2.0, 2.0]]
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"images are {images.dtype}; an adapter takes normalised floats")
+        raise TypeError(f"images are {images.dtype}; an adapter takes normalized floats")
     if images.ndim != 4 or images.shape[-1] != adapter.bands:
         raise ValueError(
             f"images have shape {tuple(images.shape)}, the adapter takes [batch, height, width, "
@@ -184,7 +184,7 @@ def _check_kernel(shape: tuple[int, ...], adapter: Adapter) -> None:
     if tuple(shape) != (1, 1, adapter.bands, 3):
         raise ValueError(
             f"the kernel has shape {tuple(shape)}, the adapter's is (1, 1, {adapter.bands}, 3): "
-            "one centre wavelength, or one column of patches, for each band of the image"
+            "one center wavelength, or one column of patches, for each band of the image"
         )
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
-    "RGB_CENTRES_NM",
+    "RGB_CENTERS_NM",
     "RGB_CORRELATION",
     "average_kernels",
     "by_wavelength",
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 
-RGB_CENTRES_NM = (660.0, 560.0, 490.0)
+RGB_CENTERS_NM = (660.0, 560.0, 490.0)
 """Red, green and blue, rounded from Landsat 8 (655, 561, 482) and Sentinel-2 (665, 560, 490)."""
 
 _VISIBLE_NM = (380.0, 780.0)
-"""The range of wavelengths of the CIE's colour-matching functions at 5 nm."""
+"""The range of wavelengths of the CIE's color-matching functions at 5 nm."""
 
 
 def replicate(images: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def repeat_kernels(stem_kernel: jax.Array, bands: int) -> jax.Array:
     """The stem's kernel for n bands with R, G, B in turn: timm's ``in_chans``.
 
     Band i gets the part of channel i mod 3, times 3 / n; one band gets the sum, three bands the
-    kernel as it is. Filters keep their opponent colours, but between bands that merely stand at
+    kernel as it is. Filters keep their opponent colors, but between bands that merely stand at
     those places. Where n is no multiple of 3 the parts are not balanced: n equal bands do not
     give the response of a gray image.
 
@@ -142,7 +142,7 @@ def luminance(bands: int) -> np.ndarray:
     """The mean of all bands in each of the three channels; one gray band is replicated.
 
     Without wavelengths there is no reason to treat one band otherwise than another. The stem then
-    sees a gray image, and its colour-opponent filters nothing (``analysis.stem``).
+    sees a gray image, and its color-opponent filters nothing (``analysis.stem``).
 
     Args:
       bands: how many, 1 or more.
@@ -161,26 +161,26 @@ def luminance(bands: int) -> np.ndarray:
 
 
 def by_wavelength(
-    centres_nm: Sequence[float],
+    centers_nm: Sequence[float],
     *,
     width_nm: float = 30.0,
     invisible: float = 0.1,
-    channels_nm: Sequence[float] = RGB_CENTRES_NM,
+    channels_nm: Sequence[float] = RGB_CENTERS_NM,
 ) -> np.ndarray:
     """Red, green and blue from the visible bands, by how near each one is.
 
     A visible band has in each channel the weight of a Gaussian around 660, 560 or 490 nm. The
     bands outside 380 to 780 nm, to which a stem of photographs has no natural place, share
     ``invisible`` of each channel equally: enough for their content to reach a frozen stem, and too
-    little to hide colour. If all bands are visible they have everything; if none is, each
+    little to hide color. If all bands are visible they have everything; if none is, each
     channel is the mean of all.
 
     Args:
-      centres_nm: centre wavelength of each band in nm, in the order of the image's bands.
+      centers_nm: center wavelength of each band in nm, in the order of the image's bands.
       width_nm: standard deviation of the Gaussians; 30 nm is 70 nm at half height, as wide as
         Sentinel-2's blue band.
       invisible: share of the bands outside the visible range, at least 0 and less than 1.
-      channels_nm: centre of each of the stem's three channels, where it was not trained on
+      channels_nm: center of each of the stem's three channels, where it was not trained on
         photographs. A band within two widths of one of them counts as visible.
 
     Returns:
@@ -200,30 +200,30 @@ def by_wavelength(
       research", 2014 (bands).
       CIE 15, "Colorimetry" (the visible range).
     """
-    centres, channels = np.asarray(centres_nm, np.float64), np.asarray(channels_nm, np.float64)
+    centers, channels = np.asarray(centers_nm, np.float64), np.asarray(channels_nm, np.float64)
     if channels.shape != (3,) or not (np.isfinite(channels) & (channels >= 100)).all():
         raise ValueError(f"channels_nm are three wavelengths in nm, not {channels.tolist()}")
-    if centres.ndim != 1 or not centres.size:
-        raise ValueError(f"centres_nm has shape {centres.shape}, wanted [bands], one or more")
-    if not (np.isfinite(centres) & (centres > 0)).all():
-        raise ValueError(f"wavelengths are positive numbers of nm, not {centres.tolist()}")
-    if (centres < 100).any():
+    if centers.ndim != 1 or not centers.size:
+        raise ValueError(f"centers_nm has shape {centers.shape}, wanted [bands], one or more")
+    if not (np.isfinite(centers) & (centers > 0)).all():
+        raise ValueError(f"wavelengths are positive numbers of nm, not {centers.tolist()}")
+    if (centers < 100).any():
         raise ValueError(
-            f"wavelengths are in nm, and {centres.min():g} nm is no light; from µm multiply by 1000"
+            f"wavelengths are in nm, and {centers.min():g} nm is no light; from µm multiply by 1000"
         )
     if not (math.isfinite(width_nm) and width_nm > 0):
         raise ValueError(f"width_nm is {width_nm}, wanted more than 0")
     if not 0 <= invisible < 1:
         raise ValueError(f"invisible is {invisible}, wanted at least 0 and less than 1")
-    seen = (centres >= _VISIBLE_NM[0]) & (centres <= _VISIBLE_NM[1])
-    seen |= (abs(centres[:, None] - channels) <= 2 * width_nm).any(axis=1)
+    seen = (centers >= _VISIBLE_NM[0]) & (centers <= _VISIBLE_NM[1])
+    seen |= (abs(centers[:, None] - channels) <= 2 * width_nm).any(axis=1)
     if not seen.any():
-        return luminance(len(centres))
+        return luminance(len(centers))
     share = 0.0 if seen.all() else invisible
-    exponents = -0.5 * ((centres[seen, None] - channels) / width_nm) ** 2
+    exponents = -0.5 * ((centers[seen, None] - channels) / width_nm) ** 2
     # Relative to the nearest band, for where all bands are far the Gaussians themselves underflow.
     weights = np.exp(exponents - exponents.max(axis=0))
-    kernel = np.full((len(centres), 3), share / max(1, (~seen).sum()))
+    kernel = np.full((len(centers), 3), share / max(1, (~seen).sum()))
     kernel[seen] = (1 - share) * weights / weights.sum(axis=0)
     return kernel[None, None]
 
@@ -282,16 +282,16 @@ def least_squares(
 
     The three main components of the bands are whitened and become, rotated and scaled, the main
     components of RGB: contrast between bands reaches the stem as strongly as contrast between
-    colours did, and what the stem's filters learned to expect holds. Which component is which
-    colour is open. By default the first is brightness and the others follow by size; with
+    colors did, and what the stem's filters learned to expect holds. Which component is which
+    color is open. By default the first is brightness and the others follow by size; with
     ``towards`` the rotation is the one whose channels are nearest to that kernel's (Procrustes).
 
     With fewer than three components (few bands, or bands that say the same) the covariance is the
     nearest of lower rank, and the variances are still those of RGB.
 
     Args:
-      patches: ``[patches, bands]``, pixels or means of small patches, of normalised images.
-      rgb_covariance: ``[3, 3]`` of the pre-training's normalised inputs; ImageNet's correlation
+      patches: ``[patches, bands]``, pixels or means of small patches, of normalized images.
+      rgb_covariance: ``[3, 3]`` of the pre-training's normalized inputs; ImageNet's correlation
         when left out, which gives channels of variance 1.
       towards: kernel ``[1, 1, bands, 3]``, such as that of ``by_wavelength``.
 
@@ -301,7 +301,7 @@ def least_squares(
 
     Raises:
       ValueError: fewer than 10 patches a band, values that are not finite, bands that are not
-        centred or all constant, a covariance or kernel that is none.
+        centered or all constant, a covariance or kernel that is none.
 
     >>> gray = np.random.default_rng(0).normal(0, 0.5, (100, 1))
     >>> channels = (gray - gray.mean()) @ least_squares(gray - gray.mean())[0, 0]
@@ -329,8 +329,8 @@ def least_squares(
             f"channels must correlate positively; rgb_covariance is {target.tolist()}"
         )
     whiten = axes[:, :rank] / np.sqrt(variances[:rank])
-    target_variances, colours = _main_components(target)
-    unwhiten = (colours[:, :rank] * np.sqrt(target_variances[:rank])).T
+    target_variances, colors = _main_components(target)
+    unwhiten = (colors[:, :rank] * np.sqrt(target_variances[:rank])).T
     agreement = whiten.T @ covariance @ wanted[0, 0] @ unwhiten.T
     if towards is None:
         rotation = np.diag(np.where(np.diag(agreement) < 0, -1.0, 1.0))
@@ -367,8 +367,8 @@ def _checked_patches(patches: Any) -> np.ndarray:
     if away.size:
         means = {int(band): round(float(bands[:, band].mean()), 4) for band in away[:6]}
         raise ValueError(
-            f"bands are not centred, more than half a deviation away from 0 (means {means}); "
-            "normalise the images by their own mean and deviation per band"
+            f"bands are not centered, more than half a deviation away from 0 (means {means}); "
+            "normalize the images by their own mean and deviation per band"
         )
     return bands
 

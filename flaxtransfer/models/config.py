@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from flaxtransfer.paths import suggest
 
-__all__ = ["Adapter", "GROUPS", "KINDS", "PLAIN", "ResNetConfig", "eca_size", "name_of", "squeezed"]
+__all__ = ["GROUPS", "KINDS", "PLAIN", "Adapter", "ResNetConfig", "eca_size", "name_of", "squeezed"]
 
 
 KINDS = ("linear", "curves")
@@ -31,7 +31,7 @@ class Adapter:
     band it can only re-weight the stem's channels: all three see the same picture.
     "curves" adds to it a tone curve for each band and channel, so that the three channels can
     show different content, such as different windows of a radiograph. A curve is a sum of hat
-    functions over the range of normalised pixels, need not be monotone, goes on level outside the
+    functions over the range of normalized pixels, need not be monotone, goes on level outside the
     range, and passes through the origin, because the zeros with which the stem pads its border
     must stay "nothing there". Curves start flat: at first both kinds are the same function.
 
@@ -40,8 +40,8 @@ class Adapter:
       kind: "linear" or "curves".
       knots: hat functions of a curve, evenly spaced over the span, both ends included; 2 or more.
         "linear" makes no use of it.
-      span: lowest and highest pixel in normalised units. The default holds what ImageNet's
-        normalisation can give, -2.12 to 2.64.
+      span: lowest and highest pixel in normalized units. The default holds what ImageNet's
+        normalization can give, -2.12 to 2.64.
 
     Raises:
       ValueError: a number out of range or another kind; all in one text.
@@ -112,7 +112,7 @@ def name_of(config: ResNetConfig) -> str:
     >>> from flaxtransfer.models.config import ResNetConfig
     >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), groups=32, base_width=4))
     'resnext50_32x4d'
-    >>> big = {"preactivation": True, "norm": "group", "standardised": 1e-10}
+    >>> big = {"preactivation": True, "norm": "group", "standardized": 1e-10}
     >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), 192, stem_pool="zero-padded", **big))
     'resnetv2_50x3_bit'
     """
@@ -127,7 +127,7 @@ def name_of(config: ResNetConfig) -> str:
     if config.preactivation:
         alias = "v2_"
     prefix = "" if alias == "rs" and config.attention == "se" else config.attention or ""
-    big = config.stem_pool == "zero-padded" and config.norm == "group" and config.standardised
+    big = config.stem_pool == "zero-padded" and config.norm == "group" and config.standardized
     if config.groups != 1:
         name = f"{prefix}resnext{alias}{number}{letter}_{config.groups}x{config.base_width}d"
     elif config.base_width != 64 and config.base_width % 64 == 0:
@@ -141,7 +141,7 @@ def name_of(config: ResNetConfig) -> str:
     if (config.reduce_first, config.shortcut_kernel) != (1, 1):
         name += f"_first{config.reduce_first}_down{config.shortcut_kernel}"
     name += "_gn" if config.norm == "group" else ""
-    name += "_ws" if config.standardised else ""
+    name += "_ws" if config.standardized else ""
     name += "_v1" if config.stride_in == "1x1" else ""
     name += "_last" if config.stride_at == "last" else ""
     name = _OTHER_NAMES.get(name, name)
@@ -188,7 +188,7 @@ class ResNetConfig:
         stride_at: the block that has the stride: the "first" of layer2 .. layer4, or the "last" of
             layer1 .. layer3 (Keras' v2).
         stem_bias: whether the stem's convolution has a bias (Keras' v2).
-        standardised: what is added to the variances of weight standardisation; None without it.
+        standardized: what is added to the variances of weight standardization; None without it.
         epsilon: what norms add to variances (Keras: 1.001e-5).
 
     References:
@@ -243,7 +243,7 @@ class ResNetConfig:
     preactivation: bool = False
     stride_at: Literal["first", "last"] = "first"
     stem_bias: bool = False
-    standardised: float | None = None
+    standardized: float | None = None
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -317,9 +317,9 @@ class ResNetConfig:
             raise ValueError("stride_at 'last' and stem_bias are for networks of pre-activations")
         if self.stem_bias and self.stem != "plain":
             raise ValueError("stem_bias is for a plain stem")
-        for field in ("standardised", "epsilon"):
+        for field in ("standardized", "epsilon"):
             value = getattr(self, field)
-            if value is None and field == "standardised":
+            if value is None and field == "standardized":
                 continue
             if not (isinstance(value, float) and 0 < value < 1):
                 raise ValueError(f"{field} is a small number above 0, not {value!r}")
@@ -381,7 +381,7 @@ class ResNetConfig:
         }
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "ResNetConfig":
+    def from_json(cls, fields: Mapping[str, Any]) -> ResNetConfig:
         """The value that `to_json` wrote.
 
         Raises:
@@ -428,7 +428,7 @@ def squeezed(channels: int, ratio: float) -> int:
 
 
 def eca_size(channels: int) -> int:
-    """Neighbours among the channels that ECA looks at, an odd number.
+    """Neighbors among the channels that ECA looks at, an odd number.
 
     >>> eca_size(64), eca_size(2048)
     (3, 7)

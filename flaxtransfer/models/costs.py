@@ -34,7 +34,7 @@ class Costs:
 def costs(config: ResNetConfig, size: int = 224) -> Costs:
     """Parameters, and multiply-adds for one image.
 
-    Normalisation, activations, pooling and the gating of channels are not counted, as in the tables
+    Normalization, activations, pooling and the gating of channels are not counted, as in the tables
     of torchvision and timm.
 
     Args:

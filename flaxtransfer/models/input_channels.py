@@ -11,7 +11,7 @@ import numpy as np
 
 from flaxtransfer.models import adapters
 from flaxtransfer.models.band_init import (
-    RGB_CENTRES_NM,
+    RGB_CENTERS_NM,
     average_kernels,
     by_wavelength,
     least_squares,
@@ -22,11 +22,11 @@ from flaxtransfer.models.band_init import (
 from flaxtransfer.models.config import Adapter, ResNetConfig
 from flaxtransfer.paths import suggest
 
-__all__ = ["InputChange", "WAYS", "Way", "change_input"]
+__all__ = ["METHODS", "InputChange", "Method", "change_input"]
 
 
-Way = Literal["linear", "curves", "replicate", "sum", "average", "repeat"]
-WAYS = get_args(Way)
+Method = Literal["linear", "curves", "replicate", "sum", "average", "repeat"]
+METHODS = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def change_input(
     stem_kernel: Any,
     *,
     bands: int | None = None,
-    way: Way | Adapter | None = None,
+    way: Method | Adapter | None = None,
     wavelengths: Sequence[float] | None = None,
     patches: Any = None,
     stem_wavelengths: Sequence[float] = (),
@@ -71,10 +71,10 @@ def change_input(
       stem_kernel: ``[height, width, in, filters]``.
       bands: of the images; None changes nothing.
       way: one of the above, or an ``Adapter`` with knots and span of your own.
-      wavelengths: centre of each band in nm.
-      patches: ``[patches, bands]`` of normalised training images; see
+      wavelengths: center of each band in nm.
+      patches: ``[patches, bands]`` of normalized training images; see
         ``band_components.least_squares``.
-      stem_wavelengths: centre of each of the stem's channels in nm, where they are not the red,
+      stem_wavelengths: center of each of the stem's channels in nm, where they are not the red,
         green and blue of photographs.
 
     Raises:
@@ -110,9 +110,9 @@ def change_input(
             "RGB checkpoint that it came from"
         )
     kind = "linear" if way is None else way.kind if isinstance(way, Adapter) else way
-    if kind not in WAYS:
+    if kind not in METHODS:
         raise ValueError(
-            f"no adapter {kind!r}{suggest(str(kind), WAYS)}; there are {', '.join(WAYS)}"
+            f"no adapter {kind!r}{suggest(str(kind), METHODS)}; there are {', '.join(METHODS)}"
         )
     _check_bands(bands, kind, way, wavelengths, patches)
     if kind in ("linear", "curves"):
@@ -146,7 +146,7 @@ def _with_adapter(
 
 
 def _by_wavelength(wavelengths: Sequence[float], channels: Sequence[float]) -> np.ndarray:
-    return by_wavelength(wavelengths, channels_nm=tuple(channels) or RGB_CENTRES_NM)
+    return by_wavelength(wavelengths, channels_nm=tuple(channels) or RGB_CENTERS_NM)
 
 
 def _without(config: ResNetConfig, stem_kernel: Any, bands: int, kind: str) -> InputChange:
@@ -184,7 +184,7 @@ def _check_bands(
         )
     if wavelengths is not None and len(wavelengths) != bands:
         problems.append(
-            f"{len(wavelengths)} wavelengths for {_bands(bands)}; give the centre of each band in "
+            f"{len(wavelengths)} wavelengths for {_bands(bands)}; give the center of each band in "
             "nm, in the order of the image's bands"
         )
     if patches is not None and np.ndim(patches) == 2 and np.shape(patches)[1] != bands:

@@ -1,6 +1,6 @@
 """Convolution, normalization and pooling layers.
 
-Convolutions and normalisations as the modules that networks are made of.
+Convolutions and normalizations as the modules that networks are made of.
 
 Every module takes the BatchNorm policy as an argument of its call and hands it down; each
 BatchNorm is asked for by its path ("layer4/0/bn1").
@@ -21,10 +21,10 @@ from flaxtransfer.batchnorm import Norm, mode
 from flaxtransfer.models.config import GROUPS, ResNetConfig
 
 __all__ = [
+    "MOMENTUM",
     "Conv",
     "Convolution",
     "Layers",
-    "MOMENTUM",
     "anti_aliased",
     "average_pool",
     "blur_pool",
@@ -49,7 +49,7 @@ class Conv(nn.Module):
       groups: of channels.
       dtype: of the computation; None takes that of the kernel.
       convolution: the function that does it.
-      standardised: what is added to the variance of each filter, if filters are standardised.
+      standardized: what is added to the variance of each filter, if filters are standardized.
       bias: whether there is one.
     """
 
@@ -59,17 +59,17 @@ class Conv(nn.Module):
     groups: int
     dtype: Any
     convolution: Convolution
-    standardised: float | None = None
+    standardized: float | None = None
     bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        # `initialise` draws the kernels of the whole network in one go.
+        # `initialize` draws the kernels of the whole network in one go.
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         dtype = self.dtype or kernel.dtype
-        if self.standardised is not None:
-            kernel = standardise(kernel, self.standardised)
+        if self.standardized is not None:
+            kernel = standardize(kernel, self.standardized)
         half = self.size // 2
         y = self.convolution(
             x.astype(dtype),
@@ -84,26 +84,26 @@ class Conv(nn.Module):
         return y
 
 
-def standardise(kernel: jax.Array, epsilon: float) -> jax.Array:
+def standardize(kernel: jax.Array, epsilon: float) -> jax.Array:
     """Each filter with mean 0 and variance 1.
 
     Args:
       kernel: ``[height, width, in, out]``.
       epsilon: is added to the variance of each of the ``out`` filters.
 
-    >>> standardise(jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1), 1e-10).ravel().tolist()
+    >>> standardize(jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1), 1e-10).ravel().tolist()
     [-1.0, 1.0]
 
     References:
       S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
       Standardization", 2019.
     """
-    centred = kernel - kernel.mean((0, 1, 2))
-    return centred * jax.lax.rsqrt((centred**2).mean((0, 1, 2)) + epsilon)
+    centered = kernel - kernel.mean((0, 1, 2))
+    return centered * jax.lax.rsqrt((centered**2).mean((0, 1, 2)) + epsilon)
 
 
 class Layers(nn.Module):
-    """A module that is made of convolutions and normalisations.
+    """A module that is made of convolutions and normalizations.
 
     Args:
       dtype: of the computation; None takes that of the kernels.
@@ -127,10 +127,10 @@ class Layers(nn.Module):
         bias: bool = False,
     ) -> jax.Array:
         """`x` after the convolution called `name`."""
-        how = (self.dtype, self.convolution, self.config.standardised, bias)
+        how = (self.dtype, self.convolution, self.config.standardized, bias)
         return Conv(features, size, stride, groups, *how, name=name)(x)
 
-    def normalise(self, name: str, x: jax.Array, norm: Norm) -> jax.Array:
+    def normalize(self, name: str, x: jax.Array, norm: Norm) -> jax.Array:
         """`x` after the BatchNorm called `name`, in the mode that the policy gives it.
 
         Where the network has GroupNorms, ``gn1`` stands in the place of ``bn1``, for no policy of
@@ -147,7 +147,7 @@ class Layers(nn.Module):
         values = x.size // x.shape[-1]
         if by_batch and values < 2:
             raise ValueError(
-                f"{path} normalises by the batch, which needs at least 2 values in each channel; "
+                f"{path} normalizes by the batch, which needs at least 2 values in each channel; "
                 f"maps of shape {x.shape} have {values}: use larger images, a larger batch, or "
                 "norm='running'"
             )

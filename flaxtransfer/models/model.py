@@ -41,7 +41,7 @@ def initial_params(rng: jax.Array, abstract: Params, *, zero: Collection[str] = 
     """Draws kernels from normal distributions; sets scales to 1 and biases to 0.
 
     A convolution has variance `2 / (kernel height * kernel width * outputs)`, which keeps the size
-    of the gradient through ReLUs (He initialisation, "fan out"); a dense kernel has `1 / inputs`
+    of the gradient through ReLUs (He initialization, "fan out"); a dense kernel has `1 / inputs`
     (LeCun), which keeps the size of the output.
 
     Args:
@@ -245,7 +245,7 @@ class Model:
 
         Args:
           variables: `{"params": ..., "batch_stats": ...}`. Segments that do not run may be absent.
-          images: `[batch, height, width, bands]`, of a floating dtype and already normalised;
+          images: `[batch, height, width, bands]`, of a floating dtype and already normalized;
             where `start` is given, what the segment before it put out.
           norm: which BatchNorms use, and update, batch statistics: "running" (none), "batch" (all)
             or a frozenset of their paths ("layer4/0/bn1"). It is static: under `jit`, a part of
@@ -277,7 +277,7 @@ class Model:
         _check_variables(variables, abstract, segments)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
-                f"images must be floating and normalised as the weights want it, not {images.dtype}"
+                f"images must be floating and normalized as the weights want it, not {images.dtype}"
             )
         if segments:
             _check_input(segments[0], self.config, images.shape)

@@ -9,7 +9,7 @@ What goes into each BatchNorm: weighted moments, measured while the network runs
 
 A BatchNorm of flax gives its running average after an update, over examples that all count the
 same. Here each one tells the moments themselves, of examples that count as much as they are given,
-and may normalise by them mixed with the statistics it has.
+and may normalize by them mixed with the statistics it has.
 """
 
 import dataclasses
@@ -236,7 +236,7 @@ def displacement(source: Moments, target: Moments, epsilon: float = 0.0) -> floa
     Args:
         source: the unit is its deviation.
         target: what is compared.
-        epsilon: of the normalisation; keeps dead channels, of variance 0, out of the figure.
+        epsilon: of the normalization; keeps dead channels, of variance 0, out of the figure.
 
     >>> displacement(Moments(np.zeros(2), np.ones(2), 1), Moments(np.ones(2), np.ones(2), 1))
     1.0
@@ -264,12 +264,12 @@ def apply_measuring(
     Args:
       model: the network.
       variables: its parameters and statistics.
-      images: ``[batch, height, width, bands]``, floating and normalised.
+      images: ``[batch, height, width, bands]``, floating and normalized.
       weights: ``[batch]``, how much each image counts; None is 1.
       chosen: paths of the BatchNorms.
-      by_batch: whether the chosen ones normalise by what they measure, which is what a deeper one
-        then sees; otherwise all normalise by the statistics that they have.
-      share: of the statistics that a BatchNorm has, where it normalises by a mixture of them with
+      by_batch: whether the chosen ones normalize by what they measure, which is what a deeper one
+        then sees; otherwise all normalize by the statistics that they have.
+      share: of the statistics that a BatchNorm has, where it normalizes by a mixture of them with
         what it measures; None is what it measures alone.
       kind: of that mixture.
       stop: segment before which to stop.

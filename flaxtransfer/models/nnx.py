@@ -242,7 +242,7 @@ def partition(
       clip: largest global norm of the gradients of all trainable leaves together.
 
     Returns:
-      A transformation for states of all labelled parameters (``wrt=nnx.Param``) or of those that
+      A transformation for states of all labeled parameters (``wrt=nnx.Param``) or of those that
       move (``wrt=where(labels, module, groups)``).
 
     Raises:
@@ -272,7 +272,7 @@ def partition(
         _check_same(
             there,
             every,
-            "the optimizer's parameters are not the labelled ones; give wrt=nnx.Param, or "
+            "the optimizer's parameters are not the labeled ones; give wrt=nnx.Param, or "
             "wrt=where(labels, module, groups)",
         )
         return whole
@@ -306,7 +306,7 @@ class ResNet(nnx.Module):
 
     Its state has the paths and, bit for bit, the numbers of the variables that it is made of;
     ``variables`` gives them back. It starts in the mode of ``eval()``, with running statistics;
-    after ``train()`` BatchNorms follow the policy, and those that normalise by the batch update
+    after ``train()`` BatchNorms follow the policy, and those that normalize by the batch update
     their ``nnx.BatchStat``.
 
     Args:
@@ -352,7 +352,7 @@ class ResNet(nnx.Module):
         """The output of the network, or of a slice of its segments, as of `Model.apply`.
 
         Args:
-          images: normalised, ``[batch, height, width, bands]``, or what ``start`` takes.
+          images: normalized, ``[batch, height, width, bands]``, or what ``start`` takes.
           start: first segment to run; None is the first of all.
           stop: segment before which to stop: "head" for features, "pool" for maps.
 
@@ -382,7 +382,7 @@ class ResNet(nnx.Module):
 def train(module: nnx.Module, policy: batchnorm.Norm) -> None:
     """``module.train()``, but with batch statistics only where the policy has them.
 
-    ``module.train()`` alone lets every BatchNorm normalise by the batch and update its running
+    ``module.train()`` alone lets every BatchNorm normalize by the batch and update its running
     statistics, those of a frozen part too, whose function then drifts.
 
     Args:

@@ -45,8 +45,10 @@ _LETTERS: dict[str, dict[str, Any]] = {
     "t": {"stem": "tiered", "stem_width": 32, "shortcut": "average"},
 }
 
-_GROUPED = {f"{groups}x{width}d": {"groups": groups, "base_width": width}
-            for groups, width in ((32, 4), (32, 8), (32, 16), (32, 32), (64, 4))}  # fmt: skip
+_GROUPED = {
+    f"{groups}x{width}d": {"groups": groups, "base_width": width}
+    for groups, width in ((32, 4), (32, 8), (32, 16), (32, 32), (64, 4))
+}
 
 
 def _variant(depth: str, letter: str = "", grouped: str = "", **parts: Any) -> ResNetConfig:
@@ -60,7 +62,7 @@ _V2: dict[str, Any] = {"preactivation": True}
 _BIT: dict[str, Any] = {
     "preactivation": True,
     "norm": "group",
-    "standardised": 1e-10,
+    "standardized": 1e-10,
     "stem_pool": "zero-padded",
 }
 
@@ -98,9 +100,12 @@ _VARIANTS: tuple[ResNetConfig, ...] = (
     *(_variant(depth, "d", **_V2) for depth in ("18", "34", "50", "101", "152")),
     _variant("50", "t", **_V2),
     _variant("50", "d", norm="group", **_V2),
-    *(_variant(depth, width=64 * times, **_BIT)
-      for depth in ("50", "101", "152") for times in (1, 2, 3, 4)),
-)  # fmt: skip
+    *(
+        _variant(depth, width=64 * times, **_BIT)
+        for depth in ("50", "101", "152")
+        for times in (1, 2, 3, 4)
+    ),
+)
 
 ARCHITECTURES: dict[str, ResNetConfig] = {
     **RESNETS,
@@ -144,7 +149,7 @@ def resnet(
     References:
       K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
       P. Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017 (stride
-      in the 3x3 convolution; zero-initialised last scale of each block).
+      in the 3x3 convolution; zero-initialized last scale of each block).
     """
     config = _by_name(architecture) if isinstance(architecture, str) else architecture
     if classes is not None:

@@ -27,7 +27,7 @@ class Dense1x1(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # `initialise` draws the kernel.
+        # `initialize` draws the kernel.
         shape = (1, 1, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -97,7 +97,7 @@ class Downsample(Layers):
         else:
             size = self.config.shortcut_kernel if self.stride != 1 else 1
             x = self.convolve("0", x, self.features, size, self.stride)
-        return x if self.config.preactivation else self.normalise(str(1 + pooled), x, norm)
+        return x if self.config.preactivation else self.normalize(str(1 + pooled), x, norm)
 
 
 class Block(Layers):
@@ -158,9 +158,9 @@ class Basic(Block):
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
         y = self.convolve("conv1", x, self.planes // self.config.reduce_first, 3, self.convolved)
-        y = self.lower(nn.relu(self.normalise("bn1", y, norm)))
+        y = self.lower(nn.relu(self.normalize("bn1", y, norm)))
         y = self.convolve("conv2", y, self.planes, 3)
-        y = self.normalise("bn2", y, norm)
+        y = self.normalize("bn2", y, norm)
         return self.join(x, y, norm)
 
 
@@ -173,11 +173,11 @@ class Bottleneck(Block):
         inner = config.inner(self.stage)
         first, second = (self.stride, 1) if config.stride_in == "1x1" else (1, self.convolved)
         y = self.convolve("conv1", x, inner // config.reduce_first, 1, first)
-        y = nn.relu(self.normalise("bn1", y, norm))
+        y = nn.relu(self.normalize("bn1", y, norm))
         y = self.convolve("conv2", y, inner, 3, second, config.groups)
-        y = self.lower(nn.relu(self.normalise("bn2", y, norm)))
+        y = self.lower(nn.relu(self.normalize("bn2", y, norm)))
         y = self.convolve("conv3", y, 4 * self.planes, 1)
-        y = self.normalise("bn3", y, norm)
+        y = self.normalize("bn3", y, norm)
         return self.join(x, y, norm)
 
 
@@ -196,14 +196,14 @@ class Preactivated(Block):
                 (inner, 3, stride, self.config.groups),
                 (4 * self.planes, 1, 1, 1),
             ]
-        y = nn.relu(self.normalise("bn1", x, norm))
+        y = nn.relu(self.normalize("bn1", x, norm))
         if self.config.has_shortcut(self.stage, self.index):
             x = self.downsample(y, norm)
         elif stride != 1:
             x = x[:, ::stride, ::stride]
         for number, layer in enumerate(layers, start=1):
             if number > 1:
-                y = nn.relu(self.normalise(f"bn{number}", y, norm))
+                y = nn.relu(self.normalize(f"bn{number}", y, norm))
             y = self.convolve(f"conv{number}", y, *layer)
         return x + y
 
@@ -231,7 +231,7 @@ class InputAdapter(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shapes = adapters.shapes(self.adapter)
-        # `initialise` and `transfer` fill them.
+        # `initialize` and `transfer` fill them.
         params = {
             name: self.param(name, nn.initializers.zeros, shape, jnp.float32)
             for name, shape in shapes.items()
@@ -248,8 +248,8 @@ class DeepStem(Layers):
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
         first, second, third = self.config.stem_channels
-        x = nn.relu(self.normalise("bn1", self.convolve("0", x, first, 3, 2), norm))
-        x = nn.relu(self.normalise("bn4", self.convolve("3", x, second, 3), norm))
+        x = nn.relu(self.normalize("bn1", self.convolve("0", x, first, 3, 2), norm))
+        x = nn.relu(self.normalize("bn4", self.convolve("3", x, second, 3), norm))
         return self.convolve("6", x, third, 3)
 
 
@@ -259,11 +259,11 @@ class Pool(Layers):
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
         x = self.convolve("0", x, x.shape[-1], 3, 2)
-        return nn.relu(self.normalise("bn1", x, norm))
+        return nn.relu(self.normalize("bn1", x, norm))
 
 
 class Stage(Layers):
-    """The blocks of one resolution; the last of pre-activations are normalised once more."""
+    """The blocks of one resolution; the last of pre-activations are normalized once more."""
 
     number: int
 
@@ -275,7 +275,7 @@ class Stage(Layers):
             parts = (self.dtype, self.convolution, config, self.number, index)
             x = kind(*parts, name=str(index))(x, norm)
         if config.preactivation and self.number == len(config.depths):
-            x = nn.relu(self.normalise("bn1", x, norm))
+            x = nn.relu(self.normalize("bn1", x, norm))
         return x
 
 
@@ -294,7 +294,7 @@ class Network(Layers):
             elif segment == "pool":
                 x = _wide(x).mean((1, 2))
             elif segment == "head":
-                # `initialise` fills the kernel.
+                # `initialize` fills the kernel.
                 head = nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="fc")
                 x = head(_wide(x))
             else:
@@ -310,7 +310,7 @@ class Network(Layers):
         else:
             x = DeepStem(*parts, name="conv1")(x, norm)
         if not config.preactivation:
-            x = nn.relu(self.normalise("bn1", x, norm))
+            x = nn.relu(self.normalize("bn1", x, norm))
         if config.stem_pool == "zero-padded":
             return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), padding=0)
         if config.stem_pool == "convolution":

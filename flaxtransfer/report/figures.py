@@ -1,6 +1,6 @@
 """Figures: learning-rate sweeps, probe profiles, stems.
 
-What the pictures of domain shift have in common: colours, a figure, a legend, a file.
+What the pictures of domain shift have in common: colors, a figure, a legend, a file.
 
 Learning-rate sweeps as a picture: loss over rate, one panel a group.
 
@@ -45,11 +45,16 @@ __all__ = [
 
 
 BLUE, RED, _GREEN, _PINK, _ORANGE, _SKY = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-)  # fmt: skip
-"""Of Okabe and Ito, which colour-blind readers tell apart."""
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)
+"""Of Okabe and Ito, which color-blind readers tell apart."""
 SERIES = ((BLUE, "o"), (RED, "s"), (_GREEN, "^"), (_PINK, "D"), (_ORANGE, "v"), (_SKY, "P"))
-"""Colours, each with a marker: what a colour says, a marker says as well."""
+"""Colors, each with a marker: what a color says, a marker says as well."""
 
 Target = str | os.PathLike[str] | BinaryIO
 """The path of a .png, .pdf or .svg, replaced where it exists; or an open file, for a PNG."""
@@ -86,18 +91,27 @@ def legend(axes: Any, entries: Sequence[tuple[str, str, str, bool]]) -> None:
 
     Args:
         axes: of the picture.
-        entries: text, colour, marker and whether that is filled.
+        entries: text, color, marker and whether that is filled.
     """
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=wrapped(text, 22),
-               markersize=7, markerfacecolor=colour if filled else "white",
-               markeredgewidth=2.5 if marker in "|_x" else 1)
-        for text, colour, marker, filled in entries
-    ]  # fmt: skip
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False,
-                borderaxespad=0)  # fmt: skip
+        Line2D(
+            [],
+            [],
+            color=color,
+            marker=marker,
+            linestyle="",
+            label=wrapped(text, 22),
+            markersize=7,
+            markerfacecolor=color if filled else "white",
+            markeredgewidth=2.5 if marker in "|_x" else 1,
+        )
+        for text, color, marker, filled in entries
+    ]
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0
+    )
 
 
 def wrapped(text: str, width: int, lines: int = 2) -> str:
@@ -145,13 +159,13 @@ def rate_picture(path: str | os.PathLike[str], sweeps: Mapping[str, RateSweep]) 
     for panel, (title, sweep) in zip(panels.flat, sweeps.items(), strict=False):
         panel.plot(sweep.rates, sweep.losses, color="0.75", linewidth=0.8, label="each step")
         panel.plot(sweep.rates, sweep.smoothed, color="tab:blue", linewidth=2, label="average")
-        for rate, colour, style, name in (
+        for rate, color, style, name in (
             (sweep.suggestion, "tab:red", "--", "fastest fall"),
             (sweep.valley, "tab:green", ":", "middle of the fall"),
         ):
             if rate is not None:
                 label = f"{name}: {rate:.1e}"
-                panel.axvline(rate, color=colour, linestyle=style, label=label)
+                panel.axvline(rate, color=color, linestyle=style, label=label)
         low, high = min(sweep.smoothed), min(max(sweep.smoothed), 2 * sweep.smoothed[0])
         room = 0.08 * max(high - low, 1e-3)
         panel.set_ylim(low - room, high + room)
@@ -198,11 +212,23 @@ def draw_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     errors = [100 * probe.standard_error for probe in profile.probes]
     axes.errorbar(names, percent, yerr=errors, marker="o", capsize=3)
     for name, value, error in zip(names, percent, errors, strict=True):
-        axes.annotate(f"{value:.1f}", (name, value + error), xytext=(0, 4),
-                      textcoords="offset points", ha="center")  # fmt: skip
+        axes.annotate(
+            f"{value:.1f}",
+            (name, value + error),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+        )
     axes.axhline(100 * profile.majority, color="0.6", linestyle="--", linewidth=1)
-    axes.annotate("largest class", (1, 100 * profile.majority), ha="right", va="bottom",
-                  xycoords=("axes fraction", "data"), color="0.4", fontsize="small")  # fmt: skip
+    axes.annotate(
+        "largest class",
+        (1, 100 * profile.majority),
+        ha="right",
+        va="bottom",
+        xycoords=("axes fraction", "data"),
+        color="0.4",
+        fontsize="small",
+    )
     axes.margins(x=0.1, y=0.15)
     axes.set_xlabel("probed after")
     axes.set_ylabel("accuracy, held out (%)")
@@ -221,7 +247,7 @@ def stem_picture(
     before: StemReport,
     after: StemReport | None = None,
 ) -> None:
-    """Draws each filter in its colours, and below the share of its energy that survives.
+    """Draws each filter in its colors, and below the share of its energy that survives.
 
     Filters stand in the order of the share under replication, opponent ones first. Gray in the
     middle is a weight of 0; each filter is scaled to its own largest weight.
@@ -261,8 +287,13 @@ def stem_picture(
     places = np.arange(len(order))
     axes.bar(places, [before.shares[i] for i in order], color="0.7", label="replicated gray")
     if after is not None:
-        axes.plot(places, [after.shares.get(i, math.nan) for i in order], "o", markersize=4,
-                  label=f"through the adapter of {after.bands} bands")  # fmt: skip
+        axes.plot(
+            places,
+            [after.shares.get(i, math.nan) for i in order],
+            "o",
+            markersize=4,
+            label=f"through the adapter of {after.bands} bands",
+        )
     axes.set_xticks(places, [str(i) for i in order], fontsize=5, rotation=90)
     axes.set_ylim(0, 1.02)
     axes.margins(x=0.01)

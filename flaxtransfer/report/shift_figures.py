@@ -37,9 +37,14 @@ _MOST_POINTS = 2000
 
 
 def projection_picture(
-    path: Target, source: Any, target: Any, *, source_labels: Any = None,
-    target_labels: Any = None, class_names: Sequence[str] | None = None,
-) -> None:  # fmt: skip
+    path: Target,
+    source: Any,
+    target: Any,
+    *,
+    source_labels: Any = None,
+    target_labels: Any = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Features of both domains along the two directions in which both together vary most.
 
     What lies apart here does lie apart; what lies together may be apart in another direction. With
@@ -89,7 +94,7 @@ def projection_picture(
     ]
     entries = []
     # The larger domain first, so that it covers nothing.
-    for name, colour, points, own in sorted(sides, key=lambda side: -len(side[2])):
+    for name, color, points, own in sorted(sides, key=lambda side: -len(side[2])):
         chosen = np.arange(0, len(points), -(-len(points) // _MOST_POINTS))
         size = float(np.clip(8000 / len(chosen), 10, 36))
         # Among classes with markers, points of no known class are crosses.
@@ -97,11 +102,17 @@ def projection_picture(
         for label in known if own is not None and known else [None]:
             here = chosen if label is None or own is None else chosen[own[chosen] == label]
             marker = plain if label is None else _MARKERS[known.index(label)]
-            axes.scatter(*points[here].T, s=size, c=colour, marker=marker,
-                         alpha=0.55, linewidths=1.2 if marker == "x" else 0)  # fmt: skip
+            axes.scatter(
+                *points[here].T,
+                s=size,
+                c=color,
+                marker=marker,
+                alpha=0.55,
+                linewidths=1.2 if marker == "x" else 0,
+            )
         few = "" if len(chosen) == len(points) else f", {len(chosen)} drawn"
         marker = "_" if own is not None and known else plain
-        entries.append((f"{name} ({len(points)}{few})", colour, marker, True))
+        entries.append((f"{name} ({len(points)}{few})", color, marker, True))
     axes.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of variance)")
     axes.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
     axes.set_aspect("equal", adjustable="datalim")
@@ -115,11 +126,11 @@ def projection_picture(
 
 def _principal(pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places ``[n, 2]`` along two principal components, and their shares of the variance."""
-    centred = pooled - pooled.mean(0)
-    few = len(centred) < centred.shape[1]
-    squares, vectors = np.linalg.eigh(centred @ centred.T if few else centred.T @ centred)
+    centered = pooled - pooled.mean(0)
+    few = len(centered) < centered.shape[1]
+    squares, vectors = np.linalg.eigh(centered @ centered.T if few else centered.T @ centered)
     vectors, largest = vectors[:, :-3:-1], np.maximum(squares[:-3:-1], 0)
-    places = vectors * np.sqrt(largest) if few else centred @ vectors
+    places = vectors * np.sqrt(largest) if few else centered @ vectors
     # An eigenvector's sign is any: the side that reaches farther is the positive one.
     places *= np.where(places.max(0) < -places.min(0), -1, 1)
     return places, largest / max(float(squares.sum()), np.finfo(np.float64).tiny)
@@ -163,18 +174,29 @@ def prevalence_picture(
     rows = len(shown) * (0.14 + 0.11 * len(estimates))
     made, axes = figure(path, (7.2, 1.6 + max(1.2, rows)))
     entries = [("source prior", "black", "|", True)]
-    for one, offset, (colour, marker) in zip(estimates, offsets, SERIES, strict=False):
+    for one, offset, (color, marker) in zip(estimates, offsets, SERIES, strict=False):
         heights = np.arange(len(shown)) + offset
         half = 0.5 * band / len(estimates) + 0.02
         axes.vlines(100 * one.source[shown], heights - half, heights + half, color="black", lw=2)
         known = np.isfinite(one.low[shown]) & np.isfinite(one.high[shown])
-        axes.hlines(heights[known], 100 * one.low[shown][known], 100 * one.high[shown][known],
-                    color=colour, lw=1.8)  # fmt: skip
-        face = colour if one.identifiable else "white"
-        axes.plot(100 * one.estimate[shown], heights, marker, color=colour, markersize=6,
-                  markerfacecolor=face)  # fmt: skip
+        axes.hlines(
+            heights[known],
+            100 * one.low[shown][known],
+            100 * one.high[shown][known],
+            color=color,
+            lw=1.8,
+        )
+        face = color if one.identifiable else "white"
+        axes.plot(
+            100 * one.estimate[shown],
+            heights,
+            marker,
+            color=color,
+            markersize=6,
+            markerfacecolor=face,
+        )
         told = one.method if one.identifiable else f"{one.method} (not identifiable)"
-        entries.append((told, colour, marker, one.identifiable))
+        entries.append((told, color, marker, one.identifiable))
     names = [str(k) for k in range(classes)] if class_names is None else class_names
     axes.set_yticks(np.arange(len(shown)), [wrapped(names[k], 20) for k in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -259,32 +281,56 @@ def hypotheses_picture(
     least = level / 10
     for row, test in enumerate(tests):
         if test.p is None:
-            axes.text(0.02, row, wrapped(f"not testable: {test.not_testable}", 46), va="center",
-                      color="0.4", style="italic", fontsize="small", backgroundcolor="white",
-                      transform=axes.get_yaxis_transform())  # fmt: skip
+            axes.text(
+                0.02,
+                row,
+                wrapped(f"not testable: {test.not_testable}", 46),
+                va="center",
+                color="0.4",
+                style="italic",
+                fontsize="small",
+                backgroundcolor="white",
+                transform=axes.get_yaxis_transform(),
+            )
             continue
         p = test.p if test.adjusted_p is None else test.adjusted_p
-        colour, marker = (RED, "s") if test.rejected(level) else (BLUE, "o")
+        color, marker = (RED, "s") if test.rejected(level) else (BLUE, "o")
         least = min(least, max(_LEAST_P, test.p))
         if test.adjusted_p is not None:
             corrected = True
             before = "<" if test.p < _LEAST_P else marker
             ends = [max(_LEAST_P, test.p), max(_LEAST_P, p)]
-            axes.plot(ends, [row, row], color=colour, lw=1.2)
-            axes.plot(ends[:1], [row], before, color=colour, markerfacecolor="white", markersize=6)
-        axes.plot([max(_LEAST_P, p)], [row], "<" if p < _LEAST_P else marker, color=colour,
-                  markersize=8)  # fmt: skip
-        axes.text(1.02, row, _effect(test), va="center", fontsize="small",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
+            axes.plot(ends, [row, row], color=color, lw=1.2)
+            axes.plot(ends[:1], [row], before, color=color, markerfacecolor="white", markersize=6)
+        axes.plot(
+            [max(_LEAST_P, p)], [row], "<" if p < _LEAST_P else marker, color=color, markersize=8
+        )
+        axes.text(
+            1.02,
+            row,
+            _effect(test),
+            va="center",
+            fontsize="small",
+            transform=axes.get_yaxis_transform(),
+        )
     axes.axvline(level, color="0.5", linestyle="--", lw=1)
     axes.set_xscale("log")
     axes.set_xlim(least / 2, 1.5)
     axes.set_yticks(range(len(tests)), [wrapped(test.name, 26) for test in tests])
     axes.set_ylim(len(tests) - 0.5, -0.5)
-    axes.text(level, 1.01, f"level {level:g}", color="0.4", ha="center", va="bottom",
-              fontsize="small", transform=axes.get_xaxis_transform())  # fmt: skip
-    axes.text(1.02, 1.01, "effect", color="0.4", va="bottom", fontsize="small",
-              transform=axes.transAxes)  # fmt: skip
+    axes.text(
+        level,
+        1.01,
+        f"level {level:g}",
+        color="0.4",
+        ha="center",
+        va="bottom",
+        fontsize="small",
+        transform=axes.get_xaxis_transform(),
+    )
+    axes.text(
+        1.02, 1.01, "effect", color="0.4", va="bottom", fontsize="small", transform=axes.transAxes
+    )
     told = "p-value: filled after correction, hollow before" if corrected else "p-value"
     axes.set_xlabel(told)
     axes.grid(axis="x", color="0.92")
@@ -322,18 +368,23 @@ def shift_drawings(
             "Features of source and target, two principal components",
             _png(
                 lambda file: projection_picture(
-                    file, source_features, target_features,
-                    source_labels=source_labels, class_names=names,
+                    file,
+                    source_features,
+                    target_features,
+                    source_labels=source_labels,
+                    class_names=names,
                 )
             ),
         ),
-        "tests": ("Tests", _png(lambda file: hypotheses_picture(
-            file, report.tests, level=report.level
-        ))),
-        "reliability": ("Reliability at the source", _png(
-            lambda file: reliability_picture(file, *columns)
-        )),
-    }  # fmt: skip
+        "tests": (
+            "Tests",
+            _png(lambda file: hypotheses_picture(file, report.tests, level=report.level)),
+        ),
+        "reliability": (
+            "Reliability at the source",
+            _png(lambda file: reliability_picture(file, *columns)),
+        ),
+    }
     if report.prevalences:
         found["prevalence"] = (
             "Prevalence, if label shift is all there is",

@@ -127,9 +127,9 @@ def shift_page(
         source: what the model comes from, such as the run's folder.
         target: what was diagnosed.
     """
-    held_out, unlabelled, labelled = report.counts
-    about = f"{source} ({held_out} held-out examples) against {target} ({unlabelled} examples"
-    about += f", {labelled} of them with labels)" if labelled else ", none with labels)"
+    held_out, unlabeled, labeled = report.counts
+    about = f"{source} ({held_out} held-out examples) against {target} ({unlabeled} examples"
+    about += f", {labeled} of them with labels)" if labeled else ", none with labels)"
     parts = [
         f"<h1>{escape(HEADLINES[report.conclusion])}</h1>",
         f'<p class="about">{escape(about)}; tests at level {report.level:g}</p>',

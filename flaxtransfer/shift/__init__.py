@@ -15,16 +15,6 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
-    from flaxtransfer.analysis.distances import bures_wasserstein as bures_wasserstein
-    from flaxtransfer.analysis.distances import class_distance as class_distance
-    from flaxtransfer.analysis.distances import frechet_distance as frechet_distance
-    from flaxtransfer.analysis.distances import sliced_wasserstein as sliced_wasserstein
-    from flaxtransfer.analysis.similarity import debiased_cka as debiased_cka
-    from flaxtransfer.analysis.similarity import proxy_a_distance as proxy_a_distance
-    from flaxtransfer.analysis.transferability import h_score as h_score
-    from flaxtransfer.analysis.transferability import leep as leep
-    from flaxtransfer.analysis.transferability import logme as logme
-    from flaxtransfer.models.moments import Moments as Moments
     from flaxtransfer.shift.accuracy import AccuracyEstimate as AccuracyEstimate
     from flaxtransfer.shift.accuracy import AccuracyEstimates as AccuracyEstimates
     from flaxtransfer.shift.accuracy import accuracy_without_labels as accuracy_without_labels

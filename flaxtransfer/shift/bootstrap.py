@@ -12,7 +12,7 @@ import numpy as np
 
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.confusion import joint_confusion, mean_prediction, predictions
-from flaxtransfer.shift.likelihood import Maximum, blocks, information, maximise
+from flaxtransfer.shift.likelihood import Maximum, blocks, information, maximize
 from flaxtransfer.shift.optimize import nonnegative_quadratic
 from flaxtransfer.shift.precision import Sample, influences, scale_response
 
@@ -84,7 +84,7 @@ def confusion_replicates(
 def likelihood_replicates(
     sample: Sample, maximum: Maximum, replicates: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Maxima `[B, K]` of target rows, labelled examples and validation drawn again.
+    """Maxima `[B, K]` of target rows, labeled examples and validation drawn again.
 
     Each is solved, not expanded: Newton steps on the simplex with the curvature of the estimate.
     Only what a validation does to calibration and prior is taken to first order.
@@ -98,9 +98,9 @@ def likelihood_replicates(
         moved += (weights - 1.0) @ np.concatenate(influence, 1) / len(source.labels)
     factors, pushes = np.exp(moved[:, :classes]), moved[:, classes:] @ response.T
     counts = np.tile(sample.pseudo, (replicates, 1))
-    many = int(sample.labelled.sum())
+    many = int(sample.labeled.sum())
     if many:
-        counts += random.multinomial(many, sample.labelled / many, size=replicates)
+        counts += random.multinomial(many, sample.labeled / many, size=replicates)
     sizes = [len(part) for part, _ in blocks(sample.probabilities)]
     weights = np.concatenate(list(resampled_weights(sizes, replicates, random)), 1)
     if sample.weights is not None:
@@ -144,7 +144,7 @@ def _solve(
         q[active] = mixed / mixed.sum(1, keepdims=True)
     for number in active.tolist():
         prior = np.where(np.isfinite(divisor), divisor, 0) / factors[number]
-        q[number] = maximise(
+        q[number] = maximize(
             sample.probabilities,
             prior,
             counts=counts[number],

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 
 from flaxtransfer.shift.checks import as_labels, as_logits, as_probabilities
-from flaxtransfer.shift.optimize import Minimum, minimise
+from flaxtransfer.shift.optimize import Minimum, minimize
 
 __all__ = ["Calibration", "CalibrationMethod", "Scaling", "calibrate", "fit_scaling", "logits_of"]
 
@@ -30,7 +30,7 @@ class Calibration:
     """A map from logits to calibrated probabilities, with the validation it was fitted on.
 
     Every estimate about a target is relative to a source; this is what the others of this room
-    take as `source`. They are ``softmax(scale * centred + bias)``, where `centred` are the logits
+    take as `source`. They are ``softmax(scale * centered + bias)``, where `centered` are the logits
     less the mean of their row: log-probabilities are as good as logits, for "vector" as well.
 
     Args:
@@ -42,7 +42,7 @@ class Calibration:
         labels: `[n]`, their classes, int64.
         notes: what a reader has to know: absent classes, a fallback to a simpler map.
         gradient_norm: of the mean negative log-likelihood in scale and bias, where the fit ended;
-            None where nothing was minimised.
+            None where nothing was minimized.
     """
 
     method: str
@@ -74,8 +74,8 @@ class Calibration:
                 f"logits have {found.shape[1]} columns, and the calibration {self.classes} classes"
             )
         # Where scales differ, a number added to a row would otherwise change its probabilities.
-        centred = found - found.mean(axis=1, keepdims=True)
-        return np.exp(log_softmax(centred * self.scale + self.bias, axis=1))
+        centered = found - found.mean(axis=1, keepdims=True)
+        return np.exp(log_softmax(centered * self.scale + self.bias, axis=1))
 
 
 def logits_of(probabilities: Any, name: str = "probabilities") -> np.ndarray:
@@ -112,7 +112,7 @@ _DENSE_PARAMETERS = 2500
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scaling:
-    """``softmax(scale * centred logits + bias)`` at the maximum of its likelihood.
+    """``softmax(scale * centered logits + bias)`` at the maximum of its likelihood.
 
     Args:
         scale: `[K]`.
@@ -130,20 +130,20 @@ class Scaling:
     bounds: tuple[tuple[int, float], ...]
 
 
-def fit_scaling(centred: np.ndarray, labels: np.ndarray, form: Form) -> Scaling:
-    """Minimises the mean negative log-likelihood, which is convex in scale and bias.
+def fit_scaling(centered: np.ndarray, labels: np.ndarray, form: Form) -> Scaling:
+    """Minimizes the mean negative log-likelihood, which is convex in scale and bias.
 
     Args:
-        centred: logits `[n, K]` whose rows have mean 0.
+        centered: logits `[n, K]` whose rows have mean 0.
         labels: `[n]`.
         form: "temperature" has one scale, "bias_corrected" one scale and K biases, "vector" K of
             each.
     """
-    classes = centred.shape[1]
+    classes = centered.shape[1]
     # In this unit the search starts where the softmax is neither flat nor saturated, whatever the
     # size of the logits.
-    unit = float(np.sqrt(np.mean(centred**2))) or 1.0
-    likelihood = _Likelihood(centred / unit, labels, form)
+    unit = float(np.sqrt(np.mean(centered**2))) or 1.0
+    likelihood = _Likelihood(centered / unit, labels, form)
     scales = classes if form == "vector" else 1
     biases = 0 if form == "temperature" else classes
     count = scales + biases
@@ -153,7 +153,7 @@ def fit_scaling(centred: np.ndarray, labels: np.ndarray, form: Form) -> Scaling:
     lower[:scales], upper[:scales] = SMALLEST_SCALE, LARGEST_SCALE * unit
     units = np.ones(count)
     units[:scales] = unit
-    found: Minimum = minimise(likelihood.at, start, lower=lower, upper=upper, units=units)
+    found: Minimum = minimize(likelihood.at, start, lower=lower, upper=upper, units=units)
     scale, bias = likelihood.expand(found.point)
     moves = np.abs(likelihood.expand(found.step))
     ends = np.flatnonzero((found.point[:scales] <= lower[0]) | (found.point[:scales] >= upper[0]))
@@ -335,8 +335,8 @@ def calibrate(
             f"all {len(known)} labels are class {known[0]}: one class calibrates nothing; validate "
             "on examples of at least two, or use method='none'"
         )
-    centred = found - found.mean(axis=1, keepdims=True)
-    fit, used, notes = _fit(centred, known, method)
+    centered = found - found.mean(axis=1, keepdims=True)
+    fit, used, notes = _fit(centered, known, method)
     absent = np.flatnonzero(counts == 0)
     if len(absent):
         notes.append(_about_absent(absent, used))
@@ -350,7 +350,7 @@ def calibrate(
         method=used,
         scale=fit.scale,
         bias=fit.bias,
-        probabilities=np.exp(log_softmax(centred * fit.scale + fit.bias, axis=1)),
+        probabilities=np.exp(log_softmax(centered * fit.scale + fit.bias, axis=1)),
         labels=known,
         notes=tuple(notes),
         gradient_norm=None if np.isnan(fit.gradient_norm) else fit.gradient_norm,
@@ -358,10 +358,10 @@ def calibrate(
 
 
 def _fit(
-    centred: np.ndarray, labels: np.ndarray, method: CalibrationMethod
+    centered: np.ndarray, labels: np.ndarray, method: CalibrationMethod
 ) -> tuple[Scaling, CalibrationMethod, list[str]]:
     """The fit, the method it belongs to, and why that is not the one asked for."""
-    count, classes = centred.shape
+    count, classes = centered.shape
     notes: list[str] = []
     if method == "none":
         return _given(1.0, classes), "none", notes
@@ -373,9 +373,9 @@ def _fit(
         method = "temperature"
     if method == "vector" and classes == 2:
         # Two scales enter as their sum alone; equal ones are the same map.
-        return fit_scaling(centred, labels, "bias_corrected"), "vector", notes
+        return fit_scaling(centered, labels, "bias_corrected"), "vector", notes
     if method == "vector":
-        fit = fit_scaling(centred, labels, "vector")
+        fit = fit_scaling(centered, labels, "vector")
         if not fit.undetermined:
             return fit, "vector", notes
         notes.append(
@@ -385,15 +385,15 @@ def _fit(
         )
         method = "bias_corrected"
     if method == "bias_corrected":
-        fit = fit_scaling(centred, labels, "bias_corrected")
+        fit = fit_scaling(centered, labels, "bias_corrected")
         if not fit.undetermined:
             return fit, "bias_corrected", notes
         notes.append(
             "the validation examples do not determine scale and biases (the classes are separated "
             "without an error): calibrated by a temperature alone"
         )
-    wrong = (centred.argmax(1) != labels).sum()
-    fit = fit_scaling(centred, labels, "temperature")
+    wrong = (centered.argmax(1) != labels).sum()
+    fit = fit_scaling(centered, labels, "temperature")
     if wrong or not fit.undetermined:
         return fit, "temperature", notes
     notes.append(
@@ -401,18 +401,18 @@ def _fit(
         "temperature gives them the mean confidence (n + 1) / (n + 2); treat what follows from it "
         "with care, or validate on more and harder examples"
     )
-    return _given(_succession(centred), classes), "temperature", notes
+    return _given(_succession(centered), classes), "temperature", notes
 
 
-def _succession(centred: np.ndarray) -> float:
+def _succession(centered: np.ndarray) -> float:
     """The scale at which the mean confidence is (n + 1) / (n + 2), as far as there is one."""
-    count = len(centred)
+    count = len(centered)
     wanted = (count + 1) / (count + 2)
 
     def excess(log_scale: float) -> float:
-        return float(softmax(np.exp(log_scale) * centred, axis=1).max(1).mean()) - wanted
+        return float(softmax(np.exp(log_scale) * centered, axis=1).max(1).mean()) - wanted
 
-    unit = float(np.sqrt(np.mean(centred**2)))
+    unit = float(np.sqrt(np.mean(centered**2)))
     low, high = np.log(SMALLEST_SCALE / unit), np.log(LARGEST_SCALE)
     if excess(high) <= 0:
         return LARGEST_SCALE

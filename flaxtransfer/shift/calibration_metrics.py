@@ -280,7 +280,7 @@ def _columns(diagram: Sequence[ReliabilityBin]) -> tuple[np.ndarray, np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationError:
-    """How well probabilities of labelled examples are calibrated.
+    """How well probabilities of labeled examples are calibrated.
 
     Args:
         count: of examples.

@@ -1,10 +1,10 @@
-"""Tests of concept shift on a few labelled target examples.
+"""Tests of concept shift on a few labeled target examples.
 
 Labels drawn from posteriors: what the tests on a few labels compare the real ones with.
 
-What a few labelled target examples say of the posteriors: are they right, and which are?
+What a few labeled target examples say of the posteriors: are they right, and which are?
 
-Under concept shift p(y | x) has changed, and no unlabelled data show it. Give the model's own
+Under concept shift p(y | x) has changed, and no unlabeled data show it. Give the model's own
 posteriors to test that p(y | x) is the source's (no shift, or covariate shift); give those that
 were corrected for prevalence to test that p(x | y) is (label shift). Where both are rejected
 neither explains the target: the concept shifted, or the model is not calibrated there.
@@ -159,7 +159,7 @@ def log_loss_test(
     timid make labels likelier than was expected, and pass; see `label_residual_test`.
 
     Args:
-        probabilities: `[l, K]`, posteriors of the labelled target examples, or
+        probabilities: `[l, K]`, posteriors of the labeled target examples, or
             `EstimatedPosteriors`.
         labels: `[l]`, their classes.
         simulations: draws of all l labels.
@@ -217,7 +217,7 @@ def label_residual_test(
     are for the other one.
 
     Args:
-        probabilities: `[l, K]`, posteriors of the labelled target examples, or
+        probabilities: `[l, K]`, posteriors of the labeled target examples, or
             `EstimatedPosteriors`.
         labels: `[l]`, their classes.
         simulations: draws of all l labels.
@@ -294,7 +294,7 @@ def posterior_ratio_tests(
     other; none, and there are too few (`labels_needed`); both, and neither explains them.
 
     Args:
-        probabilities: `[l, K]`, the model's calibrated posteriors of the labelled examples.
+        probabilities: `[l, K]`, the model's calibrated posteriors of the labeled examples.
         adjusted: `[l, K]`, the same, corrected to the target's prevalence, or
             `EstimatedPosteriors`.
         labels: `[l]`, their classes.
@@ -327,10 +327,16 @@ def posterior_ratio_tests(
     tests = []
     # Large ratios speak against the covariate hypothesis, and small ones against the label one.
     for name, hypothesis, sign, world, scores, assumption in (
-        ("covariate hypothesis", "p(y | x) is the source's", 1.0,
-         EstimatedPosteriors.known(raw), ratios[None], sure),
+        (
+            "covariate hypothesis",
+            "p(y | x) is the source's",
+            1.0,
+            EstimatedPosteriors.known(raw),
+            ratios[None],
+            sure,
+        ),
         ("label hypothesis", "p(x | y) is the source's", -1.0, given, against, unsure),
-    ):  # fmt: skip
+    ):
         if count < FEWEST:
             tests.append(too_few(name, hypothesis, effect_name, count))
             continue

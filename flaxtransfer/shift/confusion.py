@@ -5,7 +5,7 @@ Black box shift estimation: prevalence from a confusion matrix and the mean pred
 It asks less than a likelihood: the model need not be calibrated, only be wrong in the same way on
 source and target. It also knows less, and with the same data its intervals are wider.
 
-Regularised estimation of label shift: weights that stay near 1 where the data say little.
+Regularized estimation of label shift: weights that stay near 1 where the data say little.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = [
     "joint_confusion",
     "mean_prediction",
     "rates",
-    "regularisation_radius",
-    "regularised_weights",
+    "regularization_radius",
+    "regularized_weights",
     "shares",
 ]
 
@@ -188,18 +188,18 @@ def _validation_noise(
     return float((estimate**2 * spread / divisor).sum())
 
 
-def regularisation_radius(classes: int, validation: int, failure: float = 0.05) -> float:
+def regularization_radius(classes: int, validation: int, failure: float = 0.05) -> float:
     """How much a confusion matrix of so many examples may be wrong, with probability 1 - failure.
 
-    >>> round(regularisation_radius(2, 100), 4)
+    >>> round(regularization_radius(2, 100), 4)
     0.9758
     """
     size = np.log(2 * classes / failure)
     return float(3 * (2 * size / (3 * validation) + np.sqrt(2 * size / validation)))
 
 
-def regularised_weights(matrix: np.ndarray, difference: np.ndarray, strength: float) -> np.ndarray:
-    """Weights ``w = 1 + t`` with ``t >= -1`` that minimise ``|C t - d| + strength |t|``.
+def regularized_weights(matrix: np.ndarray, difference: np.ndarray, strength: float) -> np.ndarray:
+    """Weights ``w = 1 + t`` with ``t >= -1`` that minimize ``|C t - d| + strength |t|``.
 
     Without squares: a norm of its own is shrunk to exactly nothing where the difference could be
     chance. The minimum lies on the path of ridge regressions, ``|C t - d|^2 + r |t|^2``, at the
@@ -213,9 +213,9 @@ def regularised_weights(matrix: np.ndarray, difference: np.ndarray, strength: fl
     Returns:
         Weights `[K]`, q / p.
 
-    >>> regularised_weights(np.eye(2) / 2, np.array([0.1, -0.1]), 0.0)
+    >>> regularized_weights(np.eye(2) / 2, np.array([0.1, -0.1]), 0.0)
     array([1.2, 0.8])
-    >>> regularised_weights(np.eye(2) / 2, np.array([0.1, -0.1]), 1.0)
+    >>> regularized_weights(np.eye(2) / 2, np.array([0.1, -0.1]), 1.0)
     array([1., 1.])
 
     References:

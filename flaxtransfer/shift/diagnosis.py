@@ -37,11 +37,18 @@ from flaxtransfer.shift.sample_size import corrected_posteriors, labels_needed
 from flaxtransfer.shift.statistics import HypothesisTest, holm
 from flaxtransfer.shift.two_sample import classifier_test, mmd_test
 
-__all__ = ["Unlabelled", "WithLabels", "diagnose", "fell", "labelled_tests", "unlabelled_tests"]
+__all__ = [
+    "Unlabeled",
+    "WithLabels",
+    "any_rejected",
+    "diagnose",
+    "labeled_tests",
+    "unlabeled_tests",
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Unlabelled:
+class Unlabeled:
     """What features and outputs alone can answer."""
 
     moved: tuple[HypothesisTest, ...]
@@ -68,13 +75,13 @@ class WithLabels:
         return (*self.as_it_was, *self.adjusted, *self.ratios)
 
 
-def unlabelled_tests(
+def unlabeled_tests(
     source: Calibration,
     source_features: np.ndarray,
     probabilities: np.ndarray,
     features: np.ndarray,
     settings: dict[str, int],
-) -> Unlabelled:
+) -> Unlabeled:
     """One family asks whether anything moved; the residual answers another question, alone."""
     near, far = joint_projection(source_features, features)
     first = holm(
@@ -96,10 +103,10 @@ def unlabelled_tests(
         simulations=settings["permutations"],
         seed=settings["seed"],
     )
-    return Unlabelled(first[:3], first[3:], residual)
+    return Unlabeled(first[:3], first[3:], residual)
 
 
-def labelled_tests(
+def labeled_tests(
     source: Calibration,
     probabilities: np.ndarray,
     known: tuple[np.ndarray, np.ndarray],
@@ -126,7 +133,7 @@ def labelled_tests(
     )
 
 
-def fell(tests: Sequence[HypothesisTest], level: float) -> bool | None:
+def any_rejected(tests: Sequence[HypothesisTest], level: float) -> bool | None:
     """Whether one of them was rejected; None where none could be made."""
     if all(test.p is None for test in tests):
         return None
@@ -149,7 +156,7 @@ def diagnose(
     target_logits: Any,
     target_features: Any,
     *,
-    labelled: tuple[Any, Any] | None = None,
+    labeled: tuple[Any, Any] | None = None,
     calibration: CalibrationMethod = "bias_corrected",
     class_names: Sequence[str] = (),
     level: float = 0.05,
@@ -170,7 +177,7 @@ def diagnose(
         source_features: `[n, D]` of the same examples, what the head sees.
         target_logits: `[m, K]` of target examples.
         target_features: `[m, D]`.
-        labelled: positions among the target examples, and their labels; drawn at random, or the
+        labeled: positions among the target examples, and their labels; drawn at random, or the
             answers are those of another population.
         calibration: see `calibrate`.
         class_names: K names; numbers by default.
@@ -206,27 +213,27 @@ def diagnose(
     same_width(own_features, "source features", features, "target features")
     names = _names(class_names, source.classes)
     probabilities = source.apply(logits)
-    known = _labelled(labelled, len(logits), source.classes)
+    known = _labeled(labeled, len(logits), source.classes)
     settings = {"permutations": permutations, "seed": seed}
 
-    unlabelled = unlabelled_tests(source, own_features, probabilities, features, settings)
+    unlabeled = unlabeled_tests(source, own_features, probabilities, features, settings)
     prevalences = tuple(
         estimate_prevalence(probabilities, source, method=method, seed=seed) for method in _METHODS
     )
     likeliest = prevalences[0]
     adjusted = adjust_prior(probabilities, likeliest) if likeliest.identifiable else probabilities
-    with_labels = labelled_tests(source, probabilities, known, seed)
-    prior, likelihood_ratio = fell(unlabelled.prior, level), unlabelled.prior[-1]
+    with_labels = labeled_tests(source, probabilities, known, seed)
+    prior, likelihood_ratio = any_rejected(unlabeled.prior, level), unlabeled.prior[-1]
     if not prior and (likelihood_ratio.p is None or not likeliest.identifiable):
         # Outputs of few examples, or of a model that knows nothing, stay as they are whatever the
         # shares are.
         prior = None
     findings = Findings(
-        moved=fell(unlabelled.moved, level),
+        moved=any_rejected(unlabeled.moved, level),
         prior=prior,
-        residual=fell([unlabelled.residual], level),
-        as_it_was=fell(with_labels.as_it_was, level),
-        adjusted=fell(with_labels.adjusted, level),
+        residual=any_rejected([unlabeled.residual], level),
+        as_it_was=any_rejected(with_labels.as_it_was, level),
+        adjusted=any_rejected(with_labels.adjusted, level),
         prefer=_preferred(with_labels.ratios, level),
         detectable=likelihood_ratio.minimum_detectable,
     )
@@ -239,7 +246,7 @@ def diagnose(
     return ShiftReport(
         conclusion=conclusion,
         verdicts=verdicts,
-        tests=(*unlabelled.all, *with_labels.all),
+        tests=(*unlabeled.all, *with_labels.all),
         prevalences=prevalences,
         accuracy=accuracy_without_labels(
             source, probabilities, likeliest if likeliest.identifiable else None, seed=seed
@@ -266,7 +273,7 @@ def _preferred(
     return "label" if covariate else "covariate"
 
 
-def _labelled(
+def _labeled(
     given: tuple[Any, Any] | None, count: int, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions and labels, both empty where there are none."""

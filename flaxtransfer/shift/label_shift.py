@@ -24,7 +24,7 @@ from flaxtransfer.shift.checks import (
     same_width,
     uncertain,
 )
-from flaxtransfer.shift.likelihood import maximise_resampled
+from flaxtransfer.shift.likelihood import maximize_resampled
 from flaxtransfer.shift.marginals import noncentrality
 from flaxtransfer.shift.statistics import (
     HypothesisTest,
@@ -137,7 +137,7 @@ def simulated_residuals(
     drawn = rng.integers(rows, size=(simulations, rows))
     targets = rng.choice(rows, size=(simulations, count), p=chances / chances.sum())
     priors = np.stack([source.probabilities[chosen].mean(0) for chosen in drawn])
-    estimates, _ = maximise_resampled(source.probabilities, targets, priors)
+    estimates, _ = maximize_resampled(source.probabilities, targets, priors)
     sizes = np.stack([np.bincount(source.labels[chosen], minlength=classes) for chosen in drawn])
     # A class that was not drawn leaves its share to the others.
     estimates = np.where(sizes > 0, estimates, 0.0)
@@ -264,7 +264,7 @@ def prior_test(
         rows[number] = rng.permutation(len(pooled))[: counts[1]]
     total = pooled.sum(0)
     priors = np.stack([total - pooled[row].sum(0) for row in rows]).clip(0) / counts[0]
-    shares, ratios = maximise_resampled(pooled, rows, priors, tolerance=_ACCURACY / (2 * counts[1]))
+    shares, ratios = maximize_resampled(pooled, rows, priors, tolerance=_ACCURACY / (2 * counts[1]))
     statistics = 2 * ratios
     return HypothesisTest(
         name=_PRIOR_NAME,
@@ -404,7 +404,7 @@ def residual_test(
     if min(counts) < _RESIDUAL_FEWEST:
         return no(f"{counts[0]} and {counts[1]} rows; each side needs {_RESIDUAL_FEWEST}")
     everywhere = np.arange(len(target))[None]
-    shares = maximise_resampled(posteriors, everywhere, validation.mean(0))[0][0]
+    shares = maximize_resampled(posteriors, everywhere, validation.mean(0))[0][0]
     sizes = np.bincount(labels, minlength=len(shares))
     # Less than half an example of the target would hardly ever be drawn.
     lacking = (sizes < _FEWEST_OF_CLASS) & (shares * len(target) > 0.5)

@@ -18,7 +18,7 @@ import numpy as np
 
 from flaxtransfer.shift.optimize import nonnegative_quadratic
 
-__all__ = ["Maximum", "blocks", "information", "likelihood_pass", "maximise", "maximise_resampled"]
+__all__ = ["Maximum", "blocks", "information", "likelihood_pass", "maximize", "maximize_resampled"]
 
 
 _BLOCK = 100_000
@@ -55,7 +55,7 @@ class Maximum:
     passes: int
 
 
-def maximise(
+def maximize(
     probabilities: np.ndarray,
     prior: np.ndarray,
     *,
@@ -64,9 +64,9 @@ def maximise(
     tolerance: float = 1e-6,
     max_passes: int = 1000,
 ) -> Maximum:
-    """Maximises the mean over rows of ``log(sum_k q_k f_k / p_k)`` over the shares q.
+    """Maximizes the mean over rows of ``log(sum_k q_k f_k / p_k)`` over the shares q.
 
-    Expectation maximisation (Saerens et al.), and Newton steps on the simplex wherever they rise
+    Expectation maximization (Saerens et al.), and Newton steps on the simplex wherever they rise
     higher, ended by the certificate and by nothing else: with weak classifiers, EM moves so little
     that rules on its movement stop far away from the maximum.
 
@@ -74,7 +74,7 @@ def maximise(
         probabilities: `[m, K]`, calibrated, float32 or float64; not copied, and checked by whoever
             calls. The scale of a row does not matter.
         prior: `[K]`; a class whose prior is 0 plays no part, and must be no row's only class.
-        counts: `[K]`, of labelled examples and of a Dirichlet prior: adds ``counts @ log(q)``.
+        counts: `[K]`, of labeled examples and of a Dirichlet prior: adds ``counts @ log(q)``.
         weights: `[m]`, of the rows; ones by default.
         tolerance: of the gap.
         max_passes: over the rows; the result says what the gap is where they do not suffice.
@@ -83,7 +83,7 @@ def maximise(
         The maximum, with its certificate.
 
     >>> probabilities = np.array([[0.8, 0.2], [0.8, 0.2], [0.2, 0.8]])
-    >>> maximise(probabilities, np.array([0.5, 0.5]), tolerance=1e-10).estimate.round(6)
+    >>> maximize(probabilities, np.array([0.5, 0.5]), tolerance=1e-10).estimate.round(6)
     array([0.777778, 0.222222])
 
     References:
@@ -251,7 +251,7 @@ _CHUNK = 2_000_000
 _LONGEST = 1000.0
 
 
-def maximise_resampled(
+def maximize_resampled(
     probabilities: np.ndarray,
     rows: np.ndarray,
     priors: np.ndarray,
@@ -264,7 +264,7 @@ def maximise_resampled(
     What bootstrap and permutation tests need: the same rows, drawn again and again. For the one
     estimate that is reported, with intervals and advice, there is `estimate_prevalence`.
 
-    Expectation maximisation, extrapolated in the logarithm of the shares (SQUAREM) where that
+    Expectation maximization, extrapolated in the logarithm of the shares (SQUAREM) where that
     raises the likelihood. A resampling is done when its certificate says that the mean
     log-likelihood can rise by no more than `tolerance`.
 
@@ -281,7 +281,7 @@ def maximise_resampled(
         the m rows: not negative.
 
     >>> probabilities = np.array([[0.8, 0.2], [0.2, 0.8]])
-    >>> shares, ratios = maximise_resampled(probabilities, np.array([[0, 0, 1]]), np.full(2, 0.5))
+    >>> shares, ratios = maximize_resampled(probabilities, np.array([[0, 0, 1]]), np.full(2, 0.5))
     >>> shares.round(3)
     array([[0.778, 0.222]])
 
@@ -297,13 +297,13 @@ def maximise_resampled(
     chunk = max(1, _CHUNK // (rows.shape[1] * classes))
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
-        shares[part], ratios[part] = _maximise(
+        shares[part], ratios[part] = _maximize(
             probabilities[rows[part]], priors[part], tolerance, max_steps
         )
     return shares, ratios
 
 
-def _maximise(
+def _maximize(
     samples: np.ndarray, priors: np.ndarray, tolerance: float, max_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     # Likelihoods of the rows under each class, up to a factor for each row.
@@ -322,9 +322,9 @@ def _maximise(
         if done.any():
             active, samples, priors = active[~done], samples[~done], priors[~done]
             point, height, slopes = point[~done], height[~done], slopes[~done]
-        once = _normalised(point * slopes)
+        once = _normalized(point * slopes)
         height_once, slopes_once = _pass(samples, once)
-        twice = _normalised(once * slopes_once)
+        twice = _normalized(once * slopes_once)
         further = _extrapolated(point, slopes, slopes_once)
         height, slopes = _pass(samples, further)
         worse = ~(height >= height_once)
@@ -351,8 +351,8 @@ def _extrapolated(point: np.ndarray, first: np.ndarray, second: np.ndarray) -> n
     length = np.clip(size[0] / np.maximum(size[1], 1e-300), 1, _LONGEST)[:, None]
     logs = np.log(np.maximum(point, 1e-300)) + 2 * length * first + length**2 * change
     moved = np.exp(logs - logs.max(1, keepdims=True))
-    return _normalised(np.where(point > 0, np.maximum(moved, 1e-200), 0))
+    return _normalized(np.where(point > 0, np.maximum(moved, 1e-200), 0))
 
 
-def _normalised(shares: np.ndarray) -> np.ndarray:
+def _normalized(shares: np.ndarray) -> np.ndarray:
     return shares / shares.sum(1, keepdims=True)

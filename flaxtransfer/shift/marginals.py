@@ -73,9 +73,13 @@ def kolmogorov_smirnov_test(
     notes = duplicate_notes(first, second)
     if min(counts) < _KS_FEWEST:
         return untestable(
-            _KS_NAME, hypothesis, f"{counts[0]} and {counts[1]} rows; each side needs {_KS_FEWEST}",
-            effect_name=_KS_EFFECT, counts=counts, notes=notes,
-        )  # fmt: skip
+            _KS_NAME,
+            hypothesis,
+            f"{counts[0]} and {counts[1]} rows; each side needs {_KS_FEWEST}",
+            effect_name=_KS_EFFECT,
+            counts=counts,
+            notes=notes,
+        )
     varies = (np.ptp(first, axis=0) > 0) | (np.ptp(second, axis=0) > 0)
     varies |= first[0] != second[0]
     members = holm(
@@ -83,18 +87,25 @@ def kolmogorov_smirnov_test(
             _column(first[:, k], second[:, k], f"{column_name} {k}", int(varies.sum()))
             if varies[k]
             else untestable(
-                _KS_NAME, f"{column_name} {k} has one distribution", "it is constant",
-                effect_name=_KS_EFFECT, counts=counts,
+                _KS_NAME,
+                f"{column_name} {k} has one distribution",
+                "it is constant",
+                effect_name=_KS_EFFECT,
+                counts=counts,
             )
             for k in range(width)
         ]
-    )  # fmt: skip
+    )
     tested = [member for member in members if member.p is not None]
     if not tested:
         return untestable(
-            _KS_NAME, hypothesis, f"every {column_name} is constant and equal on both sides",
-            effect_name=_KS_EFFECT, counts=counts, notes=notes,
-        )  # fmt: skip
+            _KS_NAME,
+            hypothesis,
+            f"every {column_name} is constant and equal on both sides",
+            effect_name=_KS_EFFECT,
+            counts=counts,
+            notes=notes,
+        )
     largest = max(range(width), key=lambda k: members[k].effect if varies[k] else -1.0)
     notes = (f"{column_name} {largest} differs most", *notes)
     if len(tested) < width:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.optimize import nnls
 
-__all__ = ["Local", "Minimum", "minimise", "nonnegative_quadratic", "simplex_least_squares"]
+__all__ = ["Local", "Minimum", "minimize", "nonnegative_quadratic", "simplex_least_squares"]
 
 
 _SUFFICIENT = 1e-4
@@ -63,7 +63,7 @@ class Minimum:
     iterations: int
 
 
-def minimise(
+def minimize(
     function: Callable[[np.ndarray], Local],
     start: np.ndarray,
     *,
@@ -191,7 +191,7 @@ _RIDGE = 1e-13
 
 
 def nonnegative_quadratic(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """The x >= 0 that minimises ``x @ matrix @ x / 2 - vector @ x``.
+    """The x >= 0 that minimizes ``x @ matrix @ x / 2 - vector @ x``.
 
     Exact up to rounding, by exchanging whole sets of variables between zero and not zero; where
     that goes in circles, one variable at a time, as Lawson and Hanson do it.
@@ -234,7 +234,7 @@ def nonnegative_quadratic(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
 
 
 def simplex_least_squares(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """The shares q, not negative and of sum 1, that minimise ``|matrix @ q - vector|``.
+    """The shares q, not negative and of sum 1, that minimize ``|matrix @ q - vector|``.
 
     Args:
         matrix: `[R, K]`.

@@ -19,7 +19,7 @@ __all__ = [
     "NullCalibrated",
     "Similarity",
     "Transferability",
-    "labelled",
+    "labeled",
     "orders",
     "random_folds",
     "stream",
@@ -128,7 +128,7 @@ def two_samples(source: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
     return found[0], found[1]
 
 
-def labelled(labels: Any, count: int) -> tuple[np.ndarray, int]:
+def labeled(labels: Any, count: int) -> tuple[np.ndarray, int]:
     """Numbers 0 to C - 1 of the C classes that occur, int64 ``[count]``, and C.
 
     A class that no example has is left out: nothing can be said of it.
@@ -136,11 +136,11 @@ def labelled(labels: Any, count: int) -> tuple[np.ndarray, int]:
     Raises:
         ValueError: labels that are no class numbers or of another count; fewer than 4; one class.
 
-    >>> labelled([7, 2, 7, 2], 4)
+    >>> labeled([7, 2, 7, 2], 4)
     (array([1, 0, 1, 0]), 2)
     """
     if count < _FEWEST_ROWS:
-        raise ValueError(f"there are {count} labelled examples; a score wants {_FEWEST_ROWS}")
+        raise ValueError(f"there are {count} labeled examples; a score wants {_FEWEST_ROWS}")
     names, found = np.unique(
         as_labels(labels, "labels", count=count, classes=_MOST_CLASSES), return_inverse=True
     )

@@ -177,21 +177,21 @@ class Sample:
     Args:
         probabilities: `[m, K]`, calibrated, of the target; float32 or float64.
         source: the calibration.
-        labelled: `[K]`, how many target examples have which label.
+        labeled: `[K]`, how many target examples have which label.
         pseudo: `[K]`, what a Dirichlet prior counts for, a - 1.
         weights: `[m]`, 0 for rows that do not count; None where all do.
     """
 
     probabilities: np.ndarray
     source: Calibration
-    labelled: np.ndarray
+    labeled: np.ndarray
     pseudo: np.ndarray
     weights: np.ndarray | None = None
 
     @property
     def counts(self) -> np.ndarray:
         """`[K]`, all that is added to the likelihood as ``counts @ log(q)``."""
-        return self.labelled + self.pseudo
+        return self.labeled + self.pseudo
 
     @property
     def divisor(self) -> np.ndarray:
@@ -256,8 +256,8 @@ def weakest_direction(
     if observed is None:
         observed = information(sample.probabilities, q / divisor, divisor, sample.weights)
     matrix = observed * sample.rows
-    seen = sample.labelled > 0
-    matrix[seen, seen] += sample.labelled[seen] / q[seen] ** 2
+    seen = sample.labeled > 0
+    matrix[seen, seen] += sample.labeled[seen] / q[seen] ** 2
     # A basis of the moves that leave the sum alone.
     axes = np.concatenate([np.ones((free.sum(), 1)), np.eye(int(free.sum()))[:, 1:]], 1)
     tangent = np.linalg.qr(axes)[0][:, 1:]

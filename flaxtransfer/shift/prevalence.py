@@ -18,7 +18,7 @@ import numpy as np
 from flaxtransfer.shift import bootstrap, confusion
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_labels, as_probability_rows, same_width
-from flaxtransfer.shift.likelihood import blocks, maximise
+from flaxtransfer.shift.likelihood import blocks, maximize
 from flaxtransfer.shift.precision import Sample, observed_information, precision, weakest_direction
 from flaxtransfer.shift.prevalence_intervals import score_intervals
 
@@ -136,7 +136,7 @@ def by_likelihood(
 ) -> Prevalence:
     """Maximum likelihood, or the maximum a posteriori of a sample with pseudo-examples."""
     found, source, prior = sample.probabilities, sample.source, bool(sample.pseudo.any())
-    maximum = maximise(
+    maximum = maximize(
         found, source.prior, counts=sample.counts, weights=sample.weights, tolerance=tolerance
     )
     if maximum.gap > tolerance:
@@ -185,7 +185,7 @@ def _unidentified(
         pair = (min(pair), max(pair))
     first = sample.probabilities[:1]
     rows = len(sample.probabilities)
-    if not sample.labelled.any() and (first.max() < _CERTAIN or rows < 2):
+    if not sample.labeled.any() and (first.max() < _CERTAIN or rows < 2):
         same = rows < 2 or all((part == first).all() for part, _ in blocks(sample.probabilities))
         if same:
             return (
@@ -196,7 +196,7 @@ def _unidentified(
         return (
             f"classes {pair[0]} and {pair[1]} can be exchanged for each other almost unseen: "
             f"the standard error of their shares is {min(weakest, 999):.3g}; merge them, give "
-            "labelled targets, or use a better model",
+            "labeled targets, or use a better model",
             pair,
         )
     return "", pair
@@ -207,22 +207,22 @@ def by_confusion(
     source: Calibration,
     *,
     hard: bool,
-    regularisation: float | None,
+    regularization: float | None,
     level: float,
     resampling: Resampling | None,
 ) -> Prevalence:
-    """BBSE, or RLLS where there is a regularisation."""
+    """BBSE, or RLLS where there is a regularization."""
     box = confusion.black_box(found, source.probabilities, source.labels, hard=hard)
-    name = "RLLS" if regularisation is not None else f"BBSE, {'hard' if hard else 'soft'}"
-    strength = (regularisation or 0.0) * confusion.regularisation_radius(
+    name = "RLLS" if regularization is not None else f"BBSE, {'hard' if hard else 'soft'}"
+    strength = (regularization or 0.0) * confusion.regularization_radius(
         source.classes, len(source.labels)
     )
 
     def solve(matrix: np.ndarray, predicted: np.ndarray, raw: np.ndarray) -> np.ndarray:
-        if regularisation is None:
+        if regularization is None:
             conditional = confusion.rates(matrix, matrix.sum(0))
             return confusion.shares(conditional, predicted, raw)
-        weights = confusion.regularised_weights(matrix, predicted - matrix.sum(1), strength)
+        weights = confusion.regularized_weights(matrix, predicted - matrix.sum(1), strength)
         share = weights * matrix.sum(0)
         return share / share.sum()
 
@@ -297,11 +297,11 @@ def estimate_prevalence(
     source: Calibration,
     *,
     method: str = "maximum_likelihood",
-    labelled: tuple[Any, Any] | None = None,
+    labeled: tuple[Any, Any] | None = None,
     interval: str | None = "auto",
     level: float = 0.95,
     concentration: Any = 2.0,
-    regularisation: float = 0.01,
+    regularization: float = 0.01,
     tolerance: float = 1e-6,
     replicates: int = 500,
     seed: int = 0,
@@ -319,7 +319,7 @@ def estimate_prevalence(
         method: "maximum_likelihood", the most precise on calibrated probabilities; "map", the same
             with a Dirichlet prior; "bbse_soft" and "bbse_hard", from the confusion matrix, which
             need no calibration; "rlls", the same held near the source prior where data are few.
-        labelled: row numbers and classes of a few target examples, drawn at random from the target
+        labeled: row numbers and classes of a few target examples, drawn at random from the target
             ("maximum_likelihood" and "map").
         interval: "asymptotic" (likelihoods), "bootstrap", or None; "auto" is the first that the
             method has. Both count the noise of target and validation; percentiles of a bootstrap
@@ -327,7 +327,7 @@ def estimate_prevalence(
         level: of the intervals.
         concentration: of the Dirichlet prior of "map", at least 1; a number or `[K]`. A class gets
             this minus 1 pseudo-examples.
-        regularisation: of "rlls", times its bound on the error of the confusion matrix.
+        regularization: of "rlls", times its bound on the error of the confusion matrix.
         tolerance: of the certificate, down to 1e-10.
         replicates: of the bootstrap.
         seed: of the bootstrap.
@@ -362,8 +362,8 @@ def estimate_prevalence(
         raise ValueError(f"rounding ends above a tolerance of {tolerance!r}; 1e-10 is the least")
     if replicates < 20:
         raise ValueError(f"percentiles of {replicates} replicates are no interval; 500 are enough")
-    if labelled is not None and not likelihood:
-        raise ValueError(f"{method} has no place for labelled targets; use maximum_likelihood")
+    if labeled is not None and not likelihood:
+        raise ValueError(f"{method} has no place for labeled targets; use maximum_likelihood")
     found = as_probability_rows(probabilities, "target probabilities")
     same_width(found, "target probabilities", source.probabilities, "validation probabilities")
     if len(source.labels) < 2:
@@ -374,17 +374,17 @@ def estimate_prevalence(
         pseudo = np.zeros(source.classes)
         if method == "map":
             pseudo = _pseudo_counts(concentration, source.classes)
-        sample, notes = _sample(found, source, labelled, pseudo)
+        sample, notes = _sample(found, source, labeled, pseudo)
         return by_likelihood(
             sample, notes, interval=chosen, level=level, tolerance=tolerance, resampling=again
         )
-    if not regularisation >= 0:
-        raise ValueError(f"regularisation is not negative, as {regularisation!r} is")
+    if not regularization >= 0:
+        raise ValueError(f"regularization is not negative, as {regularization!r} is")
     return by_confusion(
         found,
         source,
         hard=method == "bbse_hard",
-        regularisation=regularisation if method == "rlls" else None,
+        regularization=regularization if method == "rlls" else None,
         level=level,
         resampling=None if chosen is None else again,
     )
@@ -400,19 +400,19 @@ def _pseudo_counts(concentration: Any, classes: int) -> np.ndarray:
 
 
 def _sample(
-    found: np.ndarray, source: Calibration, labelled: tuple[Any, Any] | None, pseudo: np.ndarray
+    found: np.ndarray, source: Calibration, labeled: tuple[Any, Any] | None, pseudo: np.ndarray
 ) -> tuple[Sample, list[str]]:
     """Which rows count how, and what was left out."""
     notes, weights, counts = [], None, np.zeros(source.classes)
-    if labelled is not None:
+    if labeled is not None:
         numbers = as_labels(
-            labelled[0], "labelled rows", count=np.size(labelled[0]), classes=len(found)
+            labeled[0], "labeled rows", count=np.size(labeled[0]), classes=len(found)
         )
         classes = as_labels(
-            labelled[1], "labels of the target", count=len(numbers), classes=source.classes
+            labeled[1], "labels of the target", count=len(numbers), classes=source.classes
         )
         if len(np.unique(numbers)) < len(numbers):
-            raise ValueError("labelled rows name a row twice; each has one label")
+            raise ValueError("labeled rows name a row twice; each has one label")
         counts = np.bincount(classes, minlength=source.classes).astype(np.float64)
         weights = np.ones(len(found))
         weights[numbers] = 0.0

@@ -19,7 +19,7 @@ from flaxtransfer.shift.label_shift import residual_test
 from flaxtransfer.shift.prevalence import Prevalence, estimate_prevalence
 from flaxtransfer.shift.statistics import HypothesisTest, holm
 
-__all__ = ["LEAST_TARGETS", "PriorCorrection", "TARGETS_PER_CLASS", "adjust_prior", "correct_prior"]
+__all__ = ["LEAST_TARGETS", "TARGETS_PER_CLASS", "PriorCorrection", "adjust_prior", "correct_prior"]
 
 
 def adjust_prior(

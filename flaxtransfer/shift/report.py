@@ -23,21 +23,21 @@ from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.statistics import HypothesisTest
 
 __all__ = [
+    "NOT_IDENTIFIABLE",
     "Action",
     "Conclusion",
     "Findings",
-    "NOT_IDENTIFIABLE",
     "ShiftReport",
     "Status",
     "Verdict",
     "actions",
     "conclude",
     "joint_projection",
-    "plain",
+    "to_json",
 ]
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Dataclasses as objects, arrays as lists, and numbers that are none as null.
 
     >>> from flaxtransfer.shift.report import Verdict
@@ -45,15 +45,15 @@ def plain(value: Any) -> Any:
     [{'kind': 'label', 'status': 'supported', 'evidence': 'because'}, [1.0, None]]
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     return value
 
 
@@ -121,7 +121,7 @@ class Findings:
     detectable: float | None = None
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether target labels were there to ask."""
         return self.as_it_was is not None and self.adjusted is not None
 
@@ -157,7 +157,7 @@ def conclude(findings: Findings) -> tuple[Conclusion, tuple[Verdict, ...]]:
 
 
 def _conclusion(found: Findings) -> Conclusion:
-    if found.labelled and found.as_it_was and found.adjusted:
+    if found.labeled and found.as_it_was and found.adjusted:
         return "concept"
     asked = [found.moved, found.prior, found.residual]
     if not any(asked):
@@ -178,7 +178,7 @@ def _conclusion(found: Findings) -> Conclusion:
 
 def _labels_say(found: Findings) -> Literal["label", "covariate"] | None:
     """Which of label and covariate shift the target's labels leave standing."""
-    if not found.labelled or (found.as_it_was and found.adjusted):
+    if not found.labeled or (found.as_it_was and found.adjusted):
         return None
     if found.as_it_was:
         return "label"
@@ -243,7 +243,7 @@ def _covariate(found: Findings) -> Verdict:
 
 
 def _concept(found: Findings) -> Verdict:
-    if not found.labelled:
+    if not found.labeled:
         return Verdict(
             "concept", "not testable", "p(y | x) of the target takes target labels to be seen"
         )
@@ -261,7 +261,7 @@ def _concept(found: Findings) -> Verdict:
 
 NOT_IDENTIFIABLE = (
     "Whether the same image means another class now (concept shift): any p(y | x) of the target "
-    "goes with the same unlabelled images.",
+    "goes with the same unlabeled images.",
     "Label shift from covariate shift, where the classes' images moved towards one another: a "
     "mixture of the source's classes then explains them too.",
     "The accuracy on the target in general: every estimate assumes which kind of shift it is.",
@@ -325,9 +325,10 @@ def actions(
         "only if the residual test no longer rejects.",
     )
     early = Action(
-        "With target labels: fine-tune the first stage for input-level changes (surgical).", "",
+        "With target labels: fine-tune the first stage for input-level changes (surgical).",
+        "",
         "Hold out labels, and compare with the model as it is.",
-    )  # fmt: skip
+    )
     relabel = Action(
         "Train the head again on target labels (feature_extraction, then more).",
         "",
@@ -364,7 +365,7 @@ class ShiftReport:
         not_identifiable: what nobody can know from these data.
         labels_needed: target labels that would settle the question; None where it is settled, or
             nothing can be said.
-        counts: held-out examples of the source, examples of the target, labelled ones among them.
+        counts: held-out examples of the source, examples of the target, labeled ones among them.
         level: of the tests.
         class_names: of the K classes.
         notes: what a reader has to know: small samples, classes without examples, rows that
@@ -394,7 +395,7 @@ class ShiftReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain objects, lists and numbers; `report.schema.json` beside this file says which."""
-        return {"version": 1, **plain(self)}
+        return {"version": 1, **to_json(self)}
 
     def __str__(self) -> str:
         held_out, count, labels = self.counts

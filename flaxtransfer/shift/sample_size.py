@@ -12,7 +12,7 @@ import numpy as np
 
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_probabilities, same_width
-from flaxtransfer.shift.likelihood import maximise_resampled
+from flaxtransfer.shift.likelihood import maximize_resampled
 from flaxtransfer.shift.statistics import LEVEL, POWER, enough_repetitions
 
 __all__ = ["EstimatedPosteriors", "LabelsNeeded", "corrected_posteriors", "labels_needed"]
@@ -20,7 +20,7 @@ __all__ = ["EstimatedPosteriors", "LabelsNeeded", "corrected_posteriors", "label
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EstimatedPosteriors:
-    """Posteriors of labelled examples, with a bootstrap of what they were estimated from.
+    """Posteriors of labeled examples, with a bootstrap of what they were estimated from.
 
     Args:
         posteriors: `[l, K]`.
@@ -39,22 +39,22 @@ class EstimatedPosteriors:
 
 
 def corrected_posteriors(
-    labelled: Any,
+    labeled: Any,
     target_probabilities: Any,
     source: Calibration,
     *,
     draws: int = 200,
     seed: int = 0,
 ) -> EstimatedPosteriors:
-    """Posteriors of labelled examples, corrected to the target's maximum-likelihood prevalence.
+    """Posteriors of labeled examples, corrected to the target's maximum-likelihood prevalence.
 
     A corrected posterior is as uncertain as the prevalence that it was corrected by, and that was
-    estimated with the help of the labelled examples themselves. Each draw of the bootstrap takes
-    source, labelled and unlabelled target examples with replacement, and estimates prior and
+    estimated with the help of the labeled examples themselves. Each draw of the bootstrap takes
+    source, labeled and unlabeled target examples with replacement, and estimates prior and
     prevalence anew.
 
     Args:
-        labelled: `[l]`, which rows of the target are labelled.
+        labeled: `[l]`, which rows of the target are labeled.
         target_probabilities: `[m, K]`, calibrated, of all target examples.
         source: calibrated probabilities of held-out source examples.
         draws: S.
@@ -73,14 +73,14 @@ def corrected_posteriors(
     target = as_probabilities(target_probabilities, "target probabilities")
     validation = as_probabilities(source.probabilities, "source probabilities")
     same_width(validation, "source probabilities", target, "target probabilities")
-    chosen = np.asarray(labelled)
+    chosen = np.asarray(labeled)
     if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
         raise ValueError(
-            f"labelled: numbers of target rows [l], not {chosen.dtype} of shape {chosen.shape}"
+            f"labeled: numbers of target rows [l], not {chosen.dtype} of shape {chosen.shape}"
         )
     if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(target)):
         raise ValueError(
-            f"labelled: rows {chosen.min()} .. {chosen.max()} of a target of {len(target)} rows"
+            f"labeled: rows {chosen.min()} .. {chosen.max()} of a target of {len(target)} rows"
         )
     if draws < 1:
         raise ValueError(f"draws={draws}: at least 1")
@@ -94,9 +94,9 @@ def corrected_posteriors(
     )
     sources = rng.integers(len(validation), size=(draws, len(validation)))
     priors = np.stack([validation[drawn].mean(0) for drawn in sources])
-    shares, _ = maximise_resampled(target, targets, priors)
+    shares, _ = maximize_resampled(target, targets, priors)
     prior = validation.mean(0)
-    share = maximise_resampled(target, everyone, prior)[0]
+    share = maximize_resampled(target, everyone, prior)[0]
     return EstimatedPosteriors(
         _corrected(target[chosen][None], share, prior[None])[0],
         rows,
@@ -156,7 +156,7 @@ def labels_needed(
     number for detecting concept shift, whose size nobody knows beforehand.
 
     Args:
-        probabilities: `[m, K]`, calibrated posteriors of unlabelled target examples.
+        probabilities: `[m, K]`, calibrated posteriors of unlabeled target examples.
         adjusted: `[m, K]`, the same, corrected to the target's prevalence.
         power: in either direction.
         level: of the tests.

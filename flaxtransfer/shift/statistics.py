@@ -12,9 +12,9 @@ import numpy as np
 from scipy.stats import norm
 
 __all__ = [
-    "HypothesisTest",
     "LEVEL",
     "POWER",
+    "HypothesisTest",
     "checked_level",
     "checked_replicates",
     "detectable",

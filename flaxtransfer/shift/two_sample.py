@@ -40,16 +40,16 @@ __all__ = [
 ]
 
 
-def shrinkage(centred: np.ndarray, features: int | None = None) -> tuple[float, float]:
+def shrinkage(centered: np.ndarray, features: int | None = None) -> tuple[float, float]:
     """Intensity and variance of Ledoit and Wolf: cov = (1 - intensity) S + intensity * variance I.
 
-    S is ``centred.T @ centred / n``. With fewer examples than features S has no inverse, and its
+    S is ``centered.T @ centered / n``. With fewer examples than features S has no inverse, and its
     large eigenvalues are too large, its small ones too small; this is the pull towards their mean
     that has the least expected squared error. It is for covariances that are used as a whole, and
     not for single entries.
 
     Args:
-        centred: ``[n, r]``, columns of mean 0; coordinates in any orthonormal basis of the span.
+        centered: ``[n, r]``, columns of mean 0; coordinates in any orthonormal basis of the span.
         features: how many there are, r included; r where None. Those outside of the span are 0.
 
     Returns:
@@ -63,12 +63,12 @@ def shrinkage(centred: np.ndarray, features: int | None = None) -> tuple[float, 
         O. Ledoit, M. Wolf, "A well-conditioned estimator for large-dimensional covariance
         matrices", 2004.
     """
-    count, width = centred.shape
+    count, width = centered.shape
     features = width if features is None else features
-    squares = np.einsum("ij,ij->i", centred, centred)
+    squares = np.einsum("ij,ij->i", centered, centered)
     trace = float(squares.sum()) / count
     # The same norm from whichever of the two products is smaller.
-    product = centred @ centred.T if count < width else centred.T @ centred
+    product = centered @ centered.T if count < width else centered.T @ centered
     norm = float(np.einsum("ij,ij->", product, product)) / count**2
     from_sphere = norm - trace**2 / features
     error = (float(squares @ squares) / count - norm) / count
@@ -142,7 +142,7 @@ def as_bandwidth(bandwidth: Any) -> float:
 def rescaled(features: np.ndarray, bandwidth: float) -> np.ndarray:
     """Features for `gaussian_kernel`: about their mean, in bandwidths, float32.
 
-    Centred and divided before the cast: squared distances are differences of squared norms, and
+    Centered and divided before the cast: squared distances are differences of squared norms, and
     a common offset or a large unit would leave nothing of them in single precision.
     """
     return ((features - features.mean(0)) / bandwidth).astype(np.float32)
@@ -184,7 +184,7 @@ def mmd_test(
 
     Take it first: it asks whether there is a shift at all, of whatever kind. It does not say which
     kind, and a p-value above the level is no proof that there is none: see `minimum_detectable`.
-    The kernel is Gaussian; features of very different scale should be standardised or projected
+    The kernel is Gaussian; features of very different scale should be standardized or projected
     before, since distances are what it sees.
 
     Up to `block` rows of both samples together, one kernel matrix serves all permutations. Larger
@@ -314,10 +314,10 @@ def _quadratic(features: jax.Array, is_source: jax.Array) -> jax.Array:
     kernel = gaussian_kernel(features, features) * off_diagonal
     means = kernel.sum(1) / (rows - 2)
     mean = kernel.sum() / ((rows - 1) * (rows - 2))
-    centred = (kernel - means[:, None] - means[None, :] + mean) * off_diagonal
+    centered = (kernel - means[:, None] - means[None, :] + mean) * off_diagonal
     signs = is_source.astype(jnp.float32)
     signs = signs - signs.mean(1, keepdims=True)
-    return (jnp.matmul(signs, centred, precision="highest") * signs).sum(1)
+    return (jnp.matmul(signs, centered, precision="highest") * signs).sum(1)
 
 
 _CLASSIFIER_NAME = "classifier two-sample test"
@@ -345,10 +345,10 @@ def classifier_test(
     The effect is the AUC of logistic regression on folds that it was not fitted on. Scores of
     different folds depend on each other, and a binomial or rank-sum p-value of them all would not
     have its level. So p is by permutation, refits included, of the AUC of the classifier's first
-    Newton step (regularised least squares, Fisher's discriminant): its refits are one matrix
+    Newton step (regularized least squares, Fisher's discriminant): its refits are one matrix
     product for all permutations. Labels are permuted inside of folds; that is exact.
 
-    Both are regularised as a ridge whose penalty is the number of features (after each is divided
+    Both are regularized as a ridge whose penalty is the number of features (after each is divided
     by its standard deviation): negligible where examples are many, and fit for more features than
     examples.
 

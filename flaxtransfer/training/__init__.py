@@ -1,1 +1,33 @@
 """Training: plans, steps, the loop, evaluation, run folders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flaxtransfer.lazy import attach
+
+if TYPE_CHECKING:
+    from flaxtransfer.averaging import Soup as Soup
+    from flaxtransfer.averaging import average as average
+    from flaxtransfer.averaging import greedy_soup as greedy_soup
+    from flaxtransfer.averaging import interpolate as interpolate
+    from flaxtransfer.checkpoint.manager import CheckpointManager as CheckpointManager
+    from flaxtransfer.optimizer_state import migrate as migrate
+    from flaxtransfer.training.console import Interrupted as Interrupted
+    from flaxtransfer.training.evaluation import Evaluation as Evaluation
+    from flaxtransfer.training.evaluation import Predictions as Predictions
+    from flaxtransfer.training.evaluation import init_head_from_probe as init_head_from_probe
+    from flaxtransfer.training.loop import NonFiniteLoss as NonFiniteLoss
+    from flaxtransfer.training.lr_finder import RateSweep as RateSweep
+    from flaxtransfer.training.lr_finder import find_learning_rates as find_learning_rates
+    from flaxtransfer.training.plan_yaml import load_plan as load_plan
+    from flaxtransfer.training.plan_yaml import plan_from_yaml as plan_from_yaml
+    from flaxtransfer.training.plan_yaml import plan_to_yaml as plan_to_yaml
+    from flaxtransfer.training.plan_yaml import save_plan as save_plan
+    from flaxtransfer.training.recalibration import recalibrate as recalibrate
+    from flaxtransfer.training.run_folder import environment as environment
+    from flaxtransfer.training.run_folder import read_metrics as read_metrics
+    from flaxtransfer.training.task import SmoothedCrossEntropy as SmoothedCrossEntropy
+    from flaxtransfer.training.task import cross_entropy as cross_entropy
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.data.loaders import Batch, Examples, Feed
+from flaxtransfer.data.loader import Batch, DataLoaders, IndexedExamples
 from flaxtransfer.models.model import Model
 from flaxtransfer.sharding import place_batch, place_replicated
 from flaxtransfer.training.prefix_cache import Choice, bytes_text, prefix_digest
@@ -191,8 +191,10 @@ def _read_array(
     with (slot / _VALUES).open("rb") as file:
         version = np.lib.format.read_magic(file)
         if version != (1, 0) or np.lib.format.read_array_header_1_0(file) != (
-            shape, False, np.dtype(dtype),
-        ):  # fmt: skip
+            shape,
+            False,
+            np.dtype(dtype),
+        ):
             raise ValueError("its header is of another array")
         start, size = file.tell(), os.fstat(file.fileno()).st_size
         expected = math.prod(shape) * np.dtype(dtype).itemsize
@@ -248,7 +250,7 @@ class Cached:
       facts: the same as numbers, for the metrics.
     """
 
-    feed: Feed
+    feed: DataLoaders
     text: str
     facts: Mapping[str, Any]
 
@@ -257,7 +259,7 @@ def cached_feed(
     choice: Choice,
     model: Model,
     variables: Variables,
-    feed: Feed,
+    feed: DataLoaders,
     mesh: Mesh,
     folder: Path,
     say: Say = lambda text: None,
@@ -289,8 +291,10 @@ def cached_feed(
     except OutOfRange as problem:
         wider = replace(choice, dtype="float32", nbytes=2 * choice.nbytes)
         if wider.nbytes > choice.budget:
-            say(f"activations before {choice.cut} are not cached: {problem}, and float32 needs "
-                f"{bytes_text(wider.nbytes)}")  # fmt: skip
+            say(
+                f"activations before {choice.cut} are not cached: {problem}, and float32 needs "
+                f"{bytes_text(wider.nbytes)}"
+            )
             return None
         say(f"activations before {choice.cut} are kept as float32 instead: {problem}")
         return cached_feed(wider, model, variables, feed, mesh, folder, say)
@@ -325,8 +329,8 @@ class _Job:
     cut: str
     model: Model
     variables: Variables
-    feed: Feed
-    examples: Examples
+    feed: DataLoaders
+    examples: IndexedExamples
     mesh: Mesh
     folder: Path
     say: Say
@@ -342,9 +346,11 @@ class _Job:
         count, views = len(self.examples.labels), self.choice.views
         versions = (self.examples.view(k) for k in range(views))
         made = self._one(
-            views * count, itertools.chain.from_iterable(versions),
-            {**of_training, "versions": str(views)}, predict=True,
-        )  # fmt: skip
+            views * count,
+            itertools.chain.from_iterable(versions),
+            {**of_training, "versions": str(views)},
+            predict=True,
+        )
         held_out = len(self.examples.validation_labels)
         if not held_out or self.feed.validation is None:
             self.wanted = 1
@@ -414,8 +420,12 @@ def _kept(output: jax.Array, weight: np.ndarray) -> np.ndarray:
 
 
 def _feed(
-    choice: Choice, feed: Feed, examples: Examples, training: np.ndarray, validation: np.ndarray
-) -> Feed:
+    choice: Choice,
+    feed: DataLoaders,
+    examples: IndexedExamples,
+    training: np.ndarray,
+    validation: np.ndarray,
+) -> DataLoaders:
     count, size = len(examples.labels), examples.batch_size
     labels = examples.labels.astype(np.int32)
 

@@ -30,7 +30,7 @@ class Report(Protocol):
     def __call__(self, step: int, text: str) -> None: ...
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """One line for whoever watches, beside the bars and away from the results."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
 

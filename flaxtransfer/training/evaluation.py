@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.data.loaders import Batch
+from flaxtransfer.data.loader import Batch
 from flaxtransfer.features.extract import pooled_features
-from flaxtransfer.features.sweep import solved_head
+from flaxtransfer.features.sweep import fit_linear_probe
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import merge
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
@@ -24,7 +24,7 @@ from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.preprocessing import Preprocessing
 
-__all__ = ["Evaluation", "Predictions", "evaluate", "predict", "probed_head"]
+__all__ = ["Evaluation", "Predictions", "evaluate", "init_head_from_probe", "predict"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def evaluate(
     return predict(model, variables, batches, preprocessing, mesh, start=start).evaluation()
 
 
-def probed_head(
+def init_head_from_probe(
     model: Model,
     variables: Variables,
     batches: Iterable[Batch],
@@ -149,7 +149,7 @@ def probed_head(
       ValueError: a class without examples, features that are not finite.
     """
     features, labels = pooled_features(model, variables, batches, preprocessing, mesh)
-    head = solved_head(features, labels, model.config.classes)
+    head = fit_linear_probe(features, labels, model.config.classes)
     old = variables["params"]["fc"]
     new = {
         name: jax.numpy.asarray(value, old[name].dtype)

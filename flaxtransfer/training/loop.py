@@ -16,20 +16,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.checkpoint.manager import Checkpoints
-from flaxtransfer.data.loaders import Batch, Feed
+from flaxtransfer.checkpoint.manager import CheckpointManager
+from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.files import folder_lock
 from flaxtransfer.models.model import Model
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import run_folder
 from flaxtransfer.training.cached_loader import cached_feed
-from flaxtransfer.training.console import Interrupted, Request, progress_bar, say, watch_signals
-from flaxtransfer.training.evaluation import Evaluation, Predictions, predict, probed_head
+from flaxtransfer.training.console import Interrupted, Request, log, progress_bar, watch_signals
+from flaxtransfer.training.evaluation import Evaluation, Predictions, init_head_from_probe, predict
 from flaxtransfer.training.plan import Phase, Plan
-from flaxtransfer.training.prefix_cache import OFF, Cache, choose, narrow, narrow_phase, widen
+from flaxtransfer.training.prefix_cache import (
+    OFF,
+    Cache,
+    choose,
+    join_state,
+    split_phase,
+    split_state,
+)
 from flaxtransfer.training.recalibration import recalibrate
 from flaxtransfer.training.run_folder import MetricsWriter
-from flaxtransfer.training.selection import Position, check_feed, decide, score
+from flaxtransfer.training.selection import Progress, check_feed, decide, score
 from flaxtransfer.training.step import Metrics, State, advance, start, train_step, with_params
 from flaxtransfer.types import Variables
 
@@ -39,7 +46,7 @@ class NonFiniteLoss(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
+class FitOptions:
     """How a run is logged, validated and saved; nothing here changes what is learned.
 
     Args:
@@ -57,7 +64,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What a run ended with.
 
     Args:
@@ -81,12 +88,12 @@ class _Run:
 
     model: Model
     plan: Plan
-    feed: Feed
+    feed: DataLoaders
     folder: Path
-    options: Options
+    options: FitOptions
     cache: Cache
     mesh: Mesh
-    store: Checkpoints
+    store: CheckpointManager
     metrics: MetricsWriter
     request: Request
     notes: list[str] = field(default_factory=list)
@@ -96,16 +103,16 @@ def fit(
     model: Model,
     variables: Variables,
     plan: Plan,
-    feed: Feed,
+    feed: DataLoaders,
     folder: str | os.PathLike[str],
     *,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
     resume: bool = False,
-    options: Options | None = None,
+    options: FitOptions | None = None,
     cache: Cache | None = None,
     mesh: Mesh | None = None,
-) -> Fitted:
+) -> FitResult:
     """Trains ``variables`` through the phases of ``plan`` and leaves a complete run folder.
 
     Args:
@@ -133,14 +140,14 @@ def fit(
       Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
     folder = Path(folder)
-    options, cache = options or Options(), cache or OFF
+    options, cache = options or FitOptions(), cache or OFF
     plan = plan.resolve(variables["params"], feed.steps_per_epoch)
     check_feed(plan, feed)
     identity = run_folder.identity(model, plan, seed, {**cache.identity(), **(config or {})})
     run_folder.check(folder, identity, resume=resume)
     with folder_lock(folder), watch_signals() as request:
         run_folder.prepare(folder, identity)
-        with Checkpoints.open(
+        with CheckpointManager.open(
             folder / run_folder.CHECKPOINTS, keep_best=options.keep_best
         ) as store:
             mesh = mesh or make_mesh()
@@ -155,7 +162,7 @@ def fit(
                 return _train(run, place_replicated(state, mesh), position)
 
 
-def _train(run: _Run, state: State, position: Position) -> Fitted:
+def _train(run: _Run, state: State, position: Progress) -> FitResult:
     # What ended before an interruption was audited then.
     audits = run_folder.read_audits(run.folder)[: position.phase]
     while True:
@@ -178,10 +185,10 @@ def _train(run: _Run, state: State, position: Position) -> Fitted:
     validation = None if predicted is None else predicted.evaluation()
     run_folder.finish(run.folder, run.model, variables, run.feed, position.step, predicted)
     shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
-    return Fitted(variables, position.step, validation, tuple(audits), tuple(run.notes))
+    return FitResult(variables, position.step, validation, tuple(audits), tuple(run.notes))
 
 
-def _decide(run: _Run, position: Position) -> bool:
+def _decide(run: _Run, position: Progress) -> bool:
     """Whether another phase begins; what that was decided on goes into the metrics and notes."""
     decision = decide(run.plan, position)
     if decision.evidence:
@@ -195,24 +202,28 @@ def _recalibrate(run: _Run, phase: Phase, state: State) -> State:
     """The state with measured statistics in the BatchNorms that the phase names."""
     assert run.feed.calibration is not None  # `check_feed` has asked for it.
     measured = recalibrate(
-        run.model, state.variables(), run.feed.calibration(), run.feed.preprocessing,
-        phase.recalibrate, run.mesh,
-    )  # fmt: skip
+        run.model,
+        state.variables(),
+        run.feed.calibration(),
+        run.feed.preprocessing,
+        phase.recalibrate,
+        run.mesh,
+    )
     return state._replace(batch_stats=place_replicated(measured, run.mesh))
 
 
 def _probe(run: _Run, phase: Phase, state: State) -> State:
     """The state with the head that is optimal on the features as they are."""
     assert run.feed.calibration is not None  # `check_feed` has asked for it.
-    params, text = probed_head(
+    params, text = init_head_from_probe(
         run.model, state.variables(), run.feed.calibration(), run.feed.preprocessing, run.mesh
     )
     run.notes.append(f"phase {phase.name!r} begins with {text}")
-    say(run.notes[-1])
+    log(run.notes[-1])
     return place_replicated(with_params(state, params, phase), run.mesh)
 
 
-def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tuple[State, Position]:
+def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tuple[State, Progress]:
     """The order of a step, and why.
 
     1. Read the batch of this step: its number is the data position, so nothing else is saved.
@@ -226,8 +237,8 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
     feed = _feed_of(run, phase, state, position)
     segments = run.model.segments
-    step_function = train_step(run.model, narrow_phase(phase, segments, feed.start), feed)
-    working, below = narrow(state, segments, feed.start)
+    step_function = train_step(run.model, split_phase(phase, segments, feed.start), feed)
+    working, below = split_state(state, segments, feed.start)
     pending: list[tuple[int, Metrics]] = []
     text = ""
     with (
@@ -247,7 +258,7 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
                 text = _log(run, phase, pending)
                 pending.clear()
             if validate or interrupted:
-                state = widen(working, below)
+                state = join_state(working, below)
             if validate:
                 position, accuracy, metric = _validate(run, feed, state, position)
                 text = text if accuracy is None else f"{text} validation {100 * accuracy:.1f} %"
@@ -260,28 +271,28 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Position) -> tup
     return state, position
 
 
-def _feed_of(run: _Run, phase: Phase, state: State, position: Position) -> Feed:
+def _feed_of(run: _Run, phase: Phase, state: State, position: Progress) -> DataLoaders:
     """What the phase reads: images, or what the part that does not move has made of them."""
     done = position.phase_step == phase.total_steps(run.feed.steps_per_epoch)
     if done or position.out_of_patience(phase):
         return run.feed  # Interrupted after its last step: nothing will be read.
     choice = choose(run.cache, run.model, state.params, phase, run.feed)
     if run.cache != OFF:
-        say(choice.text)
+        log(choice.text)
     if choice.cut is None:
         return run.feed
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     folder = run.cache.folder or run.folder / run_folder.FEATURES
-    cached = cached_feed(choice, run.model, variables, run.feed, run.mesh, folder, say)
+    cached = cached_feed(choice, run.model, variables, run.feed, run.mesh, folder, log)
     if cached is None:
         return run.feed
-    say(cached.text)
+    log(cached.text)
     run.metrics.write("cache", position.step, {"phase": phase.name, **cached.facts})
     return cached.feed
 
 
 @contextmanager
-def _reading(feed: Feed, step: int) -> Iterator[Iterator[Batch]]:
+def _reading(feed: DataLoaders, step: int) -> Iterator[Iterator[Batch]]:
     """Batches from ``step`` on; ends the threads that read ahead, where there are any."""
     batches = feed.train(step)
     try:
@@ -315,18 +326,25 @@ def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str
     return f"loss {means['loss']:.3f} accuracy {100 * means['accuracy']:.1f} %"
 
 
-def _predict(run: _Run, feed: Feed, state: State, *, features: bool = False) -> Predictions | None:
+def _predict(
+    run: _Run, feed: DataLoaders, state: State, *, features: bool = False
+) -> Predictions | None:
     if feed.validation is None:
         return None
     return predict(
-        run.model, state.variables(), feed.validation(), feed.preprocessing, run.mesh,
-        start=feed.start, features=features,
-    )  # fmt: skip
+        run.model,
+        state.variables(),
+        feed.validation(),
+        feed.preprocessing,
+        run.mesh,
+        start=feed.start,
+        features=features,
+    )
 
 
 def _validate(
-    run: _Run, feed: Feed, state: State, position: Position
-) -> tuple[Position, float | None, float | None]:
+    run: _Run, feed: DataLoaders, state: State, position: Progress
+) -> tuple[Progress, float | None, float | None]:
     """The position after a validation, its accuracy, and the score it is ranked by."""
     predicted = _predict(run, feed, state)
     if predicted is None:
@@ -338,20 +356,22 @@ def _validate(
     return position.validated(ranked, predicted.correct), result.accuracy, ranked
 
 
-def _save(run: _Run, state: State, position: Position, metric: float | None) -> None:
+def _save(run: _Run, state: State, position: Progress, metric: float | None) -> None:
     run.store.save(position.step, state, asdict(position), metric=metric)
 
 
-def _restore(store: Checkpoints, plan: Plan, first: State) -> tuple[State, Position, list[str]]:
+def _restore(
+    store: CheckpointManager, plan: Plan, first: State
+) -> tuple[State, Progress, list[str]]:
     """The newest sound checkpoint, or the start where there is none."""
     if store.latest() is None:
-        return first, Position(), []
+        return first, Progress(), []
     restored = store.restore(_abstract_of(plan, first))
     notes = [
         f"checkpoint of step {step} is damaged and was passed over: {reason}"
         for step, reason in restored.skipped
     ]
-    return restored.tree, Position(**restored.meta), notes
+    return restored.tree, Progress(**restored.meta), notes
 
 
 def _abstract_of(plan: Plan, like: State) -> Callable[[Mapping[str, Any]], State]:
@@ -364,7 +384,7 @@ def _abstract_of(plan: Plan, like: State) -> Callable[[Mapping[str, Any]], State
     return abstract
 
 
-def _best(run: _Run, state: State, position: Position) -> State:
+def _best(run: _Run, state: State, position: Progress) -> State:
     """The best validated state of the run so far; the given one where nothing was validated.
 
     Its step becomes the current one: data and checkpoints go on, they do not go back.
@@ -376,7 +396,7 @@ def _best(run: _Run, state: State, position: Position) -> State:
     return place_replicated(restored.tree._replace(step=np.int32(position.step)), run.mesh)
 
 
-def _digests_at_start(run: _Run, state: State, position: Position) -> Mapping[str, str]:
+def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[str, str]:
     """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
     path = run.folder / f"frozen-{position.phase}.json"
     if position.phase_step == 0 or not path.exists():

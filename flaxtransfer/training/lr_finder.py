@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.data.loaders import Feed
+from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import suggest
@@ -94,7 +94,7 @@ def find_learning_rate(
     model: Model,
     variables: Variables,
     phase: Phase,
-    feed: Feed,
+    feed: DataLoaders,
     *,
     group: str | None = None,
     lowest: float = 1e-6,
@@ -188,7 +188,7 @@ def find_learning_rate(
 
 
 def find_learning_rates(
-    model: Model, variables: Variables, phase: Phase, feed: Feed, **settings: Any
+    model: Model, variables: Variables, phase: Phase, feed: DataLoaders, **settings: Any
 ) -> dict[str, RateSweep]:
     """A sweep for each group of the phase by itself, all others standing still.
 

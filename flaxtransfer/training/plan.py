@@ -102,7 +102,7 @@ class Phase:
         return max(1, -int(-(self.epochs or 0) * steps_per_epoch // 1))
 
     def resolve(self, params: Params, steps_per_epoch: int = 1) -> Phase:
-        """The phase for one network and one set of data: every leaf labelled, every number said.
+        """The phase for one network and one set of data: every leaf labeled, every number said.
 
         Args:
           params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
@@ -241,12 +241,12 @@ def _treatment(given: Phase, resolved: Phase) -> tuple[Any, ...]:
 
 def _check_fit(labels: Mapping[str, Any], params: Params) -> None:
     """Refuses labels that were resolved on other leaves."""
-    labelled, leaves = set(flatten(labels)), set(flatten(params))
+    labeled, leaves = set(flatten(labels)), set(flatten(params))
     problems = []
-    if gap := sorted(leaves - labelled):
+    if gap := sorted(leaves - labeled):
         problems.append(f"no label takes {len(gap)} leaves: {listing(gap)}")
-    if foreign := sorted(labelled - leaves):
-        problems.append(f"the network has no such leaves as are labelled: {listing(foreign)}")
+    if foreign := sorted(labeled - leaves):
+        problems.append(f"the network has no such leaves as are labeled: {listing(foreign)}")
     if problems:
         raise ValueError("; ".join(problems))
 

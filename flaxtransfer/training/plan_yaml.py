@@ -227,10 +227,13 @@ def _phase_in(entry: Any, number: int, problems: list[str]) -> Any:
     if "probe" in entry:
         simple["probe"] = entry["probe"]
     return _tried(
-        lambda _: Phase(labels, groups, norm=norm, recalibrate=entry.get("recalibrate"), loss=loss,
-                        **simple),
-        None, where, problems,
-    )  # fmt: skip
+        lambda _: Phase(
+            labels, groups, norm=norm, recalibrate=entry.get("recalibrate"), loss=loss, **simple
+        ),
+        None,
+        where,
+        problems,
+    )
 
 
 def _group_in(entry: Any, where: str, problems: list[str]) -> Any:

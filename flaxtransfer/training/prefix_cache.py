@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from flaxtransfer.batchnorm import Norm, modules
-from flaxtransfer.data.loaders import Feed
+from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import merge
@@ -33,18 +33,18 @@ from flaxtransfer.training.step import State, forward
 from flaxtransfer.types import Params, Variables
 
 __all__ = [
-    "Below",
+    "OFF",
     "Cache",
     "Choice",
-    "OFF",
+    "FrozenPrefix",
     "activation_shape",
     "bytes_text",
     "choose",
+    "join_state",
     "lowest_moving",
-    "narrow",
-    "narrow_phase",
     "prefix_digest",
-    "widen",
+    "split_phase",
+    "split_state",
 ]
 
 
@@ -89,19 +89,21 @@ def prefix_digest(variables: Variables, segments: Iterable[str]) -> str:
     return total.hexdigest()
 
 
-class Below(NamedTuple):
+class FrozenPrefix(NamedTuple):
     """What lies before the cut."""
 
     params: Params
     batch_stats: Params
 
 
-def narrow_phase(phase: Phase, segments: Sequence[str], start: str | None) -> Phase:
+def split_phase(phase: Phase, segments: Sequence[str], start: str | None) -> Phase:
     """The resolved phase for the segments from ``start`` on; all of it without ``start``."""
     return replace(phase, labels=_split(phase.labels, segments, start)[1])  # type: ignore[arg-type]
 
 
-def narrow(state: State, segments: Sequence[str], start: str | None) -> tuple[State, Below]:
+def split_state(
+    state: State, segments: Sequence[str], start: str | None
+) -> tuple[State, FrozenPrefix]:
     """The state for the segments from ``start`` on, and what it leaves out.
 
     Args:
@@ -111,10 +113,10 @@ def narrow(state: State, segments: Sequence[str], start: str | None) -> tuple[St
     """
     params, batch_stats = (_split(t, segments, start) for t in (state.params, state.batch_stats))
     above = state._replace(params=params[1], batch_stats=batch_stats[1])
-    return above, Below(params[0], batch_stats[0])
+    return above, FrozenPrefix(params[0], batch_stats[0])
 
 
-def widen(state: State, below: Below) -> State:
+def join_state(state: State, below: FrozenPrefix) -> State:
     """The whole state again."""
     return state._replace(
         params=merge(below.params, state.params),
@@ -227,7 +229,7 @@ class Choice:
         return _PLACE[self.where]
 
 
-def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: Feed) -> Choice:
+def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: DataLoaders) -> Choice:
     """Applies the rules to one resolved phase; a pure function of what is given.
 
     Nothing here is timed, so that a run that is resumed chooses as it did before: the prefix is
@@ -241,8 +243,8 @@ def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: Feed)
       phase: resolved.
       feed: of the run, with ``examples``.
     """
-    labelled = flatten(trainable_mask(phase.labels, phase.groups))
-    moving = [path for path, moves in labelled.items() if moves]
+    labeled = flatten(trainable_mask(phase.labels, phase.groups))
+    moving = [path for path, moves in labeled.items() if moves]
     cut = lowest_moving(model.segments, params, moving, phase.batch_norm_policy())
     reason = _never(cache, cut, feed)
     if reason or feed.examples is None or cut is None:
@@ -290,7 +292,7 @@ def _places(cache: Cache) -> Iterator[tuple[_Dtype, _Place, int]]:
                 yield dtype, where, budget
 
 
-def activation_shape(model: Model, feed: Feed, cut: str) -> tuple[int, ...]:
+def activation_shape(model: Model, feed: DataLoaders, cut: str) -> tuple[int, ...]:
     """The shape of one example's activations before ``cut``."""
     size, channels = feed.preprocessing.size, len(feed.preprocessing.mean)
     image = jax.ShapeDtypeStruct((1, size, size, channels), np.uint8)
@@ -298,7 +300,7 @@ def activation_shape(model: Model, feed: Feed, cut: str) -> tuple[int, ...]:
     return tuple(jax.eval_shape(prefix, model.abstract(), image).shape[1:])
 
 
-def _never(cache: Cache, cut: str | None, feed: Feed) -> str:
+def _never(cache: Cache, cut: str | None, feed: DataLoaders) -> str:
     if cache.where == "off":
         return "as it was asked for"
     if cut is None:

@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.data.loaders import Batch
+from flaxtransfer.data.loader import Batch
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.moments import Mixture, Moments, apply_measuring, merge
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 __all__ = ["measure_moments", "recalibrate", "with_statistics", "without_padding"]
 
@@ -35,7 +35,7 @@ def recalibrate(
 
     Use it after the weights were changed otherwise than by training (averaged, interpolated), or
     before a network with frozen statistics meets images unlike those of its pre-training. Labels
-    are not needed. In the pass each of the chosen BatchNorms normalises by its batch, as in
+    are not needed. In the pass each of the chosen BatchNorms normalizes by its batch, as in
     training, so that a layer's statistics are those of the inputs it will see; the others use what
     they have. Means and variances of the batches are merged as parts of one sample. (The mean of
     the variances, which a running average tends to, leaves out the variance between batches.)
@@ -88,7 +88,7 @@ def measure_moments(
       batches: ``image`` uint8, and ``weight``: how much each example counts, 0 for padding.
       preprocessing: that belongs to the weights.
       chosen: paths of the BatchNorms.
-      by_batch: whether the chosen ones normalise by the batch at hand, mixed with what they have
+      by_batch: whether the chosen ones normalize by the batch at hand, mixed with what they have
         by ``share`` and ``kind``, or by what they have alone.
       share: of the statistics that they have.
       kind: of that mixture.
@@ -130,11 +130,18 @@ def _of_batch(
     def moments(
         variables: Variables, images: jax.Array, weights: jax.Array, share: jax.Array | None
     ) -> dict[str, Any]:
-        normal = normalise(images, preprocessing.mean, preprocessing.std)
+        normal = normalize(images, preprocessing.mean, preprocessing.std)
         _, found = apply_measuring(
-            model, variables, normal, weights, chosen,
-            by_batch=by_batch, share=share, kind=kind, stop="pool",
-        )  # fmt: skip
+            model,
+            variables,
+            normal,
+            weights,
+            chosen,
+            by_batch=by_batch,
+            share=share,
+            kind=kind,
+            stop="pool",
+        )
         return {path: (one.mean, one.var, one.count) for path, one in found.items()}
 
     return moments

@@ -25,7 +25,7 @@ from zipfile import BadZipFile
 import jax
 import numpy as np
 
-from flaxtransfer.data.loaders import Feed
+from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import FROZEN, Group, frozen
@@ -34,8 +34,8 @@ from flaxtransfer.training.evaluation import Predictions
 from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.training.step import State
 from flaxtransfer.types import Variables
-from flaxtransfer.weights.pretrained import Checkpoint
-from flaxtransfer.weights.save import save
+from flaxtransfer.weights.pretrained import Pretrained
+from flaxtransfer.weights.saving import save
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def finish(
     folder: Path,
     model: Model,
     variables: Variables,
-    feed: Feed,
+    feed: DataLoaders,
     steps: int,
     validation: Predictions | None,
 ) -> None:
@@ -311,7 +311,7 @@ def finish(
       steps: that were made.
       validation: with features, which are kept in half precision; None where there is none.
     """
-    checkpoint = Checkpoint(
+    checkpoint = Pretrained(
         variables=jax.tree.map(np.asarray, jax.device_get(variables)),
         config=model.config,
         preprocessing=feed.preprocessing,

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.data.loaders import Feed
+from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.training.plan import Phase, Plan
 
 
 @dataclass(frozen=True)
-class Position:
+class Progress:
     """A phase, how far it has come, and how validation has gone.
 
     Args:
@@ -64,9 +64,9 @@ class Position:
             return True
         return self.best is not None and self.best > self.best_before
 
-    def next_phase(self) -> Position:
+    def next_phase(self) -> Progress:
         """The position before the first step of the next phase."""
-        return Position(
+        return Progress(
             phase=self.phase + 1,
             phase_start=self.step,
             best=self.best,
@@ -76,7 +76,7 @@ class Position:
             hits_before=self.hits if self.helped else self.hits_before,
         )
 
-    def validated(self, score: float, correct: np.ndarray) -> Position:
+    def validated(self, score: float, correct: np.ndarray) -> Progress:
         """The position after a validation: its score, and bool [examples], what it got right."""
         improved = self.phase_best is None or score > self.phase_best
         return replace(
@@ -171,7 +171,7 @@ class Comparison:
         )
 
 
-def score(plan: Plan, position: Position, correct: np.ndarray) -> float:
+def score(plan: Plan, position: Progress, correct: np.ndarray) -> float:
     """What validations of one phase, and of different phases, are ranked by.
 
     In the first phase it is the accuracy; from then on the score that has to be beaten plus the
@@ -184,7 +184,7 @@ def score(plan: Plan, position: Position, correct: np.ndarray) -> float:
     return position.best_before + compared.gain(plan.min_z) - plan.min_gain
 
 
-def decide(plan: Plan, position: Position) -> Decision:
+def decide(plan: Plan, position: Progress) -> Decision:
     """Applies the plan's rule at the end of a phase."""
     names = [phase.name for phase in plan.phases]
     here, following = names[position.phase], names[position.phase + 1 : position.phase + 2]
@@ -211,7 +211,7 @@ def decide(plan: Plan, position: Position) -> Decision:
     return Decision(goes_on, evidence, text)
 
 
-def check_feed(plan: Plan, feed: Feed) -> None:
+def check_feed(plan: Plan, feed: DataLoaders) -> None:
     """Refuses rules that the data cannot answer, before anything is computed.
 
     Raises:

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxtransfer.data.loaders import Batch, Feed
+from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import Scaled, frozen, merge, migrate, partition, trainable
 from flaxtransfer.paths import flatten
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 
 class State(NamedTuple):
@@ -99,13 +99,13 @@ def _average_of(moving: Params, phase: Phase) -> Params:
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class CompileKey:
     """All that a compiled training step depends on, besides its arguments.
 
     Args:
       model: the network.
       phase: resolved.
-      preprocessing: whose mean and deviation the images are normalised by.
+      preprocessing: whose mean and deviation the images are normalized by.
       start: segment that the batches enter at; None for images.
     """
 
@@ -128,9 +128,16 @@ class Program:
         labels = tuple(flatten(phase.labels).items())
         preprocessing = (self.preprocessing.mean, self.preprocessing.std)
         identity = (
-            self.model, labels, groups, phase.batch_norm_policy(), phase.clip, phase.ema,
-            phase.loss, preprocessing, self.start,
-        )  # fmt: skip
+            self.model,
+            labels,
+            groups,
+            phase.batch_norm_policy(),
+            phase.clip,
+            phase.ema,
+            phase.loss,
+            preprocessing,
+            self.start,
+        )
         try:
             hash(identity)
         except TypeError:
@@ -138,7 +145,7 @@ class Program:
         return identity
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Program) or self.identity is None:
+        if not isinstance(other, CompileKey) or self.identity is None:
             return self is other
         return self.identity == other.identity
 
@@ -166,7 +173,7 @@ Metrics = dict[str, jax.Array]
 
 
 def train_step(
-    model: Model, phase: Phase, feed: Feed
+    model: Model, phase: Phase, feed: DataLoaders
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of one phase, to be compiled once.
 
@@ -182,16 +189,16 @@ def train_step(
       ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
       ``loss`` in nats, ``accuracy`` and ``gradient_norm`` before clipping.
     """
-    program = Program(model, phase, feed.preprocessing, feed.start)
+    program = CompileKey(model, phase, feed.preprocessing, feed.start)
     return _shared(program) if program.identity is not None else _compiled(program)
 
 
 @lru_cache(maxsize=32)
-def _shared(program: Program) -> Callable[[State, Batch], tuple[State, Metrics]]:
+def _shared(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metrics]]:
     return _compiled(program)
 
 
-def _compiled(program: Program) -> Callable[[State, Batch], tuple[State, Metrics]]:
+def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metrics]]:
     model, phase = program.model, program.phase
     update = optimizer(phase).update
     norm = phase.batch_norm_policy()
@@ -228,9 +235,9 @@ def _compiled(program: Program) -> Callable[[State, Batch], tuple[State, Metrics
 
 
 def network_input(images: jax.Array, preprocessing: Preprocessing, start: str | None) -> jax.Array:
-    """Images normalised on the device; activations that enter at a later segment as they are."""
+    """Images normalized on the device; activations that enter at a later segment as they are."""
     if start is None:
-        return normalise(images, preprocessing.mean, preprocessing.std)
+        return normalize(images, preprocessing.mean, preprocessing.std)
     return images.astype(jnp.promote_types(images.dtype, jnp.float32))
 
 

@@ -1,18 +1,23 @@
 """Pre-trained weights with what belongs to them: strict in, strict out."""
 
-from flaxtransfer.weights.load import load
-from flaxtransfer.weights.locations import card
-from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing, normalised, pixels
-from flaxtransfer.weights.pretrained import Checkpoint
-from flaxtransfer.weights.save import save
+from __future__ import annotations
 
-__all__ = [
-    "IMAGENET",
-    "Checkpoint",
-    "Preprocessing",
-    "card",
-    "load",
-    "normalised",
-    "pixels",
-    "save",
-]
+from typing import TYPE_CHECKING
+
+from flaxtransfer.lazy import attach
+
+if TYPE_CHECKING:
+    from flaxtransfer.weights.exports.exporting import Exported as Exported
+    from flaxtransfer.weights.exports.exporting import export as export
+    from flaxtransfer.weights.loading import load as load
+    from flaxtransfer.weights.locations import card as card
+    from flaxtransfer.weights.preprocessing import IMAGENET as IMAGENET
+    from flaxtransfer.weights.preprocessing import Preprocessing as Preprocessing
+    from flaxtransfer.weights.preprocessing import measured_to_pixels as measured_to_pixels
+    from flaxtransfer.weights.preprocessing import normalize as normalize
+    from flaxtransfer.weights.preprocessing import normalize_measured as normalize_measured
+    from flaxtransfer.weights.pretrained import Pretrained as Pretrained
+    from flaxtransfer.weights.saving import fold_adapter as fold_adapter
+    from flaxtransfer.weights.saving import save as save
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -15,7 +15,7 @@ from flaxtransfer.paths import suggest
 __all__ = ["UNSEEN", "differences", "infer", "leaf_shapes", "with_unseen"]
 
 
-UNSEEN = ("anti_alias", "stride_in", "stride_at", "stem_pool", "standardised", "epsilon")
+UNSEEN = ("anti_alias", "stride_in", "stride_at", "stem_pool", "standardized", "epsilon")
 """Fields of a config that show in no leaf, or not always."""
 
 Shape = tuple[int, ...]

@@ -32,10 +32,10 @@ from flaxtransfer.paths import suggest
 from flaxtransfer.weights.readers.detect import SUFFIXES, has_weights_name
 
 __all__ = [
-    "Address",
     "BUILTIN_DEFAULT",
     "BUILTIN_PREFIX",
     "HUB_PREFIX",
+    "Address",
     "builtin_names",
     "cache_folder",
     "card",
@@ -254,7 +254,7 @@ _ADDRESS = re.compile(
 
 
 class Address:
-    """What stands in `hf://organisation/name[@revision][:file]`.
+    """What stands in `hf://organization/name[@revision][:file]`.
 
     Raises:
         ValueError: another form.
@@ -268,8 +268,8 @@ class Address:
         if found is None or ".." in text:
             raise ValueError(
                 f"{text!r} is no address on the hub; these have the form "
-                "hf://organisation/name, hf://organisation/name@revision or "
-                "hf://organisation/name@revision:folder/file.safetensors"
+                "hf://organization/name, hf://organization/name@revision or "
+                "hf://organization/name@revision:folder/file.safetensors"
             )
         self.text = text
         self.repository: str = found["repository"]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["IMAGENET", "Preprocessing", "normalise", "normalised", "pixels"]
+__all__ = ["IMAGENET", "Preprocessing", "measured_to_pixels", "normalize", "normalize_measured"]
 
 
 REQUIRED = ("mean", "std", "size", "resize")
@@ -31,7 +31,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Preprocessing:
-    """Resize the shorter side, cut the centre square, scale to 0..1, subtract mean, divide by std.
+    """Resize the shorter side, cut the center square, scale to 0..1, subtract mean, divide by std.
 
     It belongs to the weights: the same network with another mean is another network. It says how
     an image is prepared for prediction, and nothing about augmentation.
@@ -44,10 +44,10 @@ class Preprocessing:
         mean: subtracted from each channel, for pixels scaled to 0..1.
         std: divides each channel afterwards; positive.
         size: side of the square that the network sees, in pixels.
-        resize: shorter side of the image before the centre square is cut, in pixels.
+        resize: shorter side of the image before the center square is cut, in pixels.
         interpolation: filter of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.
         bands: what the sensor's makers call each channel; () where nobody said.
-        wavelengths: centre of each band in nm; () where nobody said, or the bands are no light.
+        wavelengths: center of each band in nm; () where nobody said, or the bands are no light.
         black: measurement of each band that is the pixel 0; () for photographs.
         white: measurement of each band that is the pixel 1; above black.
 
@@ -115,7 +115,7 @@ class Preprocessing:
             problems.append(f"bands must be names, not {self.bands}")
         elif len(set(self.bands)) != len(self.bands):
             problems.append(f"two bands have one name: {self.bands}")
-        # Below 100 nm it is no light, and most likely a number in micrometres.
+        # Below 100 nm it is no light, and most likely a number in micrometers.
         if not all(math.isfinite(nm) and nm >= 100 for nm in self.wavelengths):
             problems.append(f"wavelengths must be in nm, not {self.wavelengths}")
         ends = list(zip(self.black, self.white, strict=False))
@@ -144,7 +144,7 @@ class Preprocessing:
             for name, value in self._said().items()
         }
 
-    def of_other_bands(self, mean: Sequence[float], std: Sequence[float]) -> "Preprocessing":
+    def of_other_bands(self, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
         """The same geometry for images of other bands, of which nothing else is known.
 
         >>> IMAGENET.of_other_bands([0.5], [0.25]).mean
@@ -154,7 +154,7 @@ class Preprocessing:
         return dataclasses.replace(self, mean=tuple(mean), std=tuple(std), **plain)
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any] | str) -> "Preprocessing":
+    def from_json(cls, fields: Mapping[str, Any] | str) -> Preprocessing:
         """The value that `to_json` wrote, from its dictionary or the text of it.
 
         Raises:
@@ -187,11 +187,11 @@ IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size=224,
 """What torchvision's first ImageNet weights were evaluated with."""
 
 
-def pixels(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
+def measured_to_pixels(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
     """Pixels from 0 to 1, as `ArraySource` takes them, between the preprocessing's black and white.
 
     You want it to train or predict with the pipeline, which stores images in 8 bits: what lies
-    beyond black and white is cut off there. `normalised` cuts and rounds nothing.
+    beyond black and white is cut off there. `normalized` cuts and rounds nothing.
 
     Args:
         measurements: numbers `[..., bands]` in the sensor's units, such as Sentinel-2's integers.
@@ -211,7 +211,7 @@ def pixels(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
     return np.clip(_scaled(measurements, preprocessing), 0, 1).astype(np.float32)
 
 
-def normalised(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
+def normalize_measured(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
     """What the network takes, from what the sensor measured: nothing is cut off or rounded.
 
     You want it to look at features of images that have their size already; nothing is resized.
@@ -227,7 +227,7 @@ def normalised(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
         ValueError: as `pixels`.
 
     >>> radar = Preprocessing((0.5,), (0.25,), 8, 8, bands=("VV",), black=(-40,), white=(0,))
-    >>> normalised([[-20.0], [-10.0]], radar).ravel().tolist()
+    >>> normalized([[-20.0], [-10.0]], radar).ravel().tolist()
     [0.0, 1.0]
     """
     mean, std = (np.asarray(values) for values in (preprocessing.mean, preprocessing.std))
@@ -252,7 +252,7 @@ def _scaled(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
     return (values.astype(np.float64) - black) / (white - black)
 
 
-def normalise(
+def normalize(
     images: jax.Array | np.ndarray,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -261,8 +261,8 @@ def normalise(
 ) -> jax.Array:
     """``(images / 255 - mean) / std``, channel by channel.
 
-    Images travel as uint8, a quarter of the bytes of float32, and are normalised where they are
-    used. Anything but uint8 is refused, so that nothing can be normalised twice.
+    Images travel as uint8, a quarter of the bytes of float32, and are normalized where they are
+    used. Anything but uint8 is refused, so that nothing can be normalized twice.
 
     Args:
       images: uint8 ``[..., channels]``.
@@ -277,13 +277,13 @@ def normalise(
       TypeError: ``images`` are not uint8.
       ValueError: mean or std do not fit the channels, or a std is not positive.
 
-    >>> normalise(np.array([[0, 255]], np.uint8), (0.5,), (0.25,)).tolist()
+    >>> normalize(np.array([[0, 255]], np.uint8), (0.5,), (0.25,)).tolist()
     [[-2.0, 2.0]]
     """
     if images.dtype != jnp.uint8:
         raise TypeError(
             f"images are {images.dtype}, wanted uint8 as the data pipeline makes them; have they "
-            "been normalised already?"
+            "been normalized already?"
         )
     channels = images.shape[-1]
     problems = [
@@ -296,5 +296,5 @@ def normalise(
     if not all(value > 0 for value in std):
         raise ValueError(f"std is {tuple(std)}; every value must be greater than 0")
     scaled = jnp.asarray(images).astype(jnp.float32) / 255
-    centred = scaled - jnp.asarray(mean, jnp.float32)
-    return (centred / jnp.asarray(std, jnp.float32)).astype(dtype)
+    centered = scaled - jnp.asarray(mean, jnp.float32)
+    return (centered / jnp.asarray(std, jnp.float32)).astype(dtype)

@@ -17,11 +17,11 @@ from flaxtransfer.paths import flatten
 from flaxtransfer.types import Variables
 from flaxtransfer.weights.preprocessing import Preprocessing
 
-__all__ = ["Checkpoint", "Header", "read_header", "write_header"]
+__all__ = ["Header", "Pretrained", "read_header", "write_header"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Checkpoint:
+class Pretrained:
     """Weights together with everything that is needed to use them as they were meant.
 
     `load` makes one from a file and `save` writes one. It holds numpy arrays, so that it can be
@@ -87,7 +87,7 @@ class Header:
     class_names: tuple[str, ...] | None
 
 
-def write_header(checkpoint: Checkpoint) -> dict[str, str]:
+def write_header(checkpoint: Pretrained) -> dict[str, str]:
     """Metadata for a safetensors header; "format" is what other readers ask for."""
     content = {
         "version": HEADER_VERSION,
@@ -111,7 +111,8 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
         version = content["version"]
         if version != HEADER_VERSION:
             raise ValueError(
-                f"version {version!r}, and this flaxtransfer reads version {HEADER_VERSION}: install a "
+                f"version {version!r}, and this flaxtransfer reads version "
+                f"{HEADER_VERSION}: install a "
                 "newer one"
             )
         names = content["class_names"]

@@ -64,7 +64,7 @@ def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[s
     size = fields["input_size"][-1]
     notes = []
     if fields.get("crop_mode", "center") != "center":
-        notes.append(f"timm's crop_mode {fields['crop_mode']!r} is replaced by a centre crop")
+        notes.append(f"timm's crop_mode {fields['crop_mode']!r} is replaced by a center crop")
     return Preprocessing(
         fields["mean"],
         fields["std"],
@@ -114,7 +114,7 @@ def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str
         resize = int(shortest / (config.get("crop_pct") or 224 / 256))
     else:
         size = resize = shortest
-        notes.append("the image processor warps to a square; a centre crop replaces that")
+        notes.append("the image processor warps to a square; a center crop replaces that")
     mean, std = config["image_mean"], config["image_std"]
     if not config.get("do_normalize", True):
         mean, std = [0.0] * len(mean), [1.0] * len(std)

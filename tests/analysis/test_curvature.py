@@ -10,7 +10,7 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.analysis.curvature import curvature_by_part, fisher_diagonal
-from flaxtransfer.strategies.recipes import units
+from flaxtransfer.recipes.catalog import units
 
 from ..training.small import batch, network
 
@@ -23,8 +23,10 @@ def linear(params, x):
 
 
 def linear_params():
-    return {"kernel": jnp.asarray(RANDOM.normal(size=(4, 3)), jnp.float32),
-            "bias": jnp.asarray(RANDOM.normal(size=3), jnp.float32)}  # fmt: skip
+    return {
+        "kernel": jnp.asarray(RANDOM.normal(size=(4, 3)), jnp.float32),
+        "bias": jnp.asarray(RANDOM.normal(size=3), jnp.float32),
+    }
 
 
 def two_layers(params, x):
@@ -32,8 +34,10 @@ def two_layers(params, x):
 
 
 def two_layer_params():
-    return {"in": jnp.asarray(RANDOM.normal(size=(4, 5)), jnp.float32),
-            "out": jnp.asarray(RANDOM.normal(size=(5, 3)), jnp.float32)}  # fmt: skip
+    return {
+        "in": jnp.asarray(RANDOM.normal(size=(4, 5)), jnp.float32),
+        "out": jnp.asarray(RANDOM.normal(size=(5, 3)), jnp.float32),
+    }
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
@@ -71,7 +75,7 @@ def test_a_network_against_the_hessian_under_its_own_predictions():
     """The Hessian of the cross-entropy to the network's own (frozen) probabilities, at them.
 
     For a soft target that equals the prediction the residual term vanishes, and what is left of
-    the Hessian is the generalised Gauss-Newton matrix, which is the Fisher information.
+    the Hessian is the generalized Gauss-Newton matrix, which is the Fisher information.
     """
     params = two_layer_params()
     target = jax.nn.softmax(two_layers(params, INPUTS))
@@ -119,11 +123,17 @@ def test_a_resnet_by_part():
     fisher, count = fisher_diagonal(logits, params, [batch(0)["image"][:3]], labels="all", chunk=2)
     found = curvature_by_part(fisher, units(params), count)
     assert [part.name for part in found.parts] == [
-        "stem", "layer1", "layer2", "layer3", "layer4", "head"
-    ]  # fmt: skip
+        "stem",
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+        "head",
+    ]
     assert sum(part.share for part in found.parts) == pytest.approx(1)
-    stem = np.concatenate([np.ravel(leaf) for leaf in
-                           (fisher["conv1"]["kernel"], *fisher["bn1"].values())])  # fmt: skip
+    stem = np.concatenate(
+        [np.ravel(leaf) for leaf in (fisher["conv1"]["kernel"], *fisher["bn1"].values())]
+    )
     assert found.parts[0].mean == pytest.approx(stem.mean(), rel=1e-5)
     assert str(found).splitlines()[1].split()[:2] == ["stem", f"{stem.size:,}"]
     kernels = curvature_by_part(fisher, units(params), count, ft.kernels())

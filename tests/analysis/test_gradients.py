@@ -9,8 +9,8 @@ import pytest
 
 from flaxtransfer.analysis.curvature import mean_gradient, relative_gradient_norms
 from flaxtransfer.masks import glob
-from flaxtransfer.strategies.recipes import units
-from flaxtransfer.training.evaluation import probed_head
+from flaxtransfer.recipes.catalog import units
+from flaxtransfer.training.evaluation import init_head_from_probe
 
 from ..training.small import PREPROCESSING, batch, network
 
@@ -38,7 +38,7 @@ def test_the_mean_gradient_is_that_of_the_mean_loss():
 def test_the_damaged_part_has_the_largest_ratio():
     """A network that fits its images, and then one stage of it is damaged."""
     batches = [batch(n) for n in range(6)]
-    params, _ = probed_head(MODEL, VARIABLES, batches, PREPROCESSING)
+    params, _ = init_head_from_probe(MODEL, VARIABLES, batches, PREPROCESSING)
     before = ratios(params, batches)
     kernel = params["layer2"]["0"]["conv2"]["kernel"]
     noise = np.random.default_rng(0).normal(size=kernel.shape) * float(np.std(kernel)) * 2

@@ -8,14 +8,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from flaxtransfer.analysis.profile import probe_profile
-from flaxtransfer.features import ridge_path, standardisation, stratified_folds
+from flaxtransfer.features import ridge_path, standardization, stratified_folds
 
 
 def telling(seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
     random = np.random.default_rng(seed)
     labels = np.arange(60) % 3
-    features = {"stem": random.normal(size=(60, 4)),
-                "layer1": random.normal(size=(60, 5)) + 3 * np.eye(5)[labels]}  # fmt: skip
+    features = {
+        "stem": random.normal(size=(60, 4)),
+        "layer1": random.normal(size=(60, 5)) + 3 * np.eye(5)[labels],
+    }
     return features, labels
 
 
@@ -36,7 +38,7 @@ def test_a_probe_for_each(kind):
 def test_ridge_is_by_leaving_out_one_and_its_loss_at_the_best_temperature():
     features, labels = telling()
     probe = probe_profile(features, labels).best
-    path = ridge_path(standardisation(features["layer1"])(features["layer1"]), labels)
+    path = ridge_path(standardization(features["layer1"])(features["layer1"]), labels)
     assert (probe.accuracy, probe.strength) == (path.accuracy, path.strength)
     assert probe.standard_error == pytest.approx(
         np.sqrt(probe.accuracy * (1 - probe.accuracy) / 60)
@@ -51,7 +53,7 @@ def test_ridge_is_by_leaving_out_one_and_its_loss_at_the_best_temperature():
 def test_logistic_regression_is_scikit_learns_by_folds():
     features, labels = telling()
     probe = probe_profile(features, labels, kind="logistic").best
-    scaled = standardisation(features["layer1"])(features["layer1"])
+    scaled = standardization(features["layer1"])(features["layer1"])
     folds, losses = stratified_folds(labels, 5), []
     for fold in range(5):
         fit = LogisticRegression(C=1 / probe.strength, tol=1e-8, max_iter=10_000)
@@ -65,8 +67,10 @@ def test_rare_and_absent_classes_are_said():
     labels[labels == 2] = 4
     labels[0] = 2
     ridge = probe_profile(features, labels, classes=6)
-    assert ridge.notes == ("2 of 6 classes have no example.",
-                           "1 classes have one example, which counts as wrong.")  # fmt: skip
+    assert ridge.notes == (
+        "2 of 6 classes have no example.",
+        "1 classes have one example, which counts as wrong.",
+    )
     logistic = probe_profile({"stem": features["stem"]}, labels, kind="logistic", classes=6)
     assert logistic.notes[-1] == "1 classes have one example, which is never held out."
 
@@ -74,13 +78,16 @@ def test_rare_and_absent_classes_are_said():
 @pytest.mark.parametrize(
     ("features", "labels", "text"),
     [
-        ({"stem": np.full((9, 2), np.nan)}, np.arange(9) % 2,
-         r"the features of stem cannot be probed: .*not finite"),
+        (
+            {"stem": np.full((9, 2), np.nan)},
+            np.arange(9) % 2,
+            r"the features of stem cannot be probed: .*not finite",
+        ),
         ({"stem": np.eye(3)}, np.arange(3), "every class has one example"),
         ({"stem": np.eye(3)}, np.zeros(3, int), "all examples are of class 0"),
         ({}, np.arange(3), "there is no segment to probe"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_probed(features, labels, text):
     with pytest.raises(ValueError, match=text):
         probe_profile(features, labels)

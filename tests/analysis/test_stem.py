@@ -15,10 +15,10 @@ from flaxtransfer.models.band_init import by_wavelength, luminance, sum_kernels
 rng = np.random.default_rng(0)
 
 
-def filters(*colours, size=5):
-    """One filter for each colour ``[3]``: a random pattern in that colour."""
-    pattern = rng.standard_normal((size, size, 1, len(colours)))
-    return pattern * np.array(colours, float).T
+def filters(*colors, size=5):
+    """One filter for each color ``[3]``: a random pattern in that color."""
+    pattern = rng.standard_normal((size, size, 1, len(colors)))
+    return pattern * np.array(colors, float).T
 
 
 def energies(kernel):
@@ -26,7 +26,7 @@ def energies(kernel):
 
 
 @pytest.mark.parametrize(
-    ("colour", "share"),
+    ("color", "share"),
     [
         ((1, 1, 1), 1),
         ((-2, -2, -2), 1),
@@ -38,9 +38,9 @@ def energies(kernel):
         ((2, -1, 0), 1 / 15),
     ],
 )
-def test_filters_of_one_colour(colour, share):
+def test_filters_of_one_color(color, share):
     # Analytic: (r + g + b)² / 3 (r² + g² + b²).
-    assert stem_report(filters(colour)).shares[0] == pytest.approx(share, abs=1e-12)
+    assert stem_report(filters(color)).shares[0] == pytest.approx(share, abs=1e-12)
 
 
 def test_a_filter_is_gray_only_if_it_is_at_every_pixel():
@@ -82,13 +82,13 @@ def test_bands_that_are_rgb_lose_nothing():
     assert list(stem_report(kernel, identity).shares.values()) == pytest.approx([1] * 8)
 
 
-def test_colour_bands_wake_opponent_filters():
+def test_color_bands_wake_opponent_filters():
     kernel = filters((1, -1, 0), (0, 1, -1), (1, 1, 1))
     gray = stem_report(kernel)
     assert gray.opponent == (0, 1)
-    colour = stem_report(kernel, by_wavelength([490, 560, 665]))
-    assert colour.opponent == ()
-    assert min(colour.shares.values()) > 0.5
+    color = stem_report(kernel, by_wavelength([490, 560, 665]))
+    assert color.opponent == ()
+    assert min(color.shares.values()) > 0.5
 
 
 def test_the_share_is_the_energy_of_the_folded_stem():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.checkpoint import CheckpointManager
 
 
 def tree_of(value: float) -> dict:
@@ -38,5 +38,5 @@ def files(folder: Path) -> list[Path]:
 
 
 def restore_newest(folder: Path):
-    with Checkpoints.open(folder, read_only=True) as store:
+    with CheckpointManager.open(folder, read_only=True) as store:
         return store.restore(tree_of(0))

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from stored import files, names, restore_newest, same, tree_of
 
-from flaxtransfer.checkpoint import Checkpoints, DamagedCheckpointError, orbax_io
-from flaxtransfer.checkpoint.step_files import seal, unseal
+from flaxtransfer.checkpoint import CheckpointManager, DamagedCheckpointError, orbax_io
+from flaxtransfer.checkpoint.step_files import sign, verify
 
 
 def test_flipped_bits_in_the_arrays_are_always_found_and_named(two_steps, tmp_path):
@@ -81,7 +81,7 @@ def test_a_renamed_step_is_not_taken_for_another(broken):
 
 def test_a_step_of_another_format_is_not_passed_over(broken):
     path = broken / "2" / "record" / "metadata"
-    path.write_text(json.dumps(seal(unseal(path.read_text()) | {"format": 2})))
+    path.write_text(json.dumps(sign(verify(path.read_text()) | {"format": 2})))
     with pytest.raises(ValueError, match=r"has the format 2; .* reads format 1"):
         restore_newest(broken)
 
@@ -95,7 +95,7 @@ def test_all_damaged_is_one_error_and_nothing_is_deleted(broken):
     damage(broken, 1, "arrays")
     damage(broken, 2, "record")
     before = files(broken)
-    with Checkpoints.open(broken) as store:
+    with CheckpointManager.open(broken) as store:
         for step in (None, "best"):
             with pytest.raises(DamagedCheckpointError) as caught:
                 store.restore(tree_of(0), step)
@@ -109,7 +109,7 @@ def test_all_damaged_is_one_error_and_nothing_is_deleted(broken):
 def test_a_damaged_number_can_be_saved_again_and_nothing_is_lost(broken):
     for round_, aside in enumerate(["2.damaged", "2.damaged.2"], 1):
         damage(broken, 2)
-        with Checkpoints.open(broken) as store:
+        with CheckpointManager.open(broken) as store:
             assert store.restore(tree_of(0)).step == 1
             assert store.steps() == [1]
             store.save(2, tree_of(20 + round_), {"again": round_})
@@ -120,18 +120,18 @@ def test_a_damaged_number_can_be_saved_again_and_nothing_is_lost(broken):
 
 
 def test_a_step_below_the_damaged_one_can_be_saved(two_steps, tmp_path):
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(10, tree_of(10))
         store.save(20, tree_of(20))
     damage(tmp_path, 20, "record")
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(15, tree_of(15))
     assert names(tmp_path) == ["10", "15", "20.damaged"]
 
 
 def test_a_step_asked_for_by_number_is_never_replaced(broken):
     damage(broken, 2)
-    with Checkpoints.open(broken, read_only=True) as store:
+    with CheckpointManager.open(broken, read_only=True) as store:
         with pytest.raises(DamagedCheckpointError, match=r"step 2: .*\n.*other steps there: \[1\]"):
             store.restore(tree_of(0), 2)
         with pytest.raises(FileNotFoundError, match=r"no step 5; there are \[1, 2\].* is 2"):
@@ -141,11 +141,11 @@ def test_a_step_asked_for_by_number_is_never_replaced(broken):
 
 @pytest.mark.parametrize("part", ["arrays", "record"])
 def test_a_damaged_best_is_reported_and_the_next_best_taken(part, tmp_path):
-    with Checkpoints.open(tmp_path, keep_best=2) as store:
+    with CheckpointManager.open(tmp_path, keep_best=2) as store:
         for step, metric in [(1, 0.8), (2, 0.9), (3, 0.1), (4, None)]:
             store.save(step, tree_of(step), metric=metric)
     damage(tmp_path, 2, part)
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         restored = store.restore(tree_of(0), "best")
         assert restored.step == 1
         assert [step for step, _ in restored.skipped] == [2]
@@ -155,8 +155,8 @@ def test_a_shortage_of_the_machine_is_not_damage(broken, monkeypatch):
     async def fail(self, infos, args=None):
         raise ValueError("Error opening file [os_error_code='24']")
 
-    monkeypatch.setattr(orbax_io._Patient, "deserialize", fail)
-    with Checkpoints.open(broken) as store:
+    monkeypatch.setattr(orbax_io._WaitingNumpyHandler, "deserialize", fail)
+    with CheckpointManager.open(broken) as store:
         with pytest.raises(OSError, match="step 2 cannot be read now") as caught:
             store.restore(tree_of(0))
         assert caught.value.errno == errno.EMFILE
@@ -165,7 +165,7 @@ def test_a_shortage_of_the_machine_is_not_damage(broken, monkeypatch):
 
 def test_another_configuration_is_an_error_that_lists_every_leaf(broken):
     other = {"a": {"kernal": np.ones((50, 70))}, "b": np.ones(901), "n": 3}
-    with Checkpoints.open(broken) as store:
+    with CheckpointManager.open(broken) as store:
         with pytest.raises(ValueError, match="was the configuration changed") as caught:
             store.restore(other)
         assert store.steps() == [1, 2]
@@ -180,7 +180,7 @@ def test_another_configuration_is_an_error_that_lists_every_leaf(broken):
 
 
 def test_another_configuration_is_not_passed_over_for_an_older_step(tmp_path):
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(1, tree_of(1))
         store.save(2, {"new": np.ones(3)})
         with pytest.raises(ValueError, match="step 2 of"):

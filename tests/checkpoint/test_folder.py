@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from stored import files, names, restore_newest, tree_of
 
-from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.checkpoint import CheckpointManager
 
 
 def test_reading_changes_nothing_and_saving_is_refused(broken):
     (broken / "3.orbax-checkpoint-tmp").mkdir()
     before = names(broken), files(broken)
-    with Checkpoints.open(broken, read_only=True) as store:
+    with CheckpointManager.open(broken, read_only=True) as store:
         assert store.restore(tree_of(0)).step == 2
         with pytest.raises(ValueError, match="not open for writing"):
             store.save(3, tree_of(3))
@@ -19,15 +19,15 @@ def test_reading_changes_nothing_and_saving_is_refused(broken):
 
 
 def test_a_folder_can_be_read_while_it_is_written_but_has_one_writer(tmp_path):
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(1, tree_of(1))
-        with Checkpoints.open(tmp_path, read_only=True) as reader:
+        with CheckpointManager.open(tmp_path, read_only=True) as reader:
             assert reader.restore(tree_of(0)).step == 1
             store.save(2, tree_of(2))
             assert reader.latest() == 2
         with (
             pytest.raises(ValueError, match="is being written by process"),
-            Checkpoints.open(tmp_path),
+            CheckpointManager.open(tmp_path),
         ):
             pass
     with pytest.raises(ValueError, match="not open for writing"):
@@ -38,7 +38,7 @@ def test_leftovers_of_a_killed_writer_are_removed_by_the_next_one(broken):
     for name in ("3.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-17", "1.deleting"):
         (broken / name / "tree").mkdir(parents=True)
     (broken / "notes").mkdir()
-    with Checkpoints.open(broken) as store:
+    with CheckpointManager.open(broken) as store:
         assert store.steps() == [1, 2]
     assert names(broken) == ["1", "2", "notes"]
 
@@ -46,11 +46,11 @@ def test_leftovers_of_a_killed_writer_are_removed_by_the_next_one(broken):
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_place_that_cannot_be_a_folder(place, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError), Checkpoints.open(tmp_path / place):
+    with pytest.raises(NotADirectoryError), CheckpointManager.open(tmp_path / place):
         pass
     with (
         pytest.raises((NotADirectoryError, FileNotFoundError)),
-        Checkpoints.open(tmp_path / place, read_only=True),
+        CheckpointManager.open(tmp_path / place, read_only=True),
     ):
         pass
 
@@ -58,13 +58,16 @@ def test_a_place_that_cannot_be_a_folder(place, tmp_path):
 def test_places_without_checkpoints(tmp_path):
     with (
         pytest.raises(FileNotFoundError, match="no folder of checkpoints"),
-        Checkpoints.open(tmp_path / "none", read_only=True),
+        CheckpointManager.open(tmp_path / "none", read_only=True),
     ):
         pass
-    with pytest.raises(ValueError, match="mounted folder"), Checkpoints.open("gs://bucket/run"):
+    with (
+        pytest.raises(ValueError, match="mounted folder"),
+        CheckpointManager.open("gs://bucket/run"),
+    ):
         pass
     (tmp_path / "3.damaged").mkdir()
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         assert (store.steps(), store.latest(), store.best()) == ([], None, None)
         with pytest.raises(FileNotFoundError, match=r"no checkpoint there.*3\.damaged"):
             store.restore(tree_of(0))
@@ -72,7 +75,7 @@ def test_places_without_checkpoints(tmp_path):
 
 def test_an_exception_in_the_block_does_not_lose_the_step_being_written(tmp_path):
     def train():
-        with Checkpoints.open(tmp_path) as store:
+        with CheckpointManager.open(tmp_path) as store:
             store.save(1, tree_of(1), wait=False)
             raise KeyError("mine")
 
@@ -89,7 +92,7 @@ def test_a_step_that_cannot_be_written_is_one_clear_error(wait, tmp_path):
         store.save(step, tree_of(step), wait=wait)
         store.wait()
 
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(1, tree_of(1))
         blocker = tmp_path / "2"
         blocker.write_text("")

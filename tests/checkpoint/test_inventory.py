@@ -17,9 +17,19 @@ from hypothesis.extra import numpy as npst
 from flaxtransfer.checkpoint import manifest as inv
 
 DTYPES = [
-    "bool", "int8", "uint8", "int16", "int32", "uint32", "float16", "bfloat16", "float32",
-    "complex64", "float8_e4m3fn", "int4",
-]  # fmt: skip
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "int32",
+    "uint32",
+    "float16",
+    "bfloat16",
+    "float32",
+    "complex64",
+    "float8_e4m3fn",
+    "int4",
+]
 
 
 def equal_bits(a, b):
@@ -76,7 +86,7 @@ TREES = st.recursive(
 @given(TREES)
 def test_any_tree_comes_back_bit_for_bit(tree):
     try:
-        arrays, inventory = inv.take(tree)
+        arrays, inventory = inv.build_manifest(tree)
     except ValueError as error:
         # The only tree without names: an empty key beside the level above it.
         assert "same path" in str(error)  # noqa: PT017
@@ -119,7 +129,7 @@ def test_names_of_an_optimizer_state():
 
 def test_two_leaves_of_one_name_are_refused():
     with pytest.raises(ValueError, match=r"same path.*a/b"):
-        inv.take({"a/b": np.ones(1), "a": {"b": np.ones(1)}})
+        inv.build_manifest({"a/b": np.ones(1), "a": {"b": np.ones(1)}})
 
 
 @pytest.mark.parametrize(
@@ -137,14 +147,14 @@ def test_two_leaves_of_one_name_are_refused():
 )
 def test_what_is_no_number_is_refused_by_path(leaf, said):
     with pytest.raises(TypeError, match=f"here/0: {said}"):
-        inv.take({"here": [leaf], "fine": np.ones(1)})
+        inv.build_manifest({"here": [leaf], "fine": np.ones(1)})
 
 
 def test_donated_memory_is_refused_by_path():
     tree = {"w": jnp.ones(3), "b": jnp.ones(3)}
     tree["w"].delete()
     with pytest.raises(ValueError, match=r"donated.*\['w'\]"):
-        inv.take(tree)
+        inv.build_manifest(tree)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +185,7 @@ def test_donated_memory_is_refused_by_path():
     ],
 )
 def test_differences(saved, asked, said):
-    found = inv.differences(inv.take(saved)[1], asked)
+    found = inv.differences(inv.build_manifest(saved)[1], asked)
     if said is None:
         assert found
     else:
@@ -185,7 +195,7 @@ def test_differences(saved, asked, said):
 def test_a_template_places_committed_leaves_and_no_others():
     device = jax.devices()[0]
     template = {"free": jnp.zeros(2), "held": jax.device_put(np.zeros(2, np.float32), device)}
-    arrays, inventory = inv.take({"free": jnp.ones(2), "held": jnp.ones(2)})
+    arrays, inventory = inv.build_manifest({"free": jnp.ones(2), "held": jnp.ones(2)})
     filled = inv.rebuild(inventory, arrays, template)
     assert not filled["free"].committed
     assert filled["held"].committed
@@ -193,14 +203,14 @@ def test_a_template_places_committed_leaves_and_no_others():
 
 def test_a_weakly_typed_scalar_stays_one():
     tree = {"rate": jnp.asarray(0.5), "count": jnp.asarray(3), "strong": jnp.float32(0.5)}
-    arrays, inventory = inv.take(tree)
+    arrays, inventory = inv.build_manifest(tree)
     filled = inv.rebuild(inventory, arrays, tree)
     equal_bits(filled, tree)
     assert (filled["rate"] * jnp.bfloat16(2)).dtype == jnp.bfloat16
 
 
 def test_a_filled_array_can_be_donated():
-    arrays, inventory = inv.take({"w": jnp.arange(4096.0)})
+    arrays, inventory = inv.build_manifest({"w": jnp.arange(4096.0)})
     for like in (jnp.zeros(4096), jax.device_put(jnp.zeros(4096), jax.devices()[0])):
         filled = inv.rebuild(inventory, arrays, {"w": like})["w"]
         # Warnings are errors here, and jax warns about donated memory that it could not use.

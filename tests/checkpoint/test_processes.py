@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from stored import names, same
 
-from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.checkpoint import CheckpointManager
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,9 +37,12 @@ def child(code: str, *arguments: object, prefix: tuple[str, ...] = (), **environ
     script = PRELUDE + textwrap.dedent(code)
     return subprocess.Popen(
         [*prefix, sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
-        cwd=ROOT, env=os.environ | environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen) -> list[str]:
@@ -53,7 +56,7 @@ def big_tree(step: int) -> dict:
 
 
 FOREVER = """
-with Checkpoints.open(sys.argv[1]) as store:
+with CheckpointManager.open(sys.argv[1]) as store:
     step = (store.latest() or 0) + 1
     while True:
         store.save(step, tree(step), {"step": step}, metric=1 / step, wait=sys.argv[2] == "wait")
@@ -63,7 +66,7 @@ with Checkpoints.open(sys.argv[1]) as store:
 
 
 def check_after_a_kill(folder: Path, acknowledged: int) -> None:
-    with Checkpoints.open(folder) as store:
+    with CheckpointManager.open(folder) as store:
         restored = store.restore(big_tree(0))
         assert restored.skipped == ()
         assert restored.step >= acknowledged
@@ -106,7 +109,7 @@ def test_killed_at_random_moments(wait, tmp_path):
 def test_killed_at_a_place(place, tmp_path):
     code = f"""
     from flaxtransfer.checkpoint import orbax_driver, step_files, steps
-    with Checkpoints.open(sys.argv[1], keep_latest=1, keep_best=0) as store:
+    with CheckpointManager.open(sys.argv[1], keep_latest=1, keep_best=0) as store:
         store.save(1, tree(1), {{"step": 1}})
         owner, name = {place.rpartition(".")[0]}, {place.rpartition(".")[2]!r}
         setattr(owner, name, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
@@ -145,7 +148,7 @@ def attempt(step, **more):
         assert "\\n" not in str(error)
         print(errno.errorcode[error.errno], error.strerror)
 
-with Checkpoints.open(folder) as store:
+with CheckpointManager.open(folder) as store:
     attempt(1)
     shrink()
     attempt(2)
@@ -159,11 +162,11 @@ with Checkpoints.open(folder) as store:
 if kind == "disk":
     assert os.system(f"mount -o remount,ro {folder}") == 0
     try:
-        with Checkpoints.open(folder):
+        with CheckpointManager.open(folder):
             pass
     except OSError as error:
         print(errno.errorcode[error.errno], error.strerror)
-    with Checkpoints.open(folder, read_only=True) as store:
+    with CheckpointManager.open(folder, read_only=True) as store:
         print("read", store.restore(tree(0)).step)
 """
 
@@ -214,7 +217,7 @@ def test_other_devices_and_shardings(tmp_path):
         "key": jax.device_put(jax.random.key(5), place(8, P())),
         "keys": jax.device_put(jax.random.split(jax.random.key(5), 8), place(8, P("data"))),
     }
-    with Checkpoints.open(sys.argv[1]) as store:
+    with CheckpointManager.open(sys.argv[1]) as store:
         store.save(1, tree)
         like = {
             "cut": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=place(2, P("data"))),
@@ -232,10 +235,13 @@ def test_other_devices_and_shardings(tmp_path):
     finish(child(code, tmp_path, XLA_FLAGS=flags, NPROC="16"))
     key = jax.random.key(5)
     like = {"cut": jnp.zeros(16), "whole": jnp.zeros(3, jnp.int32), "key": key}
-    with Checkpoints.open(tmp_path, read_only=True) as store:
+    with CheckpointManager.open(tmp_path, read_only=True) as store:
         tree = store.restore(like | {"keys": jax.random.split(key, 8)}).tree
-    assert same(tree, {"cut": jnp.arange(16.0), "whole": jnp.arange(3), "key": key}
-                | {"keys": jax.random.split(key, 8)})  # fmt: skip
+    assert same(
+        tree,
+        {"cut": jnp.arange(16.0), "whole": jnp.arange(3), "key": key}
+        | {"keys": jax.random.split(key, 8)},
+    )
 
 
 @pytest.mark.slow
@@ -253,7 +259,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
         out_shardings={"cut": cut, "whole": whole, "key": whole},
     )
     tree = make()
-    with Checkpoints.open(folder) as store:
+    with CheckpointManager.open(folder) as store:
         store.save(1, tree, {"a": 1}, metric=0.5)
         store.save(2, tree, wait=False)
         restored = store.restore(tree)
@@ -290,7 +296,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
     first, second = (re.findall(r"said: (.*)", out) for out, _ in said)
     assert first == ["True False", "1 [2]", "[1, 2] 1"]
     assert second == ["False True", "1 [2]", "[1, 2] 1"]
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         like = {"cut": jnp.zeros(8), "whole": jnp.zeros(3), "key": jax.random.key(0)}
         tree = store.restore(like).tree
     assert same(tree, {"cut": jnp.arange(8.0), "whole": jnp.arange(3.0), "key": jax.random.key(4)})

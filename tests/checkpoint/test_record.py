@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.checkpoint.step_files import jsonable, seal, unseal
+from flaxtransfer.checkpoint.step_files import jsonable, sign, verify
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -21,8 +21,8 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.text(), JSON, max_size=4))
 def test_what_was_sealed_comes_back(record):
-    text = json.dumps(seal(record))
-    assert json.dumps(unseal(text)) == json.dumps(record)
+    text = json.dumps(sign(record))
+    assert json.dumps(verify(text)) == json.dumps(record)
 
 
 @given(
@@ -31,10 +31,10 @@ def test_what_was_sealed_comes_back(record):
     st.integers(min_value=0, max_value=6),
 )
 def test_a_flipped_bit_is_found_or_changes_nothing(record, place, bit):
-    data = bytearray(json.dumps(seal(record)).encode())
+    data = bytearray(json.dumps(sign(record)).encode())
     data[place % len(data)] ^= 1 << bit
     try:
-        kept = unseal(data.decode())
+        kept = verify(data.decode())
     except ValueError:
         return
     assert json.dumps(kept, sort_keys=True) == json.dumps(record, sort_keys=True)
@@ -43,7 +43,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(record, place, bit):
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"record": {}}', "{", '"text"'])
 def test_other_text_is_no_record(text):
     with pytest.raises(ValueError, match=r"no sealed record|another one"):
-        unseal(text)
+        verify(text)
 
 
 @pytest.mark.parametrize(

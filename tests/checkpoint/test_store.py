@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import files, names, same, tree_of
 
-from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.checkpoint import CheckpointManager
 
 
 class TrainState(NamedTuple):
@@ -38,7 +38,7 @@ def train_state(value: float = 0.0) -> TrainState:
 
 def test_a_train_state_comes_back_bit_for_bit(tmp_path):
     state = train_state(7)
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(7, state, {"phase": "head", "seen": (1, 2)}, metric=jnp.float32(0.25))
         restored = store.restore(train_state(0))
     assert same(restored.tree, state)
@@ -49,7 +49,7 @@ def test_a_train_state_comes_back_bit_for_bit(tmp_path):
 
 def test_shapes_alone_are_template_enough(tmp_path):
     state = train_state(3)._replace(step=jnp.int32(3))
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(3, state)
         restored = store.restore(jax.eval_shape(lambda: state))
     assert same(restored.tree, state)
@@ -59,20 +59,34 @@ TREES = st.dictionaries(
     st.text(min_size=1, max_size=4),
     st.sampled_from(
         [
-            3, 2.5, True, float("inf"), None, (), {}, np.float32(1), np.zeros((2, 0)), np.ones(()),
-            np.arange(3), jnp.ones((2, 1), jnp.bfloat16), jnp.arange(4, dtype=jnp.int8),
-            jax.random.key(1), jax.random.split(jax.random.key(2, impl="rbg")), optax.EmptyState(),
-            optax.MaskedNode(), [np.bool_(True), {"x": jnp.float16(2)}],
+            3,
+            2.5,
+            True,
+            float("inf"),
+            None,
+            (),
+            {},
+            np.float32(1),
+            np.zeros((2, 0)),
+            np.ones(()),
+            np.arange(3),
+            jnp.ones((2, 1), jnp.bfloat16),
+            jnp.arange(4, dtype=jnp.int8),
+            jax.random.key(1),
+            jax.random.split(jax.random.key(2, impl="rbg")),
+            optax.EmptyState(),
+            optax.MaskedNode(),
+            [np.bool_(True), {"x": jnp.float16(2)}],
         ]
     ),
     max_size=5,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=15, deadline=None)
 @given(tree=TREES)
 def test_any_tree_comes_back_from_the_disk(tree, tmp_path_factory):
-    with Checkpoints.open(tmp_path_factory.mktemp("any")) as store:
+    with CheckpointManager.open(tmp_path_factory.mktemp("any")) as store:
         store.save(0, tree)
         assert same(store.restore(tree).tree, tree)
 
@@ -80,7 +94,7 @@ def test_any_tree_comes_back_from_the_disk(tree, tmp_path_factory):
 def test_a_tree_may_be_donated_while_it_is_written(tmp_path):
     tree = {f"w{i}": jnp.arange(50_000.0) + i for i in range(8)}
     expected = jax.tree.map(np.array, tree)
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(1, tree, wait=False)
         step = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0)
         for _ in range(20):
@@ -91,7 +105,7 @@ def test_a_tree_may_be_donated_while_it_is_written(tmp_path):
 def test_numpy_arrays_may_be_written_into_while_they_are_saved(tmp_path):
     tree = {f"w{i}": np.arange(50_000.0) + i for i in range(8)}
     expected = jax.tree.map(np.array, tree)
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         store.save(1, tree, wait=False)
         for array in tree.values():
             array[:] = -1
@@ -117,7 +131,7 @@ def test_numpy_arrays_may_be_written_into_while_they_are_saved(tmp_path):
     ],
 )
 def test_best_and_latest_are_kept(metrics, keep, kept, best, tmp_path):
-    with Checkpoints.open(tmp_path, **keep) as store:
+    with CheckpointManager.open(tmp_path, **keep) as store:
         for step, metric in enumerate(metrics, 1):
             store.save(step, tree_of(step), metric=metric)
         assert (store.steps(), store.best(), store.latest()) == (kept, best, len(metrics))
@@ -134,7 +148,7 @@ def test_best_and_latest_are_kept(metrics, keep, kept, best, tmp_path):
 @pytest.mark.parametrize("step", [2, 1, 0])
 def test_a_step_that_is_not_above_the_newest_is_refused(step, broken):
     before = files(broken)
-    with Checkpoints.open(broken) as store:
+    with CheckpointManager.open(broken) as store:
         with pytest.raises(ValueError, match=rf"step {step} is not above.*\[1, 2\]"):
             store.save(step, tree_of(step))
         assert store.steps() == [1, 2]
@@ -143,18 +157,18 @@ def test_a_step_that_is_not_above_the_newest_is_refused(step, broken):
 
 @pytest.mark.parametrize("step", [-1, 1.5, True])
 def test_a_step_is_a_whole_number(step, tmp_path):
-    with Checkpoints.open(tmp_path) as store, pytest.raises(ValueError, match="whole number"):
+    with CheckpointManager.open(tmp_path) as store, pytest.raises(ValueError, match="whole number"):
         store.save(step, tree_of(0))
 
 
 @pytest.mark.parametrize("keep", [{"keep_best": -1}, {"keep_latest": 0}])
 def test_numbers_to_keep_are_checked(keep, tmp_path):
-    with pytest.raises(ValueError, match="must be kept"), Checkpoints.open(tmp_path, **keep):
+    with pytest.raises(ValueError, match="must be kept"), CheckpointManager.open(tmp_path, **keep):
         pass
 
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
-    with Checkpoints.open(tmp_path) as store:
+    with CheckpointManager.open(tmp_path) as store:
         for tree, meta, metric in [
             ({"a": "text"}, {}, None),
             (tree_of(0), {"loss": np.float32(1)}, None),

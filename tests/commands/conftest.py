@@ -31,11 +31,11 @@ def folder(tmp_path_factory) -> Path:
 def weights(tmp_path_factory) -> Path:
     """A tiny checkpoint in the format of torchvision."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    config = ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=5)
+    config = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=5)
     model = ft.resnet(config)
     variables = jax.tree.map(np.asarray, model.init(jax.random.key(0), (SIZE, SIZE, 3)))
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)
-    ft.save(path, ft.Checkpoint(variables, config, preprocessing))
+    ft.save(path, ft.Pretrained(variables, config, preprocessing))
     return path
 
 
@@ -44,9 +44,23 @@ def finished(folder, weights, tmp_path_factory) -> Path:
     """A finished run on the folder."""
     target = tmp_path_factory.mktemp("runs") / "run"
     arguments = [
-        "train", "--data", f"folder:{folder}", "--weights", str(weights), "--run", str(target),
-        "--labels-per-class", "4", "--batch-size", "8", "--head-steps", "20",
-        "--fine-tune-steps", "4", "--compare", "no",
-    ]  # fmt: skip
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(target),
+        "--labels-per-class",
+        "4",
+        "--batch-size",
+        "8",
+        "--head-steps",
+        "20",
+        "--fine-tune-steps",
+        "4",
+        "--compare",
+        "no",
+    ]
     assert run(arguments) == 0
     return target

@@ -33,7 +33,7 @@ QUICK = ("--permutations", "99", "--batch-size", "16")
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory) -> Path:
-    """A run's folder, and beside it images of which one in ten is bright, ten of them labelled."""
+    """A run's folder, and beside it images of which one in ten is bright, ten of them labeled."""
     root = tmp_path_factory.mktemp("there")
     finish_run(root / "run")
     images, labels = draw(0.1, 120, 2)
@@ -59,9 +59,13 @@ def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
     assert "what it kept of its validation examples stands for them" in printed
     out = there / "run" / "diagnosis" / "images"
     assert sorted(path.name for path in out.iterdir()) == [
-        "features.png", "prevalence.png", "reliability.png", "report.html", "report.json",
+        "features.png",
+        "prevalence.png",
+        "reliability.png",
+        "report.html",
+        "report.json",
         "tests.png",
-    ]  # fmt: skip
+    ]
     report = json.loads((out / "report.json").read_text())
     jsonschema.validate(report, SCHEMA)
     assert report["conclusion"] == "label"
@@ -98,10 +102,10 @@ def test_a_report_is_replaced_whole(there, tmp_path, capsys):
 
 @pytest.mark.parametrize(("count", "most", "expected"), [(20, 20, 20), (21, 20, 20), (90, 30, 30)])
 def test_no_more_images_are_looked_at_and_those_with_labels_are(count, most, expected):
-    labelled = np.array([0, 7, count - 1])
-    found = diagnose._chosen(count, labelled, Diagnose(Path("run"), "target", most_images=most))
+    labeled = np.array([0, 7, count - 1])
+    found = diagnose._chosen(count, labeled, Diagnose(Path("run"), "target", most_images=most))
     assert len(set(found.tolist())) == len(found) == expected
-    assert set(labelled.tolist()) <= set(found.tolist())
+    assert set(labeled.tolist()) <= set(found.tolist())
 
 
 def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):

@@ -78,14 +78,17 @@ def test_a_known_prior_is_taken_as_it_is(trained, target, capsys):
     paths, labels = target
     rows, said = predicted(capsys, trained, *paths, "--prior", "0.9", "0.1")
     assert said[0].startswith("prior as given, relative to 208 validation examples")
-    named, _ = predicted(capsys, trained, *paths, "--adjust-prior", "--prior", "bright=0.1",
-                         "dark=0.9")  # fmt: skip
+    named, _ = predicted(
+        capsys, trained, *paths, "--adjust-prior", "--prior", "bright=0.1", "dark=0.9"
+    )
     assert named == rows
     assert accuracy(rows, labels) > 0.85
     even, _ = predicted(capsys, trained, *paths, "--prior", "0.5", "0.5", "--top", "2")
     tilted, _ = predicted(capsys, trained, *paths, "--prior", "0.9", "0.1", "--top", "2")
-    odds = [np.array([row["top"]["bright"] / row["top"]["dark"] for row in found]) for found in
-            (even, tilted)]  # fmt: skip
+    odds = [
+        np.array([row["top"]["bright"] / row["top"]["dark"] for row in found])
+        for found in (even, tilted)
+    ]
     inside = (odds[1] > 1e-3) & (odds[1] < 1e3)
     np.testing.assert_allclose(odds[1][inside], odds[0][inside] / 9, rtol=2e-3)
 
@@ -153,5 +156,8 @@ def test_a_run_without_validation_says_how_to_have_some(trained, target, tmp_pat
     (tmp_path / "validation.npz").write_bytes((trained / "validation.npz").read_bytes()[:200])
     refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], "validation.npz is damaged")
     np.savez(tmp_path / "validation.npz", logits=np.zeros((9, 2)), labels=np.zeros(9, int))
-    refused(capsys, [str(tmp_path), target[0][0], "--prior", "0.5", "0.5"],
-            "has 9 validation examples, and a correction of the prior needs 10")  # fmt: skip
+    refused(
+        capsys,
+        [str(tmp_path), target[0][0], "--prior", "0.5", "0.5"],
+        "has 9 validation examples, and a correction of the prior needs 10",
+    )

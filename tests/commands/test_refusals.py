@@ -62,9 +62,23 @@ def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
             Image.new("RGB", (SIZE, SIZE)).save(images / name / f"{number}.png")
     for number in range(1, 5):  # more than are held back for testing, so that training meets one
         (images / f"a/{number}.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    train = ["train", "--data", f"folder:{images}", "--weights", str(weights), "--run",
-             str(tmp_path / "run"), "--labels-per-class", "2", "--head-steps", "2",
-             "--fine-tune-steps", "0", "--compare", "no"]  # fmt: skip
+    train = [
+        "train",
+        "--data",
+        f"folder:{images}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(tmp_path / "run"),
+        "--labels-per-class",
+        "2",
+        "--head-steps",
+        "2",
+        "--fine-tune-steps",
+        "0",
+        "--compare",
+        "no",
+    ]
     assert run(train) == 2
     assert ".png: not an image" in only_line(capsys)
     # The run folder of the failed attempt holds no checkpoint, and may be used again.
@@ -74,8 +88,15 @@ def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
 
 def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
-                 str(tmp_path / "file/run")]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(tmp_path / "file/run"),
+    ]
     assert run(arguments) == 2
     assert "file" in only_line(capsys)
     assert (tmp_path / "file").read_text() == "in the way"
@@ -84,10 +105,25 @@ def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, cap
 def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
     folder, weights, tmp_path, capsys
 ):
-    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
-                 str(tmp_path / "run"), "--labels-per-class", "4", "--head-steps", "4",
-                 "--fine-tune-steps", "20", "--learning-rate", "1e30",
-                 "--weight-decay", "0"]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(tmp_path / "run"),
+        "--labels-per-class",
+        "4",
+        "--head-steps",
+        "4",
+        "--fine-tune-steps",
+        "20",
+        "--learning-rate",
+        "1e30",
+        "--weight-decay",
+        "0",
+    ]
     assert run(arguments) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"(nan|inf) at step \d+ \(fine-tune\)", line), line
@@ -102,9 +138,26 @@ def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights,
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main()"
     )
     target = tmp_path / "run"
-    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
-                 str(target), "--labels-per-class", "4", "--batch-size", "8", "--head-steps", "2",
-                 "--fine-tune-steps", "2", "--compare", "no", "--resume"]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(target),
+        "--labels-per-class",
+        "4",
+        "--batch-size",
+        "8",
+        "--head-steps",
+        "2",
+        "--fine-tune-steps",
+        "2",
+        "--compare",
+        "no",
+        "--resume",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
     )
@@ -118,8 +171,17 @@ def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights,
 
 
 def test_head_keep_with_another_class_count_says_so(folder, weights, tmp_path, capsys):
-    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
-                 str(tmp_path / "run"), "--head", "keep"]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(tmp_path / "run"),
+        "--head",
+        "keep",
+    ]
     assert run(arguments) == 2
     line = only_line(capsys)
     assert "5" in line
@@ -127,8 +189,18 @@ def test_head_keep_with_another_class_count_says_so(folder, weights, tmp_path, c
 
 
 def test_a_folder_of_another_run_is_refused(finished, folder, weights, capsys):
-    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run",
-                 str(finished), "--seed", "3", "--resume"]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(finished),
+        "--seed",
+        "3",
+        "--resume",
+    ]
     assert run(arguments) == 2
     assert "seed is 0 there and 3 here" in only_line(capsys)
 

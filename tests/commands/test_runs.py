@@ -18,9 +18,15 @@ def test_train_ends_with_the_test_accuracy_and_leaves_everything(finished, capsy
     assert summary["train_images"] == 8
     assert summary["test_images"] == 8
     assert {path.name for path in finished.iterdir()} >= {
-        "config.json", "metrics.jsonl", "checkpoints", "audit.json", "model.safetensors",
-        "environment.json", "result.json", "summary.json",
-    }  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "audit.json",
+        "model.safetensors",
+        "environment.json",
+        "result.json",
+        "summary.json",
+    }
     assert all(audit["moved"] == [] for audit in json.loads((finished / "audit.json").read_text()))
 
 
@@ -70,9 +76,23 @@ def test_convert_round_trips(weights, tmp_path):
 def test_train_says_what_frozen_features_reach_and_what_it_caches(
     folder, weights, tmp_path, capsys
 ):
-    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--compare",
-                 "no", "--strategy", "feature_extraction", "--steps", "9", "--batch-size", "8",
-                 "--cache-views", "1"]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--compare",
+        "no",
+        "--strategy",
+        "feature_extraction",
+        "--steps",
+        "9",
+        "--batch-size",
+        "8",
+        "--cache-views",
+        "1",
+    ]
     assert run([*arguments, "--run", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
     assert "heads on the frozen features of" in shown.out

@@ -21,9 +21,25 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
     assert "Ends after a phase without better validation" in capsys.readouterr().out
     path.write_text(path.read_text().replace("steps: 100", "steps: 4"))
     target = tmp_path / "run"
-    train = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--run", str(target),
-             "--labels-per-class", "4", "--val-per-class", "2", "--batch-size", "4",
-             "--compare", "no", "--strategy", str(path)]  # fmt: skip
+    train = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--run",
+        str(target),
+        "--labels-per-class",
+        "4",
+        "--val-per-class",
+        "2",
+        "--batch-size",
+        "4",
+        "--compare",
+        "no",
+        "--strategy",
+        str(path),
+    ]
     assert run(train) == 0
     output = " ".join(capsys.readouterr().out.split())
     kept = np.load(target / "validation.npz")
@@ -53,9 +69,23 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
 def test_strategies_that_measure_say_what_they_found(
     folder, weights, tmp_path, capsys, strategy, column
 ):
-    arguments = ["train", "--data", f"folder:{folder}", "--weights", str(weights), "--compare",
-                 "no", "--strategy", strategy, "--steps", "2", "--batch-size", "8", "--run",
-                 str(tmp_path / "run")]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--compare",
+        "no",
+        "--strategy",
+        strategy,
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--run",
+        str(tmp_path / "run"),
+    ]
     assert run(arguments) == 0
     shown = capsys.readouterr().out
     assert "measured with logistic regression on" in shown
@@ -72,10 +102,23 @@ def test_a_plan_that_has_to_be_measured(capsys):
 def test_rates_of_a_later_phase_are_printed_and_drawn(folder, weights, tmp_path, capsys):
     """Each group of it, from the network that the phase before it leaves; no run remains."""
     arguments = [
-        "find-rate", "--data", f"folder:{folder}", "--weights", str(weights), "--batch-size", "8",
-        "--phase", "fine-tune", "--each-group", "--steps", "12", "--lowest", "1e-4",
-        "--out", str(tmp_path / "rates.png"),
-    ]  # fmt: skip
+        "find-rate",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--batch-size",
+        "8",
+        "--phase",
+        "fine-tune",
+        "--each-group",
+        "--steps",
+        "12",
+        "--lowest",
+        "1e-4",
+        "--out",
+        str(tmp_path / "rates.png"),
+    ]
     assert run(arguments) == 0
     output = capsys.readouterr().out
     for name in ("head", "backbone"):

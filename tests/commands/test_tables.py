@@ -26,9 +26,17 @@ from flaxtransfer.cli import (
 
 def test_params_prints_the_table_without_allocating_a_network(capsys):
     arguments = [
-        "params", "--model", "resnet152", "--rules", "new=head()",
-        "late=stage(4) - batch_norm()", "frozen=rest()", "--rates", "new=1e-3", "late=1e-4",
-    ]  # fmt: skip
+        "params",
+        "--model",
+        "resnet152",
+        "--rules",
+        "new=head()",
+        "late=stage(4) - batch_norm()",
+        "frozen=rest()",
+        "--rates",
+        "new=1e-3",
+        "late=1e-4",
+    ]
     assert run(arguments) == 0
     output = capsys.readouterr().out
     # torchvision documents 60,192,808 parameters for ResNet-152 with 1000 classes.
@@ -48,18 +56,18 @@ def models_shown(capsys, *arguments):
 def test_models_prints_what_the_names_cost(capsys):
     """The numbers of resnet50 are those that torchvision publishes with its weights."""
     every, notes = models_shown(capsys)
-    assert list(every) == list(ft.ARCHITECTURES)
+    assert list(every) == list(ft.models.ARCHITECTURES)
     assert every["resnet50"] == ["25.56", "4.089", "2048"]
     assert f"{len(every)} of {len(every)} names" in notes
     found, _ = models_shown(capsys, "se*50*", "--sort", "macs")
-    assert set(found) == {n for n in ft.ARCHITECTURES if n.startswith("se") and "50" in n}
+    assert set(found) == {n for n in ft.models.ARCHITECTURES if n.startswith("se") and "50" in n}
     numbers = [float(cells[1]) for cells in found.values()]
     assert numbers == sorted(numbers)
     named, _ = models_shown(capsys, "resnet1", "--sort", "name")
     names = [name for name in named if re.fullmatch(r"resnet\d+", name)]
     assert names == ["resnet18", "resnet101", "resnet152"]
     small, _ = models_shown(capsys, "resnet50d", "--sort", "parameters", "--size", "448")
-    assert set(small) == {name for name in ft.ARCHITECTURES if "resnet50d" in name}
+    assert set(small) == {name for name in ft.models.ARCHITECTURES if "resnet50d" in name}
     assert float(small["resnet50d"][1]) == pytest.approx(4 * 4.329, rel=1e-3)
 
 
@@ -71,8 +79,15 @@ def test_models_says_which_no_images_of_a_size_fit(capsys):
 
 def test_probe_prints_a_row_a_segment_and_draws_them(folder, weights, tmp_path, capsys):
     picture = tmp_path / "probe.png"
-    arguments = ["probe", "--data", f"folder:{folder}", "--weights", str(weights), "--out",
-                 str(picture)]  # fmt: skip
+    arguments = [
+        "probe",
+        "--data",
+        f"folder:{folder}",
+        "--weights",
+        str(weights),
+        "--out",
+        str(picture),
+    ]
     assert run(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split()[0] for line in lines]

@@ -1,4 +1,4 @@
-"""Every colour mode and orientation to RGB or gray bytes; every damage to one kind of error."""
+"""Every color mode and orientation to RGB or gray bytes; every damage to one kind of error."""
 
 import io
 
@@ -11,7 +11,7 @@ from PIL import Image
 from flaxtransfer.data.decode import ImageError, decode, is_image
 
 RNG = np.random.default_rng(0)
-COLOUR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+COLOR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
 LEVELS = np.array([[0, 1, 255, 256], [32767, 32768, 65279, 65535]], np.uint16)
 
 
@@ -24,13 +24,13 @@ def encoded(image, kind="PNG", **options):
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_come_back_bit_for_bit(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(Image.fromarray(COLOUR), kind, **options)
+    data = encoded(Image.fromarray(COLOR), kind, **options)
     assert is_image(data[:16])
-    np.testing.assert_array_equal(decode(data, name="x"), COLOUR)
+    np.testing.assert_array_equal(decode(data, name="x"), COLOR)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("GIF", "L")])
-def test_a_flat_colour_survives_the_lossy_formats(kind, mode):
+def test_a_flat_color_survives_the_lossy_formats(kind, mode):
     image = Image.new("RGB", (16, 16), (200, 200, 200)).convert(mode)
     data = encoded(image, kind)
     assert is_image(data[:16])
@@ -74,7 +74,7 @@ def test_transparency_is_composed_over_white():
     assert decode(encoded(gray), name="x", channels=1).ravel().tolist() == [255, 77]
 
 
-def test_palette_is_looked_up_and_its_transparent_colour_is_white():
+def test_palette_is_looked_up_and_its_transparent_color_is_white():
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
@@ -133,8 +133,8 @@ def test_exif_orientation_is_applied_once(orientation, kind):
 
 
 def test_broken_exif_does_not_hide_the_pixels():
-    data = encoded(Image.fromarray(COLOUR), exif=b"Exif\0\0XX garbage that is no TIFF header")
-    np.testing.assert_array_equal(decode(data, name="x"), COLOUR)
+    data = encoded(Image.fromarray(COLOR), exif=b"Exif\0\0XX garbage that is no TIFF header")
+    np.testing.assert_array_equal(decode(data, name="x"), COLOR)
 
 
 def test_an_animation_gives_its_first_frame():
@@ -161,8 +161,8 @@ def test_min_side_decodes_a_large_jpeg_smaller_and_never_below():
     [
         (b"", "x.png: not an image in PNG, JPEG, BMP, GIF, TIFF, WEBP"),
         (b"label,path\n", "x.png: not an image in PNG"),
-        (encoded(Image.fromarray(COLOUR))[:-30], "x.png: the image cannot be decoded"),
-        (encoded(Image.fromarray(COLOUR), "JPEG")[:-200], "x.png: the image cannot be decoded"),
+        (encoded(Image.fromarray(COLOR))[:-30], "x.png: the image cannot be decoded"),
+        (encoded(Image.fromarray(COLOR), "JPEG")[:-200], "x.png: the image cannot be decoded"),
         (encoded(Image.new("I", (2, 2)), "TIFF"), "x.png: 32-bit integer pixels have no fixed"),
         (encoded(Image.new("F", (2, 2)), "TIFF"), "x.png: float pixels have no fixed black"),
         (encoded(Image.new("L", (2, 2)), "PPM"), "x.png: not an image in PNG"),
@@ -176,7 +176,7 @@ def test_what_is_no_usable_image_is_named(data, text):
 def test_an_image_too_large_to_be_true_is_named(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ImageError, match=r"x: the image cannot be decoded .*decompression bomb"):
-        decode(encoded(Image.fromarray(COLOUR)), name="x")
+        decode(encoded(Image.fromarray(COLOR)), name="x")
 
 
 def test_a_missing_file_is_not_called_a_broken_image(tmp_path):
@@ -185,7 +185,7 @@ def test_a_missing_file_is_not_called_a_broken_image(tmp_path):
 
 
 SAMPLES = [
-    encoded(Image.fromarray(COLOUR), kind) for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+    encoded(Image.fromarray(COLOR), kind) for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 ]
 
 

@@ -31,8 +31,12 @@ def test_classes_and_files_are_numbered_in_natural_order(tree):
     source = open_source(f"folder:{tree}")
     assert isinstance(source, Source)
     assert source.class_names == ("class2", "class10")
-    assert source.files == ("class2/deep/x.tif", "class2/img9.bmp", "class2/img10.png",
-                            "class10/b.png")  # fmt: skip
+    assert source.files == (
+        "class2/deep/x.tif",
+        "class2/img9.bmp",
+        "class2/img10.png",
+        "class10/b.png",
+    )
     assert source.labels().tolist() == [0, 0, 0, 1]
     assert source.labels().dtype == np.int64
     assert [source[i]["image"][0, 0, 0] for i in range(len(source))] == [1, 2, 3, 10]
@@ -106,7 +110,7 @@ def test_many_bad_files_are_counted(tree):
         open_source(f"folder:{tree}")
 
 
-def test_a_missing_folder_lists_its_neighbours(tmp_path):
+def test_a_missing_folder_lists_its_neighbors(tmp_path):
     (tmp_path / "scans").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no folder .*scan; folders in .*: scans"):
         open_source(f"folder:{tmp_path}/scan")
@@ -127,10 +131,12 @@ def test_a_file_is_not_a_folder(tmp_path):
         (["a.png", "b.png"], r"has no class folders \(only images: a\.png, b\.png\)"),
         (["a/1.png", "b/1.png", "c.png"], r"images outside the class folders: c\.png"),
         (["a/1.png"], "has one class folder, 'a'; a classifier needs two or more"),
-        (["train/a/1.png", "train/b/1.png", "val/a/1.png"],
-         r"holds splits, \['train', 'val'\], not classes; open one of them: 'folder:.*/train'"),
+        (
+            ["train/a/1.png", "train/b/1.png", "val/a/1.png"],
+            r"holds splits, \['train', 'val'\], not classes; open one of them: 'folder:.*/train'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_folder_of_another_layout_says_what_is_wanted(tmp_path, files, text):
     for file in files:
         put(tmp_path / file)

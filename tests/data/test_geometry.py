@@ -109,7 +109,7 @@ def test_affine_is_the_inverse_matrix_applied_by_scipy(degrees, shift, scale, sh
     y, x = np.mgrid[:size, :size] + 0.5
     offset = np.stack([x - 12 - shift[0], y - 12 - shift[1]])
     px, py = np.tensordot(back, offset, 1)
-    px, py = (px + 16) / 2, (py + 12) / 2  # the resized image's centre, then its own pixels
+    px, py = (px + 16) / 2, (py + 12) / 2  # the resized image's center, then its own pixels
     wanted = map_coordinates(
         image[..., 0].astype(float), [py - 0.5, px - 0.5], order=1, mode="nearest"
     )

@@ -5,41 +5,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxtransfer.data import normalise
+from flaxtransfer.weights import normalize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
 
 
 def test_it_is_the_formula_in_float64_to_float32_rounding():
-    found = jax.jit(normalise, static_argnums=(1, 2))(IMAGES, MEAN, STD)
+    found = jax.jit(normalize, static_argnums=(1, 2))(IMAGES, MEAN, STD)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, (IMAGES / 255 - MEAN) / STD, rtol=0, atol=1e-6)
 
 
 def test_one_number_serves_all_channels():
     np.testing.assert_array_equal(
-        normalise(IMAGES, (0.5,), (0.5,)), normalise(IMAGES, (0.5,) * 3, (0.5,) * 3)
+        normalize(IMAGES, (0.5,), (0.5,)), normalize(IMAGES, (0.5,) * 3, (0.5,) * 3)
     )
 
 
 def test_the_dtype_is_that_of_the_result_and_not_of_the_arithmetic():
-    found = normalise(IMAGES, MEAN, STD, dtype=jnp.bfloat16)
+    found = normalize(IMAGES, MEAN, STD, dtype=jnp.bfloat16)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, normalise(IMAGES, MEAN, STD).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(found, normalize(IMAGES, MEAN, STD).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((IMAGES.astype(np.float32), MEAN, STD), TypeError,
-         "images are float32, wanted uint8 .* normalised already"),
-        ((IMAGES, MEAN[:2], STD * 2), ValueError,
-         "images have 3 channels, but mean has 2 values and std has 6 values"),
+        (
+            (IMAGES.astype(np.float32), MEAN, STD),
+            TypeError,
+            "images are float32, wanted uint8 .* normalized already",
+        ),
+        (
+            (IMAGES, MEAN[:2], STD * 2),
+            ValueError,
+            "images have 3 channels, but mean has 2 values and std has 6 values",
+        ),
         ((IMAGES, MEAN, (0.1, 0.0, 0.1)), ValueError, r"std is \(0\.1, 0\.0, 0\.1\); every value"),
         ((IMAGES, MEAN, (float("nan"),)), ValueError, r"std is \(nan,\); every value"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(arguments, error, text):
     with pytest.raises(error, match=text):
-        normalise(*arguments)
+        normalize(*arguments)

@@ -20,7 +20,7 @@ from flaxtransfer.data import (
     ImageError,
     RandomAffine,
     ResizeCrop,
-    eval_batches,
+    batches_in_order,
     evaluation_transform,
     train_batches,
     train_dataset,
@@ -89,7 +89,7 @@ def test_only_the_given_positions_are_used_even_if_they_are_fewer_than_a_batch()
     assert sorted(ids(train(1, indices=[7, 7, 7, 2], batch_size=4))) == [2, 7, 7, 7]
 
 
-def test_augmentation_differs_between_epochs_and_neighbours():
+def test_augmentation_differs_between_epochs_and_neighbors():
     batch = train(1, indices=[7])[0]
     assert len({image.tobytes() for image in batch["image"]}) == 8
 
@@ -261,9 +261,13 @@ def test_closing_ends_the_threads():
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_an_unreadable_image_surfaces_with_its_name(num_threads):
     batches = train_batches(
-        Watched(fails={3}), [1, 2, 3, 4], batch_size=4, transform=PLAIN, seed=0,
+        Watched(fails={3}),
+        [1, 2, 3, 4],
+        batch_size=4,
+        transform=PLAIN,
+        seed=0,
         num_threads=num_threads,
-    )  # fmt: skip
+    )
     with pytest.raises(ImageError, match=r"scan3\.png: the image cannot be decoded"):
         next(batches)
     batches.close()
@@ -271,7 +275,7 @@ def test_an_unreadable_image_surfaces_with_its_name(num_threads):
 
 def evaluate(**options):
     settings = {"batch_size": 8, "transform": PLAIN, "num_threads": 0} | options
-    return list(eval_batches(SOURCE, settings.pop("indices", range(23)), **settings))
+    return list(batches_in_order(SOURCE, settings.pop("indices", range(23)), **settings))
 
 
 @pytest.mark.parametrize("num_threads", [0, 3])
@@ -353,8 +357,8 @@ def test_evaluation_refuses_random_transforms():
         evaluate(transform=RandomAffine(12, 12))
 
 
-def test_a_transform_that_returns_floats_is_told_where_normalisation_happens():
-    text = r"made float64 \[8, 8, 1\] of an image, wanted uint8 .*normalised on the device"
+def test_a_transform_that_returns_floats_is_told_where_normalization_happens():
+    text = r"made float64 \[8, 8, 1\] of an image, wanted uint8 .*normalized on the device"
     for function in (train, evaluate):
         with pytest.raises(TypeError, match=text):
             function(*([0] if function is train else []), transform=lambda image, rng: image / 255)
@@ -365,13 +369,15 @@ def test_images_of_different_sizes_are_named():
         def __getitem__(self, index):
             return {"image": np.zeros((12, 12 + index, 3), np.uint8), "label": 0}
 
-    batches = eval_batches(Sizes(), [0, 5], batch_size=2, num_threads=0)
+    batches = batches_in_order(Sizes(), [0, 5], batch_size=2, num_threads=0)
     text = r"example 5 has become \[12, 17, 3\], the first one \[12, 12, 3\]: .*give a transform"
     with pytest.raises(ValueError, match=text):
         next(batches)
-    batches = eval_batches(
+    batches = batches_in_order(
         Sizes(), [0, 5], batch_size=2, transform=lambda image, rng: image, num_threads=0
     )
     with pytest.raises(ValueError, match=r"example 5 .* keeps different sizes"):
         next(batches)
-    assert len(list(eval_batches(Sizes(), [0, 5], batch_size=2, transform=ResizeCrop(9, 9)))) == 1
+    assert (
+        len(list(batches_in_order(Sizes(), [0, 5], batch_size=2, transform=ResizeCrop(9, 9)))) == 1
+    )

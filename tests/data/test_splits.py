@@ -11,7 +11,7 @@ SEEDS = st.integers(0, 2**40)
 
 
 @st.composite
-def labellings(draw, least=4, most=30):
+def labelings(draw, least=4, most=30):
     counts = draw(st.lists(st.integers(least, most), min_size=2, max_size=5))
     labels = np.repeat(np.arange(len(counts)), counts)
     return np.random.default_rng(draw(SEEDS)).permutation(labels)
@@ -25,7 +25,7 @@ def as_sets(splits):
     return [set(part.tolist()) for part in splits]
 
 
-@given(labellings(), SEEDS, st.integers(1, 3), st.data())
+@given(labelings(), SEEDS, st.integers(1, 3), st.data())
 def test_parts_are_disjoint_and_together_everything(labels, seed, n, data):
     options = data.draw(
         st.sampled_from(
@@ -47,7 +47,7 @@ def test_parts_are_disjoint_and_together_everything(labels, seed, n, data):
         assert (np.diff(part) > 0).all()
 
 
-@given(labellings(), SEEDS, st.integers(1, 3), st.integers(0, 2))
+@given(labelings(), SEEDS, st.integers(1, 3), st.integers(0, 2))
 def test_no_more_than_n_labels_of_a_class_are_used(labels, seed, n, val):
     assume(val < n)
     splits = stratified_split(labels, labels_per_class=n, val_per_class=val, seed=seed)
@@ -58,7 +58,7 @@ def test_no_more_than_n_labels_of_a_class_are_used(labels, seed, n, val):
     assert len(splits.rest) == 0
 
 
-@given(labellings(), SEEDS, st.data())
+@given(labelings(), SEEDS, st.data())
 def test_fewer_labels_are_among_more_labels(labels, seed, data):
     few, many = sorted(data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=2, unique=True)))
     small, large = (stratified_split(labels, labels_per_class=n, seed=seed) for n in (few, many))
@@ -69,7 +69,7 @@ def test_fewer_labels_are_among_more_labels(labels, seed, data):
     assert set(with_val.train) | set(with_val.val) == set(large.train)
 
 
-@given(labellings(), SEEDS, st.floats(0.05, 0.25))
+@given(labelings(), SEEDS, st.floats(0.05, 0.25))
 def test_with_a_test_fraction_the_test_set_is_the_same_for_every_other_setting(
     labels, seed, fraction
 ):
@@ -84,7 +84,7 @@ def test_with_a_test_fraction_the_test_set_is_the_same_for_every_other_setting(
         assert found.test.tolist() == wanted
 
 
-@given(labellings(), SEEDS, st.integers(1, 20))
+@given(labelings(), SEEDS, st.integers(1, 20))
 def test_another_class_changes_nothing_for_the_others(labels, seed, more):
     before = stratified_split(labels, labels_per_class=2, seed=seed)
     grown = np.concatenate([labels, np.full(more + 2, labels.max() + 1)])
@@ -92,7 +92,7 @@ def test_another_class_changes_nothing_for_the_others(labels, seed, more):
     assert [i for i in after.train if i < len(labels)] == before.train.tolist()
 
 
-@given(labellings(least=10), st.floats(0.05, 0.4), st.floats(0.05, 0.4), SEEDS)
+@given(labelings(least=10), st.floats(0.05, 0.4), st.floats(0.05, 0.4), SEEDS)
 def test_shares_are_of_each_class(labels, val, test, seed):
     splits = stratified_split(labels, val_fraction=val, test_fraction=test, seed=seed)
     for count, tested, validated in zip(
@@ -149,34 +149,61 @@ def test_the_digits_with_five_labels_a_class(digits):
     ("labels", "options", "text"),
     [
         ([0, 0, 0], {}, "only one class, '0'; a classifier needs two or more"),
-        ([0] * 9 + [1] * 3, {"labels_per_class": 5},
-         "class '1' has 3 examples, 3 left, and 5 are wanted"),
-        ([0] * 3 + [1] * 2, {"labels_per_class": 5, "class_names": ("cat", "dog")},
-         r"class 'cat' has 3 examples.*; class 'dog' has 2 examples"),
-        ([0] * 9 + [1] * 5, {"labels_per_class": 5},
-         r"class '1' has 5 examples, all of which would be used.*test_fraction=0\.0"),
-        ([0] * 9 + [1] * 6, {"labels_per_class": 5, "test_fraction": 0.5},
-         "class '1' has 6 examples, 3 left after 3 for testing, and 5 are wanted"),
+        (
+            [0] * 9 + [1] * 3,
+            {"labels_per_class": 5},
+            "class '1' has 3 examples, 3 left, and 5 are wanted",
+        ),
+        (
+            [0] * 3 + [1] * 2,
+            {"labels_per_class": 5, "class_names": ("cat", "dog")},
+            r"class 'cat' has 3 examples.*; class 'dog' has 2 examples",
+        ),
+        (
+            [0] * 9 + [1] * 5,
+            {"labels_per_class": 5},
+            r"class '1' has 5 examples, all of which would be used.*test_fraction=0\.0",
+        ),
+        (
+            [0] * 9 + [1] * 6,
+            {"labels_per_class": 5, "test_fraction": 0.5},
+            "class '1' has 6 examples, 3 left after 3 for testing, and 5 are wanted",
+        ),
         ([0] * 9 + [2] * 9, {}, "class '1' has no examples"),
         ([0] * 9 + [1] * 9, {"class_names": ("a", "b", "c")}, "class 'c' has no examples"),
-        ([0] * 9 + [1] * 9 + [2] * 9, {"class_names": ("a", "b")},
-         "labels go up to 2, but there are 2 names"),
+        (
+            [0] * 9 + [1] * 9 + [2] * 9,
+            {"class_names": ("a", "b")},
+            "labels go up to 2, but there are 2 names",
+        ),
         ([0] * 9 + [1] * 2, {}, "class '1' has 2 examples, 1 left after 1 for testing, and 2 are"),
         ([0, 1] * 9, {"labels_per_class": 0}, "labels_per_class is 0, wanted 1 or more"),
-        ([0, 1] * 9, {"labels_per_class": 5, "val_per_class": 5},
-         "val_per_class is 5 of 5 labels per class, which leaves none to train on"),
+        (
+            [0, 1] * 9,
+            {"labels_per_class": 5, "val_per_class": 5},
+            "val_per_class is 5 of 5 labels per class, which leaves none to train on",
+        ),
         ([0, 1] * 9, {"val_per_class": -1}, "val_per_class is -1, wanted 0 or more"),
-        ([0, 1] * 9, {"val_per_class": 1, "val_fraction": 0.1},
-         "val_fraction and val_per_class are both given"),
-        ([0, 1] * 9, {"labels_per_class": 2, "val_fraction": 0.1},
-         "val_fraction does not go with labels_per_class.*give val_per_class"),
-        ([0, 1] * 9, {"test_fraction": 1.0, "val_fraction": -0.1, "seed": -1},
-         r"val_fraction is -0\.1.*; test_fraction is 1\.0, wanted at least 0.*; seed is -1"),
+        (
+            [0, 1] * 9,
+            {"val_per_class": 1, "val_fraction": 0.1},
+            "val_fraction and val_per_class are both given",
+        ),
+        (
+            [0, 1] * 9,
+            {"labels_per_class": 2, "val_fraction": 0.1},
+            "val_fraction does not go with labels_per_class.*give val_per_class",
+        ),
+        (
+            [0, 1] * 9,
+            {"test_fraction": 1.0, "val_fraction": -0.1, "seed": -1},
+            r"val_fraction is -0\.1.*; test_fraction is 1\.0, wanted at least 0.*; seed is -1",
+        ),
         ([], {}, r"labels have shape \(0,\)"),
         ([[0, 1]], {}, r"labels have shape \(1, 2\), wanted \[examples\]"),
         ([0, -1], {}, "labels go down to -1"),
     ],
-)  # fmt: skip
+)
 def test_a_split_that_cannot_be_made_says_why(labels, options, text):
     with pytest.raises(ValueError, match=text):
         stratified_split(labels, **options)

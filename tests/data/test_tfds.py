@@ -159,27 +159,40 @@ def test_the_source_pickles(prepared):
     [
         ("tiny_shapse", ValueError, r"no data set 'tiny_shapse'; did you mean 'tiny_shapes'"),
         ("mnistt", ValueError, r"no data set 'mnistt'; did you mean 'mnist'.*\(\d+ names are"),
-        ("mnist", FileNotFoundError,
-         r"'tfds:mnist' is not prepared: .*mnist/3\.0\.1 \(prepared here: tiny_gray:1\.2\.0, "
-         r"tiny_shapes:1\.2\.0, tiny_texts:1\.2\.0\)\. Prepare it once, where there is internet, "
-         "with download=True"),
+        (
+            "mnist",
+            FileNotFoundError,
+            r"'tfds:mnist' is not prepared: .*mnist/3\.0\.1 \(prepared here: tiny_gray:1\.2\.0, "
+            r"tiny_shapes:1\.2\.0, tiny_texts:1\.2\.0\)\. Prepare it once, where there is "
+            r"internet, "
+            "with download=True",
+        ),
         ("mnist/big", ValueError, "'tfds:mnist/big' cannot be opened: mnist has no configs"),
-        ("imagenette/160px-v3", ValueError,
-         r"imagenette has the configs \['full-size-v2'.*; did you mean '160px-v2'"),
+        (
+            "imagenette/160px-v3",
+            ValueError,
+            r"imagenette has the configs \['full-size-v2'.*; did you mean '160px-v2'",
+        ),
         ("mnist:9.9.9", ValueError, r"no version 9\.9\.9; the code makes 3\.0\.1 \(prepar"),
         ("tiny_shapes:1.0.0", ValueError, r"no version 1\.0\.0; the code makes 1\.2\.0 \("),
-        ("tiny_shapes:trian", ValueError,
-         r"no split 'trian'; did you mean 'train'\?.*the splits train \(4 examples\), test \(1 ex"),
+        (
+            "tiny_shapes:trian",
+            ValueError,
+            r"no split 'trian'; did you mean 'train'\?.*the splits train \(4 examples\), test \(1 ",
+        ),
         ("tiny_shapes:train[:99]", ValueError, r"'train\[:99\]' cannot be taken: .*has the splits"),
         ("tiny_shapes:train[:", ValueError, r"'train\[:' cannot be taken: "),
         ("tiny_shapes:train[:0]", ValueError, r"'train\[:0\]' holds no example; .*has the splits"),
         ("tiny_shapes:train[3:1]", ValueError, r"'train\[3:1\]' "),
-        ("tiny_texts", ValueError,
-         r"'tfds:tiny_texts' is no image classification data set: it has no Image feature\(s\) "
-         r"where one image is wanted; its features: text \(Text\)"),
+        (
+            "tiny_texts",
+            ValueError,
+            r"'tfds:tiny_texts' is no image classification data set: it has no Image feature\(s\) "
+            r"where one image is wanted; its features: text \(Text\)",
+        ),
         ("a b", ValueError, r"'tfds:a b' is not of the form 'tfds:<name>\[/config\]"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_opened_says_so_at_once(prepared, spec, error, text):
     start = time.monotonic()
     with pytest.raises(error, match=text):

@@ -79,12 +79,20 @@ def test_a_plain_function_is_a_transform_and_not_called_random():
 def test_the_affine_step_covers_its_ranges():
     step = RandomAffine(16, 20, degrees=30, shift=0.25, scale=(0.5, 2.0), shear=10, fill=9)
     for draw, degrees, shift, scale, shear in [
-        (0.0, -30, -4, 0.5, -10), (0.5, 0, 0, 1.25, 0), (1.0, 30, 4, 2.0, 10)
-    ]:  # fmt: skip
+        (0.0, -30, -4, 0.5, -10),
+        (0.5, 0, 0, 1.25, 0),
+        (1.0, 30, 4, 2.0, 10),
+    ]:
         wanted = affine(
-            PHOTO, size=16, resize=20, degrees=degrees, shift=(shift, shift), scale=scale,
-            shear=shear, fill=9,
-        )  # fmt: skip
+            PHOTO,
+            size=16,
+            resize=20,
+            degrees=degrees,
+            shift=(shift, shift),
+            scale=scale,
+            shear=shear,
+            fill=9,
+        )
         np.testing.assert_array_equal(step(PHOTO, FixedDraws(draw)), wanted)
 
 
@@ -180,18 +188,25 @@ def test_names_that_speak_of_glyphs_or_sides_forbid_mirroring(names, keeps):
         (lambda: ResizeCrop(9, 8), "ResizeCrop: resize is 8 px, less than the crop's size of 9 px"),
         (lambda: ResizeCrop(0, 8), "ResizeCrop: size is 0, wanted 1 or more px"),
         (lambda: ResizeCrop(8, 8, "cubic"), "unknown interpolation 'cubic'; did you mean 'bicub"),
-        (lambda: RandomAffine(8, 8, degrees=-1, shift=-1, scale=(0, 1), fill=256),
-         r"RandomAffine: scale is \(0, 1\), wanted 0 < low <= high; degrees is -1, wanted 0 or more"
-         r"; shift is -1, wanted 0 or more; fill is 256, wanted 0 to 255"),
+        (
+            lambda: RandomAffine(8, 8, degrees=-1, shift=-1, scale=(0, 1), fill=256),
+            r"RandomAffine: scale is \(0, 1\), wanted 0 < low <= high; "
+            r"degrees is -1, wanted 0 or more"
+            r"; shift is -1, wanted 0 or more; fill is 256, wanted 0 to 255",
+        ),
         (lambda: RandomAffine(8, 8, shear=90), "shear is 90, wanted less than 90 degrees"),
-        (lambda: RandomResizedCrop(8, scale=(0.5, 1.5), ratio=(2, 1)),
-         r"scale is \(0\.5, 1\.5\), wanted 0 < low <= high <= 1; ratio is \(2, 1\), wanted"),
+        (
+            lambda: RandomResizedCrop(8, scale=(0.5, 1.5), ratio=(2, 1)),
+            r"scale is \(0\.5, 1\.5\), wanted 0 < low <= high <= 1; ratio is \(2, 1\), wanted",
+        ),
         (lambda: HorizontalFlip(1.5), r"probability is 1\.5, wanted 0 to 1"),
         (lambda: Jitter(2, -1), "brightness is 2, wanted 0 to 1; contrast is -1, wanted 0 to 1"),
-        (lambda: training_transform(PREPROCESSING, geometry="warp"),
-         "unknown geometry 'warp'; known: affine, crop, none"),
+        (
+            lambda: training_transform(PREPROCESSING, geometry="warp"),
+            "unknown geometry 'warp'; known: affine, crop, none",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_refused_when_they_are_made(make, text):
     with pytest.raises(ValueError, match=text):
         make()

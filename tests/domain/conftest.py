@@ -21,9 +21,11 @@ def trained() -> Trained:
     variables = jax.device_get(model.init(jax.random.key(0)))
     images, labels = draw((1 / 3, 1 / 3, 1 / 3), 240, 0)
     batches = [{"image": images, "label": labels}]
-    variables = {**variables, "batch_stats": ft.recalibrate(
-        model, variables, batches, PREPROCESSING)}  # fmt: skip
-    features, _ = ft.pooled_features(model, variables, batches, PREPROCESSING)
+    variables = {
+        **variables,
+        "batch_stats": ft.training.recalibrate(model, variables, batches, PREPROCESSING),
+    }
+    features, _ = ft.features.pooled_features(model, variables, batches, PREPROCESSING)
     head = LogisticRegression(C=10.0, max_iter=1000).fit(features, labels)
     fc = {"kernel": np.float32(head.coef_.T), "bias": np.float32(head.intercept_)}
     variables = {**variables, "params": {**variables["params"], "fc": fc}}

@@ -11,7 +11,7 @@ from flaxtransfer.adapt.statistics import reader, target_logits
 from flaxtransfer.shift.calibration import Calibration
 
 SIZE = 32
-CONFIG = ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=3)
+CONFIG = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=3)
 PREPROCESSING = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)
 
 
@@ -46,12 +46,14 @@ class Trained:
     """A network of random features with its optimal head, and its calibration."""
 
     model: ft.Model
-    variables: ft.Variables
+    variables: ft.models.Variables
     source: Calibration
     train: np.ndarray
 
-    def logits(self, variables: ft.Variables, images: np.ndarray) -> np.ndarray:
+    def logits(self, variables: ft.models.Variables, images: np.ndarray) -> np.ndarray:
         return target_logits(self.model, variables, reader(images, len(images)), PREPROCESSING)
 
-    def accuracy(self, variables: ft.Variables, images: np.ndarray, labels: np.ndarray) -> float:
+    def accuracy(
+        self, variables: ft.models.Variables, images: np.ndarray, labels: np.ndarray
+    ) -> float:
         return float((self.logits(variables, images).argmax(1) == labels).mean())

@@ -17,7 +17,7 @@ from flaxtransfer.batchnorm import modules
 from flaxtransfer.models import lax_conv
 from flaxtransfer.models.moments import apply_measuring
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights.preprocessing import normalise
+from flaxtransfer.weights.preprocessing import normalize
 from tests.domain.gratings import CONFIG, PREPROCESSING, SIZE, draw, faint
 
 EVEN = (1 / 3, 1 / 3, 1 / 3)
@@ -41,7 +41,7 @@ def largest_difference(one, other):
 
 def test_running_statistics_then_give_the_outputs_of_batch_mode(trained, target):
     """Of all images together: what flax's own BatchNorm makes of them."""
-    normal = normalise(target[0], PREPROCESSING.mean, PREPROCESSING.std)
+    normal = normalize(target[0], PREPROCESSING.mean, PREPROCESSING.std)
     by_batch = jax.jit(lambda v, x: trained.model.apply(v, x, norm="batch")[0])
     expected = by_batch(trained.variables, normal)
     variables, report = adapted(trained, target[0])
@@ -54,7 +54,7 @@ def test_running_statistics_then_give_the_outputs_of_batch_mode(trained, target)
 @pytest.mark.parametrize("mixture", ["moments", "linear"])
 def test_a_mixture_is_the_same_in_batch_mode_and_afterwards(trained, target, mixture):
     """Half and half with the source's at every layer: 240 images, and N = 240."""
-    normal = normalise(target[0], PREPROCESSING.mean, PREPROCESSING.std)
+    normal = normalize(target[0], PREPROCESSING.mean, PREPROCESSING.std)
     chosen = frozenset(modules(trained.variables["batch_stats"]))
     by_batch = jax.jit(
         lambda v, x: apply_measuring(trained.model, v, x, None, chosen, share=0.5, kind=mixture)[0]
@@ -73,8 +73,10 @@ def test_what_does_not_matter(trained, target):
     assert variables["params"] is trained.variables["params"]
     turned, _ = adapted(trained, images[::-1])
     assert largest_difference(turned["batch_stats"], variables["batch_stats"]) < 1e-5
-    padded = {"image": np.concatenate([images, images[:8]]),
-              "weight": np.repeat([1.0, 0.0], [240, 8])}  # fmt: skip
+    padded = {
+        "image": np.concatenate([images, images[:8]]),
+        "weight": np.repeat([1.0, 0.0], [240, 8]),
+    }
     fed, _ = adapted(trained, lambda: iter([padded]))
     assert largest_difference(fed["batch_stats"], variables["batch_stats"]) == 0
     assert report.farthest.distance > 0.5
@@ -133,8 +135,10 @@ def test_nothing_to_adapt_is_an_error(trained, target):
     grouped = ft.Model(replace(CONFIG, width=32, norm="group"))
     fails(r"GroupNorm.*there is nothing to adapt", model=grouped)
     fails("touches no BatchNorm", where=ft.head())
-    fails(r"8 target images give 8 values to a channel of layer4/.*adapt to 32 images",
-          images=target[0][:8])  # fmt: skip
+    fails(
+        r"8 target images give 8 values to a channel of layer4/.*adapt to 32 images",
+        images=target[0][:8],
+    )
     fails("are an array of uint8", images=target[0] / 255, kind=TypeError)
     fails(r"have shape \(240, 32, 32\)", images=target[0][..., 0])
     fails("no target images", images=lambda: iter([]))
@@ -142,9 +146,13 @@ def test_nothing_to_adapt_is_an_error(trained, target):
     fails("source_weight is a number", source_weight=-1)
     with pytest.raises(ValueError, match="3 weights are given for 64 images"):
         reestimate(
-            trained.model, trained.variables, reader(target[0][:64], 64), PREPROCESSING,
-            frozenset(modules(trained.variables["batch_stats"])), weights=np.ones(3),
-        )  # fmt: skip
+            trained.model,
+            trained.variables,
+            reader(target[0][:64], 64),
+            PREPROCESSING,
+            frozenset(modules(trained.variables["batch_stats"])),
+            weights=np.ones(3),
+        )
 
 
 @pytest.mark.slow

@@ -13,9 +13,14 @@ from tests.domain.gratings import PREPROCESSING, draw, faint
 
 def balanced(trained, images, source=None, **options):
     return adapt_batch_norm_balanced(
-        trained.model, trained.variables, images, PREPROCESSING, source or trained.source,
-        batch_size=240, **options,
-    )  # fmt: skip
+        trained.model,
+        trained.variables,
+        images,
+        PREPROCESSING,
+        source or trained.source,
+        batch_size=240,
+        **options,
+    )
 
 
 def test_both_shifts_at_once(trained):

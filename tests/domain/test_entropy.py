@@ -1,11 +1,11 @@
-"""Entropy minimisation: what moves, what it gains, when it is refused, set back or nonsense."""
+"""Entropy minimization: what moves, what it gains, when it is refused, set back or nonsense."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from flaxtransfer.adapt.entropy import _course, _Tent, minimise_entropy
+from flaxtransfer.adapt.entropy import _course, _Tent, tent
 from flaxtransfer.paths import flatten
 from flaxtransfer.sharding import make_mesh
 from tests.domain.gratings import PREPROCESSING, draw, faint
@@ -13,16 +13,16 @@ from tests.domain.gratings import PREPROCESSING, draw, faint
 EVEN = (1 / 3, 1 / 3, 1 / 3)
 
 
-def minimised(trained, images, **options):
+def minimized(trained, images, **options):
     options = {"batch_size": 80, **options}
-    return minimise_entropy(trained.model, trained.variables, images, PREPROCESSING, **options)
+    return tent(trained.model, trained.variables, images, PREPROCESSING, **options)
 
 
 @pytest.mark.slow
 def test_only_scales_and_biases_move_and_entropy_falls(trained):
     images, labels = draw(EVEN, 240, 5)
     images = faint(images)
-    variables, report = minimised(
+    variables, report = minimized(
         trained, images, source=trained.source, steps=5, learning_rate=3e-3
     )
     before, after = flatten(trained.variables["params"]), flatten(variables["params"])
@@ -33,7 +33,7 @@ def test_only_scales_and_biases_move_and_entropy_falls(trained):
     assert report.collapses == 0
     assert report.entropies[-1] < report.entropies[0]
     assert report.logits.shape == (240, 3)
-    assert str(report).startswith("entropy minimised on 240 target images in ")
+    assert str(report).startswith("entropy minimized on 240 target images in ")
     # The logits are in the images' order, though an array is shuffled.
     assert (report.logits.argmax(1) == labels).mean() > 0.85
     assert trained.accuracy(variables, images, labels) > 0.85
@@ -45,11 +45,11 @@ def test_an_episode_leaves_nothing_behind(trained):
     images = faint(draw(EVEN, 160, 5)[0])
     parts = [{"image": images[:80]}, {"image": images[80:]}]
     options = {"episodic": True, "steps": 2, "learning_rate": 1e-2}
-    variables, both = minimised(trained, lambda: iter(parts), **options)
+    variables, both = minimized(trained, lambda: iter(parts), **options)
     assert variables is trained.variables
-    _, alone = minimised(trained, lambda: iter(parts[1:]), **options)
+    _, alone = minimized(trained, lambda: iter(parts[1:]), **options)
     np.testing.assert_allclose(both.logits[80:], alone.logits, atol=1e-5)
-    _, continual = minimised(trained, lambda: iter(parts), **{**options, "episodic": False})
+    _, continual = minimized(trained, lambda: iter(parts), **{**options, "episodic": False})
     np.testing.assert_allclose(continual.logits[:80], both.logits[:80], atol=1e-5)
     assert np.abs(continual.logits[80:] - both.logits[80:]).max() > 0.01
 
@@ -57,7 +57,7 @@ def test_an_episode_leaves_nothing_behind(trained):
 @pytest.mark.slow
 def test_a_collapse_is_seen_and_set_back(trained):
     images = faint(draw(EVEN, 240, 5)[0])
-    _, report = minimised(trained, images, learning_rate=1.0, steps=5)
+    _, report = minimized(trained, images, learning_rate=1.0, steps=5)
     assert report.collapses > 0
     assert report.collapses == sum("collapsed from" in note for note in report.notes)
     assert min(report.effective_classes) < 1.5
@@ -90,14 +90,14 @@ def test_after_a_collapse_nothing_is_left_of_it_not_even_in_the_optimizer():
 @pytest.mark.slow
 def test_label_shift_is_refused(trained):
     images, labels = draw((1.0, 0.0, 0.0), 240, 5)
-    variables, report = minimised(trained, images, source=trained.source)
+    variables, report = minimized(trained, images, source=trained.source)
     assert variables is trained.variables
     assert not report.adapted
     assert "not adapted: class 0 seems to make up 100 %" in str(report)
     assert (report.logits.argmax(1) == labels).mean() > 0.9
     expected = trained.logits(trained.variables, images)
     np.testing.assert_allclose(report.logits, expected, atol=1e-4)
-    _, forced = minimised(trained, images, source=trained.source, guard="warn")
+    _, forced = minimized(trained, images, source=trained.source, guard="warn")
     assert forced.adapted
     assert (forced.logits.argmax(1) == labels).mean() < 0.7
 
@@ -113,4 +113,4 @@ def test_label_shift_is_refused(trained):
 )
 def test_what_is_refused_before_anything_runs(trained, count, options, text):
     with pytest.raises(ValueError, match=text):
-        minimised(trained, draw(EVEN, count, 0)[0], **options)
+        minimized(trained, draw(EVEN, count, 0)[0], **options)

@@ -1,4 +1,4 @@
-"""Batches of unlabelled images: padded for all devices, weighed in their order."""
+"""Batches of unlabeled images: padded for all devices, weighed in their order."""
 
 import jax
 import numpy as np

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from flaxtransfer.adapt.scores import Standing, contradiction, far, one_class, support, weak
+from flaxtransfer.adapt.scores import (
+    UnlabeledScores,
+    contradiction,
+    exceeds_shift,
+    is_weak,
+    one_class,
+    support,
+)
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.prevalence import Prevalence
 
@@ -22,7 +29,7 @@ def prevalence(first, **more):
 def stands(confident, first=0.5):
     """On as many images; of the first class in this share."""
     confident = np.asarray(confident, bool)
-    return Standing(np.full((len(confident), 2), 0.5), confident, prevalence(first))
+    return UnlabeledScores(np.full((len(confident), 2), 0.5), confident, prevalence(first))
 
 
 @pytest.mark.parametrize(("rose", "fell"), [(9, 1), (1, 4), (12, 0), (0, 0), (5, 5)])
@@ -38,9 +45,10 @@ def test_support_is_mcnemars_of_those_that_crossed_the_threshold(rose, fell):
 @pytest.mark.parametrize(("sure", "little"), [(61, False), (59, True)])
 def test_three_quarters_of_the_sources_accuracy_are_ground_to_stand_on(sure, little):
     after = stands(np.arange(100) < sure)
-    assert bool(weak(after, SOURCE)) == little
+    assert bool(is_weak(after, SOURCE)) == little
     assert (
-        "about 59 % of the target, against 80 % at the source" in weak(after, SOURCE) or not little
+        "about 59 % of the target, against 80 % at the source" in is_weak(after, SOURCE)
+        or not little
     )
 
 
@@ -67,6 +75,6 @@ def test_networks_that_contradict_each_other(first, sure, contradicts):
 def test_shares_that_are_far_and_those_of_one_class(first, distant, single):
     """exp(entropy) of 0.85 and 0.15 is 1.53, of 0.87 and 0.13 it is 1.47."""
     shares = prevalence(first)
-    assert (bool(far(shares)), bool(one_class(shares))) == (distant, single)
+    assert (bool(exceeds_shift(shares)), bool(one_class(shares))) == (distant, single)
     unknown = prevalence(first, identifiable=False, reason="all rows are the same")
-    assert (far(unknown), one_class(unknown)) == ("", "")
+    assert (exceeds_shift(unknown), one_class(unknown)) == ("", "")

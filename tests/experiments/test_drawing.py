@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from drawing.fractals import COLOURINGS, fractal_templates
+from drawing.fractals import COLORINGS, fractal_templates
 from drawing.glyphs import glyph_templates, thin
 from drawing.render import draw_batch, make_bank
 from drawing.templates import TEMPLATE_SIZE, TEMPLATES_PER_CLASS
@@ -34,16 +34,20 @@ def test_no_number_of_any_script_is_drawn():
 def test_templates_fill_their_form(families):
     for family, classes in zip(families, (GLYPHS, FRACTALS), strict=True):
         assert family.planes.shape == (
-            classes, TEMPLATES_PER_CLASS, TEMPLATE_SIZE, TEMPLATE_SIZE, 2
-        )  # fmt: skip
+            classes,
+            TEMPLATES_PER_CLASS,
+            TEMPLATE_SIZE,
+            TEMPLATE_SIZE,
+            2,
+        )
         assert family.planes.dtype == np.uint8
         assert len(set(family.names)) == classes
 
 
-def test_fractals_of_one_shape_differ_in_colour_alone(families):
+def test_fractals_of_one_shape_differ_in_color_alone(families):
     fractals = families[1]
-    for first in range(0, FRACTALS, COLOURINGS):
-        for other in range(first + 1, first + COLOURINGS):
+    for first in range(0, FRACTALS, COLORINGS):
+        for other in range(first + 1, first + COLORINGS):
             np.testing.assert_array_equal(fractals.planes[first], fractals.planes[other])
             assert np.abs(fractals.palette[first] - fractals.palette[other]).max() > 0.3
 

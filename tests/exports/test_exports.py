@@ -13,19 +13,19 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import Checkpoint, load
-from flaxtransfer.weights.export import export as exporting
+from flaxtransfer.weights import Pretrained, load
+from flaxtransfer.weights.exports import exporting
 from flaxtransfer.weights.naming import timm, torchgeo
 
 PREPROCESSING = ft.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size=32, resize=37)
-TINY = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
+TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
 
 
 def checkpoint_of(config=TINY, **fields):
     variables = jax.tree.map(np.asarray, ft.resnet(config).init(jax.random.key(0)))
     bands = config.bands
     preprocessing = dataclasses.replace(PREPROCESSING, mean=(0.5,) * bands, std=(0.25,) * bands)
-    return Checkpoint(variables, config, preprocessing, class_names=("no", "yes"), **fields)
+    return Pretrained(variables, config, preprocessing, class_names=("no", "yes"), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_stablehlo_and_its_words(tiny, tmp_path):
         ),
         ({"width": 96}, "timm", "stem has 64 channels and that of resnet10w96 96"),
         ({"preactivation": True, "stem_bias": True}, "timm", "has a bias in the stem"),
-        ({"adapter": ft.Adapter(2, "curves")}, "timm", "ONNX and StableHLO hold curves too"),
+        ({"adapter": ft.models.Adapter(2, "curves")}, "timm", "ONNX and StableHLO hold curves too"),
         ({"norm": "group", "width": 32, "epsilon": 1e-3}, "timm", "an epsilon of 1e-05"),
     ],
 )
@@ -113,7 +113,7 @@ def test_what_computes_something_else_does_not_appear(tiny, tmp_path, monkeypatc
         return np.ones((len(images), 2), np.float32)
 
     monkeypatch.setattr(exporting.stablehlo, "logits", other)
-    monkeypatch.setattr(exporting.stablehlo, "artefact", lambda checkpoint: b"other")
+    monkeypatch.setattr(exporting.stablehlo, "artifact", lambda checkpoint: b"other")
     with pytest.raises(ValueError, match="computes something else: logits differ"):
         exporting.export(tiny, tmp_path / "net.stablehlo")
     assert entries(tmp_path) == []
@@ -172,8 +172,11 @@ def test_channels_that_only_seem_silent_stay():
     }
     # As wide as its stages: these are the network's own.
     assert timm.narrowed(arrays) == (arrays, [])
-    narrow = {**arrays, "layer1.0.conv2.weight": np.zeros((8, 8, 3, 3), np.float32),
-              "layer1.0.conv1.weight": np.zeros((8, 64, 3, 3), np.float32)}  # fmt: skip
+    narrow = {
+        **arrays,
+        "layer1.0.conv2.weight": np.zeros((8, 8, 3, 3), np.float32),
+        "layer1.0.conv1.weight": np.zeros((8, 64, 3, 3), np.float32),
+    }
     assert timm.narrowed(narrow)[0]["conv1.weight"].shape == (8, 3, 7, 7)
     heard = {**narrow, "bn1.bias": np.eye(64, dtype=np.float32)[63]}
     assert timm.narrowed(heard)[0]["conv1.weight"].shape == (64, 3, 7, 7)

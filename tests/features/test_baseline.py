@@ -15,7 +15,7 @@ from flaxtransfer.features import stratified_folds
 from flaxtransfer.features.class_means import (
     LOGISTIC_STRENGTHS,
     Baseline,
-    instant_baseline,
+    baseline,
     nearest_mean_left_out,
 )
 
@@ -28,7 +28,7 @@ def sample(count: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 
 def test_each_head_is_scikit_learns_on_what_was_held_out():
     features, labels = sample(45, 6)
-    found = instant_baseline(features, labels, logistic=True)
+    found = baseline(features, labels, logistic=True)
     scaled = (features - features.mean(axis=0)) / features.std(axis=0)
     one_out, folds = LeaveOneOut(), stratified_folds(labels, 5)
     splits = [(np.flatnonzero(folds != n), np.flatnonzero(folds == n)) for n in range(5)]
@@ -74,7 +74,7 @@ def test_nearest_mean_is_scikit_learns_fitted_without_each(seed, classes, width)
 
 def test_what_would_take_long_is_left_out(monkeypatch):
     monkeypatch.setattr(module, "_DISCRIMINANT_WORK", 0)
-    found = instant_baseline(*sample(30, 4))
+    found = baseline(*sample(30, 4))
     assert found.discriminant is None
     assert found.logistic is None
     assert "logistic" not in str(found)
@@ -92,7 +92,7 @@ def test_classes_with_one_example_or_none_are_said():
     features, labels = sample(31, 6)
     labels[labels == 2] = 3
     labels[0] = 2
-    found = instant_baseline(features * 100, labels, classes=6, logistic=True)
+    found = baseline(features * 100, labels, classes=6, logistic=True)
     assert found.notes == (
         "2 of 6 classes have no example.",
         "1 classes have one example, which counts as wrong.",
@@ -103,7 +103,7 @@ def test_classes_with_one_example_or_none_are_said():
 
 def test_more_classes_than_features_and_no_variance_within_them():
     labels = np.arange(24) % 12
-    found = instant_baseline(np.stack([labels, labels**2], axis=1), labels)
+    found = baseline(np.stack([labels, labels**2], axis=1), labels)
     assert found.nearest_mean == 1
     assert found.discriminant is None
 
@@ -119,4 +119,4 @@ def test_more_classes_than_features_and_no_variance_within_them():
 )
 def test_what_has_no_baseline(features, labels, text):
     with pytest.raises(ValueError, match=text):
-        instant_baseline(features, labels)
+        baseline(features, labels)

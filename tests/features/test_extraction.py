@@ -15,11 +15,16 @@ PADDED = batch(1) | {"weight": np.array([1, 1, 1, 0, 0, 0, 0, 0.0])}
 
 def test_features_are_the_means_of_the_maps():
     model, variables = network()
-    features, labels = ft.segment_features(model, variables, [batch(0), PADDED], PREPROCESSING)
+    features, labels = ft.features.segment_features(
+        model, variables, [batch(0), PADDED], PREPROCESSING
+    )
     assert {name: values.shape for name, values in features.items()} == {
-        "stem": (11, 4), "layer1": (11, 4), "layer2": (11, 8), "layer3": (11, 16),
+        "stem": (11, 4),
+        "layer1": (11, 4),
+        "layer2": (11, 8),
+        "layer3": (11, 16),
         "layer4": (11, 32),
-    }  # fmt: skip
+    }
     assert list(features) == ["stem", "layer1", "layer2", "layer3", "layer4"]
     np.testing.assert_array_equal(labels, [*batch(0)["label"], *batch(1)["label"][:3]])
     images = batch(0)["image"].astype(np.float32) / 255
@@ -33,7 +38,9 @@ def test_features_are_the_means_of_the_maps():
 def test_the_head_sees_the_pooled_ones():
     model, variables = network()
     variables["params"]["fc"]["kernel"] = jax.random.normal(jax.random.key(3), (32, 3))
-    pooled, labels = ft.pooled_features(model, variables, [batch(0), PADDED], PREPROCESSING)
+    pooled, labels = ft.features.pooled_features(
+        model, variables, [batch(0), PADDED], PREPROCESSING
+    )
     predictions = ft.predict(model, variables, [batch(0), PADDED], PREPROCESSING)
     head = variables["params"]["fc"]
     np.testing.assert_allclose(
@@ -48,15 +55,21 @@ def test_segments_come_in_their_order_and_no_further_than_asked():
         name: {path: leaf for path, leaf in tree.items() if path not in ("layer3", "layer4", "fc")}
         for name, tree in variables.items()
     }
-    features, _ = ft.segment_features(model, below, [batch(0)], PREPROCESSING, ("layer2", "stem"))
+    features, _ = ft.features.segment_features(
+        model, below, [batch(0)], PREPROCESSING, ("layer2", "stem")
+    )
     assert list(features) == ["stem", "layer2"]
 
 
 def test_bfloat16_features_are_float32():
     model, variables = network()
     half = ft.resnet(model.config, dtype="bfloat16")
-    features, _ = ft.segment_features(half, variables, [batch(0)], PREPROCESSING, ("layer1",))
-    exact, _ = ft.segment_features(model, variables, [batch(0)], PREPROCESSING, ("layer1",))
+    features, _ = ft.features.segment_features(
+        half, variables, [batch(0)], PREPROCESSING, ("layer1",)
+    )
+    exact, _ = ft.features.segment_features(
+        model, variables, [batch(0)], PREPROCESSING, ("layer1",)
+    )
     assert features["layer1"].dtype == np.float32
     np.testing.assert_allclose(features["layer1"], exact["layer1"], rtol=0.1, atol=0.05)
 
@@ -75,9 +88,9 @@ def test_bfloat16_features_are_float32():
 )
 def test_segments_that_have_no_features(segments, text):
     with pytest.raises(ValueError, match=text):
-        ft.segment_features(*network(), [batch(0)], PREPROCESSING, segments)
+        ft.features.segment_features(*network(), [batch(0)], PREPROCESSING, segments)
 
 
 def test_nothing_to_take_features_of():
     with pytest.raises(ValueError, match="no examples"):
-        ft.pooled_features(*network(), [], PREPROCESSING)
+        ft.features.pooled_features(*network(), [], PREPROCESSING)

@@ -28,14 +28,14 @@ def float64():
 
 
 def sample(count: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Correlated features of unequal size, off centre; classes of unequal size."""
+    """Correlated features of unequal size, off center; classes of unequal size."""
     random = np.random.default_rng(seed)
     labels = np.concatenate(
         [np.arange(classes)] * 2 + [random.integers(0, classes, count - 2 * classes)]
     )
     labels[-count // 4 :] = 0
-    centres = random.normal(size=(classes, width))
-    mixed = centres[labels] + 2 * random.normal(size=(count, width))
+    centers = random.normal(size=(classes, width))
+    mixed = centers[labels] + 2 * random.normal(size=(count, width))
     return mixed @ random.normal(size=(width, width)) / np.sqrt(width) + 3, labels
 
 
@@ -129,7 +129,7 @@ def test_the_loss_and_its_gradient_are_what_they_are_called(float64):
 
     loss, gradient = jax.value_and_grad(objective, (0, 1))(path.kernels[0], path.biases[0])
     np.testing.assert_allclose(path.losses, [loss], rtol=1e-10)
-    # Ours is by the bias of centred features: the norm is that of centred features, too.
+    # Ours is by the bias of centered features: the norm is that of centered features, too.
     middle = features.mean(axis=0)
     by_kernel = gradient[0] - middle[:, None] * gradient[1]
     norm = np.sqrt(np.square(by_kernel).sum() + np.square(gradient[1]).sum())

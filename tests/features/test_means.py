@@ -10,7 +10,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.neighbors import NearestCentroid
 
-from flaxtransfer.features import linear_discriminant, nearest_mean
+from flaxtransfer.features import linear_discriminant, nearest_class_mean
 
 
 def sample(count: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -25,12 +25,12 @@ def within(features, labels):
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-@pytest.mark.parametrize("normalise", [False, True])
-def test_the_nearest_mean_is_the_nearest_centroid(classes, normalise):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_nearest_mean_is_the_nearest_centroid(classes, normalize):
     features, labels = sample(60, 10, classes)
     new, _ = sample(200, 10, classes, seed=1)
-    head = nearest_mean(features, labels, normalise=normalise)
-    if normalise:
+    head = nearest_class_mean(features, labels, normalize=normalize)
+    if normalize:
         unit = features / np.linalg.norm(features, axis=1, keepdims=True)
         means = np.stack([unit[labels == c].mean(axis=0) for c in range(classes)])
         expected = (new @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(axis=1)
@@ -43,7 +43,7 @@ def test_scores_are_half_the_squared_distances():
     features, labels = sample(30, 4, 3)
     means = np.stack([features[labels == c].mean(axis=0) for c in range(3)])
     distances = np.square(features[:, None] - means).sum(axis=2)
-    scores = nearest_mean(features, labels).scores(features)
+    scores = nearest_class_mean(features, labels).scores(features)
     np.testing.assert_allclose(
         scores - scores[:, :1], (distances[:, :1] - distances) / 2, atol=1e-9
     )
@@ -88,7 +88,7 @@ def test_both_ways_to_invert_agree(seed, width, shrinkage):
     np.testing.assert_allclose(other.kernel[width:], 0, atol=1e-9)
 
 
-@pytest.mark.parametrize("fit", [nearest_mean, linear_discriminant])
+@pytest.mark.parametrize("fit", [nearest_class_mean, linear_discriminant])
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
@@ -118,7 +118,7 @@ def test_a_singular_covariance_wants_shrinkage(count, width):
 
 
 def test_no_variance_within_classes_is_said():
-    with pytest.raises(ValueError, match="nearest_mean needs none"):
+    with pytest.raises(ValueError, match="nearest_class_mean needs none"):
         linear_discriminant([[0.1, 0.3]] * 3 + [[0.7, 0.9]] * 3, [0, 0, 0, 1, 1, 1])
 
 
@@ -128,13 +128,13 @@ def test_shrinkage_is_a_share():
 
 
 def test_a_zero_has_no_direction():
-    head = nearest_mean([[1.0, 0.0], [0.0, 2.0]], [0, 1], normalise=True)
+    head = nearest_class_mean([[1.0, 0.0], [0.0, 2.0]], [0, 1], normalize=True)
     with pytest.raises(ValueError, match=r"examples \[1\] have length 0"):
         head.predict([[1.0, 1.0], [0.0, 0.0]])
     with pytest.raises(ValueError, match=r"class means \[0\] have length 0"):
-        nearest_mean([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], [0, 0, 1], normalise=True)
+        nearest_class_mean([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], [0, 0, 1], normalize=True)
 
 
 def test_new_features_have_the_same_width():
     with pytest.raises(ValueError, match=r"wanted \[examples, 3\]"):
-        nearest_mean(*sample(20, 3, 2)).predict(np.ones((2, 5)))
+        nearest_class_mean(*sample(20, 3, 2)).predict(np.ones((2, 5)))

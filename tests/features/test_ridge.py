@@ -16,8 +16,8 @@ STRENGTHS = (0.01, 1.0, 30.0, 1e4)
 def sample(count: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), random.integers(0, classes, count - classes)])
-    centres = random.normal(size=(classes, width))
-    return centres[labels] + 2 * random.normal(size=(count, width)) + 3, labels
+    centers = random.normal(size=(classes, width))
+    return centers[labels] + 2 * random.normal(size=(count, width)) + 3, labels
 
 
 @pytest.mark.parametrize(("count", "width"), [(60, 8), (60, 59), (60, 60), (30, 100)])

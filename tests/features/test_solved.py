@@ -1,4 +1,4 @@
-"""The head for raw features is scikit-learn's on standardised ones."""
+"""The head for raw features is scikit-learn's on standardized ones."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import flaxtransfer as ft
-from flaxtransfer.features import logistic_path, solved_head, standardisation, sweep_head
+from flaxtransfer.features import fit_linear_probe, logistic_path, standardization, sweep_head
 
 from ..training.small import PREPROCESSING, batch, network
 
@@ -21,7 +21,7 @@ def strength(text: str) -> float:
 
 
 def test_it_is_scikit_learns_at_the_same_strength():
-    head = solved_head(FEATURES, LABELS, 3)
+    head = fit_linear_probe(FEATURES, LABELS, 3)
     peer = make_pipeline(
         StandardScaler(), LogisticRegression(C=1 / strength(head.text), tol=1e-10, max_iter=10_000)
     ).fit(FEATURES.astype(np.float64), LABELS)
@@ -35,12 +35,12 @@ def test_it_is_scikit_learns_at_the_same_strength():
 def test_a_network_with_it_gives_the_fitted_heads_logits():
     model, variables = network()
     batches = [batch(n) for n in range(6)]
-    features, labels = ft.pooled_features(model, variables, batches, PREPROCESSING)
-    head = solved_head(features, labels, 3)
+    features, labels = ft.features.pooled_features(model, variables, batches, PREPROCESSING)
+    head = fit_linear_probe(features, labels, 3)
     new = {"kernel": head.kernel.astype(np.float32), "bias": head.bias.astype(np.float32)}
     params = variables["params"] | {"fc": new}
     logits = ft.predict(model, variables | {"params": params}, batches, PREPROCESSING).logits
-    fitted = logistic_path(standardisation(features)(features), labels, strength(head.text))
+    fitted = logistic_path(standardization(features)(features), labels, strength(head.text))
     # Both fits end within a millionth of the optimal loss, and the strength was printed.
     np.testing.assert_allclose(logits, fitted.logits[0], rtol=0.02, atol=0.1)
     np.testing.assert_allclose(
@@ -49,23 +49,23 @@ def test_a_network_with_it_gives_the_fitted_heads_logits():
 
 
 def test_one_example_a_class():
-    head = solved_head(FEATURES[:3], LABELS[:3], 3)
+    head = fit_linear_probe(FEATURES[:3], LABELS[:3], 3)
     assert "has but one example" in head.text
     assert ((FEATURES[:3] @ head.kernel + head.bias).argmax(axis=1) == LABELS[:3]).all()
 
 
-def test_the_only_example_of_a_class_is_learnt_from():
+def test_the_only_example_of_a_class_is_learned_from():
     labels = np.where(np.arange(20) == 7, 2, LABELS[:20] % 2)
-    head = solved_head(FEATURES[:20], labels, 3)
+    head = fit_linear_probe(FEATURES[:20], labels, 3)
     assert "held out are right" in head.text
     assert (FEATURES[7] @ head.kernel + head.bias).argmax() == 2
 
 
 def test_two_examples_of_one_class_are_enough_for_two_folds():
     labels = np.array([0] * 10 + [1] * 2)
-    assert "held out are right" in solved_head(FEATURES[:12], labels, 2).text
+    assert "held out are right" in fit_linear_probe(FEATURES[:12], labels, 2).text
 
 
 def test_a_class_without_examples():
     with pytest.raises(ValueError, match="class"):
-        solved_head(FEATURES, LABELS, 4)
+        fit_linear_probe(FEATURES, LABELS, 4)

@@ -1,4 +1,4 @@
-"""Standardisation, against scikit-learn's scaler."""
+"""Standardization, against scikit-learn's scaler."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
 
-from flaxtransfer.features import standardisation
+from flaxtransfer.features import standardization
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_it_is_the_standard_scaler(offset, dtype):
     features = (np.random.default_rng(0).gamma(1.0, 3.0, (50, 7)) + offset).astype(dtype)
-    fitted = standardisation(features)
+    fitted = standardization(features)
     peer = StandardScaler().fit(features.astype(np.float64))
     np.testing.assert_allclose(fitted.mean, peer.mean_, rtol=1e-12)
     np.testing.assert_allclose(fitted.scale, peer.scale_, rtol=1e-9)
@@ -27,7 +27,7 @@ def test_it_is_the_standard_scaler(offset, dtype):
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e6, 1e-30])
 def test_a_constant_feature_becomes_zero_and_is_never_blown_up(value):
     features = np.column_stack([np.arange(30.0), np.full(30, value)])
-    fitted = standardisation(features)
+    fitted = standardization(features)
     assert fitted.constant.tolist() == [1]
     assert fitted.scale[1] == 1
     np.testing.assert_allclose(fitted(features)[:, 1], 0, atol=1e-9)
@@ -40,7 +40,7 @@ def test_an_undone_head_scores_the_same(seed):
     features = random.normal(size=(20, 5)) * random.gamma(1, 10, 5) + random.normal(size=5)
     features[:, 2] = 3
     kernel, bias = random.normal(size=(5, 4)), random.normal(size=4)
-    fitted = standardisation(features)
+    fitted = standardization(features)
     raw_kernel, raw_bias = fitted.undo(kernel, bias)
     np.testing.assert_allclose(
         features @ raw_kernel + raw_bias, fitted(features) @ kernel + bias, atol=1e-6
@@ -57,13 +57,13 @@ def test_an_undone_head_scores_the_same(seed):
 )
 def test_what_cannot_be_measured_is_said(features, text):
     with pytest.raises(ValueError, match=text):
-        standardisation(features)
+        standardization(features)
 
 
 def test_new_features_have_the_same_width():
     with pytest.raises(ValueError, match=r"wanted \[examples, 2\]"):
-        standardisation([[1.0, 2.0]])(np.ones((2, 3)))
+        standardization([[1.0, 2.0]])(np.ones((2, 3)))
 
 
 def test_integers_come_out_as_float32():
-    assert standardisation([[1, 2], [3, 5]])(np.array([[2, 2]])).dtype == np.float32
+    assert standardization([[1, 2], [3, 5]])(np.array([[2, 2]])).dtype == np.float32

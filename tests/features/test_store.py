@@ -15,7 +15,9 @@ VALUES = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
 
 
 def write(folder, fingerprint=FINGERPRINT, values=VALUES, dtype="float32"):
-    return cached_loader.write_array(folder, fingerprint, values.shape, dtype, [values[:4], values[4:]])
+    return cached_loader.write_array(
+        folder, fingerprint, values.shape, dtype, [values[:4], values[4:]]
+    )
 
 
 def find(folder, fingerprint=FINGERPRINT, shape=VALUES.shape, dtype="float32"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from flaxtransfer.features import ridge_path, standardisation, stratified_folds, sweep_head
+from flaxtransfer.features import ridge_path, standardization, stratified_folds, sweep_head
 
 STRENGTHS = (0.1, 1.0, 10.0, 1000.0)
 
@@ -45,7 +45,7 @@ def test_every_cell_is_a_fit_of_scikit_learn(width):
     features, labels = sample(50, width, 3)
     found = sweep_head(features, labels, strengths=STRENGTHS, folds=3, seeds=(0, 7))
     assert found.accuracies.shape == found.losses.shape == (4, 6)
-    scaled = standardisation(features)(features)
+    scaled = standardization(features)(features)
     for n, strength in enumerate(STRENGTHS):
         for split, (seed, fold) in enumerate((s, f) for s in (0, 7) for f in range(3)):
             out = stratified_folds(labels, 3, seed) == fold
@@ -58,12 +58,12 @@ def test_every_cell_is_a_fit_of_scikit_learn(width):
             )
 
 
-@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize("kind", ["logistic", "ridge"])
-def test_the_head_is_a_refit_on_everything_for_features_as_given(kind, standardise):
+def test_the_head_is_a_refit_on_everything_for_features_as_given(kind, standardize):
     features, labels = sample(60, 8, 3)
-    found = sweep_head(features, labels, kind, strengths=STRENGTHS, standardise=standardise)
-    inputs = standardisation(features)(features) if standardise else features
+    found = sweep_head(features, labels, kind, strengths=STRENGTHS, standardize=standardize)
+    inputs = standardization(features)(features) if standardize else features
     if kind == "logistic":
         fit = LogisticRegression(C=1 / found.strength, tol=1e-8, max_iter=10_000)
         expected = fit.fit(inputs, labels).decision_function(inputs)
@@ -80,7 +80,7 @@ def test_the_head_is_a_refit_on_everything_for_features_as_given(kind, standardi
 
 def test_ridge_is_by_leaving_out_one():
     features, labels = sample(60, 8, 3)
-    found = sweep_head(features, labels, "ridge", strengths=(100.0, 0.1, 10.0), standardise=False)
+    found = sweep_head(features, labels, "ridge", strengths=(100.0, 0.1, 10.0), standardize=False)
     path = ridge_path(features, labels, (0.1, 10.0, 100.0))
     np.testing.assert_allclose(found.losses[:, 0], path.errors)
     np.testing.assert_allclose(found.accuracies[:, 0], path.accuracies)
@@ -117,13 +117,13 @@ def test_more_classes_than_features_and_few_examples():
     assert found.kernel.shape == (2, 12)
 
 
-def test_a_single_example_is_always_learnt_from():
+def test_a_single_example_is_always_learned_from():
     """By scikit-learn's fit to what was not held out, the single example included."""
     features, labels = sample(20, 5, 2)
     labels[0], labels[1:3] = 2, 1
     found = sweep_head(features, labels, strengths=[1.0], folds=2)
     assert found.notes[0] == "Classes [2] have one example, which is never held out."
-    scaled = standardisation(features)(features)
+    scaled = standardization(features)(features)
     out = np.append(False, stratified_folds(labels[1:], 2) == 0)
     fit = LogisticRegression(tol=1e-8, max_iter=10_000).fit(scaled[~out], labels[~out])
     loss = log_loss(labels[out], fit.predict_proba(scaled[out]), labels=range(3))

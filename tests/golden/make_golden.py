@@ -40,7 +40,7 @@ def declare_operators():
             _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def randomise(network, seed):
+def randomize(network, seed):
     """Gives every BatchNorm statistics and parameters that are not their initial values.
 
     The last scale of a block is small, as in a trained network: the sum of many blocks stays of
@@ -113,7 +113,7 @@ def main():
     torch.set_num_threads(1)
     for seed, (name, arguments) in enumerate(TORCHVISION.items()):
         torch.manual_seed(seed)
-        network = randomise(narrow(*arguments), seed)
+        network = randomize(narrow(*arguments), seed)
         folder = _write(name, network, arguments[-2], lambda network, images: network(images))
         save_file(network.state_dict(), folder / "model.safetensors")
 
@@ -127,7 +127,7 @@ def main():
             id2label=dict(enumerate(LABELS)),
             label2id={label: number for number, label in enumerate(LABELS)},
         )
-        network = randomise(transformers.ResNetForImageClassification(config), seed)
+        network = randomize(transformers.ResNetForImageClassification(config), seed)
         folder = _write(name, network, 3, lambda network, images: network(images).logits)
         network.save_pretrained(folder)
         transformers.ConvNextImageProcessor(
@@ -140,7 +140,7 @@ def main():
     # timm's own description of its plain resnet50, as its repositories have it beside the weights.
     reference = timm.create_model("resnet50.a1_in1k", pretrained=False)
     torch.manual_seed(20)
-    network = randomise(narrow("Bottleneck", (1, 1, 1, 1), 4, 64, 1, 3, 8), 20)
+    network = randomize(narrow("Bottleneck", (1, 1, 1, 1), 4, 64, 1, 3, 8), 20)
     network.pretrained_cfg = reference.pretrained_cfg
     network.num_classes, network.num_features = 8, 128
     folder = _write("timm", network, 3, lambda network, images: network(images))

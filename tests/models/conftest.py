@@ -4,7 +4,7 @@ import jax
 import pytest
 from small_resnet import SMALL
 
-from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import resnet
 
 
 @pytest.fixture(scope="session")

@@ -160,7 +160,7 @@ def test_images_of_other_bands_are_refused(shape, text):
 
 
 def test_images_of_integers_are_refused():
-    with pytest.raises(TypeError, match="uint8; an adapter takes normalised floats"):
+    with pytest.raises(TypeError, match="uint8; an adapter takes normalized floats"):
         apply(Adapter(1), init(Adapter(1)), jnp.zeros((1, 2, 2, 1), jnp.uint8))
 
 

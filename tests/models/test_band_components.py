@@ -71,9 +71,9 @@ def test_the_rotation_is_that_of_procrustes():
     kernel = least_squares(patches, towards=towards)[0, 0]
     values, vectors = np.linalg.eigh(np.cov(patches.T, ddof=0))
     white = patches @ vectors / np.sqrt(values)
-    colours, axes = np.linalg.eigh(RGB_CORRELATION)
-    unwhiten = (axes * np.sqrt(colours)).T
-    # Minimises ‖white Q unwhiten - patches towards‖; the norm of the first term is fixed.
+    colors, axes = np.linalg.eigh(RGB_CORRELATION)
+    unwhiten = (axes * np.sqrt(colors)).T
+    # Minimizes ‖white Q unwhiten - patches towards‖; the norm of the first term is fixed.
     rotation, _ = scipy.linalg.orthogonal_procrustes(
         np.eye(3), white.T @ (patches @ towards[0, 0]) @ unwhiten.T
     )
@@ -103,7 +103,7 @@ def test_rounding_noise_is_not_whitened():
         ),
         (np.zeros((100, 2)), "all alike"),
         (np.full((100, 2), 3.0), "all alike"),
-        (sample(np.eye(2)) + np.array([0, 3]), r"not centred.*means \{1: 3\.0\}"),
+        (sample(np.eye(2)) + np.array([0, 3]), r"not centered.*means \{1: 3\.0\}"),
     ],
 )
 def test_patches_that_do_not_do(patches, text):

@@ -20,9 +20,20 @@ from flaxtransfer.models.band_init import (
 )
 
 SENTINEL_2 = {
-    "B1": 443, "B2": 490, "B3": 560, "B4": 665, "B5": 705, "B6": 740, "B7": 783, "B8": 842,
-    "B8A": 865, "B9": 945, "B10": 1375, "B11": 1610, "B12": 2190,
-}  # fmt: skip
+    "B1": 443,
+    "B2": 490,
+    "B3": 560,
+    "B4": 665,
+    "B5": 705,
+    "B6": 740,
+    "B7": 783,
+    "B8": 842,
+    "B8A": 865,
+    "B9": 945,
+    "B10": 1375,
+    "B11": 1610,
+    "B12": 2190,
+}
 
 
 def normal(*shape, seed=0):
@@ -50,7 +61,7 @@ def test_luminance_is_the_mean(bands):
     np.testing.assert_allclose(seen, np.repeat(images.mean(-1, keepdims=True), 3, -1), atol=1e-6)
 
 
-def test_sentinel_2_keeps_its_colours():
+def test_sentinel_2_keeps_its_colors():
     names = np.array(list(SENTINEL_2))
     kernel = by_wavelength(list(SENTINEL_2.values()))[0, 0]
     assert names[kernel.argmax(axis=0)].tolist() == ["B4", "B3", "B2"]
@@ -62,27 +73,27 @@ def test_sentinel_2_keeps_its_colours():
 
 def test_weights_are_gaussian():
     # scipy's density is the peer.
-    centres = np.array([450.0, 520.0, 600.0, 700.0])
-    expected = scipy.stats.norm.pdf(centres[:, None], [660, 560, 490], 40)
-    kernel = by_wavelength(centres, width_nm=40)[0, 0]
+    centers = np.array([450.0, 520.0, 600.0, 700.0])
+    expected = scipy.stats.norm.pdf(centers[:, None], [660, 560, 490], 40)
+    kernel = by_wavelength(centers, width_nm=40)[0, 0]
     np.testing.assert_allclose(kernel, expected / expected.sum(axis=0), rtol=1e-10)
 
 
 @settings(max_examples=50, derandomize=True)
 @given(
-    centres=st.lists(st.floats(200, 15000), min_size=1, max_size=20),
+    centers=st.lists(st.floats(200, 15000), min_size=1, max_size=20),
     invisible=st.floats(0, 0.9),
     width=st.floats(1, 500),
     data=st.data(),
 )
-def test_weights_are_shares_and_follow_their_bands(centres, invisible, width, data):
-    order = data.draw(st.permutations(range(len(centres))))
+def test_weights_are_shares_and_follow_their_bands(centers, invisible, width, data):
+    order = data.draw(st.permutations(range(len(centers))))
     options = {"invisible": invisible, "width_nm": width}
-    kernel = by_wavelength(centres, **options)
-    assert kernel.shape == (1, 1, len(centres), 3)
+    kernel = by_wavelength(centers, **options)
+    assert kernel.shape == (1, 1, len(centers), 3)
     assert (kernel >= 0).all()
     np.testing.assert_allclose(kernel.sum(axis=2), 1, rtol=1e-9)
-    moved = by_wavelength([centres[i] for i in order], **options)
+    moved = by_wavelength([centers[i] for i in order], **options)
     np.testing.assert_allclose(moved, kernel[:, :, list(order)], atol=1e-12)
 
 

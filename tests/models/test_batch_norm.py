@@ -1,4 +1,4 @@
-"""BatchNorm in a ResNet: which statistics normalise, and which are updated."""
+"""BatchNorm in a ResNet: which statistics normalize, and which are updated."""
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +49,8 @@ class TestBatchNorm:
         np.testing.assert_allclose(found["mean"], 0.9 * np.arange(16) + 0.1 * mean, rtol=1e-5)
         np.testing.assert_allclose(found["var"], 0.9 * (2 + np.arange(16)) + 0.1 * var, rtol=1e-5)
 
-    def test_the_output_is_normalised_by_the_right_statistics(self, small):
-        """Both modes by numpy, through the stem: normalise, ReLU, largest of 3 x 3."""
+    def test_the_output_is_normalized_by_the_right_statistics(self, small):
+        """Both modes by numpy, through the stem: normalize, ReLU, largest of 3 x 3."""
         model, variables = small
         variables = jax.tree.map(lambda leaf: leaf, variables)
         variables["params"]["bn1"] = {"scale": 1 + noise(16) ** 2, "bias": noise(16)}

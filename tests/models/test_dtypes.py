@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_resnet import SMALL, noise
 
-from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import resnet
 
 
 class TestDtypes:

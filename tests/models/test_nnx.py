@@ -11,12 +11,19 @@ import flaxtransfer as ft
 from flaxtransfer.models import lax_conv
 from flaxtransfer.paths import flatten, unflatten
 
-TINY = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3)
-GROUPED = ft.ResNetConfig(depths=(1, 1, 1, 1), width=32, classes=3, norm="group")
-DEEP = ft.ResNetConfig(
-    "bottleneck", (1, 1, 1, 1), width=4, classes=3, stem="deep", stem_width=8, shortcut="average",
-    attention="se", adapter=ft.Adapter(2),
-)  # fmt: skip
+TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3)
+GROUPED = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=32, classes=3, norm="group")
+DEEP = ft.models.ResNetConfig(
+    "bottleneck",
+    (1, 1, 1, 1),
+    width=4,
+    classes=3,
+    stem="deep",
+    stem_width=8,
+    shortcut="average",
+    attention="se",
+    adapter=ft.models.Adapter(2),
+)
 IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16, 16, 3)), jnp.float32)
 TARGETS = jnp.array([0, 1, 2, 1])
 
@@ -64,7 +71,7 @@ def test_a_loaded_network_is_saved_and_loaded_bit_for_bit(tmp_path):
     variables = random_variables(TINY)
     network = ft.nnx.ResNet(ft.resnet(TINY), variables)
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
-    checkpoint = ft.Checkpoint(ft.nnx.variables(network), network.model.config, preprocessing)
+    checkpoint = ft.Pretrained(ft.nnx.variables(network), network.model.config, preprocessing)
     ft.save(tmp_path / "w.safetensors", checkpoint)
     assert same_bits(ft.load(tmp_path / "w.safetensors").variables, variables)
 
@@ -101,15 +108,18 @@ def test_without_batch_norm_train_changes_nothing():
 
 def test_a_policy_says_what_train_means_and_a_view_shares_the_numbers():
     model, variables = ft.resnet(TINY), random_variables(TINY)
-    policy = ft.policy(variables["params"], ft.stage(4))
+    policy = ft.batchnorm.policy(variables["params"], ft.stage(4))
     network = ft.nnx.ResNet(model, variables, policy=policy)
     training = nnx.view(network, use_running_average=False)
     _, statistics = model.apply(variables, IMAGES, norm=policy)
     training(IMAGES)
     after = ft.nnx.variables(network)["batch_stats"]
     assert same_bits(after, statistics)
-    moved = {path for path, leaf in flatten(after).items()
-             if not np.array_equal(leaf, flatten(variables["batch_stats"])[path])}  # fmt: skip
+    moved = {
+        path
+        for path, leaf in flatten(after).items()
+        if not np.array_equal(leaf, flatten(variables["batch_stats"])[path])
+    }
     assert moved
     assert {path.rpartition("/")[0] for path in moved} == policy
 
@@ -159,8 +169,11 @@ class Theirs(nnx.Module):
         return self.decoder(self.dropout(x.mean((1, 2))))
 
 
-RULES = {"new": "glob('decoder/**')", "late": "glob('blocks/1/**') - batch_norm()",
-         "frozen": ft.rest()}  # fmt: skip
+RULES = {
+    "new": "glob('decoder/**')",
+    "late": "glob('blocks/1/**') - batch_norm()",
+    "frozen": ft.rest(),
+}
 GROUPS = {
     "new": ft.Group(optax.adamw, 1e-2, weight_decay=1e-1),
     "late": ft.Group(optax.sgd, 1e-1, weight_decay=1e-2),
@@ -177,9 +190,9 @@ def test_masks_labels_and_the_table_see_an_nnx_module():
     assert labels["blocks/1/0/conv/kernel"] == "late"
     assert labels["blocks/1/0/bn/scale"] == labels["blocks/0/0/conv/bias"] == "frozen"
     assert sum(label == "late" for label in labels.values()) == 2
-    resolved = ft.resolve("batch_norm()", variables["params"])
+    resolved = ft.masks.resolve("batch_norm()", variables["params"])
     assert sum(jax.tree.leaves(resolved)) == 4
-    table = ft.table(variables, unflatten(labels), GROUPS)
+    table = ft.parameter_table(variables, unflatten(labels), GROUPS)
     rows = {row.path: row for row in table.rows}
     assert rows["blocks/1/0/conv/kernel"].weight_decay == 1e-2
     assert rows["blocks/0/0/bn/scale"].norm == "running"
@@ -252,8 +265,9 @@ def test_a_partition_trains_an_nnx_module_as_plain_optax_trains_the_dict():
         np.testing.assert_allclose(
             end, flatten(whole["params"])[path], rtol=1e-5, atol=1e-6, err_msg=path
         )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-                 after["batch_stats"], stats)  # fmt: skip
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after["batch_stats"], stats
+    )
     # What does not move has neither a gradient nor a state of the optimizer.
     assert set(flatten(ft.nnx.variables(grads)["params"])) == moving.paths
     moments = [str(path) for path, _ in nnx.to_flat_state(nnx.state(optimizer))]
@@ -301,14 +315,20 @@ def test_train_with_a_policy_leaves_the_statistics_of_what_is_frozen():
     network = Both(nnx.Rngs(0))
     before = ft.nnx.variables(network)
     mask = ft.glob("{blocks/1,encoder/layer1}/**")
-    policy = ft.policy(before["batch_stats"], ft.resolve(mask, before["params"]))
+    policy = ft.batchnorm.policy(before["batch_stats"], ft.masks.resolve(mask, before["params"]))
     ft.nnx.train(network, policy)
     network(IMAGES)
     after = flatten(ft.nnx.variables(network)["batch_stats"])
     moved = {p for p, leaf in flatten(before["batch_stats"]).items() if (leaf != after[p]).any()}
-    assert {path.rpartition("/")[0] for path in moved} == policy == {
-        "blocks/1/0/bn", "encoder/layer1/0/bn1", "encoder/layer1/0/bn2",
-    }  # fmt: skip
+    assert (
+        {path.rpartition("/")[0] for path in moved}
+        == policy
+        == {
+            "blocks/1/0/bn",
+            "encoder/layer1/0/bn1",
+            "encoder/layer1/0/bn2",
+        }
+    )
     ft.nnx.train(network, "running")
     network(IMAGES)
     assert same_bits(ft.nnx.variables(network)["batch_stats"], unflatten(after))
@@ -343,10 +363,17 @@ def test_variables_are_put_back_by_path_and_random_keys_stay():
     assert not any("dropout" in path for path in flatten(variables))
     ft.nnx.update(network, variables)
     assert same_bits(ft.nnx.variables(network), variables)
-    assert jax.tree.all(jax.tree.map(
-        lambda a, b: bool((jax.random.key_data(a) == jax.random.key_data(b)).all())
-        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else bool(a == b),
-        keys, nnx.state(network, nnx.RngState)))  # fmt: skip
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: (
+                bool((jax.random.key_data(a) == jax.random.key_data(b)).all())
+                if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
+                else bool(a == b)
+            ),
+            keys,
+            nnx.state(network, nnx.RngState),
+        )
+    )
 
 
 def mutated():
@@ -366,36 +393,65 @@ def foreign_optimizer():
     ("call", "kind", "text"),
     [
         (mutated, ValueError, r"fc/kernel is \(32, 7\) and should be \(32, 3\)"),
-        (lambda: ft.nnx.ResNet(ft.resnet(TINY), ft.nnx.variables(Theirs(nnx.Rngs(0)))),
-         ValueError, "unexpected: params/stem/kernel"),
+        (
+            lambda: ft.nnx.ResNet(ft.resnet(TINY), ft.nnx.variables(Theirs(nnx.Rngs(0)))),
+            ValueError,
+            "unexpected: params/stem/kernel",
+        ),
         (lambda: ft.nnx.ResNet(ft.resnet(TINY), {"params": {}}), ValueError, "not params"),
-        (lambda: ft.nnx.ResNet(ft.resnet(TINY), random_variables(DEEP)), ValueError,
-         "missing: params/conv1/kernel"),
-        (lambda: ft.nnx.ResNet(ft.resnet(TINY), random_variables(TINY), policy="bacth"),
-         ValueError, "did you mean 'batch'"),
-        (lambda: ft.nnx.where("glob('decodr/**')", Theirs(nnx.Rngs(0))), ValueError,
-         "decoder/"),
+        (
+            lambda: ft.nnx.ResNet(ft.resnet(TINY), random_variables(DEEP)),
+            ValueError,
+            "missing: params/conv1/kernel",
+        ),
+        (
+            lambda: ft.nnx.ResNet(ft.resnet(TINY), random_variables(TINY), policy="bacth"),
+            ValueError,
+            "did you mean 'batch'",
+        ),
+        (lambda: ft.nnx.where("glob('decodr/**')", Theirs(nnx.Rngs(0))), ValueError, "decoder/"),
         (lambda: ft.nnx.where("head()", Theirs(nnx.Rngs(0))), ValueError, "no segment of a ResNet"),
         (lambda: ft.nnx.where({"fc": True}, Theirs(nnx.Rngs(0))), ValueError, "unknown: fc"),
-        (lambda: ft.nnx.where({"bias": "new"}, nnx.Linear(2, 2, rngs=nnx.Rngs(0))), TypeError,
-         "labels with their groups"),
-        (lambda: ft.nnx.where({"bias": False, "kernel": False},
-                              nnx.Linear(2, 2, rngs=nnx.Rngs(0))), ValueError, "every leaf"),
+        (
+            lambda: ft.nnx.where({"bias": "new"}, nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+            TypeError,
+            "labels with their groups",
+        ),
+        (
+            lambda: ft.nnx.where(
+                {"bias": False, "kernel": False}, nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            ),
+            ValueError,
+            "every leaf",
+        ),
         (lambda: ft.nnx.where("head()", Theirs(nnx.Rngs(0)), GROUPS), TypeError, "labels"),
         (lambda: ft.nnx.variables({"kernel": 1}), TypeError, "not dict"),
-        (lambda: ft.nnx.variables(nnx.as_pure(nnx.state(Theirs(nnx.Rngs(0))))), TypeError,
-         "holds arrays instead"),
+        (
+            lambda: ft.nnx.variables(nnx.as_pure(nnx.state(Theirs(nnx.Rngs(0))))),
+            TypeError,
+            "holds arrays instead",
+        ),
         (lambda: ft.nnx.variables(nnx.Dict({"a/b": nnx.Param(jnp.ones(1))})), ValueError, "a/b"),
-        (lambda: ft.nnx.variables(nnx.Dict({"a": nnx.Param({"b": jnp.ones(1)})})), TypeError,
-         "these hold more: a"),
-        (lambda: ft.nnx.update(Theirs(nnx.Rngs(0)), {"params": {"decoder": {"kernle": 1}}}),
-         ValueError, "did you mean 'params/decoder/kernel'"),
-        (lambda: ft.nnx.update(Theirs(nnx.Rngs(0)),
-                               {"params": {"decoder": {"bias": jnp.ones(4)}}}),
-         ValueError, r"params/decoder/bias is float32\[3\] there, not float32\[4\]"),
+        (
+            lambda: ft.nnx.variables(nnx.Dict({"a": nnx.Param({"b": jnp.ones(1)})})),
+            TypeError,
+            "these hold more: a",
+        ),
+        (
+            lambda: ft.nnx.update(Theirs(nnx.Rngs(0)), {"params": {"decoder": {"kernle": 1}}}),
+            ValueError,
+            "did you mean 'params/decoder/kernel'",
+        ),
+        (
+            lambda: ft.nnx.update(
+                Theirs(nnx.Rngs(0)), {"params": {"decoder": {"bias": jnp.ones(4)}}}
+            ),
+            ValueError,
+            r"params/decoder/bias is float32\[3\] there, not float32\[4\]",
+        ),
         (foreign_optimizer, ValueError, "missing: blocks/0/0/bn/bias"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_what_is_wrong(call, kind, text):
     with pytest.raises(kind, match=text):
         call()

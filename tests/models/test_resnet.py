@@ -288,7 +288,7 @@ class TestErrors:
             small[0].apply(small[1], jnp.zeros(shape), start=start)
 
     def test_integer_images(self, small):
-        with pytest.raises(TypeError, match=r"floating and normalised .* not uint8"):
+        with pytest.raises(TypeError, match=r"floating and normalized .* not uint8"):
             small[0].apply(small[1], jnp.zeros((2, 16, 16, 3), "uint8"))
 
     @pytest.mark.parametrize("shape", [(32, 32), (32, 32, 1), (1, 32, 32, 3)])

@@ -14,21 +14,43 @@ from flaxtransfer.batchnorm import modules
 from flaxtransfer.models.layers import average_pool, blur_pool
 from flaxtransfer.paths import flatten, segments, unflatten
 
-PLAIN = ft.ResNetConfig("bottleneck", (1, 1, 1, 1), width=8, classes=3)
+PLAIN = ft.models.ResNetConfig("bottleneck", (1, 1, 1, 1), width=8, classes=3)
 # Each part once, several to a network, for compiling is what takes the time.
 PARTS = {
-    "deep, blur, se": {"stem": "deep", "stem_width": 8, "shortcut": "average",
-                       "anti_alias": "blur", "attention": "se"},
-    "tiered, average, eca": {"stem": "tiered", "stem_width": 8, "anti_alias": "average",
-                             "attention": "eca", "reduce_first": 2, "shortcut_kernel": 3},
+    "deep, blur, se": {
+        "stem": "deep",
+        "stem_width": 8,
+        "shortcut": "average",
+        "anti_alias": "blur",
+        "attention": "se",
+    },
+    "tiered, average, eca": {
+        "stem": "tiered",
+        "stem_width": 8,
+        "anti_alias": "average",
+        "attention": "eca",
+        "reduce_first": 2,
+        "shortcut_kernel": 3,
+    },
     "stem pool, v1": {"stem_pool": "convolution", "stride_in": "1x1"},
     "group": {"norm": "group", "width": 32},
     "v2, deep": {"preactivation": True, "stem": "deep", "stem_width": 8, "shortcut": "average"},
-    "v2, last": {"preactivation": True, "stride_at": "last", "stem_bias": True,
-                 "stem_pool": "zero-padded", "depths": (2, 1, 2, 1), "epsilon": 1.001e-5},
-    "bit": {"preactivation": True, "norm": "group", "standardised": 1e-10, "width": 32,
-            "stem_pool": "zero-padded"},
-}  # fmt: skip
+    "v2, last": {
+        "preactivation": True,
+        "stride_at": "last",
+        "stem_bias": True,
+        "stem_pool": "zero-padded",
+        "depths": (2, 1, 2, 1),
+        "epsilon": 1.001e-5,
+    },
+    "bit": {
+        "preactivation": True,
+        "norm": "group",
+        "standardized": 1e-10,
+        "width": 32,
+        "stem_pool": "zero-padded",
+    },
+}
 
 
 # The parts of each are of the others as well; comparisons with timm cover every combination.
@@ -94,14 +116,14 @@ def test_group_norms_have_no_statistics_and_no_policy(tmp_path):
     np.testing.assert_array_equal(running, batch)
     source = ft.ArraySource(np.zeros((8, 32, 32, 3), np.uint8), np.arange(8) % 3)
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
-    feed = ft.source_feed(source, np.arange(6), np.arange(6, 8), preprocessing, batch_size=3)
-    plan = ft.full_fine_tuning(variables["params"], steps=2)
+    feed = ft.loaders(source, np.arange(6), np.arange(6, 8), preprocessing, batch_size=3)
+    plan = ft.recipes.full_fine_tuning(variables["params"], steps=2)
     fitted = ft.fit(model, variables, plan, feed, tmp_path)
     assert fitted.steps == 2
 
 
-def test_standardised_kernels_may_be_scaled_and_shifted():
-    # Weight standardisation takes mean and size of each filter out of the function.
+def test_standardized_kernels_may_be_scaled_and_shifted():
+    # Weight standardization takes mean and size of each filter out of the function.
     model, variables = network("bit")
     wanted, _ = run(model, variables, images())
     params = flatten(variables["params"])
@@ -146,13 +168,15 @@ def test_bands_before_a_deep_stem(way):
     config = dataclasses.replace(PLAIN, **PARTS["deep, blur, se"])
     variables = jax.tree.map(np.asarray, ft.resnet(config).init(jax.random.key(0)))
     pre = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
-    checkpoint = ft.Checkpoint(variables, config, pre)
+    checkpoint = ft.Pretrained(variables, config, pre)
     model, start, report = ft.transfer(checkpoint, classes=2, bands=6, adapter=way, zero_head=False)
     pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 6)).astype(np.float32)
     wanted, _ = run(model, start, pixels)
     assert report.adapted == (("params/conv1/0/kernel",) if way == "repeat" else ())
     six = dataclasses.replace(pre, mean=(0.5,) * 6, std=(0.25,) * 6)
-    folded = ft.fold_adapter(ft.Checkpoint(jax.tree.map(np.asarray, start), model.config, six))
+    folded = ft.weights.fold_adapter(
+        ft.Pretrained(jax.tree.map(np.asarray, start), model.config, six)
+    )
     got, _ = run(ft.resnet(folded.config), folded.variables, pixels)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
@@ -164,7 +188,7 @@ def test_bands_before_a_deep_stem(way):
         ({"preactivation": True, "anti_alias": "blur"}, "pre-activations has no attention"),
         ({"stride_at": "last"}, "are for networks of pre-activations"),
         ({"stem_bias": True}, "are for networks of pre-activations"),
-        ({"standardised": 0.0}, "standardised is a small number above 0, not 0.0"),
+        ({"standardized": 0.0}, "standardized is a small number above 0, not 0.0"),
         ({"epsilon": None}, "epsilon is a small number above 0, not None"),
         ({"stride_at": "middle"}, "stride_at must be 'first' or 'last', not 'middle'"),
         ({"stem": "deep"}, "a deep or tiered stem has a stem_width"),
@@ -183,4 +207,4 @@ def test_bands_before_a_deep_stem(way):
 )
 def test_a_config_refuses_what_is_no_network(arguments, text):
     with pytest.raises(ValueError, match=text):
-        ft.ResNetConfig(**arguments)
+        ft.models.ResNetConfig(**arguments)

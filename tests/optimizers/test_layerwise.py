@@ -31,8 +31,15 @@ NETWORK = unflatten(
 def test_layerwise_decay_by_segment_counts_from_the_head():
     labels, groups = layerwise_decay(NETWORK, Group(optax.sgd, 8.0, 0.1), decay=0.5)
     rates = {name: group.learning_rate for name, group in groups.items()}
-    assert rates == {"adapter": 0.125, "stem": 0.25, "layer1": 0.5, "layer2": 1.0, "layer3": 2.0,
-                     "layer4": 4.0, "head": 8.0}  # fmt: skip
+    assert rates == {
+        "adapter": 0.125,
+        "stem": 0.25,
+        "layer1": 0.5,
+        "layer2": 1.0,
+        "layer3": 2.0,
+        "layer4": 4.0,
+        "head": 8.0,
+    }
     assert list(groups) == ["adapter", "stem", "layer1", "layer2", "layer3", "layer4", "head"]
     assert {group.weight_decay for group in groups.values()} == {0.1}
     assert flatten(labels)["layer4/9/bn2/bias"] == "layer4"
@@ -53,8 +60,12 @@ def test_layerwise_decay_without_adapter_or_head_keeps_the_distances():
     backbone = {k: v for k, v in NETWORK.items() if k not in ("adapter", "fc")}
     _, groups = layerwise_decay(backbone, Group(optax.sgd, 1.0), decay=0.5)
     assert {name: g.learning_rate for name, g in groups.items()} == {
-        "stem": 1 / 32, "layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1 / 2
-    }  # fmt: skip
+        "stem": 1 / 32,
+        "layer1": 1 / 16,
+        "layer2": 1 / 8,
+        "layer3": 1 / 4,
+        "layer4": 1 / 2,
+    }
 
 
 def test_layerwise_decay_moves_each_leaf_by_its_own_rate():

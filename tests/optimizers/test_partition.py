@@ -167,8 +167,11 @@ def test_a_small_gradient_is_not_clipped_however_large_the_frozen_one():
 
 def test_the_clip_comes_before_the_decay():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    tx = partition({"all": Group(optax.sgd, 1.0, 2.0, everything())},
-                   label(PARAMS, {"all": everything()}), clip=1e-6)  # fmt: skip
+    tx = partition(
+        {"all": Group(optax.sgd, 1.0, 2.0, everything())},
+        label(PARAMS, {"all": everything()}),
+        clip=1e-6,
+    )
     updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
     assert_same(updates, jax.tree.map(lambda p: -2 * p, PARAMS))
 
@@ -187,8 +190,16 @@ def test_a_schedule_belongs_to_its_group():
     rates = []
     for _ in range(4):
         updates, state = tx.update(ones, state, PARAMS)
-        rates.append([-float(u.ravel()[0]) for u in (updates["fc"]["bias"],
-                      updates["layer4"]["0"]["bn1"]["scale"], updates["bn1"]["bias"])])  # fmt: skip
+        rates.append(
+            [
+                -float(u.ravel()[0])
+                for u in (
+                    updates["fc"]["bias"],
+                    updates["layer4"]["0"]["bn1"]["scale"],
+                    updates["bn1"]["bias"],
+                )
+            ]
+        )
     assert rates == [[1, 0.25, 0], [1, 0.25, 0], [0.5, 0.25, 0], [0.5, 0.25, 0]]
 
 
@@ -218,8 +229,11 @@ def test_extra_arguments_reach_the_groups():
 
 
 def test_masks_of_ours_serve_optax_inside_a_partition():
-    groups = {"head": optax.adamw(1e-2, weight_decay=0.5, mask=matrices()), "late": FROZEN,
-              "frozen": FROZEN}  # fmt: skip
+    groups = {
+        "head": optax.adamw(1e-2, weight_decay=0.5, mask=matrices()),
+        "late": FROZEN,
+        "frozen": FROZEN,
+    }
     after, _ = run(partition(groups, NAMED), PARAMS)
     group = Group(optax.adamw, 1e-2, weight_decay=0.5, decay_mask=glob("**/kernel"))
     assert_same(only(after, "fc"), run(group.transformation(), only(PARAMS, "fc"))[0])

@@ -47,8 +47,8 @@ def test_every_name_against_torchs_counter(torch, making):
 
     for name, config in ARCHITECTURES.items():
         theirs = name if timm.is_model(name) else f"legacy_{name}"
-        if config.standardised or not timm.is_model(theirs):
-            # Torch's counter does not see standardised kernels, and timm has not all of BiT.
+        if config.standardized or not timm.is_model(theirs):
+            # Torch's counter does not see standardized kernels, and timm has not all of BiT.
             continue
         sizes: dict = {}
         with torch.device("meta"):

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.models import resnet
-from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.models.registry import ARCHITECTURES, resnet
 from flaxtransfer.paths import unflatten
-from flaxtransfer.weights import Checkpoint, Preprocessing, load
-from flaxtransfer.weights.export import export
+from flaxtransfer.weights import Preprocessing, Pretrained, export, load
 from flaxtransfer.weights.infer import leaf_shapes
 
 pytestmark = pytest.mark.parity
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.parity
 LIMIT = 1e-5
 PREPROCESSING = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 75, 86, "bicubic")
 NAMES = ("cat", "dog", "owl")
-BOTTLENECK = ft.ResNetConfig("bottleneck", (1, 1, 1, 1), classes=3)
+BOTTLENECK = ft.models.ResNetConfig("bottleneck", (1, 1, 1, 1), classes=3)
 PLAIN = dataclasses.replace(BOTTLENECK, block="basic")
 
 
@@ -44,7 +42,7 @@ def checkpoint_of(config, preprocessing=PREPROCESSING):
     preprocessing = dataclasses.replace(
         preprocessing, mean=(0.4, 0.5, 0.6, 0.7)[:bands], std=(0.2, 0.25, 0.3, 0.35)[:bands]
     )
-    return Checkpoint(
+    return Pretrained(
         {"batch_stats": {}, **unflatten(leaves)}, config, preprocessing, class_names=NAMES
     )
 
@@ -71,24 +69,41 @@ FOR_TIMM = {
     "narrow": dataclasses.replace(PLAIN, width=8),
     "narrow bottlenecks": dataclasses.replace(BOTTLENECK, width=8),
     "two bands": dataclasses.replace(PLAIN, in_channels=2),
-    "adapter": dataclasses.replace(PLAIN, adapter=ft.Adapter(4)),
+    "adapter": dataclasses.replace(PLAIN, adapter=ft.models.Adapter(4)),
     "wide, groups": dataclasses.replace(BOTTLENECK, base_width=8, groups=4),
-    "d, se": dataclasses.replace(BOTTLENECK, stem="deep", stem_width=16, shortcut="average",
-        attention="se"),
-    "t, eca": dataclasses.replace(BOTTLENECK, stem="tiered", stem_width=16, shortcut="average",
-        attention="eca"),
+    "d, se": dataclasses.replace(
+        BOTTLENECK, stem="deep", stem_width=16, shortcut="average", attention="se"
+    ),
+    "t, eca": dataclasses.replace(
+        BOTTLENECK, stem="tiered", stem_width=16, shortcut="average", attention="eca"
+    ),
     "blur": dataclasses.replace(PLAIN, anti_alias="blur"),
     "group": dataclasses.replace(BOTTLENECK, norm="group"),
-    "rs": dataclasses.replace(BOTTLENECK, stem="deep", stem_width=16, shortcut="average",
-                              attention="se", se_ratio=0.25, stem_pool="convolution"),
-    "first 2, down 3": dataclasses.replace(BOTTLENECK, attention="se", reduce_first=2,
-                                           shortcut_kernel=3),
+    "rs": dataclasses.replace(
+        BOTTLENECK,
+        stem="deep",
+        stem_width=16,
+        shortcut="average",
+        attention="se",
+        se_ratio=0.25,
+        stem_pool="convolution",
+    ),
+    "first 2, down 3": dataclasses.replace(
+        BOTTLENECK, attention="se", reduce_first=2, shortcut_kernel=3
+    ),
     "v2": dataclasses.replace(BOTTLENECK, preactivation=True, width=8),
-    "v2, d, group": dataclasses.replace(BOTTLENECK, preactivation=True, width=32, norm="group",
-                                        stem="deep", stem_width=32, shortcut="average"),
+    "v2, d, group": dataclasses.replace(
+        BOTTLENECK,
+        preactivation=True,
+        width=32,
+        norm="group",
+        stem="deep",
+        stem_width=32,
+        shortcut="average",
+    ),
     "other epsilon": dataclasses.replace(PLAIN, epsilon=1e-3),
     "bit": ARCHITECTURES["resnetv2_50x1_bit"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FOR_TIMM)
@@ -116,7 +131,7 @@ def test_timms_own_file_comes_back_byte_for_byte(torch, torchvision, making, tmp
     import timm
     from safetensors.torch import load_file, save_file
 
-    network = making.randomise(timm.create_model("seresnet50t", num_classes=3), 1)
+    network = making.randomize(timm.create_model("seresnet50t", num_classes=3), 1)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     export(load(tmp_path / "model.safetensors"), tmp_path / "net", to="timm")
     back = load_file(tmp_path / "net" / "model.safetensors")
@@ -128,10 +143,10 @@ def test_timms_own_file_comes_back_byte_for_byte(torch, torchvision, making, tmp
 
 
 FOR_TRANSFORMERS = {
-    "basic": ft.ResNetConfig(depths=(1, 2, 1, 1), width=8, classes=3),
+    "basic": ft.models.ResNetConfig(depths=(1, 2, 1, 1), width=8, classes=3),
     "bottleneck": dataclasses.replace(BOTTLENECK, width=8),
     "v1": dataclasses.replace(BOTTLENECK, width=8, stride_in="1x1"),
-    "adapter": dataclasses.replace(PLAIN, width=8, adapter=ft.Adapter(4)),
+    "adapter": dataclasses.replace(PLAIN, width=8, adapter=ft.models.Adapter(4)),
 }
 
 
@@ -173,19 +188,35 @@ def test_torchvision_takes_the_file(agree, torch, torchvision, tmp_path):
     agree(torch_logits(torch, network, images), logits_of(before, images), LIMIT)
 
 
-CURVES = dataclasses.replace(PLAIN, width=8, adapter=ft.Adapter(2, "curves"))
+CURVES = dataclasses.replace(PLAIN, width=8, adapter=ft.models.Adapter(2, "curves"))
 FOR_ALL = {
-    **{kind: dataclasses.replace(config, classes=3) for kind, config in FOR_TIMM.items()
-       if kind not in ("named", "adapter", "bit")},
+    **{
+        kind: dataclasses.replace(config, classes=3)
+        for kind, config in FOR_TIMM.items()
+        if kind not in ("named", "adapter", "bit")
+    },
     **FOR_TRANSFORMERS,
     "average": dataclasses.replace(BOTTLENECK, width=8, anti_alias="average"),
     "curves": CURVES,
-    "bit": dataclasses.replace(BOTTLENECK, preactivation=True, norm="group", width=32,
-                               standardised=1e-10, stem_pool="zero-padded"),
-    "v2, last": dataclasses.replace(BOTTLENECK, preactivation=True, depths=(2, 1, 2, 1), width=8,
-                                    stride_at="last", stem_bias=True, stem_pool="zero-padded",
-                                    epsilon=1.001e-5),
-}  # fmt: skip
+    "bit": dataclasses.replace(
+        BOTTLENECK,
+        preactivation=True,
+        norm="group",
+        width=32,
+        standardized=1e-10,
+        stem_pool="zero-padded",
+    ),
+    "v2, last": dataclasses.replace(
+        BOTTLENECK,
+        preactivation=True,
+        depths=(2, 1, 2, 1),
+        width=8,
+        stride_at="last",
+        stem_bias=True,
+        stem_pool="zero-padded",
+        epsilon=1.001e-5,
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", FOR_ALL)
@@ -236,9 +267,19 @@ def test_stablehlo_runs_in_a_fresh_process_without_us(agree, tmp_path, kind):
     images = images_of(before, 64)
     np.save(tmp_path / "images.npy", images)
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(tmp_path / "net.stablehlo"), str(tmp_path / "images.npy"),
-         str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            ALONE,
+            str(tmp_path / "net.stablehlo"),
+            str(tmp_path / "images.npy"),
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(list(NAMES))
     expected = logits_of(before, images)
@@ -253,13 +294,15 @@ def test_digits_are_told_apart_by_timm_as_by_us(torch, torchvision, tmp_path):
     model, variables, _ = ft.transfer(checkpoint, classes=10)
     splits = ft.stratified_split(source.labels(), labels_per_class=5)
     pre = checkpoint.preprocessing
-    feed = ft.source_feed(source, splits.train, splits.val, pre, batch_size=50)
-    plan = ft.head_then_fine_tune(variables["params"], head_steps=20, fine_tune_steps=10)
+    feed = ft.loaders(source, splits.train, splits.val, pre, batch_size=50)
+    plan = ft.recipes.head_then_fine_tune(variables["params"], head_steps=20, fine_tune_steps=10)
     fitted = ft.fit(model, variables, plan, feed, tmp_path / "run")
-    tuned = Checkpoint(
-        jax.tree.map(np.asarray, fitted.variables), model.config, pre,
+    tuned = Pretrained(
+        jax.tree.map(np.asarray, fitted.variables),
+        model.config,
+        pre,
         class_names=tuple(source.class_names),
-    )  # fmt: skip
+    )
     export(tuned, tmp_path / "net", to="timm")
     network = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
     data = timm.data.resolve_model_data_config(network)

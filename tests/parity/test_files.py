@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from flaxtransfer.classifier import transfer
-from flaxtransfer.models import resnet
-from flaxtransfer.models.registry import RESNETS
+from flaxtransfer.models.registry import RESNETS, resnet
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load, save
 
@@ -29,7 +28,7 @@ class Creates:
 @pytest.fixture
 def network(torch, torchvision, making):
     torch.manual_seed(0)
-    return making.randomise(making.narrow("BasicBlock", (1, 1, 1, 1), 4, 64, 1, 3, 6), 0)
+    return making.randomize(making.narrow("BasicBlock", (1, 1, 1, 1), 4, 64, 1, 3, 6), 0)
 
 
 def logits_of(checkpoint, images):
@@ -137,7 +136,7 @@ def test_damaged_files(torch, network, tmp_path, damage, text, zipped):
         (lambda torch: torch.ones(2), "holds a Tensor and no tensors by name"),
         (lambda torch: {"conv1.weight": torch.ones(2), "epoch": 3}, "than tensors by name: epoch"),
         (lambda torch: {}, "holds no arrays"),
-        (lambda torch: {"w": torch.ones(2, 2).to_sparse()}, r"w \(sparse, quantised"),
+        (lambda torch: {"w": torch.ones(2, 2).to_sparse()}, r"w \(sparse, quantized"),
     ],
 )
 def test_what_is_no_dictionary_of_tensors(torch, tmp_path, content, text):
@@ -153,7 +152,7 @@ def test_torchvision_loads_what_we_write_and_gives_the_same_logits(
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
-    network = making.randomise(torchvision.models.get_model(name, weights=None), 6)
+    network = making.randomize(torchvision.models.get_model(name, weights=None), 6)
     save_file(network.state_dict(), tmp_path / "theirs.safetensors")
     save(tmp_path / "ours.safetensors", load(tmp_path / "theirs.safetensors"))
 

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxtransfer.models import resnet
-from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
+from flaxtransfer.models.registry import ARCHITECTURES, RESNETS, resnet
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights.infer import leaf_shapes
 from flaxtransfer.weights.naming import key_map
@@ -77,7 +76,7 @@ def differing(record_property):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_with_running_statistics(differing, torch, torchvision, making, name):
     torch.manual_seed(0)
-    network = making.randomise(torchvision.models.get_model(name, weights=None), 4)
+    network = making.randomize(torchvision.models.get_model(name, weights=None), 4)
     ours, theirs = both(torch, network, RESNETS[name], "running")
     assert len(ours) == len(theirs)
     assert differing(ours, theirs, "params/") == {}
@@ -87,17 +86,25 @@ def test_with_running_statistics(differing, torch, torchvision, making, name):
 # One of each kind of part that torchvision has not.
 @pytest.mark.parametrize(
     "name",
-    ["resnet18d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnetaa34d", "resnet50_gn",
-     "resnetv2_18d", "resnetv2_50x1_bit"],
-)  # fmt: skip
+    [
+        "resnet18d",
+        "seresnet18",
+        "ecaresnet26t",
+        "resnetblur18",
+        "resnetaa34d",
+        "resnet50_gn",
+        "resnetv2_18d",
+        "resnetv2_50x1_bit",
+    ],
+)
 def test_of_timms_variants(differing, torch, torchvision, making, name):
     import timm
 
     torch.manual_seed(0)
-    network = making.randomise(timm.create_model(name, pretrained=False, num_classes=7), 4)
+    network = making.randomize(timm.create_model(name, pretrained=False, num_classes=7), 4)
     config = dataclasses.replace(ARCHITECTURES[name], classes=7)
-    if config.standardised is not None:
-        config = dataclasses.replace(config, standardised=timm.V2_EPSILON)
+    if config.standardized is not None:
+        config = dataclasses.replace(config, standardized=timm.V2_EPSILON)
     ours, theirs = both(torch, network, config, "running")
     assert len(ours) == len(theirs)
     assert differing(ours, theirs, "params/") == {}
@@ -106,7 +113,7 @@ def test_of_timms_variants(differing, torch, torchvision, making, name):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_with_batch_statistics(differing, torch, torchvision, making, name):
     torch.manual_seed(0)
-    network = making.randomise(torchvision.models.get_model(name, weights=None), 5)
+    network = making.randomize(torchvision.models.get_model(name, weights=None), 5)
     ours, theirs = both(torch, network, RESNETS[name], "batch")
     assert differing(ours, theirs, "params/") == {}
     means = {path: leaf for path, leaf in theirs.items() if path.endswith("/mean")}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxtransfer.models import resnet
+from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import load
 from flaxtransfer.weights.infer import leaf_shapes

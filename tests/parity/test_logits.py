@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxtransfer.models import resnet
-from flaxtransfer.models.registry import RESNETS
+from flaxtransfer.models.registry import RESNETS, resnet
 from flaxtransfer.weights import load, save
 
 pytestmark = pytest.mark.parity
@@ -46,12 +45,17 @@ def compare(agree, torch, network, path, size, format, logits=lambda output: out
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [*((name, 64) for name in RESNETS), ("resnet18", 224), ("resnet50", 224),
-     ("wide_resnet50_2", 64), ("resnext50_32x4d", 64)],
-)  # fmt: skip
+    [
+        *((name, 64) for name in RESNETS),
+        ("resnet18", 224),
+        ("resnet50", 224),
+        ("wide_resnet50_2", 64),
+        ("resnext50_32x4d", 64),
+    ],
+)
 def test_torchvision(agree, torch, torchvision, making, tmp_path, name, size):
     torch.manual_seed(0)
-    network = making.randomise(
+    network = making.randomize(
         torchvision.models.get_model(name, weights=None, num_classes=CLASSES), 0
     )
     checkpoint = compare(agree, torch, network, tmp_path / "w.safetensors", size, "torchvision")
@@ -63,7 +67,7 @@ def test_timm(agree, torch, torchvision, making, tmp_path, name):
     import timm
 
     torch.manual_seed(0)
-    network = making.randomise(timm.create_model(name, pretrained=False, num_classes=CLASSES), 1)
+    network = making.randomize(timm.create_model(name, pretrained=False, num_classes=CLASSES), 1)
     checkpoint = compare(agree, torch, network, tmp_path / "w.safetensors", 64, "torchvision")
     assert (checkpoint.config.name, checkpoint.config.classes) == (name, CLASSES)
 
@@ -86,7 +90,7 @@ def test_transformers(agree, torch, torchvision, making, tmp_path, name):
     checkpoint = compare(
         agree,
         torch,
-        making.randomise(network, 2),
+        making.randomize(network, 2),
         tmp_path / "w.safetensors",
         64,
         "huggingface",
@@ -103,14 +107,19 @@ def test_transformers_with_the_stride_in_the_first_convolution(
 
     sizes = [16, 32, 64, 128] if layer_type == "basic" else [64, 128, 256, 512]
     torch.manual_seed(0)
-    network = making.randomise(
+    network = making.randomize(
         transformers.ResNetForImageClassification(
             transformers.ResNetConfig(
-                depths=[1, 2, 1, 1], embedding_size=16, hidden_sizes=sizes,
-                layer_type=layer_type, downsample_in_bottleneck=True, num_labels=CLASSES,
+                depths=[1, 2, 1, 1],
+                embedding_size=16,
+                hidden_sizes=sizes,
+                layer_type=layer_type,
+                downsample_in_bottleneck=True,
+                num_labels=CLASSES,
             )
-        ), 2,
-    )  # fmt: skip
+        ),
+        2,
+    )
     network.save_pretrained(tmp_path)
     checkpoint = load(tmp_path)
     images = torch.randn(2, 3, 75, 75, generator=torch.Generator().manual_seed(1))
@@ -125,18 +134,40 @@ def test_transformers_with_the_stride_in_the_first_convolution(
 # Every kind of part at least twice: deep and tiered stems, pooled shortcuts, SE, ECA, blur and
 # average anti-aliasing, groups, ResNet-RS; GroupNorm and SENet-154 once.
 TIMM = (
-    "resnet10t", "resnet50t", "resnet18d", "resnet34d", "resnet50d",
-    "resnet50c", "resnet50s", "wide_resnet50_2", "resnet50_gn",
-    "resnext50d_32x4d", "seresnet18", "seresnet50t", "seresnext26d_32x4d",
-    "senet154", "ecaresnet26t", "ecaresnet50d", "ecaresnext26t_32x4d",
-    "ecaresnetlight", "resnetblur18", "resnetblur50d", "resnetaa34d", "resnetaa50",
-    "seresnetaa50d", "resnetrs50", "resnetv2_18d", "resnetv2_50", "resnetv2_50t",
-    "resnetv2_50d_gn", "resnetv2_50x1_bit",
-)  # fmt: skip
+    "resnet10t",
+    "resnet50t",
+    "resnet18d",
+    "resnet34d",
+    "resnet50d",
+    "resnet50c",
+    "resnet50s",
+    "wide_resnet50_2",
+    "resnet50_gn",
+    "resnext50d_32x4d",
+    "seresnet18",
+    "seresnet50t",
+    "seresnext26d_32x4d",
+    "senet154",
+    "ecaresnet26t",
+    "ecaresnet50d",
+    "ecaresnext26t_32x4d",
+    "ecaresnetlight",
+    "resnetblur18",
+    "resnetblur50d",
+    "resnetaa34d",
+    "resnetaa50",
+    "seresnetaa50d",
+    "resnetrs50",
+    "resnetv2_18d",
+    "resnetv2_50",
+    "resnetv2_50t",
+    "resnetv2_50d_gn",
+    "resnetv2_50x1_bit",
+)
 SIZES = {
     # timm's own average anti-aliasing cannot take an odd side.
     **{name: 64 for name in TIMM if "resnetaa" in name},
-    # Standardised weights and GroupNorms magnify rounding: at 75 px timm itself is 4e-6 to 5e-6
+    # Standardized weights and GroupNorms magnify rounding: at 75 px timm itself is 4e-6 to 5e-6
     # away from its own result in float64. In float64 both are equal to 1e-13.
     "resnetv2_50x1_bit": 224,
 }
@@ -151,7 +182,7 @@ def test_timms_variants(agree, torch, torchvision, making, tmp_path, name):
     # Four blocks of SENet-154 have all of its parts and spare half a minute.
     depths = {"layers": (1, 1, 1, 1)} if name == "senet154" else {}
     network = timm.create_model(name, pretrained=False, num_classes=CLASSES, **depths)
-    making.randomise(network, 1)
+    making.randomize(network, 1)
     path = tmp_path / "w.safetensors"
     save_file(network.state_dict(), path)
     checkpoint = load(path, model=None if depths else name)
@@ -227,14 +258,14 @@ def test_the_files_of_big_transfer(agree, torch, torchvision, making, tmp_path, 
 
     name = "resnetv2_50x1_bit"
     torch.manual_seed(0)
-    source = making.randomise(timm.create_model(name, pretrained=False, num_classes=CLASSES), 1)
+    source = making.randomize(timm.create_model(name, pretrained=False, num_classes=CLASSES), 1)
     file = big_transfer_file({key: value.numpy() for key, value in source.state_dict().items()})
     if not numbered:
         file = {key.replace("conv2d_7", "conv2d"): array for key, array in file.items()}
     np.savez(tmp_path / "BiT-M-R50x1.npz", **file)
     checkpoint = load(tmp_path / "BiT-M-R50x1.npz")
     assert (checkpoint.config.name, checkpoint.format) == (name, "bit")
-    assert checkpoint.config.standardised == 1e-10
+    assert checkpoint.config.standardized == 1e-10
     assert checkpoint.preprocessing.mean == checkpoint.preprocessing.std == (0.5, 0.5, 0.5)
     if numbered:  # which timm does not read
         return
@@ -244,7 +275,7 @@ def test_the_files_of_big_transfer(agree, torch, torchvision, making, tmp_path, 
     with torch.no_grad():
         theirs = network(images).numpy()
     # timm adds 1e-8 to the variances of these files' filters, for which BiT has 1e-10.
-    config = dataclasses.replace(checkpoint.config, standardised=1e-8)
+    config = dataclasses.replace(checkpoint.config, standardized=1e-8)
     ours = forward(config)(checkpoint.variables, images.permute(0, 2, 3, 1).numpy())
     agree(ours, theirs, LIMIT)
 

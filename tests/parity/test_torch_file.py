@@ -83,16 +83,26 @@ def test_a_training_scripts_checkpoint(torch, files, zipped):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_two_hundred_random_views(torch, files, zipped):
     chance, tensors = random.Random(0), {}
-    kinds = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64,
-             torch.uint8, torch.bool, torch.int16]  # fmt: skip
+    kinds = [
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+        torch.int16,
+    ]
     bases = [(torch.randn(500) * 50).to(kind) for kind in kinds]
     for number in range(200):
         base = chance.choice(bases)
         shape = [chance.randrange(0, 5) for _ in range(chance.randrange(0, 5))]
         strides = [chance.randrange(0, 20) for _ in shape]
         tensors[f"t{number}"] = base.as_strided(shape, strides, chance.randrange(0, 100))
-    assert same_as_torch(torch, files, saved(
-        torch, tensors, _use_new_zipfile_serialization=zipped)) == 200  # fmt: skip
+    assert (
+        same_as_torch(torch, files, saved(torch, tensors, _use_new_zipfile_serialization=zipped))
+        == 200
+    )
 
 
 def test_a_whole_network_with_its_optimizer(torch, torchvision, files):
@@ -112,8 +122,13 @@ def test_a_whole_network_with_its_optimizer(torch, torchvision, files):
 
 
 def test_other_order_of_bytes(torch, files):
-    tensors = {"a": torch.randn(5), "b": torch.arange(3), "c": torch.randn(2).bfloat16(),
-               "d": torch.randn(2, dtype=torch.complex64), "e": torch.tensor([True])}  # fmt: skip
+    tensors = {
+        "a": torch.randn(5),
+        "b": torch.arange(3),
+        "c": torch.randn(2).bfloat16(),
+        "d": torch.randn(2, dtype=torch.complex64),
+        "e": torch.tensor([True]),
+    }
     out = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(saved(torch, tensors))) as archive,
@@ -150,9 +165,9 @@ def test_programs_and_networks_are_refused(torch):
 def test_what_is_not_dense_is_refused_where_a_weight_should_be(torch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    for odd in (torch.eye(2).to_sparse(), quantised, torch.empty(2, device="meta")):
-        with pytest.raises(ValueError, match=r"w \(sparse, quantised or empty tensor\)"):
+        quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    for odd in (torch.eye(2).to_sparse(), quantized, torch.empty(2, device="meta")):
+        with pytest.raises(ValueError, match=r"w \(sparse, quantized or empty tensor\)"):
             read_torch(saved(torch, {"w": odd}))
     arrays, _, _ = read_torch(saved(torch, {"w": torch.ones(2).to(torch.float8_e4m3fn)}))
     assert np.asarray(arrays["w"], np.float32).tolist() == [1, 1]

@@ -11,10 +11,10 @@ from flaxtransfer.shift.confusion import (
     black_box,
     joint_confusion,
     mean_prediction,
-    regularisation_radius,
-    regularised_weights,
+    regularization_radius,
+    regularized_weights,
 )
-from flaxtransfer.shift.likelihood import maximise
+from flaxtransfer.shift.likelihood import maximize
 
 with warnings.catch_warnings():
     # abstention imports scipy.misc, and quapy what it finds.
@@ -34,13 +34,13 @@ CASES = [(3, 2.0, 0), (5, 1.5, 1), (10, 2.5, 2)]
 def problem(classes, separation, seed):
     """Exact posteriors of Gaussian classes: validation, labels, target of other prevalence."""
     random = np.random.default_rng(seed)
-    centres = separation * random.normal(size=(classes, 6)) / 2
+    centers = separation * random.normal(size=(classes, 6)) / 2
     prior, shares = random.dirichlet(np.full(classes, 5)), random.dirichlet(np.full(classes, 2))
 
     def draw(prevalence, count):
         labels = random.choice(classes, size=count, p=prevalence)
-        inputs = centres[labels] + random.normal(size=(count, 6))
-        scores = inputs @ centres.T - np.square(centres).sum(1) / 2 + np.log(prior)
+        inputs = centers[labels] + random.normal(size=(count, 6))
+        scores = inputs @ centers.T - np.square(centers).sum(1) / 2 + np.log(prior)
         return softmax(scores, axis=1), labels
 
     validation, labels = draw(prior, 900)
@@ -53,7 +53,7 @@ def test_maximum_likelihood_is_quapys(case, monkeypatch):
     validation, _, target = problem(*case)
     monkeypatch.setattr(EMQ, "MAX_ITER", 100_000)
     theirs, _ = EMQ.EM(validation.mean(0), target, epsilon=1e-12)
-    ours = maximise(target, validation.mean(0), tolerance=1e-10)
+    ours = maximize(target, validation.mean(0), tolerance=1e-10)
     assert ours.gap <= 1e-10
     np.testing.assert_allclose(ours.estimate, theirs, atol=1e-6)
 
@@ -63,7 +63,7 @@ def test_maximum_likelihood_is_abstentions_without_a_factory(case):
     validation, _, target = problem(*case)
     adapter = EMImbalanceAdapter(max_iterations=20_000, tolerance=1e-12)
     theirs = adapter(tofit_initial_posterior_probs=target, valid_posterior_probs=validation)
-    ours = maximise(target, validation.mean(0), tolerance=1e-10)
+    ours = maximize(target, validation.mean(0), tolerance=1e-10)
     np.testing.assert_allclose(ours.estimate, theirs.multipliers * validation.mean(0), atol=1e-6)
 
 
@@ -98,17 +98,17 @@ def test_the_black_box_on_the_simplex_is_cvxpys(case):
 @pytest.mark.parametrize("alpha", [0.0, 0.01, 0.1, 0.3, 1.0])
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_regularised_weights_are_cvxpys(case, hard, alpha):
+def test_regularized_weights_are_cvxpys(case, hard, alpha):
     validation, labels, target = problem(*case)
     matrix = joint_confusion(validation, labels, hard=hard)
     difference = mean_prediction(target, hard=hard) - mean_prediction(validation, hard=hard)
-    strength = alpha * regularisation_radius(case[0], len(labels))
+    strength = alpha * regularization_radius(case[0], len(labels))
     change = cvxpy.Variable(case[0])
     # quapy's and abstention's problem. The solver's tolerance is absolute: a thousandfold goal lets
     # it go on where ten classes make the minimum flat, and it would stop 1.5e-5 before it.
     goal = cvxpy.norm(matrix @ change - difference) + strength * cvxpy.norm(change)
     solve(cvxpy.Problem(cvxpy.Minimize(1000 * goal), [change >= -1]))
-    found = regularised_weights(matrix, difference, strength)
+    found = regularized_weights(matrix, difference, strength)
 
     def loss(weights):
         apart = np.linalg.norm(matrix @ (weights - 1) - difference)
@@ -119,7 +119,7 @@ def test_regularised_weights_are_cvxpys(case, hard, alpha):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_regularised_weights_are_abstentions(case):
+def test_regularized_weights_are_abstentions(case):
     validation, labels, target = problem(*case)
     one_hot = np.eye(case[0])[labels]
     with warnings.catch_warnings():
@@ -128,10 +128,10 @@ def test_regularised_weights_are_abstentions(case):
         theirs = RLLSImbalanceAdapter(soft=True, alpha=0.01)(one_hot, target, validation)
     matrix = joint_confusion(validation, labels)
     difference = target.mean(0) - validation.mean(0)
-    strength = 0.01 * regularisation_radius(case[0], len(labels))
+    strength = 0.01 * regularization_radius(case[0], len(labels))
     # As near as its solver's own tolerance.
     np.testing.assert_allclose(
-        regularised_weights(matrix, difference, strength), theirs.multipliers, atol=1e-4
+        regularized_weights(matrix, difference, strength), theirs.multipliers, atol=1e-4
     )
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 import flaxtransfer as ft
 
 
-def sweep(*, falls: bool = True, diverged: bool = False) -> ft.RateSweep:
+def sweep(*, falls: bool = True, diverged: bool = False) -> ft.training.RateSweep:
     rates = tuple(np.logspace(-6, 0, 50))
     losses = tuple(1 / (1 + math.exp(2 * math.log10(r) + 4)) for r in rates)
     losses = losses if falls else losses[::-1]
-    return ft.RateSweep(rates, losses, losses, 1e-2 if falls else None, diverged)
+    return ft.training.RateSweep(rates, losses, losses, 1e-2 if falls else None, diverged)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -51,7 +51,7 @@ def test_a_suggestion_is_marked_and_its_absence_is_not(tmp_path):
         ("no/rates.png", {"a": sweep()}, FileNotFoundError, "there is no folder .*no for"),
         ("rates.png", {}, ValueError, "no sweep to draw"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_drawn_is_refused(tmp_path, name, sweeps, error, text):
     with pytest.raises(error, match=text):
         ft.rate_picture(tmp_path / name, sweeps)

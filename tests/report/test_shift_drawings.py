@@ -22,12 +22,17 @@ def png(draw, *arguments, **options):
 
 def test_each_picture_is_of_its_numbers():
     test = HypothesisTest("a test", "H0", 1.0, 0.03, 0.7, "AUC", 0.6, (9, 9))
-    bins = (ReliabilityBin(30, 0.6, 0.5, 0.4, 0.7, 0.5, 0.7),
-            ReliabilityBin(10, 0.9, 0.7, 0.5, 0.95, 0.8, 1.0))  # fmt: skip
+    bins = (
+        ReliabilityBin(30, 0.6, 0.5, 0.4, 0.7, 0.5, 0.7),
+        ReliabilityBin(10, 0.9, 0.7, 0.5, 0.95, 0.8, 1.0),
+    )
     report = SimpleNamespace(
-        class_names=("a", "b"), calibration=SimpleNamespace(bins=bins), tests=(test,), level=0.02,
+        class_names=("a", "b"),
+        calibration=SimpleNamespace(bins=bins),
+        tests=(test,),
+        level=0.02,
         prevalences=(),
-    )  # fmt: skip
+    )
     source, target = np.random.default_rng(0).normal(size=(2, 20, 3))
     found = shift_drawings(report, source, np.arange(20) % 2, target)
     # Without an estimate there is no prevalence to draw.

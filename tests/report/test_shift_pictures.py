@@ -26,19 +26,24 @@ def drawn(draw, *arguments, **options):
     return np.asarray(Image.open(file).convert("RGB"), np.int64)
 
 
-def places(pixels, colour):
-    """Of all pixels of the colour: rows and columns."""
-    return np.argwhere(np.abs(pixels - np.array(colour)).sum(-1) < 12)
+def places(pixels, color):
+    """Of all pixels of the color: rows and columns."""
+    return np.argwhere(np.abs(pixels - np.array(color)).sum(-1) < 12)
 
 
 def prevalence(estimate, low=None, high=None, **options):
     shares = np.asarray(estimate, float)
     nothing = np.full(len(shares), np.nan)
     return Prevalence(
-        "method", shares, nothing if low is None else np.asarray(low),
-        nothing if high is None else np.asarray(high), 0.95,
-        np.full(len(shares), 1 / len(shares)), (50, 60), **options,
-    )  # fmt: skip
+        "method",
+        shares,
+        nothing if low is None else np.asarray(low),
+        nothing if high is None else np.asarray(high),
+        0.95,
+        np.full(len(shares), 1 / len(shares)),
+        (50, 60),
+        **options,
+    )
 
 
 def asked(p, **options):
@@ -97,7 +102,7 @@ def test_what_has_no_projection(source, target, options, text):
         projection_picture(io.BytesIO(), source, target, **options)
 
 
-def test_each_method_has_its_colour_and_its_interval():
+def test_each_method_has_its_color_and_its_interval():
     one = prevalence([0.3, 0.7], [0.2, 0.6], [0.4, 0.8])
     plain, narrow = prevalence([0.3, 0.7]), prevalence([0.3, 0.7], [0.29, 0.69], [0.31, 0.71])
     lengths = []
@@ -113,10 +118,10 @@ def test_each_method_has_its_colour_and_its_interval():
 
 
 def test_methods_stand_one_above_the_other():
-    # The same estimate twice: points of both colours, in the order given, and none hides another.
+    # The same estimate twice: points of both colors, in the order given, and none hides another.
     pixels = drawn(prevalence_picture, [prevalence([0.4])] * 2)
     inside = pixels[: int(0.8 * pixels.shape[0]), : int(0.7 * pixels.shape[1])]
-    above, below = (places(inside, colour)[:, 0] for colour in (BLUE, RED))
+    above, below = (places(inside, color)[:, 0] for color in (BLUE, RED))
     assert max(above) < min(below)
 
 
@@ -144,7 +149,7 @@ def test_of_many_classes_those_that_changed_most_are_drawn():
         ([prevalence([0.5, 0.5]), prevalence([1.0, 0, 0])], None, r"of \[2, 3\] classes: they"),
         ([prevalence([0.5, 0.5])], ["a"], r"of \[2\] classes, and 1 names"),
     ],
-)  # fmt: skip
+)
 def test_prevalences_that_do_not_belong_together(estimates, names, text):
     with pytest.raises(ValueError, match=text):
         prevalence_picture(io.BytesIO(), estimates, class_names=names)
@@ -187,7 +192,7 @@ def test_bins_that_cannot_be_drawn(bins, text):
 
 
 @pytest.mark.parametrize(("p", "red"), [(0.3, False), (0.05, True), (1e-30, True)])
-def test_rejections_have_a_colour_of_their_own(p, red):
+def test_rejections_have_a_color_of_their_own(p, red):
     pixels = drawn(hypotheses_picture, [asked(p)])
     assert bool(len(places(pixels, RED))) == red
     assert bool(len(places(pixels, BLUE))) != red

@@ -16,8 +16,9 @@ def cells(table):
     file = io.StringIO()
     Console(file=file, width=200).print(table)
     lines = [line for line in file.getvalue().splitlines() if line[:1] in "│┃"]
-    return [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
-            for line in lines]  # fmt: skip
+    return [
+        [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines
+    ]
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,14 @@ def test_a_mixture_of_moments_is_that_of_the_pooled_values(seed, share):
 @pytest.mark.parametrize("kind", ["moments", "linear"])
 @pytest.mark.parametrize(
     ("weight", "count", "limit"),
-    [(None, 1, "target"), (0, 9, "target"), (math.inf, 9, "source"), (8, 10**12, "target"),
-     (10**15, 9, "source")],
-)  # fmt: skip
+    [
+        (None, 1, "target"),
+        (0, 9, "target"),
+        (math.inf, 9, "source"),
+        (8, 10**12, "target"),
+        (10**15, 9, "source"),
+    ],
+)
 def test_the_limits_of_a_mixture(kind, weight, count, limit):
     random = np.random.default_rng(0)
     parts = {"source": moments(draw(random, 4)), "target": moments(draw(random, 6))}

@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[2]
 def test_the_script_prints_what_is_known_of_small_samples():
     done = subprocess.run(
         [sys.executable, str(ROOT / "experiments" / "shift_distances.py"), "--permutations", "19"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
     table = {(name, size): rest for name, size, *rest in rows[2:]}

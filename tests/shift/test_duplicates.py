@@ -14,9 +14,9 @@ TWO_SAMPLES = {
     "MMD": lambda a, b: ft.shift.mmd_test(a, b, permutations=19),
     "classifier": lambda a, b: ft.shift.classifier_test(a, b, permutations=19),
     "KS": ft.shift.kolmogorov_smirnov_test,
-    "Frechet": lambda a, b: ft.shift.frechet_distance(a, b, permutations=19),
-    "proxy A": lambda a, b: ft.shift.proxy_a_distance(a, b, permutations=19),
-    "sliced": lambda a, b: ft.shift.sliced_wasserstein(a, b, permutations=19),
+    "Frechet": lambda a, b: ft.analysis.frechet_distance(a, b, permutations=19),
+    "proxy A": lambda a, b: ft.analysis.proxy_a_distance(a, b, permutations=19),
+    "sliced": lambda a, b: ft.analysis.sliced_wasserstein(a, b, permutations=19),
 }
 
 
@@ -32,7 +32,7 @@ def test_two_samples_with_copies(name):
 
 
 @pytest.mark.parametrize("score", ["logme", "h_score"])
-def test_labelled_examples_with_copies(score):
+def test_labeled_examples_with_copies(score):
     found = getattr(ft.shift, score)
     assert not any("repeat" in note for note in found(ROWS, LABELS, permutations=19).notes)
     rows, labels = np.concatenate([ROWS, ROWS[:9]]), np.concatenate([LABELS, LABELS[:9]])
@@ -42,7 +42,7 @@ def test_labelled_examples_with_copies(score):
 
 def test_certain_posteriors_are_no_copies():
     certain = np.eye(2)[LABELS]
-    assert ft.shift.leep(certain, LABELS, permutations=19).notes == ()
+    assert ft.analysis.leep(certain, LABELS, permutations=19).notes == ()
     shares = np.repeat(RANDOM.dirichlet([1, 1], 20), 2, axis=0)
-    (note,) = ft.shift.leep(shares, LABELS, permutations=19).notes
+    (note,) = ft.analysis.leep(shares, LABELS, permutations=19).notes
     assert note.startswith("20 of 40 uncertain rows repeat")

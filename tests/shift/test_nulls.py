@@ -6,7 +6,7 @@ import pytest
 from flaxtransfer.analysis.distances import frechet_distance, sliced_wasserstein
 from flaxtransfer.analysis.similarity import debiased_cka, proxy_a_distance
 from flaxtransfer.analysis.transferability import h_score, leep, logme
-from flaxtransfer.shift.permutation import Distance, labelled, orders, random_folds
+from flaxtransfer.shift.permutation import Distance, labeled, orders, random_folds
 
 DISTANCES = [frechet_distance, proxy_a_distance, sliced_wasserstein]
 SCORES = [logme, h_score]
@@ -63,7 +63,7 @@ def test_a_seed_is_a_result(distance):
     ("rows", "labels", "text"),
     [
         (6, [2] * 6, "all 6 labels are 2: how well features tell classes apart wants two"),
-        (3, [0, 1, 0], "there are 3 labelled examples; a score wants 4"),
+        (3, [0, 1, 0], "there are 3 labeled examples; a score wants 4"),
         (6, [0, 1, 0, 1], r"labels have shape \(4,\), and there are 6 rows"),
         (6, [0, 1, 0, 1, 0, -1], "as -1 in row 5"),
         (6, [0, 1, 0, 1, 0, 0.5], "labels are class numbers"),
@@ -115,7 +115,7 @@ def test_folds_that_there_cannot_be(folds):
 
 
 def test_classes_without_examples_are_left_out():
-    found, count = labelled([9, 3, 3, 9, 5.0], 5)
+    found, count = labeled([9, 3, 3, 9, 5.0], 5)
     assert (found.tolist(), count) == ([2, 0, 0, 2, 1], 3)
 
 

@@ -29,19 +29,35 @@ def rare(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    config = ft.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
+    config = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
     variables = jax.tree.map(np.asarray, ft.resnet(config).init(jax.random.key(0), (SIZE, SIZE, 3)))
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, SIZE, SIZE)
-    ft.save(path, ft.Checkpoint(variables, config, preprocessing))
+    ft.save(path, ft.Pretrained(variables, config, preprocessing))
     return path
 
 
 def test_a_rare_class_is_measured_too(rare, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flaxtransfer.commands.job.MOST_IMAGES", 2)
     monkeypatch.setattr("flaxtransfer.commands.train.MOST_IMAGES_FOR_BASELINE", 3)
-    arguments = ["train", "--data", f"folder:{rare}", "--weights", str(weights), "--compare", "no",
-                 "--strategy", "gradient_scaled", "--steps", "1", "--batch-size", "8",
-                 "--test-fraction", "0.4", "--run", str(tmp_path / "run")]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        f"folder:{rare}",
+        "--weights",
+        str(weights),
+        "--compare",
+        "no",
+        "--strategy",
+        "gradient_scaled",
+        "--steps",
+        "1",
+        "--batch-size",
+        "8",
+        "--test-fraction",
+        "0.4",
+        "--run",
+        str(tmp_path / "run"),
+    ]
     code = run(arguments)
     shown = capsys.readouterr()
     assert code == 0, shown.err

@@ -66,8 +66,14 @@ def differs(found, wanted):
 
 
 def test_rates_by_gradient_are_one_adam_whose_moments_go_on():
-    plan = ft.gradient_scaled(PARAMS, gradients=RATIOS, learning_rate=1e-2, weight_decay=0.1,
-                              head_learning_rate=1e-2, steps=STEPS)  # fmt: skip
+    plan = ft.recipes.gradient_scaled(
+        PARAMS,
+        gradients=RATIOS,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        head_learning_rate=1e-2,
+        steps=STEPS,
+    )
     found, _ = trajectory(plan)
     factors = {name: value / 4.0 for name, value in RATIOS.items()} | {"head": 1.0}
     assert differs(found, one_adam(factors)) < 1e-5
@@ -76,9 +82,16 @@ def test_rates_by_gradient_are_one_adam_whose_moments_go_on():
 
 def test_rates_by_curvature_are_one_adam_too():
     curvature = dict(zip(BODY, (8.0, 3.0, 0.0, 15.0, 3.0), strict=True))
-    plan = ft.curvature_scaled(PARAMS, curvature=curvature, examples=1, prior_precision=1.0,
-                               learning_rate=1e-2, head_learning_rate=1e-2, weight_decay=0.1,
-                               steps=STEPS)  # fmt: skip
+    plan = ft.recipes.curvature_scaled(
+        PARAMS,
+        curvature=curvature,
+        examples=1,
+        prior_precision=1.0,
+        learning_rate=1e-2,
+        head_learning_rate=1e-2,
+        weight_decay=0.1,
+        steps=STEPS,
+    )
     found, _ = trajectory(plan)
     factors = dict(zip(BODY, (1 / 3, 1 / 2, 1.0, 1 / 4, 1 / 2), strict=True)) | {"head": 1.0}
     assert differs(found, one_adam(factors)) < 1e-5
@@ -86,7 +99,7 @@ def test_rates_by_curvature_are_one_adam_too():
 
 @pytest.mark.parametrize("batch_norms", [True, False])
 def test_surgery_keeps_moments_of_what_it_moves_and_of_nothing_else(batch_norms):
-    plan = ft.surgical(PARAMS, gradients=RATIOS, batch_norms=batch_norms, steps=STEPS)
+    plan = ft.recipes.surgical(PARAMS, gradients=RATIOS, batch_norms=batch_norms, steps=STEPS)
     found, state = trajectory(plan)
     wanted = ft.head() | (ft.stage(2) if batch_norms else ft.stage(2) - ft.batch_norm())
     assert set(found) == {path for path, moves in flatten(resolve(wanted, PARAMS)).items() if moves}

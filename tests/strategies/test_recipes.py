@@ -28,9 +28,9 @@ def moving(phase: ft.Phase) -> set[str]:
     return {path for path, moves in flags.items() if moves}
 
 
-@pytest.mark.parametrize("name", ft.RECIPES)
+@pytest.mark.parametrize("name", ft.recipes.RECIPES)
 def test_every_recipe_fits_the_network_and_says_when_to_use_it(name):
-    recipe = ft.RECIPES[name]
+    recipe = ft.recipes.RECIPES[name]
     plan = recipe(PARAMS, **EVIDENCE.get(name, {}))
     assert plan.resolve(PARAMS).phases
     text = inspect.getdoc(recipe)
@@ -40,13 +40,13 @@ def test_every_recipe_fits_the_network_and_says_when_to_use_it(name):
         assert f"{argument}: " in text, argument
 
 
-@pytest.mark.parametrize("name", ft.RECIPES)
+@pytest.mark.parametrize("name", ft.recipes.RECIPES)
 def test_every_recipe_moves_the_head_and_decays_no_batch_norm(name):
-    for phase in ft.RECIPES[name](PARAMS, **EVIDENCE.get(name, {})).phases:
+    for phase in ft.recipes.RECIPES[name](PARAMS, **EVIDENCE.get(name, {})).phases:
         assert selected(ft.head(), PARAMS) <= moving(phase)
         resolved = phase.resolve(PARAMS)
         variables = ft.resnet("resnet18", classes=10).abstract()
-        rows = ft.table(variables, resolved.labels, phase.groups, resolved.norm).rows
+        rows = ft.parameter_table(variables, resolved.labels, phase.groups, resolved.norm).rows
         assert not [row.path for row in rows if row.weight_decay and len(row.shape) < 2]
 
 
@@ -63,27 +63,27 @@ def test_every_recipe_moves_the_head_and_decays_no_batch_norm(name):
     ],
 )
 def test_what_moves(name, mask):
-    (phase,) = ft.RECIPES[name](PARAMS).phases
+    (phase,) = ft.recipes.RECIPES[name](PARAMS).phases
     assert moving(phase) == selected(mask, PARAMS)
 
 
 def test_frozen_batch_norms_keep_their_statistics():
-    assert ft.feature_extraction(PARAMS).resolve(PARAMS).phases[0].norm == frozenset()
-    surgery = ft.surgical(PARAMS, part="stage(2)").resolve(PARAMS).phases[0].norm
+    assert ft.recipes.feature_extraction(PARAMS).resolve(PARAMS).phases[0].norm == frozenset()
+    surgery = ft.recipes.surgical(PARAMS, part="stage(2)").resolve(PARAMS).phases[0].norm
     assert surgery == {m for m in modules(PARAMS) if m.startswith("layer2")}
-    without = ft.surgical(PARAMS, part="stage(2)", batch_norms=False)
+    without = ft.recipes.surgical(PARAMS, part="stage(2)", batch_norms=False)
     assert without.resolve(PARAMS).phases[0].norm == frozenset()
 
 
 @pytest.mark.parametrize("statistics", [True, False])
 def test_batch_norm_only_with_and_without_statistics(statistics):
-    plan = ft.batch_norm_only(PARAMS, statistics=statistics).resolve(PARAMS)
+    plan = ft.recipes.batch_norm_only(PARAMS, statistics=statistics).resolve(PARAMS)
     assert plan.phases[0].norm == (set(modules(PARAMS)) if statistics else set())
 
 
 def test_discriminative_rates_are_those_of_layerwise_decay():
     for by in ("segment", "block"):
-        phase = ft.discriminative(PARAMS, learning_rate=1e-2, decay=0.5, by=by).phases[0]
+        phase = ft.recipes.discriminative(PARAMS, learning_rate=1e-2, decay=0.5, by=by).phases[0]
         group = ft.Group(optax.adamw, 1e-2)
         labels, groups = ft.layerwise_decay(PARAMS, group, decay=0.5, by=by)
         assert phase.resolve(PARAMS).labels == labels
@@ -95,7 +95,7 @@ def test_discriminative_rates_are_those_of_layerwise_decay():
 
 @pytest.mark.parametrize(("by", "count"), [("segment", 6), ("block", 10)])
 def test_progressive_unfreezing_goes_from_the_top_and_adds_one_part_a_phase(by, count):
-    plan = ft.progressive_unfreezing(PARAMS, by=by)
+    plan = ft.recipes.progressive_unfreezing(PARAMS, by=by)
     assert len(plan.phases) == count
     before: set[str] = set()
     for phase in plan.phases:
@@ -108,27 +108,29 @@ def test_progressive_unfreezing_goes_from_the_top_and_adds_one_part_a_phase(by, 
 
 
 def test_progressive_unfreezing_stops_where_it_is_told_and_names_what_there_is():
-    plan = ft.progressive_unfreezing(PARAMS, down_to="layer3")
+    plan = ft.recipes.progressive_unfreezing(PARAMS, down_to="layer3")
     assert [phase.name for phase in plan.phases] == ["head", "+ layer4", "+ layer3"]
     with pytest.raises(ValueError, match=r"no part 'layer9' below the head; there are layer4, "):
-        ft.progressive_unfreezing(PARAMS, down_to="layer9")
+        ft.recipes.progressive_unfreezing(PARAMS, down_to="layer9")
     with pytest.raises(ValueError, match="decay is a factor"):
-        ft.progressive_unfreezing(PARAMS, decay=0.0)
+        ft.recipes.progressive_unfreezing(PARAMS, decay=0.0)
     with pytest.raises(ValueError, match=r"no segment of a ResNet has these leaves: .*w"):
-        ft.progressive_unfreezing({"encoder": {"w": jnp.ones(2)}})
+        ft.recipes.progressive_unfreezing({"encoder": {"w": jnp.ones(2)}})
 
 
 def test_unfreezing_keeps_the_moments_of_what_already_moved():
     """No warning of mixed counts either: each part has a label of its own."""
-    params = {"layer4": {"0": {"conv1": {"kernel": jnp.ones((2, 2))}}},
-              "fc": {"kernel": jnp.ones((2, 2))}}  # fmt: skip
-    plan = ft.progressive_unfreezing(params).resolve(params)
+    params = {
+        "layer4": {"0": {"conv1": {"kernel": jnp.ones((2, 2))}}},
+        "fc": {"kernel": jnp.ones((2, 2))},
+    }
+    plan = ft.recipes.progressive_unfreezing(params).resolve(params)
     first, second = (
         ft.partition(phase.groups, phase.labels, clip=phase.clip) for phase in plan.phases
     )
     gradient = jax.tree.map(jnp.ones_like, params)
     _, state = first.update(gradient, first.init(params), params)
-    carried = ft.migrate(state, second.init(params))
+    carried = ft.training.migrate(state, second.init(params))
     moments = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(carried)
@@ -159,7 +161,7 @@ def test_decay_toward_the_start_is_the_gradient_of_its_penalty():
 def test_the_start_is_carried_from_phase_to_phase():
     start, later = {"fc": {"kernel": jnp.zeros((1, 1))}}, {"fc": {"kernel": jnp.ones((1, 1))}}
     tx = ft.Group(optax.adamw, 1e-3, weight_decay=0.1, decay_toward="start").transformation()
-    carried = ft.migrate(tx.init(start), tx.init(later))
+    carried = ft.training.migrate(tx.init(start), tx.init(later))
     (anchor,) = [
         node
         for node in jax.tree.leaves(carried, is_leaf=lambda n: isinstance(n, AnchorState))
@@ -175,7 +177,7 @@ def test_a_group_refuses_another_direction():
 
 def test_recipes_can_be_composed():
     """Phases are values: one recipe's phase after another's, changed on the way."""
-    (first,) = ft.feature_extraction(PARAMS, steps=10).phases
-    (second,) = ft.l2_sp(PARAMS).phases
+    (first,) = ft.recipes.feature_extraction(PARAMS, steps=10).phases
+    (second,) = ft.recipes.l2_sp(PARAMS).phases
     plan = ft.Plan([first, replace(second, steps=None, epochs=2)])
     assert [phase.steps for phase in plan.resolve(PARAMS, 7).phases] == [10, 14]

@@ -37,7 +37,7 @@ def write(images: np.ndarray, folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def brightness_network(model: ft.Model) -> ft.Variables:
+def brightness_network(model: ft.Model) -> ft.models.Variables:
     """Its first channel is the brightness of the image, all others are 0; by the logits' odds.
 
     Blocks are identities, and the log-odds of the two classes are those of Bayes' rule, but for
@@ -68,11 +68,13 @@ def brightness_network(model: ft.Model) -> ft.Variables:
 def finish_run(folder: Path) -> None:
     """A folder with the network and its word on 208 validation examples; no image stays."""
     folder.mkdir()
-    model = ft.resnet(ft.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=2))
+    model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=8, classes=2))
     variables = brightness_network(model)
     held, known = draw(0.5, 208, 1)
     network = forward_with_features(model, PREPROCESSING)
     parts = [network(variables, held[n : n + 16]) for n in range(0, 208, 16)]
     logits, features = map(np.concatenate, zip(*parts, strict=True))
-    feed = ft.Feed(iter, 1, None, PREPROCESSING, ("dark", "bright"))
-    run_folder.finish(folder, model, variables, feed, 1, ft.Predictions(logits, known, features))
+    feed = ft.data.DataLoaders(iter, 1, None, PREPROCESSING, ("dark", "bright"))
+    run_folder.finish(
+        folder, model, variables, feed, 1, ft.training.Predictions(logits, known, features)
+    )

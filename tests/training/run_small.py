@@ -26,7 +26,7 @@ PLANS = {
 }
 
 
-def slowly(number: int) -> ft.Batch:
+def slowly(number: int) -> ft.data.Batch:
     # Long enough for a kill to hit any part of a step as well as a save.
     time.sleep(0.01)
     return batch(number)
@@ -54,7 +54,7 @@ def main(folder: Path, plan: str = "two_phases", death: str = "") -> None:
     if death:
         moment, which = death.split(":")
         die_after(moment, int(which))
-    options = ft.Options(evaluate_every=3)
+    options = ft.FitOptions(evaluate_every=3)
     made = PLANS[plan](variables["params"])
     print("ready", flush=True)
     ft.fit(model, variables, made, feed(make=slowly), folder, resume=True, options=options)

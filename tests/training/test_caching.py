@@ -28,23 +28,32 @@ def source(examples: int = 20) -> ft.ArraySource:
 
 def feed(
     *, images: ft.ArraySource | None = None, augment: bool = False, seed: int = 0, size: int = 8
-) -> ft.Feed:
+) -> ft.data.DataLoaders:
     """14 training examples, 6 of validation."""
     transform = (training_transform if augment else evaluation_transform)(PREPROCESSING)
-    return ft.source_feed(
-        images or source(), np.arange(14), np.arange(14, 20), PREPROCESSING, batch_size=size,
-        transform=transform, seed=seed,
-    )  # fmt: skip
+    return ft.loaders(
+        images or source(),
+        np.arange(14),
+        np.arange(14, 20),
+        PREPROCESSING,
+        batch_size=size,
+        transform=transform,
+        seed=seed,
+    )
 
 
 def one_phase(part: str, steps: int = 6, **changes: object) -> ft.Plan:
     adam = ft.Group(optax.adamw, 3e-3, weight_decay=0.1)
-    phase = ft.Phase({"moving": ft.parse(part), "still": ft.rest()},
-                     {"moving": adam, "still": ft.FROZEN}, steps=steps, **changes)  # fmt: skip
+    phase = ft.Phase(
+        {"moving": ft.masks.parse(part), "still": ft.rest()},
+        {"moving": adam, "still": ft.FROZEN},
+        steps=steps,
+        **changes,
+    )
     return ft.Plan([phase])
 
 
-def chosen(plan: ft.Plan, cache: Cache, data: ft.Feed | None = None):
+def chosen(plan: ft.Plan, cache: Cache, data: ft.data.DataLoaders | None = None):
     model, variables = network()
     data = data or feed()
     phase = plan.resolve(variables["params"], data.steps_per_epoch).phases[0]
@@ -93,7 +102,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     """In the middle of a phase the cache is made again, and of the same numbers."""
     model, variables = network()
     plan = one_phase("head() | stage(4)", steps=8)
-    settings = {"cache": Cache(views=2), "options": ft.Options(evaluate_every=2)}
+    settings = {"cache": Cache(views=2), "options": ft.FitOptions(evaluate_every=2)}
     whole = ft.fit(model, variables, plan, feed(augment=True), tmp_path / "whole", **settings)
     with pytest.raises(RuntimeError, match="stop here"):
         ft.fit(model, variables, plan, _stopping_feed(5), tmp_path / "cut", **settings)
@@ -104,7 +113,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(flatten(resumed.variables)[path], leaf, err_msg=path)
 
 
-def _stopping_feed(step: int) -> ft.Feed:
+def _stopping_feed(step: int) -> ft.data.DataLoaders:
     data = feed(augment=True)
 
     def rows(k: int):
@@ -130,8 +139,9 @@ def test_versions_are_those_of_the_augmentation(tmp_path):
         for k, (row, number) in enumerate(zip(rows, passes % 3, strict=True)):
             images = np.concatenate([b["image"] for b in data.examples.view(int(number))])
             normal = (images[row : row + 1] / 255.0 - 0.5) / 0.25
-            wanted, _ = model.apply(variables, normal.astype(np.float32), norm="running",
-                                    stop="head")  # fmt: skip
+            wanted, _ = model.apply(
+                variables, normal.astype(np.float32), norm="running", stop="head"
+            )
             np.testing.assert_allclose(read["image"][k], wanted[0], rtol=1e-4, atol=1e-5)
 
 
@@ -211,8 +221,9 @@ class TestOnDisk:
         data = data or feed(augment=True)
         said: list[str] = []
         choice = chosen(one_phase(cut, steps=99), Cache("disk", views=2, **changes), data)
-        cached = cached_feed(choice, model, variables or known, data, make_mesh(), folder,
-                             said.append)  # fmt: skip
+        cached = cached_feed(
+            choice, model, variables or known, data, make_mesh(), folder, said.append
+        )
         return cached, "\n".join(said)
 
     def test_found_again(self, tmp_path):

@@ -103,7 +103,7 @@ def test_a_hidden_learning_rate_is_named():
 def swept(losses):
     """A sweep of one decade a step, whose average is the given losses."""
     rates = tuple(10.0 ** (n - 6) for n in range(len(losses)))
-    return ft.RateSweep(rates, tuple(losses), tuple(losses), None, False)
+    return ft.training.RateSweep(rates, tuple(losses), tuple(losses), None, False)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,16 @@ def test_the_steepest_fall_of_a_known_curve():
 
 def test_each_group_alone_leaves_no_trace_and_is_the_sweep_of_that_group():
     model, variables = network()
-    fitted = {**variables, "params": {**variables["params"], "fc": jax.tree.map(
-        lambda leaf: leaf + 0.1, variables["params"]["fc"])}}  # fmt: skip
+    fitted = {
+        **variables,
+        "params": {
+            **variables["params"],
+            "fc": jax.tree.map(lambda leaf: leaf + 0.1, variables["params"]["fc"]),
+        },
+    }
     before = digests(fitted)
     settings = {"lowest": 1e-4, "highest": 1.0, "steps": 4}
-    sweeps = ft.find_learning_rates(model, fitted, phase(), feed(), **settings)
+    sweeps = ft.training.find_learning_rates(model, fitted, phase(), feed(), **settings)
     assert list(sweeps) == ["new", "old"]
     for name, sweep in sweeps.items():
         assert sweep == ft.find_learning_rate(
@@ -145,7 +150,7 @@ def test_each_group_alone_leaves_no_trace_and_is_the_sweep_of_that_group():
     assert digests(fitted) == before
     none = ft.Phase(RULES, {"new": optax.sgd(0.1), "old": ft.FROZEN}, steps=1)
     with pytest.raises(ValueError, match="no group with a learning rate"):
-        ft.find_learning_rates(model, fitted, none, feed())
+        ft.training.find_learning_rates(model, fitted, none, feed())
 
 
 def test_a_group_under_a_head_at_zero_is_refused():

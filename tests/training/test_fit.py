@@ -67,8 +67,15 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
     fitted = ft.fit(model, variables, plan, feed(), folder, config={"data": "brightness"})
     assert fitted.validation.accuracy > 0.9
     names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "audit.json",
-            "model.safetensors", "result.json"} <= names  # fmt: skip
+    assert {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "audit.json",
+        "model.safetensors",
+        "result.json",
+    } <= names
     rows = read_metrics(folder)
     assert {row["kind"] for row in rows} == {"train", "validation", "decision"}
     loaded = ft.load(folder / "model.safetensors")
@@ -88,7 +95,9 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
 @pytest.mark.parametrize(("largest", "kept"), [(6e4, np.float16), (1e5, np.float32)])
 def test_features_too_large_for_half_precision_are_kept_whole(tmp_path, largest, kept):
     model, variables = network()
-    said = ft.Predictions(np.zeros((2, 3)), np.zeros(2, int), np.array([[1.0], [-largest]]))
+    said = ft.training.Predictions(
+        np.zeros((2, 3)), np.zeros(2, int), np.array([[1.0], [-largest]])
+    )
     finish(tmp_path, model, variables, feed(), 1, said)
     found = validation_of(tmp_path).features
     assert found.dtype == kept
@@ -123,8 +132,11 @@ def test_unfreezing_keeps_the_moments_of_leaves_that_already_trained():
 def test_clipping_uses_the_norm_of_trainable_gradients_alone():
     """Against optax's own clip on the gradient of the trainable leaves, taken by jax.grad."""
     model, variables = network()
-    phase = replace(two_phases(variables["params"]).phases[0], clip=1e-3, groups={
-        "new": ft.Group(optax.sgd, 1.0), "frozen": ft.FROZEN})  # fmt: skip
+    phase = replace(
+        two_phases(variables["params"]).phases[0],
+        clip=1e-3,
+        groups={"new": ft.Group(optax.sgd, 1.0), "frozen": ft.FROZEN},
+    )
     images = (batch(0)["image"].astype(np.float32) / 255 - 0.5) / 0.25
 
     def loss(fc):
@@ -149,8 +161,10 @@ def test_head_only_step_costs_at_most_036_of_a_full_one():
     def flops(rules, groups):
         phase = ft.Phase(ft.label(variables["params"], rules), groups, steps=1, clip=1.0)
         state = jax.eval_shape(lambda: start(variables_of(variables), phase, 0))
-        shapes = {"image": jax.ShapeDtypeStruct((2, 64, 64, 3), np.uint8),
-                  "label": jax.ShapeDtypeStruct((2,), np.int32)}  # fmt: skip
+        shapes = {
+            "image": jax.ShapeDtypeStruct((2, 64, 64, 3), np.uint8),
+            "label": jax.ShapeDtypeStruct((2,), np.int32),
+        }
         compiled = train_step(model, phase, feed()).lower(state, shapes).compile()
         return compiled.cost_analysis()["flops"]
 
@@ -166,11 +180,12 @@ def test_head_only_step_costs_at_most_036_of_a_full_one():
 def test_patience_ends_a_phase_early(tmp_path):
     model, variables = network()
     plan = two_phases(variables["params"], steps=400, patience=2)
-    options = ft.Options(evaluate_every=2)
+    options = ft.FitOptions(evaluate_every=2)
     fitted = ft.fit(model, variables, plan, feed(), tmp_path / "run", options=options)
     assert fitted.steps < 200
-    best = max(row["accuracy"] for row in read_metrics(tmp_path / "run")
-               if row["kind"] == "validation")  # fmt: skip
+    best = max(
+        row["accuracy"] for row in read_metrics(tmp_path / "run") if row["kind"] == "validation"
+    )
     assert fitted.validation.accuracy == best  # the best validated state was restored
 
 
@@ -182,15 +197,15 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         return good if number < 11 else {**good, "label": np.full(8, -7, np.int32)}
 
     def loss(logits, labels, key):
-        plain = ft.cross_entropy(logits, labels.clip(0), key)
+        plain = ft.training.cross_entropy(logits, labels.clip(0), key)
         return jax.numpy.where(labels < 0, jax.numpy.nan, plain)
 
     plan = two_phases(variables["params"], steps=20, loss=loss)
-    options = ft.Options(evaluate_every=5)
+    options = ft.FitOptions(evaluate_every=5)
     data = replace(feed(validation=False), train=lambda k: (poison(n) for n in range(k, 99)))
     with pytest.raises(NonFiniteLoss, match=r"loss is nan.* at step 12 .*checkpoint of step 10"):
         ft.fit(model, variables, plan, data, tmp_path / "run", options=options)
-    with ft.Checkpoints.open(tmp_path / "run/checkpoints", read_only=True) as store:
+    with ft.training.CheckpointManager.open(tmp_path / "run/checkpoints", read_only=True) as store:
         assert store.latest() == 10
 
 
@@ -218,7 +233,7 @@ def test_a_signal_ends_with_a_checkpoint_and_resume_goes_on(tmp_path, number):
             signal.raise_signal(number)
         return batch(step)
 
-    with pytest.raises(ft.Interrupted, match=f"{number.name} at step 6"):
+    with pytest.raises(ft.training.Interrupted, match=f"{number.name} at step 6"):
         ft.fit(model, variables, plan, feed(make=interrupting), tmp_path / "run")
     resumed = ft.fit(model, variables, plan, feed(), tmp_path / "run", resume=True)
     straight = ft.fit(model, variables, plan, feed(), tmp_path / "straight")

@@ -29,8 +29,10 @@ def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     with MetricsWriter(tmp_path, step=20) as writer:
         writer.write("train", 30, {"loss": 0.5})
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [
-        (10, 1.0), (20, 1.0), (30, 0.5)
-    ]  # fmt: skip
+        (10, 1.0),
+        (20, 1.0),
+        (30, 0.5),
+    ]
 
 
 def test_a_new_run_starts_with_an_empty_file(tmp_path):
@@ -51,7 +53,7 @@ def test_means_agree_with_scikit_learn():
     random = np.random.default_rng(0)
     logits = random.normal(0, 3, (50, 4)).astype(np.float32)
     labels = random.integers(0, 4, 50)
-    result = ft.Predictions(logits, labels).evaluation()
+    result = ft.training.Predictions(logits, labels).evaluation()
     shifted = np.exp(logits.astype(np.float64))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
     assert result.accuracy == pytest.approx(accuracy_score(labels, logits.argmax(axis=1)))

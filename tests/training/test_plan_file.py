@@ -17,11 +17,11 @@ from ..strategies.evidence import EVIDENCE
 PARAMS = ft.resnet("resnet18", classes=10).abstract()["params"]
 
 
-@pytest.mark.parametrize("name", ft.RECIPES)
+@pytest.mark.parametrize("name", ft.recipes.RECIPES)
 def test_recipes_come_back_as_they_were(name, tmp_path):
-    plan = ft.RECIPES[name](PARAMS, **EVIDENCE.get(name, {}))
-    ft.save_plan(tmp_path / "plan.yaml", plan)
-    assert ft.load_plan(tmp_path / "plan.yaml") == plan
+    plan = ft.recipes.RECIPES[name](PARAMS, **EVIDENCE.get(name, {}))
+    ft.training.save_plan(tmp_path / "plan.yaml", plan)
+    assert ft.training.load_plan(tmp_path / "plan.yaml") == plan
 
 
 names = st.text(min_size=1, max_size=12).filter(lambda name: name == name.strip())
@@ -48,15 +48,27 @@ groups = st.builds(
     st.floats(0, 5),
 )
 def test_any_plan_of_named_things_comes_back(rows, steps, clip, smoothing, norm, patience, gain, z):
-    loss = ft.cross_entropy if smoothing is None else ft.SmoothedCrossEntropy(smoothing)
+    loss = (
+        ft.training.cross_entropy
+        if smoothing is None
+        else ft.training.SmoothedCrossEntropy(smoothing)
+    )
     phases = [
-        ft.Phase({"a": mask, "b": ft.rest()}, {"a": group, "b": ft.FROZEN}, steps, name=name,
-                 clip=clip, norm=norm, loss=loss, recalibrate=mask)
+        ft.Phase(
+            {"a": mask, "b": ft.rest()},
+            {"a": group, "b": ft.FROZEN},
+            steps,
+            name=name,
+            clip=clip,
+            norm=norm,
+            loss=loss,
+            recalibrate=mask,
+        )
         for name, mask, group in rows
-    ]  # fmt: skip
+    ]
     plan = ft.Plan(phases, patience, gain, z)
-    again = ft.plan_from_yaml(ft.plan_to_yaml(plan))
-    assert ft.plan_to_yaml(again) == ft.plan_to_yaml(plan)
+    again = ft.training.plan_from_yaml(ft.training.plan_to_yaml(plan))
+    assert ft.training.plan_to_yaml(again) == ft.training.plan_to_yaml(plan)
     assert (again.patience, again.min_gain, again.min_z) == (patience, gain, z)
     for phase, copy in zip(plan.phases, again.phases, strict=True):
         # A partial equals itself alone; what it is made of is compared by the text above.
@@ -76,7 +88,7 @@ phases:
 
 
 def test_a_plan_written_by_hand():
-    (phase,) = ft.plan_from_yaml(GOOD).phases
+    (phase,) = ft.training.plan_from_yaml(GOOD).phases
     assert phase.labels == {"new": ft.head(), "old": ft.rest()}
     assert phase.groups["new"].learning_rate == ft.WarmupCosine(0.1)
     assert phase.groups["new"].optimizer.keywords == {"momentum": 0.9}
@@ -104,29 +116,35 @@ def test_mistakes_are_named_at_their_place(old, new, text, tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD.replace(old, new, 1))
     with pytest.raises(ValueError, match=f"(?s)plan.yaml: .*{text}"):
-        ft.load_plan(path)
+        ft.training.load_plan(path)
 
 
 def test_all_mistakes_at_once():
     broken = GOOD.replace("head()", "hed()").replace("peak: 0.1", "peak: -1")
     with pytest.raises(ValueError, match=r"(?s)hed.*peak is -1"):
-        ft.plan_from_yaml(broken)
+        ft.training.plan_from_yaml(broken)
 
 
 def test_a_missing_file_names_those_beside_it(tmp_path):
     (tmp_path / "mine.yaml").write_text(GOOD)
     with pytest.raises(FileNotFoundError, match=r"no plan .*theirs\.yaml; beside it: .*mine\.yaml"):
-        ft.load_plan(tmp_path / "theirs.yaml")
+        ft.training.load_plan(tmp_path / "theirs.yaml")
 
 
 def test_what_has_no_name_is_refused_and_nothing_is_written(tmp_path):
     phase = ft.Phase(
         ft.label(PARAMS, {"new": ft.head(), "old": ft.rest()}),
-        {"new": ft.Group(lambda learning_rate: optax.sgd(learning_rate), lambda step: 0.1),
-         "old": optax.sgd(0.1)},
-        steps=1, loss=lambda logits, labels, key: logits.sum(-1),
-    )  # fmt: skip
-    with pytest.raises(TypeError, match=r"(?s)labels of one network.*not optax's.*schedule without"
-                       r".*bare optax transformation.*loss of its own"):  # fmt: skip
-        ft.save_plan(tmp_path / "plan.yaml", ft.Plan([phase]))
+        {
+            "new": ft.Group(lambda learning_rate: optax.sgd(learning_rate), lambda step: 0.1),
+            "old": optax.sgd(0.1),
+        },
+        steps=1,
+        loss=lambda logits, labels, key: logits.sum(-1),
+    )
+    with pytest.raises(
+        TypeError,
+        match=r"(?s)labels of one network.*not optax's.*schedule without"
+        r".*bare optax transformation.*loss of its own",
+    ):
+        ft.training.save_plan(tmp_path / "plan.yaml", ft.Plan([phase]))
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from small import PREPROCESSING, batch, feed, network
 import flaxtransfer as ft
 from flaxtransfer.training.plan import plan_text
 from flaxtransfer.training.run_folder import read_metrics
-from flaxtransfer.training.selection import Comparison, Position, bits, decide, score
+from flaxtransfer.training.selection import Comparison, Progress, bits, decide, score
 
 HEAD = {"new": ft.head(), "old": ft.rest()}
 ADAM = ft.Group(optax.adamw, ft.WarmupCosine(1e-2), weight_decay=0.1)
@@ -118,24 +118,34 @@ def test_a_phase_that_unfreezes_nothing_new_is_refused_where_validation_decides(
 
 def test_a_plan_for_a_deeper_network_names_the_phase_and_the_part():
     deep = ft.resnet("resnet34", classes=3).abstract()["params"]
-    plan = ft.progressive_unfreezing(deep, by="block")
+    plan = ft.recipes.progressive_unfreezing(deep, by="block")
     with pytest.raises(ValueError, match=r"(?s)phase '\+ layer4/2'.*layer4/2"):
         plan.resolve(network()[1]["params"])
 
 
 @pytest.mark.parametrize(
     ("won", "lost", "min_z", "kept"),
-    [(5, 0, 2, True), (4, 0, 2, False), (10, 2, 2, True), (9, 2, 2, True), (8, 2, 2, False),
-     (22, 10, 2, True), (21, 10, 2, False), (1, 0, 0, True), (0, 0, 0, False), (1, 0, 1, False),
-     (2, 0, 1, True)],
-)  # fmt: skip
+    [
+        (5, 0, 2, True),
+        (4, 0, 2, False),
+        (10, 2, 2, True),
+        (9, 2, 2, True),
+        (8, 2, 2, False),
+        (22, 10, 2, True),
+        (21, 10, 2, False),
+        (1, 0, 0, True),
+        (0, 0, 0, False),
+        (1, 0, 1, False),
+        (2, 0, 1, True),
+    ],
+)
 def test_a_gain_has_to_exceed_its_standard_errors(won, lost, min_z, kept):
     """McNemar: kept exactly where won - lost > min_z * sqrt(won + lost)."""
     plan = ft.Plan([head_phase(), head_phase(name="b")], patience=1, min_z=min_z)
     before = np.arange(60) < 30
     after = before.copy()
     after[:lost], after[30 : 30 + won] = False, True
-    first = Position().validated(score(plan, Position(), before), before).next_phase()
+    first = Progress().validated(score(plan, Progress(), before), before).next_phase()
     position = first.validated(score(plan, first, after), after)
     decision = decide(plan, position)
     assert decision.evidence["kept"] is position.helped is kept
@@ -166,11 +176,13 @@ def test_an_unresolved_phase_says_so():
         (lambda: ft.Plan([head_phase()], min_gain=-0.1), "min_gain is a share"),
         (lambda: ft.Plan([head_phase()], min_z=-1.0), "min_z is a number of standard errors"),
         (lambda: ft.WarmupCosine(-1.0, warmup=1.0), "peak is -1.0.*warmup is 1.0"),
-        (lambda: ft.SmoothedCrossEntropy(1.0), "at least 0 and less than 1, not 1.0"),
-        (lambda: ft.Plan([replace(head_phase(), groups={"new": ft.FROZEN, "old": ft.FROZEN})]),
-         "phase 'head' trains nothing"),
+        (lambda: ft.training.SmoothedCrossEntropy(1.0), "at least 0 and less than 1, not 1.0"),
+        (
+            lambda: ft.Plan([replace(head_phase(), groups={"new": ft.FROZEN, "old": ft.FROZEN})]),
+            "phase 'head' trains nothing",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
@@ -232,13 +244,17 @@ def test_a_run_that_stops_at_a_decision_takes_the_same_one_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("scores", "patience", "goes_on"),
-    [((0.5, 0.6), 1, True), ((0.5, 0.5), 1, False), ((0.5, 0.4), None, True),
-     ((0.5, 0.4), 2, True)],
-)  # fmt: skip
+    [
+        ((0.5, 0.6), 1, True),
+        ((0.5, 0.5), 1, False),
+        ((0.5, 0.4), None, True),
+        ((0.5, 0.4), 2, True),
+    ],
+)
 def test_the_rule_between_phases(scores, patience, goes_on):
     phases = [head_phase(name=str(number)) for number in range(4)]
     right = np.ones(8, bool)
-    first = Position(phase_step=4).validated(scores[0], right)
+    first = Progress(phase_step=4).validated(scores[0], right)
     position = first.next_phase().validated(scores[1], right)
     assert decide(ft.Plan(phases, patience=patience), position).goes_on is goes_on
     again = position.next_phase().validated(0.1, right)
@@ -251,14 +267,18 @@ def test_recalibrated_statistics_of_the_first_layer_are_numpys():
     batches = [batch(n) for n in range(3)]
     padded = batch(3)
     padded = {**padded, "weight": np.array([1, 1, 1, 0, 0, 0, 0, 0])}
-    measured = ft.recalibrate(model, variables, [*batches, padded], PREPROCESSING, ft.stem())
+    measured = ft.training.recalibrate(
+        model, variables, [*batches, padded], PREPROCESSING, ft.stem()
+    )
     images = np.concatenate([b["image"] for b in batches] + [padded["image"][:3]])
     normal = (images.astype(np.float64) / 255 - 0.5) / 0.25
     kernel = np.asarray(variables["params"]["conv1"]["kernel"], np.float64)
     with jax.enable_x64(True):
-        maps = np.asarray(jax.lax.conv_general_dilated(
-            normal, kernel, (2, 2), ((3, 3), (3, 3)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ))  # fmt: skip
+        maps = np.asarray(
+            jax.lax.conv_general_dilated(
+                normal, kernel, (2, 2), ((3, 3), (3, 3)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
     np.testing.assert_allclose(measured["bn1"]["mean"], maps.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(measured["bn1"]["var"], maps.var((0, 1, 2)), rtol=1e-4)
     for name, stage in variables["batch_stats"].items():
@@ -267,10 +287,10 @@ def test_recalibrated_statistics_of_the_first_layer_are_numpys():
 
 
 def test_one_batch_and_the_network_itself_agree():
-    """With one batch, what was measured normalises as the batch itself does, at every depth."""
+    """With one batch, what was measured normalizes as the batch itself does, at every depth."""
     model, variables = network()
     images = (batch(0, 32)["image"].astype(np.float32) / 255 - 0.5) / 0.25
-    measured = ft.recalibrate(model, variables, [batch(0, 32)], PREPROCESSING)
+    measured = ft.training.recalibrate(model, variables, [batch(0, 32)], PREPROCESSING)
     by_batch, _ = model.apply(variables, images, norm="batch")
     running, _ = model.apply({**variables, "batch_stats": measured}, images)
     np.testing.assert_allclose(running, by_batch, rtol=1e-4, atol=1e-5)
@@ -279,9 +299,9 @@ def test_one_batch_and_the_network_itself_agree():
 def test_recalibration_needs_images_and_a_batch_norm():
     model, variables = network()
     with pytest.raises(ValueError, match="no images"):
-        ft.recalibrate(model, variables, [], PREPROCESSING)
+        ft.training.recalibrate(model, variables, [], PREPROCESSING)
     with pytest.raises(ValueError, match="touches no BatchNorm"):
-        ft.recalibrate(model, variables, [batch(0)], PREPROCESSING, ft.head())
+        ft.training.recalibrate(model, variables, [batch(0)], PREPROCESSING, ft.head())
 
 
 def test_a_phase_that_recalibrates_leaves_those_statistics_alone_afterwards(tmp_path):
@@ -289,7 +309,7 @@ def test_a_phase_that_recalibrates_leaves_those_statistics_alone_afterwards(tmp_
     data = replace(feed(), calibration=lambda: [batch(n) for n in range(4)])
     plan = ft.Plan([head_phase(recalibrate=ft.everything())])
     fitted = ft.fit(model, variables, plan, data, tmp_path / "run")
-    expected = ft.recalibrate(model, variables, data.calibration(), PREPROCESSING)
+    expected = ft.training.recalibrate(model, variables, data.calibration(), PREPROCESSING)
     found = fitted.variables["batch_stats"]
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
     assert not np.array_equal(found["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"])

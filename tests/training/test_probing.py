@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.features import solved_head
+from flaxtransfer.features import fit_linear_probe
 from flaxtransfer.paths import flatten
 
 from .small import network
@@ -18,8 +18,18 @@ from .test_caching import feed
 
 def plan(rate: float, steps: int = 2, **changes: object) -> ft.Plan:
     group = ft.Group(optax.sgd, rate)
-    return ft.Plan([ft.Phase({"all": ft.everything()}, {"all": group}, steps, norm="running",
-                             probe=True, **changes)])  # fmt: skip
+    return ft.Plan(
+        [
+            ft.Phase(
+                {"all": ft.everything()},
+                {"all": group},
+                steps,
+                norm="running",
+                probe=True,
+                **changes,
+            )
+        ]
+    )
 
 
 def test_the_head_is_the_solved_one(tmp_path):
@@ -27,9 +37,11 @@ def test_the_head_is_the_solved_one(tmp_path):
     model, variables = network()
     data = feed()
     fitted = ft.fit(model, variables, plan(0.0, ema=0.5), data, tmp_path)
-    pooled, labels = ft.pooled_features(model, variables, data.calibration(), data.preprocessing)
+    pooled, labels = ft.features.pooled_features(
+        model, variables, data.calibration(), data.preprocessing
+    )
     assert pooled.shape == (14, 32)
-    head = solved_head(pooled, labels, 3)
+    head = fit_linear_probe(pooled, labels, 3)
     np.testing.assert_allclose(fitted.variables["params"]["fc"]["kernel"], head.kernel, rtol=1e-6)
     np.testing.assert_allclose(fitted.variables["params"]["fc"]["bias"], head.bias, rtol=1e-6)
     conv = fitted.variables["params"]["conv1"]["kernel"]
@@ -39,7 +51,7 @@ def test_the_head_is_the_solved_one(tmp_path):
 
 def test_an_interrupted_run_does_not_probe_again(tmp_path):
     model, variables = network()
-    options = ft.Options(evaluate_every=1)
+    options = ft.FitOptions(evaluate_every=1)
     data = feed()
     whole = ft.fit(model, variables, plan(1e-2, 6), data, tmp_path / "whole", options=options)
 
@@ -50,10 +62,17 @@ def test_an_interrupted_run_does_not_probe_again(tmp_path):
             yield batch
 
     with pytest.raises(RuntimeError, match="stop here"):
-        ft.fit(model, variables, plan(1e-2, 6), replace(data, train=stopping), tmp_path / "cut",
-               options=options)  # fmt: skip
-    resumed = ft.fit(model, variables, plan(1e-2, 6), data, tmp_path / "cut", resume=True,
-                     options=options)  # fmt: skip
+        ft.fit(
+            model,
+            variables,
+            plan(1e-2, 6),
+            replace(data, train=stopping),
+            tmp_path / "cut",
+            options=options,
+        )
+    resumed = ft.fit(
+        model, variables, plan(1e-2, 6), data, tmp_path / "cut", resume=True, options=options
+    )
     for path, leaf in flatten(whole.variables).items():
         np.testing.assert_array_equal(flatten(resumed.variables)[path], leaf, err_msg=path)
 
@@ -66,5 +85,4 @@ def test_it_needs_a_pass_over_the_images(tmp_path):
 
 def test_what_is_no_answer():
     with pytest.raises(ValueError, match="probe is true or false, not 'logistic'"):
-        ft.Phase({"a": ft.everything()}, {"a": optax.sgd(1)}, 1,
-                                      probe="logistic")  # fmt: skip
+        ft.Phase({"a": ft.everything()}, {"a": optax.sgd(1)}, 1, probe="logistic")

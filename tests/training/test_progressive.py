@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "advance", recorded)
         patch.setattr(loop, "_best", ended)
-        options = ft.Options(evaluate_every=3)
+        options = ft.FitOptions(evaluate_every=3)
         fitted = ft.fit(
             model, variables, progressive(variables["params"]), feed(), folder, options=options
         )
@@ -49,8 +49,10 @@ def run(tmp_path_factory):
 def moments(state) -> dict[str, np.ndarray]:
     """Adam's two moments of each leaf that has them, and its count, by path."""
     found = {}
-    leaves = [(jax.tree_util.keystr(p), v) for p, v in
-              jax.tree_util.tree_leaves_with_path(state.opt_state)]  # fmt: skip
+    leaves = [
+        (jax.tree_util.keystr(p), v)
+        for p, v in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    ]
     counts = {
         re.search(r"inner_states\['(.*?)'\]", path)[1]: leaf
         for path, leaf in leaves

@@ -26,8 +26,11 @@ def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
         [sys.executable, str(HERE / "run_small.py"), str(folder), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
     return process
@@ -117,10 +120,11 @@ def test_unfreezing_killed_ten_times_equals_undisturbed(tmp_path):
 
 def run_some(folder: Path, steps: int = 6):
     model, variables = network()
-    options = ft.Options(evaluate_every=2)
+    options = ft.FitOptions(evaluate_every=2)
     plan = two_phases(variables["params"], steps=steps)
-    return ft.fit(model, variables, plan, feed(validation=False), folder,
-                  resume=True, options=options)  # fmt: skip
+    return ft.fit(
+        model, variables, plan, feed(validation=False), folder, resume=True, options=options
+    )
 
 
 def flip_bit(folder: Path, seed: int) -> None:

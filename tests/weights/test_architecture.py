@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.models import resnet
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
+from flaxtransfer.models.registry import ARCHITECTURES, RESNETS, resnet
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights.infer import infer, leaf_shapes, with_unseen
 
@@ -71,8 +70,12 @@ def variants():
         lambda config, *parts: dataclasses.replace(
             config, **{name: value for part in parts for name, value in part.items()}
         ),
-        plain, stems, shortcuts, attention, pools,
-    )  # fmt: skip
+        plain,
+        stems,
+        shortcuts,
+        attention,
+        pools,
+    )
 
 
 @given(variants())
@@ -89,15 +92,21 @@ def test_a_config_survives_json(config):
 
 def test_a_plain_networks_json_is_what_it_was_before_there_were_other_parts():
     assert list(RESNETS["resnet50"].to_json()) == [
-        "block", "depths", "width", "base_width", "groups", "classes", "in_channels",
-    ]  # fmt: skip
+        "block",
+        "depths",
+        "width",
+        "base_width",
+        "groups",
+        "classes",
+        "in_channels",
+    ]
 
 
 @pytest.mark.parametrize(("name", "config"), ARCHITECTURES.items())
 def test_every_name_is_found_again_in_its_leaves(name, config):
     assert config.name == name
     seen = infer(leaf_shapes(config))
-    # Anti-aliasing and standardised weights, for instance, have no leaves.
+    # Anti-aliasing and standardized weights, for instance, have no leaves.
     assert with_unseen(seen, config) == config
 
 

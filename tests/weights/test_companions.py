@@ -8,7 +8,7 @@ import pytest
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import IMAGENET, Checkpoint, load, save
+from flaxtransfer.weights import IMAGENET, Pretrained, load, save
 from flaxtransfer.weights.infer import leaf_shapes
 from flaxtransfer.weights.naming import timm
 from flaxtransfer.weights.naming.key_map import to_keys
@@ -77,7 +77,7 @@ class TestWhatNoLeafShows:
     def aliased(self):
         config = ResNetConfig("basic", (2, 2, 2, 2), width=4, classes=3, anti_alias="blur")
         ones = {path: np.ones(shape, np.float32) for path, shape in leaf_shapes(config).items()}
-        return Checkpoint(unflatten(ones), config, IMAGENET)
+        return Pretrained(unflatten(ones), config, IMAGENET)
 
     @pytest.fixture
     def foreign(self, aliased, write):

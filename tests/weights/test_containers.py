@@ -11,7 +11,7 @@ from flax import serialization
 from safetensors.numpy import save
 
 from flaxtransfer.weights import load
-from flaxtransfer.weights.readers.detect import CONTAINERS, has_weights_name, recognise
+from flaxtransfer.weights.readers.detect import CONTAINERS, has_weights_name, recognize
 
 ONES = {"a": np.ones(3, np.float32)}
 
@@ -49,7 +49,7 @@ def of_torch(golden, request):
 @pytest.mark.parametrize("name", ["blob", "w.pth", "w.safetensors", "w.h5", "w.npz", "w.msgpack"])
 def test_every_container_under_every_name(kind, name):
     expected = CONTAINERS[kind.split()[-1]]
-    container, notes = recognise(FILES[kind], name)
+    container, notes = recognize(FILES[kind], name)
     assert container is expected
     if name.endswith(expected.suffixes):
         assert notes == []
@@ -61,7 +61,7 @@ def test_every_container_under_every_name(kind, name):
 
 @pytest.mark.parametrize("name", ["blob", "w.safetensors", "w.ckpt", "w.pth.tar"])
 def test_both_layouts_of_torch(of_torch, name):
-    container, notes = recognise(of_torch, name)
+    container, notes = recognize(of_torch, name)
     assert container is CONTAINERS["torch"]
     assert len(notes) == (name in ("blob", "w.safetensors"))
 
@@ -109,16 +109,16 @@ def test_a_blob_of_the_hubs_cache(golden, tmp_path):
 )
 def test_what_is_none_of_them(data, name, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        recognise(data, name)
+        recognize(data, name)
 
 
 def test_archives_of_other_things():
     data = bytes_of(lambda file: np.savez(file, **ONES)).replace(b"a.npy", b"a.txt")
     with pytest.raises(ValueError, match=r"no known kind.*and this one a\.txt"):
-        recognise(data, "w.npz")
+        recognize(data, "w.npz")
     two = bytes_of(lambda file: np.savez(file, b=np.ones(1), **ONES)).replace(b"b.npy", b"b.txt")
     with pytest.raises(ValueError, match=r"no known kind.*and this one b\.txt, a\.npy"):
-        recognise(two, "w.npz")
+        recognize(two, "w.npz")
 
 
 def test_names_that_weights_have():

@@ -19,23 +19,31 @@ def file_of(data, name="weights.safetensors"):
 FILES = {
     "empty": (file_of(b""), ["the file is empty"]),
     "empty torch file": (file_of(b"", "w.pth"), ["the file is empty"]),
-    "half": (file_of(lambda whole: whole[: len(whole) // 2]),
-             ["no complete safetensors file", "by its header it has"]),
+    "half": (
+        file_of(lambda whole: whole[: len(whole) // 2]),
+        ["no complete safetensors file", "by its header it has"],
+    ),
     "one byte short": (file_of(lambda whole: whole[:-1]), ["no complete safetensors file"]),
     "one byte long": (file_of(lambda whole: whole + b"\0"), ["no complete safetensors file"]),
-    "header cut": (file_of(lambda whole: whole[:100]),
-                   ["no complete safetensors file", "its header should end at byte"]),
-    "header damaged": (file_of(lambda whole: whole[:8] + b"]" + whole[9:]),
-                       ["no complete safetensors file", "not the JSON"]),
+    "header cut": (
+        file_of(lambda whole: whole[:100]),
+        ["no complete safetensors file", "its header should end at byte"],
+    ),
+    "header damaged": (
+        file_of(lambda whole: whole[:8] + b"]" + whole[9:]),
+        ["no complete safetensors file", "not the JSON"],
+    ),
     "a few letters": (file_of(b"weights"), ["no complete safetensors file"]),
     "no arrays": (file_of(safetensors_file.write_safetensors({}, {})), ["holds no arrays"]),
-    "pointer": (file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-                ["Git LFS pointer", "git lfs pull"]),
+    "pointer": (
+        file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ["Git LFS pointer", "git lfs pull"],
+    ),
     "web page": (file_of(b"<!DOCTYPE html><html>"), ["a web page"]),
     "half an archive": (file_of(b"PK\x03\x04 and more"), ["no complete zip archive"]),
     "text": (file_of(b"hello, this is text", "w.bin"), ["are those of no container of weights"]),
     "another kind": (file_of(b"...", "w.onnx"), ["b'...', are those of no", "(.safetensors)"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -88,12 +96,15 @@ def test_a_source_that_is_no_path(source, text):
         ({"state_dict": {"a": 1}, "epoch": 3}, {"a": 1}, "'state_dict'"),
         ({"model": {"a": 1}}, {"a": 1}, "'model'"),
         ({"model": {"state_dict": {"a": 1}}}, {"a": 1}, "'state_dict'"),
-        ({"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}}, {"a": 2},
-         "'state_dict_ema' (not those under 'state_dict')"),
+        (
+            {"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}},
+            {"a": 2},
+            "'state_dict_ema' (not those under 'state_dict')",
+        ),
         ({"model": {"a": 1}, "model_ema": {"a": 2}}, {"a": 2}, "(not those under 'model')"),
         ({"model": 5, "a": 1}, {"model": 5, "a": 1}, ""),
     ],
-)  # fmt: skip
+)
 def test_wrappers_of_training_scripts(content, weights, note):
     found, notes = torch_file.unwrap(content)
     assert found == weights

@@ -8,8 +8,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flaxtransfer.models import resnet
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.registry import resnet
 from flaxtransfer.weights import IMAGENET, load
 
 BICUBIC = dataclasses.replace(IMAGENET, interpolation="bicubic")
@@ -18,10 +18,16 @@ LABELS = ("anther", "bract", "calyx")
 # folder: the network, its file's naming, its preprocessing, its class names
 EXPECTED = {
     "torchvision_basic": (
-        ResNetConfig("basic", (1, 2, 1, 1), 4, classes=7), "torchvision", IMAGENET, None,
+        ResNetConfig("basic", (1, 2, 1, 1), 4, classes=7),
+        "torchvision",
+        IMAGENET,
+        None,
     ),
     "torchvision_bottleneck": (
-        ResNetConfig("bottleneck", (2, 1, 1, 1), 4, classes=5), "torchvision", IMAGENET, None,
+        ResNetConfig("bottleneck", (2, 1, 1, 1), 4, classes=5),
+        "torchvision",
+        IMAGENET,
+        None,
     ),
     "torchvision_grouped": (
         ResNetConfig("bottleneck", (1, 1, 1, 1), 4, 32, 4, classes=6, in_channels=2),
@@ -37,12 +43,18 @@ EXPECTED = {
         None,
     ),
     "huggingface_basic": (
-        ResNetConfig("basic", (1, 1, 2, 1), 4, classes=3), "huggingface", BICUBIC, LABELS,
+        ResNetConfig("basic", (1, 1, 2, 1), 4, classes=3),
+        "huggingface",
+        BICUBIC,
+        LABELS,
     ),
     "huggingface_bottleneck": (
-        ResNetConfig("bottleneck", (1, 2, 1, 1), 4, classes=3), "huggingface", BICUBIC, LABELS,
+        ResNetConfig("bottleneck", (1, 2, 1, 1), 4, classes=3),
+        "huggingface",
+        BICUBIC,
+        LABELS,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

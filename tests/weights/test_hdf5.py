@@ -139,14 +139,22 @@ def test_biases_go_into_the_means_behind():
     assert found["conv1_bn/moving_mean"] == [1.5]
     assert "conv1_conv/bias" not in found
     assert found["conv1_conv/kernel"].ravel().tolist() == [2, 1, 0]
-    assert notes == ["the stem's input channels were turned from BGR to RGB",
-                     "1 biases of convolutions went into running means"]  # fmt: skip
+    assert notes == [
+        "the stem's input channels were turned from BGR to RGB",
+        "1 biases of convolutions went into running means",
+    ]
 
 
 def test_biases_add_up_along_the_stream_until_a_shortcut_starts_anew():
     means = {"conv2_block1": 0.0, "conv2_block2": 0.0, "conv3_block1": 0.0, "conv3_block2": 0.0}
-    biases = {"conv2_block1_0": 1, "conv2_block1_3": 2, "conv2_block2_3": 4, "conv3_block1_0": 8,
-              "conv3_block1_3": 16, "conv3_block2_3": 32}  # fmt: skip
+    biases = {
+        "conv2_block1_0": 1,
+        "conv2_block1_3": 2,
+        "conv2_block2_3": 4,
+        "conv3_block1_0": 8,
+        "conv3_block1_3": 16,
+        "conv3_block2_3": 32,
+    }
     arrays = {f"{block}_preact_bn/moving_mean": np.zeros(1) for block in means}
     arrays |= {f"{name}_conv/bias": np.array([float(b)]) for name, b in biases.items()}
     arrays |= {"post_bn/moving_mean": np.zeros(1), "conv1_conv/bias": np.ones(1)}

@@ -10,7 +10,7 @@ from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load
-from flaxtransfer.weights.load import companions
+from flaxtransfer.weights.loading import companions
 from flaxtransfer.weights.readers import safetensors_file
 from flaxtransfer.weights.readers.detect import Tensors, strip
 
@@ -34,10 +34,15 @@ def test_the_result_is_complete_float32_and_of_this_file(golden):
     [
         (("module.",), {"the prefix 'module.' was removed from the keys"}),
         (("_orig_mod.",), {"the prefix '_orig_mod.' was removed from the keys"}),
-        (("module.", "_orig_mod."), {"the prefix 'module.' was removed from the keys",
-                                     "the prefix '_orig_mod.' was removed from the keys"}),
+        (
+            ("module.", "_orig_mod."),
+            {
+                "the prefix 'module.' was removed from the keys",
+                "the prefix '_orig_mod.' was removed from the keys",
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_prefixes_are_removed_and_said(basic, write, prefixes, notes):
     plain = load(write(basic, "plain.safetensors"))
     wrapped = load(write({"".join(prefixes) + key: basic[key] for key in basic}))
@@ -78,8 +83,14 @@ def test_the_format_may_be_said(golden, form):
     assert load(golden / f"{form}_basic", format=form).format == form
 
 
-@pytest.mark.parametrize("model", [None, "resnet-basic-1-2-1-1w4", ResNetConfig(
-    "basic", (1, 2, 1, 1), 4, classes=999, in_channels=9)])  # fmt: skip
+@pytest.mark.parametrize(
+    "model",
+    [
+        None,
+        "resnet-basic-1-2-1-1w4",
+        ResNetConfig("basic", (1, 2, 1, 1), 4, classes=999, in_channels=9),
+    ],
+)
 def test_the_model_may_be_said_without_classes_and_channels(golden, model):
     assert load(golden / "torchvision_basic", model=model).config.classes == 7
 
@@ -87,13 +98,17 @@ def test_the_model_may_be_said_without_classes_and_channels(golden, model):
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
-        ("resnet50", ["holds resnet-basic-1-2-1-1w4", "basic blocks (1, 2, 1, 1), width 4",
-                      "not resnet50"]),
-        (RESNETS["resnet18"], ["holds resnet-basic-1-2-1-1w4", "not resnet18 (basic blocks",
-                               "width 64"]),
+        (
+            "resnet50",
+            ["holds resnet-basic-1-2-1-1w4", "basic blocks (1, 2, 1, 1), width 4", "not resnet50"],
+        ),
+        (
+            RESNETS["resnet18"],
+            ["holds resnet-basic-1-2-1-1w4", "not resnet18 (basic blocks", "width 64"],
+        ),
         ("resnet51", ["no model 'resnet51'", "did you mean", "'resnet50'", "resnet152"]),
     ],
-)  # fmt: skip
+)
 def test_another_model_than_the_file_is_refused(golden, model, parts):
     with pytest.raises(ValueError, match="resnet") as caught:
         load(golden / "torchvision_basic", model=model)
@@ -152,20 +167,28 @@ def pre_activation(arrays):
 
 
 DAMAGES = {
-    without_block: ["does not fit resnet-basic-1-2-1-1w4 under torchvision's names",
-                    "1 missing, 0 unexpected", "missing: layer1.0.conv2.weight [4, 4, 3, 3]"],
-    with_nan: ["NaN or infinite (as float32) in 2 leaves", "params/layer2/0/conv1/kernel: 1 of 288",
-               "params/fc/bias: 2 of 7"],
+    without_block: [
+        "does not fit resnet-basic-1-2-1-1w4 under torchvision's names",
+        "1 missing, 0 unexpected",
+        "missing: layer1.0.conv2.weight [4, 4, 3, 3]",
+    ],
+    with_nan: [
+        "NaN or infinite (as float32) in 2 leaves",
+        "params/layer2/0/conv1/kernel: 1 of 288",
+        "params/fc/bias: 2 of 7",
+    ],
     negative_variance: ["running variances below 0: batch_stats/bn1/var"],
     too_large: ["NaN or infinite (as float32) in 1 leaves", "params/fc/bias: 7 of 7"],
     integers: ["no floating-point numbers", "params/fc/bias", "int32"],
     deep_stem: ["under timm's names", "missing: conv1.3.weight", "missing: conv1.6.weight"],
     attention: ["under timm's names", "missing: layer1.0.se.fc2.weight"],
     half_a_head: ["1 missing", "missing: fc.bias"],
-    other_network: ["holds no ResNet under the names of torchvision or timm or timm-v2",
-                    "features.0.weight"],
+    other_network: [
+        "holds no ResNet under the names of torchvision or timm or timm-v2",
+        "features.0.weight",
+    ],
     pre_activation: ["under timm-v2's names", "missing: norm.weight"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -189,15 +212,24 @@ def test_a_file_without_a_head_gets_one_that_says_nothing(basic, write):
 @pytest.mark.parametrize(
     ("prefix", "others", "said"),
     [
-        ("module.encoder_q.", ["module.encoder_k.conv1.weight", "module.queue"],
-         "under 'encoder_q.'; left out: encoder_k, queue, encoder_q.fc"),
-        ("module.base_encoder.", ["module.predictor.0.weight"],
-         "under 'base_encoder.'; left out: predictor"),
-        ("backbone.", ["projector.0.weight"],
-         "under 'backbone.'; left out: projector, backbone.fc"),
+        (
+            "module.encoder_q.",
+            ["module.encoder_k.conv1.weight", "module.queue"],
+            "under 'encoder_q.'; left out: encoder_k, queue, encoder_q.fc",
+        ),
+        (
+            "module.base_encoder.",
+            ["module.predictor.0.weight"],
+            "under 'base_encoder.'; left out: predictor",
+        ),
+        (
+            "backbone.",
+            ["projector.0.weight"],
+            "under 'backbone.'; left out: projector, backbone.fc",
+        ),
         ("encoder.", [], "under 'encoder.'; left out: encoder.fc"),
     ],
-)  # fmt: skip
+)
 def test_the_encoder_of_self_supervised_training(basic, write, prefix, others, said):
     arrays = {prefix + key: array for key, array in headless(basic).items()}
     arrays |= {name: np.zeros(2, np.float32) for name in [*others, f"{prefix}fc.0.weight"]}

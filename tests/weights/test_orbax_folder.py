@@ -10,7 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from flaxtransfer.checkpoint import Checkpoints, folder_of_arrays, orbax_io, read_any_arrays
+from flaxtransfer.checkpoint import CheckpointManager, orbax_io
+from flaxtransfer.checkpoint.step_files import folder_of_arrays, read_any_arrays
 from flaxtransfer.models.config import Adapter, ResNetConfig
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import load
@@ -157,19 +158,22 @@ def test_links_are_not_followed(tmp_path):
 
 
 class TestStepsOfRuns:
-    """What `Checkpoints` keeps: parameters, statistics, an optimizer's state, averages."""
+    """What `CheckpointManager` keeps: parameters, statistics, an optimizer's state, averages."""
 
     @pytest.fixture
     def run(self, tmp_path):
         self.config = ResNetConfig(
-            depths=(1, 1, 1, 1), width=2, classes=3, anti_alias="blur",
+            depths=(1, 1, 1, 1),
+            width=2,
+            classes=3,
+            anti_alias="blur",
             adapter=Adapter(4, "curves", 5, (-1.0, 3.0)),
-        )  # fmt: skip
+        )
         self.leaves = leaves_of(self.config)
         tree = unflatten(self.leaves)
         average = {"fc": {"bias": np.full(3, 9, np.float32)}}
         state = {**tree, "ema": average, "opt_state": {"mu": np.ones(2)}, "step": np.int32(40)}
-        with Checkpoints.open(tmp_path / "checkpoints") as store:
+        with CheckpointManager.open(tmp_path / "checkpoints") as store:
             store.save(40, state, {"epoch": 2})
         model = {"model": self.config.to_json()}
         (tmp_path / "config.json").write_text(json.dumps(model))
@@ -228,7 +232,7 @@ def test_a_shortage_of_the_machine_is_not_damage(tmp_path, monkeypatch):
     async def fail(self, infos, args=None):
         raise ValueError("Error opening file [os_error_code='24']")
 
-    monkeypatch.setattr(orbax_io._Patient, "deserialize", fail)
+    monkeypatch.setattr(orbax_io._WaitingNumpyHandler, "deserialize", fail)
     with pytest.raises(OSError, match="it cannot be read now") as caught:
         read_any_arrays(tmp_path / "tree", most=1000)
     assert caught.value.errno == errno.EMFILE

@@ -16,13 +16,11 @@ HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 @given(
-    st.lists(
-        st.tuples(st.floats(-10, 10), st.floats(1e-3, 10)), min_size=1, max_size=13
-    ),
+    st.lists(st.tuples(st.floats(-10, 10), st.floats(1e-3, 10)), min_size=1, max_size=13),
     st.integers(1, 1024),
     st.integers(0, 200),
     st.sampled_from(INTERPOLATIONS),
-)  # fmt: skip
+)
 def test_json_keeps_every_bit(channels, size, border, interpolation):
     mean, std = zip(*channels, strict=True)
     value = Preprocessing(mean, std, size, size + border, interpolation)
@@ -56,8 +54,9 @@ def test_what_is_no_preprocessing_is_refused(change, text):
 
 
 def test_json_keeps_what_is_known_of_the_bands():
-    value = Preprocessing((0.5, 0.25), (1, 2), 8, 9, bands=("VV", "VH"), black=(-50, -50.5),
-                          white=(0, 1))  # fmt: skip
+    value = Preprocessing(
+        (0.5, 0.25), (1, 2), 8, 9, bands=("VV", "VH"), black=(-50, -50.5), white=(0, 1)
+    )
     assert Preprocessing.from_json(json.dumps(value.to_json())) == value
     assert "black=(-50.0, -50.5)" in repr(value)
     assert "wavelengths" not in value.to_json()
@@ -91,17 +90,29 @@ def test_foreign_json_is_refused(text, part):
 @pytest.mark.parametrize(
     ("fields", "size", "resize", "interpolation"),
     [
-        ({"input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"},
-         224, 256, "bilinear"),
-        ({"input_size": [3, 224, 224], "crop_pct": 0.95, "interpolation": "bicubic"},
-         224, 235, "bicubic"),
-        ({"input_size": [3, 224, 224], "crop_pct": 0.965, "interpolation": "bilinear"},
-         224, 232, "bilinear"),
+        (
+            {"input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"},
+            224,
+            256,
+            "bilinear",
+        ),
+        (
+            {"input_size": [3, 224, 224], "crop_pct": 0.95, "interpolation": "bicubic"},
+            224,
+            235,
+            "bicubic",
+        ),
+        (
+            {"input_size": [3, 224, 224], "crop_pct": 0.965, "interpolation": "bilinear"},
+            224,
+            232,
+            "bilinear",
+        ),
         ({"input_size": [3, 176, 176], "crop_pct": 0.9}, 176, 195, "bicubic"),
         ({"input_size": [3, 160, 160], "crop_pct": 1.0}, 160, 160, "bicubic"),
         ({"input_size": [3, 224, 224]}, 224, 256, "bicubic"),
     ],
-)  # fmt: skip
+)
 def test_timm(fields, size, resize, interpolation):
     found, notes = sidecar.timm_preprocessing({"pretrained_cfg": HALF | fields})
     assert found == Preprocessing((0.5,) * 3, (0.5,) * 3, size, resize, interpolation)
@@ -122,18 +133,26 @@ def test_timm_crop_modes_that_are_not_ours_are_said():
         ({"size": 224, "crop_pct": None, "resample": 2}, 224, 256, "bilinear"),
         ({"size": {"shortest_edge": 288}, "crop_pct": 0.95}, 288, 303, "bicubic"),
         ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, 384, 384, "bicubic"),
-        ({"size": {"shortest_edge": 256}, "do_center_crop": True,
-          "crop_size": {"height": 224, "width": 224}, "resample": 2}, 224, 256, "bilinear"),
-        ({"size": {"height": 96, "width": 96}, "crop_pct": 1.0, "resample": 0},
-         96, 96, "nearest"),
+        (
+            {
+                "size": {"shortest_edge": 256},
+                "do_center_crop": True,
+                "crop_size": {"height": 224, "width": 224},
+                "resample": 2,
+            },
+            224,
+            256,
+            "bilinear",
+        ),
+        ({"size": {"height": 96, "width": 96}, "crop_pct": 1.0, "resample": 0}, 96, 96, "nearest"),
     ],
-)  # fmt: skip
+)
 def test_hugging_face(fields, size, resize, interpolation):
     found, _ = sidecar.hf_preprocessing({"image_mean": [0.5], "image_std": [0.5]} | fields)
     assert found == Preprocessing((0.5,), (0.5,), size, resize, interpolation)
 
 
-def test_hugging_face_without_normalisation():
+def test_hugging_face_without_normalization():
     fields = {"size": 8, "image_mean": [0.5], "image_std": [0.5], "do_normalize": False}
     found, _ = sidecar.hf_preprocessing(fields)
     assert (found.mean, found.std) == ((0.0,), (1.0,))
@@ -142,15 +161,24 @@ def test_hugging_face_without_normalisation():
 @pytest.mark.parametrize(
     ("read", "fields", "text"),
     [
-        (sidecar.timm_preprocessing, {"pretrained_cfg": {"mean": [0.5], "std": None}},
-         "pretrained_cfg beside the weights lacks input_size, std"),
+        (
+            sidecar.timm_preprocessing,
+            {"pretrained_cfg": {"mean": [0.5], "std": None}},
+            "pretrained_cfg beside the weights lacks input_size, std",
+        ),
         (sidecar.hf_preprocessing, {"size": 224}, "lacks image_mean, image_std"),
-        (sidecar.hf_preprocessing, {"size": {"longest_edge": 3}, "image_mean": [0],
-                                    "image_std": [1]}, "gives no side"),
-        (sidecar.hf_preprocessing, {"size": 8, "image_mean": [0], "image_std": [1],
-                                    "resample": 9}, "interpolation must be one of .* not '9'"),
+        (
+            sidecar.hf_preprocessing,
+            {"size": {"longest_edge": 3}, "image_mean": [0], "image_std": [1]},
+            "gives no side",
+        ),
+        (
+            sidecar.hf_preprocessing,
+            {"size": 8, "image_mean": [0], "image_std": [1], "resample": 9},
+            "interpolation must be one of .* not '9'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_half_a_record_is_refused(read, fields, text):
     with pytest.raises(ValueError, match=text):
         read(fields)

@@ -96,15 +96,19 @@ def test_axes_of_length_one_are_dropped_and_given_back():
 @pytest.mark.parametrize(
     ("key", "leaf"),
     [
-        ("resnet.encoder.stages.0.layers.2.layer.0.convolution.weight",
-         "params/layer1/2/conv1/kernel"),
-        ("resnet.encoder.stages.3.layers.0.shortcut.normalization.running_var",
-         "batch_stats/layer4/0/downsample/1/var"),
+        (
+            "resnet.encoder.stages.0.layers.2.layer.0.convolution.weight",
+            "params/layer1/2/conv1/kernel",
+        ),
+        (
+            "resnet.encoder.stages.3.layers.0.shortcut.normalization.running_var",
+            "batch_stats/layer4/0/downsample/1/var",
+        ),
         ("classifier.1.weight", "params/fc/kernel"),
         ("classifier.0.weight", None),
         ("xresnet.embedder.embedder.convolution.weight", None),
     ],
-)  # fmt: skip
+)
 def test_hugging_face_counts_from_zero(key, leaf):
     found = leaf_of(huggingface.TABLE, key, (1, 2, 3, 4))
     assert (found and found[0]) == leaf
@@ -112,9 +116,15 @@ def test_hugging_face_counts_from_zero(key, leaf):
 
 @pytest.mark.parametrize(
     "key",
-    ["layer01.0.conv1.weight", "layer1.0.conv1.weight.x", "layer1x0.conv1.weight", "conv1xweight",
-     "layer-1.0.conv1.weight", "overfc.weight"],
-)  # fmt: skip
+    [
+        "layer01.0.conv1.weight",
+        "layer1.0.conv1.weight.x",
+        "layer1x0.conv1.weight",
+        "conv1xweight",
+        "layer-1.0.conv1.weight",
+        "overfc.weight",
+    ],
+)
 def test_a_key_that_only_resembles_another_is_foreign(key):
     assert leaf_of(torchvision.TABLE, key, ()) is None
 
@@ -157,8 +167,10 @@ def test_a_transposed_shape_is_a_difference_even_with_as_many_numbers():
 
 def test_counters_beside_expected_norms_are_excused():
     theirs = to_keys(torchvision.TABLE, leaves())
-    theirs |= {"bn1.num_batches_tracked": np.zeros(()),
-               "layer2.0.downsample.1.num_batches_tracked": np.zeros(())}  # fmt: skip
+    theirs |= {
+        "bn1.num_batches_tracked": np.zeros(()),
+        "layer2.0.downsample.1.num_batches_tracked": np.zeros(()),
+    }
     assert len(to_leaves(torchvision.TABLE, theirs, leaf_shapes(TINY), what="file")) == len(
         leaf_shapes(TINY)
     )

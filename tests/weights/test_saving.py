@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import IMAGENET, Checkpoint, Preprocessing, load, save
+from flaxtransfer.weights import IMAGENET, Preprocessing, Pretrained, load, save
 from flaxtransfer.weights.infer import leaf_shapes
 from flaxtransfer.weights.readers import safetensors_file
 
@@ -29,7 +29,7 @@ def checkpoint():
         path: abs(rng.normal(size=shape)).astype(np.float32)
         for path, shape in leaf_shapes(CONFIG).items()
     }
-    return Checkpoint(unflatten(leaves), CONFIG, BANDS, class_names=("a", "ß", "c, d"))
+    return Pretrained(unflatten(leaves), CONFIG, BANDS, class_names=("a", "ß", "c, d"))
 
 
 def leaves_of(checkpoint):
@@ -112,8 +112,9 @@ def test_leaves_that_are_another_network_are_listed(checkpoint, tmp_path):
     leaves["params/fc/bais"] = leaves.pop("params/fc/bias")
     leaves["params/conv1/kernel"] = leaves["params/conv1/kernel"][..., :3]
     with pytest.raises(ValueError, match="do not form resnext") as caught:
-        save(tmp_path / "w.safetensors",
-             dataclasses.replace(checkpoint, variables=unflatten(leaves)))  # fmt: skip
+        save(
+            tmp_path / "w.safetensors", dataclasses.replace(checkpoint, variables=unflatten(leaves))
+        )
     assert str(caught.value).splitlines()[1:] == [
         "  missing: params/fc/bias [3]",
         "  unexpected: params/fc/bais; did you mean 'params/fc/bias'?",
@@ -159,7 +160,9 @@ def rewritten(path, change):
     with safe_open(path, "np") as file:
         content = json.loads(file.metadata()["flaxtransfer"])
     change(content)
-    path.write_bytes(safetensors_file.write_safetensors(arrays, {"flaxtransfer": json.dumps(content)}))
+    path.write_bytes(
+        safetensors_file.write_safetensors(arrays, {"flaxtransfer": json.dumps(content)})
+    )
     return path
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import unflatten
-from flaxtransfer.weights import IMAGENET, Checkpoint, card, load, locations, save
+from flaxtransfer.weights import IMAGENET, Pretrained, card, load, locations, save
 from flaxtransfer.weights.infer import leaf_shapes
 
 TINY = ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2)
@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
     leaves = {path: np.ones(shape, np.float32) for path, shape in leaf_shapes(TINY).items()}
     digest = save(
         tmp_path / f"{locations.BUILTIN_DEFAULT}.safetensors",
-        Checkpoint(unflatten(leaves), TINY, IMAGENET, class_names=("no", "yes")),
+        Pretrained(unflatten(leaves), TINY, IMAGENET, class_names=("no", "yes")),
     )
     fields = {"data": "ones", "command": "none", "accuracy": 0.5, "seed": 0, "sha256": digest}
     (tmp_path / f"{locations.BUILTIN_DEFAULT}.json").write_text(json.dumps(fields))
@@ -37,8 +37,11 @@ def test_by_name(folder, source):
 
 
 def test_an_unknown_name_says_what_there_is(folder):
-    with pytest.raises(ValueError, match="no built-in checkpoint 'resnet18w32_drwan'; there are: "
-                       "resnet18w32_drawn; did you mean"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="no built-in checkpoint 'resnet18w32_drwan'; there are: "
+        "resnet18w32_drawn; did you mean",
+    ):
         load("builtin:resnet18w32_drwan")
 
 

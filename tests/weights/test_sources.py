@@ -81,10 +81,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, data in server.files.items():
             digest = hashlib.sha256(data).hexdigest() if not server.lie else server.lie
             lfs = {"lfs": {"sha256": digest, "size": len(data), "pointerSize": 1}}
-            siblings.append({"rfilename": name, "size": len(data),
-                             **(lfs if name.endswith(".safetensors") else {})})  # fmt: skip
-        return self.json({"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "tags": [],
-                          "private": False, "downloads": 0, "siblings": siblings})  # fmt: skip
+            siblings.append(
+                {
+                    "rfilename": name,
+                    "size": len(data),
+                    **(lfs if name.endswith(".safetensors") else {}),
+                }
+            )
+        return self.json(
+            {
+                "id": REPOSITORY,
+                "modelId": REPOSITORY,
+                "sha": COMMIT,
+                "tags": [],
+                "private": False,
+                "downloads": 0,
+                "siblings": siblings,
+            }
+        )
 
     def resolve(self, revision, name, body):
         del revision
@@ -99,8 +113,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def redirect(self, where, headers=()):
         self.send_response(302)
-        for key, value in {**dict(headers), "X-Repo-Commit": COMMIT, "Location": where,
-                           "Content-Length": "0"}.items():  # fmt: skip
+        for key, value in {
+            **dict(headers),
+            "X-Repo-Commit": COMMIT,
+            "Location": where,
+            "Content-Length": "0",
+        }.items():
             self.send_header(key, value)
         self.end_headers()
 
@@ -171,8 +189,9 @@ def test_a_repository_with_what_lies_beside_the_weights(server, golden):
     checkpoint, expected = load(f"hf://{REPOSITORY}"), load(golden / "timm")
     assert checkpoint.source == f"hf://{REPOSITORY}@{COMMIT[:12]}:model.safetensors"
     assert (checkpoint.preprocessing, checkpoint.class_names) == (
-        expected.preprocessing, expected.class_names,
-    )  # fmt: skip
+        expected.preprocessing,
+        expected.class_names,
+    )
     own, theirs = flatten(checkpoint.variables), flatten(expected.variables)
     assert all(np.array_equal(own[path], theirs[path]) for path in theirs)
     assert any(
@@ -213,7 +232,7 @@ def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
         ("hf://nobody/nothing", "there is no model nobody/nothing at .*, or it is private"),
         (f"hf://{REPOSITORY}@mian", "no revision 'mian'; did you mean 'main'"),
         (f"hf://{REPOSITORY}:modle.safetensors", "no file 'modle.safetensors'; did you mean"),
-        ("hf://resnet50", "no address on the hub; these have the form hf://organisation/name"),
+        ("hf://resnet50", "no address on the hub; these have the form hf://organization/name"),
         ("hf://a/b@", "no address on the hub"),
         ("hf://a/b c", "no address on the hub"),
         ("hf://a/b:../../etc/passwd.pth", "no address on the hub"),
@@ -368,11 +387,15 @@ def test_from_https_nothing_leads_to_http():
 
     request = urllib.request.Request("https://example.org/a.pth")
     with pytest.raises(urllib.error.URLError, match="leads from https to http:"):
-        locations._Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/a.pth")
+        locations._Redirects().redirect_request(
+            request, None, 302, "", {}, "http://example.org/a.pth"
+        )
 
 
 def test_more_than_the_disk_has(server, monkeypatch):
-    monkeypatch.setattr(locations.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(
+        locations.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})
+    )
     with pytest.raises(OSError, match=r"has [\d,]+ bytes, and .* room for 10"):
         load(hashed(server))
 

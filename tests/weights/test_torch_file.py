@@ -35,8 +35,18 @@ def number(value):
 def tensor(key="0", count=4, offset=0, shape=(4,), strides=(1,), kind="FloatStorage", view=b""):
     """A tensor as torch pickles it: the name, a storage, and where its numbers are."""
     name = b"ctorch._utils\n_rebuild_tensor_v2\n"
-    storage = (b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key)
-               + text("cpu") + number(count) + view + b"tQ")  # fmt: skip
+    storage = (
+        b"("
+        + text("storage")
+        + b"ctorch\n"
+        + kind.encode()
+        + b"\n"
+        + text(key)
+        + text("cpu")
+        + number(count)
+        + view
+        + b"tQ"
+    )
     axes = [b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (shape, strides)]
     return name + b"(" + storage + number(offset) + axes[0] + axes[1] + b"\x89}tR"
 
@@ -87,11 +97,19 @@ def test_nothing_of_torch_is_imported():
 def test_a_network_in_either_layout(basic, tmp_path, layout):
     pieces = {key: np.ascontiguousarray(array) for key, array in basic.items()}
     kinds = {"f": "FloatStorage", "i": "LongStorage"}
-    content = dictionary(**{
-        key: tensor(str(n), a.size, 0, a.shape, [s // a.itemsize for s in a.strides],
-                    kinds[a.dtype.kind])
-        for n, (key, a) in enumerate(pieces.items())
-    })  # fmt: skip
+    content = dictionary(
+        **{
+            key: tensor(
+                str(n),
+                a.size,
+                0,
+                a.shape,
+                [s // a.itemsize for s in a.strides],
+                kinds[a.dtype.kind],
+            )
+            for n, (key, a) in enumerate(pieces.items())
+        }
+    )
     if layout == "zip":
         files = {f"data_{n}": array.tobytes() for n, array in enumerate(pieces.values())}
         data = zipped(content, **files)
@@ -148,7 +166,7 @@ NAMED = {
     "a call": b"\x80\x02cposix\nsystem\n" + text("touch executed") + b"\x85R.",
     "STACK_GLOBAL": b"\x80\x04" + text("posix") + text("system") + b"\x93.",
     "getattr": b"\x80\x02cbuiltins\ngetattr\n.",
-    "a list's neighbour": b"\x80\x02cargparse\nArgumentParser\n.",
+    "a list's neighbor": b"\x80\x02cargparse\nArgumentParser\n.",
     "deeper": b"\x80\x04" + text("torch") + text("serialization.os.system") + b"\x93.",
     "numpy's own pickles": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n.",
 }
@@ -211,19 +229,26 @@ HOSTILE = {
     "more strides than axes": (dictionary(a=tensor(strides=(1, 1))), "1 axes and 2 strides"),
     "many axes": (dictionary(a=tensor(shape=(1,) * 65, strides=(1,) * 65)), "65 axes"),
     "more numbers than there are": (dictionary(a=tensor(count=5)), "bytes"),
-    "a terabyte": (dictionary(a=tensor(shape=(1 << 40,), strides=(0,))),
-                   "would unfold to 4,398,046,511,104 bytes"),
-    "a terabyte in all": (dictionary(**{
-        f"a{n}": tensor(shape=(1 << 20,), strides=(0,)) for n in range(20)}), "would unfold"),
-    "empty and huge": (dictionary(a=tensor(shape=(0, 1 << 62, 1 << 62), strides=(1, 1, 1))),
-                       "truncated, damaged"),
+    "a terabyte": (
+        dictionary(a=tensor(shape=(1 << 40,), strides=(0,))),
+        "would unfold to 4,398,046,511,104 bytes",
+    ),
+    "a terabyte in all": (
+        dictionary(**{f"a{n}": tensor(shape=(1 << 20,), strides=(0,)) for n in range(20)}),
+        "would unfold",
+    ),
+    "empty and huge": (
+        dictionary(a=tensor(shape=(0, 1 << 62, 1 << 62), strides=(1, 1, 1))),
+        "truncated, damaged",
+    ),
     "a loop": (b"\x80\x02}q\x00" + text("model") + b"h\x00s.", "no tensors by name|behind it"),
     "no dictionary": (b"\x80\x02]" + tensor() + b"a.", "holds a list and no tensors by name"),
     "other things": (dictionary(a=tensor(), epoch=b"K\x03"), r"by name: epoch \(int\)"),
     "one list for many": (
         b"\x80\x02(]q\x00NN\x86ah\x000ccollections\nOrderedDict\nq\x01h\x00\x85Rh\x01h\x00\x85Rl.",
-        "truncated, damaged"),
-}  # fmt: skip
+        "truncated, damaged",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -254,11 +279,13 @@ def test_there_is_an_end_to_instructions(monkeypatch):
         (legacy(dictionary(a=tensor()), pickle.dumps({}, 2), **{"0": FOUR}), "big endians"),
         (pickle.dumps({"a": 1}, 2), "a pickle that torch.save did not write"),
         (zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), byteorder="?"), "order of bytes"),
-        (zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), **{"constants.pkl": b""}),
-         "a TorchScript program"),
+        (
+            zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), **{"constants.pkl": b""}),
+            "a TorchScript program",
+        ),
         (zipped(dictionary(a=tensor()), data_0=b"", **{"b/data.pkl": b""}), "2 pickles"),
     ],
-)  # fmt: skip
+)
 def test_layouts_that_contradict_themselves(data, said):
     with pytest.raises(ValueError, match=said):
         read_torch(data)
@@ -268,8 +295,18 @@ def test_values_beside_weights_leave_a_mark():
     from argparse import Namespace
     from collections import Counter, OrderedDict, defaultdict, deque
 
-    beside = [Namespace(a=1), Counter("ab"), defaultdict(list, a=[1]), deque([1]), {1}, 1j,
-              frozenset({2}), bytearray(b"1"), np.float64(0.5), np.dtype("f4")]  # fmt: skip
+    beside = [
+        Namespace(a=1),
+        Counter("ab"),
+        defaultdict(list, a=[1]),
+        deque([1]),
+        {1},
+        1j,
+        frozenset({2}),
+        bytearray(b"1"),
+        np.float64(0.5),
+        np.dtype("f4"),
+    ]
     for protocol in (2, 3, 4):
         found, _ = torch_pickle.read_pickle(io.BytesIO(pickle.dumps(beside, protocol)))
         assert all(isinstance(value, Foreign) for value in found)

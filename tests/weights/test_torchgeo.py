@@ -14,7 +14,14 @@ import flaxtransfer as ft
 from flaxtransfer.models.band_init import by_wavelength
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import unflatten
-from flaxtransfer.weights import IMAGENET, Checkpoint, load, normalised, pixels, save
+from flaxtransfer.weights import (
+    IMAGENET,
+    Pretrained,
+    load,
+    measured_to_pixels,
+    normalize_measured,
+    save,
+)
 from flaxtransfer.weights.infer import leaf_shapes
 from flaxtransfer.weights.naming import timm, torchgeo
 from flaxtransfer.weights.naming.key_map import to_keys
@@ -47,14 +54,19 @@ PUBLISHED = {
     "resnet50_landsat_oli_sr_simclr-94f78913.pth": "landsat_oli_sr",
     "resnet50_fmow_rgb_gassl-da43d987.pth": "fmow_rgb",
     "hf://torchgeo/resnet50_sentinel2_all_moco@da4f3c9dbe09:model.safetensors": "sentinel2_all",
-    "https://hf.co/torchgeo/x/resolve/main/resnet50_landsat_oli_sr_moco-ff580dad.pth":
-        "landsat_oli_sr",
-}  # fmt: skip
+    "https://hf.co/torchgeo/x/resolve/main/resnet50_landsat_oli_sr_moco-ff580dad.pth": (
+        "landsat_oli_sr"
+    ),
+}
 OTHERS = [
-    "resnet50-0676ba61.pth", "sentinel2_all.safetensors", "my_resnet50_sentinel2_all_moco.pth",
-    "resnet50_sentinel2_all_moco_finetuned.pth", "resnet50_landsat_tm_toa.pth",
-    "resnet50_sentinel2_rgb_satlas.pth", "runs/resnet50_sentinel2_all_moco_2/model.safetensors",
-]  # fmt: skip
+    "resnet50-0676ba61.pth",
+    "sentinel2_all.safetensors",
+    "my_resnet50_sentinel2_all_moco.pth",
+    "resnet50_sentinel2_all_moco_finetuned.pth",
+    "resnet50_landsat_tm_toa.pth",
+    "resnet50_sentinel2_rgb_satlas.pth",
+    "runs/resnet50_sentinel2_all_moco_2/model.safetensors",
+]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -75,8 +87,21 @@ def test_a_published_file_brings_its_bands(write):
     path = write(arrays(13), "resnet18_sentinel2_all_moco-59bfdff9.pth")
     found = load(path)
     own = found.preprocessing
-    assert own.bands == ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11",
-                         "B12")  # fmt: skip
+    assert own.bands == (
+        "B1",
+        "B2",
+        "B3",
+        "B4",
+        "B5",
+        "B6",
+        "B7",
+        "B8",
+        "B8A",
+        "B9",
+        "B10",
+        "B11",
+        "B12",
+    )
     assert own.wavelengths == ALL
     assert (own.black, own.white) == ((0,) * 13, (10_000,) * 13)
     assert (own.size, own.resize, own.interpolation) == (224, 256, "bilinear")
@@ -88,17 +113,27 @@ def test_a_published_file_brings_its_bands(write):
 
 # Limits of the bands in nm: U.S. Geological Survey, "What are the band designations for the Landsat
 # satellites?". The thermal band of ETM+ comes at two gains.
-TM = {"B1": (450, 520), "B2": (520, 600), "B3": (630, 690), "B4": (760, 900), "B5": (1550, 1750),
-      "B6": (10_400, 12_500), "B7": (2080, 2350)}  # fmt: skip
-ETM = TM | {"B4": (770, 900), "B7": (2090, 2350), "B8": (520, 900)} | dict.fromkeys(
-    ["B6_VCID_1", "B6_VCID_2"], (10_400, 12_500))  # fmt: skip
+TM = {
+    "B1": (450, 520),
+    "B2": (520, 600),
+    "B3": (630, 690),
+    "B4": (760, 900),
+    "B5": (1550, 1750),
+    "B6": (10_400, 12_500),
+    "B7": (2080, 2350),
+}
+ETM = (
+    TM
+    | {"B4": (770, 900), "B7": (2090, 2350), "B8": (520, 900)}
+    | dict.fromkeys(["B6_VCID_1", "B6_VCID_2"], (10_400, 12_500))
+)
 
 
 @pytest.mark.parametrize(
     ("sensor", "limits"),
     [("landsat_tm_toa", TM), ("landsat_etm_toa", ETM), ("landsat_etm_sr", ETM)],
 )
-def test_centres_are_the_middles_of_the_bands_limits(sensor, limits):
+def test_centers_are_the_middles_of_the_bands_limits(sensor, limits):
     found = torchgeo.SENSORS[sensor]
     middles = [sum(limits[band]) / 2 for band in found.bands]
     np.testing.assert_array_equal(found.wavelengths, middles)
@@ -111,19 +146,25 @@ def test_centres_are_the_middles_of_the_bands_limits(sensor, limits):
         ("sentinel1_all", [-12.59, -20.26 + 5.91], [0, 1]),
         ("sentinel1_all", [-12.59 + 2 * 5.26, -60], [2, (-60 + 20.26) / 5.91]),
         ("landsat_tm_toa", [0, 51, 102, 153, 204, 255, 255], [0, 0.2, 0.4, 0.6, 0.8, 1, 1]),
-        ("sentinel2_ms_satlas", [255, 0, 51, *[8160] * 3, *[4080] * 3],
-         [1, 0, 0.2, 1, 1, 1, 0.5, 0.5, 0.5]),
+        (
+            "sentinel2_ms_satlas",
+            [255, 0, 51, *[8160] * 3, *[4080] * 3],
+            [1, 0, 0.2, 1, 1, 1, 0.5, 0.5, 0.5],
+        ),
         # By SeCo's code B4 reaches from 0 to 129, B3 from 2 to 103, B2 from 3 to 88; then ImageNet.
-        ("sentinel2_rgb_seco", [129, 2, 45.5],
-         [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.5 - 0.406) / 0.225]),
+        (
+            "sentinel2_rgb_seco",
+            [129, 2, 45.5],
+            [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.5 - 0.406) / 0.225],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_network_sees(sensor, measured, expected):
-    found = normalised(np.array([[measured]]), torchgeo.SENSORS[sensor])
+    found = normalize_measured(np.array([[measured]]), torchgeo.SENSORS[sensor])
     np.testing.assert_allclose(found[0, 0], expected, atol=2e-6)
     # By way of stored pixels it is the same, but for the rounding and what is beyond the ends.
     own = torchgeo.SENSORS[sensor]
-    stored = np.round(255 * pixels([[measured]], own))[0] / 255
+    stored = np.round(255 * measured_to_pixels([[measured]], own))[0] / 255
     seen = (stored - own.mean) / own.std
     inside = (np.array(measured) >= own.black) & (np.array(measured) <= own.white)
     np.testing.assert_allclose(seen[0][inside], found[0, 0][inside], atol=0.5 / 255 / min(own.std))
@@ -172,11 +213,11 @@ def test_a_file_from_before_there_were_bands(basic, write, tmp_path):
 def test_measurements_that_do_not_fit():
     sensor = torchgeo.SENSORS["sentinel1_all"]
     with pytest.raises(ValueError, match=r"shape \[4, 3\], wanted \[..., 2\]; .* bands VV, VH"):
-        pixels(np.zeros((4, 3)), sensor)
+        measured_to_pixels(np.zeros((4, 3)), sensor)
     with pytest.raises(ValueError, match="finite numbers"):
-        pixels([[np.nan, 0]], sensor)
+        measured_to_pixels([[np.nan, 0]], sensor)
     with pytest.raises(ValueError, match="for photographs"):
-        normalised(np.zeros((4, 3)), IMAGENET)
+        normalize_measured(np.zeros((4, 3)), IMAGENET)
 
 
 # --- adapters by wavelength --------------------------------------------------------------------
@@ -185,7 +226,7 @@ def test_measurements_that_do_not_fit():
 def rgb(preprocessing):
     config = ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
     ones = {path: np.ones(shape, np.float32) for path, shape in leaf_shapes(config).items()}
-    return Checkpoint(unflatten(ones), config, preprocessing)
+    return Pretrained(unflatten(ones), config, preprocessing)
 
 
 def test_a_sensors_name_stands_for_its_wavelengths():

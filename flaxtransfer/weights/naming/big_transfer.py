@@ -14,7 +14,7 @@ from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.weights.naming.key_map import Rule, Table
 from flaxtransfer.weights.preprocessing import Preprocessing
 
-__all__ = ["PREPROCESSING", "TABLE", "unnumbered", "with_standardised_weights"]
+__all__ = ["PREPROCESSING", "TABLE", "unnumbered", "with_standardized_weights"]
 
 
 PREPROCESSING = Preprocessing((0.5,) * 3, (0.5,) * 3, size=224, resize=256)
@@ -67,8 +67,8 @@ def unnumbered(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
     return renamed, []
 
 
-def with_standardised_weights(config: ResNetConfig) -> ResNetConfig:
+def with_standardized_weights(config: ResNetConfig) -> ResNetConfig:
     """What all networks of BiT are and no leaf shows."""
     return dataclasses.replace(
-        config, preactivation=True, norm="group", standardised=1e-10, stem_pool="zero-padded"
+        config, preactivation=True, norm="group", standardized=1e-10, stem_pool="zero-padded"
     )

@@ -55,7 +55,7 @@ FORMATS: dict[str, Format] = {
     "bit": Format(
         lambda keys: big_transfer.TABLE,
         prepare=big_transfer.unnumbered,
-        implied=big_transfer.with_standardised_weights,
+        implied=big_transfer.with_standardized_weights,
         preprocessing=lambda config: big_transfer.PREPROCESSING,
     ),
     "keras": Format(

@@ -202,7 +202,7 @@ def of_groups(rule: Rule) -> Rule:
 
 
 V2_EPSILON = 1e-8
-"""Of the weight standardisation in timm's BiT; BiT's own is 1e-10."""
+"""Of the weight standardization in timm's BiT; BiT's own is 1e-10."""
 
 _V2_BLOCK, _V2_PATH = "stages.{s-1}.blocks.{b}", "layer{s}/{b}"
 
@@ -247,7 +247,7 @@ def with_big_transfer(config: ResNetConfig) -> ResNetConfig:
     """
     config = dataclasses.replace(config, preactivation=True)
     if config.norm == "group" and config.stem == "plain":
-        return dataclasses.replace(config, standardised=V2_EPSILON, stem_pool="zero-padded")
+        return dataclasses.replace(config, standardized=V2_EPSILON, stem_pool="zero-padded")
     return config
 
 

@@ -2,8 +2,8 @@
 
 The files say in their names alone what they were trained on, and the number of bands does not:
 seven of them are Landsat 5's, thermal one included, or Landsat 8's surface reflectance. A sensor
-here is what belongs to such weights: names of the bands, centres in nm, and which measurements are
-black and white. Published weights are recognised by their names, others by `load(..., sensor=)`.
+here is what belongs to such weights: names of the bands, centers in nm, and which measurements are
+black and white. Published weights are recognized by their names, others by `load(..., sensor=)`.
 
 References: A. J. Stewart et al., "TorchGeo: Deep Learning With Geospatial Data", 2022, and
 "SSL4EO-L: Datasets and Foundation Models for Landsat Imagery", 2023. Y. Wang et al.,
@@ -22,26 +22,53 @@ __all__ = ["SENSORS", "check", "note", "published", "wavelengths"]
 
 
 SENTINEL_2 = {
-    "B1": 443, "B2": 490, "B3": 560, "B4": 665, "B5": 705, "B6": 740, "B7": 783, "B8": 842,
-    "B8A": 865, "B9": 945, "B10": 1375, "B11": 1610, "B12": 2190,
-}  # fmt: skip
+    "B1": 443,
+    "B2": 490,
+    "B3": 560,
+    "B4": 665,
+    "B5": 705,
+    "B6": 740,
+    "B7": 783,
+    "B8": 842,
+    "B8A": 865,
+    "B9": 945,
+    "B10": 1375,
+    "B11": 1610,
+    "B12": 2190,
+}
 # Middles of the bands' limits; B6 is thermal, and ETM's B8 and OLI's B8 panchromatic.
 _TM = {"B1": 485, "B2": 560, "B3": 660, "B4": 830, "B5": 1650, "B6": 11450, "B7": 2215}
 _ETM = {
-    "B1": 485, "B2": 560, "B3": 660, "B4": 835, "B5": 1650, "B6_VCID_1": 11450,
-    "B6_VCID_2": 11450, "B7": 2220, "B8": 710,
-}  # fmt: skip
+    "B1": 485,
+    "B2": 560,
+    "B3": 660,
+    "B4": 835,
+    "B5": 1650,
+    "B6_VCID_1": 11450,
+    "B6_VCID_2": 11450,
+    "B7": 2220,
+    "B8": 710,
+}
 _OLI = {
-    "B1": 443, "B2": 482, "B3": 561, "B4": 655, "B5": 865, "B6": 1609, "B7": 2201, "B8": 590,
-    "B9": 1373, "B10": 10895, "B11": 12005,
-}  # fmt: skip
+    "B1": 443,
+    "B2": 482,
+    "B3": 561,
+    "B4": 655,
+    "B5": 865,
+    "B6": 1609,
+    "B7": 2201,
+    "B8": 590,
+    "B9": 1373,
+    "B10": 10895,
+    "B11": 12005,
+}
 _RGB = ("B4", "B3", "B2")
 _SATLAS = ("B4", "B3", "B2", "B5", "B6", "B7", "B8", "B11", "B12")
 
 
 def _sensor(
     bands: Iterable[str],
-    centres: Mapping[str, float],
+    centers: Mapping[str, float],
     white: float | tuple[float, ...],
     *,
     black: tuple[float, ...] = (),
@@ -58,15 +85,15 @@ def _sensor(
         size,
         resize,
         bands=bands,
-        wavelengths=tuple(centres[band] for band in bands if band in centres),
+        wavelengths=tuple(centers[band] for band in bands if band in centers),
         black=black or (0.0,) * count,
         white=white if isinstance(white, tuple) else (white,) * count,
     )
 
 
-def _landsat(bands: Iterable[str], centres: Mapping[str, float]) -> Preprocessing:
+def _landsat(bands: Iterable[str], centers: Mapping[str, float]) -> Preprocessing:
     # SSL4EO-L's images have 8 bits and 264 px, of which the middle 224 are seen.
-    return _sensor(bands, centres, 255, resize=264)
+    return _sensor(bands, centers, 255, resize=264)
 
 
 def _radar() -> Preprocessing:
@@ -74,10 +101,13 @@ def _radar() -> Preprocessing:
     black, white = -50.0, 14.0
     means, stds, span = (-12.59, -20.26), (5.26, 5.91), white - black
     return _sensor(
-        ("VV", "VH"), {}, white, black=(black, black),
+        ("VV", "VH"),
+        {},
+        white,
+        black=(black, black),
         mean=tuple((mean - black) / span for mean in means),
         std=tuple(std / span for std in stds),
-    )  # fmt: skip
+    )
 
 
 SENSORS: dict[str, Preprocessing] = {
@@ -85,8 +115,12 @@ SENSORS: dict[str, Preprocessing] = {
     "sentinel2_rgb": _sensor(_RGB, SENTINEL_2, 10_000),
     # By SeCo's own code, in the order of these bands.
     "sentinel2_rgb_seco": _sensor(
-        _RGB, SENTINEL_2, (129.0, 103.0, 88.0), black=(0.0, 2.0, 3.0),
-        mean=IMAGENET.mean, std=IMAGENET.std,
+        _RGB,
+        SENTINEL_2,
+        (129.0, 103.0, 88.0),
+        black=(0.0, 2.0, 3.0),
+        mean=IMAGENET.mean,
+        std=IMAGENET.std,
     ),
     # The three visible ones are those of the 8-bit picture that comes with each scene.
     "sentinel2_ms_satlas": _sensor(
@@ -94,7 +128,7 @@ SENSORS: dict[str, Preprocessing] = {
     ),
     "sentinel2_rgb_satlas": _sensor(_RGB, SENTINEL_2, 255, size=256, resize=256),
     "sentinel1_all": _radar(),
-    # Colour pictures of many satellites: pixels like those of photographs.
+    # Color pictures of many satellites: pixels like those of photographs.
     "fmow_rgb": Preprocessing(
         IMAGENET.mean, IMAGENET.std, size=224, resize=224, bands=("red", "green", "blue")
     ),
@@ -103,7 +137,7 @@ SENSORS: dict[str, Preprocessing] = {
     "landsat_etm_sr": _landsat([name for name in _TM if name != "B6"], _ETM),
     "landsat_oli_tirs_toa": _landsat(_OLI, _OLI),
     "landsat_oli_sr": _landsat([f"B{number}" for number in range(1, 8)], _OLI),
-}  # fmt: skip
+}
 """By the middle of the names under which torchgeo publishes weights."""
 
 _NAMES: dict[str, str] = {
@@ -174,7 +208,7 @@ def check(sensor: str, bands: int) -> Preprocessing:
 
 
 def wavelengths(sensor: str) -> tuple[float, ...]:
-    """Centre of each band in nm.
+    """Center of each band in nm.
 
     Raises:
         ValueError: an unknown sensor, or one that sees no light.

@@ -39,25 +39,37 @@ TABLE: Table = (
 RESIZE: dict[str, int] = {
     **dict.fromkeys(
         (
-            "f37072fd", "5c106cde",  # resnet18
-            "b627a593", "333f7ec4",  # resnet34
-            "0676ba61", "19c8e357",  # resnet50
-            "63fe2227", "5d3b4d8f",  # resnet101
-            "394f9c45", "b121ed2d",  # resnet152
-            "95faca4d", "32ee1156",  # wide_resnet50_2, wide_resnet101_2
-            "7cdf4587", "8ba56ff5",  # resnext50_32x4d, resnext101_32x8d
+            "f37072fd",
+            "5c106cde",  # resnet18
+            "b627a593",
+            "333f7ec4",  # resnet34
+            "0676ba61",
+            "19c8e357",  # resnet50
+            "63fe2227",
+            "5d3b4d8f",  # resnet101
+            "394f9c45",
+            "b121ed2d",  # resnet152
+            "95faca4d",
+            "32ee1156",  # wide_resnet50_2, wide_resnet101_2
+            "7cdf4587",
+            "8ba56ff5",  # resnext50_32x4d, resnext101_32x8d
         ),
         256,
     ),
     **dict.fromkeys(
         (
-            "11ad3fa6", "cd907fc2", "f82ba261",  # resnet50, resnet101, resnet152
-            "9ba9bcbe", "d733dc28",  # wide_resnet50_2, wide_resnet101_2
-            "1a0047aa", "110c445d", "173b62eb",  # resnext50_32x4d, 101_32x8d, 101_64x4d
+            "11ad3fa6",
+            "cd907fc2",
+            "f82ba261",  # resnet50, resnet101, resnet152
+            "9ba9bcbe",
+            "d733dc28",  # wide_resnet50_2, wide_resnet101_2
+            "1a0047aa",
+            "110c445d",
+            "173b62eb",  # resnext50_32x4d, 101_32x8d, 101_64x4d
         ),
         232,
     ),
-}  # fmt: skip
+}
 
 
 def published(file_name: str, sha256: str) -> Preprocessing | None:
@@ -88,10 +100,25 @@ def published(file_name: str, sha256: str) -> Preprocessing | None:
 PREPROCESSING = Preprocessing((0.5,), (1 / 2048,), size=512, resize=512)
 
 CLASS_NAMES = (
-    "Atelectasis", "Consolidation", "Infiltration", "Pneumothorax", "Edema", "Emphysema",
-    "Fibrosis", "Effusion", "Pneumonia", "Pleural_Thickening", "Cardiomegaly", "Nodule", "Mass",
-    "Hernia", "Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum",
-)  # fmt: skip
+    "Atelectasis",
+    "Consolidation",
+    "Infiltration",
+    "Pneumothorax",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Effusion",
+    "Pneumonia",
+    "Pleural_Thickening",
+    "Cardiomegaly",
+    "Nodule",
+    "Mass",
+    "Hernia",
+    "Lung Lesion",
+    "Fracture",
+    "Lung Opacity",
+    "Enlarged Cardiomediastinum",
+)
 
 
 def is_published(file_name: str) -> bool:

@@ -24,12 +24,12 @@ from flaxtransfer.weights.readers import (
 
 __all__ = [
     "CONTAINERS",
-    "Container",
     "SUFFIXES",
+    "Container",
     "Tensors",
     "has_weights_name",
     "read_tensors",
-    "recognise",
+    "recognize",
     "strip",
 ]
 
@@ -77,7 +77,7 @@ def has_weights_name(name: str) -> bool:
     return PurePath(name).name.endswith(SUFFIXES)
 
 
-def recognise(data: bytes, name: str) -> tuple[Container, list[str]]:
+def recognize(data: bytes, name: str) -> tuple[Container, list[str]]:
     r"""The container of a file, and a note where its name says another one or none.
 
     Args:
@@ -87,9 +87,9 @@ def recognise(data: bytes, name: str) -> tuple[Container, list[str]]:
     Raises:
         ValueError: an empty file, what a failed download leaves, or bytes of another kind.
 
-    >>> recognise(b"\x89HDF\r\n\x1a\n", "weights.h5")[0].text
+    >>> recognize(b"\x89HDF\r\n\x1a\n", "weights.h5")[0].text
     'an HDF5 file'
-    >>> recognise(b"\x89HDF\r\n\x1a\n", "0a4e6b")[1]
+    >>> recognize(b"\x89HDF\r\n\x1a\n", "0a4e6b")[1]
     ['an HDF5 file by its content; its name does not say so']
     """
     container = CONTAINERS[_kind(data, name)]
@@ -199,7 +199,7 @@ _Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
 
 def _file(path: Path) -> _Read:
     data = path.read_bytes()
-    container, named = recognise(data, path.name)
+    container, named = recognize(data, path.name)
     arrays, metadata, notes = container.read(data)
     return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
 

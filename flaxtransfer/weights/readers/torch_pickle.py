@@ -39,19 +39,40 @@ __all__ = [
 
 
 _STORAGES: dict[str, Any] = {
-    "Float": np.float32, "Double": np.float64, "Half": np.float16, "BFloat16": jnp.bfloat16,
-    "Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8,
-    "Bool": np.bool_, "ComplexFloat": np.complex64, "ComplexDouble": np.complex128,
-}  # fmt: skip
+    "Float": np.float32,
+    "Double": np.float64,
+    "Half": np.float16,
+    "BFloat16": jnp.bfloat16,
+    "Long": np.int64,
+    "Int": np.int32,
+    "Short": np.int16,
+    "Char": np.int8,
+    "Byte": np.uint8,
+    "Bool": np.bool_,
+    "ComplexFloat": np.complex64,
+    "ComplexDouble": np.complex128,
+}
 _DTYPES: dict[str, Any] = {
-    "float32": np.float32, "float64": np.float64, "float16": np.float16,
-    "bfloat16": jnp.bfloat16, "int64": np.int64, "int32": np.int32, "int16": np.int16,
-    "int8": np.int8, "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32,
-    "uint64": np.uint64, "bool": np.bool_, "complex64": np.complex64,
-    "complex128": np.complex128, "float8_e4m3fn": jnp.float8_e4m3fn,
-    "float8_e5m2": jnp.float8_e5m2, "float8_e4m3fnuz": jnp.float8_e4m3fnuz,
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "bfloat16": jnp.bfloat16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+    "bool": np.bool_,
+    "complex64": np.complex64,
+    "complex128": np.complex128,
+    "float8_e4m3fn": jnp.float8_e4m3fn,
+    "float8_e5m2": jnp.float8_e5m2,
+    "float8_e4m3fnuz": jnp.float8_e4m3fnuz,
     "float8_e5m2fnuz": jnp.float8_e5m2fnuz,
-}  # fmt: skip
+}
 
 STORAGES: dict[str, np.dtype | None] = {
     **{
@@ -67,29 +88,56 @@ DTYPES = {f"torch.{name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
 _QUANTISED = {f"torch.{kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2")}
 
 INERT = {
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__")
-      for name in ("bytearray", "complex", "set", "frozenset", "list", "dict", "int", "float")),
-    "_codecs.encode", "argparse.Namespace", "collections.Counter", "collections.defaultdict",
-    "collections.deque", "numpy.dtype", "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar", "pathlib.PosixPath", "pathlib._local.PosixPath",
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in ("bytearray", "complex", "set", "frozenset", "list", "dict", "int", "float")
+    ),
+    "_codecs.encode",
+    "argparse.Namespace",
+    "collections.Counter",
+    "collections.defaultdict",
+    "collections.deque",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict",
-    "torch.Size", "torch.Tensor", "torch._tensor.Tensor", "torch.device", "torch.dtype",
-    "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.serialization._get_layout",
-    "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
-    "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams", *_QUANTISED,
-}  # fmt: skip
+    "torch.Size",
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.device",
+    "torch.dtype",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+    "torch.serialization._get_layout",
+    "torch.per_tensor_affine",
+    "torch.per_tensor_symmetric",
+    "torch.per_channel_affine",
+    "torch.per_channel_symmetric",
+    "torch.per_channel_affine_float_qparams",
+    *_QUANTISED,
+}
 """Arguments of scripts, counters, positions: of no interest here, and torch's reader knows most."""
 
 _NOT_DENSE = {
     f"torch._utils._rebuild_{kind}"
-    for kind in ("sparse_tensor", "sparse_csr_tensor", "qtensor", "meta_tensor_no_storage",
-                 "nested_tensor", "device_tensor_from_numpy", "device_tensor_from_cpu_tensor")
-}  # fmt: skip
+    for kind in (
+        "sparse_tensor",
+        "sparse_csr_tensor",
+        "qtensor",
+        "meta_tensor_no_storage",
+        "nested_tensor",
+        "device_tensor_from_numpy",
+        "device_tensor_from_cpu_tensor",
+    )
+}
 
 MOST_AXES = 64
-NOT_DENSE = "sparse, quantised or empty tensor"
+NOT_DENSE = "sparse, quantized or empty tensor"
 
 
 class Refused(ValueError):
@@ -432,10 +480,21 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 _ARGUMENTS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
-    "SHORT_BINBYTES", "BINBYTES8",
-}  # fmt: skip
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+}
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,

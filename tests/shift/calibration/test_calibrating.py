@@ -83,14 +83,14 @@ def test_the_first_order_conditions_hold(method):
     logits, labels = sines()
     found = calibrate(logits, labels, method=method)
     assert found.gradient_norm <= 1e-8
-    centred = logits - logits.mean(1, keepdims=True)
+    centered = logits - logits.mean(1, keepdims=True)
     moments = found.probabilities - np.eye(4)[labels]
-    assert abs((moments * centred).mean(0).sum()) <= 1e-7
+    assert abs((moments * centered).mean(0).sum()) <= 1e-7
     if method != "temperature":
         np.testing.assert_allclose(found.prior, np.bincount(labels) / 300, atol=1e-8)
         assert found.bias.sum() == pytest.approx(0, abs=1e-12)
     if method == "vector":
-        np.testing.assert_allclose((moments * centred).mean(0), 0, atol=1e-7)
+        np.testing.assert_allclose((moments * centered).mean(0), 0, atol=1e-7)
     if method != "vector":
         assert np.ptp(found.scale) == 0
 

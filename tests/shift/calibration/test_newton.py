@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flaxtransfer.shift import calibration
-from flaxtransfer.shift.optimize import minimise
+from flaxtransfer.shift.optimize import minimize
 
 MATRIX = np.array([[2.0, 1.8], [1.8, 2.0]])
 
@@ -12,9 +12,9 @@ MATRIX = np.array([[2.0, 1.8], [1.8, 2.0]])
 class Quadratic:
     """(x - c)' A (x - c) / 2, with its Hessian or with products alone."""
 
-    def __init__(self, point, centre, dense):
-        self.gradient = MATRIX @ (point - centre)
-        self.value = float((point - centre) @ self.gradient / 2)
+    def __init__(self, point, center, dense):
+        self.gradient = MATRIX @ (point - center)
+        self.value = float((point - center) @ self.gradient / 2)
         self.dense = dense
 
     def hessian(self):
@@ -29,7 +29,7 @@ class Quadratic:
 
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(
-    ("centre", "expected"),
+    ("center", "expected"),
     [
         ([0.5, 0.25], [0.5, 0.25]),
         # At x = 0 the slope of y ends where 2 (y - 0.5) = 1.8.
@@ -38,9 +38,9 @@ class Quadratic:
         ([5.0, 5.0], [1.0, 1.0]),
     ],
 )
-def test_the_minimum_in_the_unit_square(centre, expected, dense):
-    found = minimise(
-        lambda point: Quadratic(point, np.array(centre), dense),
+def test_the_minimum_in_the_unit_square(center, expected, dense):
+    found = minimize(
+        lambda point: Quadratic(point, np.array(center), dense),
         np.array([0.9, 0.1]),
         lower=np.zeros(2),
         upper=np.ones(2),
@@ -60,13 +60,13 @@ def test_a_function_that_falls_for_ever_still_has_a_long_step():
             return np.diag(-self.gradient)
 
     bounds = np.full(1, np.inf)
-    found = minimise(Falling, np.zeros(1), lower=-bounds, upper=bounds, units=np.ones(1))
+    found = minimize(Falling, np.zeros(1), lower=-bounds, upper=bounds, units=np.ones(1))
     assert found.gradient_norm <= 1e-8
     assert found.step[0] == pytest.approx(1)
 
 
 def test_what_is_not_reached_is_said():
-    found = minimise(
+    found = minimize(
         lambda point: Quadratic(point, np.array([-1.0, -1.0]), False),
         np.ones(2),
         lower=np.full(2, -np.inf),

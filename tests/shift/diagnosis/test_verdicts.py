@@ -22,10 +22,16 @@ YES, NO, ASKED_NOTHING = True, False, None
         (YES, YES, YES, "label and covariate", "not testable", "supported"),
         (YES, NO, NO, "undetermined", "rejected", "not testable"),
         (YES, YES, ASKED_NOTHING, "undetermined", "not testable", "not testable"),
-        (ASKED_NOTHING, ASKED_NOTHING, ASKED_NOTHING, "undetermined", "not testable",
-         "not testable"),
+        (
+            ASKED_NOTHING,
+            ASKED_NOTHING,
+            ASKED_NOTHING,
+            "undetermined",
+            "not testable",
+            "not testable",
+        ),
     ],
-)  # fmt: skip
+)
 def test_without_labels(moved, prior, residual, conclusion, label, covariate):
     found, verdicts = conclude(Findings(moved, prior, residual))
     assert found == conclusion
@@ -33,7 +39,7 @@ def test_without_labels(moved, prior, residual, conclusion, label, covariate):
 
 
 @pytest.mark.parametrize(
-    ("unlabelled", "as_it_was", "adjusted", "prefer", "conclusion"),
+    ("unlabeled", "as_it_was", "adjusted", "prefer", "conclusion"),
     [
         # Concept shift shows in labels alone.
         ((NO, NO, NO), YES, YES, None, "concept"),
@@ -55,8 +61,8 @@ def test_without_labels(moved, prior, residual, conclusion, label, covariate):
         ((NO, NO, NO), NO, NO, None, "none detected"),
     ],
 )
-def test_with_labels(unlabelled, as_it_was, adjusted, prefer, conclusion):
-    assert conclude(Findings(*unlabelled, as_it_was, adjusted, prefer))[0] == conclusion
+def test_with_labels(unlabeled, as_it_was, adjusted, prefer, conclusion):
+    assert conclude(Findings(*unlabeled, as_it_was, adjusted, prefer))[0] == conclusion
 
 
 def test_labels_for_a_label_shift_leave_nothing_to_covariates():
@@ -71,9 +77,9 @@ def test_laws_of_all_findings(answers):
     status = {verdict.kind: verdict.status for verdict in verdicts}
     assert list(status) == ["label", "covariate", "concept"]
     # Nobody sees a concept shift without labels, and what was not asked is not rejected.
-    assert (status["concept"] == "not testable") == (not findings.labelled)
+    assert (status["concept"] == "not testable") == (not findings.labeled)
     if conclusion == "concept":
-        assert findings.labelled
+        assert findings.labeled
     if not any(answers[:3]) and None in answers[:2]:
         assert conclusion != "none detected"
     if findings.residual:
@@ -87,8 +93,13 @@ def test_every_conclusion_asks_for_something_with_a_guard():
         for answers in itertools.product([True, False, None], repeat=5)
     }
     assert conclusions == {
-        "none detected", "label", "covariate", "label and covariate", "concept", "undetermined",
-    }  # fmt: skip
+        "none detected",
+        "label",
+        "covariate",
+        "label and covariate",
+        "concept",
+        "undetermined",
+    }
     for conclusion in conclusions:
         assert all(action.what and action.guard for action in actions(conclusion))
 

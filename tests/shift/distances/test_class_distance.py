@@ -44,8 +44,8 @@ def test_equal_classes_are_carried_whole_by_the_best_arrangement():
 def test_numbers_of_classes_do_not_matter_and_their_places_do():
     random = np.random.default_rng(0)
     labels, others = random.integers(0, 4, size=(2, 80))
-    centres = 6 * random.normal(size=(4, 5))
-    source, target = (random.normal(size=(80, 5)) + centres[own] for own in (labels, others))
+    centers = 6 * random.normal(size=(4, 5))
+    source, target = (random.normal(size=(80, 5)) + centers[own] for own in (labels, others))
     same = class_distance(source, labels, target, others, permutations=39)
     mixed = class_distance(source, labels, target, random.permutation(others), permutations=39)
     renamed = class_distance(source, labels, target, (others + 1) % 4 + 7, permutations=39)

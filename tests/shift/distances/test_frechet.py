@@ -99,12 +99,12 @@ def test_the_intensity_is_that_of_scikit_learn_in_any_basis(shape, scale):
     from sklearn.covariance import ledoit_wolf_shrinkage
 
     rows = scale * draw(*shape) * np.linspace(0.1, 2, shape[1])
-    centred = rows - rows.mean(0)
+    centered = rows - rows.mean(0)
     expected = ledoit_wolf_shrinkage(rows)
     assert 0 < expected < 1
-    assert shrinkage(centred)[0] == pytest.approx(expected, rel=1e-9)
+    assert shrinkage(centered)[0] == pytest.approx(expected, rel=1e-9)
     reduced = pooled_coordinates(rows)
-    assert shrinkage(reduced, shape[1]) == pytest.approx(shrinkage(centred), rel=1e-9)
+    assert shrinkage(reduced, shape[1]) == pytest.approx(shrinkage(centered), rel=1e-9)
 
 
 def test_no_intensity_where_there_is_nothing_to_shrink():

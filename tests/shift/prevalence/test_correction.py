@@ -60,10 +60,10 @@ def test_an_exact_correction_does_not_lose_accuracy():
     gains = []
     for _ in range(20):
         p, q = random.dirichlet(np.ones(4)), random.dirichlet(np.ones(4))
-        centres = random.normal(size=(4, 3))
+        centers = random.normal(size=(4, 3))
         labels = random.choice(4, size=20_000, p=q)
-        inputs = centres[labels] + random.normal(size=(20_000, 3))
-        scores = inputs @ centres.T - np.square(centres).sum(1) / 2
+        inputs = centers[labels] + random.normal(size=(20_000, 3))
+        scores = inputs @ centers.T - np.square(centers).sum(1) / 2
         probabilities = softmax(scores + np.log(p), axis=1)
         corrected = adjust_prior(probabilities, q, source_prior=p)
         np.testing.assert_allclose(corrected, softmax(scores + np.log(q), axis=1), atol=1e-9)
@@ -88,8 +88,10 @@ def test_an_exact_correction_does_not_lose_accuracy():
 )
 def test_what_cannot_be_corrected(changed, text):
     given = {
-        "probabilities": [[0.5, 0.5]], "prevalence": [0.9, 0.1], "source_prior": [0.5, 0.5],
-    } | changed  # fmt: skip
+        "probabilities": [[0.5, 0.5]],
+        "prevalence": [0.9, 0.1],
+        "source_prior": [0.5, 0.5],
+    } | changed
     with pytest.raises(ValueError, match=text):
         adjust_prior(given.pop("probabilities"), given.pop("prevalence"), **given)
 

@@ -11,8 +11,8 @@ from scipy.stats import power_divergence
 from flaxtransfer.shift.bootstrap import confusion_replicates
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_probability_rows
-from flaxtransfer.shift.confusion import black_box, joint_confusion, regularised_weights
-from flaxtransfer.shift.likelihood import maximise
+from flaxtransfer.shift.confusion import black_box, joint_confusion, regularized_weights
+from flaxtransfer.shift.likelihood import maximize
 from flaxtransfer.shift.precision import Sample, weakest_direction
 from flaxtransfer.shift.prevalence import METHODS, Prevalence, estimate_prevalence
 
@@ -86,13 +86,13 @@ def test_numbers_of_jax_and_of_half_precision_do():
         ({"replicates": 5}, "5 replicates are no interval"),
         ({"method": "map", "concentration": 0.5}, "each at least 1, not 0.5"),
         ({"method": "map", "concentration": [1.0, 2.0]}, "a number or 3 numbers"),
-        ({"method": "rlls", "regularisation": -1}, "not negative, as -1 is"),
-        ({"method": "bbse_soft", "labelled": ([0], [0])}, "no place for labelled targets"),
-        ({"labelled": ([0, 0], [1, 1])}, "name a row twice"),
-        ({"labelled": ([800], [1])}, "outside of 0 .. 799"),
-        ({"labelled": ([5], [3])}, "labels of the target: 1 are outside of 0 .. 2"),
-        ({"labelled": ([5, 6], [1])}, "there are 2 rows"),
-        ({"labelled": (np.arange(800), LABELS)}, "no target row without a label is left"),
+        ({"method": "rlls", "regularization": -1}, "not negative, as -1 is"),
+        ({"method": "bbse_soft", "labeled": ([0], [0])}, "no place for labeled targets"),
+        ({"labeled": ([0, 0], [1, 1])}, "name a row twice"),
+        ({"labeled": ([800], [1])}, "outside of 0 .. 799"),
+        ({"labeled": ([5], [3])}, "labels of the target: 1 are outside of 0 .. 2"),
+        ({"labeled": ([5, 6], [1])}, "there are 2 rows"),
+        ({"labeled": (np.arange(800), LABELS)}, "no target row without a label is left"),
         ({"probabilities": TARGET[:, :2]}, "do not sum to 1"),
         ({"probabilities": np.full((9, 4), 0.25)}, "have 4 columns and validation"),
         ({"probabilities": np.log(TARGET)}, "are they logits"),
@@ -156,18 +156,18 @@ def test_what_is_not_identifiable_is_said(method, case):
 def test_labels_determine_what_a_model_cannot():
     source = source_of(twins(SOURCE.probabilities), SOURCE.labels)
     target = twins(TARGET)
-    found = estimate_prevalence(target, source, labelled=(np.arange(200), LABELS[:200]))
+    found = estimate_prevalence(target, source, labeled=(np.arange(200), LABELS[:200]))
     assert found.identifiable
     np.testing.assert_allclose(found.estimate, SHARES, atol=0.08)
     wide = found.high - found.low
-    narrow = estimate_prevalence(target, source, labelled=(np.arange(600), LABELS[:600]))
+    narrow = estimate_prevalence(target, source, labeled=(np.arange(600), LABELS[:600]))
     assert ((narrow.high - narrow.low) < wide).all()
 
 
-def test_labelled_rows_count_once():
-    found = estimate_prevalence(TARGET, SOURCE, labelled=(np.arange(50), LABELS[:50]))
+def test_labeled_rows_count_once():
+    found = estimate_prevalence(TARGET, SOURCE, labeled=(np.arange(50), LABELS[:50]))
     counts = np.bincount(LABELS[:50], minlength=3).astype(float)
-    other = maximise(TARGET[50:], SOURCE.prior, counts=counts)
+    other = maximize(TARGET[50:], SOURCE.prior, counts=counts)
     np.testing.assert_allclose(found.estimate, other.estimate, atol=1e-5)
 
 
@@ -201,9 +201,14 @@ def test_the_likelihood_ratio_of_certain_rows_is_that_of_counts():
 
 def test_distance_and_diversity_of_shares_by_hand():
     found = Prevalence(
-        "by hand", np.array([0.5, 0.5, 0]), np.full(3, np.nan), np.full(3, np.nan), 0.95,
-        np.array([0.2, 0.5, 0.3]), (9, 9),
-    )  # fmt: skip
+        "by hand",
+        np.array([0.5, 0.5, 0]),
+        np.full(3, np.nan),
+        np.full(3, np.nan),
+        0.95,
+        np.array([0.2, 0.5, 0.3]),
+        (9, 9),
+    )
     assert found.total_variation == pytest.approx(0.3)
     assert found.effective_classes == pytest.approx(2)
 
@@ -305,28 +310,28 @@ def test_a_difference_of_any_size_gives_weights_in_proportion(size):
     matrix = np.outer([0.3, 0.18, 0.34, 0.18], [0.28, 0.22, 0.28, 0.22])
     matrix += 1e-8 * np.random.default_rng(0).normal(size=(4, 4))
     difference = np.array([0.1, -0.15, 0.14, -0.09])
-    whole = regularised_weights(matrix, difference, 0.0155) - 1
-    part = regularised_weights(matrix, size * difference, 0.0155) - 1
+    whole = regularized_weights(matrix, difference, 0.0155) - 1
+    part = regularized_weights(matrix, size * difference, 0.0155) - 1
     np.testing.assert_allclose(part / size, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_regularised_weights_end_at_the_black_box_and_at_one():
+def test_regularized_weights_end_at_the_black_box_and_at_one():
     matrix = joint_confusion(SOURCE.probabilities, SOURCE.labels)
     difference = TARGET.mean(0) - SOURCE.probabilities.mean(0)
     raw = np.linalg.solve(matrix, TARGET.mean(0))
-    none = regularised_weights(matrix, difference, 0.0)
+    none = regularized_weights(matrix, difference, 0.0)
     np.testing.assert_allclose(none, raw, atol=1e-9)
-    np.testing.assert_allclose(regularised_weights(matrix, difference, 1e-6), none, atol=1e-9)
-    np.testing.assert_array_equal(regularised_weights(matrix, difference, 10.0), np.ones(3))
+    np.testing.assert_allclose(regularized_weights(matrix, difference, 1e-6), none, atol=1e-9)
+    np.testing.assert_array_equal(regularized_weights(matrix, difference, 10.0), np.ones(3))
     sizes = [
-        np.linalg.norm(regularised_weights(matrix, difference, strength) - 1)
+        np.linalg.norm(regularized_weights(matrix, difference, strength) - 1)
         for strength in (0.0, *np.linspace(0.1, 0.35, 26), 10)
     ]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(np.round(sizes, 6))) >= 4
 
 
-# cvxpy 1.9.3, Clarabel with tolerances of 1e-11: minimise norm(C t - d) + s norm(t) over t >= -1.
+# cvxpy 1.9.3, Clarabel with tolerances of 1e-11: minimize norm(C t - d) + s norm(t) over t >= -1.
 @pytest.mark.parametrize(
     ("difference", "strength", "cvxpy"),
     [
@@ -336,9 +341,9 @@ def test_regularised_weights_end_at_the_black_box_and_at_one():
         ([0.35, -0.25, -0.1], 0.15, [2.57568447, 0.0, 0.1787422]),
     ],
 )
-def test_regularised_weights_are_cvxpys(difference, strength, cvxpy):
+def test_regularized_weights_are_cvxpys(difference, strength, cvxpy):
     matrix = np.array([[0.3, 0.05, 0.1], [0.02, 0.2, 0.08], [0.05, 0.05, 0.15]])
-    found = regularised_weights(matrix, np.array(difference), strength)
+    found = regularized_weights(matrix, np.array(difference), strength)
     np.testing.assert_allclose(found, cvxpy, atol=1e-6)
 
 
@@ -356,9 +361,9 @@ def test_an_estimate_prints_as_a_table():
 def test_labels_alone_have_the_standard_error_of_a_share():
     # Rows say nothing, 80 labels do: sqrt(q (1 - q) / 80), along a direction of length 1.
     source = source_of(np.full((20, 2), 0.5), np.arange(20) % 2)
-    labelled = np.array([60.0, 20.0])
-    sample = Sample(np.full((100, 2), 0.5), source, labelled, np.zeros(2))
-    maximum = maximise(sample.probabilities, source.prior, counts=labelled, tolerance=1e-10)
+    labeled = np.array([60.0, 20.0])
+    sample = Sample(np.full((100, 2), 0.5), source, labeled, np.zeros(2))
+    maximum = maximize(sample.probabilities, source.prior, counts=labeled, tolerance=1e-10)
     error, direction = weakest_direction(sample, maximum)
     assert error == pytest.approx(np.sqrt(2 * 0.75 * 0.25 / 80), rel=1e-4)
     np.testing.assert_allclose(np.abs(direction), np.sqrt(0.5))

@@ -7,7 +7,7 @@ from scipy.special import softmax
 from scipy.stats import norm
 
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.likelihood import maximise
+from flaxtransfer.shift.likelihood import maximize
 from flaxtransfer.shift.precision import Sample
 from flaxtransfer.shift.prevalence_intervals import profiles
 
@@ -15,14 +15,14 @@ UP = np.array([[1.0], [-1.0]])
 """The first share grows as the second shrinks."""
 
 
-def sample_of(target, validation, labelled=(0.0, 0.0), weights=None):
+def sample_of(target, validation, labeled=(0.0, 0.0), weights=None):
     labels = np.arange(len(validation)) % 2
     source = Calibration("none", np.ones(2), np.zeros(2), validation, labels)
-    return Sample(target, source, np.array(labelled), np.zeros(2), weights)
+    return Sample(target, source, np.array(labeled), np.zeros(2), weights)
 
 
 def along(sample):
-    maximum = maximise(
+    maximum = maximize(
         sample.probabilities, sample.source.prior, counts=sample.counts, weights=sample.weights
     )
     return maximum, profiles(sample, maximum, UP)

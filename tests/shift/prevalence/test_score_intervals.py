@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest, norm
 from flaxtransfer.shift import bootstrap
 from flaxtransfer.shift.bootstrap import likelihood_replicates, percentiles, resampled_weights
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.likelihood import maximise
+from flaxtransfer.shift.likelihood import maximize
 from flaxtransfer.shift.precision import (
     Sample,
     influences,
@@ -21,7 +21,7 @@ from flaxtransfer.shift.precision import (
 from flaxtransfer.shift.prevalence import estimate_prevalence
 from flaxtransfer.shift.prevalence_intervals import critical_values
 
-CENTRES = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+CENTERS = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
 PRIOR = np.full(3, 1 / 3)
 Z = norm.ppf(0.975)
 
@@ -29,8 +29,8 @@ Z = norm.ppf(0.975)
 def logits(prevalence, count, seed):
     random = np.random.default_rng(seed)
     labels = random.choice(3, size=count, p=prevalence)
-    inputs = CENTRES[labels] + random.normal(size=(count, 2))
-    found = 1.5 * (inputs @ CENTRES.T - np.square(CENTRES).sum(1) / 2)
+    inputs = CENTERS[labels] + random.normal(size=(count, 2))
+    found = 1.5 * (inputs @ CENTERS.T - np.square(CENTERS).sum(1) / 2)
     return found - found.mean(1, keepdims=True), labels
 
 
@@ -136,7 +136,7 @@ def test_intervals_of_a_rare_share_cover_it():
 def test_the_variance_of_the_target_is_the_inverse_of_the_information():
     source = source_of()
     sample = sample_of(source, [0.2, 0.3, 0.5], 2000)
-    maximum = maximise(sample.probabilities, source.prior, tolerance=1e-10)
+    maximum = maximize(sample.probabilities, source.prior, tolerance=1e-10)
     precise = precision(sample, maximum, observed_information(sample, maximum))
     scores = sample.probabilities / source.prior
     scores = scores / (scores @ maximum.estimate)[:, None]
@@ -152,7 +152,7 @@ def test_an_influence_is_a_derivative_of_the_whole_estimate(method):
     source = source_of(method, 60)
     given, _ = logits([0.2, 0.3, 0.5], 400, 1)
     sample = sample_of(source, [0.2, 0.3, 0.5], 400)
-    maximum = maximise(sample.probabilities, source.prior, tolerance=1e-11)
+    maximum = maximize(sample.probabilities, source.prior, tolerance=1e-11)
     precise = precision(sample, maximum, observed_information(sample, maximum))
     validation_logits, labels = logits(PRIOR, 60, 0)
 
@@ -163,7 +163,7 @@ def test_an_influence_is_a_derivative_of_the_whole_estimate(method):
         validation = softmax(validation_logits * scale + bias, axis=1)
         prior = weights @ validation / weights.sum()
         target = softmax(given * scale + bias, axis=1)
-        return maximise(target, prior, tolerance=1e-11).estimate
+        return maximize(target, prior, tolerance=1e-11).estimate
 
     step, squares = 1e-3, np.zeros(3)
     some = range(0, 60, 5)
@@ -203,7 +203,7 @@ def test_what_cannot_be_told_apart_is_the_weakest_direction():
     validation = source.probabilities[:, [0, 1, 2, 2]] * [1, 1, 0.5, 0.5]
     twins = Calibration("none", np.ones(4), np.zeros(4), validation, source.labels)
     sample = Sample(halves, twins, np.zeros(4), np.zeros(4))
-    error, way = weakest_direction(sample, maximise(halves, twins.prior, tolerance=1e-10))
+    error, way = weakest_direction(sample, maximize(halves, twins.prior, tolerance=1e-10))
     assert error > 1e3
     np.testing.assert_allclose(np.abs(way), [0, 0, np.sqrt(0.5), np.sqrt(0.5)], atol=1e-6)
 
@@ -218,12 +218,12 @@ def test_rows_are_drawn_again_as_often_as_there_are_rows():
     assert np.corrcoef(weights[:, 0], weights[:, 100])[0, 1] == pytest.approx(0, abs=0.2)
 
 
-@pytest.mark.parametrize("labelled", [(0, 0, 0), (3, 0, 9)])
-def test_a_bootstrap_replicate_is_the_maximum_of_its_rows(labelled, monkeypatch):
+@pytest.mark.parametrize("labeled", [(0, 0, 0), (3, 0, 9)])
+def test_a_bootstrap_replicate_is_the_maximum_of_its_rows(labeled, monkeypatch):
     source = source_of()
     sample = sample_of(source, [0.05, 0.15, 0.8], 150)
-    sample = Sample(sample.probabilities, source, np.array(labelled, float), np.zeros(3))
-    maximum = maximise(sample.probabilities, source.prior, counts=sample.counts, tolerance=1e-10)
+    sample = Sample(sample.probabilities, source, np.array(labeled, float), np.zeros(3))
+    maximum = maximize(sample.probabilities, source.prior, counts=sample.counts, tolerance=1e-10)
     kept = {}
 
     def remember(*given):
@@ -236,7 +236,7 @@ def test_a_bootstrap_replicate_is_the_maximum_of_its_rows(labelled, monkeypatch)
     _, _, weights, factors, pushes, counts = kept["given"]
     assert not pushes.any()
     for number in range(40):
-        best = maximise(
+        best = maximize(
             sample.probabilities,
             source.prior / factors[number],
             counts=counts[number],

@@ -16,7 +16,7 @@ def samples(n=60, m=40, d=4, step=0.0, seed=0):
 
 
 def test_refits_by_products_are_refits():
-    # Ridge of scikit-learn with an intercept, fitted again for every fold and labelling.
+    # Ridge of scikit-learn with an intercept, fitted again for every fold and labeling.
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, 6)) + 3.0
     labels = rng.permuted(np.tile(np.repeat([0.0, 1.0], [30, 20]), (3, 1)), axis=1)
@@ -58,9 +58,15 @@ def test_the_effect_is_the_auc_of_gaussians_apart():
 
 @pytest.mark.parametrize(
     ("case", "rejected"),
-    [({}, False), ({"step": 0.8}, True), ({"d": 200}, False), ({"d": 200, "step": 0.4}, True),
-     ({"n": 10, "m": 10, "step": 3.0}, True), ({"n": 500, "m": 12}, False)],
-)  # fmt: skip
+    [
+        ({}, False),
+        ({"step": 0.8}, True),
+        ({"d": 200}, False),
+        ({"d": 200, "step": 0.4}, True),
+        ({"n": 10, "m": 10, "step": 3.0}, True),
+        ({"n": 500, "m": 12}, False),
+    ],
+)
 def test_what_it_finds(case, rejected):
     found = classifier_test(*samples(**case), permutations=199)
     assert found.rejected() == rejected
@@ -101,7 +107,7 @@ def test_settings_and_shared_rows():
     assert "40 of 40" in classifier_test(source, source[:40], permutations=19).notes[0]
 
 
-def test_logistic_regression_is_regularised_as_its_first_step_is():
+def test_logistic_regression_is_regularized_as_its_first_step_is():
     # With nearly as many features as examples it is the penalty that decides.
     is_target, folds = np.repeat([0.0, 1.0], 40), [np.arange(80)[number::5] for number in range(5)]
     for seed in range(3):

@@ -13,7 +13,7 @@ from flaxtransfer.shift.concept_shift import (
     log_loss_test,
     posterior_ratio_tests,
 )
-from flaxtransfer.shift.likelihood import maximise_resampled
+from flaxtransfer.shift.likelihood import maximize_resampled
 from flaxtransfer.shift.sample_size import EstimatedPosteriors, corrected_posteriors, labels_needed
 
 POSTERIORS = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.25, 0.6, 0.15]])
@@ -166,7 +166,7 @@ def test_corrected_posteriors_follow_bayes_and_scatter_as_their_estimate_does():
     probabilities, _, source = target()
     rows = np.arange(0, 40, 2)
     found = corrected_posteriors(rows, probabilities, source, draws=300)
-    share = maximise_resampled(probabilities, np.arange(200)[None], source.prior)[0][0]
+    share = maximize_resampled(probabilities, np.arange(200)[None], source.prior)[0][0]
     weighted = probabilities[rows] * share / source.prior
     np.testing.assert_allclose(
         found.posteriors, weighted / weighted.sum(1, keepdims=True), atol=1e-12
@@ -181,7 +181,7 @@ def test_corrected_posteriors_follow_bayes_and_scatter_as_their_estimate_does():
     estimates = []
     for seed in range(100):
         fresh, _, other = target(seed=seed + 1)
-        q = maximise_resampled(fresh, np.arange(200)[None], other.prior)[0][0]
+        q = maximize_resampled(fresh, np.arange(200)[None], other.prior)[0][0]
         estimates.append(np.log(q[1] / q[0]) - np.log(other.prior[1] / other.prior[0]))
     assert np.std(apart[:, 0]) == pytest.approx(np.std(estimates), rel=0.35)
     with pytest.raises(ValueError, match=r"rows 0 \.\. 200 of a target of 200"):
@@ -190,13 +190,13 @@ def test_corrected_posteriors_follow_bayes_and_scatter_as_their_estimate_does():
         corrected_posteriors([0.5], probabilities, source)
 
 
-def test_labelled_examples_are_drawn_into_the_target_that_corrects_them():
-    # With every example labelled and a source that does not scatter, a draw is its rows alone.
+def test_labeled_examples_are_drawn_into_the_target_that_corrects_them():
+    # With every example labeled and a source that does not scatter, a draw is its rows alone.
     probabilities, _, _ = target(30)
     even = np.full((40, 2), 0.5)
     source = Calibration("none", np.ones(2), np.zeros(2), even, np.arange(40) % 2)
     found = corrected_posteriors(np.arange(30), probabilities, source, draws=20)
-    shares, _ = maximise_resampled(probabilities, found.rows, source.prior)
+    shares, _ = maximize_resampled(probabilities, found.rows, source.prior)
     weighted = probabilities[found.rows] * shares[:, None]
     np.testing.assert_allclose(found.estimates, weighted / weighted.sum(2, keepdims=True))
 

@@ -44,8 +44,9 @@ def test_constant_columns_do_not_count():
     assert found.members[0].not_testable == "it is constant"
     assert found.p == pytest.approx(2 * found.members[1].p)
     assert found.notes == (
-        "probability of class 1 differs most", "1 of 3 columns are constant and were left out",
-    )  # fmt: skip
+        "probability of class 1 differs most",
+        "1 of 3 columns are constant and were left out",
+    )
     # Constant on either side, and not the same constant, is a difference.
     source[:, 0] = 0.0
     assert kolmogorov_smirnov_test(source, target).members[0].p < 1e-20

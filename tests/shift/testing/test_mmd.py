@@ -55,10 +55,8 @@ def test_it_estimates_the_closed_form_between_gaussians(spread, step):
         return (width**2 / total) ** (dimensions / 2) * np.exp(-(apart**2) / (2 * total))
 
     truth = (
-        expected(1, 1, 0)
-        + expected(spread**2, spread**2, 0)
-        - 2 * expected(1, spread**2, delta)
-    )  # fmt: skip
+        expected(1, 1, 0) + expected(spread**2, spread**2, 0) - 2 * expected(1, spread**2, delta)
+    )
     rng = np.random.default_rng(1)
     found = [
         mmd_test(
@@ -72,7 +70,7 @@ def test_it_estimates_the_closed_form_between_gaussians(spread, step):
     assert np.mean(found) == pytest.approx(truth, abs=4 * np.std(found) / np.sqrt(len(found)))
 
 
-def test_p_is_what_enumerating_all_labellings_gives():
+def test_p_is_what_enumerating_all_labelings_gives():
     source, target = samples(5, 5, 2, step=0.8)
     pooled = np.concatenate([source, target])
     width = median_bandwidth(pooled)
@@ -83,11 +81,11 @@ def test_p_is_what_enumerating_all_labellings_gives():
         every.append(by_definition(pooled[list(chosen)], pooled[rest], width))
     exact = np.mean(np.array(every) >= observed - 1e-9)
     found = mmd_test(source, target, permutations=19_999)
-    # Labellings that repeat the observed one, and their mirror images, count as ties in float32.
+    # Labelings that repeat the observed one, and their mirror images, count as ties in float32.
     assert found.p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000))
 
 
-def test_labellings_that_are_as_good_tie_in_single_precision():
+def test_labelings_that_are_as_good_tie_in_single_precision():
     # Features that are 0 or 1: the statistic depends on how many ones the source has, and p is
     # hypergeometric.
     source, target = np.repeat([0.0, 1.0], [5, 1])[:, None], np.repeat([0.0, 1.0], [3, 6])[:, None]

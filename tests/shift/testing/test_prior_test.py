@@ -9,7 +9,7 @@ from scipy.stats import chi2
 
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.label_shift import _detectable, prior_test
-from flaxtransfer.shift.likelihood import maximise_resampled
+from flaxtransfer.shift.likelihood import maximize_resampled
 from flaxtransfer.shift.marginals import noncentrality
 
 MEANS = 1.5 * np.eye(3, 5)
@@ -36,7 +36,7 @@ def test_the_maximum_is_certified_and_plain_em_does_not_exceed_it(seed, classes)
     probabilities = rng.dirichlet(np.full(classes, 0.5), size=80)
     rows = rng.integers(80, size=(3, 60))
     prior = rng.dirichlet(np.full(classes, 5.0))
-    shares, ratios = maximise_resampled(probabilities, rows, prior, tolerance=1e-9)
+    shares, ratios = maximize_resampled(probabilities, rows, prior, tolerance=1e-9)
     for drawn, share, ratio in zip(rows, shares, ratios, strict=True):
         likelihoods = probabilities[drawn] / prior
         density = likelihoods @ share
@@ -58,18 +58,22 @@ def test_two_classes_by_bisection_of_the_score():
     def score(q):
         return ((likelihoods[:, 0] - likelihoods[:, 1]) / (likelihoods @ [q, 1 - q])).mean()
 
-    shares, _ = maximise_resampled(pair, np.arange(len(pair))[None], prior, tolerance=1e-12)
+    shares, _ = maximize_resampled(pair, np.arange(len(pair))[None], prior, tolerance=1e-12)
     assert shares[0, 0] == pytest.approx(brentq(score, 1e-9, 1 - 1e-9), abs=1e-6)
 
 
 def test_a_step_that_went_too_far_is_taken_back():
     # On rows like these an extrapolation ends where nothing is likely, unless it is compared.
-    probabilities = np.array([
-        [2e-13, 0.9999994, 6e-7], [3e-26, 0.0018, 0.9982], [1e-18, 1.0, 9e-14],
-        [2e-13, 0.9999994, 6e-7],
-    ])  # fmt: skip
+    probabilities = np.array(
+        [
+            [2e-13, 0.9999994, 6e-7],
+            [3e-26, 0.0018, 0.9982],
+            [1e-18, 1.0, 9e-14],
+            [2e-13, 0.9999994, 6e-7],
+        ]
+    )
     prior = np.array([0.41, 0.24, 0.35])
-    shares, ratios = maximise_resampled(probabilities, np.arange(4)[None], prior)
+    shares, ratios = maximize_resampled(probabilities, np.arange(4)[None], prior)
     likelihoods = probabilities[:, 1:] / prior[1:]
 
     def score(q):
@@ -82,11 +86,11 @@ def test_a_step_that_went_too_far_is_taken_back():
 
 def test_certain_posteriors_are_counted_and_uninformative_ones_leave_the_prior():
     certain = np.eye(3)[[0, 0, 0, 1, 2]]
-    shares, ratios = maximise_resampled(certain, np.arange(5)[None], np.array([0.2, 0.3, 0.5]))
+    shares, ratios = maximize_resampled(certain, np.arange(5)[None], np.array([0.2, 0.3, 0.5]))
     np.testing.assert_allclose(shares[0], [0.6, 0.2, 0.2], atol=1e-9)
     assert ratios[0] == pytest.approx((np.log([3, 3, 3, 2 / 3, 0.4])).sum())
     prior = np.array([0.2, 0.3, 0.5])
-    shares, ratios = maximise_resampled(np.tile(prior, (5, 1)), np.arange(5)[None], prior)
+    shares, ratios = maximize_resampled(np.tile(prior, (5, 1)), np.arange(5)[None], prior)
     np.testing.assert_array_equal(shares[0], prior)
     assert ratios[0] == 0
 
@@ -98,7 +102,7 @@ def test_the_null_is_a_chi_square_widened_by_the_finite_validation():
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(800) for _ in range(400)])
     priors = np.stack([pooled[row[:400]].mean(0) for row in order])
-    _, ratios = maximise_resampled(pooled, order[:, 400:], priors)
+    _, ratios = maximize_resampled(pooled, order[:, 400:], priors)
     assert np.quantile(2 * ratios, 0.9) == pytest.approx(2 * chi2.isf(0.1, 2), rel=0.15)
 
 
@@ -140,9 +144,12 @@ def test_a_class_that_never_occurs_changes_nothing():
     target, source = world()
     first = prior_test(target, source, permutations=49)
     wider = Calibration(
-        "none", np.ones(4), np.zeros(4),
-        np.pad(source.probabilities, ((0, 0), (0, 1))), source.labels,
-    )  # fmt: skip
+        "none",
+        np.ones(4),
+        np.zeros(4),
+        np.pad(source.probabilities, ((0, 0), (0, 1))),
+        source.labels,
+    )
     again = prior_test(np.pad(target, ((0, 0), (0, 1))), wider, permutations=49)
     assert again.p == first.p
     assert again.statistic == pytest.approx(first.statistic, abs=1e-3)

@@ -111,9 +111,12 @@ def test_what_cannot_be_tested():
 def test_a_class_that_neither_side_has_is_no_obstacle():
     features, target, probabilities, source = world()
     wider = Calibration(
-        "none", np.ones(4), np.zeros(4),
-        np.pad(source.probabilities, ((0, 0), (0, 1))), source.labels,
-    )  # fmt: skip
+        "none",
+        np.ones(4),
+        np.zeros(4),
+        np.pad(source.probabilities, ((0, 0), (0, 1))),
+        source.labels,
+    )
     found = residual_test(
         features, target, np.pad(probabilities, ((0, 0), (0, 1))), wider, simulations=99
     )

@@ -1,4 +1,4 @@
-"""The H-score by its definition, saturated and regularised."""
+"""The H-score by its definition, saturated and regularized."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_it_is_its_definition(rows, columns):
     )
     between = np.cov(class_means(features, labels).T, bias=True)
     inverse = np.linalg.pinv(np.cov(features.T, bias=True), rcond=1e-12)
-    plain = h_score(features, labels, regularised=False, permutations=19)
+    plain = h_score(features, labels, regularized=False, permutations=19)
     assert plain.value == pytest.approx(np.trace(inverse @ between), rel=1e-8)
     shrunk, intensity = ledoit_wolf(features)
     expected = (1 - intensity) * np.trace(np.linalg.inv(shrunk) @ between)
@@ -39,17 +39,17 @@ def test_without_shrinkage_noise_is_as_good_as_signal():
     noise = draw(200, 512)
     signal = noise + 3 * np.eye(5)[labels] @ draw(5, 512, seed=1)
     for features in (noise, signal):
-        plain = h_score(features, labels, regularised=False, permutations=19)
+        plain = h_score(features, labels, regularized=False, permutations=19)
         assert plain.value == pytest.approx(4)
-    assert h_score(noise, labels, regularised=False, permutations=19).p == 1
+    assert h_score(noise, labels, regularized=False, permutations=19).p == 1
     assert h_score(noise, labels, permutations=19).value < 0.3
     assert h_score(signal, labels, permutations=19).value > 3
 
 
 @pytest.mark.parametrize(("rows", "saturated"), [(12, True), (13, True), (14, False)])
 def test_one_example_more_than_features_is_saturated_still(rows, saturated):
-    # Centred, 13 examples of 12 features span all that can be said of 13 examples.
-    found = h_score(draw(rows, 12), np.arange(rows) % 3, regularised=False, permutations=19)
+    # Centered, 13 examples of 12 features span all that can be said of 13 examples.
+    found = h_score(draw(rows, 12), np.arange(rows) % 3, regularized=False, permutations=19)
     assert (found.value == pytest.approx(2)) == (found.null_mean == pytest.approx(2)) == saturated
     assert found.notes == (f"{rows} examples of 12 features: C - 1 for any labels",) * saturated
 
@@ -57,7 +57,7 @@ def test_one_example_more_than_features_is_saturated_still(rows, saturated):
 def test_one_feature_has_its_correlation_ratio():
     features = np.array([[1.0], [2], [3], [7], [8], [9]])
     # Between classes 9, within 2 / 3.
-    found = h_score(features, [0, 0, 0, 1, 1, 1], regularised=False)
+    found = h_score(features, [0, 0, 0, 1, 1, 1], regularized=False)
     assert found.value == pytest.approx(9 / (9 + 2 / 3), rel=1e-12)
     # One feature is a sphere: there is nothing to shrink to.
     assert h_score(features, [0, 0, 0, 1, 1, 1]).value == pytest.approx(found.value, rel=1e-12)

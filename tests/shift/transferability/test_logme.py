@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
-from flaxtransfer.analysis.transferability import evidence, logme
+from flaxtransfer.analysis.transferability import log_evidence, logme
 
 
 def fixture(rows, columns, strength):
@@ -37,10 +37,10 @@ def test_numbers_of_the_transfer_learning_library(case, expected):
 def test_it_is_the_density_of_the_labels(shape):
     random = np.random.default_rng(0)
     labels = np.arange(shape[0]) % 4
-    centres = 2 * random.normal(size=(4, shape[1])) / np.sqrt(shape[1])
-    features = random.normal(size=shape) + centres[labels]
+    centers = 2 * random.normal(size=(4, shape[1])) / np.sqrt(shape[1])
+    features = random.normal(size=shape) + centers[labels]
     one_hot = np.eye(4)[labels]
-    found = evidence(features, one_hot)
+    found = log_evidence(features, one_hot)
     # Beyond, the covariance is too ill-conditioned for the density that is compared with.
     conditioned = found.alpha > 1e-5 * found.beta * np.linalg.norm(features, 2) ** 2
     assert conditioned.sum() >= 2
@@ -60,7 +60,7 @@ def test_features_that_fit_any_labels_have_the_evidence_without_noise():
     product = features @ features.T
     alpha = 20 / (target @ np.linalg.solve(product, target))
     expected = multivariate_normal.logpdf(target, np.zeros(20), product / alpha)
-    found = evidence(features, target)
+    found = log_evidence(features, target)
     assert found.log_evidence[0] == pytest.approx(expected, abs=1e-5)
     assert found.alpha[0] == pytest.approx(alpha, rel=1e-5)
     assert found.effective_parameters[0] == pytest.approx(20, abs=1e-4)
@@ -71,7 +71,7 @@ def test_features_that_fit_any_labels_have_the_evidence_without_noise():
 def test_no_other_alpha_and_beta_are_better(rows, columns):
     features, labels = fixture(rows, columns, 0.5)
     target = np.eye(3)[labels][:, 0]
-    found = evidence(features, target)
+    found = log_evidence(features, target)
     best = found.log_evidence[0]
     for log_alpha in np.arange(-6, 12, 1.0):
         for log_beta in np.arange(-4, 6, 0.5):
@@ -86,7 +86,7 @@ def test_it_is_a_fixed_point_of_mackay(seed, rows, columns):
     random = np.random.default_rng(seed)
     features = random.normal(size=(rows, columns))
     target = features @ random.normal(size=columns) + random.normal(size=rows)
-    found = evidence(features, target)
+    found = log_evidence(features, target)
     alpha, beta = found.alpha[0], found.beta[0]
     largest = np.linalg.norm(features, 2) ** 2
     gamma = found.effective_parameters[0]
@@ -105,7 +105,7 @@ def test_what_is_known_without_computing():
     random = np.random.default_rng(0)
     features = random.normal(size=(400, 5))
     target = features @ [1.0, -2, 0.5, 0, 1] + random.normal(size=400) / 3
-    found = evidence(features, np.stack([target, random.normal(size=400)], 1))
+    found = log_evidence(features, np.stack([target, random.normal(size=400)], 1))
     assert found.beta[0] == pytest.approx(9, rel=0.2)
     assert found.effective_parameters[0] == pytest.approx(5, abs=0.05)
     assert found.effective_parameters[1] < 3
@@ -153,4 +153,4 @@ def test_permutations_are_each_what_logme_says_of_them(monkeypatch):
 )
 def test_regressions_that_there_are_not(features, targets, text):
     with pytest.raises(ValueError, match=text):
-        evidence(features, targets)
+        log_evidence(features, targets)

@@ -13,14 +13,14 @@ from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import RESNETS, resnet
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights.export import huggingface, onnx, stablehlo, timm
-from flaxtransfer.weights.export.prepare import check_file, check_folder, plainly
-from flaxtransfer.weights.load import load
+from flaxtransfer.weights.exports import huggingface, onnx, stablehlo, timm
+from flaxtransfer.weights.exports.prepare import canonicalize, check_file, check_folder
+from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import OF_BANDS
-from flaxtransfer.weights.pretrained import Checkpoint
-from flaxtransfer.weights.save import save
+from flaxtransfer.weights.pretrained import Pretrained
+from flaxtransfer.weights.saving import save
 
-__all__ = ["Exported", "LAYOUTS", "export"]
+__all__ = ["LAYOUTS", "Exported", "export"]
 
 
 LAYOUTS = ("safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo")
@@ -51,7 +51,7 @@ class Exported:
 
 
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: Pretrained,
     target: str | os.PathLike[str],
     *,
     to: str | None = None,
@@ -112,11 +112,11 @@ def _layout(target: Path, to: str | None) -> str:
 
 
 def _export_file(
-    checkpoint: Checkpoint, target: Path, layout: str, dtype: np.dtype[Any]
+    checkpoint: Pretrained, target: Path, layout: str, dtype: np.dtype[Any]
 ) -> Exported:
     check_file(target)
     if layout == "torchvision":
-        checkpoint = plainly(checkpoint, exporting="torchvision")
+        checkpoint = canonicalize(checkpoint, exporting="torchvision")
         _check_torchvision(checkpoint.config)
     with atomic_write(target) as made:
         if layout in ("safetensors", "torchvision"):
@@ -128,7 +128,7 @@ def _export_file(
             difference = _difference(checkpoint, lambda images: onnx.logits(data, images))
             write_file(made, data)
         else:
-            data = stablehlo.artefact(checkpoint)
+            data = stablehlo.artifact(checkpoint)
             difference = _difference(checkpoint, lambda images: stablehlo.logits(data, images))
             write_file(made, data)
             with atomic_write(target.with_name(f"{target.name}.json")) as words:
@@ -136,7 +136,7 @@ def _export_file(
     return Exported(target, layout, difference, checkpoint.notes)
 
 
-def _export_folder(checkpoint: Checkpoint, target: Path, layout: str) -> Exported:
+def _export_folder(checkpoint: Pretrained, target: Path, layout: str) -> Exported:
     room = _FOLDERS[layout]
     check_folder(target, room.NAMES)
     files, plain = room.files(checkpoint)
@@ -148,7 +148,7 @@ def _export_folder(checkpoint: Checkpoint, target: Path, layout: str) -> Exporte
     return Exported(target, layout, difference, (*plain.notes, *_left_behind(checkpoint, layout)))
 
 
-def _left_behind(checkpoint: Checkpoint, layout: str) -> list[str]:
+def _left_behind(checkpoint: Pretrained, layout: str) -> list[str]:
     """What the other program's records have no place for."""
     said = checkpoint.preprocessing.to_json()
     lost = [f"{name} {said[name]}" for name in OF_BANDS if name in said]
@@ -156,9 +156,15 @@ def _left_behind(checkpoint: Checkpoint, layout: str) -> list[str]:
 
 
 def _check_torchvision(config: ResNetConfig) -> None:
-    like = dataclasses.replace(ResNetConfig(), block=config.block, depths=config.depths,
-                               base_width=config.base_width, groups=config.groups,
-                               classes=config.classes, in_channels=config.in_channels)  # fmt: skip
+    like = dataclasses.replace(
+        ResNetConfig(),
+        block=config.block,
+        depths=config.depths,
+        base_width=config.base_width,
+        groups=config.groups,
+        classes=config.classes,
+        in_channels=config.in_channels,
+    )
     depths = {(known.block, known.depths) for known in RESNETS.values()}
     if config != like or (config.block, config.depths) not in depths:
         raise ValueError(
@@ -172,7 +178,7 @@ def _loaded(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: _logits(again, images)
 
 
-def _half(checkpoint: Checkpoint, again: Callable[[np.ndarray], np.ndarray]) -> float:
+def _half(checkpoint: Pretrained, again: Callable[[np.ndarray], np.ndarray]) -> float:
     """How far float16 is from the network, after what was written was compared with float16."""
 
     def rounded(leaf: Any) -> np.ndarray:
@@ -184,7 +190,7 @@ def _half(checkpoint: Checkpoint, again: Callable[[np.ndarray], np.ndarray]) -> 
     return _largest(_logits(checkpoint, images), again(images))
 
 
-def _difference(checkpoint: Checkpoint, again: Callable[[np.ndarray], np.ndarray]) -> float:
+def _difference(checkpoint: Pretrained, again: Callable[[np.ndarray], np.ndarray]) -> float:
     images = _images(checkpoint)
     # Accelerators round products more coarsely than what is to be noticed here.
     with jax.default_device(_cpu()):
@@ -205,13 +211,13 @@ def _cpu() -> jax.Device | None:
         return None
 
 
-def _images(checkpoint: Checkpoint) -> np.ndarray:
+def _images(checkpoint: Pretrained) -> np.ndarray:
     size = checkpoint.preprocessing.size
     shape = (2, size, size, checkpoint.config.bands)
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def _logits(checkpoint: Checkpoint, images: np.ndarray) -> np.ndarray:
+def _logits(checkpoint: Pretrained, images: np.ndarray) -> np.ndarray:
     model = resnet(checkpoint.config)
     run = jax.jit(lambda variables, images: model.apply(variables, images)[0])
     return np.asarray(run(checkpoint.variables, images))

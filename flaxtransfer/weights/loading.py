@@ -23,7 +23,7 @@ from flaxtransfer.weights.infer import UNSEEN, infer, leaf_shapes, with_unseen
 from flaxtransfer.weights.naming import huggingface, key_map, torchgeo, torchvision
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import detect, flax_file
 from flaxtransfer.weights.readers.detect import Tensors
 
@@ -183,7 +183,7 @@ def load(
     model: str | ResNetConfig | None = None,
     format: str | None = None,
     sensor: str | None = None,
-) -> Checkpoint:
+) -> Pretrained:
     """A pre-trained ResNet from a file, complete or not at all.
 
     The naming, and from it the network, are read off the keys and shapes; the preprocessing comes
@@ -198,11 +198,11 @@ def load(
             BiT's `.npz`, or Keras' `.h5` or `.keras` (needs the extra `keras`); its content says
             which, whatever it is called. Or a folder with one, or a folder that orbax wrote of
             {"params": ..., "batch_stats": ...}, which a step of a run is too;
-            `hf://organisation/name[@revision][:file]`, which fetches it and what lies beside it
+            `hf://organization/name[@revision][:file]`, which fetches it and what lies beside it
             into the hub's cache; `https://.../name-<first digits of sha256>.pth`, which is
             checked by its name; or "builtin", or "builtin:<name>".
         model: what you expect it to be, "resnet50" or a config; classes and image channels are
-            the file's own. Names in `catalogue.ARCHITECTURES`. It also says what no leaf shows:
+            the file's own. Names in `catalog.ARCHITECTURES`. It also says what no leaf shows:
             anti-aliasing, and which convolution has the stride. Where it is left out, the
             architecture in timm's `config.json` beside the file says so.
         format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
@@ -274,7 +274,7 @@ def load(
     hidden = [name for name in UNSEEN if getattr(beside.config, name) != getattr(config, name)]
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")
-    return Checkpoint(
+    return Pretrained(
         variables={"params": {}, "batch_stats": {}, **unflatten(leaves)},
         config=beside.config,
         preprocessing=beside.preprocessing,
@@ -299,7 +299,8 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
         return locations.fetch_from_web(text)
     if "://" in text:
         raise ValueError(
-            f"{text}: no such kind of address; there are {locations.HUB_PREFIX}organisation/name and https://"
+            f"{text}: no such kind of address; there are "
+            f"{locations.HUB_PREFIX}organization/name and https://"
         )
     return text, Path(text), []
 

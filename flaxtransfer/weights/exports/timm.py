@@ -11,11 +11,11 @@ from typing import Any
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights.export.prepare import plainly, with_own_standardisation
+from flaxtransfer.weights.exports.prepare import canonicalize, with_own_standardization
 from flaxtransfer.weights.naming import key_map, timm
 from flaxtransfer.weights.naming.formats import table_for
 from flaxtransfer.weights.preprocessing import Preprocessing
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import safetensors_file
 
 __all__ = ["NAMES", "files"]
@@ -24,13 +24,15 @@ __all__ = ["NAMES", "files"]
 NAMES = ("model.safetensors", "config.json")
 
 
-def files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], Checkpoint]:
+def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     """The files of the folder by name, and the checkpoint that they hold.
 
     Raises:
         ValueError: a network that timm's are not, or a resize that timm cannot express.
     """
-    checkpoint = with_own_standardisation(plainly(checkpoint, exporting="timm"), timm.V2_EPSILON)
+    checkpoint = with_own_standardization(
+        canonicalize(checkpoint, exporting="timm"), timm.V2_EPSILON
+    )
     config = checkpoint.config
     base, arguments = _network(config)
     table, leaves = table_for(config), flatten(checkpoint.variables)
@@ -83,8 +85,16 @@ def _crop(preprocessing: Preprocessing) -> float:
 
 
 # What cannot be said in JSON, and has to come with the name of an architecture.
-_OF_A_NAME = ("block", "attention", "se_ratio", "anti_alias", "norm", "preactivation",
-              "standardised", "stem_pool")  # fmt: skip
+_OF_A_NAME = (
+    "block",
+    "attention",
+    "se_ratio",
+    "anti_alias",
+    "norm",
+    "preactivation",
+    "standardized",
+    "stem_pool",
+)
 
 
 def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
@@ -107,7 +117,7 @@ def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
         )
     arguments = {name: _arguments(ARCHITECTURES[name], config) for name in like}
     base = min(like, key=lambda name: len(arguments[name]))
-    if config.standardised and arguments[base]:
+    if config.standardized and arguments[base]:
         raise ValueError(
             f"of Big Transfer timm has {', '.join(like)} alone, and not {config.name}; --to onnx "
             "or stablehlo holds it"
@@ -119,12 +129,14 @@ def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
 
 def _same(known: ResNetConfig, config: ResNetConfig) -> bool:
     def parts(of: ResNetConfig) -> list[Any]:
-        return [bool(of.standardised) if name == "standardised" else getattr(of, name)
-                for name in _OF_A_NAME]  # fmt: skip
+        return [
+            bool(of.standardized) if name == "standardized" else getattr(of, name)
+            for name in _OF_A_NAME
+        ]
 
     # Those of Big Transfer that timm has a name for.
     bits = {"50x1", "50x3", "101x1", "101x3", "152x2", "152x4"}
-    absent = known.standardised and known.name.split("_")[1] not in bits
+    absent = known.standardized and known.name.split("_")[1] not in bits
     return not absent and parts(known) == parts(config)
 
 

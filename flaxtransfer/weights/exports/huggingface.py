@@ -7,10 +7,10 @@ import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights.export.prepare import plainly
+from flaxtransfer.weights.exports.prepare import canonicalize
 from flaxtransfer.weights.naming import huggingface, key_map
 from flaxtransfer.weights.preprocessing import Preprocessing
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import safetensors_file
 from flaxtransfer.weights.sidecar import RESAMPLE
 
@@ -20,13 +20,13 @@ __all__ = ["NAMES", "files"]
 NAMES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
-def files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], Checkpoint]:
+def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     """The files of the folder by name, and the checkpoint that they hold.
 
     Raises:
         ValueError: a network that transformers' ResNet is not.
     """
-    checkpoint = plainly(checkpoint, exporting="Hugging Face's ResNet")
+    checkpoint = canonicalize(checkpoint, exporting="Hugging Face's ResNet")
     config = checkpoint.config
     _check(config)
     arrays = key_map.to_keys(huggingface.TABLE, flatten(checkpoint.variables))

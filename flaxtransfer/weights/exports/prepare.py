@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxtransfer.models.layers import standardise
+from flaxtransfer.models.layers import standardize
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights.pretrained import Checkpoint
-from flaxtransfer.weights.save import fold_adapter
+from flaxtransfer.weights.pretrained import Pretrained
+from flaxtransfer.weights.saving import fold_adapter
 
 __all__ = [
     "USUAL_EPSILON",
+    "canonicalize",
     "check_file",
     "check_folder",
-    "plainly",
-    "record",
-    "with_own_standardisation",
+    "export_metadata",
+    "with_own_standardization",
 ]
 
 
@@ -33,7 +33,7 @@ USUAL_EPSILON = 1e-5
 """Of the norms of torch, timm and transformers."""
 
 
-def plainly(checkpoint: Checkpoint, *, exporting: str) -> Checkpoint:
+def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
     """The same function without an input adapter, and with the usual epsilon in its norms.
 
     Args:
@@ -74,26 +74,26 @@ def plainly(checkpoint: Checkpoint, *, exporting: str) -> Checkpoint:
     )
 
 
-def with_own_standardisation(checkpoint: Checkpoint, epsilon: float) -> Checkpoint:
-    """The same function where standardisation adds another epsilon to variances.
+def with_own_standardization(checkpoint: Pretrained, epsilon: float) -> Pretrained:
+    """The same function where standardization adds another epsilon to variances.
 
-    Filters that are standardised already are large against either.
+    Filters that are standardized already are large against either.
     """
-    own = checkpoint.config.standardised
+    own = checkpoint.config.standardized
     if own is None or own == epsilon:
         return checkpoint
     flat = flatten(checkpoint.variables)
     done = {
-        path: np.asarray(standardise(leaf, own))
+        path: np.asarray(standardize(leaf, own))
         for path, leaf in flat.items()
         if path.endswith("kernel") and np.ndim(leaf) == 4
     }
     return dataclasses.replace(
         checkpoint,
         variables=_nested({**flat, **done}),
-        config=dataclasses.replace(checkpoint.config, standardised=epsilon),
+        config=dataclasses.replace(checkpoint.config, standardized=epsilon),
         sha256="",
-        notes=(*checkpoint.notes, f"filters were standardised with {own} for another epsilon"),
+        notes=(*checkpoint.notes, f"filters were standardized with {own} for another epsilon"),
     )
 
 
@@ -136,7 +136,7 @@ def _check_parent(target: Path) -> None:
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
 
 
-def record(checkpoint: Checkpoint, layout: str) -> dict[str, str]:
+def export_metadata(checkpoint: Pretrained, layout: str) -> dict[str, str]:
     """Text by name.
 
     Args:
@@ -144,7 +144,7 @@ def record(checkpoint: Checkpoint, layout: str) -> dict[str, str]:
         layout: of the axes of the input, "[batch, bands, height, width]".
     """
     return {
-        "input": f"float32 {layout}, normalised as preprocessing says",
+        "input": f"float32 {layout}, normalized as preprocessing says",
         "output": "logits [batch, classes]",
         "preprocessing": json.dumps(checkpoint.preprocessing.to_json()),
         "class_names": json.dumps(checkpoint.class_names),

@@ -22,17 +22,17 @@ from flaxtransfer.weights import pretrained
 from flaxtransfer.weights.infer import differences, leaf_shapes
 from flaxtransfer.weights.naming import key_map
 from flaxtransfer.weights.naming.formats import table_for
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import safetensors_file
 
 __all__ = ["fold_adapter", "save"]
 
 
-def fold_adapter(checkpoint: Checkpoint) -> Checkpoint:
+def fold_adapter(checkpoint: Pretrained) -> Pretrained:
     """The checkpoint with its linear adapter multiplied into the stem's kernel.
 
     Use it before weights leave for a program that knows no adapters, such as torchvision, whose
-    ``conv1`` then takes the n bands themselves. The images are normalised before the adapter, and
+    ``conv1`` then takes the n bands themselves. The images are normalized before the adapter, and
     the adapter has no bias, so that the folded network is the same function up to rounding,
     borders included.
 
@@ -69,7 +69,7 @@ def fold_adapter(checkpoint: Checkpoint) -> Checkpoint:
 DTYPES = ("float32", "float16")
 
 
-def save(path: str | os.PathLike[str], checkpoint: Checkpoint, dtype: Any = np.float32) -> str:
+def save(path: str | os.PathLike[str], checkpoint: Pretrained, dtype: Any = np.float32) -> str:
     """Writes weights, config, preprocessing and class names into one `.safetensors` file.
 
     The names and axes are torchvision's, whatever the file they were read from, so that

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.data.cache import digest
-from flaxtransfer.data.pipeline import FixedView, eval_batches, train_batches, training_rows
+from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.transforms import (
     Transform,
@@ -26,7 +26,7 @@ float [batch], 0 where an example is padding."""
 
 
 @dataclass(frozen=True)
-class Examples:
+class IndexedExamples:
     """The examples behind a feed, for whoever wants to remember what became of each of them.
 
     Args:
@@ -51,8 +51,8 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Feed:
-    """Batches for training and validation, and how to normalise them.
+class DataLoaders:
+    """Batches for training and validation, and how to normalize them.
 
     The position in the data is the step number and nothing else, which makes exact resume, and
     the same order on any number of devices, a property of the feed.
@@ -61,7 +61,7 @@ class Feed:
       train: ``train(k)`` yields batch k, k+1, ... for ever; batch k is always the same.
       steps_per_epoch: optimizer steps in one pass over the training examples.
       validation: yields every validation example once, or None where there are none.
-      preprocessing: that belongs to the weights; its mean and std normalise on the device.
+      preprocessing: that belongs to the weights; its mean and std normalize on the device.
       class_names: what the labels 0, 1, ... mean.
       calibration: yields every training example once, without augmentation, for measuring
         BatchNorm statistics; or None where there is no such pass.
@@ -76,11 +76,11 @@ class Feed:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     calibration: Callable[[], Iterable[Batch]] | None = None
-    examples: Examples | None = None
+    examples: IndexedExamples | None = None
     start: str | None = None
 
 
-def source_feed(
+def loaders(
     source: Source,
     train: np.ndarray,
     validation: np.ndarray,
@@ -90,11 +90,11 @@ def source_feed(
     transform: Transform | None = None,
     seed: int = 0,
     workers: int = 0,
-) -> Feed:
+) -> DataLoaders:
     """The batches of a data source.
 
     Args:
-      source: labelled images.
+      source: labeled images.
       train: positions of the training examples.
       validation: positions of the validation examples; may be empty.
       preprocessing: that belongs to the weights.
@@ -116,12 +116,17 @@ def source_feed(
 
     def training(start: int) -> Iterator[Batch]:
         return train_batches(
-            source, train, batch_size=batch_size, transform=augmentation, seed=seed,
-            start_step=start, workers=workers,
-        )  # fmt: skip
+            source,
+            train,
+            batch_size=batch_size,
+            transform=augmentation,
+            seed=seed,
+            start_step=start,
+            workers=workers,
+        )
 
     def once(positions: np.ndarray, form: Transform = plain) -> Iterable[Batch]:
-        return eval_batches(source, positions, batch_size=batch_size, transform=form)
+        return batches_in_order(source, positions, batch_size=batch_size, transform=form)
 
     def fingerprint() -> tuple[Mapping[str, str], Mapping[str, str]]:
         drawn = f"{augmentation!r}, seed {seed}" if is_random(augmentation) else f"{augmentation!r}"
@@ -131,7 +136,7 @@ def source_feed(
         )
 
     labels = source.labels()
-    examples = Examples(
+    examples = IndexedExamples(
         labels=labels[train],
         validation_labels=labels[validation],
         batch_size=batch_size,
@@ -141,7 +146,7 @@ def source_feed(
         fingerprint=fingerprint,
     )
 
-    return Feed(
+    return DataLoaders(
         train=training,
         steps_per_epoch=-(-len(train) // batch_size),
         validation=(lambda: once(validation)) if len(validation) else None,
@@ -152,9 +157,9 @@ def source_feed(
     )
 
 
-def held_out(
+def eval_batches(
     source: Source, positions: np.ndarray, preprocessing: Preprocessing, *, batch_size: int = 256
 ) -> Iterable[Batch]:
     """Every example at ``positions`` once, prepared as the weights want it; for ``evaluate``."""
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
-    return eval_batches(source, positions, batch_size=batch_size, transform=transform)
+    return batches_in_order(source, positions, batch_size=batch_size, transform=transform)

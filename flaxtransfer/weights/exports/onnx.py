@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxtransfer.models.config import GROUPS, Adapter, ResNetConfig
-from flaxtransfer.models.layers import standardise
+from flaxtransfer.models.layers import standardize
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights.export.prepare import record
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.exports.prepare import export_metadata
+from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["Graph", "OPSET", "logits", "model_bytes", "network"]
+__all__ = ["OPSET", "Graph", "logits", "model_bytes", "network"]
 
 
 _BINOMIAL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]).astype(np.float32)
@@ -53,16 +53,22 @@ class Graph:
     def convolve(self, path: str, x: str, stride: int = 1, groups: int = 1) -> str:
         """The convolution whose leaves lie under a path."""
         kernel = self.leaves[f"params/{path}/kernel"]
-        if self.config.standardised is not None:
-            kernel = np.asarray(standardise(jnp.asarray(kernel), self.config.standardised))
+        if self.config.standardized is not None:
+            kernel = np.asarray(standardize(jnp.asarray(kernel), self.config.standardized))
         inputs = [x, self.constant(f"{path}/kernel", kernel.transpose(3, 2, 0, 1))]
         if f"params/{path}/bias" in self.leaves:
             inputs.append(self.constant(f"{path}/bias", self.leaves[f"params/{path}/bias"]))
         half, side = kernel.shape[0] // 2, kernel.shape[0]
-        return self.node("Conv", inputs, kernel_shape=[side, side], pads=[half] * 4,
-                         strides=[stride] * 2, group=groups)  # fmt: skip
+        return self.node(
+            "Conv",
+            inputs,
+            kernel_shape=[side, side],
+            pads=[half] * 4,
+            strides=[stride] * 2,
+            group=groups,
+        )
 
-    def normalise(self, path: str, x: str) -> str:
+    def normalize(self, path: str, x: str) -> str:
         """The BatchNorm by running statistics, or the GroupNorm, under a path."""
         own = {leaf: self.leaves[f"params/{path}/{leaf}"] for leaf in ("scale", "bias")}
         if self.config.norm == "group":
@@ -97,8 +103,14 @@ class Graph:
 
     def average_pool(self, x: str, *, padded: bool = False) -> str:
         """2x2 with stride 2; if `padded`, windows that stick out count what lies inside."""
-        return self.node("AveragePool", [x], kernel_shape=[2, 2], strides=[2, 2],
-                         ceil_mode=int(padded), count_include_pad=0)  # fmt: skip
+        return self.node(
+            "AveragePool",
+            [x],
+            kernel_shape=[2, 2],
+            strides=[2, 2],
+            ceil_mode=int(padded),
+            count_include_pad=0,
+        )
 
     def pad(self, x: str, mode: str) -> str:
         """One more pixel on all sides of the map."""
@@ -109,9 +121,12 @@ class Graph:
         """The binomial filter with stride 2, edges reflected."""
         kernel = np.broadcast_to(_BINOMIAL, (channels, 1, 3, 3))
         return self.node(
-            "Conv", [self.pad(x, "reflect"), self.constant(f"blur_{channels}", kernel)],
-            kernel_shape=[3, 3], strides=[2, 2], group=channels,
-        )  # fmt: skip
+            "Conv",
+            [self.pad(x, "reflect"), self.constant(f"blur_{channels}", kernel)],
+            kernel_shape=[3, 3],
+            strides=[2, 2],
+            group=channels,
+        )
 
     def anti_aliased(self, x: str, channels: int) -> str:
         """Half the resolution."""
@@ -125,7 +140,7 @@ def network(graph: Graph, images: str) -> str:
 
     Args:
         graph: with the leaves of the network.
-        images: name of the input, `[batch, bands, height, width]`, normalised.
+        images: name of the input, `[batch, bands, height, width]`, normalized.
 
     Returns:
         The name of the logits `[batch, classes]`.
@@ -139,7 +154,7 @@ def network(graph: Graph, images: str) -> str:
             block = _preactivated if config.preactivation else _block
             x = block(graph, x, stage, index)
     if config.preactivation:
-        x = graph.relu(graph.normalise(f"layer4/{_norm(config, 1)}", x))
+        x = graph.relu(graph.normalize(f"layer4/{_norm(config, 1)}", x))
     x = graph.node("Flatten", [graph.node("GlobalAveragePool", [x])])
     kernel, bias = (
         graph.constant(f"fc/{leaf}", graph.leaves[f"params/fc/{leaf}"])
@@ -180,7 +195,7 @@ def _adapter(graph: Graph, adapter: Adapter, x: str) -> str:
         "Conv",
         [graph.node("Concat", hats, axis=1), bends, graph.constant("adapter/at_zero", bias)],
         kernel_shape=[1, 1],
-    )  # fmt: skip
+    )
     return graph.node("Add", [linear, bent])
 
 
@@ -190,17 +205,17 @@ def _stem(graph: Graph, x: str) -> str:
         x = graph.convolve("conv1", x, 2)
     else:
         x = graph.convolve("conv1/0", x, 2)
-        x = graph.relu(graph.normalise(f"conv1/{_norm(config, 1)}", x))
+        x = graph.relu(graph.normalize(f"conv1/{_norm(config, 1)}", x))
         x = graph.convolve("conv1/3", x)
-        x = graph.relu(graph.normalise(f"conv1/{_norm(config, 4)}", x))
+        x = graph.relu(graph.normalize(f"conv1/{_norm(config, 4)}", x))
         x = graph.convolve("conv1/6", x)
     if not config.preactivation:
-        x = graph.relu(graph.normalise(_norm(config, 1), x))
+        x = graph.relu(graph.normalize(_norm(config, 1), x))
     if config.stem_pool == "zero-padded":
         return graph.max_pool(graph.pad(x, "constant"), padding=0)
     if config.stem_pool == "convolution":
         x = graph.convolve("maxpool/0", x, 2)
-        return graph.relu(graph.normalise(f"maxpool/{_norm(config, 1)}", x))
+        return graph.relu(graph.normalize(f"maxpool/{_norm(config, 1)}", x))
     if config.anti_alias == "average":
         return graph.average_pool(x)
     if config.anti_alias == "blur":
@@ -220,7 +235,7 @@ def _downsample(graph: Graph, x: str, stage: int, index: int) -> str:
     if config.preactivation:
         return x
     after = f"gn{number + 1}" if config.norm == "group" else str(number + 1)
-    return graph.normalise(f"{path}/{after}", x)
+    return graph.normalize(f"{path}/{after}", x)
 
 
 def _block(graph: Graph, x: str, stage: int, index: int) -> str:
@@ -230,7 +245,7 @@ def _block(graph: Graph, x: str, stage: int, index: int) -> str:
 
     def layer(number: int, y: str, stride: int = 1, groups: int = 1) -> str:
         y = graph.convolve(f"{path}/conv{number}", y, stride, groups)
-        return graph.normalise(f"{path}/{_norm(config, number)}", y)
+        return graph.normalize(f"{path}/{_norm(config, number)}", y)
 
     def lower(y: str, channels: int) -> str:
         return graph.anti_aliased(y, channels) if config.anti_alias and stride != 1 else y
@@ -254,14 +269,14 @@ def _preactivated(graph: Graph, x: str, stage: int, index: int) -> str:
     config, path = graph.config, f"layer{stage}/{index}"
     stride = config.stride(stage, index)
     strided = 1 if config.block == "basic" else 2
-    y = graph.relu(graph.normalise(f"{path}/{_norm(config, 1)}", x))
+    y = graph.relu(graph.normalize(f"{path}/{_norm(config, 1)}", x))
     if config.has_shortcut(stage, index):
         x = _downsample(graph, y, stage, index)
     elif stride != 1:
         x = graph.node("MaxPool", [x], kernel_shape=[1, 1], strides=[stride] * 2)
     for number in range(1, 3 if config.block == "basic" else 4):
         if number > 1:
-            y = graph.relu(graph.normalise(f"{path}/{_norm(config, number)}", y))
+            y = graph.relu(graph.normalize(f"{path}/{_norm(config, number)}", y))
         groups = config.groups if config.block == "bottleneck" and number == 2 else 1
         y = graph.convolve(f"{path}/conv{number}", y, stride if number == strided else 1, groups)
     return graph.node("Add", [x, y])
@@ -284,8 +299,11 @@ def _attention(graph: Graph, y: str, path: str) -> str:
 
 def _dense(graph: Graph, path: str, x: str) -> str:
     kernel, bias = (graph.leaves[f"params/{path}/{leaf}"] for leaf in ("kernel", "bias"))
-    inputs = [x, graph.constant(f"{path}/kernel", kernel.transpose(3, 2, 0, 1)),
-              graph.constant(f"{path}/bias", bias)]  # fmt: skip
+    inputs = [
+        x,
+        graph.constant(f"{path}/kernel", kernel.transpose(3, 2, 0, 1)),
+        graph.constant(f"{path}/bias", bias),
+    ]
     return graph.node("Conv", inputs, kernel_shape=[1, 1])
 
 
@@ -296,7 +314,7 @@ LARGEST = 2_000_000_000
 """Bytes that one file of protocol buffers can have."""
 
 
-def model_bytes(checkpoint: Checkpoint) -> bytes:
+def model_bytes(checkpoint: Pretrained) -> bytes:
     """The file's content; batch, height and width are open.
 
     Raises:
@@ -327,7 +345,7 @@ def model_bytes(checkpoint: Checkpoint) -> bytes:
         producer_name="flaxtransfer",
         ir_version=IR_VERSION,
     )
-    onnx.helper.set_model_props(proto, record(checkpoint, "[batch, bands, height, width]"))
+    onnx.helper.set_model_props(proto, export_metadata(checkpoint, "[batch, bands, height, width]"))
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 

@@ -14,7 +14,7 @@ from flaxtransfer.masks import segment_or_empty, selected
 from flaxtransfer.paths import flatten, listing, segment_position
 from flaxtransfer.schedules import WarmupCosine
 
-__all__ = ["Row", "Table", "Total", "table"]
+__all__ = ["ParameterTable", "Row", "Total", "parameter_table"]
 
 
 _WIDTH = 120
@@ -69,7 +69,7 @@ class Total:
 
 
 @dataclass(frozen=True)
-class Table:
+class ParameterTable:
     """What ``table`` returns: rows and totals as values; printed, a table.
 
     Args:
@@ -121,12 +121,12 @@ class Table:
         return sums
 
 
-def table(
+def parameter_table(
     variables: Mapping[str, Any],
     labels: Mapping[str, Any],
     groups: Mapping[str, Any],
     norm: Norm | None = None,
-) -> Table:
+) -> ParameterTable:
     """What moves, how fast, and how it decays, leaf by leaf, for a person to read before step 0.
 
     It needs shapes only: on ``jax.ShapeDtypeStruct`` nothing is allocated.
@@ -196,7 +196,7 @@ def table(
             )
         )
     totals = [_total(name, [row for row in rows if row.label == name]) for name in groups]
-    return Table(tuple(rows), (*totals, _total("total", rows)))
+    return ParameterTable(tuple(rows), (*totals, _total("total", rows)))
 
 
 def _position(item: tuple[str, Any]) -> tuple[Any, ...]:

@@ -15,12 +15,12 @@ from flaxtransfer.analysis.curvature import (
     mean_gradient,
     relative_gradient_norms,
 )
-from flaxtransfer.data.loaders import Batch
+from flaxtransfer.data.loader import Batch
 from flaxtransfer.models.model import Model
-from flaxtransfer.strategies.recipes import units
-from flaxtransfer.training.evaluation import probed_head
+from flaxtransfer.recipes.catalog import units
+from flaxtransfer.training.evaluation import init_head_from_probe
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing, normalise
+from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 MOST_IMAGES = 512
 """More images than that are not looked at: each costs a backward pass of its own."""
@@ -30,7 +30,7 @@ MEASURED = ("curvature_scaled", "gradient_scaled", "surgical")
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Measurement:
     """A measurement.
 
     Args:
@@ -50,7 +50,7 @@ def measure(
     batches: list[Batch],
     preprocessing: Preprocessing,
     examples: int,
-) -> Evidence:
+) -> Measurement:
     """Measures with a linear probe as the head: below a new head that is zero nothing pulls.
 
     Args:
@@ -64,7 +64,7 @@ def measure(
     Raises:
       ValueError: a class without examples, gradients that are not finite.
     """
-    params, text = probed_head(model, variables, batches, preprocessing)
+    params, text = init_head_from_probe(model, variables, batches, preprocessing)
     probed = {**variables, "params": params}
     lines = [f"measured with {text}:"]
     if strategy == "curvature_scaled":
@@ -73,18 +73,20 @@ def measure(
         )
         found = curvature_by_part(fisher, units(params), count)
         means = {name: _rounded(value) for name, value in found.means().items()}
-        return Evidence({"curvature": means, "examples": examples}, "\n".join([*lines, str(found)]))
+        return Measurement(
+            {"curvature": means, "examples": examples}, "\n".join([*lines, str(found)])
+        )
     gradient = mean_gradient(model, probed, batches, preprocessing)
     norms = relative_gradient_norms(params, gradient, units(params))
     rounded = {name: _rounded(value) for name, value in norms.items()}
     lines.append(f"{'part':<10} {'gradient / weights':>18}")
     lines += [f"{name:<10} {value:>18.3g}" for name, value in rounded.items()]
-    return Evidence({"gradients": rounded}, "\n".join(lines))
+    return Measurement({"gradients": rounded}, "\n".join(lines))
 
 
 def _logits(model: Model, variables: Variables, preprocessing: Preprocessing) -> Any:
     def logits(params: Params, images: Any) -> jax.Array:
-        inputs = normalise(images, preprocessing.mean, preprocessing.std)
+        inputs = normalize(images, preprocessing.mean, preprocessing.std)
         return model.apply({**variables, "params": params}, inputs, norm="running")[0]
 
     return logits

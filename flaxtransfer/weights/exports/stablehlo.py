@@ -1,6 +1,6 @@
 """The network as StableHLO, which `jax.export` reads without this package.
 
-The artefact has no room for words: what its input and outputs mean lies in a JSON file beside it.
+The artifact has no room for words: what its input and outputs mean lies in a JSON file beside it.
 """
 
 import json
@@ -12,17 +12,17 @@ from jax import export
 
 from flaxtransfer.models.convolution import lax_conv
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.weights.export.prepare import record
-from flaxtransfer.weights.pretrained import Checkpoint
+from flaxtransfer.weights.exports.prepare import export_metadata
+from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["PLATFORMS", "artefact", "logits", "words"]
+__all__ = ["PLATFORMS", "artifact", "logits", "words"]
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def artefact(checkpoint: Checkpoint) -> bytes:
-    """The serialised function from images `[batch, size, size, bands]` to logits, weights inside.
+def artifact(checkpoint: Pretrained) -> bytes:
+    """The serialized function from images `[batch, size, size, bands]` to logits, weights inside.
 
     The batch is open, the size is that of the preprocessing.
     """
@@ -39,11 +39,11 @@ def artefact(checkpoint: Checkpoint) -> bytes:
     return bytes(export.export(jax.jit(network), platforms=PLATFORMS)(images).serialize())
 
 
-def words(checkpoint: Checkpoint) -> bytes:
-    """The JSON beside the artefact."""
+def words(checkpoint: Pretrained) -> bytes:
+    """The JSON beside the artifact."""
     size = checkpoint.preprocessing.size
     content = {
-        **record(checkpoint, f"[batch, {size}, {size}, bands]"),
+        **export_metadata(checkpoint, f"[batch, {size}, {size}, bands]"),
         "preprocessing": checkpoint.preprocessing.to_json(),
         "class_names": checkpoint.class_names,
         "config": checkpoint.config.to_json(),
@@ -55,5 +55,5 @@ def words(checkpoint: Checkpoint) -> bytes:
 
 
 def logits(data: bytes, images: np.ndarray) -> np.ndarray:
-    """What the artefact computes."""
+    """What the artifact computes."""
     return np.asarray(export.deserialize(bytearray(data)).call(images))

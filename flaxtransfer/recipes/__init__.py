@@ -1,0 +1,28 @@
+"""Recipes: ways of adapting a pre-trained network, as plans to print, change and compose."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flaxtransfer.lazy import attach
+
+if TYPE_CHECKING:
+    from flaxtransfer.recipes.catalog import RECIPES as RECIPES
+    from flaxtransfer.recipes.catalog import batch_norm_only as batch_norm_only
+    from flaxtransfer.recipes.catalog import curvature_scaled as curvature_scaled
+    from flaxtransfer.recipes.catalog import discriminative as discriminative
+    from flaxtransfer.recipes.catalog import feature_extraction as feature_extraction
+    from flaxtransfer.recipes.catalog import from_scratch as from_scratch
+    from flaxtransfer.recipes.catalog import full_fine_tuning as full_fine_tuning
+    from flaxtransfer.recipes.catalog import gradient_scaled as gradient_scaled
+    from flaxtransfer.recipes.catalog import head_then_fine_tune as head_then_fine_tune
+    from flaxtransfer.recipes.catalog import l2_sp as l2_sp
+    from flaxtransfer.recipes.catalog import (
+        linear_probe_then_fine_tune as linear_probe_then_fine_tune,
+    )
+    from flaxtransfer.recipes.catalog import progressive_unfreezing as progressive_unfreezing
+    from flaxtransfer.recipes.catalog import surgical as surgical
+    from flaxtransfer.recipes.measurement import Measurement as Measurement
+    from flaxtransfer.recipes.measurement import measure as measure
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

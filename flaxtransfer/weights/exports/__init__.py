@@ -1,0 +1,1 @@
+"""Export networks to other programs: torchvision, timm, transformers, ONNX and StableHLO."""
