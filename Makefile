@@ -15,7 +15,7 @@ test: install-test
 	$(RUN)python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: install-test
-	$(RUN)python -m pytest -m slow $(ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN)python -m pytest -m slow $(ARGS)
 
 check: install-dev
 	$(RUN)ruff check .

@@ -29,9 +29,8 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.analysis.stem import StemReport, stem_report
-from flaxtransfer.data import evaluation_transform
-from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
+from flaxtransfer.analysis import StemReport, stem_report
+from flaxtransfer.data import band_patches, band_preprocessing, evaluation_transform
 from flaxtransfer.models import adapters
 
 SENTINEL_NM = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)
@@ -160,7 +159,12 @@ def pretrained_on_color(config: Bands) -> ft.Pretrained:
     variables["params"]["conv1"]["kernel"] = jax.numpy.asarray(written_stem())
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, config.size, config.size)
     source = colored_shapes(np.random.default_rng(1), 2160, config.size)
-    feed = ft.loaders(source, np.arange(1800), np.arange(1800, 2160), preprocessing, batch_size=32)
+    feed = ft.loaders(
+        source,
+        ft.data.Splits.of(np.arange(1800), np.arange(1800, 2160)),
+        preprocessing,
+        batch_size=32,
+    )
     adamw = (
         ft.recipes.from_scratch(variables["params"], steps=config.pretraining)
         .phases[0]
@@ -170,7 +174,13 @@ def pretrained_on_color(config: Bands) -> ft.Pretrained:
     phase = ft.Phase(rules, {"stem": ft.FROZEN, "rest": adamw}, config.pretraining, clip=1.0)
     with tempfile.TemporaryDirectory() as folder:
         options = ft.FitOptions(evaluate_every=config.pretraining)
-        fitted = ft.fit(model, variables, ft.Plan([phase]), feed, folder, options=options)
+        fitted = ft.fit(
+            ft.Classifier(model, variables, feed.preprocessing),
+            ft.Plan([phase]),
+            feed,
+            folder,
+            options=options,
+        )
     assert fitted.validation is not None
     print(f"pre-training on color: {100 * fitted.validation.accuracy:.1f} % of 18 classes\n")
     arrays = jax.tree.map(np.asarray, fitted.variables)
@@ -192,17 +202,24 @@ def adapt(
         preprocessing = band_preprocessing(own, source, train, bands)
     if settings.get("patches"):
         settings["patches"] = band_patches(preprocessing, source, train)
-    model, variables, _ = ft.transfer(checkpoint, classes=len(source.class_names), **settings)
+    network = ft.transfer(checkpoint, classes=len(source.class_names), **settings)
+    model, variables = network.model, network.variables
     plain = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     none = np.arange(0)
-    feed = ft.loaders(source, train, none, preprocessing, batch_size=32, transform=plain, seed=seed)
+    feed = ft.loaders(
+        source,
+        ft.data.Splits.of(train, none),
+        preprocessing,
+        batch_size=32,
+        transform=plain,
+        seed=seed,
+    )
     plan = ft.recipes.feature_extraction(
         variables["params"], steps=config.steps, learning_rate=config.learning_rate
     )
     with tempfile.TemporaryDirectory() as folder:
         fitted = ft.fit(
-            model,
-            variables,
+            ft.Classifier(model, variables, feed.preprocessing),
             plan,
             feed,
             folder,
@@ -212,7 +229,8 @@ def adapt(
         )
     test = np.arange(config.train, config.train + config.test)
     result = ft.evaluate(
-        model, fitted.variables, ft.eval_batches(source, test, preprocessing), preprocessing
+        ft.Classifier(model, fitted.variables, preprocessing),
+        ft.eval_batches(source, test, preprocessing),
     )
     stem = checkpoint.variables["params"]["conv1"]["kernel"]
     learned = fitted.variables["params"].get("adapter")

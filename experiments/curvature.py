@@ -19,15 +19,15 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.analysis.curvature import (
+from flaxtransfer.analysis import (
     Curvature,
     curvature_by_part,
     fisher_diagonal,
     mean_gradient,
     relative_gradient_norms,
 )
-from flaxtransfer.recipes.catalog import units
-from flaxtransfer.training.evaluation import init_head_from_probe
+from flaxtransfer.recipes import units
+from flaxtransfer.training import init_head_from_probe
 from flaxtransfer.weights import normalize
 
 
@@ -53,11 +53,12 @@ def measure(config: CurvatureOfStages, seed: int) -> tuple[Curvature, Curvature,
     """Curvature of all leaves and of kernels, and ratios by shift, for one draw of digits."""
     source, checkpoint = ft.open_source("digits"), ft.load("builtin")
     preprocessing = checkpoint.preprocessing
-    model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
+    network = ft.transfer(checkpoint, classes=10, seed=seed)
+    model, variables = network.model, network.variables
     labels_per_class = config.labels_per_class
     drawn = ft.stratified_split(source.labels(), labels_per_class=labels_per_class, seed=seed)
     batches = list(ft.eval_batches(source, drawn.train, preprocessing, batch_size=50))
-    params, _ = init_head_from_probe(model, variables, batches, preprocessing)
+    params, _ = init_head_from_probe(ft.Classifier(model, variables, preprocessing), batches)
 
     def logits(params: ft.models.Params, images: Any) -> jax.Array:
         inputs = normalize(images, preprocessing.mean, preprocessing.std)
@@ -77,7 +78,8 @@ def measure(config: CurvatureOfStages, seed: int) -> tuple[Curvature, Curvature,
         name: relative_gradient_norms(
             params,
             mean_gradient(
-                model, {**variables, "params": params}, map(shift, batches), preprocessing
+                ft.Classifier(model, {**variables, "params": params}, preprocessing),
+                map(shift, batches),
             ),
             parts,
         )

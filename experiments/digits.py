@@ -41,7 +41,8 @@ def group(config: Digits, peak: float, steps: int) -> ft.Group:
 
 def adapt(config: Digits, seed: int) -> dict[str, float]:
     checkpoint = ft.load("builtin")
-    model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
+    network = ft.transfer(checkpoint, classes=10, seed=seed)
+    model, variables = network.model, network.variables
     params = variables["params"]
     source = ft.open_source("digits")
     splits = ft.stratified_split(
@@ -49,8 +50,7 @@ def adapt(config: Digits, seed: int) -> dict[str, float]:
     )
     feed = ft.loaders(
         source,
-        splits.train,
-        splits.val,
+        splits,
         checkpoint.preprocessing,
         batch_size=config.batch_size,
         seed=seed,
@@ -80,9 +80,16 @@ def adapt(config: Digits, seed: int) -> dict[str, float]:
         ("from scratch", random, from_scratch),
     ):
         folder = config.runs / f"{name.replace(' ', '_')}-{config.labels_per_class}-{seed}"
-        fitted = ft.fit(model, start, plan, feed, folder, seed=seed, resume=True)
+        fitted = ft.fit(
+            ft.Classifier(model, start, feed.preprocessing),
+            plan,
+            feed,
+            folder,
+            seed=seed,
+            resume=True,
+        )
         test = ft.eval_batches(source, splits.test, checkpoint.preprocessing)
-        result = ft.evaluate(model, fitted.variables, test, checkpoint.preprocessing)
+        result = ft.evaluate(ft.Classifier(model, fitted.variables, checkpoint.preprocessing), test)
         accuracy[name] = result.accuracy
     return accuracy
 

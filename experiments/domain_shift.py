@@ -27,12 +27,16 @@ import tyro
 from scipy.ndimage import gaussian_filter
 
 import flaxtransfer as ft
-from flaxtransfer.adapt import adapt_batch_norm, adapt_batch_norm_balanced, tent
-from flaxtransfer.adapt.statistics import reader, target_logits
-from flaxtransfer.data.transforms import evaluation_transform
-from flaxtransfer.shift.calibration import Calibration, calibrate
-from flaxtransfer.shift.prior_correction import correct_prior
-from flaxtransfer.training.evaluation import init_head_from_probe
+from flaxtransfer.adapt import (
+    adapt_batch_norm,
+    adapt_batch_norm_balanced,
+    image_reader,
+    predict_logits,
+    tent,
+)
+from flaxtransfer.data import evaluation_transform
+from flaxtransfer.shift import Calibration, calibrate, correct_prior
+from flaxtransfer.training import init_head_from_probe
 from workers import append_row, compile_once, read_rows, share
 
 
@@ -193,14 +197,15 @@ def prepare(config: DomainShift, seed: int) -> Setting:
     def source(rows: np.ndarray) -> np.ndarray:
         return noisy(images[rows], config.source_noise, random).round().astype(np.uint8)
 
-    model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
+    network = ft.transfer(checkpoint, classes=10, seed=seed)
+    model, variables = network.model, network.variables
     batch = [{"image": source(train), "label": labels[train]}]
-    statistics = ft.training.recalibrate(model, variables, batch, preprocessing)
+    statistics = ft.training.recalibrate(ft.Classifier(model, variables, preprocessing), batch)
     variables = {**variables, "batch_stats": statistics}
-    params, _ = init_head_from_probe(model, variables, batch, preprocessing)
+    params, _ = init_head_from_probe(ft.Classifier(model, variables, preprocessing), batch)
     variables = jax.device_get({**variables, "params": params})
-    held = reader(source(validation), config.validation)
-    seen = ft.adapt.model_outputs(model, variables, held(), preprocessing)
+    held = image_reader(source(validation), config.validation)
+    seen = ft.adapt.model_outputs(ft.Classifier(model, variables, preprocessing), held())
     known = calibrate(seen.logits, labels[validation])
     return Setting(
         config, seed, checkpoint, model, variables, known, seen.features, images[rest], labels[rest]
@@ -212,11 +217,11 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     began = time.perf_counter()
     config, source = setting.config, setting.source
     images, labels = setting.draw(target)
-    network = (setting.model, setting.variables, images, setting.checkpoint.preprocessing)
-    read = reader(images, config.images)
+    network = ft.Classifier(setting.model, setting.variables, setting.checkpoint.preprocessing)
+    read = image_reader(images, config.images)
 
     def logits(variables: ft.models.Variables) -> np.ndarray:
-        return target_logits(setting.model, variables, read, setting.checkpoint.preprocessing)
+        return predict_logits(network.with_variables(variables), read)
 
     def accuracy(scores: np.ndarray) -> float:
         return float((scores.argmax(1) == labels).mean())
@@ -224,9 +229,7 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     found: dict[str, float] = {}
     refused: dict[str, bool] = {}
     options = {"batch_size": config.images, "guard": "warn"}
-    seen = ft.adapt.model_outputs(
-        setting.model, setting.variables, read(), setting.checkpoint.preprocessing
-    )
+    seen = ft.adapt.model_outputs(network, read())
     plain, features = seen.logits, (setting.features, seen.features)
     as_is = accuracy(source.apply(plain))
 
@@ -236,13 +239,13 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     by_box = correct_prior(plain, source, guard="warn", method="bbse_soft", level=0)
     found["prior, BBSE"] = accuracy(by_box.probabilities)
 
-    adapted, report = adapt_batch_norm(*network, source=source, **options)
+    adapted, report = adapt_batch_norm(network, images, source=source, **options)
     found["BN target"] = accuracy(source.apply(logits(adapted)))
     refused["BN target"] = bool(report.refusals)
-    mixed, _ = adapt_batch_norm(*network, source_weight=config.source_weight, **options)
+    mixed, _ = adapt_batch_norm(network, images, source_weight=config.source_weight, **options)
     found["BN mixture"] = accuracy(source.apply(logits(mixed)))
 
-    balanced, report = adapt_batch_norm_balanced(*network, source, rounds=3, **options)
+    balanced, report = adapt_batch_norm_balanced(network, images, source, rounds=3, **options)
     scores = logits(balanced)
     found["BN balanced"] = accuracy(source.apply(scores))
     refused["BN balanced"] = bool(report.refusals)
@@ -251,7 +254,8 @@ def run(setting: Setting, target: Target) -> dict[str, Any]:
     found["balanced + EM"] = accuracy(both.probabilities)
 
     _, entropy = tent(
-        *network,
+        network,
+        images,
         source=source,
         learning_rate=config.learning_rate,
         batch_size=64,

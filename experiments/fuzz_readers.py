@@ -31,11 +31,10 @@ import tyro
 from flax import serialization
 
 from flaxtransfer.checkpoint import CheckpointManager
-from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models import ResNetConfig, leaf_shapes
 from flaxtransfer.paths import unflatten
 from flaxtransfer.weights import load
-from flaxtransfer.weights.infer import leaf_shapes
-from flaxtransfer.weights.naming import big_transfer, huggingface, keras, key_map, timm
+from flaxtransfer.weights.naming import huggingface, keras, key_map, timm
 from flaxtransfer.weights.readers import safetensors_file
 
 TINY = ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3)
@@ -128,7 +127,7 @@ def single_files() -> dict[str, tuple[str, bytes]]:
         "safetensors": (".safetensors", safetensors_file.write_safetensors(torch_keys, {"a": "b"}))
     }
     archive = io.BytesIO()
-    np.savez(archive, **key_map.to_keys(big_transfer.TABLE, leaves(BIT)))
+    np.savez(archive, **key_map.to_keys(timm.BIT_TABLE, leaves(BIT)))
     found["npz"] = (".npz", archive.getvalue())
     v1 = keras.first_version(BOTTLENECK)
     keras_keys = key_map.to_keys(keras.table([]), leaves(v1))

@@ -142,8 +142,7 @@ def main(config: Pretrain) -> None:
     )
     identity = {"glyphs": config.glyphs, "fractals": config.fractals, "batch": config.batch_size}
     fitted = ft.fit(
-        model,
-        variables,
+        ft.Classifier(model, variables, feed.preprocessing),
         make_plan(variables["params"], config),
         feed,
         config.run,
@@ -152,7 +151,7 @@ def main(config: Pretrain) -> None:
         resume=True,
     )
     test = itertools.islice(drawings(bank, config, TEST_STREAM, 0), config.test_batches)
-    result = ft.evaluate(model, fitted.variables, test, feed.preprocessing)
+    result = ft.evaluate(ft.Classifier(model, fitted.variables, feed.preprocessing), test)
     card = export(config, fitted, result.accuracy, time.monotonic() - started)
     print(f"test accuracy {100 * result.accuracy:.1f} % over {result.examples} drawings; {card}")
 

@@ -29,8 +29,7 @@ from rich.table import Table
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.prevalence import estimate_prevalence
+from flaxtransfer.shift import Calibration, estimate_prevalence
 
 PREVALENCES = (
     (0.25, 0.25, 0.25, 0.25),

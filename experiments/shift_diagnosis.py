@@ -21,8 +21,7 @@ from typing import get_args
 import numpy as np
 import tyro
 
-from flaxtransfer.shift.diagnosis import diagnose
-from flaxtransfer.shift.report import Conclusion
+from flaxtransfer.shift import Conclusion, diagnose
 from shift_tests import MILD, STRONG, draw, log_posteriors
 
 CONCLUSIONS: tuple[str, ...] = get_args(Conclusion)

@@ -18,10 +18,16 @@ from typing import Any
 import numpy as np
 import tyro
 
-from flaxtransfer.analysis.distances import frechet_distance, sliced_wasserstein
-from flaxtransfer.analysis.similarity import debiased_cka, proxy_a_distance
-from flaxtransfer.analysis.transferability import h_score, leep, logme
-from flaxtransfer.shift.permutation import NullCalibrated
+from flaxtransfer.analysis import (
+    debiased_cka,
+    frechet_distance,
+    h_score,
+    leep,
+    logme,
+    proxy_a_distance,
+    sliced_wasserstein,
+)
+from flaxtransfer.shift import NullCalibrated
 
 Pair = tuple[np.ndarray, np.ndarray]
 

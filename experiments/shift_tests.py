@@ -21,17 +21,22 @@ import tyro
 from scipy.special import log_softmax
 from scipy.stats import binomtest, kstest
 
-from flaxtransfer.shift.calibration import Calibration, calibrate
-from flaxtransfer.shift.concept_shift import (
+from flaxtransfer.shift import (
+    Calibration,
+    EstimatedPosteriors,
+    HypothesisTest,
+    calibrate,
+    classifier_test,
+    corrected_posteriors,
+    kolmogorov_smirnov_test,
     label_residual_test,
     log_loss_test,
+    mmd_test,
     posterior_ratio_tests,
+    predicted_label_test,
+    prior_test,
+    residual_test,
 )
-from flaxtransfer.shift.label_shift import prior_test, residual_test
-from flaxtransfer.shift.marginals import kolmogorov_smirnov_test, predicted_label_test
-from flaxtransfer.shift.sample_size import EstimatedPosteriors, corrected_posteriors
-from flaxtransfer.shift.statistics import HypothesisTest
-from flaxtransfer.shift.two_sample import classifier_test, mmd_test
 
 CLASSES, WIDTH = 4, 10
 EVEN = np.full(CLASSES, 1 / CLASSES)

@@ -28,10 +28,9 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.data.splits import subsample
-from flaxtransfer.groups import trainable_mask
+from flaxtransfer.data import subsample
 from flaxtransfer.paths import flatten
-from flaxtransfer.recipes.measurement import MOST_IMAGES, measure
+from flaxtransfer.recipes import MOST_IMAGES, measure
 from workers import append_row, compile_once, read_rows, share
 
 TEST_FRACTION = 0.4
@@ -84,8 +83,7 @@ class Setting:
     def feed(self) -> ft.data.DataLoaders:
         return ft.loaders(
             self.source,
-            self.train,
-            self.validation,
+            ft.data.Splits.of(self.train, self.validation),
             self.checkpoint.preprocessing,
             batch_size=self.config.batch_size,
             seed=self.seed,
@@ -94,7 +92,7 @@ class Setting:
     def accuracy(self, variables: ft.models.Variables) -> float:
         preprocessing = self.checkpoint.preprocessing
         held_out = ft.eval_batches(self.source, self.test, preprocessing)
-        return ft.evaluate(self.model, variables, held_out, preprocessing).accuracy
+        return ft.evaluate(ft.Classifier(self.model, variables, preprocessing), held_out).accuracy
 
     def evidence(self, recipe: str) -> Mapping[str, Any]:
         """What the recipe measures on the labeled images."""
@@ -180,8 +178,7 @@ def run(strategy: Strategy, setting: Setting) -> dict[str, Any]:
         # Nothing but the end is evaluated where no decision hangs on it.
         every = None if strategy.validates else setting.config.steps
         fitted = ft.fit(
-            setting.model,
-            setting.variables,
+            ft.Classifier(setting.model, setting.variables, setting.feed.preprocessing),
             plan,
             setting.feed,
             folder,
@@ -201,7 +198,7 @@ def run(strategy: Strategy, setting: Setting) -> dict[str, Any]:
 def _trainable(plan: ft.Plan, params: ft.models.Params) -> Iterator[int]:
     sizes = {path: leaf.size for path, leaf in flatten(params).items()}
     for phase in plan.resolve(params).phases:
-        moves = flatten(trainable_mask(phase.labels, phase.groups))
+        moves = flatten(phase.param_groups.mask)
         yield sum(size for path, size in sizes.items() if moves[path])
 
 
@@ -212,7 +209,8 @@ def settings(config: Strategies) -> Iterator[tuple[int, int, Setting]]:
     apart = ft.stratified_split(labels, val_fraction=0.0, test_fraction=TEST_FRACTION)
     for count, seed in itertools.product(config.labels_per_class, config.seeds):
         draw = ft.stratified_split(labels[apart.train], labels_per_class=count, seed=seed)
-        model, variables, _ = ft.transfer(checkpoint, classes=10, seed=seed)
+        network = ft.transfer(checkpoint, classes=10, seed=seed)
+        model, variables = network.model, network.variables
         train, none = apart.train[draw.train], np.empty(0, np.int64)
         yield (
             count,

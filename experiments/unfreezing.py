@@ -36,7 +36,7 @@ import tyro
 import flaxtransfer as ft
 from flaxtransfer.masks import selected
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.training.run_folder import read_metrics
+from flaxtransfer.training import read_metrics
 from flaxtransfer.weights import normalize
 
 SIZE, CLASSES = 16, 4
@@ -161,7 +161,9 @@ def settled(model: ft.Model, params: ft.models.Params, images: np.ndarray) -> ft
     batches = [{"image": images, "label": np.zeros(len(images), np.int32)}]
     return {
         **variables,
-        "batch_stats": ft.training.recalibrate(model, variables, batches, PREPROCESSING),
+        "batch_stats": ft.training.recalibrate(
+            ft.Classifier(model, variables, PREPROCESSING), batches
+        ),
     }
 
 
@@ -220,7 +222,13 @@ def unfreeze(
         stop_after=stop_after,
     )
     options = ft.FitOptions(evaluate_every=max(1, steps // 10))
-    ft.fit(made.model, made.variables, plan, made.feed, folder, options=options)
+    ft.fit(
+        ft.Classifier(made.model, made.variables, made.feed.preprocessing),
+        plan,
+        made.feed,
+        folder,
+        options=options,
+    )
     return [row for row in read_metrics(folder) if row["kind"] == "decision"]
 
 

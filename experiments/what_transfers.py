@@ -78,7 +78,8 @@ class Setting:
     random: ft.models.Variables = field(init=False)
 
     def __post_init__(self) -> None:
-        model, variables, _ = ft.transfer(self.checkpoint, classes=10, seed=self.seed)
+        network = ft.transfer(self.checkpoint, classes=10, seed=self.seed)
+        model, variables = network.model, network.variables
         random = ft.resnet(model.config).init(jax.random.key(self.seed))
         for name, value in (("model", model), ("pretrained", variables), ("random", random)):
             object.__setattr__(self, name, value)
@@ -87,13 +88,26 @@ class Setting:
         """Accuracy after training on the labels of this setting."""
         preprocessing, none = self.checkpoint.preprocessing, np.empty(0, np.int64)
         feed = ft.loaders(
-            self.source, self.labeled, none, preprocessing, batch_size=64, seed=self.seed
+            self.source,
+            ft.data.Splits.of(self.labeled, none),
+            preprocessing,
+            batch_size=64,
+            seed=self.seed,
         )
         with tempfile.TemporaryDirectory() as folder:
             options = ft.FitOptions(evaluate_every=self.config.steps)
-            fitted = ft.fit(self.model, start, plan, feed, folder, seed=self.seed, options=options)
+            fitted = ft.fit(
+                ft.Classifier(self.model, start, feed.preprocessing),
+                plan,
+                feed,
+                folder,
+                seed=self.seed,
+                options=options,
+            )
         judged = ft.eval_batches(self.source, self.judged, preprocessing)
-        return ft.evaluate(self.model, fitted.variables, judged, preprocessing).accuracy
+        return ft.evaluate(
+            ft.Classifier(self.model, fitted.variables, preprocessing), judged
+        ).accuracy
 
     def fit_scratch(self, learning_rate: float) -> float:
         """Accuracy of the same network from random weights."""

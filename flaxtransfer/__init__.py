@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flaxtransfer import shift as shift
     from flaxtransfer import training as training
     from flaxtransfer import weights as weights
+    from flaxtransfer.classifier import Classifier as Classifier
     from flaxtransfer.classifier import transfer as transfer
     from flaxtransfer.data.loader import eval_batches as eval_batches
     from flaxtransfer.data.loader import loaders as loaders
@@ -49,16 +50,17 @@ if TYPE_CHECKING:
     from flaxtransfer.masks import stages as stages
     from flaxtransfer.masks import stem as stem
     from flaxtransfer.masks import up_to as up_to
+    from flaxtransfer.masks import where as where
     from flaxtransfer.models import nnx as nnx
     from flaxtransfer.models.model import Model as Model
     from flaxtransfer.models.registry import resnet as resnet
-    from flaxtransfer.optimizers import frozen as frozen
     from flaxtransfer.optimizers import layerwise_decay as layerwise_decay
-    from flaxtransfer.optimizers import merge as merge
     from flaxtransfer.optimizers import partition as partition
-    from flaxtransfer.optimizers import trainable as trainable
     from flaxtransfer.overview import parameter_table as parameter_table
+    from flaxtransfer.param_groups import ParamGroups as ParamGroups
     from flaxtransfer.schedules import WarmupCosine as WarmupCosine
+    from flaxtransfer.task import SINGLE_LABEL as SINGLE_LABEL
+    from flaxtransfer.task import Task as Task
     from flaxtransfer.training.evaluation import evaluate as evaluate
     from flaxtransfer.training.evaluation import predict as predict
     from flaxtransfer.training.loop import FitOptions as FitOptions
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
     from flaxtransfer.weights.loading import load as load
     from flaxtransfer.weights.preprocessing import Preprocessing as Preprocessing
     from flaxtransfer.weights.pretrained import Pretrained as Pretrained
-    from flaxtransfer.weights.saving import save as save
+    from flaxtransfer.weights.pretrained import save as save
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)
 __version__ = "0.1.0"

@@ -1,8 +1,7 @@
-"""One network out of several of the same shape: averages of their weights.
+"""Weight averaging: averages, WiSE-FT, model soups.
 
-An average of weights has never seen an image: its BatchNorm statistics are those of none of its
-inputs. Give ``statistics`` (``ft.training.recalibrate`` with the images at hand) wherever there is
-BatchNorm with statistics of its own.
+Averaged weights need new BatchNorm statistics: those of the inputs do not fit them. Give
+``statistics`` (``ft.training.recalibrate`` on training images) for networks with BatchNorm.
 """
 
 from __future__ import annotations
@@ -31,30 +30,32 @@ def average(
     *,
     statistics: Statistics | None = None,
 ) -> Variables:
-    """The weighted mean of every leaf.
+    """Weight average: the weighted mean of every leaf.
 
     Args:
-      several: variables of one architecture, one or more.
-      weights: one each, of which the sum is not 0; equal by default. They are divided by their sum.
-      statistics: measures the BatchNorm statistics of the average; without it they are averaged
-        too.
+        several: variables of one architecture, one or more.
+        weights: one per network, with a sum other than 0; default: equal. They are divided by their
+            sum.
+        statistics: measures the BatchNorm statistics of the average; without it they are averaged
+            too.
 
     Returns:
-      Variables of the first one's dtypes. A leaf that is the same in all is the same in the
-      average, bit for bit; leaves of integers have to be.
+        Variables with the dtypes of the first network. A leaf that is equal in all is the same in
+        the average, bit for bit; integer leaves must be.
 
     Raises:
-      ValueError: nothing to average, other leaves or shapes, weights that are none.
+        ValueError: nothing to average, other leaves or shapes, invalid weights.
 
     References:
-      P. Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
+        P. Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+        2018.
 
     >>> average([{"params": {"w": np.ones(1)}}, {"params": {"w": np.full(1, 3.0)}}])
     {'params': {'w': array([2.])}}
     """
     if not several:
-        raise ValueError("there is nothing to average: give at least one network")
-    shares = _shares(len(several), weights)
+        raise ValueError("an average must have at least one network, got none")
+    fractions = _fractions(len(several), weights)
     _check_alike(several)
 
     def mean(*leaves: Any) -> Any:
@@ -62,11 +63,13 @@ def average(
         if all(np.array_equal(first, other, equal_nan=True) for other in others):
             return leaves[0]
         if not jnp.issubdtype(first.dtype, jnp.inexact):
-            raise ValueError(f"leaves of {first.dtype} differ, and there is no mean of them")
-        # In float64, so that the order of the networks is of no account.
+            raise ValueError(
+                f"integer leaves must be equal, got different ones of dtype {first.dtype}"
+            )
+        # In float64, so that the order of the networks does not matter.
         total = sum(
-            share * leaf.astype(np.float64)
-            for share, leaf in zip(shares, (first, *others), strict=True)
+            fraction * leaf.astype(np.float64)
+            for fraction, leaf in zip(fractions, (first, *others), strict=True)
         )
         return np.asarray(total).astype(first.dtype)
 
@@ -81,38 +84,38 @@ def interpolate(
     *,
     statistics: Statistics | None = None,
 ) -> Variables:
-    """The point between two networks: WiSE-FT.
+    """WiSE-FT: linear interpolation between two networks.
 
-    Use it where a fine-tuned network has lost robustness that the pre-trained one had. Both need
-    the same head: fit it first on the frozen network (``feature_extraction``), and call that one
-    the pre-trained network.
+    Use it if a fine-tuned network has lost the robustness of the pre-trained one. Both need the
+    same head: first fit it on the frozen network (``feature_extraction``), and use that as the
+    pre-trained network.
 
     Args:
-      pretrained: variables at ``amount`` 0.
-      fine_tuned: variables at ``amount`` 1.
-      amount: how far along, 0 to 1.
-      statistics: as for ``average``.
+        pretrained: variables at ``amount`` 0.
+        fine_tuned: variables at ``amount`` 1.
+        amount: position between both, 0 to 1.
+        statistics: as for ``average``.
 
     Raises:
-      ValueError: an amount out of range, networks of another shape.
+        ValueError: an amount out of range, networks of another shape.
 
     References:
-      M. Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", 2022.
+        M. Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", 2022.
     """
     if not 0 <= amount <= 1:
-        raise ValueError(f"amount is a share of the way, 0 to 1, not {amount!r}")
+        raise ValueError(f"amount must be 0 to 1, got {amount!r}")
     return average([pretrained, fine_tuned], [1 - amount, amount], statistics=statistics)
 
 
 @dataclass(frozen=True)
 class Soup:
-    """What ``greedy_soup`` made.
+    """Result of ``greedy_soup``.
 
     Args:
-      variables: the average.
-      score: of the average.
-      ingredients: which networks are in it, best first.
-      scores: of each network alone, in the order given.
+        variables: the average.
+        score: of the average.
+        ingredients: indices of the averaged networks, best first.
+        scores: of each network alone, in the given order.
     """
 
     variables: Variables
@@ -127,23 +130,24 @@ def greedy_soup(
     *,
     statistics: Statistics | None = None,
 ) -> Soup:
-    """Averages the networks that do not make the average worse, the best first.
+    """Greedy model soup: averages the networks that do not lower the score, best first.
 
-    Use it on the runs of a search, which all started from the same pre-trained weights: networks
-    that started elsewhere are not in the same basin, and their average is none of them. It needs as
-    many evaluations as twice the networks, and costs no more than one network afterwards.
+    Use it on the runs of a hyperparameter search that started from the same pre-trained weights. It
+    is not for networks that started from different weights: they are in different basins, and
+    their average is useless. It takes twice as many evaluations as networks; the result costs no
+    more than one network.
 
     Args:
-      several: variables of one architecture.
-      score: higher is better, on validation data; test data would choose the soup.
-      statistics: as for ``average``; applied to averages of two and more.
+        several: variables of one architecture.
+        score: higher is better; on validation data, because test data would be used for selection.
+        statistics: as for ``average``; applied to averages of at least two networks.
 
     Raises:
-      ValueError: nothing to average, other leaves or shapes, a score that is not finite.
+        ValueError: nothing to average, other leaves or shapes, a score that is not finite.
 
     References:
-      M. Wortsman et al., "Model Soups: Averaging Weights of Multiple Fine-Tuned Models Improves
-      Accuracy without Increasing Inference Time", 2022.
+        M. Wortsman et al., "Model Soups: Averaging Weights of Multiple Fine-Tuned Models Improves
+        Accuracy without Increasing Inference Time", 2022.
 
     >>> soup = greedy_soup(
     ...     [{"params": {"w": np.full(1, w)}} for w in (0.0, 3.0, 9.0)],
@@ -153,12 +157,14 @@ def greedy_soup(
     ((0, 1), [1.5])
     """
     if not several:
-        raise ValueError("there is nothing to average: give at least one network")
+        raise ValueError("an average must have at least one network, got none")
     _check_alike(several)
     scores = [float(score(variables)) for variables in several]
-    if unfit := [n for n, value in enumerate(scores) if not np.isfinite(value)]:
-        raise ValueError(f"the score of network {listing(map(str, unfit))} is not finite")
-    # Of equals the earlier one comes first.
+    if invalid := [n for n, value in enumerate(scores) if not np.isfinite(value)]:
+        raise ValueError(
+            f"scores must be finite; that of network {listing(map(str, invalid))} is not"
+        )
+    # Equal scores keep their order.
     first, *others = sorted(range(len(several)), key=lambda n: (-scores[n], n))
     best = Soup(several[first], scores[first], (first,), tuple(scores))
     for candidate in others:
@@ -170,14 +176,15 @@ def greedy_soup(
     return best
 
 
-def _shares(count: int, weights: Sequence[float] | None) -> np.ndarray:
+def _fractions(count: int, weights: Sequence[float] | None) -> np.ndarray:
     given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
     if given.shape != (count,) or not np.isfinite(given).all() or given.sum() == 0:
         raise ValueError(
-            f"weights are {count} finite numbers whose sum is not 0, one for each network; "
-            f"not {given.tolist()}"
+            f"weights must be {count} finite numbers, one per network, with a sum other than 0, "
+            f"got {given.tolist()}"
         )
-    return given / given.sum()
+    fractions: np.ndarray = given / given.sum()
+    return fractions
 
 
 def _check_alike(several: Sequence[Variables]) -> None:
@@ -193,4 +200,6 @@ def _check_alike(several: Sequence[Variables]) -> None:
         if differing:
             problems.append(f"network {number} differs from network 0 in {listing(differing)}")
     if problems:
-        raise ValueError("networks of another shape cannot be averaged: " + "; ".join(problems))
+        raise ValueError(
+            "averaged networks must have the same leaves and shapes: " + "; ".join(problems)
+        )

@@ -4,45 +4,43 @@ A BatchNorm with "batch" normalizes by the statistics of the batch and updates i
 one with "running" uses the running statistics and leaves them alone, in training too.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 
-from flaxtransfer.masks import Mask, as_mask, batch_norm, selected
-from flaxtransfer.paths import flatten, listing, suggest, unflatten
+from flaxtransfer.mask_algebra import select
+from flaxtransfer.masks import Mask, as_mask, batch_norm
+from flaxtransfer.paths import flatten, listing, suggest
+from flaxtransfer.types import PyTree
 
 __all__ = ["Norm", "check", "mode", "modules", "policy"]
 
 
 Norm = Literal["running", "batch"] | frozenset[str]
-"""All of one kind, or the paths of the BatchNorms ("layer4/0/bn1") that use batch statistics."""
+"""All of one kind, or the paths of the BatchNorms ("encoder/0/norm1") that use batch statistics."""
 
 _STATISTICS = ("mean", "var")
 _AFFINE = ("scale", "bias")
 
 
-def modules(tree: Mapping[str, Any]) -> tuple[str, ...]:
+def modules(tree: PyTree) -> tuple[str, ...]:
     """The paths of a tree's BatchNorms.
 
     In a tree of statistics they are what holds a ``mean`` or a ``var``; in a tree of parameters
     they go by name, as in ``flaxtransfer.masks.batch_norm``.
 
-    >>> modules({"bn1": {"scale": 0, "bias": 0}, "fc": {"bias": 0}})
-    ('bn1',)
+    >>> modules({"encoder": {"bn": {"scale": 0, "bias": 0}}, "decoder": {"bias": 0}})
+    ('encoder/bn',)
     """
-    named = selected(batch_norm(), tree, allow_empty=True)
-    found = []
-    for path in flatten(tree):
-        module, _, name = path.rpartition("/")
-        if module and (name in _STATISTICS or (path in named and name in _AFFINE)):
-            found.append(module)
-    return tuple(dict.fromkeys(found))
+    return _modules(flatten(tree))
 
 
 def policy(
-    tree: Mapping[str, Any],
-    trainable: Mapping[str, Any] | Mask | str | None = None,
+    tree: PyTree,
+    trainable: PyTree | Mask | str | None = None,
     *,
     overrides: Mapping[Mask | str, Literal["running", "batch"]] | None = None,
 ) -> frozenset[str]:
@@ -53,76 +51,98 @@ def policy(
     differs between training and evaluation.
 
     Args:
-      tree: parameters or BatchNorm statistics, of arrays or ``jax.ShapeDtypeStruct``.
-      trainable: tree of booleans over the parameters, or a mask. May be left out where ``tree``
-        is itself the tree of booleans.
-      overrides: exceptions in order, the later ones winning: for each mask, or its expression,
-        "running" or "batch" for the BatchNorms that it touches.
+        tree: Parameters or BatchNorm statistics, of arrays or ``jax.ShapeDtypeStruct``.
+        trainable: Tree of booleans over the parameters, or a mask. May be left out where ``tree``
+            is itself the tree of booleans.
+        overrides: Exceptions in order, the later ones winning: for each mask, or its expression,
+            "running" or "batch" for the BatchNorms that it touches.
 
     Returns:
-      The paths of the BatchNorms that use, and update, batch statistics.
+        The paths of the BatchNorms that use, and update, batch statistics.
 
     Raises:
-      ValueError: a tree of booleans that is not this tree's, an override that touches no
-        BatchNorm or has another value; all in one text.
-      TypeError: ``trainable`` is neither booleans nor a mask.
+        ValueError: A tree of booleans that is not this tree's, an override that touches no
+            BatchNorm or has another value; all in one text.
+        TypeError: ``trainable`` is neither booleans nor a mask.
 
-    >>> params = {"bn1": {"scale": 0, "bias": 0}, "layer1": {"0": {"bn1": {"scale": 0}}}}
-    >>> sorted(policy(params, "stage(1)"))
-    ['layer1/0/bn1']
-    >>> sorted(policy(params, "stage(1)", overrides={"everything()": "batch", "stem()": "running"}))
-    ['layer1/0/bn1']
+    >>> params = {"encoder": {"bn": {"scale": 0, "bias": 0}}, "decoder": {"bn": {"scale": 0}}}
+    >>> sorted(policy(params, "glob('decoder/**')"))
+    ['decoder/bn']
+    >>> exceptions = {"everything()": "batch", "glob('encoder/**')": "running"}
+    >>> sorted(policy(params, "glob('decoder/**')", overrides=exceptions))
+    ['decoder/bn']
 
     References:
-      S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-      Internal Covariate Shift", 2015.
+        S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+        Internal Covariate Shift", 2015.
     """
-    found = modules(tree)
-    moving = _trainable_paths(tree, found, trainable)
+    flat = flatten(tree)
+    return policy_of_paths(flat, _trainable_paths(flat, _modules(flat), trainable), overrides)
+
+
+def policy_of_paths(
+    flat: Mapping[str, Any],
+    moving: Iterable[str],
+    overrides: Mapping[Mask | str, Literal["running", "batch"]] | None = None,
+) -> frozenset[str]:
+    """``policy`` on a tree that is flat already.
+
+    Args:
+        flat: Leaves by path; only their paths matter.
+        moving: The paths of the trainable leaves.
+        overrides: As for ``policy``.
+
+    Raises:
+        ValueError: An override that touches no BatchNorm or has another value.
+    """
+    found = _modules(flat)
+    moving = tuple(moving)
     batch = {module for module in found if any(path.startswith(f"{module}/") for path in moving)}
     problems = []
     for mask, wanted in (overrides or {}).items():
         if wanted not in ("running", "batch"):
-            problems.append(f"{mask!r}: 'running' or 'batch', not {wanted!r}")
+            problems.append(f"{mask!r} must be 'running' or 'batch', got {wanted!r}")
             continue
         try:
-            touched = {p.rpartition("/")[0] for p in selected(mask, _leaves_of(found))}
+            taken = select(as_mask(mask), _leaves_of(found))
         except ValueError as error:
             problems.append(f"{mask!r} touches no BatchNorm: {error}")
             continue
+        touched = {path.rpartition("/")[0] for path in taken}
         batch = batch | touched if wanted == "batch" else batch - touched
     if problems:
         raise ValueError("overrides of the BatchNorm policy: " + "; ".join(problems))
     return frozenset(batch)
 
 
-def check(norm: Norm, tree: Mapping[str, Any]) -> Norm:
+def check(norm: Norm, tree: PyTree) -> Norm:
     """Returns a policy that fits this tree, or raises.
 
     Args:
-      norm: the policy.
-      tree: parameters or BatchNorm statistics.
+        norm: The policy.
+        tree: Parameters or BatchNorm statistics.
 
     Raises:
-      ValueError: another word, or paths where there is no BatchNorm; all of them with the nearest.
-      TypeError: neither a word nor a frozenset of paths.
+        ValueError: Another word, or paths where there is no BatchNorm; all of them with the
+            nearest.
+        TypeError: Neither a word nor a frozenset of paths.
 
-    >>> check(frozenset({"bn2"}), {"bn1": {"mean": 0}})
+    >>> check(frozenset({"a/nrm"}), {"a": {"norm": {"mean": 0}}})
     Traceback (most recent call last):
     ...
-    ValueError: no BatchNorm at 'bn2'; did you mean 'bn1'?; the BatchNorms are bn1
+    ValueError: no BatchNorm at 'a/nrm'; did you mean 'a/norm'?; the BatchNorms are a/norm
     """
     if isinstance(norm, str):
         if norm in ("running", "batch"):
             return norm
         raise ValueError(
-            f"norm is 'running', 'batch' or a frozenset of BatchNorm paths, not {norm!r}"
+            f"norm must be 'running', 'batch' or a frozenset of BatchNorm paths, got {norm!r}"
             + suggest(norm, ("running", "batch"))
         )
     if not isinstance(norm, frozenset):
         raise TypeError(
-            "norm is 'running', 'batch' or a frozenset of BatchNorm paths (it is hashed), not a "
-            f"{type(norm).__name__}"
+            "norm must be 'running', 'batch' or a frozenset of BatchNorm paths (it is hashed), got "
+            f"a {type(norm).__name__}"
         )
     found = modules(tree)
     unknown = sorted(str(path) for path in norm if path not in found)
@@ -135,7 +155,8 @@ def check(norm: Norm, tree: Mapping[str, Any]) -> Norm:
 def mode(norm: Norm, module: str) -> Literal["running", "batch"]:
     """Which statistics the BatchNorm at this path uses.
 
-    >>> mode(frozenset({"bn1"}), "bn1"), mode(frozenset({"bn1"}), "bn2"), mode("batch", "bn2")
+    >>> norm = frozenset({"decoder/bn"})
+    >>> mode(norm, "decoder/bn"), mode(norm, "encoder/bn"), mode("batch", "encoder/bn")
     ('batch', 'running', 'batch')
     """
     if norm == "running" or norm == "batch":
@@ -143,40 +164,47 @@ def mode(norm: Norm, module: str) -> Literal["running", "batch"]:
     return "batch" if module in norm else "running"
 
 
+def _modules(flat: Mapping[str, Any]) -> tuple[str, ...]:
+    named = select(batch_norm(), flat, allow_empty=True)
+    found = []
+    for path in flat:
+        module, _, name = path.rpartition("/")
+        if module and (name in _STATISTICS or (path in named and name in _AFFINE)):
+            found.append(module)
+    return tuple(dict.fromkeys(found))
+
+
 def _trainable_paths(
-    tree: Mapping[str, Any],
-    found: tuple[str, ...],
-    trainable: Mapping[str, Any] | Mask | str | None,
+    flat: Mapping[str, Any], found: tuple[str, ...], trainable: PyTree | Mask | str | None
 ) -> frozenset[str]:
+    statistics = all(path.rpartition("/")[2] in _STATISTICS for path in flat)
     if isinstance(trainable, Mask | str):
-        statistics = _is_statistics(tree)
         # On statistics a mask such as head() rightly selects nothing.
-        where = _leaves_of(found) if statistics else tree
-        return selected(as_mask(trainable), where, allow_empty=statistics)
-    if trainable is not None and not isinstance(trainable, Mapping):
-        raise TypeError(f"trainable is a tree of booleans or a mask, not {trainable!r}")
-    booleans = flatten(tree if trainable is None else trainable)
+        where = _leaves_of(found) if statistics else flat
+        return select(as_mask(trainable), where, allow_empty=statistics)
+    try:
+        booleans = flat if trainable is None else flatten(trainable)
+    except TypeError as error:
+        raise TypeError(
+            f"trainable must be a tree of booleans or a mask, got {trainable!r}"
+        ) from error
     wrong = [path for path, value in booleans.items() if not isinstance(value, bool)]
     if wrong:
         raise TypeError(
-            "trainable is a tree of booleans or a mask; it has other leaves: " + listing(wrong)
+            "trainable must be a tree of booleans or a mask, got other leaves: " + listing(wrong)
         )
-    if _is_statistics(tree):
+    if statistics:
         modules_there = {path.rpartition("/")[0] for path in booleans}
         missing = [] if not found or modules_there & set(found) else list(found)
     else:
-        missing = sorted(set(flatten(tree)) ^ set(booleans))
+        missing = sorted(set(flat) ^ set(booleans))
     if missing:
         raise ValueError("trainable is of another tree; they differ in " + listing(missing))
     return frozenset(path for path, value in booleans.items() if value)
 
 
-def _is_statistics(tree: Mapping[str, Any]) -> bool:
-    return all(path.rpartition("/")[2] in _STATISTICS for path in flatten(tree))
-
-
 def _leaves_of(found: tuple[str, ...]) -> dict[str, Any]:
-    """The tree of all leaves that these BatchNorms have in parameters and statistics together."""
-    channels = jax.ShapeDtypeStruct((1,), "float32")
+    """All leaves that these BatchNorms have in parameters and statistics together, by path."""
+    channels = jax.ShapeDtypeStruct((1,), "float32")  # type: ignore[no-untyped-call]
     names = (*_AFFINE, *_STATISTICS)
-    return unflatten({f"{module}/{name}": channels for module in found for name in names})
+    return {f"{module}/{name}": channels for module in found for name in names}

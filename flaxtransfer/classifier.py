@@ -1,4 +1,4 @@
-"""Pre-trained weights into a model with the head that the new task needs."""
+"""Classifiers: a network with all that is needed to use it, and ``transfer``, which makes one."""
 
 import dataclasses
 import math
@@ -8,23 +8,22 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from flaxtransfer.models.config import Adapter
-from flaxtransfer.models.input_channels import Method, change_input
-from flaxtransfer.models.model import Model
+from flaxtransfer.models.config import Adapter, Method
+from flaxtransfer.models.input_channels import change_input
+from flaxtransfer.models.layout import segment_of
+from flaxtransfer.models.model import Model, shape_differences
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.paths import flatten, segment_of, suggest, unflatten
-from flaxtransfer.types import Variables
-from flaxtransfer.weights.infer import differences
+from flaxtransfer.paths import flatten, suggest, unflatten
+from flaxtransfer.task import SINGLE_LABEL, Task
+from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.naming import torchgeo
+from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["Head", "TransferReport", "transfer"]
+__all__ = ["Classifier", "Head", "TransferReport", "transfer"]
 
 
 Head = Literal["new", "keep", "resize"]
-
-_KERNEL = "params/fc/kernel"
-_BIAS = "params/fc/bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +34,17 @@ class TransferReport:
         source: where the checkpoint came from.
         model: the name of the network.
         classes: outputs before and after.
-        kept: leaves with the checkpoint's numbers, as "params/conv1/kernel".
+        kept: leaves with the checkpoint's numbers, as "params/stem/kernel".
         adapted: leaves with some of the checkpoint's numbers.
         new: leaves with none of them.
         sizes: how many numbers each leaf holds.
         input: how images of other bands reach the stem; "" where they are RGB as before.
 
-    >>> sizes = {"params/conv1/kernel": 9408, "params/fc/bias": 2}
-    >>> kept, adapted, new = ("params/conv1/kernel",), (), ("params/fc/bias",)
-    >>> report = TransferReport("file", "resnet18", (10, 2), kept, adapted, new, sizes)
+    >>> report = TransferReport("file", "resnet18", (10, 2), (), (), ("params/head/bias",),
+    ...                         {"params/head/bias": 2})
     >>> print(report)
     resnet18 from file, 10 -> 2 classes
-      kept     stem                  1 leaf        9,408 numbers
-      new      params/fc/bias                          2 numbers
+      new      params/head/bias                        2 numbers
     """
 
     source: str
@@ -78,6 +75,61 @@ class TransferReport:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A network bound to its weights, its preprocessing, its classes and its task.
+
+    ``transfer`` returns one, and training, evaluation, prediction, features, adaptation and export
+    take one. It is a value: ``dataclasses.replace(network, variables=...)`` makes another.
+
+    Args:
+        model: the network as pure functions.
+        variables: its parameters and statistics.
+        preprocessing: what is done to an image before the network sees it.
+        class_names: a name for each output, where they are known.
+        task: what labels are.
+        report: which leaves came from where, for a network that ``transfer`` made.
+
+    >>> import flaxtransfer as ft
+    >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=3))
+    >>> network = Classifier(model, model.init(jax.random.key(0)), ft.weights.IMAGENET)
+    >>> network
+    Classifier(resnet10w2, 3 classes, single_label)
+    """
+
+    model: Model
+    variables: Variables
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
+    task: Task = SINGLE_LABEL
+    report: TransferReport | None = None
+
+    @classmethod
+    def of(cls, pretrained: Pretrained, *, dtype: Any = None) -> "Classifier":
+        """Pre-trained weights as they are, their own head included."""
+        return cls(
+            resnet(pretrained.config, dtype=dtype),
+            pretrained.variables,
+            pretrained.preprocessing,
+            pretrained.class_names or (),
+            pretrained.task,
+        )
+
+    @property
+    def params(self) -> Params:
+        """The parameters, what masks and labels are resolved on."""
+        params: Params = self.variables["params"]
+        return params
+
+    def with_variables(self, variables: Variables) -> "Classifier":
+        """The same network with other parameters and statistics."""
+        return dataclasses.replace(self, variables=variables)
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        return f"Classifier({config.name}, {config.classes} classes, {self.task.name})"
+
+
 def _row(state: str, what: str, count: str, numbers: int) -> str:
     return f"  {state:<8} {what:<17} {count:>10} {numbers:>12,} numbers"
 
@@ -94,8 +146,11 @@ def transfer(
     seed: int = 0,
     zero_head: bool = True,
     dtype: Any = None,
-) -> tuple[Model, Variables, TransferReport]:
-    """A model for a new task that starts from a checkpoint.
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] = (),
+    task: Task = SINGLE_LABEL,
+) -> Classifier:
+    """A network for new classes that starts from pre-trained weights.
 
     What becomes of the head is said, and not read off whether shapes happen to fit: ten new
     classes are not the ten old ones.
@@ -124,9 +179,14 @@ def transfer(
         zero_head: whether a fresh head is zero, so that training starts from equal odds and the
             first gradients are the head's alone; else uniform within 1 / sqrt(features).
         dtype: of the computation; None is that of the parameters, which are float32 always.
+        preprocessing: of the images, where it is not the checkpoint's: for other bands, that of
+            `band_preprocessing`.
+        class_names: a name for each output.
+        task: what labels are.
 
     Returns:
-        The model, its variables (nested dictionaries of float32 `jax.Array`) and the report.
+        The network; its variables are nested dictionaries of float32 `jax.Array`, and its report
+        says which leaves were kept, adapted and new.
 
     Raises:
         ValueError: "keep" for another number of classes, an unknown `head`, classes below 1,
@@ -138,9 +198,9 @@ def transfer(
     >>> from flaxtransfer.weights import IMAGENET
     >>> tiny = ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=9)
     >>> zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), resnet(tiny).abstract())
-    >>> _, variables, report = transfer(Checkpoint(zeros, tiny, IMAGENET), classes=3)
-    >>> variables["params"]["fc"]["kernel"].shape, report.new
-    ((16, 3), ('params/fc/bias', 'params/fc/kernel'))
+    >>> network = transfer(Pretrained(zeros, tiny, IMAGENET), classes=3)
+    >>> network.params[network.model.layout.head]["kernel"].shape, len(network.report.new)
+    ((16, 3), 2)
     """
     if head not in get_args(Head):
         raise ValueError(
@@ -162,7 +222,7 @@ def transfer(
         checkpoint.config,
         leaves.get(f"params/{checkpoint.config.first_kernel}"),
         bands=bands,
-        way=adapter,
+        method=adapter,
         wavelengths=wavelengths,
         patches=patches,
         stem_wavelengths=checkpoint.preprocessing.wavelengths,
@@ -172,15 +232,17 @@ def transfer(
     model = resnet(config, dtype=dtype)
     adapted: tuple[str, ...] = tuple(change.adapted)
     new: tuple[str, ...] = tuple(change.new)
+    bias, kernel = (f"params/{model.layout.head}/{name}" for name in ("bias", "kernel"))
     if head == "new":
-        new += (_BIAS, _KERNEL)
-        leaves |= _fresh_head(config.features, classes, seed, zero_head)
+        new += (bias, kernel)
+        fresh = _fresh_kernel(config.features, classes, seed, zero_head)
+        leaves |= {kernel: fresh, bias: jnp.zeros((classes,), jnp.float32)}
     elif head == "resize" and classes != old:
-        adapted += (_BIAS, _KERNEL)
-        leaves |= {leaf: _resized(jnp.asarray(leaves[leaf]), classes) for leaf in (_BIAS, _KERNEL)}
+        adapted += (bias, kernel)
+        leaves |= {leaf: _resized(jnp.asarray(leaves[leaf]), classes) for leaf in (bias, kernel)}
 
     expected = flatten(model.abstract())
-    problems = differences(leaves, {path: leaf.shape for path, leaf in expected.items()})
+    problems = shape_differences(leaves, {path: leaf.shape for path, leaf in expected.items()})
     if problems:
         raise ValueError(
             f"the leaves of {checkpoint.source} do not form {config.name}:\n  "
@@ -198,17 +260,23 @@ def transfer(
         sizes={path: array.size for path, array in arrays.items()},
         input=change.text,
     )
-    return model, unflatten(arrays), report
+    return Classifier(
+        model,
+        unflatten(arrays),
+        preprocessing or checkpoint.preprocessing,
+        tuple(class_names),
+        task,
+        report,
+    )
 
 
-def _fresh_head(features: int, classes: int, seed: int, zero: bool) -> dict[str, jax.Array]:
-    kernel = jnp.zeros((features, classes), jnp.float32)
-    if not zero:
-        bound = 1 / math.sqrt(features)
-        kernel = jax.random.uniform(
-            jax.random.key(seed), kernel.shape, jnp.float32, minval=-bound, maxval=bound
-        )
-    return {_KERNEL: kernel, _BIAS: jnp.zeros((classes,), jnp.float32)}
+def _fresh_kernel(features: int, classes: int, seed: int, zero: bool) -> jax.Array:
+    if zero:
+        return jnp.zeros((features, classes), jnp.float32)
+    bound = 1 / math.sqrt(features)
+    return jax.random.uniform(
+        jax.random.key(seed), (features, classes), jnp.float32, minval=-bound, maxval=bound
+    )
 
 
 def _resized(leaf: jax.Array, classes: int) -> jax.Array:

@@ -1,95 +1,132 @@
-"""The command line: parses, calls, prints."""
+"""The command line: parses options, runs a subcommand, prints errors.
+
+Help, ``--version`` and wrong options are answered before jax is imported: what a subcommand needs
+is imported when it runs.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
-from flaxtransfer.commands.convert import Convert, convert
-from flaxtransfer.commands.diagnose import Diagnose, diagnose
-from flaxtransfer.commands.evaluate import Evaluate, evaluate
-from flaxtransfer.commands.find_rate import FindRate, find_rate
-from flaxtransfer.commands.models import Models, models
-from flaxtransfer.commands.options import Train
-from flaxtransfer.commands.params import Params, params
-from flaxtransfer.commands.plan import Plan, plan
-from flaxtransfer.commands.predict import Predict, predict
-from flaxtransfer.commands.probe import Probe, probe
-from flaxtransfer.commands.stem import Stem, stem
-from flaxtransfer.commands.train import train
-from flaxtransfer.sharding import guard_cpu_thread_pool
-from flaxtransfer.training.console import Interrupted
-
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Probe, tyro.conf.subcommand("probe")]
-    | Annotated[FindRate, tyro.conf.subcommand("find-rate")]
-    | Annotated[Stem, tyro.conf.subcommand("stem")]
-    | Annotated[Models, tyro.conf.subcommand("models")]
-    | Annotated[Params, tyro.conf.subcommand("params")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-)
-
-_RUN: dict[type, Callable[[Any, Console], None]] = {
-    Train: train,
-    Plan: plan,
-    Probe: probe,
-    Stem: stem,
-    FindRate: find_rate,
-    Models: models,
-    Params: params,
-    Evaluate: evaluate,
-    Predict: predict,
-    Diagnose: diagnose,
-    Convert: convert,
-}
+from flaxtransfer import __version__
+from flaxtransfer.commands.options import check
+from flaxtransfer.commands.subcommands import SUBCOMMANDS, Predict
+from flaxtransfer.paths import suggest
 
 USER_ERROR = 2
+
+_STYLE = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.DisallowNone,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``flaxtransfer``.
 
-    What a user can get wrong ends with one line and exit code 2; an interruption with a checkpoint
-    ends with one line and the signal's customary code.
+    Input errors print one line and exit with code 2. An interruption with a checkpoint prints one
+    line and exits with the customary code of the signal.
     """
     sys.exit(run(arguments))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
-    guard_cpu_thread_pool()
-    # Predictions are the standard output of `predict`; its notes must not mix with them.
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    """Runs one subcommand and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        print(f"flaxtransfer {__version__}")
+        return 0
+    if words in ([], ["-h"], ["--help"]):
+        print(help_text(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else USER_ERROR
     try:
-        options: Any = tyro.cli(  # type: ignore[call-overload]
-            Command, args=arguments, prog="flaxtransfer", description=__doc_of_program__
-        )
-        console = errors if isinstance(options, Predict) else Console()
-        _RUN[type(options)](options, console)
-    except Interrupted as interruption:
-        errors.print(str(interruption), markup=False)
-        return 128 + interruption.signal_number
+        options = parse(words)
+        check(options)
+        return _execute(options)
     except BrokenPipeError:
-        # Whoever read the output, `head` say, has seen enough.
+        # The reader of the output, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        errors.print(f"flaxtransfer: {_one_line(error)}", markup=False)
+        print(f"flaxtransfer: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
+
+
+def help_text() -> str:
+    """The text of ``flaxtransfer --help``."""
+    width = max(map(len, SUBCOMMANDS))
+    rows = (f"  {name:<{width}}  {_summary(kind)}" for name, kind in SUBCOMMANDS.items())
+    return "\n".join(
+        (
+            "usage: flaxtransfer <subcommand> [options]",
+            "",
+            "Transfer learning for pre-trained ResNets, in JAX.",
+            "",
+            *rows,
+            "",
+            "flaxtransfer <subcommand> --help  prints the options of a subcommand.",
+            "flaxtransfer --version            prints the version.",
+        )
+    )
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The options of a subcommand, from the words of a command line.
+
+    Raises:
+        ValueError: an unknown subcommand.
+        SystemExit: help was printed (code 0), or the options are wrong (code 2).
+    """
+    name = words[0]
+    if name in SUBCOMMANDS:
+        kind = SUBCOMMANDS[name]
+        return tyro.cli(kind, args=words[1:], prog=f"flaxtransfer {name}", config=_STYLE)
+    if not name.startswith("-"):
+        raise ValueError(
+            f"the subcommand must be one of {', '.join(SUBCOMMANDS)}, got {name!r}"
+            f"{suggest(name, SUBCOMMANDS)}"
+        )
+    # Options before a subcommand are tyro's own, such as those that complete words in a shell.
+    kinds = (
+        Annotated[kind, tyro.conf.subcommand(name, description=_summary(kind))]
+        for name, kind in SUBCOMMANDS.items()
+    )
+    every: Any = functools.reduce(operator.or_, kinds)
+    return tyro.cli(every, args=words, prog="flaxtransfer", config=_STYLE)
+
+
+def _execute(options: Any) -> int:
+    from rich.console import Console
+
+    from flaxtransfer.sharding import guard_cpu_thread_pool
+    from flaxtransfer.training.console import Interrupted
+
+    guard_cpu_thread_pool()
+    name = next(name for name, kind in SUBCOMMANDS.items() if kind is type(options))
+    name = name.replace("-", "_")
+    command = getattr(importlib.import_module(f"flaxtransfer.commands.{name}"), name)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        # Predictions are the standard output of `predict`; its notes must not mix with them.
+        command(options, errors if isinstance(options, Predict) else Console())
+    except Interrupted as interruption:
+        errors.print(str(interruption), markup=False)
+        return 128 + interruption.signal_number
     return 0
 
 
-__doc_of_program__ = "Adapt pre-trained ResNets to your own images, in JAX."
+def _summary(kind: type) -> str:
+    return (kind.__doc__ or "").split("\n")[0]
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,7 +1,8 @@
-"""Acting on one process of several, with all of them hearing how it went.
+"""Actions on the primary process of several.
 
-A run over several processes hangs when one of them raises while the others wait for it in a
-collective operation. Here the outcome itself is the collective operation.
+A run over several processes hangs if one of them raises while the others wait for it in a
+collective operation. Here the outcome itself is the collective operation, so that all processes
+raise together.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxtransfer.types import PyTree
+
 
 def on_primary(action: Callable[[], Any], what: str) -> None:
-    """Runs ``action`` on process 0; every process returns, or raises, with it.
+    """Runs ``action`` on process 0; all processes return or raise together.
 
     Args:
-      action: called without arguments, on process 0 alone.
-      what: the action as a verb phrase, for the error of the other processes.
+        action: called without arguments, on process 0 alone.
+        what: the action as a verb phrase, for the error on the other processes.
 
     Raises:
-      Exception: on process 0, what ``action`` raised.
-      OSError: on the other processes, when ``action`` raised.
+        Exception: on process 0, the error of ``action``.
+        OSError: on the other processes, if ``action`` raised.
 
-    >>> on_first(lambda: print("written"), "write the report")
+    >>> on_primary(lambda: print("written"), "write the report")
     written
     """
     error: Exception | None = None
@@ -37,13 +40,30 @@ def on_primary(action: Callable[[], Any], what: str) -> None:
     if error is not None:
         raise error
     if failed:
-        raise OSError(f"process 0 could not {what}; its own message says why")
+        raise OSError(f"process 0 could not {what}; see its error message")
+
+
+def gather(tree: PyTree) -> PyTree:
+    """The arrays of a tree as numpy arrays, rows of all processes one after another.
+
+    Args:
+        tree: arrays that are cut over the devices of all processes, or this process's share of the
+            rows; in one process simply arrays.
+
+    >>> gather({"rows": jax.numpy.arange(3)})["rows"].tolist()
+    [0, 1, 2]
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is true on any process. Every process must ask.
+    """Whether ``flag`` is true on any process; every process must call it.
 
-    >>> anywhere(False)
+    >>> any_process(False)
     False
     """
     if jax.process_count() == 1:

@@ -1,12 +1,9 @@
-"""Atomic writes and one writer per folder.
+"""Atomic writes and folder locks.
 
-One writer per folder: an advisory lock that ends with the process that holds it.
-
-Two processes that write one run folder do not fail, they mix: checkpoints of both, one metrics
-file with the lines of both. The kernel's ``flock`` is held by an open file, so that a killed
-writer leaves no lock behind, which a "pid file" would.
-
-Files and folders that appear whole or not at all.
+``atomic_write`` replaces a file or folder only when it is complete. ``folder_lock`` allows one
+writer per folder: without it, two processes with one run folder would mix their checkpoints and
+metrics. It uses the kernel's ``flock``, which ends with the process, so that a killed writer leaves
+no lock behind.
 """
 
 from __future__ import annotations
@@ -28,27 +25,69 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Holds the one writer's place of ``folder`` for the length of a ``with`` block.
-
-    Use it around everything that writes into a run folder. It does not keep readers out, and it
-    is advisory: a program that writes without asking is not stopped. In a run over several
-    processes only process 0 takes it. A process that is forked (not spawned) while the lock is
-    held keeps it alive until that child ends as well, unless the block has been left before.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Atomic write of a file or folder.
 
     Args:
-      folder: the folder to write in; made, with its parents, when it does not exist.
+        target: the file or folder to write.
 
     Yields:
-      The path of the lock file, ``<folder>/.lock``. The file stays after the block: removing it
-      would let two later writers lock two different files of the same name.
+        A temporary path next to the target. When the block ends, it replaces the target; if the
+        block raises an error, the target stays as it was.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_write(Path(folder) / "a.txt") as path:
+    ...         _ = path.write_text("done")
+    ...     (Path(folder) / "a.txt").read_text()
+    'done'
+    """
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    made, replaced = temporary / target.name, temporary / "replaced"
+    try:
+        yield made
+        if made.is_dir() and target.is_dir():
+            # A folder that is not empty cannot be the target of a rename.
+            target.rename(replaced)
+        try:
+            made.replace(target)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file and waits until it is on the disk (fsync)."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Folder lock: one writer of ``folder`` during a ``with`` block.
+
+    Use it around everything that writes into a run folder. It does not block readers, and it is
+    advisory: a program that writes without it is not stopped. In a run over several processes only
+    process 0 takes it. A process that is forked (not spawned) while the lock is held keeps it until
+    it ends too, unless the block was left before.
+
+    Args:
+        folder: the folder to write in; created, with its parents, if it does not exist.
+
+    Yields:
+        The path of the lock file, ``<folder>/.lock``. The file stays after the block: removing it
+        would let two later writers lock two different files of the same name.
 
     Raises:
-      ValueError: another writer holds the folder; the text names its process and machine.
-      OSError: the folder cannot be made or written, or its file system knows no locks.
+        ValueError: another writer holds the folder; the text names its process and machine.
+        OSError: the folder cannot be created or written, or its file system has no locks.
 
     >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder, hold(folder) as lock:
+    >>> with tempfile.TemporaryDirectory() as folder, folder_lock(folder) as lock:
     ...     lock.name
     '.lock'
     """
@@ -60,7 +99,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield path
     finally:
-        # Closing alone would leave the lock with any forked child that inherited the file.
+        # Closing alone would leave the lock to any forked child that inherited the file.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
@@ -71,7 +110,7 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except FileExistsError as error:
         raise NotADirectoryError(
-            errno.ENOTDIR, "a folder is needed here, but there is a file", str(path.parent)
+            errno.ENOTDIR, "this must be a folder, but it is a file", str(path.parent)
         ) from error
     except OSError as error:
         reason = os.strerror(error.errno or errno.EIO).lower()
@@ -93,38 +132,7 @@ def _lock(descriptor: int, path: Path) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            "the file system knows no locks, so that two writers could mix their files; "
-            "use a folder on another one",
+            "the file system has no locks, so that two writers could mix their files; use a "
+            "folder on another file system",
             str(path.parent),
         ) from error
-
-
-@contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
-    """A path beside the target that becomes the target when the block ends without an error.
-
-    What was there before is replaced then, and stays if the block fails.
-    """
-    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    made, replaced = beside / target.name, beside / "replaced"
-    try:
-        yield made
-        if made.is_dir() and target.is_dir():
-            # A folder with files in it cannot be renamed over.
-            target.rename(replaced)
-        try:
-            made.replace(target)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file and waits until the disk has it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

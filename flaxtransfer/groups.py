@@ -1,9 +1,4 @@
-"""Parameter groups: what a label means for the optimizer.
-
-What a label means: an optimizer with its learning rate and decay, or standing still.
-
-Decay toward where the leaves started, instead of toward zero.
-"""
+"""Groups: what a label means for the optimizer, from its learning rate to standing still."""
 
 from __future__ import annotations
 
@@ -21,6 +16,7 @@ import optax
 from flaxtransfer.masks import Mask, as_mask, matrices, resolve
 from flaxtransfer.paths import flatten, listing, map_with_path, suggest
 from flaxtransfer.schedules import WarmupCosine
+from flaxtransfer.types import PyTree
 
 __all__ = [
     "FROZEN",
@@ -71,20 +67,21 @@ class Group:
     optimizer, as torch's SGD does: an L2 penalty.
 
     Args:
-      optimizer: an optax function of ``learning_rate``: ``optax.adamw``, or with more settings
-        ``functools.partial(optax.sgd, momentum=0.9)``.
-      learning_rate: a number, an optax schedule, or a ``WarmupCosine``, which takes the length of
-        the phase.
-      weight_decay: coefficient, at least 0.
-      decay_mask: which leaves decay; a mask or its expression.
-      decay_toward: "zero", or "start": the values that the leaves had when they first became
-        trainable. That decay is always an L2 penalty, added to the gradient.
+        optimizer: An optax function of ``learning_rate``: ``optax.adamw``, or with more settings
+            ``functools.partial(optax.sgd, momentum=0.9)``.
+        learning_rate: A number, an optax schedule, or a ``WarmupCosine``, which takes the length of
+            the phase.
+        weight_decay: Coefficient, at least 0.
+        decay_mask: Which leaves decay; a mask or its expression. A predicate in it (``where``) sees
+            paths, shapes and dtypes.
+        decay_toward: "zero", or "start": the values that the leaves had when they first became
+            trainable. That decay is always an L2 penalty, added to the gradient.
 
     Raises:
-      TypeError, ValueError: a setting that cannot be meant; the text says which.
+        TypeError, ValueError: A setting that cannot be meant; the text says which.
 
     References:
-      I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019.
+        I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019.
 
     >>> Group(optax.adamw, learning_rate=1e-3).weight_decay
     0.0
@@ -100,8 +97,8 @@ class Group:
         object.__setattr__(self, "decay_mask", as_mask(self.decay_mask))
         if not callable(self.optimizer):
             raise TypeError(
-                "optimizer is the function, such as optax.adamw, without its learning rate; not "
-                f"{self.optimizer!r}"
+                "optimizer must be the function, such as optax.adamw, without its learning rate, "
+                f"got {self.optimizer!r}"
             )
         if isinstance(self.optimizer, functools.partial):
             ours = ("learning_rate", *_DECAY_NAMES, *_DECAY_MASK_NAMES)
@@ -118,7 +115,7 @@ class Group:
             _check_number("learning_rate", self.learning_rate)
         _check_number("weight_decay", self.weight_decay)
         if self.decay_toward not in ("zero", "start"):
-            raise ValueError(f"decay_toward is 'zero' or 'start', not {self.decay_toward!r}")
+            raise ValueError(f"decay_toward must be 'zero' or 'start', got {self.decay_toward!r}")
 
     def over(self, steps: int) -> Group:
         """The group for a phase of so many steps: its schedule as a function of the step."""
@@ -130,7 +127,7 @@ class Group:
         """The optax transformation, for a tree of this group's leaves.
 
         Raises:
-          ValueError: the schedule has not been told its length.
+            ValueError: The schedule has not been told its length.
         """
         if isinstance(self.learning_rate, WarmupCosine):
             raise ValueError(
@@ -156,30 +153,30 @@ class Group:
         return optax.chain(optax.add_decayed_weights(self.weight_decay, mask=mask), optimizer)
 
 
-def check_groups(groups: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, str]:
+def check_groups(labels: PyTree, groups: Mapping[str, Any]) -> dict[str, str]:
     """Checks that every label has its group, and every group its leaves.
 
     A ``FROZEN`` group may have none: trees of trainable leaves hold no frozen label.
 
     Args:
-      groups: for each label a ``Group``, an optax transformation or ``FROZEN``.
-      labels: nested dict of label names.
+        labels: Tree of label names.
+        groups: For each label a ``Group``, an optax transformation or ``FROZEN``.
 
     Returns:
-      ``{path: label}``.
+        ``{path: label}``.
 
     Raises:
-      ValueError: a label without group, or a group without leaves; all in one text.
-      TypeError: a group of another type, or a label that is no string.
+        ValueError: A label without group, or a group without leaves; all in one text.
+        TypeError: A group of another type, or a label that is not a string.
     """
     if not isinstance(groups, Mapping):
-        raise TypeError(f"groups are a dict by label, not {groups!r}")
+        raise TypeError(f"groups must be a dict by label, got {groups!r}")
     flat = flatten(labels)
     wrong = [f"{n!r}: {group!r}" for n, group in groups.items() if not _is_group(group)]
     wrong += [f"{path!r}: {name!r}" for path, name in flat.items() if not isinstance(name, str)]
     if wrong:
         raise TypeError(
-            "labels are strings, and a group is a Group, an optax transformation or FROZEN; not "
+            "a label must be a string and a group a Group, an optax transformation or FROZEN, got "
             + listing(wrong)
         )
     used = dict.fromkeys(flat.values())
@@ -201,16 +198,17 @@ def check_groups(groups: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[s
     return flat
 
 
-def trainable_mask(labels: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
+def trainable_mask(labels: PyTree, groups: Mapping[str, Any]) -> Any:
     """The tree of booleans that is True where the leaf's group is not ``FROZEN``.
 
     Raises:
-      ValueError, TypeError: as ``check_groups``.
+        ValueError, TypeError: As ``check_groups``.
 
-    >>> trainable_mask({"conv1": "frozen", "fc": "new"}, {"frozen": FROZEN, "new": optax.sgd(0.1)})
-    {'conv1': False, 'fc': True}
+    >>> groups = {"frozen": FROZEN, "new": optax.sgd(0.1)}
+    >>> trainable_mask({"encoder": "frozen", "decoder": "new"}, groups)
+    {'encoder': False, 'decoder': True}
     """
-    check_groups(groups, labels)
+    check_groups(labels, groups)
     return map_with_path(lambda path, name: groups[name] is not FROZEN, labels)
 
 
@@ -218,9 +216,21 @@ def _is_group(value: Any) -> bool:
     return value is FROZEN or isinstance(value, Group | optax.GradientTransformation)
 
 
-def _mask_tree(mask: Mask, tree: Mapping[str, Any]) -> dict[str, Any]:
+def _mask_tree(mask: Mask, tree: PyTree) -> Any:
     # A group without a leaf that decays is no mistake: take the head's bias alone.
-    return resolve(mask, tree, allow_empty=True)
+    leaves, structure = jax.tree.flatten(tree)
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return jax.tree.unflatten(structure, _decaying(mask, structure, shapes))
+
+
+@functools.lru_cache(maxsize=64)
+def _decaying(
+    mask: Mask, structure: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]
+) -> tuple[bool, ...]:
+    """Which leaves a mask selects; optax asks again at every trace."""
+    abstract = [jax.ShapeDtypeStruct(*one) for one in shapes]  # type: ignore[no-untyped-call]
+    tree = jax.tree.unflatten(structure, abstract)
+    return tuple(jax.tree.leaves(resolve(mask, tree, allow_empty=True)))
 
 
 def _parameters(optimizer: Callable[..., Any]) -> list[str]:
@@ -239,17 +249,17 @@ def _check_number(name: str, value: Any) -> None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} is a number, not {value!r}") from None
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} is a finite number of at least 0, not {value!r}")
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
 class AnchorState(NamedTuple):
     """Where the parameters started.
 
     Args:
-      anchor: a copy of the parameters at ``init``; ``carry`` hands it on from phase to phase like a
-        moment, so that a leaf's anchor is where it first became trainable.
+        anchor: A copy of the parameters at ``init``; ``migrate`` hands it on from phase to phase
+            like a moment, so that a leaf's anchor is where it first became trainable.
     """
 
     anchor: Any
@@ -259,11 +269,11 @@ def decay_to_init(strength: float) -> optax.GradientTransformation:
     """Adds ``strength * (parameter - start)`` to the gradient: an L2 penalty around the start.
 
     Args:
-      strength: coefficient, at least 0.
+        strength: Coefficient, at least 0.
 
     References:
-      X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with
-      Convolutional Networks", 2018 (L2-SP).
+        X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with
+        Convolutional Networks", 2018 (L2-SP).
 
     >>> tx = decay_to_init(0.5)
     >>> state = tx.init({"w": jnp.array(1.0)})

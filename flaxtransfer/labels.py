@@ -1,11 +1,16 @@
-"""Every leaf gets exactly one label, and the table a person reads before step 0."""
+"""Labels: rules that give every leaf exactly one."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flaxtransfer.masks import Mask, selected
+from flaxtransfer.mask_algebra import select
+from flaxtransfer.masks import Mask, as_mask
+from flaxtransfer.models.layout import Layout, layout_of
 from flaxtransfer.paths import flatten, listing, map_with_path
+from flaxtransfer.types import PyTree
 
 __all__ = ["Rest", "label", "rest"]
 
@@ -21,36 +26,45 @@ class Rest:
 def rest() -> Rest:
     """The rule for every leaf that no other rule takes; it may well be none.
 
-    It is no mask, for what it selects depends on the other rules.
+    It is not a mask, because what it selects depends on the other rules.
     """
     return Rest()
 
 
-def label(params: Mapping[str, Any], rules: Mapping[str, Mask | str | Rest]) -> dict[str, Any]:
+def label(
+    params: PyTree, rules: Mapping[str, Mask | str | Rest], *, layout: Layout | None = None
+) -> Any:
     """Gives every leaf exactly one label.
 
     Use it to say, once, which parts of a network are treated alike; gradient, optimizer, learning
     rate, decay and the BatchNorm policy all follow the labels. It does not say how they are
-    treated: that is what groups are for.
+    treated: that is what groups are for. The result serves optax as it is
+    (``optax.multi_transform(transforms, labels)``); of a module that can be called, such as
+    Equinox's, optax needs ``lambda _: labels``.
 
     Args:
-      params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
-      rules: for each label a mask, a mask's expression, or (once) ``rest()``.
+        params: Any pytree of arrays or ``jax.ShapeDtypeStruct``. Every leaf that JAX sees gets a
+            label: of an Equinox module, whose leaves may be functions, give
+            ``eqx.filter(model, eqx.is_array)``.
+        rules: For each label a mask, a mask's expression, or (once) ``rest()``.
+        layout: What the parts of the network are called; by default that of the family whose names
+            the tree has.
 
     Returns:
-      Nested dict of str with the structure of ``params``.
+        A tree of the structure of ``params`` with a str for each leaf.
 
     Raises:
-      ValueError: leaves that no rule or several rules take, rules that take nothing, expressions
-        that cannot be read, more than one ``rest()``. All of them are in one text.
-      TypeError: a rule of another type, or a label that is no string.
+        ValueError: Leaves that no rule or several rules take, rules that take nothing, expressions
+            that cannot be read, more than one ``rest()``. All of them are in one text.
+        TypeError: A rule of another type, or a label that is not a string.
 
-    >>> from flaxtransfer.masks import head
-    >>> label({"bn1": {"scale": 0}, "fc": {"bias": 0}}, {"new": head(), "frozen": rest()})
-    {'bn1': {'scale': 'frozen'}, 'fc': {'bias': 'new'}}
+    >>> from flaxtransfer.masks import glob
+    >>> label({"encoder": [0, 0], "decoder": 0}, {"new": glob("decoder"), "frozen": rest()})
+    {'encoder': ['frozen', 'frozen'], 'decoder': 'new'}
     """
     _check_types(rules)
     flat = flatten(params)
+    layout = layout_of(flat) if layout is None else layout
     problems = [] if flat else ["the tree has no leaves"]
     if flat and all(path.split("/")[0] in ("params", "batch_stats") for path in flat):
         problems.append('this looks like variables: label variables["params"]')
@@ -60,7 +74,7 @@ def label(params: Mapping[str, Any], rules: Mapping[str, Mask | str | Rest]) -> 
         if isinstance(rule, Rest):
             continue
         try:
-            taken[name] = selected(rule, params)
+            taken[name] = select(as_mask(rule), flat, layout=layout)
         except ValueError as error:
             problems.append(f"label {name!r}: {error}")
     rests = [name for name, rule in rules.items() if isinstance(rule, Rest)]
@@ -84,7 +98,7 @@ def label(params: Mapping[str, Any], rules: Mapping[str, Mask | str | Rest]) -> 
 
 def _check_types(rules: Mapping[str, Any]) -> None:
     if not isinstance(rules, Mapping):
-        raise TypeError(f"rules are a dict of masks by label, not {rules!r}")
+        raise TypeError(f"rules must be a dict of masks by label, got {rules!r}")
     wrong = [
         f"{name!r}: {rule!r}"
         for name, rule in rules.items()
@@ -92,8 +106,8 @@ def _check_types(rules: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise TypeError(
-            "a label is a string and its rule a mask, an expression such as 'head()', or rest(); "
-            f"not {', '.join(wrong)}"
+            "a label must be a string and its rule a mask, an expression such as 'head()', or "
+            f"rest(), got {', '.join(wrong)}"
         )
 
 

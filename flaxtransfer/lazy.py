@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["attach"]
+__all__ = ["attach", "names_from"]
 
 
 def attach(
@@ -38,6 +38,12 @@ def attach(
         return getattr(importlib.import_module(home), original)
 
     return get, lambda: sorted(homes), sorted(homes)
+
+
+def names_from(file: str, module: str) -> tuple[str, ...]:
+    """The lazy names of a package that live in this module, in the order of the list."""
+    homes = _homes(Path(file).read_text(encoding="utf-8"))
+    return tuple(name for name, (home, _) in homes.items() if home == module)
 
 
 def _homes(source: str) -> dict[str, tuple[str, str]]:

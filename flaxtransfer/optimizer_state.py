@@ -1,9 +1,11 @@
-"""Optimizer state across a change of labels: what was learned about a leaf goes where it goes.
+"""Optimizer state across a change of labels: moments follow their leaves.
 
 A state is read as a list of nodes: optax's named tuples that hold, for each parameter, moments
 (``ScaleByAdamState.mu``, ``TraceState.trace``) and, for all of them, shared values (``count``).
 Labels, chains and masks around a node say nothing about a parameter, and are looked through.
 """
+
+from __future__ import annotations
 
 import functools
 import warnings
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxtransfer.paths import flatten, listing
+from flaxtransfer.paths import flatten, listing, map_with_path
 
 __all__ = ["migrate"]
 
@@ -36,30 +38,33 @@ def migrate(opt_state: Any, fresh: Any) -> Any:
     for the new phase brings its own. Moments of another kind of optimizer are of no use and are
     not carried. It is pure; the result shares the arrays of moments with ``opt_state``.
 
+    Parameters may be any pytree without named tuples, which cannot be told from optax's nodes; the
+    moments of such leaves start anew.
+
     Args:
-      opt_state: the state after the last step of the old phase.
-      fresh: ``tx.init(params)`` of the new phase's transformation.
+        opt_state: The state after the last step of the old phase.
+        fresh: ``tx.init(params)`` of the new phase's transformation.
 
     Returns:
-      A state of the structure of ``fresh``.
+        A state of the structure of ``fresh``.
 
     Raises:
-      ValueError: a leaf of another shape than its moments; all in one text.
+        ValueError: A leaf of another shape than its moments; all in one text.
 
     Warns:
-      UserWarning: carried leaves share a count with leaves that are new or have another count. The
-        count is then the largest of the carried ones, so that bias correction is over too early
-        for some leaves, whose first steps are too large or too small. Another label for the new
-        leaves gives them a count of their own.
+        UserWarning: Carried leaves share a count with leaves that are new or have another count.
+            The count is then the largest of the carried ones, so that bias correction is over too
+            early for some leaves, whose first steps are too large or too small. Another label for
+            the new leaves gives them a count of their own.
 
     References:
-      D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2015 (section 3).
+        D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2015 (section 3).
 
     >>> import optax
-    >>> params = {"fc": {"bias": jnp.ones(2)}}
+    >>> params = {"decoder": {"bias": jnp.ones(2)}}
     >>> tx = optax.adam(1e-3)
     >>> _, old = tx.update(params, tx.init(params), params)
-    >>> float(carry(old, tx.init(params))[0].mu["fc"]["bias"][0]).__round__(6)
+    >>> float(migrate(old, tx.init(params))[0].mu["decoder"]["bias"][0]).__round__(6)
     0.1
     """
     donors: dict[tuple[type, str, int], _Node] = {}
@@ -96,9 +101,9 @@ class _Node:
     """A named tuple with moments.
 
     Args:
-      kind: its type.
-      moments: ``{(field, path): array}``.
-      shared: ``{field: array}``, what it holds once for all parameters.
+        kind: Its type.
+        moments: ``{(field, path): array}``.
+        shared: ``{field: array}``, what it holds once for all parameters.
     """
 
     kind: type
@@ -131,13 +136,7 @@ def _map_nodes(f: Callable[[_Node], _Node], state: Any) -> Any:
 
 
 def _tree_of(node: _Node, field: str, tree: Any) -> Any:
-    # With JAX's own map, for the type of the dicts is part of the state's structure.
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: node.moments[
-            field, jax.tree_util.keystr(keys, simple=True, separator="/")
-        ],
-        tree,
-    )
+    return map_with_path(lambda path, leaf: node.moments[field, path], tree)
 
 
 def _is_named_tuple(value: Any) -> bool:
@@ -146,10 +145,10 @@ def _is_named_tuple(value: Any) -> bool:
 
 
 def _is_by_parameter(name: str, value: Any) -> bool:
-    if name in _NOT_BY_PARAMETER or not isinstance(value, Mapping):
+    if name in _NOT_BY_PARAMETER or jax.tree_util.all_leaves([value]):
         return False
     nodes = jax.tree.leaves(value, is_leaf=_is_named_tuple)
-    return not any(map(_is_named_tuple, nodes))
+    return bool(nodes) and not any(map(_is_named_tuple, nodes))
 
 
 def _keys(node: _Node, seen: Counter[tuple[type, str]]) -> Iterable[tuple[type, str, int]]:

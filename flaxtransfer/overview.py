@@ -1,4 +1,6 @@
-"""The table of what moves, how fast, and how it decays, from shapes alone."""
+"""The parameter table: what moves, how fast, and how it decays, from shapes alone."""
+
+from __future__ import annotations
 
 import io
 import math
@@ -9,10 +11,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from flaxtransfer.batchnorm import Norm, check, mode, modules, policy
-from flaxtransfer.groups import FROZEN, Group, check_groups, trainable_mask
-from flaxtransfer.masks import segment_or_empty, selected
-from flaxtransfer.paths import flatten, listing, segment_position
+from flaxtransfer.groups import FROZEN, Group, check_groups
+from flaxtransfer.mask_algebra import select
+from flaxtransfer.models.layout import layout_of
+from flaxtransfer.paths import flatten, listing, map_with_path
 from flaxtransfer.schedules import WarmupCosine
+from flaxtransfer.types import PyTree
 
 __all__ = ["ParameterTable", "Row", "Total", "parameter_table"]
 
@@ -26,16 +30,16 @@ class Row:
     """One parameter.
 
     Args:
-      path: its path.
-      shape: its shape.
-      bytes: its size in memory.
-      label: its label.
-      trainable: whether it moves.
-      learning_rate: at step 0, or the peak of a ``WarmupCosine``; None where it is frozen or hidden
-        in an optax transformation.
-      scheduled: whether the learning rate changes with the step.
-      weight_decay: the coefficient that really applies to it; None where it is hidden.
-      norm: which statistics its BatchNorm uses; None where it is no BatchNorm's.
+        path: Its path.
+        shape: Its shape.
+        bytes: Its size in memory.
+        label: Its label.
+        trainable: Whether it moves.
+        learning_rate: At step 0, or the peak of a ``WarmupCosine``; None where it is frozen or
+            hidden in an optax transformation.
+        scheduled: Whether the learning rate changes with the step.
+        weight_decay: The coefficient that really applies to it; None where it is hidden.
+        norm: Which statistics its BatchNorm uses; None where it is not a BatchNorm's.
     """
 
     path: str
@@ -54,11 +58,11 @@ class Total:
     """Sums over the leaves of a label, or over all.
 
     Args:
-      label: the label; "total" for all.
-      leaves: how many.
-      parameters: numbers in them.
-      trainable: numbers in those that move.
-      bytes: size in memory.
+        label: The label; "total" for all.
+        leaves: How many.
+        parameters: Numbers in them.
+        trainable: Numbers in those that move.
+        bytes: Size in memory.
     """
 
     label: str
@@ -70,11 +74,11 @@ class Total:
 
 @dataclass(frozen=True)
 class ParameterTable:
-    """What ``table`` returns: rows and totals as values; printed, a table.
+    """What ``parameter_table`` returns: rows and totals as values; printed, a table.
 
     Args:
-      rows: one for each parameter, from the input to the output where the names are a ResNet's.
-      totals: one for each label, then one over all.
+        rows: One for each parameter, from the input to the output where the family is known.
+        totals: One for each label, then one over all.
     """
 
     rows: tuple[Row, ...]
@@ -83,9 +87,9 @@ class ParameterTable:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        text = io.StringIO()
+        Console(file=text, width=_WIDTH, color_system=None).print(self)
+        return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:
         # Here, so that the core needs no rich until something is printed.
@@ -123,7 +127,7 @@ class ParameterTable:
 
 def parameter_table(
     variables: Mapping[str, Any],
-    labels: Mapping[str, Any],
+    labels: PyTree,
     groups: Mapping[str, Any],
     norm: Norm | None = None,
 ) -> ParameterTable:
@@ -132,48 +136,53 @@ def parameter_table(
     It needs shapes only: on ``jax.ShapeDtypeStruct`` nothing is allocated.
 
     Args:
-      variables: ``{"params": ..., "batch_stats": ...}`` of arrays or ``jax.ShapeDtypeStruct``.
-      labels: nested dict of label names with the structure of the parameters.
-      groups: for each label a ``Group``, an optax transformation (whose learning rate and decay
-        cannot be seen, and are shown as "–") or ``FROZEN``.
-      norm: BatchNorm policy; by default the one that follows from the labels.
+        variables: ``{"params": ..., "batch_stats": ...}`` of arrays or ``jax.ShapeDtypeStruct``.
+        labels: Tree of label names with the structure of the parameters.
+        groups: For each label a ``Group``, an optax transformation (whose learning rate and decay
+            cannot be seen, and are shown as "–") or ``FROZEN``.
+        norm: BatchNorm policy; by default the one that follows from the labels.
 
     Returns:
-      A ``Table``; ``print`` shows it.
+        A ``ParameterTable``; ``print`` shows it.
 
     Raises:
-      ValueError: labels of another tree, labels and groups that do not fit, a decay mask that
-        selects nothing, a policy for BatchNorms that do not exist.
+        ValueError: Labels of another tree, labels and groups that do not fit, a decay mask that
+            selects nothing, a policy for BatchNorms that do not exist.
 
     >>> import jax, optax
     >>> shapes = {"kernel": (512, 10), "bias": (10,)}
-    >>> fc = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    >>> params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     >>> groups = {"new": Group(optax.adamw, learning_rate=1e-3, weight_decay=1e-4)}
-    >>> report = table({"params": {"fc": fc}}, {"fc": {"kernel": "new", "bias": "new"}}, groups)
-    >>> [(row.path, row.learning_rate, row.weight_decay) for row in report.rows]
-    [('fc/bias', 0.001, 0.0), ('fc/kernel', 0.001, 0.0001)]
-    >>> report.totals[-1].parameters
+    >>> table = parameter_table({"params": params}, {"kernel": "new", "bias": "new"}, groups)
+    >>> [(row.path, row.learning_rate, row.weight_decay) for row in table.rows]
+    [('bias', 0.001, 0.0), ('kernel', 0.001, 0.0001)]
+    >>> table.totals[-1].parameters
     5130
     """
     if "params" not in variables:
         raise ValueError(
-            f'variables are {{"params": ...}}; these have {listing(map(repr, variables))}'
+            f'variables must be {{"params": ...}}, got {listing(map(repr, variables))}'
         )
     params = variables["params"]
     flat = flatten(params)
-    named = check_groups(groups, labels)
+    named = check_groups(labels, groups)
     if differing := sorted(set(flat) ^ set(named)):
         raise ValueError(
             "labels and parameters are of different trees; they differ in " + listing(differing)
         )
     # Statistics tell a BatchNorm from what is only named like one.
-    where = variables.get("batch_stats") or params
-    moving = trainable_mask(labels, groups)
-    norm = policy(where, moving) if norm is None else check(norm, where)
+    where = variables.get("batch_stats")
+    where = where if where is not None and flatten(where) else params
+    if norm is None:
+        moving = map_with_path(lambda path, name: groups[name] is not FROZEN, labels)
+        norm = policy(where, moving)
+    else:
+        norm = check(norm, where)
     norms = modules(where)
-    decaying = _decaying(params, groups)
+    decaying = _decaying(flat, groups)
     rows = []
-    for path, leaf in sorted(flat.items(), key=_position):
+    for path in _in_order(flat):
+        leaf = flat[path]
         group = groups[named[path]]
         module = path.rpartition("/")[0]
         rate, scheduled = _learning_rate(group)
@@ -199,15 +208,20 @@ def parameter_table(
     return ParameterTable(tuple(rows), (*totals, _total("total", rows)))
 
 
-def _position(item: tuple[str, Any]) -> tuple[Any, ...]:
-    """Sorts a ResNet's leaves from input to output, whichever order jit left the dicts in."""
-    path, _ = item
-    segment = segment_or_empty(path)
-    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split("/")]
-    return (segment_position(segment), parts) if segment else ((math.inf, 0), parts)
+def _in_order(flat: Mapping[str, Any]) -> list[str]:
+    """Paths from the input of the network to its output, whichever order jit left the dicts in."""
+    layout = layout_of(flat)
+
+    def position(path: str) -> tuple[Any, ...]:
+        segment = layout.segment(path) if layout is not None else ""
+        parts = path.split("/")
+        numbers = [(0, int(one), "") if one.isdecimal() else (1, 0, one) for one in parts]
+        return (layout.position(segment) if layout and segment else (math.inf, 0)), numbers
+
+    return sorted(flat, key=position)
 
 
-def _decaying(params: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+def _decaying(flat: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     """For each group, the leaves that its decay mask selects; all groups' problems at once."""
     decaying: dict[str, frozenset[str]] = {}
     problems = []
@@ -215,7 +229,7 @@ def _decaying(params: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str,
         decaying[name] = frozenset()
         if isinstance(group, Group) and group.weight_decay:
             try:
-                decaying[name] = selected(group.decay_mask, params)
+                decaying[name] = select(group.decay_mask, flat)
             except ValueError as error:
                 problems.append(f"decay_mask of group {name!r}: {error}")
     if problems:

@@ -1,86 +1,71 @@
-"""Paths of leaves: pytrees by "layer4/0/conv1/kernel", and the glob grammar over them.
+"""Paths of leaves: pytrees by "encoder/0/kernel", and the glob grammar over them.
 
-Nested dicts as ``{"layer4/0/conv1/kernel": leaf}``; segments; did-you-mean.
+A path is the keys from the root to a leaf, joined by ``/``. Every pytree has paths: of a dict the
+keys, of a list or tuple the positions, of a named tuple, dataclass or module the names of the
+fields. A variable of Flax is looked through: its array has the path of the variable. Nothing here
+knows what the leaves are: arrays, ``jax.ShapeDtypeStruct``, booleans and labels are all alike.
 
-A path is the keys from the root to a leaf, joined by ``/``. Nothing here knows what the leaves
-are: arrays, ``jax.ShapeDtypeStruct``, booleans and labels are all alike.
-
-The one grammar of patterns over paths.
-
-``?`` is one character and ``*`` any number of them, within a component; ``**`` is any number of
-components, none included; ``{a,b}`` are alternatives; ``[0-9]`` and ``[!0-9]`` are classes, in
-which a special character stands for itself: ``[*]``.
+The grammar of globs: ``?`` is one character and ``*`` any number of them, within a component;
+``**`` is any number of components, none included; ``{a,b}`` are alternatives; ``[0-9]`` and
+``[!0-9]`` are classes, in which a special character stands for itself: ``[*]``.
 """
+
+from __future__ import annotations
 
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
-import jax
+from flaxtransfer.types import PyTree
 
 __all__ = [
-    "SEGMENT_ORDER",
     "check",
     "flatten",
+    "is_nested_dict",
     "listing",
     "map_with_path",
     "match",
+    "merge",
     "nearest",
-    "segment_of",
-    "segment_position",
-    "segments",
     "suggest",
     "unflatten",
 ]
 
 
-SEGMENT_ORDER = ("adapter", "stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
-"""The segments of a ResNet from its input to its output."""
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a pytree by path.
 
-_STAGE = re.compile(r"layer([1-9][0-9]*)")
-_SEGMENT_BY_NAME = {
-    "adapter": "adapter",
-    "conv1": "stem",
-    "bn1": "stem",
-    "gn1": "stem",
-    "maxpool": "stem",
-    "fc": "head",
-}
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a nested dict by path, in the order of the dicts.
-
-    Nodes without leaves (an empty dict, None, ``optax.MaskedNode``) leave no trace, as in JAX.
+    Nested dicts keep the order of their keys; other nodes have the order of JAX. Nodes without
+    leaves (an empty dict, None, ``optax.MaskedNode``) leave no trace, as in JAX. Keys may hold a
+    ``/``, as the module names of Haiku do, as long as no two leaves get the same path.
 
     Args:
-      tree: nested mapping with string keys; any leaves that JAX regards as such.
+        tree: Any pytree but a single leaf: nested dicts, lists, modules, ``nnx.State``.
 
     Returns:
-      ``{path: leaf}``.
+        ``{path: leaf}``.
 
     Raises:
-      TypeError: a key that is no string, or a node that is neither mapping nor leaf; the text
-        lists them all.
-      ValueError: a key that is empty or holds a ``/``, which would make paths ambiguous.
+        TypeError: A single leaf in place of a tree, or keys that are neither strings nor ints; the
+            text lists them all.
+        ValueError: Empty keys, or two leaves with one path; the text names both.
 
-    >>> flatten({"fc": {"kernel": 1, "bias": 2}, "bn1": {"scale": 3}})
-    {'fc/kernel': 1, 'fc/bias': 2, 'bn1/scale': 3}
+    >>> flatten({"decoder": {"kernel": 1, "bias": 2}, "encoder": [3, {"scale": 4}]})
+    {'decoder/kernel': 1, 'decoder/bias': 2, 'encoder/0': 3, 'encoder/1/scale': 4}
     """
-    _check(tree)
-    return dict(_walk(tree, ""))
+    return _leaves(tree)
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict with these leaves: the inverse of ``flatten``.
+    """The nested dict with these leaves: the inverse of ``flatten`` on dicts without ``/`` in keys.
 
     Raises:
-      ValueError: a path with an empty component, or one that runs through another's leaf.
+        ValueError: A path with an empty component, or one that runs through another's leaf.
 
-    >>> unflatten({"fc/kernel": 1, "fc/bias": 2})
-    {'fc': {'kernel': 1, 'bias': 2}}
+    >>> unflatten({"decoder/kernel": 1, "decoder/bias": 2})
+    {'decoder': {'kernel': 1, 'bias': 2}}
     """
     tree: dict[str, Any] = {}
     problems = []
@@ -99,37 +84,94 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_with_path(f: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of plain dicts with ``f(path, leaf)`` in place of each leaf.
+def map_with_path(f: Callable[[str, Any], Any], tree: PyTree) -> Any:
+    """A tree of the same structure with ``f(path, leaf)`` in place of each leaf.
 
-    Nodes without leaves stay as they are, so the result has the structure of ``tree`` for JAX.
+    Nodes without leaves stay as they are.
 
     Raises:
-      TypeError, ValueError: as ``flatten``.
+        TypeError, ValueError: As ``flatten``.
 
-    >>> map_with_path(lambda path, leaf: path.endswith("kernel"), {"fc": {"kernel": 1, "bias": 2}})
-    {'fc': {'kernel': True, 'bias': False}}
+    >>> map_with_path(lambda path, leaf: path, {"decoder": [1, 2], "scale": 3})
+    {'decoder': ['decoder/0', 'decoder/1'], 'scale': 'scale'}
     """
-    _check(tree)
+    _leaves(tree)  # For its checks.
 
     def walk(node: Any, path: str) -> Any:
-        if isinstance(node, Mapping):
-            return {key: walk(value, _join(path, key)) for key, value in node.items()}
-        return f(path, node) if _is_leaf(node) else node
+        below = _below(node)
+        if below is None:
+            return f(path, node)
+        return below.rebuilt(
+            walk(child, _joined(path, key))
+            for key, child in zip(below.keys, below.children, strict=True)
+        )
 
     return walk(tree, "")
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of two nested dicts; where both have one, that of ``over``.
+
+    Nodes without leaves are left out.
+
+    Raises:
+        ValueError: A leaf of one tree where the other has a branch, or two leaves of different
+            shapes; all of them in one text.
+
+    >>> merge({"encoder": {"kernel": 1}, "decoder": {"bias": 2}}, {"decoder": {"bias": 3}})
+    {'encoder': {'kernel': 1}, 'decoder': {'bias': 3}}
+    """
+    shapes: list[str] = []
+    clashes: list[str] = []
+
+    def both(below: Any, above: Any, path: str) -> Any:
+        branches = isinstance(below, Mapping), isinstance(above, Mapping)
+        if all(branches):
+            merged = {}
+            for key in dict.fromkeys([*below, *above]):
+                there = [side[key] for side in (below, above) if key in side]
+                there = [one for one in there if _has_leaves(one)]
+                if there:
+                    place = _joined(path, key)
+                    last = there[-1]
+                    merged[key] = both(there[0], last, place) if len(there) > 1 else _pruned(last)
+            return merged
+        if any(branches):
+            inner = next(iter(_leaves(below if branches[0] else above)))
+            clashes.append(f"{path!r} is a leaf, and {path + '/' + inner!r} runs through it")
+        elif hasattr(above, "shape") and _shape(below) != _shape(above):
+            shapes.append(f"{path}: {_shape(below)} and {_shape(above)}")
+        return above
+
+    merged: dict[str, Any] = both(dict(base), dict(over), "")
+    if shapes:
+        raise ValueError("leaves of different shapes cannot be merged: " + listing(shapes))
+    if clashes:
+        raise ValueError("no nested dict has these paths: " + "; ".join(clashes))
+    return merged
+
+
+def is_nested_dict(tree: PyTree) -> bool:
+    """Whether every node with leaves is a plain dict.
+
+    >>> is_nested_dict({"a": {"b": 1}, "c": None}), is_nested_dict({"a": [1]})
+    (True, False)
+    """
+    if type(tree) is dict:
+        return all(_below(v) is None or is_nested_dict(v) for v in tree.values())
+    return _below(tree) is not None and not _has_leaves(tree)
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     """The candidates most like ``name``, best first; empty when none is alike.
 
-    Paths are compared as wholes and by their first or last components, so that ``fc`` and
-    ``conv9/kernel`` find ``fc/kernel`` and ``layer1/0/conv1/kernel``.
+    Paths are compared as wholes and by their first or last components, so that ``decoder`` and
+    ``dense9/kernel`` find ``decoder/kernel`` and ``encoder/0/dense1/kernel``.
 
-    >>> nearest("layr2", ["layer1", "layer2", "head"], n=1)
-    ['layer2']
-    >>> nearest("fc/kernle", ["conv1/kernel", "fc/kernel", "fc/bias"], n=2)
-    ['fc/kernel', 'conv1/kernel']
+    >>> nearest("encodr", ["encoder", "decoder", "head"], n=1)
+    ['encoder']
+    >>> nearest("head/kernle", ["stem/kernel", "head/kernel", "head/bias"], n=1)
+    ['head/kernel']
     """
     scores = {candidate: _likeness(name, candidate) for candidate in candidates}
     alike = [candidate for candidate, score in scores.items() if score >= 0.6]
@@ -159,90 +201,145 @@ def listing(names: Iterable[str], most: int = 6) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def segment_of(path: str) -> str:
-    """The segment of a ResNet that a leaf with torchvision's name belongs to.
-
-    Raises:
-      ValueError: a path that is none of a ResNet's.
-
-    >>> [segment_of(path) for path in ("bn1/scale", "layer3/0/conv2/kernel", "fc/bias")]
-    ['stem', 'layer3', 'head']
-    """
-    first = path.split("/")[0]
-    if first in _SEGMENT_BY_NAME:
-        return _SEGMENT_BY_NAME[first]
-    if _STAGE.fullmatch(first):
-        return first
-    known = (*_SEGMENT_BY_NAME, *SEGMENT_ORDER[2:6])
-    raise ValueError(
-        f"{path!r} belongs to no segment of a ResNet, whose paths start with {', '.join(known)}"
-        + suggest(first, known)
-    )
-
-
-def segments(paths: Iterable[str]) -> list[str]:
-    """The segments that these paths belong to, from the input to the output.
-
-    Raises:
-      ValueError: as ``segment_of``.
-
-    >>> segments(["fc/bias", "layer2/0/conv1/kernel", "conv1/kernel"])
-    ['stem', 'layer2', 'head']
-    """
-    return sorted({segment_of(path) for path in paths}, key=segment_position)
-
-
-def segment_position(segment: str) -> tuple[int, int]:
-    """Sorts segments from the input to the output."""
-    stage = _STAGE.fullmatch(segment)
-    if stage:
-        return SEGMENT_ORDER.index("layer1"), int(stage[1])
-    return SEGMENT_ORDER.index(segment), 0
-
-
-def _is_leaf(node: Any) -> bool:
-    return jax.tree_util.all_leaves([node])
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}/{key}" if path else key
-
-
-def _check(tree: Any) -> None:
-    """Raises for everything in ``tree`` that has no path."""
-    if not isinstance(tree, Mapping):
-        raise TypeError(f"a nested dict is needed, not {type(tree).__name__}")
+def _leaves(tree: Any) -> dict[str, Any]:
+    """``{path: leaf}``, checked."""
+    _check_root(tree)
+    flat: dict[str, Any] = {}
     types: list[str] = []
     values: list[str] = []
+    twice: list[str] = []
 
     def walk(node: Any, path: str) -> None:
-        if not isinstance(node, Mapping):
-            if not _is_leaf(node) and jax.tree.leaves(node):
-                types.append(f"{path!r} holds a {type(node).__name__}")
+        below = _below(node)
+        if below is None:
+            if path in flat:
+                twice.append(path)
+            flat[path] = node
             return
-        for key, value in node.items():
-            place = f" in {path!r}" if path else ""
-            if not isinstance(key, str):
-                types.append(f"key {key!r}{place} is no string")
-            elif not key or "/" in key:
-                values.append(f"key {key!r}{place} is empty or holds a '/'")
-            walk(value, _join(path, str(key)))
+        for key, child in zip(below.keys, below.children, strict=True):
+            if type(key) is not str or not key:
+                place = f" in {path!r}" if path else ""
+                if key == "":
+                    values.append(f"key ''{place} is empty")
+                elif key is not _BOX and (not isinstance(key, str | int) or isinstance(key, bool)):
+                    types.append(f"key {key!r}{place} must be a string or an int")
+            walk(child, _joined(path, key))
 
     walk(tree, "")
     if types:
-        raise TypeError(
-            "trees are nested dicts with string keys and arrays: " + listing([*types, *values])
-        )
-    if values:
-        raise ValueError("keys are joined to paths by '/': " + listing(values))
+        raise TypeError("keys are joined to paths by '/': " + listing([*types, *values]))
+    if values or twice:
+        problems = values + [f"{' and '.join(_places(tree, p))} have the path {p!r}" for p in twice]
+        raise ValueError("keys are joined to paths by '/': " + listing(problems))
+    return flat
 
 
-def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _walk(value, _join(path, key))
-    elif _is_leaf(node):
-        yield path, node
+class _Below(NamedTuple):
+    """What is one level below a node: keys, children, and the structure that JAX gives it.
+
+    A plain dict has no structure (None), so that its order stays.
+    """
+
+    keys: list[Any]
+    children: list[Any]
+    structure: Any
+
+    def rebuilt(self, children: Iterable[Any]) -> Any:
+        if self.structure is None:
+            return dict(zip(self.keys, children, strict=True))
+        import jax
+
+        return jax.tree_util.tree_unflatten(self.structure, list(children))
+
+
+_BOX = object()
+"""The key of the only child of a variable, which adds no component to the path."""
+
+
+def _below(node: Any) -> _Below | None:
+    """The level below a node; None for a leaf."""
+    if type(node) is dict:
+        return _Below(list(node), list(node.values()), None)
+    if _is_leaf(node):
+        # JAX does not know every mapping.
+        unknown = isinstance(node, Mapping)
+        return _Below(list(node), list(node.values()), None) if unknown else None
+    import jax
+
+    below, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    keys = [_key(path[0]) for path, _ in below]
+    if keys == ["value"] and _is_variable(node):
+        keys = [_BOX]
+    return _Below(keys, [child for _, child in below], structure)
+
+
+def _key(entry: Any) -> Any:
+    """The raw key of one of JAX's key entries."""
+    for name in ("key", "idx", "name"):
+        if hasattr(entry, name):
+            return getattr(entry, name)
+    import jax
+
+    return jax.tree_util.keystr((entry,), simple=True)
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether a node is one of Flax's boxes around an array (``nnx.Param``, ``nn.Partitioned``)."""
+    ours = any(kind.__module__.partition(".")[0] == "flax" for kind in type(node).__mro__)
+    return ours and (hasattr(node, "get_value") or hasattr(node, "unbox"))
+
+
+def _is_leaf(node: Any) -> bool:
+    # Here and not above, so that an error text with the nearest name costs no import of JAX.
+    import jax
+
+    return jax.tree_util.all_leaves([node])
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(getattr(leaf, "shape", ()))
+
+
+def _has_leaves(node: Any) -> bool:
+    below = _below(node)
+    return below is None or any(map(_has_leaves, below.children))
+
+
+def _pruned(node: Any) -> Any:
+    """A part of a nested dict without its nodes without leaves."""
+    if not isinstance(node, Mapping):
+        return node
+    return {key: _pruned(child) for key, child in node.items() if _has_leaves(child)}
+
+
+def _joined(path: str, key: Any) -> str:
+    if key is _BOX:
+        return path
+    return f"{path}/{key}" if path else str(key)
+
+
+def _check_root(tree: Any) -> None:
+    if _below(tree) is None:
+        shown = type(tree).__name__
+        raise TypeError(f"a tree of leaves, such as a nested dict, is needed, got one {shown}")
+
+
+def _places(tree: Any, wanted: str) -> list[str]:
+    """How Python reaches the leaves with this path."""
+    found = []
+
+    def walk(node: Any, path: str, place: str) -> None:
+        below = _below(node)
+        if below is None:
+            if path == wanted:
+                found.append(place)
+            return
+        for key, child in zip(below.keys, below.children, strict=True):
+            here = place if key is _BOX else f"{place}[{key!r}]"
+            walk(child, _joined(path, key), here)
+
+    walk(tree, "", "")
+    return found
 
 
 def _likeness(name: str, candidate: str) -> float:
@@ -266,13 +363,13 @@ def match(pattern: str, path: str) -> bool:
     The grammar is this module's: ``?`` ``*`` ``**`` ``{a,b}`` ``[0-9]`` ``[!0-9]``.
 
     Raises:
-      ValueError: a pattern outside the grammar; the text says where.
+        ValueError: A pattern outside the grammar; the text says where.
 
-    >>> match("layer4/*/conv?/kernel", "layer4/0/conv1/kernel")
+    >>> match("encoder/*/dense?/kernel", "encoder/0/dense1/kernel")
     True
-    >>> match("layer4/*", "layer4/0/conv1/kernel")
+    >>> match("encoder/*", "encoder/0/dense1/kernel")
     False
-    >>> match("**/bn[0-9]/{scale,bias}", "bn1/scale")
+    >>> match("**/norm[0-9]/{scale,bias}", "norm1/scale")
     True
     """
     return _compiled(pattern).fullmatch(path + "/") is not None
@@ -282,7 +379,7 @@ def check(pattern: str) -> None:
     """Raises for a pattern outside the grammar, before there is a path to match.
 
     Raises:
-      ValueError: as ``match``.
+        ValueError: As ``match``.
     """
     _compiled(pattern)
 

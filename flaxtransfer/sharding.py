@@ -1,15 +1,15 @@
-"""Where arrays live: a mesh of devices, the batch cut over it, everything else on all of it.
+"""Sharding: a mesh of devices, batches split over it, everything else replicated.
 
-One program runs on one device, on the eight of one machine, and on several machines: only the
-mesh differs. The compiler inserts the sums over devices where a mean over the batch needs them,
-so that a batch statistic is that of the whole batch and not of one device's share.
+The same program runs on one device, on the eight of one machine, and on several machines; only the
+mesh differs. The compiler inserts the sums over devices that a mean over the batch needs, so that a
+batch statistic is that of the whole batch and not of the part on one device.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,24 +17,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flaxtransfer.distributed import gather
 from flaxtransfer.types import PyTree
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, axis: str = "data") -> Mesh:
-    """A mesh with one axis: the devices over which a batch is cut.
+    """A device mesh with one axis, over which batches are split.
 
     Args:
-      devices: those to use, in this order; all devices of all processes when None, in the order
-        that suits their connections.
-      axis: the name of the axis.
+        devices: to use, in this order; default: all devices of all processes, in the order that
+            suits their connections.
+        axis: the name of the axis.
 
     Returns:
-      A mesh whose axis is of the type ``Auto``: shardings inside a compiled function are the
-      compiler's to choose. jax's own default has become ``Explicit``, with which ordinary code,
-      losses of optax among it, no longer compiles on a batch that is cut.
+        A mesh whose axis has the type ``Auto``: the compiler chooses the shardings inside a
+        compiled function. With jax's default, ``Explicit``, ordinary code such as the losses of
+        optax does not compile on a sharded batch.
 
     Raises:
-      ValueError: no device, or one device twice.
+        ValueError: no device, or a device twice.
 
     >>> mesh = make_mesh(jax.devices()[:1])
     >>> mesh.axis_names, mesh.size
@@ -43,47 +44,48 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, axis: str = "data"
     if devices is None:
         return jax.make_mesh((jax.device_count(),), (axis,), axis_types=(AxisType.Auto,))
     if not devices or len(set(devices)) != len(devices):
-        raise ValueError(f"a mesh needs at least one device, and each only once; got {devices}")
+        raise ValueError(f"devices must be at least one, each only once, got {devices}")
     return Mesh(np.asarray(devices), (axis,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of which every device holds the whole.
+    """The sharding of an array that every device holds completely.
 
     >>> replicated(make_mesh()).is_fully_replicated
     True
     """
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first axis is cut evenly over all devices of the mesh.
+    """The sharding of an array whose first axis is split evenly over all devices of the mesh.
 
     >>> tuple(batch_sharding(make_mesh()).spec)
     ('data',)
     """
     names = mesh.axis_names
-    return NamedSharding(mesh, PartitionSpec(names[0] if len(names) == 1 else names))
+    axes = names[0] if len(names) == 1 else names
+    return NamedSharding(mesh, PartitionSpec(axes))  # type: ignore[no-untyped-call]
 
 
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a batch on the devices, its first axis cut over them.
+    """Places a batch on the devices, split along its first axis.
 
-    It does not pad. An example that was invented to fill a batch would count in batch statistics
-    and in means; whoever pads must carry a mask through the loss.
+    It does not pad: padding would count in batch statistics and in means; whoever pads must pass a
+    mask through the loss.
 
     Args:
-      batch: arrays ``[batch, ...]``, all with the same first axis. In a run over several
-        processes each passes its own share, and the result is the shares one after another.
-        Do not write into them afterwards: on the CPU the result can be the same memory.
-      mesh: from :func:`make_mesh`.
+        batch: arrays ``[batch, ...]``, all with the same first axis. In a run over several
+            processes each passes its own rows, and the result is their concatenation. Do not write
+            into them afterwards: on the CPU the result can share their memory.
+        mesh: from ``make_mesh``.
 
     Returns:
-      The batch as arrays of jax, the first axis of size ``processes * batch``.
+        The batch as ``jax.Array``, with a first axis of size ``processes * batch``.
 
     Raises:
-      ValueError: the leaves do not agree in their first axis, or its size does not divide by
-        the number of devices; the nearest sizes that do are named.
+        ValueError: the first axes differ, or their size is not a multiple of the number of devices;
+            the text names the nearest multiples.
 
     >>> mesh = make_mesh(jax.devices()[:1])
     >>> place_batch({"label": np.arange(4, dtype=np.int32)}, mesh)["label"].sharding.mesh == mesh
@@ -93,21 +95,20 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     _check_batch(batch, len(mesh.local_devices))
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )
+    join: Callable[..., jax.Array] = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda leaf: join(sharding, np.asarray(leaf)), batch)
 
 
 def place_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copies every leaf of a tree to every device of the mesh.
 
-    The result shares no memory with what was given, so that it may be donated to a compiled step
-    while the caller's arrays stay as they are.
+    The result shares no memory with the input, so that it can be donated to a compiled step while
+    the arrays of the caller stay valid.
 
     Args:
-      tree: arrays (typed keys included) and numbers; in a run over several processes the same on
-        each of them.
-      mesh: from :func:`make_mesh`.
+        tree: arrays (typed keys included) and numbers; in a run over several processes the same on
+            each of them.
+        mesh: from ``make_mesh``.
 
     >>> placed = place_replicated({"w": np.ones(2), "key": jax.random.key(0)}, make_mesh())
     >>> placed["w"].sharding.is_fully_replicated
@@ -117,22 +118,65 @@ def place_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: _copy_everywhere(leaf, sharding), tree)
 
 
-def guard_cpu_thread_pool() -> int | None:
-    """Gives forced host devices enough threads, so that a loop of steps does not hang.
+def map_batches(
+    run: Callable[..., PyTree],
+    batches: Iterable[Mapping[str, Any]],
+    mesh: Mesh,
+    *,
+    inputs: Sequence[str] = ("image",),
+    per_example: bool = True,
+) -> Iterator[tuple[PyTree, dict[str, np.ndarray]]]:
+    """Runs a compiled function over batches: places, pads, runs, fetches, and drops padding.
 
-    On the CPU backend of jax 0.10, each device's part of a program takes a thread of one pool and
-    keeps it while it waits for the other devices in a sum over them. The pool has a thread a core.
-    With no more threads than devices, the parts of several steps in flight can hold all threads
-    and wait for each other for ever: a loop that does not fetch a result in every step stops after
-    some tens of steps. As many threads as devices were still too few in trials, twice as many
-    never were. jax 0.12 does not need it and is not harmed.
+    The one loop over batches outside of training. A batch whose size does not divide by the
+    devices is padded with copies of its first example, of weight 0. One batch is computed while
+    the one before it is fetched. In a run over several processes each passes its own share of the
+    examples and receives those of all.
+
+    Args:
+        run: takes the placed arrays of ``inputs``, in that order.
+        batches: mappings of arrays ``[batch, ...]``; ``weight`` float ``[batch]`` is 0 where an
+            example is padding, and may be absent.
+        mesh: from :func:`make_mesh`.
+        inputs: which entries of a batch ``run`` takes; ``"weight"`` is always there.
+        per_example: whether the leaves of the output are ``[batch, ...]``, of which the rows of
+            padding are dropped. Otherwise the output, a sum over the batch say, is fetched as it
+            is, and ``run`` has to heed the weights.
+
+    Yields:
+        The output as numpy arrays, and the batch without padding, its ``weight`` included.
+
+    >>> batches = [{"image": np.arange(3.0), "weight": np.array([1.0, 1.0, 0.0])}]
+    >>> [(out.tolist(), kept["image"].tolist()) for out, kept in map_batches(
+    ...     lambda x: 2 * x, batches, make_mesh())]
+    [([0.0, 2.0], [0.0, 1.0])]
+    """
+    waiting: tuple[PyTree, dict[str, np.ndarray]] | None = None
+    for batch in batches:
+        arrays = _padded(batch, len(mesh.local_devices))
+        output = run(*place_batch([arrays[name] for name in inputs], mesh))
+        if waiting is not None:
+            yield _fetched(*waiting, per_example)
+        waiting = output, arrays
+    if waiting is not None:
+        yield _fetched(*waiting, per_example)
+
+
+def guard_cpu_thread_pool() -> int | None:
+    """Sets the size of the CPU thread pool, so that forced host devices do not deadlock.
+
+    On the CPU backend of jax 0.10, the part of a program on each device holds a thread of one pool
+    while it waits for the other devices in a collective. The pool has one thread per core. With as
+    few threads as devices, the parts of several steps in flight can hold all threads and wait for
+    each other for ever: a loop that does not fetch a result in every step stops after some tens of
+    steps. In trials, as many threads as devices were still too few, twice as many always enough.
+    jax 0.12 does not need it, and it does no harm there.
 
     The pool takes its size from ``NPROC`` when the backend starts: call this before the first
-    computation; afterwards it has no effect. A larger ``NPROC`` is left as it is.
+    computation; later it has no effect. A larger ``NPROC`` is left as it is.
 
     Returns:
-      The value that ``NPROC`` now has; None when no more than one host device is forced, and
-      nothing was done.
+        The new value of ``NPROC``; None if there is at most one host device and nothing was done.
 
     >>> guard_cpu_thread_pool() is None or int(os.environ["NPROC"]) >= 4
     True
@@ -150,6 +194,34 @@ def guard_cpu_thread_pool() -> int | None:
     return threads
 
 
+def _padded(batch: Mapping[str, Any], devices: int) -> dict[str, np.ndarray]:
+    """The batch as arrays with weights, its size a multiple of the number of devices."""
+    arrays = {name: np.asarray(values) for name, values in batch.items()}
+    size = len(next(iter(arrays.values())))
+    arrays.setdefault("weight", np.ones(size, np.float32))
+    missing = -size % devices
+    if missing:
+        # Copies of a real example: zeros could be outside of what the network takes.
+        arrays = {
+            name: np.concatenate([values, np.repeat(values[:1], missing, axis=0)])
+            for name, values in arrays.items()
+        }
+        arrays["weight"][size:] = 0
+    return arrays
+
+
+def _fetched(
+    output: PyTree, arrays: dict[str, np.ndarray], per_example: bool
+) -> tuple[PyTree, dict[str, np.ndarray]]:
+    arrays, output = gather(arrays), gather(output)
+    keep = arrays["weight"] > 0
+    if not keep.all():
+        arrays = {name: values[keep] for name, values in arrays.items()}
+        if per_example:
+            output = jax.tree.map(lambda leaf: leaf[keep], output)
+    return output, arrays
+
+
 def _check_batch(batch: PyTree, devices: int) -> None:
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
@@ -158,29 +230,28 @@ def _check_batch(batch: PyTree, devices: int) -> None:
     sizes = {shape[0] for shape in shapes.values() if shape}
     if len(sizes) != 1 or () in shapes.values():
         raise ValueError(
-            "the leaves of a batch must have one first axis, of the same size in all of them; "
-            f"their shapes are {shapes}"
+            f"the leaves of a batch must have the same first axis, got shapes {shapes}"
         )
     if not devices:
-        raise ValueError("the mesh has none of this process's devices, so there is no place here")
+        raise ValueError("the mesh must have a device of this process; it has none")
     size = sizes.pop()
     if size and size % devices == 0:
         return
     below = size - size % devices
     nearest = f"{below} or {below + devices}" if below else f"{devices}"
     raise ValueError(
-        f"a batch of {size} examples cannot be cut evenly over {devices} devices; "
-        f"the nearest size that can is {nearest}"
+        f"the batch size must be a multiple of the {devices} devices, got {size}; the nearest is "
+        f"{nearest}"
     )
 
 
-def _copy_everywhere(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _copy_everywhere(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, bool | int | float | complex):
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(jnp.copy, out_shardings=sharding)(leaf)
-    # By way of the host: device_put, also when asked for a copy, may take the given buffer itself
-    # for the replica on its device, and donating the result then deletes what was given.
+    # Through the host: device_put may reuse the given buffer as the replica on its device, even if
+    # asked for a copy, and donating the result would then delete the input.
     if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         # device_put refuses typed keys on devices of other processes; a compiled function does not.
         impl = jax.random.key_impl(leaf)

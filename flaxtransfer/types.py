@@ -1,6 +1,11 @@
-"""Names for the trees that everything passes around."""
+"""Types of the trees and arrays that everything passes around; annotations only."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chex import Array as Array
+    from chex import ArrayTree as ArrayTree
+    from chex import PRNGKey as PRNGKey
 
 __all__ = ["Params", "PyTree", "Variables"]
 

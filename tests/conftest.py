@@ -16,6 +16,15 @@ settings.load_profile("patient")
 # As many processes as cores share the machine: threads of BLAS on top wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# The suite's networks run for milliseconds and compile for seconds, of which XLA's optimization of
+# machine code is about half. What is claimed here does not depend on it; `make test-slow` runs with
+# the level that users have, and XLA_FLAGS=--xla_backend_optimization_level=3 does so for all tests.
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in _FLAGS:
+    os.environ["XLA_FLAGS"] = (
+        f"{_FLAGS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    ).strip()
+
 # Most of the suite's time would go to compiling the same small networks again in every file,
 # worker and fresh process. The first process of a run makes a cache; the others inherit its name.
 _CACHE = "JAX_COMPILATION_CACHE_DIR"

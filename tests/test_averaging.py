@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small import PREPROCESSING, batch, network
 
 import flaxtransfer as ft
+from tests.support.small import PREPROCESSING, batch, network
 
 values = st.floats(-100, 100, width=32)
 
@@ -64,7 +64,9 @@ def test_statistics_of_an_average_are_measured_anew():
     _, second = network(1)
 
     def statistics(variables):
-        return ft.training.recalibrate(model, variables, [batch(0, 32)], PREPROCESSING)
+        return ft.training.recalibrate(
+            ft.Classifier(model, variables, PREPROCESSING), [batch(0, 32)]
+        )
 
     mixed = ft.training.average([first, second], statistics=statistics)
     plain = ft.training.average([first, second])
@@ -79,24 +81,24 @@ def test_statistics_of_an_average_are_measured_anew():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: ft.training.average([]), "nothing to average"),
-        (lambda: ft.training.greedy_soup([], lambda v: 0.0), "nothing to average"),
+        (lambda: ft.training.average([]), "must have at least one network"),
+        (lambda: ft.training.greedy_soup([], lambda v: 0.0), "must have at least one network"),
         (
             lambda: ft.training.average([one(1), one(1, 2)]),
             r"network 1 differs from network 0 in params/w",
         ),
-        (lambda: ft.training.average([one(1), one(2)], [1, -1]), "whose sum is not 0"),
+        (lambda: ft.training.average([one(1), one(2)], [1, -1]), "a sum other than 0"),
         (lambda: ft.training.average([one(1), one(2)], [1]), "2 finite numbers"),
-        (lambda: ft.training.interpolate(one(1), one(2), 1.5), "0 to 1, not 1.5"),
+        (lambda: ft.training.interpolate(one(1), one(2), 1.5), "0 to 1, got 1.5"),
         (
             lambda: ft.training.greedy_soup([one(1)], lambda v: np.nan),
-            "score of network 0 is not finite",
+            "scores must be finite; that of network 0 is not",
         ),
         (
             lambda: ft.training.average(
                 [{"params": {"n": np.array(1)}}, {"params": {"n": np.array(2)}}]
             ),
-            "no mean of them",
+            "integer leaves must be equal",
         ),
     ],
 )

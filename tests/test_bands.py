@@ -43,7 +43,8 @@ def logits(model: ft.Model, variables: ft.models.Variables, pixels: np.ndarray) 
 @pytest.mark.parametrize("bands", [1, 2, 4, 13])
 @pytest.mark.parametrize("adapter", ["linear", "curves"])
 def test_an_adapter_is_new_and_everything_else_is_kept(bands, adapter):
-    model, variables, report = ft.transfer(checkpoint(), classes=2, bands=bands, adapter=adapter)
+    network = ft.transfer(checkpoint(), classes=2, bands=bands, adapter=adapter)
+    model, variables, report = network.model, network.variables, network.report
     assert model.segments[:2] == ("adapter", "stem")
     assert model.config.bands == bands
     new = {"params/adapter/kernel", "params/fc/kernel", "params/fc/bias"}
@@ -61,19 +62,20 @@ def test_an_adapter_is_new_and_everything_else_is_kept(bands, adapter):
 
 
 def test_a_gray_adapter_begins_as_replication():
-    plain, variables, _ = ft.transfer(checkpoint(), classes=2, head="new", zero_head=False)
+    network = ft.transfer(checkpoint(), classes=2, head="new", zero_head=False)
+    plain, variables = network.model, network.variables
     gray = RANDOM.normal(size=(3, 16, 16, 1))
     wanted = logits(plain, variables, np.repeat(gray, 3, axis=-1))
     for adapter in ("linear", "curves", "sum"):
-        model, start, _ = ft.transfer(
-            checkpoint(), classes=2, bands=1, adapter=adapter, zero_head=False
-        )
+        network = ft.transfer(checkpoint(), classes=2, bands=1, adapter=adapter, zero_head=False)
+        model, start = network.model, network.variables
         np.testing.assert_allclose(logits(model, start, gray), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["average", "repeat"])
 def test_another_stem_is_adapted(way):
-    model, variables, report = ft.transfer(checkpoint(), classes=2, bands=6, adapter=way)
+    network = ft.transfer(checkpoint(), classes=2, bands=6, adapter=way)
+    model, variables, report = network.model, network.variables, network.report
     assert report.adapted == ("params/conv1/kernel",)
     assert model.segments[0] == "stem"
     assert variables["params"]["conv1"]["kernel"].shape == (7, 7, 6, 4)
@@ -81,12 +83,14 @@ def test_another_stem_is_adapted(way):
 
 def test_where_an_adapter_starts():
     centers = [443, 490, 560, 665, 842]
-    _, variables, _ = ft.transfer(checkpoint(), classes=2, bands=5, wavelengths=centers)
+    network = ft.transfer(checkpoint(), classes=2, bands=5, wavelengths=centers)
+    variables = network.variables
     kernel = variables["params"]["adapter"]["kernel"]
     np.testing.assert_allclose(kernel, by_wavelength(centers), rtol=1e-6)
     patches = RANDOM.normal(size=(80, 5))
     patches -= patches.mean(axis=0)
-    _, variables, _ = ft.transfer(checkpoint(), classes=2, bands=5, patches=patches)
+    network = ft.transfer(checkpoint(), classes=2, bands=5, patches=patches)
+    variables = network.variables
     kernel = variables["params"]["adapter"]["kernel"]
     np.testing.assert_allclose(kernel, least_squares(patches), rtol=1e-4, atol=1e-6)
 
@@ -94,14 +98,14 @@ def test_where_an_adapter_starts():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"bands": 0}, "1 or more, not 0"),
-        ({"bands": 2, "adapter": "liner"}, "no adapter 'liner'; did you mean 'linear'"),
-        ({"bands": 4, "adapter": "sum"}, "'sum' is for one gray band, not 4"),
-        ({"bands": 4, "wavelengths": [490, 560]}, "2 wavelengths for 4 bands"),
-        ({"bands": 4, "adapter": "repeat", "wavelengths": [400] * 4}, "takes no wavelengths"),
-        ({"bands": 4, "adapter": ft.models.Adapter(5)}, "for 5 bands, and the images have 4"),
-        ({"wavelengths": [490.0]}, "belong to bands"),
-        ({"bands": 4, "patches": np.zeros((99, 3))}, "patches of 3 bands for images of 4"),
+        ({"bands": 0}, "an integer >= 1, got 0"),
+        ({"bands": 2, "adapter": "liner"}, "unknown adapter 'liner'; did you mean 'linear'"),
+        ({"bands": 4, "adapter": "sum"}, "'sum' requires one gray band, got 4"),
+        ({"bands": 4, "wavelengths": [490, 560]}, "one value per band, got 2 for 4 bands"),
+        ({"bands": 4, "adapter": "repeat", "wavelengths": [400] * 4}, "does not use wavelengths"),
+        ({"bands": 4, "adapter": ft.models.Adapter(5)}, "takes 5 bands, but the images have 4"),
+        ({"wavelengths": [490.0]}, "require bands"),
+        ({"bands": 4, "patches": np.zeros((99, 3))}, "patches must have 4 bands, got 3"),
     ],
 )
 def test_what_does_not_fit(settings, text):
@@ -110,7 +114,8 @@ def test_what_does_not_fit(settings, text):
 
 
 def test_images_of_other_bands_are_refused():
-    model, variables, _ = ft.transfer(checkpoint(), classes=2, bands=4)
+    network = ft.transfer(checkpoint(), classes=2, bands=4)
+    model, variables = network.model, network.variables
     with pytest.raises(ValueError, match=r"adapter takes images .* with 4 channels"):
         logits(model, variables, np.zeros((1, 16, 16, 3)))
 
@@ -131,10 +136,19 @@ def test_adapter_and_head_learn_while_the_stem_is_frozen(tmp_path, bands, adapte
     source = images(bands)
     start = checkpoint()
     preprocessing = band_preprocessing(start.preprocessing, source, np.arange(8), bands)
-    model, variables, _ = ft.transfer(start, classes=2, bands=bands, adapter=adapter)
-    feed = ft.loaders(source, np.arange(8), np.arange(8, 12), preprocessing, batch_size=4)
+    network = ft.transfer(start, classes=2, bands=bands, adapter=adapter)
+    model, variables = network.model, network.variables
+    feed = ft.loaders(
+        source, ft.data.Splits.of(np.arange(8), np.arange(8, 12)), preprocessing, batch_size=4
+    )
     plan = ft.recipes.feature_extraction(variables["params"], steps=3)
-    fitted = ft.fit(model, variables, plan, feed, tmp_path, cache=ft.Cache("memory"))
+    fitted = ft.fit(
+        ft.Classifier(model, variables, feed.preprocessing),
+        plan,
+        feed,
+        tmp_path,
+        cache=ft.Cache("memory"),
+    )
     before, after = flatten(variables), flatten(fitted.variables)
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     # A new head is zero: nothing below it moves in the first step, and the adapter in the next.
@@ -148,9 +162,10 @@ def test_adapter_and_head_learn_while_the_stem_is_frozen(tmp_path, bands, adapte
 
 
 def test_folding_is_the_same_function(tmp_path):
-    model, variables, _ = ft.transfer(
+    network = ft.transfer(
         checkpoint(), classes=2, bands=6, wavelengths=range(450, 690, 40), zero_head=False
     )
+    model, variables = network.model, network.variables
     six = dataclasses.replace(PREPROCESSING, mean=(0.5,) * 6, std=(0.25,) * 6)
     whole = ft.Pretrained(jax.tree.map(np.asarray, variables), model.config, six)
     folded = ft.weights.fold_adapter(whole)
@@ -165,14 +180,16 @@ def test_folding_is_the_same_function(tmp_path):
     )
     ft.save(tmp_path / "folded.safetensors", folded)
     assert ft.load(tmp_path / "folded.safetensors").config == folded.config
-    curved, values, _ = ft.transfer(checkpoint(), classes=2, bands=6, adapter="curves")
+    network = ft.transfer(checkpoint(), classes=2, bands=6, adapter="curves")
+    curved, values = network.model, network.variables
     with pytest.raises(ValueError, match="curves"):
         ft.weights.fold_adapter(ft.Pretrained(values, curved.config, six))
 
 
 def test_a_span_of_ones_own_comes_back(tmp_path):
     own = ft.models.Adapter(1, "curves", knots=5, span=(-1.0, 4.0))
-    model, variables, _ = ft.transfer(checkpoint(), classes=2, bands=1, adapter=own)
+    network = ft.transfer(checkpoint(), classes=2, bands=1, adapter=own)
+    model, variables = network.model, network.variables
     one = dataclasses.replace(PREPROCESSING, mean=(0.5,), std=(0.25,))
     saved = ft.Pretrained(jax.tree.map(np.asarray, variables), model.config, one)
     ft.save(tmp_path / "own.safetensors", saved)

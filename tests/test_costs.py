@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flaxtransfer.models import lax_conv, resnet
+from flaxtransfer.models import lax_conv
 from flaxtransfer.models.config import Adapter, ResNetConfig
-from flaxtransfer.models.costs import costs
-from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.models.registry import ARCHITECTURES, costs, resnet
 
 BASIC = ResNetConfig("basic", (2, 1, 1, 1), width=4, classes=3)
 BOTTLENECK = ResNetConfig("bottleneck", (1, 2, 1, 1), width=8, classes=5)
@@ -116,7 +115,7 @@ def test_sizes_that_averages_cannot_halve_are_refused_as_the_network_does(size):
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True])
 def test_a_size_is_a_positive_number(size):
-    with pytest.raises(ValueError, match="positive number of px"):
+    with pytest.raises(ValueError, match="size must be an integer >= 1"):
         costs(BASIC, size)
 
 

@@ -30,7 +30,7 @@ def test_import_loads_no_heavy_room():
     code = textwrap.dedent("""
         import sys, flaxtransfer
         heavy = ("orbax", "grain", "tensorflow_datasets", "sklearn", "scipy", "matplotlib", "PIL",
-                 "flax", "torch", "tensorflow")
+                 "jax", "flax", "optax", "torch", "tensorflow")
         print([name for name in heavy if name in sys.modules])
     """)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -129,7 +129,7 @@ def test_long_lists_are_cut_with_a_count():
         ({"a": True}, TypeError, "'a': True"),
         ({"a": {"fc": True}, 3: rest()}, TypeError, r"'a': {'fc': True}, 3: rest\(\)"),
         ({"": rest()}, TypeError, r"'': rest\(\)"),
-        ([("a", rest())], TypeError, "rules are a dict of masks by label"),
+        ([("a", rest())], TypeError, "rules must be a dict of masks by label"),
     ],
 )
 def test_rules_that_cannot_be_meant(rules, error, text):
@@ -236,7 +236,7 @@ def test_printed_every_leaf_and_every_total_is_there():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"variables": PARAMS}, "variables are .*these have 'conv1', 'bn1'"),
+        ({"variables": PARAMS}, "variables must be .*got 'conv1', 'bn1'"),
         ({"labels": {"fc": {"kernel": "head", "bias": "late"}}}, "they differ in bn1/bias, "),
         (
             {"groups": {"haed": GROUPS["head"], "late": GROUPS["late"], "frozen": FROZEN}},

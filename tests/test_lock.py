@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Says "held" and keeps the lock until its standard input ends, or says why it cannot.
 HOLDER = """
 import sys
-from flaxtransfer.files import hold
+from flaxtransfer.files import folder_lock
 try:
-    with hold(sys.argv[1]):
+    with folder_lock(sys.argv[1]):
         print("held", flush=True)
         sys.stdin.read()
 except ValueError as error:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.masks import (
     Mask,
     adapter,
@@ -27,9 +28,13 @@ from flaxtransfer.masks import (
     stage,
     stages,
     stem,
+    to_text,
     up_to,
+    where,
 )
 from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.training.plan import Phase, Plan
+from flaxtransfer.training.plan_yaml import plan_to_yaml
 
 SHAPES = {
     "conv1/kernel": (7, 7, 3, 64),
@@ -278,7 +283,7 @@ def test_masks_are_values():
     assert (stem() & head()) != (stem() | head())
     assert pickle.loads(pickle.dumps(a)) == a
     with pytest.raises(AttributeError):
-        a.left = stem()
+        a.operator = "|"
     assert not jax.tree.structure(a).num_nodes > 1  # A leaf to JAX, so optax may hold one.
 
 
@@ -310,17 +315,17 @@ def test_operators_take_masks_alone(other):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: stage(0), ValueError, r"stages count from 1 \(layer1\), there is no stage 0"),
-        (lambda: stage(-1), ValueError, "there is no stage -1"),
-        (lambda: stage("4"), TypeError, "a stage is an int from 1 on, not '4'"),
-        (lambda: stage(True), TypeError, "not True"),
+        (lambda: stage(0), ValueError, "a stage must be an int >= 1, got 0"),
+        (lambda: stage(-1), ValueError, "a stage must be an int >= 1, got -1"),
+        (lambda: stage("4"), TypeError, "a stage must be an int >= 1, got '4'"),
+        (lambda: stage(True), TypeError, "got True"),
         (lambda: stages(), ValueError, "needs the numbers"),
         (lambda: up_to("layr2"), ValueError, "no segment is called 'layr2'.*mean 'layer2'"),
         (lambda: up_to("layer9"), ValueError, "no segment is called 'layer9'; there are adapter"),
         (lambda: up_to(2), ValueError, "no segment is called 2"),
         (lambda: glob("a["), ValueError, "never closes"),
-        (lambda: glob(3), TypeError, "takes a string, not 3"),
-        (lambda: as_mask(3), TypeError, "a mask or its expression is needed, not 3"),
+        (lambda: glob(3), TypeError, "pattern must be a string, got 3"),
+        (lambda: as_mask(3), TypeError, "a mask must be a Mask or its expression, got 3"),
     ],
 )
 def test_masks_that_can_never_be_meant_are_refused_at_once(make, error, text):
@@ -373,11 +378,11 @@ def test_a_tree_without_leaves_or_shapes_says_so():
         ("head() +  stem()", "is none of: a call of adapter, batch_norm"),
         ("head() and stem()", "is none of"),
         ("stage(n=4)", "is none of"),
-        ("stage(-1)", "arguments are ints and strings, not '-1'"),
-        ("stage(True)", "arguments are ints and strings, not 'True'"),
-        ("stage(4.0)", "arguments are ints"),
-        ("glob(f'{x}')", "arguments are ints"),
-        ("stage(0)", "stages count from 1"),
+        ("stage(-1)", "arguments must be ints and strings, got '-1'"),
+        ("stage(True)", "arguments must be ints and strings, got 'True'"),
+        ("stage(4.0)", "arguments must be ints"),
+        ("glob(f'{x}')", "arguments must be ints"),
+        ("stage(0)", "must be an int >= 1"),
         ("stage()", "missing 1 required positional argument"),
         ("head(1)", "takes 0 positional arguments"),
         ("up_to('layr2')", "did you mean 'layer2'"),
@@ -385,11 +390,11 @@ def test_a_tree_without_leaves_or_shapes_says_so():
         ("__import__('os').system('true')", "is none of"),
         ("(lambda: head())()", "is none of"),
         ("head.__class__()", "is none of"),
-        ("head(); stem()", "no expression"),
-        ("", "no expression"),
-        ("head() |", "no expression"),
-        ("head()\0", "null bytes|no expression"),
-        ("~" * 100_000 + "head()", "too deeply nested|no expression"),
+        ("head(); stem()", "not an expression"),
+        ("", "not an expression"),
+        ("head() |", "not an expression"),
+        ("head()\0", "null bytes|not an expression"),
+        ("~" * 100_000 + "head()", "too deeply nested|not an expression"),
     ],
 )
 def test_text_that_is_no_mask_is_refused(text, complaint):
@@ -400,5 +405,95 @@ def test_text_that_is_no_mask_is_refused(text, complaint):
 def test_parse_reads_layout_as_python_does():
     assert parse("  stage( 4 )-( batch_norm( )|head() )  ") == stage(4) - (batch_norm() | head())
     assert parse("glob('a' '/b')") == glob("a/b")
-    with pytest.raises(ValueError, match="is a string, not 3"):
+    with pytest.raises(ValueError, match="must be a string, got 3"):
         parse(3)
+
+
+def large(path, leaf):
+    return leaf.size > 100
+
+
+LARGE = where(large)
+
+
+def test_a_predicate_of_ones_own_composes_and_is_a_value():
+    big = {path for path, shape in SHAPES.items() if np.prod(shape) > 100}
+    assert selected(LARGE, TREE) == big
+    assert selected(LARGE - kernels(), TREE) == big - selected(kernels(), TREE)
+    assert selected(~LARGE & head(), TREE) == {"fc/bias"}
+    assert repr(stage(4) - LARGE | head()) == "stage(4) - where('large') | head()"
+    assert where(large, name="large") == LARGE
+    assert hash(where(large)) == hash(LARGE)
+    assert where(large, name="big") != LARGE
+    assert where(lambda path, leaf: leaf.size > 100, name="large") != LARGE
+    assert pickle.loads(pickle.dumps(LARGE | head())) == LARGE | head()
+
+
+def test_a_predicate_sees_the_path_and_the_leaf():
+    seen = {}
+    selected(where(lambda path, leaf: bool(seen.update({path: leaf.shape}) or 1), "spy"), TREE)
+    assert seen == SHAPES
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: where("large"), TypeError, "predicate must be a function .*, got 'large'"),
+        (lambda: where(head()), TypeError, r"predicate must be a function .*, got head\(\)"),
+        (lambda: where(lambda path, leaf: True), ValueError, "name='large'"),
+        (lambda: where(large, name=""), ValueError, "prints by the name"),
+        (lambda: where(large, name=3), TypeError, "name must be a string, got 3"),
+        (
+            lambda: selected(where(lambda path, leaf: None, "none"), TREE),
+            TypeError,
+            r"where\('none'\) must return True or False, got None for 'conv1/kernel'",
+        ),
+        (
+            lambda: selected(where(lambda path, leaf: False, "no"), TREE),
+            ValueError,
+            r"where\('no'\) selects none of the 14 leaves",
+        ),
+        (
+            lambda: to_text(head() | LARGE),
+            ValueError,
+            r"cannot be written: where\('large'\) is a function of the program",
+        ),
+        (
+            lambda: parse("head() | where('large')"),
+            ValueError,
+            r"where\('large'\) is a function of a program and cannot be read from text",
+        ),
+    ],
+)
+def test_predicates_that_cannot_be_meant_or_written_are_refused_by_name(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_a_tree_of_no_known_family_points_to_glob_and_where():
+    for mask in (stem(), stage(1), head() & everything()):
+        with pytest.raises(ValueError, match=r"no segment of a ResNet.*ft\.glob or ft\.where"):
+            resolve(mask, {"decoder": [0]})
+    with pytest.raises(ValueError, match="selects none") as caught:
+        resolve(biases(), {"decoder": [0]})
+    assert "ft.glob" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"a": LARGE, "b": ~LARGE}},
+        {"norm": {LARGE: "batch"}},
+        {"recalibrate": LARGE | batch_norm()},
+        {"groups": {"a": Group(optax.sgd, 0.1, 0.1, decay_mask=LARGE), "b": FROZEN}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_plan_with_a_predicate_cannot_be_written(change):
+    phase = {
+        "labels": {"a": head(), "b": ~head()},
+        "groups": {"a": Group(optax.sgd, 0.1), "b": FROZEN},
+    }
+    plan_to_yaml(Plan([Phase(**phase, steps=1)]))
+    with pytest.raises(TypeError, match=r"where\('large'\) is a function of the program"):
+        plan_to_yaml(Plan([Phase(**(phase | change), steps=1)]))

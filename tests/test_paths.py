@@ -1,22 +1,28 @@
 """Paths, globs, segments and did-you-mean."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.core import FrozenDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxtransfer import paths
+from flaxtransfer.models.layout import RESNET
 from flaxtransfer.paths import (
-    SEGMENT_ORDER,
     flatten,
     listing,
     map_with_path,
     match,
+    merge,
     nearest,
-    segment_of,
-    segments,
     suggest,
     unflatten,
 )
@@ -64,6 +70,73 @@ def test_nodes_without_leaves_have_no_path_and_stay():
     }
 
 
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Layer:
+    kernel: object
+    bias: object
+
+
+class Network(eqx.Module):
+    layers: list
+    activation: object
+
+
+NETWORK = Network([eqx.nn.Linear(2, 3, key=jax.random.key(0))], jax.nn.relu)
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ([1, (2, {"a": 3})], ["0", "1/0", "1/1/a"]),
+        ({"b": [1], "a": 2}, ["b/0", "a"]),
+        ({"res_net/~/conv_1": {"w": 1}, "res_net": {"w": 2}}, ["res_net/~/conv_1/w", "res_net/w"]),
+        ({"a/b": 1, "a": {"b/c": 2}}, ["a/b", "a/b/c"]),
+        ({0: 1, 10: {2: 3}}, ["0", "10/2"]),
+        (Pair(1, [2]), ["first", "second/0"]),
+        (Pair(None, {"value": 2}), ["second/value"]),
+        ({"a": Layer(1, 2)}, ["a/kernel", "a/bias"]),
+        (NETWORK, ["layers/0/weight", "layers/0/bias", "activation"]),
+        (eqx.filter(NETWORK, eqx.is_array), ["layers/0/weight", "layers/0/bias"]),
+        (
+            nnx.state(nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0))]), nnx.Param),
+            ["0/bias", "0/kernel"],
+        ),
+        (nnx.state(nnx.Dict(value=nnx.Param(jnp.ones(1)))), ["value"]),
+        (FrozenDict({"a": {"value": 1}}), ["a/value"]),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, list) else None,
+)
+def test_any_pytree_has_paths(tree, expected):
+    flat = flatten(tree)
+    assert list(flat) == expected
+    named = map_with_path(lambda path, leaf: path, tree)
+    assert jax.tree.structure(named) == jax.tree.structure(tree)
+    assert sorted(jax.tree.leaves(named)) == sorted(expected)
+    # Peer: JAX's own leaves, in its own order.
+    by_jax = dict(zip(jax.tree.leaves(named), jax.tree.leaves(tree), strict=True))
+    assert all(by_jax[path] is leaf for path, leaf in flat.items())
+
+
+def test_merge_takes_the_second_trees_leaves_and_refuses_misfits():
+    assert merge({"a": 1, "b": {"c": 2}, "d": {}}, {"b": {"c": 3}}) == {"a": 1, "b": {"c": 3}}
+    haiku = {"net/~/a": {"w": 1}, "net/~/b": {"w": 2}}
+    assert merge(haiku, {"net/~/b": {"w": 3}}) == {"net/~/a": {"w": 1}, "net/~/b": {"w": 3}}
+    with pytest.raises(ValueError, match="'a' is a leaf, and 'a/b' runs through it"):
+        merge({"a": 1}, {"a": {"b": 2}})
+    with pytest.raises(ValueError, match="'a' is a leaf, and 'a/b' runs through it"):
+        merge({"a": {"b": 2}}, {"a": 1})
+    with pytest.raises(
+        ValueError, match=r"different shapes cannot be merged: a: \(2,\) and \(3,\)"
+    ):
+        merge({"a": np.zeros(2)}, {"a": np.zeros(3)})
+
+
 def test_shapes_without_arrays_are_leaves():
     leaf = jax.ShapeDtypeStruct((3, 4), "float32")
     assert flatten({"fc": {"kernel": leaf}}) == {"fc/kernel": leaf}
@@ -72,16 +145,18 @@ def test_shapes_without_arrays_are_leaves():
 @pytest.mark.parametrize(
     ("tree", "error", "text"),
     [
-        ([1, 2], TypeError, "nested dict is needed, not list"),
-        ({"a": {1: 0}}, TypeError, "key 1 in 'a' is no string"),
-        ({"a": [np.zeros(2)]}, TypeError, "'a' holds a list"),
-        ({"a": {"b/c": 0}}, ValueError, "key 'b/c' in 'a' is empty or holds a '/'"),
+        (3, TypeError, "a tree of leaves, such as a nested dict, is needed, got one int"),
+        ({"a": {2.5: 0}}, TypeError, "key 2.5 in 'a' must be a string or an int"),
+        ({"a": {True: 0}}, TypeError, "key True in 'a' must be a string or an int"),
+        ({"a": {"": 0}}, ValueError, "key '' in 'a' is empty"),
         ({"": 0}, ValueError, "key '' is empty"),
-        ({0: 1, "a": {None: 2}}, TypeError, "key 0 is no string, key None in 'a' is no string"),
+        ({0.5: 1, "a": {None: 2}}, TypeError, "key 0.5 must be .*, key None in 'a' must be"),
+        ({"a/b": 0, "a": {"b": 1}}, ValueError, "['a/b'] and ['a']['b'] have the path 'a/b'"),
+        ({"a": {1: 0, "1": 1}}, ValueError, "['a'][1] and ['a']['1'] have the path 'a/1'"),
     ],
 )
 def test_trees_without_clear_paths_are_refused(tree, error, text):
-    with pytest.raises(error, match=text.replace("[", r"\[")):
+    with pytest.raises(error, match=text.replace("[", r"\[").replace("]", r"\]")):
         flatten(tree)
     with pytest.raises(error):
         map_with_path(lambda path, leaf: leaf, tree)
@@ -171,8 +246,8 @@ def test_a_plain_path_is_a_glob_for_itself_alone(path):
 @pytest.mark.parametrize(
     ("name", "candidates", "expected"),
     [
-        ("layr2", SEGMENT_ORDER, "layer2"),
-        ("HEAD", SEGMENT_ORDER, "head"),
+        ("layr2", RESNET.segments, "layer2"),
+        ("HEAD", RESNET.segments, "head"),
         ("fc", ["conv1/kernel", "fc/kernel"], "fc/kernel"),
         ("conv9/kernel", ["layer1/0/conv1/kernel", "fc/bias"], "layer1/0/conv1/kernel"),
         ("layer5/0/bn1/scale", ["layer4/0/bn1/scale", "layer4/0/bn1/bias"], "layer4/0/bn1/scale"),
@@ -185,43 +260,15 @@ def test_nearest_name_comes_first(name, candidates, expected):
 
 
 def test_nothing_alike_suggests_nothing():
-    assert nearest("xyz", SEGMENT_ORDER) == []
-    assert suggest("xyz", SEGMENT_ORDER) == ""
+    assert nearest("xyz", RESNET.segments) == []
+    assert suggest("xyz", RESNET.segments) == ""
 
 
 def test_suggestions_are_at_most_n():
-    assert nearest("layer", SEGMENT_ORDER, n=2) == ["layer1", "layer2"]
+    assert nearest("layer", RESNET.segments, n=2) == ["layer1", "layer2"]
     assert suggest("layer", ["layer1", "layer2"]) == "; did you mean 'layer1' or 'layer2'?"
 
 
 def test_listing_counts_what_it_leaves_out():
     assert listing(map(str, range(10)), most=3) == "0, 1, 2 and 7 more"
     assert listing([]) == ""
-
-
-@pytest.mark.parametrize(
-    ("path", "segment"),
-    [
-        ("conv1/kernel", "stem"),
-        ("bn1/mean", "stem"),
-        ("layer1/0/conv1/kernel", "layer1"),
-        ("layer4/2/downsample/1/scale", "layer4"),
-        ("fc/bias", "head"),
-        ("adapter/kernel", "adapter"),
-    ],
-)
-def test_segment_of_torchvision_names(path, segment):
-    assert segment_of(path) == segment
-
-
-@pytest.mark.parametrize(
-    "path", ["overhead/kernel", "layer0/x", "layer/x", "layer1x/y", "decoder/fc"]
-)
-def test_foreign_paths_have_no_segment(path):
-    with pytest.raises(ValueError, match="belongs to no segment"):
-        segment_of(path)
-
-
-def test_segments_come_in_the_order_of_the_network():
-    paths = ["fc/bias", "layer10/0/a", "layer2/0/a", "adapter/kernel", "bn1/scale", "layer2/1/b"]
-    assert segments(paths) == ["adapter", "stem", "layer2", "layer10", "head"]

@@ -38,7 +38,8 @@ def head_of(variables):
     ],
 )
 def test_the_report_covers_every_leaf_once(checkpoint, head, classes, listed):
-    model, variables, report = transfer(checkpoint, classes=classes, head=head)
+    network = transfer(checkpoint, classes=classes, head=head)
+    model, variables, report = network.model, network.variables, network.report
     leaves = flatten(variables)
     assert model.config == dataclasses.replace(checkpoint.config, classes=classes)
     assert sorted(report.kept + report.adapted + report.new) == sorted(leaves)
@@ -51,14 +52,16 @@ def test_the_report_covers_every_leaf_once(checkpoint, head, classes, listed):
 
 @pytest.mark.parametrize("head", ["new", "keep", "resize"])
 def test_the_backbone_is_the_checkpoint_s_bit_for_bit(checkpoint, head):
-    _, variables, report = transfer(checkpoint, classes=5, head=head)
+    network = transfer(checkpoint, classes=5, head=head)
+    variables, report = network.variables, network.report
     before, after = flatten(checkpoint.variables), flatten(variables)
     assert all(np.array_equal(before[path], after[path]) for path in report.kept)
     assert len(report.kept) >= len(after) - 2
 
 
 def test_the_variables_are_the_model_s_in_float32(checkpoint):
-    model, variables, _ = transfer(checkpoint, classes=2)
+    network = transfer(checkpoint, classes=2)
+    model, variables = network.model, network.variables
     expected = flatten(model.abstract())
     leaves = flatten(variables)
     assert {p: leaf.shape for p, leaf in leaves.items()} == {
@@ -70,7 +73,8 @@ def test_the_variables_are_the_model_s_in_float32(checkpoint):
 
 def test_keep_gives_the_logits_of_the_checkpoint(checkpoint):
     peer = np.load(GOLDEN / "logits.npz")
-    model, variables, _ = transfer(checkpoint, classes=5, head="keep")
+    network = transfer(checkpoint, classes=5, head="keep")
+    model, variables = network.model, network.variables
     logits, _ = model.apply(variables, peer["images"])
     assert np.abs(logits - peer["logits"]).max() <= 5e-6 * np.abs(peer["logits"]).max()
 
@@ -78,7 +82,8 @@ def test_keep_gives_the_logits_of_the_checkpoint(checkpoint):
 @pytest.mark.parametrize("classes", [2, 8])
 def test_resize_gives_the_same_logits_for_the_classes_that_stay(checkpoint, classes):
     peer = np.load(GOLDEN / "logits.npz")
-    model, variables, _ = transfer(checkpoint, classes=classes, head="resize")
+    network = transfer(checkpoint, classes=classes, head="resize")
+    model, variables = network.model, network.variables
     logits, _ = model.apply(variables, peer["images"])
     both = min(classes, 5)
     np.testing.assert_allclose(logits[:, :both], peer["logits"][:, :both], atol=5e-6)
@@ -86,7 +91,8 @@ def test_resize_gives_the_same_logits_for_the_classes_that_stay(checkpoint, clas
 
 
 def test_a_new_head_is_zero_unless_asked(checkpoint):
-    _, variables, _ = transfer(checkpoint, classes=4)
+    network = transfer(checkpoint, classes=4)
+    variables = network.variables
     assert not head_of(variables)["kernel"].any()
     assert not head_of(variables)["bias"].any()
 
@@ -94,7 +100,9 @@ def test_a_new_head_is_zero_unless_asked(checkpoint):
 def test_a_random_head_is_reproducible_and_bounded(checkpoint):
     kernels = [
         np.asarray(
-            head_of(transfer(checkpoint, classes=400, seed=seed, zero_head=False)[1])["kernel"]
+            head_of(transfer(checkpoint, classes=400, seed=seed, zero_head=False).variables)[
+                "kernel"
+            ]
         )
         for seed in (0, 0, 1)
     ]
@@ -108,22 +116,26 @@ def test_a_random_head_is_reproducible_and_bounded(checkpoint):
 
 def test_the_dtype_is_that_of_the_computation_alone(checkpoint):
     images = np.load(GOLDEN / "logits.npz")["images"]
-    model, variables, _ = transfer(checkpoint, classes=5, head="keep", dtype=jnp.bfloat16)
+    network = transfer(checkpoint, classes=5, head="keep", dtype=jnp.bfloat16)
+    model, variables = network.model, network.variables
     assert {leaf.dtype for leaf in flatten(variables).values()} == {np.dtype("float32")}
-    full, full_variables, _ = transfer(checkpoint, classes=5, head="keep")
+    network = transfer(checkpoint, classes=5, head="keep")
+    full, full_variables = network.model, network.variables
     difference = model.apply(variables, images)[0] - full.apply(full_variables, images)[0]
     assert 0 < np.abs(difference).max() < 0.1
 
 
 def test_the_checkpoint_is_not_shared_with_the_variables(checkpoint):
-    _, variables, _ = transfer(checkpoint, classes=5, head="keep")
+    network = transfer(checkpoint, classes=5, head="keep")
+    variables = network.variables
     before = np.asarray(variables["params"]["bn1"]["scale"]).copy()
     checkpoint.variables["params"]["bn1"]["scale"][:] = 99
     np.testing.assert_array_equal(variables["params"]["bn1"]["scale"], before)
 
 
 def test_the_report_as_text(checkpoint):
-    _, _, report = transfer(checkpoint, classes=3, head="resize")
+    network = transfer(checkpoint, classes=3, head="resize")
+    report = network.report
     lines = str(report).splitlines()
     assert lines[0].endswith("5 -> 3 classes")
     assert [line.split()[:2] for line in lines[1:]] == [

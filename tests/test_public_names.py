@@ -1,6 +1,7 @@
 """Public names: each room lists its own once, and each can be used."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,15 @@ def test_no_name_of_a_room_is_hidden_by_a_file_of_it(room):
         "adapters",
         "nnx",
     }
+
+
+def test_the_recipes_have_one_list():
+    assert sorted(ft.recipes.RECIPE_NAMES) == sorted(ft.recipes.RECIPES)
+
+
+def test_every_top_level_name_is_used_in_the_readme_or_an_experiment():
+    root = Path(__file__).parents[1]
+    text = (root / "README.md").read_text()
+    text += "".join(path.read_text() for path in (root / "experiments").rglob("*.py"))
+    words = set(re.findall(r"\w+", text))
+    assert [name for name in ft.__all__ if name not in words] == []

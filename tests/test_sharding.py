@@ -72,17 +72,17 @@ def test_axes_are_auto_and_named():
 
 def test_a_mesh_of_nothing_or_of_one_device_twice_is_refused():
     for devices in ([], [jax.devices()[0]] * 2):
-        with pytest.raises(ValueError, match="at least one device, and each only once"):
+        with pytest.raises(ValueError, match="devices must be at least one, each only once"):
             make_mesh(devices)
 
 
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
-        ({}, "their shapes are {}"),
+        ({}, "got shapes {}"),
         ({"x": np.ones((4, 2)), "y": np.ones(3)}, r"'x': \(4, 2\), 'y': \(3,\)"),
         ({"x": np.ones(4), "n": 3}, r"'n': \(\)"),
-        ({"x": np.ones((0, 2))}, "a batch of 0 examples .* is 1"),
+        ({"x": np.ones((0, 2))}, "must be a multiple of the 1 devices, got 0; the nearest is 1"),
     ],
 )
 def test_a_batch_without_one_first_axis_is_refused(batch, said):
@@ -204,7 +204,7 @@ def test_eight_devices_compute_what_one_computes():
     assert len(keys.devices()) == 8
 
     said = refused(place_batch, {"image": np.ones((20, 2))}, mesh)
-    assert "20 examples cannot be cut evenly over 8 devices" in said, said
+    assert "must be a multiple of the 8 devices, got 20" in said, said
     assert said.endswith("is 16 or 24"), said
     assert refused(place_batch, np.ones(5), mesh).endswith("is 8")
     assert refused(place_batch, np.ones(7), make_mesh(jax.devices()[2:5])).endswith("is 6 or 9")

@@ -27,12 +27,19 @@ from rich.console import Console
 from rich.table import Table
 
 import flaxtransfer as ft
-from flaxtransfer.data.transforms import evaluation_transform
-from flaxtransfer.recipes.catalog import adamw
-from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.training.cached_loader import cached_feed
-from flaxtransfer.training.prefix_cache import choose, split_phase, split_state
-from flaxtransfer.training.step import start, train_step
+from flaxtransfer.data import evaluation_transform
+from flaxtransfer.recipes import adamw
+from flaxtransfer.training import (
+    cached_feed,
+    choose,
+    make_mesh,
+    place_batch,
+    place_replicated,
+    split_phase,
+    split_state,
+    start,
+    train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,7 @@ def compare(options: CachedPrefix, name: str, size: int, part: str) -> dict[str,
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, size, size)
     feed = ft.loaders(
         source,
-        np.arange(options.images),
-        np.arange(0),
+        ft.data.Splits.of(np.arange(options.images), np.arange(0)),
         preprocessing,
         batch_size=options.batch_size,
         transform=evaluation_transform(preprocessing),

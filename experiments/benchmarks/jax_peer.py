@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from turns import Facts, serve
 
-from flaxtransfer.models import conv, lax_conv, resnet
+from flaxtransfer import resnet
+from flaxtransfer.models import conv, lax_conv
 
 
 def prepare(job: Facts) -> tuple[Facts, Any]:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tyro
 
-from flaxtransfer.shift.two_sample import mmd_test
+from flaxtransfer.shift import mmd_test
 
 
 @dataclass(frozen=True)

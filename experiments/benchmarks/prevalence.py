@@ -143,8 +143,7 @@ def peak() -> float:
 
 def weigh(options: Prevalence) -> dict[str, Any]:
     """Memory and seconds of one estimate through the door, on a large target."""
-    from flaxtransfer.shift.calibration import Calibration
-    from flaxtransfer.shift.prevalence import estimate_prevalence
+    from flaxtransfer.shift import Calibration, estimate_prevalence
 
     classes = options.large_classes
     found, prior = posteriors(options.large_examples, classes, 1.0, options.seed, np.float32)

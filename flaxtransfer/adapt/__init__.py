@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flaxtransfer.adapt.entropy import tent as tent
     from flaxtransfer.adapt.scores import ModelOutputs as ModelOutputs
     from flaxtransfer.adapt.scores import model_outputs as model_outputs
-    from flaxtransfer.adapt.statistics import reader as reader
-    from flaxtransfer.adapt.statistics import target_logits as target_logits
+    from flaxtransfer.adapt.statistics import image_reader as image_reader
+    from flaxtransfer.adapt.statistics import predict_logits as predict_logits
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,4 +1,8 @@
-"""Entropy minimization at test time: BatchNorm scales and biases that make predictions sharper."""
+"""Test-time adaptation by entropy minimization (Tent).
+
+``tent`` trains the scales and biases of BatchNorm on unlabeled target images, so that predictions
+become more confident. Use it after ``adapt_batch_norm``, where statistics alone are not enough.
+"""
 
 from __future__ import annotations
 
@@ -14,43 +18,50 @@ import optax
 from jax.sharding import Mesh
 from scipy.special import entr, softmax
 
-from flaxtransfer.adapt.batch_norm import Guard, batch_norms, check_guard, judged
+from flaxtransfer.adapt.batch_norm import (
+    Guard,
+    check_guard_option,
+    check_guards,
+    select_batch_norms,
+)
 from flaxtransfer.adapt.scores import Estimate, exceeds_shift, unlabeled_scores
-from flaxtransfer.adapt.statistics import Images, Reader, reader, reestimate, target_logits
+from flaxtransfer.adapt.statistics import Images, Reader, image_reader, predict_logits, reestimate
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import batch_norm
 from flaxtransfer.models.model import Model
-from flaxtransfer.optimizers import frozen, merge, partition, trainable
+from flaxtransfer.param_groups import ParamGroups
+from flaxtransfer.paths import merge
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.training.recalibration import without_padding
+from flaxtransfer.training.evaluation import without_padding
 from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
-__all__ = ["LEAST_BATCH", "EntropyReport", "tent"]
+__all__ = ["MIN_BATCH", "EntropyReport", "tent"]
 
 
-LEAST_BATCH = 32
-"""Images in a batch, at least: with fewer, its statistics are noise, and their gradients too."""
+MIN_BATCH = 32
+"""Images per batch; with fewer, the statistics and their gradients are noise."""
 
 _COLLAPSE = 0.5
-"""Share of its effective classes that the mean prediction of a batch may not fall below."""
+"""Fraction of its effective classes below which the mean prediction of a batch has collapsed."""
 
 
 @dataclass(frozen=True, eq=False)
 class EntropyReport:
-    """What entropy minimization did.
+    """Report of an entropy minimization.
 
     Args:
-      adapted: whether the variables that came back have moved.
-      refusals: why not; with ``guard="warn"``, what would have been a reason.
-      notes: what a person should know, collapses among it.
-      logits: float32 [images, classes], of each image after the steps on its batch, normalized by
-        the statistics of that batch; in the images' order.
-      entropies: mean entropy of the predictions of each batch before its steps, in nats.
-      effective_classes: exp(entropy) of the mean prediction of each batch after its steps.
-      collapses: batches after which everything was set back to the source's.
+        adapted: whether the returned variables have changed.
+        refusals: reasons against the adaptation; with ``guard="warn"`` they are only reported.
+        notes: remarks, in sentences, collapses included.
+        logits: float32 ``[images, classes]``, of each image after the steps on its batch,
+            normalized by the statistics of that batch; in the order of the images.
+        entropies: mean entropy of the predictions per batch, before its steps, in nats.
+        effective_classes: exp(entropy) of the mean prediction per batch, after its steps.
+        collapses: number of batches after which everything was reset to the source.
     """
 
     adapted: bool
@@ -66,9 +77,9 @@ class EntropyReport:
         if self.entropies:
             lines.append(
                 f"entropy minimized on {len(self.logits)} target images in {len(self.entropies)} "
-                f"batches: {np.mean(self.entropies):.3f} nats a prediction before, "
+                f"batches: {np.mean(self.entropies):.3f} nats per prediction before, "
                 f"{np.mean(self.effective_classes):.1f} effective classes after; "
-                f"set back after {self.collapses} batches"
+                f"reset after {self.collapses} batches"
             )
         word = "reason against it" if self.entropies else "not adapted"
         lines += [f"{word}: {reason}" for reason in self.refusals]
@@ -76,10 +87,8 @@ class EntropyReport:
 
 
 def tent(
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     images: Images,
-    preprocessing: Preprocessing,
     *,
     source: Calibration | None = None,
     episodic: bool = False,
@@ -91,114 +100,114 @@ def tent(
     estimate: Estimate | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Variables, EntropyReport]:
-    """Moves BatchNorm scales and biases so that predictions on the target become surer.
+    """Tent: test-time adaptation by entropy minimization.
 
-    It comes after ``adapt_batch_norm``, for what statistics alone do not mend; every batch is
-    normalized by its own statistics, and all other parameters are frozen. It believes the
-    predictions, right or wrong, and ends in one class where the batches have one: it is refused
-    under label shift, and set back where the mean prediction collapses. Afterwards confidence says
-    nothing about accuracy any more, for confidence is what was maximized.
+    It trains the scales and biases of BatchNorm on unlabeled images; all other parameters are
+    frozen, and every batch is normalized by its own statistics. Use it where ``adapt_batch_norm``
+    is not enough. It trusts the predictions, right or wrong, and collapses to one class if the
+    batches have one: it is refused under label shift, and reset if the mean prediction collapses.
+    Afterwards confidence does not estimate accuracy, because it was maximized.
 
     Args:
-      model: the network.
-      variables: the source's; not changed.
-      images: unlabeled, of the target. Arrays are shuffled, feeds are taken in their order.
-      preprocessing: that belongs to the weights.
-      source: calibration of this network on held-out examples of the source; without it label
-        shift is not looked for.
-      episodic: whether every batch starts at the source's parameters and a fresh optimizer;
-        otherwise what one batch taught stays for the next.
-      learning_rate: of Adam.
-      steps: on each batch.
-      batch_size: of arrays, 32 or more.
-      seed: of the shuffle.
-      guard: "refuse" or "warn", as in ``adapt_batch_norm``.
-      estimate: of the target's prevalence; by default maximum likelihood.
-      mesh: devices; by default all of them.
+        network: of the source; not changed.
+        images: unlabeled, of the target. Arrays are shuffled; batches of a function keep their
+            order.
+        source: calibration of this network on held-out examples of the source; without it label
+            shift is not checked.
+        episodic: whether every batch starts with the parameters of the source and a new optimizer
+            state; otherwise each batch continues from the previous one.
+        learning_rate: of Adam.
+        steps: per batch.
+        batch_size: of arrays, 32 or more.
+        seed: of the shuffle.
+        guard: "refuse" or "warn", as in ``adapt_batch_norm``.
+        estimate: estimator of the prevalence of the target; default: maximum likelihood.
+        mesh: devices; default: all.
 
     Returns:
-      Variables with the parameters after the last batch and statistics of all images under them;
-      the source's where it was refused, and with ``episodic``, for then each batch has its own
-      parameters and only the logits remain. And the report.
+        Variables with the parameters after the last batch and the statistics of all images, and the
+        report. If it was refused, and with ``episodic`` (where each batch has its own parameters
+        and only the logits remain), the variables of the source.
 
     Raises:
-      ValueError: batches of fewer than 32 images; no BatchNorm; no image; options out of range.
-      TypeError: images that are not uint8.
+        ValueError: batches of fewer than 32 images; no BatchNorm; no images; options out of range.
+        TypeError: images that are not uint8.
 
     References:
-      D. Wang, E. Shelhamer, S. Liu, B. Olshausen, T. Darrell, "Tent: Fully Test-Time Adaptation by
-      Entropy Minimization", 2021.
+        D. Wang, E. Shelhamer, S. Liu, B. Olshausen, T. Darrell, "Tent: Fully Test-Time Adaptation
+        by Entropy Minimization", 2021.
 
     >>> import jax, numpy as np, flaxtransfer as ft
     >>> model = ft.Model(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=2))
-    >>> variables = model.init(jax.random.key(0))
     >>> images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 16, 16)
-    >>> adapted, report = tent(model, variables, images, preprocessing)
+    >>> network = ft.Classifier(model, model.init(jax.random.key(0)), preprocessing)
+    >>> adapted, report = tent(network, images)
     >>> report.adapted, report.logits.shape, len(report.entropies)
     (True, (64, 2), 1)
     """
-    check_guard(guard)
+    check_guard_option(guard)
+    variables = network.variables
     if steps < 1 or not learning_rate > 0:
         raise ValueError(
-            f"steps is 1 or more and learning_rate positive, not {steps} and {learning_rate}"
+            f"steps must be >= 1 and learning_rate > 0, got {steps} and {learning_rate}"
         )
-    chosen, mesh = batch_norms(model, variables, None), mesh or make_mesh()
+    chosen, mesh = select_batch_norms(network, None), mesh or make_mesh()
     read, order = _shuffled(images, batch_size, seed)
-    parts = [part for part, _ in without_padding(read())]
-    if few := [len(part) for part in parts if len(part) < LEAST_BATCH] or not parts:
+    parts = [np.asarray(batch["image"]) for batch in without_padding(read())]
+    if small := [len(part) for part in parts if len(part) < MIN_BATCH] or not parts:
         raise ValueError(
-            f"entropy is minimized on batches of {LEAST_BATCH} images or more, not of "
-            f"{few if parts else 0}; adapt_batch_norm with a source_weight takes fewer"
+            f"batches must have at least {MIN_BATCH} images, got {small if parts else 0}; "
+            "adapt_batch_norm with a source_weight takes fewer"
         )
 
     def with_statistics(of: Variables) -> Variables:
-        found = reestimate(model, of, read, preprocessing, chosen, mesh=mesh)
+        found = reestimate(network.with_variables(of), read, chosen, mesh=mesh)
         return {**of, "batch_stats": found.batch_stats}
 
     def logits_of(of: Variables) -> np.ndarray:
-        return target_logits(model, of, read, preprocessing, mesh)
+        return predict_logits(network.with_variables(of), read, mesh)
 
-    # What the mean prediction may not fall from: target statistics, and nothing learned yet.
+    # Reference for a collapse of the mean prediction: target statistics, before any training.
     reference = logits_of(with_statistics(variables))
     refusals: list[str] = []
     notes: list[str] = []
     if source is None:
-        notes.append("no calibration was given: label shift was not looked for")
+        notes.append("without a calibration, label shift is not checked")
     else:
         before, after = (
             unlabeled_scores(z, source, estimate) for z in (logits_of(variables), reference)
         )
-        refusals, _ = judged(before, after, source)
-        # Gradients follow the classes that there are; no gain makes up for that.
+        refusals, _ = check_guards(before, after, source)
+        # Gradients follow the classes that are present, whatever the gain in accuracy.
         distant = exceeds_shift(max((before, after), key=lambda one: one.accuracy).prevalence)
         refusals = refusals or [distant] * bool(distant)
     if refusals and guard == "refuse":
         logits = logits_of(variables)[np.argsort(order)]
         return variables, EntropyReport(False, tuple(refusals), tuple(notes), logits, (), (), 0)
 
-    tent = _tent(model, preprocessing, learning_rate)
-    course = _course(tent, variables, parts, reference, steps, episodic, mesh)
+    functions = _tent_functions(network.model, network.preprocessing, learning_rate)
+    run = _adapt_batches(functions, variables, parts, reference, steps, episodic, mesh)
     report = EntropyReport(
         adapted=not episodic,
         refusals=tuple(refusals),
-        notes=(*notes, *course.notes),
-        logits=np.concatenate(course.logits)[np.argsort(order)],
-        entropies=tuple(course.entropies),
-        effective_classes=tuple(course.classes),
-        collapses=len(course.notes),
+        notes=(*notes, *run.notes),
+        logits=np.concatenate(run.logits)[np.argsort(order)],
+        entropies=tuple(run.entropies),
+        effective_classes=tuple(run.classes),
+        collapses=len(run.notes),
     )
     if episodic:
         return variables, report
-    moved = merge(variables["params"], jax.device_get(course.moving))
-    return with_statistics({**variables, "params": moved}), report
+    adapted = merge(variables["params"], jax.device_get(run.trainables))
+    return with_statistics({**variables, "params": adapted}), report
 
 
 @dataclass
-class _Course:
-    """What happened batch by batch."""
+class _Run:
+    """State and results, batch by batch."""
 
-    moving: Any
+    trainables: Any
     state: Any
     logits: list[np.ndarray] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
@@ -206,45 +215,47 @@ class _Course:
     notes: list[str] = field(default_factory=list)
 
 
-class _Tent(NamedTuple):
-    """The compiled functions of one network."""
+class _TentFunctions(NamedTuple):
+    """Compiled functions for one network."""
 
     begin: Callable[[Params], tuple[Any, Any]]
     step: Callable[[Any, Any, Variables, Any], tuple[Any, Any, jax.Array]]
     predict: Callable[[Any, Variables, Any], jax.Array]
 
 
-def _course(
-    tent: _Tent,
+def _adapt_batches(
+    functions: _TentFunctions,
     variables: Variables,
     parts: list[np.ndarray],
     reference: np.ndarray,
     steps: int,
     episodic: bool,
     mesh: Mesh,
-) -> _Course:
-    fresh = tent.begin(variables["params"])
-    run = _Course(*fresh)
+) -> _Run:
+    fresh = functions.begin(variables["params"])
+    run = _Run(*fresh)
     placed = place_replicated(variables, mesh)
     first = 0
     for number, part in enumerate(parts):
-        whole = len(part) % len(mesh.local_devices) == 0
-        pixels = place_batch(part, mesh) if whole else place_replicated(part, mesh)
+        divides = len(part) % len(mesh.local_devices) == 0
+        pixels = place_batch(part, mesh) if divides else place_replicated(part, mesh)
         if episodic:
-            run.moving, run.state = fresh
+            run.trainables, run.state = fresh
         entropies = []
         for _ in range(steps):
-            run.moving, run.state, entropy = tent.step(run.moving, run.state, placed, pixels)
+            run.trainables, run.state, entropy = functions.step(
+                run.trainables, run.state, placed, pixels
+            )
             entropies.append(float(entropy))
-        logits = np.asarray(tent.predict(run.moving, placed, pixels))
-        usual = _effective_classes(reference[first : first + len(part)])
+        logits = np.asarray(functions.predict(run.trainables, placed, pixels))
+        expected = _effective_classes(reference[first : first + len(part)])
         effective = _effective_classes(logits)
-        if not effective >= _COLLAPSE * usual:
-            run.moving, run.state = fresh
-            logits = np.asarray(tent.predict(run.moving, placed, pixels))
+        if not effective >= _COLLAPSE * expected:
+            run.trainables, run.state = fresh
+            logits = np.asarray(functions.predict(run.trainables, placed, pixels))
             run.notes.append(
-                f"the mean prediction of batch {number} collapsed from {usual:.1f} to "
-                f"{effective:.1f} effective classes: everything was set back to the source's"
+                f"the mean prediction of batch {number} collapsed from {expected:.1f} to "
+                f"{effective:.1f} effective classes: everything was reset to the source"
             )
         run.logits.append(logits)
         run.entropies.append(entropies[0])
@@ -254,42 +265,45 @@ def _course(
 
 
 @lru_cache(maxsize=8)
-def _tent(model: Model, preprocessing: Preprocessing, learning_rate: float) -> _Tent:
+def _tent_functions(
+    model: Model, preprocessing: Preprocessing, learning_rate: float
+) -> _TentFunctions:
     labels = label(model.abstract()["params"], {"affine": batch_norm(), "frozen": rest()})
     groups = {"affine": Group(optax.adam, learning_rate), "frozen": FROZEN}
-    transformation = partition(groups, trainable(labels, labels, groups))
+    bound = ParamGroups(labels, groups)
+    transformation = bound.optimizer()
 
-    def by_batch(moving: Any, variables: Variables, images: jax.Array) -> jax.Array:
-        params = merge(frozen(variables["params"], labels, groups), moving)
+    def by_batch(trainables: Any, variables: Variables, images: jax.Array) -> jax.Array:
+        params = bound.merge(bound.frozen(variables["params"]), trainables)
         normal = normalize(images, preprocessing.mean, preprocessing.std)
         return model.apply({**variables, "params": params}, normal, norm="batch")[0]
 
-    def entropy(moving: Any, variables: Variables, images: jax.Array) -> jax.Array:
-        logs = jax.nn.log_softmax(by_batch(moving, variables, images))
+    def entropy(trainables: Any, variables: Variables, images: jax.Array) -> jax.Array:
+        logs = jax.nn.log_softmax(by_batch(trainables, variables, images))
         return -(jnp.exp(logs) * logs).sum(-1).mean()
 
     def begin(params: Params) -> tuple[Any, Any]:
-        moving = trainable(params, labels, groups)
-        return moving, transformation.init(moving)
+        trainables = bound.trainable(params)
+        return trainables, transformation.init(trainables)
 
     def step(
-        moving: Any, state: Any, variables: Variables, images: jax.Array
+        trainables: Any, state: Any, variables: Variables, images: jax.Array
     ) -> tuple[Any, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(entropy)(moving, variables, images)
-        updates, state = transformation.update(gradient, state, moving)
-        return optax.apply_updates(moving, updates), state, value
+        value, gradient = jax.value_and_grad(entropy)(trainables, variables, images)
+        updates, state = transformation.update(gradient, state, trainables)
+        return optax.apply_updates(trainables, updates), state, value
 
-    return _Tent(begin, jax.jit(step), jax.jit(by_batch))
+    return _TentFunctions(begin, jax.jit(step), jax.jit(by_batch))
 
 
 def _shuffled(images: Images, batch_size: int, seed: int) -> tuple[Reader, np.ndarray]:
-    """Batches, and which image each row is: files come sorted by class, and batches must not."""
+    """Shuffled batches, because files come sorted by class, and the image of each row."""
     if callable(images):
-        read = reader(images, batch_size)
+        read = image_reader(images, batch_size)
         return read, np.arange(sum(int((batch["weight"] > 0).sum()) for batch in read()))
-    reader(images, batch_size)  # for its checks
+    image_reader(images, batch_size)  # for its checks
     order = np.random.default_rng(seed).permutation(len(images))
-    return reader(images[order], batch_size), order
+    return image_reader(images[order], batch_size), order
 
 
 def _effective_classes(logits: np.ndarray) -> float:

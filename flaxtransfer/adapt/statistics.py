@@ -1,8 +1,8 @@
-"""BatchNorm statistics of target images, re-estimated through the whole network.
+"""Re-estimation of BatchNorm statistics on target images.
 
-Unlabeled target images, as an array or as a feed, read any number of times.
-
-BatchNorm statistics of target images, through the whole network: the pass, without guards.
+``reestimate`` measures the statistics through the whole network, without guards; the public
+functions are in ``adapt.batch_norm``. ``image_reader`` gives batches of unlabeled images, from an
+array or a function.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
-from flaxtransfer.models.model import Model
 from flaxtransfer.models.moments import (
     Mixture,
     Moments,
@@ -26,46 +26,44 @@ from flaxtransfer.models.moments import (
     source_share,
 )
 from flaxtransfer.paths import flatten
-from flaxtransfer.training.evaluation import predict
-from flaxtransfer.training.recalibration import measure_moments, with_statistics
+from flaxtransfer.training.evaluation import measure_moments, predict, with_statistics
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
-    "LEAST_VALUES",
+    "MIN_VALUES",
     "Images",
     "LayerStatistics",
     "Reader",
-    "Reestimated",
+    "ReestimatedStatistics",
     "TooFewValues",
+    "image_reader",
     "interleave",
-    "reader",
+    "predict_logits",
     "reestimate",
-    "target_logits",
-    "weighted",
+    "weighted_reader",
 ]
 
 
 Images = np.ndarray | Callable[[], Iterable[Batch]]
-"""uint8 ``[images, height, width, bands]`` as the network takes them, or a function that yields
-batches of them from the first one on, such as ``feed.validation``; labels are not looked at."""
+"""uint8 ``[images, height, width, bands]`` of the size of the network's input, or a function that
+returns an iterable of batches of them, such as ``loaders.validation``; labels are ignored."""
 
 Reader = Callable[[], Iterator[Batch]]
-"""Yields ``image``, ``label`` of zeros and ``weight``, 0 for padding, from the first batch on."""
+"""Iterates over batches of ``image``, ``label`` (zeros) and ``weight`` (0 for padding)."""
 
 
-def reader(images: Images, batch_size: int) -> Reader:
-    """Batches of the images, as often as they are wanted.
+def image_reader(images: Images, batch_size: int) -> Reader:
+    """Batches of unlabeled images, which can be read any number of times.
 
     Args:
-      images: see ``Images``.
-      batch_size: of an array's batches; those of a function are what they are.
+        images: see ``Images``.
+        batch_size: of the batches of an array; a function makes its own batches.
 
     Raises:
-      TypeError: neither an array of uint8 nor a function.
-      ValueError: an array of another rank or without images, a batch size below 1.
+        TypeError: neither an array of uint8 nor a function.
+        ValueError: an array of another rank or without images, or a batch size below 1.
 
-    >>> [len(batch["image"]) for batch in reader(np.zeros((5, 8, 8, 3), np.uint8), 4)()]
+    >>> [len(batch["image"]) for batch in image_reader(np.zeros((5, 8, 8, 3), np.uint8), 4)()]
     [4, 4]
     """
     if callable(images):
@@ -74,17 +72,18 @@ def reader(images: Images, batch_size: int) -> Reader:
     if not hasattr(images, "dtype") or images.dtype != np.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(
-            f"images are an array of uint8 or a function that yields batches, not {kind}"
+            f"images must be an array of uint8 or a function that returns batches, got {kind}"
         )
     if images.ndim != 4 or not len(images):
         raise ValueError(
-            f"images have shape {images.shape}, wanted [images, height, width, bands], one or more"
+            "images must have shape [images, height, width, bands], one or more, got "
+            f"{images.shape}"
         )
     if batch_size < 1:
-        raise ValueError(f"batch_size is 1 or more, not {batch_size}")
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     array = np.asarray(images)
     devices = jax.local_device_count()
-    # Not larger than need be, and whole on every device.
+    # As small as possible, and a multiple of the number of devices.
     size = min(batch_size, len(array))
     size = -(-size // devices) * devices
 
@@ -102,22 +101,24 @@ def reader(images: Images, batch_size: int) -> Reader:
 
 
 def interleave(images: Images, batch_size: int) -> Images:
-    """An array's images dealt out like cards, so that every batch has some from everywhere.
+    """Interleaves an array, so that every batch has images from all parts of it.
 
-    Files come sorted by class, and batches of one class have statistics of one class. What fits
-    into one batch, and a feed, stays as it is.
+    Files often come sorted by class, and batches of one class have statistics of one class. An
+    array that fits into one batch and a function are returned unchanged.
 
-    >>> dealt(np.arange(6), 3).tolist()
+    >>> interleave(np.arange(6), 3).tolist()
     [0, 2, 4, 1, 3, 5]
     """
     if callable(images) or not hasattr(images, "__len__") or len(images) <= batch_size:
         return images
-    hands = -(-len(images) // max(batch_size, 1))
-    return images[np.concatenate([np.arange(n, len(images), hands) for n in range(hands)])]
+    batches = -(-len(images) // max(batch_size, 1))
+    order = np.concatenate([np.arange(n, len(images), batches) for n in range(batches)])
+    interleaved: np.ndarray = images[order]
+    return interleaved
 
 
-def weighted(read: Reader, weights: np.ndarray) -> Reader:
-    """The same images, which count as much as these weights, in their order, say."""
+def weighted_reader(read: Reader, weights: np.ndarray) -> Reader:
+    """The same batches with a weight per image, ``[images]`` in reading order."""
 
     def batches() -> Iterator[Batch]:
         first = 0
@@ -131,47 +132,50 @@ def weighted(read: Reader, weights: np.ndarray) -> Reader:
     return batches
 
 
-def target_logits(
-    model: Model,
-    variables: Variables,
-    read: Reader,
-    preprocessing: Preprocessing,
-    mesh: Mesh | None = None,
-) -> np.ndarray:
-    """Float32 logits ``[images, classes]`` with running statistics, in the images' order.
-
-    Raises:
-      ValueError: no image.
-    """
-    return predict(model, variables, read(), preprocessing, mesh).logits
-
-
 def _unlabeled(batch: Batch) -> Batch:
     count = len(batch["image"])
     weight = np.asarray(batch.get("weight", np.ones(count, np.float32)))
     return {"image": batch["image"], "label": np.zeros(count, np.int32), "weight": weight}
 
 
-LEAST_VALUES = 32
-"""With fewer values in a channel, its variance alone is off by a quarter and more."""
+def predict_logits(
+    network: Classifier,
+    read: Reader,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """Logits with running statistics, float32 ``[images, classes]`` in the order of the images.
 
-_SETTLED = 1e-4
-"""Statistics that move by less, in standard deviations, move no prediction."""
+    Args:
+        network: with its weights and preprocessing.
+        read: the images, from ``image_reader``.
+        mesh: devices; default: all.
+
+    Raises:
+        ValueError: no images.
+    """
+    return predict(network, read(), mesh).logits
+
+
+MIN_VALUES = 32
+"""Values per channel; with fewer, the standard error of the variance is above a quarter."""
+
+_CONVERGED = 1e-4
+"""Change of the statistics, in standard deviations, below which predictions do not change."""
 
 
 class TooFewValues(ValueError):
-    """A BatchNorm whose channels have too few values for statistics."""
+    """A BatchNorm has too few values per channel for statistics."""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What the target's images are to one BatchNorm.
+    """Statistics of the target at one BatchNorm.
 
     Args:
-      path: "layer4/0/bn1".
-      values: effective number of values of each channel, images times positions.
-      distance: of the target's statistics from the source's, root mean square over the channels of
-        the Wasserstein distance between normals, in the source's standard deviations.
+        path: of the BatchNorm, as in the statistics.
+        values: effective number of values of each channel, images times positions.
+        distance: between the statistics of target and source: root mean square over the channels of
+            the Wasserstein distance between normals, in standard deviations of the source.
     """
 
     path: str
@@ -180,18 +184,18 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class Reestimated:
-    """New statistics, and where they come from.
+class ReestimatedStatistics:
+    """Re-estimated BatchNorm statistics.
 
     Args:
-      batch_stats: the whole tree.
-      layers: one for each chosen BatchNorm, from the input to the output.
-      images: how many there were.
-      effective_images: of them, by Kish's formula, where they were weighted.
-      share: of the source in the mixture.
-      passes: through the network.
-      exact: whether the result does not depend on how images were put into batches: there was one
-        batch, or passes went on until nothing moved.
+        batch_stats: the whole tree.
+        layers: one per chosen BatchNorm, from the input to the output.
+        images: number of images.
+        effective_images: effective sample size of the weighted images (Kish).
+        share: weight of the source in the mixture, 0 .. 1.
+        passes: number of passes through the network.
+        exact: whether the result is independent of the batches: there was one batch, or the passes
+            converged.
     """
 
     batch_stats: Params
@@ -204,10 +208,8 @@ class Reestimated:
 
 
 def reestimate(
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     read: Reader,
-    preprocessing: Preprocessing,
     chosen: frozenset[str],
     *,
     weights: np.ndarray | None = None,
@@ -215,67 +217,64 @@ def reestimate(
     mixture: Mixture = "moments",
     passes: int = 1,
     mesh: Mesh | None = None,
-) -> Reestimated:
-    """Statistics of the chosen BatchNorms on these images, mixed with those of the source.
+) -> ReestimatedStatistics:
+    """Re-estimates the statistics of the chosen BatchNorms, mixed with those of the source.
 
-    In the first pass every chosen BatchNorm normalizes by the batch at hand, mixed with the
-    source, so that deeper ones see what they will see; batches are merged as parts of one sample.
-    With one batch that is exact. With several, deeper layers saw each batch normalized by itself.
-    A further pass normalizes all images by what the pass before has found, which makes at least
-    one more layer exact, counted from the input; what comes after the exact ones may get worse
-    before it gets better. When nothing moves any more, the result depends neither on the batches
+    In the first pass every chosen BatchNorm normalizes by the current batch, mixed with the source,
+    so that deeper ones get the inputs that they will get later; batches are merged as parts of one
+    sample. With one batch that is exact. With several, deeper layers have seen each batch
+    normalized by itself. Each further pass normalizes all images by the statistics of the previous
+    pass, which makes at least one more layer exact, counted from the input; the layers after it may
+    get worse before they get better. After convergence the result depends neither on the batches
     nor on their order.
 
     Args:
-      model: the network.
-      variables: the source's.
-      read: target images.
-      preprocessing: that belongs to the weights.
-      chosen: paths of the BatchNorms.
-      weights: ``[images]``, how much each image counts.
-      source_weight: N of ``source_share``.
-      mixture: what a mixture is, see ``mix``.
-      passes: at most so many.
-      mesh: devices; by default all of them.
+        network: of the source; not changed.
+        read: target images, from ``image_reader``.
+        chosen: paths of the BatchNorms.
+        weights: ``[images]``, weight of each image.
+        source_weight: N of ``source_share``.
+        mixture: kind of mixture, see ``mix``.
+        passes: at most.
+        mesh: devices; default: all.
 
     Raises:
-      ValueError: no image; ``TooFewValues``: fewer than 32 values in a channel of one of the
-        BatchNorms.
+        ValueError: no images, or weights of another length.
+        TooFewValues: fewer than 32 values per channel at one of the BatchNorms.
     """
+    model, variables = network.model, network.variables
     counts = [(batch["image"].shape, int((batch["weight"] > 0).sum())) for batch in read()]
     counts = [(shape, real) for shape, real in counts if real]
     images = sum(real for _, real in counts)
     if not images:
         raise ValueError("there are no target images to adapt to")
     if weights is not None and len(weights) != images:
-        raise ValueError(f"{len(weights)} weights are given for {images} images")
+        raise ValueError(f"weights must be one per image ({images}), got {len(weights)}")
     effective = float(images) if weights is None else effective_count(weights)
     values = positions(model, counts[0][0][1:])
-    _enough({path: effective * values[path] for path in values if path in chosen}, effective)
+    _check_values({path: effective * values[path] for path in values if path in chosen}, effective)
     share = source_share(source_weight, effective)
-    feed = read if weights is None else weighted(read, weights)
+    batches = read if weights is None else weighted_reader(read, weights)
 
-    source = _held(variables, chosen)
-    current, target, done, settled = variables, source, 0, len(counts) == 1
-    while done < max(passes, 1) and not (done and settled):
+    source = _running_moments(variables, chosen)
+    current, target, done, exact = variables, source, 0, len(counts) == 1
+    while done < max(passes, 1) and not (done and exact):
         target = measure_moments(
-            model,
-            current,
-            feed(),
-            preprocessing,
+            network.with_variables(current),
+            batches(),
             chosen,
             by_batch=not done,
             share=share,
             kind=mixture,
             mesh=mesh,
         )
-        before = _held(current, chosen)
+        before = _running_moments(current, chosen)
         mixed = {path: mix(source[path], target[path], share, mixture) for path in target}
         stats = with_statistics(variables["batch_stats"], mixed if share else target)
         current = {**variables, "batch_stats": stats}
         done += 1
         moved = max(displacement(before[p], one, model.config.epsilon) for p, one in mixed.items())
-        settled = settled or (done > 1 and moved < _SETTLED)
+        exact = exact or (done > 1 and moved < _CONVERGED)
     layers = tuple(
         LayerStatistics(
             path,
@@ -285,20 +284,22 @@ def reestimate(
         for path in values
         if path in chosen
     )
-    return Reestimated(current["batch_stats"], layers, images, effective, share, done, settled)
+    return ReestimatedStatistics(
+        current["batch_stats"], layers, images, effective, share, done, exact
+    )
 
 
-def _held(variables: Variables, chosen: frozenset[str]) -> dict[str, Moments]:
+def _running_moments(variables: Variables, chosen: frozenset[str]) -> dict[str, Moments]:
     flat = {p: np.asarray(v, np.float64) for p, v in flatten(variables["batch_stats"]).items()}
     return {path: Moments(flat[f"{path}/mean"], flat[f"{path}/var"], 0) for path in chosen}
 
 
-def _enough(values: dict[str, float], images: float) -> None:
+def _check_values(values: dict[str, float], images: float) -> None:
     least = min(values, key=lambda path: values[path])
-    if values[least] < LEAST_VALUES:
+    if values[least] < MIN_VALUES:
         each = values[least] / images
         raise TooFewValues(
-            f"{images:.3g} target images give {values[least]:.3g} values to a channel of {least}; "
-            f"its statistics need {LEAST_VALUES}: adapt to {-(-LEAST_VALUES // each):.0f} images "
-            "or more, or leave this BatchNorm as it is"
+            f"statistics must have at least {MIN_VALUES} values per channel; {images:.3g} target "
+            f"images give {values[least]:.3g} at {least}: adapt to at least "
+            f"{-(-MIN_VALUES // each):.0f} images, or leave out this BatchNorm"
         )

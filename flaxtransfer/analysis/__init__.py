@@ -1,4 +1,4 @@
-"""What a pre-trained network is made of, and what of it another domain can use."""
+"""Analysis of pre-trained networks: stem, probes, curvature, distances, transferability."""
 
 from __future__ import annotations
 

@@ -1,20 +1,25 @@
-"""Distances between two samples of features: Frechet, sliced Wasserstein, class by class.
+"""Distances between two samples of features: Frechet, sliced Wasserstein, class-wise.
 
-The Frechet distance: how far two Gaussians lie apart that have the samples' moments.
-
-How far two labeled data sets lie apart: their classes, carried onto each other.
-
-The sliced Wasserstein distance: samples compared line by line, by their quantiles.
+Each is reported with its permutation null, because distances of finite samples are above 0 even
+for one distribution. Use them to see how far a target domain is from a source.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog
 
-from flaxtransfer.shift.checks import as_labels, duplicate_notes
-from flaxtransfer.shift.permutation import Distance, orders, stream, summary, two_samples
-from flaxtransfer.shift.two_sample import shrinkage as _shrinkage
+from flaxtransfer.shift.checks import as_labels, duplicate_row_notes
+from flaxtransfer.shift.statistics import (
+    Distance,
+    bit_generator,
+    check_two_samples,
+    null_summary,
+    random_permutations,
+)
+from flaxtransfer.shift.two_sample import ledoit_wolf as _ledoit_wolf
 
 __all__ = [
     "bures_wasserstein",
@@ -29,68 +34,32 @@ __all__ = [
 ]
 
 
-_SYMMETRIC = 1e-8
-
-
-def bures_wasserstein(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
-    """The Wasserstein-2 distance between two Gaussians, exactly; in units of the features.
-
-    Its square is the "Frechet distance" of two means and covariances. It is a function of moments
-    that are known: for moments of samples see `frechet_distance`.
-
-    Args:
-        mean_a: ``[D]``.
-        cov_a: ``[D, D]``, symmetric, no negative eigenvalues; need not have full rank.
-        mean_b: ``[D]``.
-        cov_b: ``[D, D]``.
-
-    Raises:
-        ValueError: other shapes; NaN; covariances that are none.
-
-    >>> round(bures_wasserstein([0, 0], [[1, 0], [0, 4]], [3, 0], [[1, 0], [0, 4]]), 9)
-    3.0
-
-    References:
-        D. C. Dowson, B. V. Landau, "The Frechet distance between multivariate normal
-        distributions", 1982.
-    """
-    first, second = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
-    if first.ndim != 1 or first.shape != second.shape:
-        raise ValueError(f"means have shapes {first.shape} and {second.shape}, wanted [D] twice")
-    root_a = _root(cov_a, "cov_a", len(first))
-    root_b = _root(cov_b, "cov_b", len(first))
-    if not np.isfinite(first - second).all():
-        raise ValueError("means hold NaN or infinite numbers")
-    return float(np.sqrt(squared_distance(first - second, root_a, root_b)))
-
-
 def frechet_distance(
     source: Any, target: Any, *, shrinkage: bool = False, permutations: int = 199, seed: int = 0
 ) -> Distance:
-    """The squared distance between Gaussians with the means and covariances of two samples.
+    """Frechet distance: squared distance of Gaussians with the moments of two samples.
 
-    You want it to compare with what others report of features ("FID"), or for one number that sees
-    means and covariances. Read `excess`, not `value`: 100 against 100 examples of one distribution
-    with 512 features of variance 1 have a distance of about 660. It sees nothing beyond second
-    moments, and depends on the scale of each feature.
+    Use it to compare with published values ("FID"), or for one number that covers means and
+    covariances. Read ``excess``, not ``value``: two samples of 100 examples of one distribution
+    with 512 features of variance 1 have a distance of about 660. It ignores everything beyond
+    second moments, and depends on the scale of each feature.
 
     Args:
         source: features ``[n, D]``.
         target: features ``[m, D]``.
-        shrinkage: pull each covariance towards a sphere, by Ledoit and Wolf's intensity: less
-            noise, and somewhat less sight of differences that are there. Otherwise covariances
-            are those of `numpy.cov`.
-        permutations: random deals of the pooled examples.
-        seed: of the deals.
+        shrinkage: Ledoit-Wolf shrinkage of each covariance: less noise, and somewhat less power.
+            Otherwise covariances are those of ``numpy.cov``.
+        permutations: random permutations of the pooled examples.
+        seed: of the permutations.
 
     Returns:
-        A `Distance` in squared units of the features. Each deal costs a singular value
-        decomposition of a matrix of no more rows and columns than n, m and D: 200 against 200
+        A ``Distance`` in squared units of the features. Each permutation costs a singular value
+        decomposition of a matrix with no more rows and columns than n, m and D: 200 against 200
         examples of 2048 features take a second or two, 1000 against 1000 of 512 half a minute.
         With shrinkage, D counts as n + m where it is more: ten times as long for the former.
 
     Raises:
-        ValueError: see `two_samples`; fewer than 19 permutations.
+        ValueError: see ``two_samples``; fewer than 19 permutations.
 
     >>> one, other = np.arange(12.0).reshape(6, 2), np.arange(12.0).reshape(6, 2) + [3, 4]
     >>> round(frechet_distance(one, other).value, 9)
@@ -102,7 +71,7 @@ def frechet_distance(
         M. J. Chong, D. Forsyth, "Effectively unbiased FID and Inception Score and where to find
         them", 2020, on the bias.
     """
-    source, target = two_samples(source, target)
+    source, target = check_two_samples(source, target)
     width, split = source.shape[1], len(source)
     both = np.concatenate([source, target])
     pooled = pooled_coordinates(both)
@@ -111,93 +80,87 @@ def frechet_distance(
         first, floor_a = gaussian_factor(pooled[order[:split]], width, shrinkage)
         second, floor_b = gaussian_factor(pooled[order[split:]], width, shrinkage)
         gap = pooled[order[:split]].mean(0) - pooled[order[split:]].mean(0)
-        # Outside of the span of the pooled sample both are spheres, which commute.
+        # Outside the span of the pooled sample both are spherical, and commute.
         outside = (width - pooled.shape[1]) * (floor_a - floor_b) ** 2
-        return squared_distance(gap, first, second) + outside
+        return squared_distance(gap, first, second) + float(outside)
 
     value = distance(np.arange(len(pooled)))
-    null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
-    notes = duplicate_notes(source, target)
+    null = np.array(
+        [distance(order) for order in random_permutations(len(pooled), permutations, seed)]
+    )
+    notes = duplicate_row_notes(source, target)
     fewest = min(split, len(target))
     if np.ptp(both, axis=0).any() and fewest <= width and not shrinkage:
-        notes += (f"{fewest} examples of {width} features: their covariance has not full rank",)
+        notes += (
+            f"{fewest} examples of {width} features: their covariance does not have full rank",
+        )
     return Distance(
         "Frechet",
         counts=(len(source), len(target)),
         unit="squared units of the features",
         notes=notes,
-        **summary(value, null),
+        **null_summary(value, null),
     )
 
 
-def pooled_coordinates(pooled: np.ndarray) -> np.ndarray:
-    """The same rows, centered, with no more columns than rows: ``[n, min(n, D)]``.
+def sliced_wasserstein(
+    source: Any, target: Any, *, projections: int = 128, permutations: int = 199, seed: int = 0
+) -> Distance:
+    """Sliced Wasserstein distance: root mean square of Wasserstein-2 along random lines.
 
-    Distances, angles and all that is made of them stay what they are; what is thrown away is the
-    space in which no row has any part.
+    Use it where distributions may differ in shape and not only in moments: it has no bandwidth and
+    no matrix to invert. A change of one feature among a thousand is diluted; ``proxy_a_distance``
+    detects it earlier.
 
-    >>> pooled_coordinates(np.array([[0.0, 3.0, 4.0], [0.0, 0.0, 0.0]])).shape
-    (2, 2)
+    Args:
+        source: features ``[n, D]``.
+        target: features ``[m, D]``.
+        projections: number of lines; the same for the value and its null.
+        permutations: random permutations of the pooled examples.
+        seed: of lines and permutations.
+
+    Returns:
+        A ``Distance`` in units of the features, as they are scaled.
+
+    Raises:
+        ValueError: see ``two_samples``; fewer than 19 permutations; no projection.
+
+    >>> one, other = np.arange(6.0)[:, None], np.arange(6.0)[:, None] + 2
+    >>> round(sliced_wasserstein(one, other).value, 9)
+    2.0
+
+    References:
+        N. Bonneel, J. Rabin, G. Peyre, H. Pfister, "Sliced and Radon Wasserstein barycenters of
+        measures", 2015.
     """
-    centered = pooled - pooled.mean(0)
-    if centered.shape[0] >= centered.shape[1]:
-        return centered
-    return _factor(centered @ centered.T).T
+    source, target = check_two_samples(source, target)
+    directions = random_directions(source.shape[1], projections, seed)
+    pooled, split = np.concatenate([source, target]), len(source)
+    along = (pooled - pooled.mean(0)) @ directions
+    # Sorted once: any subset of sorted numbers is sorted.
+    ranks = np.argsort(along, axis=0, kind="stable").T
+    along = np.take_along_axis(along.T, ranks, axis=1)
+    grid = _grid(split, len(pooled) - split)
 
+    def distance(order: np.ndarray) -> float:
+        first = np.zeros(len(pooled), bool)
+        first[order[:split]] = True
+        chosen = first[ranks]
+        return _rms_wasserstein(
+            along[chosen].reshape(projections, -1), along[~chosen].reshape(projections, -1), grid
+        )
 
-def gaussian_factor(rows: np.ndarray, width: int, shrink: bool) -> tuple[np.ndarray, float]:
-    """F with F.T @ F the covariance, and the standard deviation outside of the columns' span.
-
-    One row has no covariance: F is 0.
-    """
-    centered = rows - rows.mean(0)
-    if not shrink:
-        return _shorten(centered / np.sqrt(max(1, len(rows) - 1))), 0.0
-    intensity, variance = _shrinkage(centered, width)
-    floor = float(np.sqrt(intensity * variance))
-    scaled = centered * np.sqrt((1 - intensity) / len(rows))
-    return _shorten(np.concatenate([scaled, floor * np.eye(rows.shape[1])])), floor
-
-
-def _shorten(factor: np.ndarray) -> np.ndarray:
-    """At most as many rows as columns, with the same F.T @ F."""
-    rows, columns = factor.shape
-    return factor if rows <= columns else np.asarray(np.linalg.qr(factor, mode="r"))
-
-
-def squared_distance(gap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
-    """|gap|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2, of factors F.T @ F of A and B."""
-    # The trace of the root is the sum of singular values of the factors' product: no root is taken
-    # of an eigenvalue that is rounding, and with few rows the product is small.
-    overlap = np.linalg.svd(first @ second.T, compute_uv=False).sum()
-    traces = (first**2).sum() + (second**2).sum()
-    return max(0.0, float(gap @ gap + traces - 2 * overlap))
-
-
-def _root(cov: Any, name: str, width: int) -> np.ndarray:
-    found = np.asarray(cov, np.float64)
-    if found.shape != (width, width):
-        raise ValueError(f"{name} has shape {found.shape}, and the means {width} features")
-    if not np.isfinite(found).all():
-        raise ValueError(f"{name} holds NaN or infinite numbers")
-    scale = np.abs(found).max(initial=0.0)
-    if np.abs(found - found.T).max(initial=0.0) > _SYMMETRIC * scale:
-        raise ValueError(f"{name} is not symmetric")
-    smallest = np.linalg.eigvalsh((found + found.T) / 2).min(initial=0.0)
-    if smallest < -_SYMMETRIC * scale:
-        raise ValueError(f"{name} is no covariance: its smallest eigenvalue is {smallest:.3g}")
-    return _factor((found + found.T) / 2)
-
-
-def _factor(product: np.ndarray) -> np.ndarray:
-    """F with F.T @ F the product, which has no negative eigenvalues but by rounding."""
-    variances, vectors = np.linalg.eigh(product)
-    # Rounding of 1e-16 would be 1e-8 after the root.
-    rounding = len(product) * np.finfo(np.float64).eps * variances.max(initial=0.0)
-    return np.sqrt(np.where(variances > rounding, variances, 0))[:, None] * vectors.T
-
-
-_MOST_CLASSES = 2**31
+    value = distance(np.arange(len(pooled)))
+    null = np.array(
+        [distance(order) for order in random_permutations(len(pooled), permutations, seed)]
+    )
+    return Distance(
+        "sliced Wasserstein-2",
+        counts=(len(source), len(target)),
+        unit="units of the features",
+        notes=duplicate_row_notes(source, target),
+        **null_summary(value, null),
+    )
 
 
 def class_distance(
@@ -209,30 +172,30 @@ def class_distance(
     permutations: int = 99,
     seed: int = 0,
 ) -> Distance:
-    """Squared cost of carrying the source's classes onto the target's, each a Gaussian.
+    """Class-wise distance: optimal transport between the classes of two labeled data sets.
 
-    A class costs its squared Frechet distance to the classes it goes to; shares of classes have to
-    be met. You want it to choose among source data sets for a labeled target, whose classes may be
-    others: they are matched by where they lie, and not by number. The same features with other
-    classes are apart here, and are not for `frechet_distance`. Classes are no Gaussians, and a
-    class of few examples has a poor covariance: the null has the same, so read `excess`. Its
-    p-value asks whether labeled examples are exchangeable, which supposes that a number stands for
-    one class in both domains; where shares were balanced by design it is too large.
+    Each class is a Gaussian; the cost between two classes is their squared Frechet distance, and
+    the class shares are the marginals. Use it to choose among source data sets for a labeled
+    target with other classes: they are matched by their features, not by number. The same features
+    with other classes differ here, but not for ``frechet_distance``. Classes are not Gaussian, and
+    the covariance of a small class is poor; the null has the same errors, so read ``excess``. The
+    p-value tests whether labeled examples are exchangeable, which assumes that a number means the
+    same class in both domains; it is too large if shares were balanced by design.
 
     Args:
         source: features ``[n, D]``.
         source_labels: ``[n]``, class numbers.
         target: features ``[m, D]``.
         target_labels: ``[m]``, class numbers of its own.
-        permutations: random deals of the pooled examples, each with its label, to the domains.
-        seed: of the deals.
+        permutations: random permutations of the pooled examples, each with its label.
+        seed: of the permutations.
 
     Returns:
-        A `Distance` in squared units of the features. A deal costs as many singular value
-        decompositions as there are pairs of classes.
+        A ``Distance`` in squared units of the features. Each permutation costs one singular value
+        decomposition per pair of classes.
 
     Raises:
-        ValueError: see `two_samples`; labels that are no class numbers or of another count.
+        ValueError: see ``two_samples``; labels that are not class numbers, or of another length.
 
     >>> features = [[0.0], [0.0], [5.0], [5.0]]
     >>> round(class_distance(features, [0, 0, 1, 1], features, [8, 8, 3, 3]).value, 9)
@@ -245,11 +208,11 @@ def class_distance(
         J. Delon, A. Desolneux, "A Wasserstein-type distance in the space of Gaussian mixture
         models", 2020.
     """
-    source, target = two_samples(source, target)
+    source, target = check_two_samples(source, target)
     both = np.concatenate([source, target])
     pooled, split, width = pooled_coordinates(both), len(source), source.shape[1]
     found = [
-        as_labels(labels, f"{name} labels", count=count, classes=_MOST_CLASSES)
+        as_labels(labels, f"{name} labels", count=count, classes=_MAX_LABEL)
         for labels, name, count in (
             (source_labels, "source", split),
             (target_labels, "target", len(target)),
@@ -266,13 +229,17 @@ def class_distance(
                 for here, one, _ in first
             ]
         )
-        return _carried(costs, [share for *_, share in first], [share for *_, share in second])
+        return _transport_cost(
+            costs, [share for *_, share in first], [share for *_, share in second]
+        )
 
     value = distance(np.arange(len(pooled)))
-    null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
-    notes = duplicate_notes(source, target)
+    null = np.array(
+        [distance(order) for order in random_permutations(len(pooled), permutations, seed)]
+    )
+    notes = duplicate_row_notes(source, target)
     if set(found[0].tolist()) != set(found[1].tolist()):
-        notes += ("the domains have other classes: the null has those of both in each",)
+        notes += ("the domains have different classes: the null has those of both in each",)
     single = sum(int((np.unique(own, return_counts=True)[1] == 1).sum()) for own in found)
     if single:
         notes += (f"{single} classes have one example, and no covariance",)
@@ -281,102 +248,47 @@ def class_distance(
         counts=(split, len(target)),
         unit="squared units of the features",
         notes=notes,
-        **summary(value, null),
+        **null_summary(value, null),
     )
 
 
-def _mixture(
-    rows: np.ndarray, classes: np.ndarray, width: int
-) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """Mean, factor of the covariance, and share of each class that occurs."""
-    parts = [rows[classes == name] for name in np.unique(classes)]
-    return [
-        (own.mean(0), gaussian_factor(own, width, False)[0], len(own) / len(rows)) for own in parts
-    ]
+def bures_wasserstein(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
+    """Bures-Wasserstein distance: the exact Wasserstein-2 distance between two Gaussians.
 
-
-def _carried(costs: np.ndarray, given: list[float], wanted: list[float]) -> float:
-    """The least cost of carrying the given shares to those that are wanted, exactly."""
-    here, there = costs.shape
-    sums = np.concatenate(
-        [
-            np.kron(np.eye(here), np.ones(there)),
-            np.kron(np.ones(here), np.eye(there)),
-        ]
-    )
-    scale = max(float(costs.max()), np.finfo(np.float64).tiny)
-    # The last condition follows from the others; left in, rounding could make them contradict.
-    plan = linprog(
-        (costs / scale).ravel(),
-        A_eq=sums[:-1],
-        b_eq=np.concatenate([given, wanted])[:-1],
-        method="highs",
-    )
-    if plan.status != 0:
-        raise RuntimeError(f"the transport of {here} to {there} classes failed: {plan.message}")
-    return float(plan.fun) * scale
-
-
-def sliced_wasserstein(
-    source: Any, target: Any, *, projections: int = 128, permutations: int = 199, seed: int = 0
-) -> Distance:
-    """The root mean square, over random lines, of the Wasserstein-2 distance along each.
-
-    You want it where shapes may differ and not only moments: it sees all of a distribution, with no
-    bandwidth to choose and no matrix to invert. One feature that moved among a thousand that did
-    not is diluted; `proxy_a_distance` finds that sooner.
+    Its square is the "Frechet distance" of two means and covariances. Use it for known moments; for
+    samples see ``frechet_distance``.
 
     Args:
-        source: features ``[n, D]``.
-        target: features ``[m, D]``.
-        projections: lines; the same for the value and its null.
-        permutations: random deals of the pooled examples.
-        seed: of lines and deals.
+        mean_a: ``[D]``.
+        cov_a: ``[D, D]``, symmetric, no negative eigenvalues; need not have full rank.
+        mean_b: ``[D]``.
+        cov_b: ``[D, D]``.
 
     Returns:
-        A `Distance` in units of the features, as they are scaled.
+        The distance, in units of the features.
 
     Raises:
-        ValueError: see `two_samples`; fewer than 19 permutations; no projection.
+        ValueError: other shapes; NaN; invalid covariances.
 
-    >>> one, other = np.arange(6.0)[:, None], np.arange(6.0)[:, None] + 2
-    >>> round(sliced_wasserstein(one, other).value, 9)
-    2.0
+    >>> round(bures_wasserstein([0, 0], [[1, 0], [0, 4]], [3, 0], [[1, 0], [0, 4]]), 9)
+    3.0
 
     References:
-        N. Bonneel, J. Rabin, G. Peyre, H. Pfister, "Sliced and Radon Wasserstein barycenters of
-        measures", 2015.
+        D. C. Dowson, B. V. Landau, "The Frechet distance between multivariate normal
+        distributions", 1982.
     """
-    source, target = two_samples(source, target)
-    directions = random_directions(source.shape[1], projections, seed)
-    pooled, split = np.concatenate([source, target]), len(source)
-    along = (pooled - pooled.mean(0)) @ directions
-    # Sorted once: any part of sorted numbers is sorted.
-    ranks = np.argsort(along, axis=0, kind="stable").T
-    along = np.take_along_axis(along.T, ranks, axis=1)
-    grid = _grid(split, len(pooled) - split)
-
-    def distance(order: np.ndarray) -> float:
-        first = np.zeros(len(pooled), bool)
-        first[order[:split]] = True
-        chosen = first[ranks]
-        return _between(
-            along[chosen].reshape(projections, -1), along[~chosen].reshape(projections, -1), grid
-        )
-
-    value = distance(np.arange(len(pooled)))
-    null = np.array([distance(order) for order in orders(len(pooled), permutations, seed)])
-    return Distance(
-        "sliced Wasserstein-2",
-        counts=(len(source), len(target)),
-        unit="units of the features",
-        notes=duplicate_notes(source, target),
-        **summary(value, null),
-    )
+    first, second = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
+    if first.ndim != 1 or first.shape != second.shape:
+        raise ValueError(f"means must both have shape [D], got {first.shape} and {second.shape}")
+    root_a = _root(cov_a, "cov_a", len(first))
+    root_b = _root(cov_b, "cov_b", len(first))
+    if not np.isfinite(first - second).all():
+        raise ValueError("means must be finite")
+    return float(np.sqrt(squared_distance(first - second, root_a, root_b)))
 
 
 def wasserstein_on_lines(source: Any, target: Any, directions: Any) -> float:
-    """The root mean square of exact Wasserstein-2 distances along given lines; no null.
+    """Root mean square of the exact Wasserstein-2 distances along given lines, without a null.
 
     Args:
         source: features ``[n, D]``.
@@ -386,43 +298,152 @@ def wasserstein_on_lines(source: Any, target: Any, directions: Any) -> float:
     >>> wasserstein_on_lines([[0.0]] * 4, [[0.0], [0.0], [2.0], [2.0], [1.0]], [[1.0]]) ** 2
     1.8
     """
-    source, target = two_samples(source, target)
+    source, target = check_two_samples(source, target)
     lines = np.asarray(directions, np.float64)
     if lines.ndim != 2 or lines.shape[0] != source.shape[1] or not lines.shape[1]:
         raise ValueError(
-            f"directions have shape {lines.shape}, wanted [{source.shape[1]}, projections]"
+            f"directions must have shape [{source.shape[1]}, projections], got {lines.shape}"
         )
     first, second = np.sort((source @ lines).T, axis=1), np.sort((target @ lines).T, axis=1)
-    return _between(first, second, _grid(len(source), len(target)))
+    return _rms_wasserstein(first, second, _grid(len(source), len(target)))
+
+
+_SYMMETRIC = 1e-8
+_MAX_LABEL = 2**31
+
+
+def pooled_coordinates(pooled: np.ndarray) -> np.ndarray:
+    """Centered rows in coordinates of their span: ``[n, min(n, D)]``.
+
+    Distances and angles do not change.
+
+    >>> pooled_coordinates(np.array([[0.0, 3.0, 4.0], [0.0, 0.0, 0.0]])).shape
+    (2, 2)
+    """
+    centered: np.ndarray = pooled - pooled.mean(0)
+    if centered.shape[0] >= centered.shape[1]:
+        return centered
+    return _factor(centered @ centered.T).T
+
+
+def gaussian_factor(rows: np.ndarray, width: int, shrink: bool) -> tuple[np.ndarray, float]:
+    """F with F.T @ F the covariance, and the standard deviation outside the span of the columns.
+
+    For a single row, F is 0.
+    """
+    centered = rows - rows.mean(0)
+    if not shrink:
+        return _shorten(centered / np.sqrt(max(1, len(rows) - 1))), 0.0
+    intensity, variance = _ledoit_wolf(centered, width)
+    floor = float(np.sqrt(intensity * variance))
+    scaled = centered * np.sqrt((1 - intensity) / len(rows))
+    return _shorten(np.concatenate([scaled, floor * np.eye(rows.shape[1])])), floor
+
+
+def squared_distance(gap: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+    """|gap|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2, for A and B given as F.T @ F."""
+    # The trace of the root is the sum of the singular values of the product of the factors: no
+    # root is taken of an eigenvalue that is rounding, and with few rows the product is small.
+    overlap = np.linalg.svd(first @ second.T, compute_uv=False).sum()
+    traces = (first**2).sum() + (second**2).sum()
+    return max(0.0, float(gap @ gap + traces - 2 * overlap))
+
+
+def _shorten(factor: np.ndarray) -> np.ndarray:
+    """A factor with at most as many rows as columns and the same F.T @ F."""
+    rows, columns = factor.shape
+    return factor if rows <= columns else np.asarray(np.linalg.qr(factor, mode="r"))
+
+
+def _root(cov: Any, name: str, width: int) -> np.ndarray:
+    found = np.asarray(cov, np.float64)
+    if found.shape != (width, width):
+        raise ValueError(
+            f"{name} must have shape ({width}, {width}), as the means, got {found.shape}"
+        )
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} must be finite")
+    scale = np.abs(found).max(initial=0.0)
+    if np.abs(found - found.T).max(initial=0.0) > _SYMMETRIC * scale:
+        raise ValueError(f"{name} must be symmetric")
+    smallest = np.linalg.eigvalsh((found + found.T) / 2).min(initial=0.0)
+    if smallest < -_SYMMETRIC * scale:
+        raise ValueError(f"{name} must have no negative eigenvalues, got {smallest:.3g}")
+    return _factor((found + found.T) / 2)
+
+
+def _factor(product: np.ndarray) -> np.ndarray:
+    """F with F.T @ F the product, whose negative eigenvalues are rounding."""
+    variances, vectors = np.linalg.eigh(product)
+    # A rounding error of 1e-16 would become 1e-8 after the root.
+    rounding = len(product) * np.finfo(np.float64).eps * variances.max(initial=0.0)
+    scales = np.sqrt(np.where(variances > rounding, variances, 0))
+    factor: np.ndarray = scales[:, None] * vectors.T
+    return factor
+
+
+def _mixture(
+    rows: np.ndarray, classes: np.ndarray, width: int
+) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """Mean, factor of the covariance, and share of each class."""
+    parts = [rows[classes == name] for name in np.unique(classes)]
+    return [
+        (own.mean(0), gaussian_factor(own, width, False)[0], len(own) / len(rows)) for own in parts
+    ]
+
+
+def _transport_cost(costs: np.ndarray, given: list[float], required: list[float]) -> float:
+    """Cost of the optimal transport between the given and the required shares."""
+    here, there = costs.shape
+    sums = np.concatenate(
+        [
+            np.kron(np.eye(here), np.ones(there)),
+            np.kron(np.ones(here), np.eye(there)),
+        ]
+    )
+    scale = max(float(costs.max()), np.finfo(np.float64).tiny)
+    # The last constraint follows from the others; with rounding it could contradict them.
+    plan = linprog(
+        (costs / scale).ravel(),
+        A_eq=sums[:-1],
+        b_eq=np.concatenate([given, required])[:-1],
+        method="highs",
+    )
+    if plan.status != 0:
+        raise RuntimeError(f"the transport of {here} to {there} classes failed: {plan.message}")
+    return float(plan.fun) * scale
 
 
 def random_directions(features: int, projections: int, seed: int) -> np.ndarray:
-    """Directions of the unit sphere, uniformly: ``[features, projections]``.
+    """Uniform random unit vectors, ``[features, projections]``.
 
     >>> random_directions(1, 3, seed=0).tolist()
     [[1.0, 1.0, -1.0]]
     """
     if projections < 1:
-        raise ValueError(f"{projections} projections show nothing; take 50 or more")
-    found = np.random.Generator(stream(seed, "lines")).standard_normal((projections, features)).T
-    return found / np.linalg.norm(found, axis=0)
+        raise ValueError(f"projections must be >= 1 (better 50 or more), got {projections}")
+    found = (
+        np.random.Generator(bit_generator(seed, "lines")).standard_normal((projections, features)).T
+    )
+    directions: np.ndarray = found / np.linalg.norm(found, axis=0)
+    return directions
 
 
 def _grid(first: int, second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where both quantile functions are constant: the shares, and either sample's rank there."""
-    # Steps of 1 / first and 1 / second, in units of 1 / (first * second): whole numbers, so that
-    # steps that fall together do so exactly.
+    """Intervals on which both quantile functions are constant: widths, and ranks per sample."""
+    # Steps of 1 / first and 1 / second, in units of 1 / (first * second): integers, so that equal
+    # steps are exactly equal.
     ends = np.union1d(
         np.arange(1, first + 1, dtype=np.int64) * second,
         np.arange(1, second + 1, dtype=np.int64) * first,
     )
-    shares = np.diff(ends, prepend=0) / (first * second)
-    return shares, (ends - 1) // second, (ends - 1) // first
+    widths = np.diff(ends, prepend=0) / (first * second)
+    return widths, (ends - 1) // second, (ends - 1) // first
 
 
-def _between(
+def _rms_wasserstein(
     first: np.ndarray, second: np.ndarray, grid: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> float:
-    """Of sorted projections ``[P, n]`` and ``[P, m]``."""
-    shares, here, there = grid
-    return float(np.sqrt((((first[:, here] - second[:, there]) ** 2) @ shares).mean()))
+    """Root mean square over lines of the distance of sorted projections ``[P, n]``, ``[P, m]``."""
+    widths, here, there = grid
+    return float(np.sqrt((((first[:, here] - second[:, there]) ** 2) @ widths).mean()))

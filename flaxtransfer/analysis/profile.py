@@ -1,4 +1,8 @@
-"""What each depth of a network already knows: a linear probe on every segment's features."""
+"""Linear probes per segment.
+
+``probe_profile`` fits a linear probe on the features of every segment of a network. Use it to see
+at which depth the features of a new data set are separable.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from flaxtransfer.features.checks import examples, singles, standardization
+from flaxtransfer.features.checks import checked_examples, singleton_classes, standardization
 from flaxtransfer.features.ridge import ridge_path
-from flaxtransfer.features.sweep import rarest, sweep_head
+from flaxtransfer.features.sweep import smallest_class, sweep_head
 
 __all__ = ["Profile", "SegmentProbe", "probe_profile"]
 
@@ -24,16 +28,16 @@ Kind = Literal["ridge", "logistic"]
 
 @dataclass(frozen=True)
 class SegmentProbe:
-    """One depth.
+    """Linear probe on one segment.
 
     Args:
-      segment: whose output is probed.
-      features: channels, after averaging over the image.
-      accuracy: on examples that were held out, at the best strength.
-      standard_error: of the accuracy, binomial; segments closer than this are level.
-      loss: mean negative log-likelihood of the examples that were held out, in nats. Ridge has no
-        probabilities: its scores are taken as logits at the temperature that suits them best.
-      strength: the best of those tried, by the loss on what was held out.
+        segment: name of the segment whose output is probed.
+        features: channels, averaged over the image.
+        accuracy: on held-out examples, at the best strength.
+        standard_error: of the accuracy, binomial; segments closer than this are equal.
+        loss: mean negative log-likelihood of the held-out examples, in nats. Ridge has no
+            probabilities: its scores are used as logits at the best temperature.
+        strength: the penalty with the smallest held-out loss.
     """
 
     segment: str
@@ -46,15 +50,15 @@ class SegmentProbe:
 
 @dataclass(frozen=True)
 class Profile:
-    """A probe for each segment, from the input to the output.
+    """Linear probes of all segments, from the input to the output.
 
     Args:
-      kind: of probe.
-      examples: how many there were.
-      majority: share of the largest class: what a probe reaches that knows nothing.
-      probes: one a segment.
-      seconds: it took, features not included.
-      notes: what a reader should know, in sentences.
+        kind: of probe.
+        examples: number of examples.
+        majority: fraction of the largest class, the accuracy of a probe without information.
+        probes: one per segment.
+        seconds: time taken, without that for the features.
+        notes: remarks on the data, in sentences.
     """
 
     kind: Kind
@@ -66,7 +70,7 @@ class Profile:
 
     @property
     def best(self) -> SegmentProbe:
-        """The segment that knows most."""
+        """The probe with the highest accuracy."""
         return max(self.probes, key=lambda probe: probe.accuracy)
 
     def __str__(self) -> str:
@@ -89,54 +93,55 @@ def probe_profile(
     kind: Kind = "ridge",
     classes: int | None = None,
 ) -> Profile:
-    """A probe on each segment's features, judged on examples that were held out.
+    """Linear probe on the features of each segment, evaluated on held-out examples.
 
-    Where the curve stops rising the network has nothing more to say about these images; where it
-    falls, later segments belong to the task of the pre-training, and an earlier cut or deeper
-    unfreezing is worth a trial.
+    Where the accuracy stops rising, later segments add nothing for these images; where it falls,
+    they are specific to the pre-training task, and an earlier cut or deeper unfreezing is worth a
+    trial.
 
     Args:
-      features: by segment, ``[examples, channels]``; see ``segment_features``.
-      labels: integers ``[examples]``. Classes without examples have no say. The only example of a
-        class counts as wrong with ridge and is never held out with logistic regression.
-      kind: "ridge" leaves out one by one, in closed form; "logistic" uses folds, and is slower.
-      classes: how many there are; by default as many as the labels say.
+        features: by segment, ``[examples, channels]``; see ``segment_features``.
+        labels: integers ``[examples]``. Classes without examples are ignored. The only example of a
+            class counts as wrong with ridge and is never held out with logistic regression.
+        kind: "ridge" uses leave-one-out in closed form; "logistic" uses folds, and is slower.
+        classes: number of classes; default: the largest label plus 1.
 
     Raises:
-      ValueError: no segment, another kind, one class, one example of every class, features that are
-        not finite or of another shape; the segment named.
-      TypeError: labels that are no integers.
+        ValueError: no segment, another kind, one class, one example of every class, or features
+            that are not finite or of another shape; the text names the segment.
+        TypeError: labels that are not integers.
 
     References:
-      G. Alain, Y. Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes", 2016.
+        G. Alain, Y. Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes",
+        2016.
 
     >>> labels = np.arange(30) % 3
     >>> noise = np.random.default_rng(0).normal(size=(30, 4))
-    >>> profile = probe_profile({"stem": noise, "layer1": noise + 9 * np.eye(4)[labels]}, labels)
+    >>> profile = probe_profile({"stem": noise, "pool": noise + 9 * np.eye(4)[labels]}, labels)
     >>> profile.best.segment, profile.best.accuracy
-    ('layer1', 1.0)
+    ('pool', 1.0)
     """
     if kind not in ("ridge", "logistic"):
-        raise ValueError(f"kind is 'ridge' or 'logistic', not {kind!r}")
+        raise ValueError(f"kind must be 'ridge' or 'logistic', got {kind!r}")
     if not features:
-        raise ValueError("there is no segment to probe")
+        raise ValueError("features must have at least one segment, got none")
     began = time.perf_counter()
     probe = _ridge if kind == "ridge" else _logistic
     probes, notes = [], []
     for name, values in features.items():
         try:
-            matrix, label, number = examples(values, labels, classes)
-            rarest(label)
+            matrix, label, number = checked_examples(values, labels, classes)
+            smallest_class(label)
             present, label, counts = np.unique(label, return_inverse=True, return_counts=True)
-            accuracy, loss, strength, said = probe(standardization(matrix)(matrix), label)
+            accuracy, loss, strength, remarks = probe(standardization(matrix)(matrix), label)
         except ValueError as error:
             raise ValueError(f"the features of {name} cannot be probed: {error}") from error
-        notes += [note for note in said if note not in notes]
-        spread = math.sqrt(accuracy * (1 - accuracy) / len(label))
-        probes.append(SegmentProbe(name, matrix.shape[1], accuracy, spread, loss, strength))
+        notes += [note for note in remarks if note not in notes]
+        standard_error = math.sqrt(accuracy * (1 - accuracy) / len(label))
+        probes.append(SegmentProbe(name, matrix.shape[1], accuracy, standard_error, loss, strength))
     if len(present) < number:
         notes.append(f"{number - len(present)} of {number} classes have no example.")
-    if single := singles(label):
+    if single := singleton_classes(label):
         how = "counts as wrong" if kind == "ridge" else "is never held out"
         notes.append(f"{len(single)} classes have one example, which {how}.")
     seconds, majority = time.perf_counter() - began, float(counts.max() / len(label))
@@ -144,19 +149,19 @@ def probe_profile(
 
 
 def _ridge(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, list[str]]:
-    """Accuracy, loss, strength, and what to tell."""
+    """Accuracy, loss, strength and notes."""
     path = ridge_path(matrix, label)
 
     def loss(power: float) -> float:
         log_probs = scipy.special.log_softmax(math.exp(power) * path.left_out, axis=1)
         return -float(log_probs[np.arange(len(label)), label].mean())
 
-    # One number is fitted to all examples: of the scores' order it changes nothing.
+    # One temperature for all examples does not change the order of the scores.
     found = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded")
     return path.accuracy, float(found.fun), path.strength, []
 
 
 def _logistic(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, list[str]]:
     found = sweep_head(matrix, label, standardize=False)
-    said = [note for note in found.notes if "folds" in note]
-    return found.accuracy, float(found.losses[found.best].mean()), found.strength, said
+    notes = [note for note in found.notes if "folds" in note]
+    return found.accuracy, float(found.losses[found.best].mean()), found.strength, notes

@@ -1,12 +1,7 @@
-"""The checkpoint manager: save, keep, choose and restore the steps of a folder.
+"""Checkpoint manager: save, retain and restore the steps of a run.
 
-Which steps are read, in which order, and which need not be kept.
-
-A record is what ``step_files.read_record`` returns; records are given by step, of sound steps only.
-
-One step of a folder, put into the template that it is asked for with.
-
-The checkpoints of a folder: saved, kept, restored, by one writer and any readers.
+One writer and any number of readers per folder. The newest and the best steps are kept; damaged
+steps are skipped when a run is restored, and never deleted.
 """
 
 from __future__ import annotations
@@ -23,122 +18,42 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 
-from flaxtransfer.checkpoint import manifest as inventories
 from flaxtransfer.checkpoint import orbax_io, step_files
-from flaxtransfer.checkpoint.errors import Damage, DamagedCheckpointError
+from flaxtransfer.checkpoint.manifest import (
+    Damage,
+    DamagedCheckpointError,
+    build_manifest,
+    differences,
+    rebuild,
+)
 from flaxtransfer.checkpoint.step_files import (
-    clean,
+    check_folder,
     jsonable,
-    local,
-    numbered,
+    list_steps,
+    local_path,
     quarantine,
     remove,
-    require,
+    remove_leftovers,
 )
 from flaxtransfer.distributed import any_process, on_primary
 from flaxtransfer.files import folder_lock
 from flaxtransfer.types import PyTree
 
-Records = Mapping[int, Mapping[str, Any]]
-
-
-def rankable(metric: Any) -> float | None:
-    """The metric as a number; None without one, and for a value that is not finite.
-
-    >>> rankable(1), rankable(float("nan"))
-    (1.0, None)
-    """
-    if metric is None:
-        return None
-    try:
-        value = float(metric)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metric must be one number or None, not {metric!r}") from error
-    return value if math.isfinite(value) else None
-
-
-def ranked(records: Records) -> list[int]:
-    """The steps with a metric, best first, the earliest of equals before the others.
-
-    >>> ranked({1: {"metric": 0.5}, 2: {"metric": None}, 3: {"metric": 0.9}, 4: {"metric": 0.5}})
-    [3, 1, 4]
-    """
-    scored = {step: r["metric"] for step, r in records.items() if r["metric"] is not None}
-    return sorted(scored, key=lambda step: (-scored[step], step))
-
-
-def superfluous(records: Records, *, keep_best: int, keep_latest: int) -> set[int]:
-    """The steps that are neither among the best nor the latest.
-
-    >>> metrics = {1: 0.5, 2: 0.9, 3: None, 4: 0.1}
-    >>> superfluous({n: {"metric": m} for n, m in metrics.items()}, keep_best=1, keep_latest=1)
-    {1, 3}
-    """
-    latest = sorted(records)[-keep_latest:]
-    return set(records) - set(latest) - set(ranked(records)[:keep_best])
-
-
-def asked_for(folder: Path, step: int | None) -> list[int]:
-    """The step alone; without one all of them, the newest first.
-
-    Raises:
-      FileNotFoundError: there is no step at all, or not this one.
-    """
-    found = _found(folder)
-    if step is None:
-        return found[::-1]
-    if step in found:
-        return [int(step)]
-    near = min(found, key=lambda number: abs(number - int(step)))
-    raise FileNotFoundError(
-        errno.ENOENT, f"no step {step}; there are {found}, the nearest is {near}", str(folder)
-    )
-
-
-def best_first(folder: Path, records: Records, damaged: Container[int]) -> list[int]:
-    """All steps: the damaged, the ranked from the best on, the others from the newest on.
-
-    Raises:
-      FileNotFoundError: there is no step at all, or none with a metric.
-    """
-    found = _found(folder)
-    best = ranked(records)
-    unreadable = [number for number in found if number in damaged]
-    if not best and not unreadable:
-        raise FileNotFoundError(
-            errno.ENOENT,
-            f"no step has a metric to be the best by; there are {found}",
-            str(folder),
-        )
-    # An unreadable record hides its metric: it may have been the best, so that it is tried,
-    # and reported, first.
-    return list(dict.fromkeys([*unreadable[::-1], *best, *found[::-1]]))
-
-
-def _found(folder: Path) -> list[int]:
-    found = numbered(folder)
-    if not found:
-        aside = sorted(path.name for path in folder.glob("*.damaged*"))
-        hint = f", but for what was set aside: {aside}" if aside else ""
-        raise FileNotFoundError(errno.ENOENT, f"no checkpoint there{hint}", str(folder))
-    return found
-
-
-_T = TypeVar("_T")
-
 FORMAT = 1
+Records = Mapping[int, Mapping[str, Any]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held.
+    """A restored checkpoint.
 
-    Attributes:
-      step: the step it was saved at.
-      tree: the pytree, with the structure, types and shardings of the template.
-      meta: the dictionary that was saved with it (tuples come back as lists).
-      metric: the value it was ranked by; None without one, or when it was not finite.
-      skipped: the newer (or better) steps that could not be read, each with the reason.
+    Args:
+        step: its number.
+        tree: the pytree, with the structure, types and shardings of the template.
+        meta: the dictionary saved with it (tuples come back as lists).
+        metric: by which it was ranked; None without one, or if it was not finite.
+        skipped: newer (or better) steps that are damaged, each with the reason.
     """
 
     step: int
@@ -148,63 +63,13 @@ class Restored:
     skipped: tuple[tuple[int, str], ...] = ()
 
 
-def restore_step(
-    folder: Path,
-    step: int,
-    like: PyTree | Callable[[dict[str, Any]], PyTree],
-    skipped: tuple[tuple[int, str], ...],
-) -> Restored:
-    """Reads a step in every process, or in none.
-
-    Args:
-      folder: where the step lies.
-      step: its number.
-      like: the template, or a function from the step's meta to it.
-      skipped: the steps that were tried before it, each with the reason.
-
-    Raises:
-      Damage: the step is not what was saved.
-      ValueError: it is of another format, or holds another tree; the text lists every difference.
-      OSError: the machine did not allow it.
-    """
-    record = _agreed(lambda: step_files.read_record(folder, step))
-    if record["format"] != FORMAT:
-        raise ValueError(
-            f"step {step} of {folder} has the format {record['format']}; this version of "
-            f"flaxtransfer reads format {FORMAT}: use the version that wrote it"
-        )
-    like = like(record["meta"]) if callable(like) else like
-    lines = inventories.differences(record["leaves"], like)
-    if lines:
-        past = f" (newer steps are damaged: {[number for number, _ in skipped]})"
-        raise ValueError(
-            f"step {step} of {folder} holds another tree than the one asked for"
-            f"{past if skipped else ''}; was the configuration changed?\n  " + "\n  ".join(lines)
-        )
-    arrays = _agreed(lambda: step_files.read_arrays(folder, step, record["leaves"]))
-    tree = inventories.rebuild(record["leaves"], arrays, like)
-    return Restored(step, tree, record["meta"], record["metric"], skipped)
-
-
-def _agreed(read: Callable[[], _T]) -> _T:
-    """What ``read`` returns; damage that one process meets is damage for all of them."""
-    error: Exception | None = None
-    try:
-        result = read()
-    except Exception as raised:
-        error = raised
-    if any_process(error is not None):
-        raise error or Damage("another process cannot read it")
-    return result
-
-
 class CheckpointManager:
-    """The checkpoints of one folder: the newest and the best of them are kept.
+    """Checkpoint manager: keeps the newest and the best steps of a folder.
 
-    Use :meth:`open`, always in a ``with`` block: a program that ends without closing can lose the
-    step that is being written. It stores what it is given and knows nothing of training. It is
-    not a place for a file to hand on (weights have their own formats), and it does not merge:
-    ``restore`` fills every leaf of its template or says which it cannot.
+    Use it for the state of a run. It is not for publishing weights, which have their own formats.
+    Use ``open``, always in a ``with`` block: a program that ends without closing can lose the step
+    that is being written. ``restore`` fills every leaf of its template, or raises with all
+    differences.
     """
 
     def __init__(
@@ -234,24 +99,24 @@ class CheckpointManager:
         keep_latest: int = 2,
         read_only: bool = False,
     ) -> Iterator[CheckpointManager]:
-        """Opens the checkpoints of a folder for the length of a ``with`` block.
+        """Opens the checkpoints of a folder for a ``with`` block.
 
-        A writer holds the folder's lock, and removes what a killed writer left half done. In a
+        A writer holds the lock of the folder, and removes incomplete steps of a killed writer. In a
         run over several processes every process opens the same folder on a shared disk and calls
-        the same methods in the same order; process 0 does the writing.
+        the same methods in the same order; process 0 writes.
 
         Args:
-          folder: a local or mounted folder; made when it does not exist.
-          keep_best: how many steps with the highest metric are kept.
-          keep_latest: how many of the newest steps are kept. Two, because a damaged newest step
-            is worth less without the one before it.
-          read_only: nothing is made, cleaned, locked or written; a folder that is being written
-            can be read.
+            folder: a local or mounted folder; created if it does not exist.
+            keep_best: number of steps with the highest metric to keep.
+            keep_latest: number of the newest steps to keep. Default 2, so that there is another one
+                if the newest is damaged.
+            read_only: create, remove, lock and write nothing; a folder that is being written can
+                be read.
 
         Raises:
-          FileNotFoundError: ``read_only``, and there is no such folder.
-          ValueError: another writer holds the folder, or an argument is out of range.
-          OSError: the folder cannot be made or written.
+            FileNotFoundError: ``read_only``, and there is no such folder.
+            ValueError: another writer holds the folder, or an argument is out of range.
+            OSError: the folder cannot be created or written.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, CheckpointManager.open(folder) as store:
@@ -260,19 +125,18 @@ class CheckpointManager:
         >>> restored.step, restored.tree, restored.meta
         (10, {'w': array([1., 1., 1.])}, {'epoch': 1})
         """
-        path = local(folder)
+        path = local_path(folder)
         if keep_best < 0 or keep_latest < 1:
             raise ValueError(
-                f"keep_best={keep_best} and keep_latest={keep_latest}: at least 0 of the best and "
-                "1 of the latest must be kept"
+                f"keep_best must be >= 0 and keep_latest >= 1, got {keep_best} and {keep_latest}"
             )
         with ExitStack() as stack:
             stack.enter_context(orbax_io.quiet())
             writer = None
             if read_only:
-                require(path)
+                check_folder(path)
             else:
-                on_primary(lambda: _take(path, stack), f"open {path}")
+                on_primary(lambda: _lock_and_clean(path, stack), f"open {path}")
                 if jax.process_index() == 0:
                     writer = orbax_io.open_writer()
                     stack.callback(writer.close)
@@ -285,7 +149,7 @@ class CheckpointManager:
                 try:
                     store.wait()
                 except Exception as error:
-                    failure.add_note(f"besides, the last checkpoint was lost: {error}")
+                    failure.add_note(f"in addition, the last checkpoint was lost: {error}")
                 raise
             else:
                 store.wait()
@@ -301,39 +165,39 @@ class CheckpointManager:
         metric: float | None = None,
         wait: bool = True,
     ) -> None:
-        """Saves a step; removes the steps that are neither among the best nor the latest.
+        """Saves a step, and removes the steps that are neither among the best nor the latest.
 
-        An older step is removed only once the new one is on the disk. Steps that were found
-        damaged are moved aside to ``<step>.damaged``, never deleted.
+        An older step is removed only after the new one is on the disk. Damaged steps are renamed to
+        ``<step>.damaged``, never deleted.
 
         Args:
-          step: above every sound step of the folder.
-          tree: any pytree of arrays (typed keys included) and Python numbers.
-          meta: a JSON-able dictionary.
-          metric: what the step is ranked by, higher is better. A value that is not finite never
-            ranks; among equals the earliest is the best, for a tie is no improvement.
-          wait: return when the step is on the disk. With False, it is written while the program
-            goes on (the tree may be donated at once), and an error comes out of the next
-            ``save``, ``wait`` or the end of the block.
+            step: above every sound step of the folder.
+            tree: any pytree of arrays (typed keys included) and Python numbers.
+            meta: a JSON-able dictionary.
+            metric: to rank steps, higher is better. A value that is not finite is not ranked; of
+                equal ones the earliest is the best, because a tie is not an improvement.
+            wait: return when the step is on the disk. With False, it is written in the background
+                (the tree may be donated at once), and an error is raised by the next ``save``,
+                ``wait`` or the end of the block.
 
         Raises:
-          OSError: the step could not be written (disk full, no permission); older steps are
-            untouched, and the same call may be repeated. Also: an earlier step, saved with
-            ``wait=False``, could not be written; then nothing of this step was tried yet.
-          ValueError: the step is not above the others, or the folder was opened to read only.
-          TypeError: something in the tree or in meta cannot be stored; all of it is listed.
+            OSError: the step could not be written (disk full, no permission); older steps are
+                intact, and the call may be repeated. Also: an earlier step, saved with
+                ``wait=False``, could not be written; then this step was not started.
+            ValueError: the step is not above the others, or the folder is open for reading only.
+            TypeError: leaves or values in meta that cannot be stored; all are listed.
         """
         if self.read_only:
             raise ValueError(f"{self.folder} is not open for writing, step {step} was not saved")
         self.wait()
         on_primary(lambda: self._check_step(step), f"save step {step} in {self.folder}")
-        arrays, inventory = inventories.build_manifest(tree)
+        arrays, manifest = build_manifest(tree)
         record = {
             "format": FORMAT,
             "step": int(step),
-            "metric": rankable(metric),
+            "metric": checked_metric(metric),
             "meta": jsonable(meta or {}, "meta"),
-            "leaves": inventory,
+            "leaves": manifest,
         }
         on_primary(
             lambda: self._write(int(step), arrays, record), f"write step {step} to {self.folder}"
@@ -344,10 +208,10 @@ class CheckpointManager:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when a step that was saved with ``wait=False`` is on the disk.
+        """Waits until a step that was saved with ``wait=False`` is on the disk.
 
         Raises:
-          OSError: it could not be written.
+            OSError: it could not be written.
         """
         if self._pending is None:
             return
@@ -358,15 +222,15 @@ class CheckpointManager:
             self._pending = None
 
     def steps(self) -> list[int]:
-        """The steps on the disk in ascending order, without those found damaged."""
-        return [step for step in numbered(self.folder) if step not in self._damaged]
+        """The steps on the disk, ascending, without those known to be damaged."""
+        return [step for step in list_steps(self.folder) if step not in self._damaged]
 
     def latest(self) -> int | None:
         """The newest step, or None."""
         return max(self._records(), default=None)
 
     def best(self) -> int | None:
-        """The step with the highest metric (the earliest of equals), or None."""
+        """The step with the highest metric (of equal ones the earliest), or None."""
         return next(iter(ranked(self._records())), None)
 
     def restore(
@@ -374,30 +238,30 @@ class CheckpointManager:
         like: PyTree | Callable[[dict[str, Any]], PyTree],
         step: int | Literal["best"] | None = None,
     ) -> Restored:
-        """Reads the newest sound step, the best, or a given one.
+        """Restores the newest intact step, the best, or a given one.
 
         Nothing on the disk is changed. Each leaf is compared with its checksum. A damaged step is
-        passed over for the one before it (for ``"best"``: the next best, then the newest without a
+        skipped for the one before it (for ``"best"``: the next best, then the newest without a
         metric) and listed in ``skipped``; a step given by number is never replaced.
 
         Args:
-          like: the template: a pytree of arrays (their values are not used) or
-            ``jax.ShapeDtypeStruct``, with the sharding that each leaf shall have, if any. Or, where
-            steps hold trees of different structure, a function from a step's meta to its template.
-          step: a number, ``"best"``, or None for the newest.
+            like: the template: a pytree of arrays (their values are not used) or
+                ``jax.ShapeDtypeStruct``, with the sharding of each leaf, if any. Or, if steps have
+                different structures, a function from the meta of a step to its template.
+            step: a number, ``"best"``, or None for the newest.
 
         Raises:
-          FileNotFoundError: there is no checkpoint, no such step, or none with a metric.
-          ValueError: the step was saved from another configuration: every leaf that is missing,
-            unexpected, or of another shape or type is listed. This is never passed over.
-          DamagedCheckpointError: no step among those asked for is sound.
+            FileNotFoundError: there is no checkpoint, no such step, or none with a metric.
+            ValueError: the step has another tree: every leaf that is missing, unexpected, or of
+                another shape or type is listed. Such a step is never skipped.
+            DamagedCheckpointError: all requested steps are damaged.
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
         if step == "best":
             candidates = best_first(self.folder, self._records(), self._damaged)
         else:
-            candidates = asked_for(self.folder, step)
+            candidates = newest_first(self.folder, step)
         for candidate in candidates:
             try:
                 restored = restore_step(self.folder, candidate, like, tuple(skipped))
@@ -411,11 +275,11 @@ class CheckpointManager:
         others = [number for number in self.steps() if number not in dict(skipped)]
         hint = f"\nother steps there: {others}" if others else ""
         raise DamagedCheckpointError(
-            f"no sound checkpoint in {self.folder} (nothing was deleted):{reasons}{hint}"
+            f"no intact checkpoint in {self.folder} (nothing was deleted):{reasons}{hint}"
         )
 
     def _records(self) -> dict[int, dict[str, Any]]:
-        """The records of the steps that are not known to be damaged; finds unreadable ones."""
+        """Records of the steps that are not known to be damaged; marks unreadable ones."""
         records = {}
         for step in self.steps():
             try:
@@ -426,17 +290,17 @@ class CheckpointManager:
 
     def _check_step(self, step: int) -> None:
         if isinstance(step, bool) or int(step) != step or step < 0:
-            raise ValueError(f"a step is a whole number from 0, not {step!r}")
-        sound = sorted(self._records())
-        if sound and step <= sound[-1]:
+            raise ValueError(f"step must be a whole number >= 0, got {step!r}")
+        intact = sorted(self._records())
+        if intact and step <= intact[-1]:
             raise ValueError(
-                f"step {step} is not above the newest in {self.folder}, whose steps are {sound}; "
-                "go on from there with restore(), or give another folder"
+                f"step must be above the newest in {self.folder}, whose steps are {intact}, got "
+                f"{step}; continue from there with restore(), or give another folder"
             )
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-        assert self._writer is not None  # process 0 of a store that may write
-        for damaged in [number for number in self._damaged if number in numbered(self.folder)]:
+        assert self._writer is not None  # this is process 0, and not read_only
+        for damaged in [number for number in self._damaged if number in list_steps(self.folder)]:
             quarantine(self.folder, damaged)
         step_files.start(self._writer, self.folder, step, arrays, record)
 
@@ -447,10 +311,145 @@ class CheckpointManager:
 
     def _prune(self) -> None:
         records = self._records()
-        for step in superfluous(records, keep_best=self._keep_best, keep_latest=self._keep_latest):
+        for step in steps_to_remove(
+            records, keep_best=self._keep_best, keep_latest=self._keep_latest
+        ):
             remove(self.folder, step)
 
 
-def _take(folder: Path, stack: ExitStack) -> None:
+def _lock_and_clean(folder: Path, stack: ExitStack) -> None:
     stack.enter_context(folder_lock(folder))
-    clean(folder)
+    remove_leftovers(folder)
+
+
+def restore_step(
+    folder: Path,
+    step: int,
+    like: PyTree | Callable[[dict[str, Any]], PyTree],
+    skipped: tuple[tuple[int, str], ...],
+) -> Restored:
+    """Reads a step, in all processes or in none.
+
+    Args:
+        folder: of the checkpoints.
+        step: its number.
+        like: the template, or a function from the step's meta to it.
+        skipped: steps that were tried before, each with the reason.
+
+    Raises:
+        Damage: the step is damaged.
+        ValueError: it has another format, or another tree; the text lists every difference.
+        OSError: the machine failed.
+    """
+    record = _on_all_processes(lambda: step_files.read_record(folder, step))
+    if record["format"] != FORMAT:
+        raise ValueError(
+            f"step {step} of {folder} has the format {record['format']}; this version of "
+            f"flaxtransfer reads format {FORMAT}: use the version that wrote it"
+        )
+    like = like(record["meta"]) if callable(like) else like
+    lines = differences(record["leaves"], like)
+    if lines:
+        skipped_text = f" (newer steps are damaged: {[number for number, _ in skipped]})"
+        raise ValueError(
+            f"step {step} of {folder} holds another tree than the template"
+            f"{skipped_text if skipped else ''}; was the configuration changed?\n  "
+            + "\n  ".join(lines)
+        )
+    arrays = _on_all_processes(lambda: step_files.read_arrays(folder, step, record["leaves"]))
+    tree = rebuild(record["leaves"], arrays, like)
+    return Restored(step, tree, record["meta"], record["metric"], skipped)
+
+
+def _on_all_processes(read: Callable[[], _T]) -> _T:
+    """Result of ``read``; an error in one process is an error in all of them."""
+    error: Exception | None = None
+    try:
+        result = read()
+    except Exception as raised:
+        error = raised
+    if any_process(error is not None):
+        raise error or Damage("another process cannot read it")
+    return result
+
+
+def checked_metric(metric: Any) -> float | None:
+    """The metric as a float; None without one, or if it is not finite.
+
+    >>> checked_metric(1), checked_metric(float("nan"))
+    (1.0, None)
+    """
+    if metric is None:
+        return None
+    try:
+        value = float(metric)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric must be a number or None, got {metric!r}") from error
+    return value if math.isfinite(value) else None
+
+
+def ranked(records: Records) -> list[int]:
+    """Steps with a metric, best first; of equal ones, the earliest first.
+
+    >>> ranked({1: {"metric": 0.5}, 2: {"metric": None}, 3: {"metric": 0.9}, 4: {"metric": 0.5}})
+    [3, 1, 4]
+    """
+    scored = {step: r["metric"] for step, r in records.items() if r["metric"] is not None}
+    return sorted(scored, key=lambda step: (-scored[step], step))
+
+
+def steps_to_remove(records: Records, *, keep_best: int, keep_latest: int) -> set[int]:
+    """Retention: the steps that are neither among the best nor the latest.
+
+    >>> metrics = {1: 0.5, 2: 0.9, 3: None, 4: 0.1}
+    >>> steps_to_remove({n: {"metric": m} for n, m in metrics.items()}, keep_best=1, keep_latest=1)
+    {1, 3}
+    """
+    latest = sorted(records)[-keep_latest:]
+    return set(records) - set(latest) - set(ranked(records)[:keep_best])
+
+
+def newest_first(folder: Path, step: int | None) -> list[int]:
+    """Steps to try, newest first; only ``step``, if it is given.
+
+    Raises:
+        FileNotFoundError: there is no step, or not this one.
+    """
+    found = _existing_steps(folder)
+    if step is None:
+        return found[::-1]
+    if step in found:
+        return [int(step)]
+    near = min(found, key=lambda number: abs(number - int(step)))
+    raise FileNotFoundError(
+        errno.ENOENT, f"no step {step}; there are {found}, the nearest is {near}", str(folder)
+    )
+
+
+def best_first(folder: Path, records: Records, damaged: Container[int]) -> list[int]:
+    """Steps to try, best first: damaged ones, then ranked ones, then the others, newest first.
+
+    Raises:
+        FileNotFoundError: there is no step, or none with a metric.
+    """
+    found = _existing_steps(folder)
+    best = ranked(records)
+    unreadable = [number for number in found if number in damaged]
+    if not best and not unreadable:
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"no step has a metric, so that none is the best; there are {found}",
+            str(folder),
+        )
+    # The metric of an unreadable record is unknown: it may have been the best, so that it is tried,
+    # and reported, first.
+    return list(dict.fromkeys([*unreadable[::-1], *best, *found[::-1]]))
+
+
+def _existing_steps(folder: Path) -> list[int]:
+    found = list_steps(folder)
+    if not found:
+        damaged = sorted(path.name for path in folder.glob("*.damaged*"))
+        hint = f" (damaged ones: {damaged})" if damaged else ""
+        raise FileNotFoundError(errno.ENOENT, f"there is no checkpoint{hint}", str(folder))
+    return found

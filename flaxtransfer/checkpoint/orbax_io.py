@@ -1,8 +1,8 @@
-"""How orbax is driven: the only module that imports it.
+"""Orbax interface: the only module that imports orbax.
 
-What goes in and comes out are paths, numpy arrays and JSON-able dictionaries. Orbax is told to
-work for this process alone and to keep its log to itself; what it raises while it reads comes out
-as damage of the files or as an error of the machine.
+It takes and returns paths, numpy arrays and JSON-able dictionaries. Orbax works for this process
+alone and without its log; its errors while reading become damage of the files or an error of the
+machine.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flaxtransfer.checkpoint.errors import explained
-from flaxtransfer.checkpoint.manifest import named_leaves
+from flaxtransfer.checkpoint.manifest import classify_errors, named_leaves
 from flaxtransfer.types import PyTree
 
 Writer: TypeAlias = ocp.AsyncCheckpointer
 
 
 class Description(NamedTuple):
-    """What a tree holds, before any of it is read.
+    """Contents of a stored tree, before its arrays are read.
 
-    Attributes:
-      tree: its leaves as orbax describes them.
-      sizes: how many numbers each array has, by the path of the leaf.
+    Args:
+        tree: the leaves as orbax describes them.
+        sizes: number of elements of each array, by the path of the leaf.
     """
 
     tree: PyTree
@@ -41,21 +40,21 @@ class Description(NamedTuple):
 
 
 def open_writer() -> Writer:
-    """Writes steps while the program goes on; to be closed."""
+    """An asynchronous writer of steps, which must be closed."""
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(
             tree=_tree_handler(_WaitingNumpyHandler()),
-            record=ocp.JsonCheckpointHandler(multiprocessing_options=_alone()),
-            composite_options=ocp.CompositeOptions(multiprocessing_options=_alone()),
+            record=ocp.JsonCheckpointHandler(multiprocessing_options=_this_process_only()),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=_this_process_only()),
         ),
-        multiprocessing_options=_alone(),
+        multiprocessing_options=_this_process_only(),
     )
 
 
 def start(
     writer: Writer, step: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
 ) -> None:
-    """Starts to write the folder of a step; it has another name until it is whole."""
+    """Starts to write the folder of a step; it has a temporary name until it is complete."""
     items: dict[str, Any] = {"record": ocp.args.JsonSave(record)}
     if arrays:
         items["tree"] = ocp.args.PyTreeSave(arrays)
@@ -63,17 +62,17 @@ def start(
 
 
 def finish(writer: Writer) -> None:
-    """Returns when what was started is written, or raises what kept it from that."""
+    """Waits until the started step is written, or raises the error of the write."""
     writer.wait_until_finished()
     writer.check_for_errors()
 
 
 def read_step(step: Path, paths: list[str]) -> dict[str, np.ndarray]:
-    """The arrays at these paths from the folder of a step that ``start`` wrote.
+    """Reads the arrays at these paths from the folder of a step that ``start`` wrote.
 
     Raises:
-      Damage: one of them cannot be read.
-      OSError: the machine did not allow it.
+        Damage: one of them cannot be read.
+        OSError: the machine failed.
     """
     arrays = _WaitingNumpyHandler()
     arguments = ocp.args.PyTreeRestore(
@@ -82,21 +81,22 @@ def read_step(step: Path, paths: list[str]) -> dict[str, np.ndarray]:
     )
     with (
         closing(_tree_handler(arrays)) as handler,
-        explained(step, arrays.failed, subject=f"step {step.name}", place=step.parent),
+        classify_errors(step, arrays.failed, subject=f"step {step.name}", place=step.parent),
     ):
-        return handler.restore(epath.Path(step / "tree"), args=arguments)
+        found: dict[str, np.ndarray] = handler.restore(epath.Path(step / "tree"), args=arguments)
+        return found
 
 
 def describe(folder: Path) -> Description:
-    """What the tree in a folder of anybody's holds.
+    """Describes the tree in any orbax folder.
 
     Raises:
-      Damage: it cannot be read, or two leaves share a path.
-      OSError: the machine did not allow it.
+        Damage: it cannot be read, or two leaves share a path.
+        OSError: the machine failed.
     """
     with (
         closing(_describing_handler()) as handler,
-        explained(folder, (), subject="it", place=folder),
+        classify_errors(folder, (), subject="it", place=folder),
     ):
         tree = handler.metadata(epath.Path(folder)).tree
         leaves = named_leaves(tree)
@@ -107,20 +107,20 @@ def describe(folder: Path) -> Description:
 
 
 def read_tree(folder: Path, description: Description) -> dict[str, np.ndarray]:
-    """The arrays of a tree that was described, by path.
+    """Reads the arrays of a described tree, by path.
 
     Raises:
-      Damage: one of them cannot be read.
-      OSError: the machine did not allow it.
+        Damage: one of them cannot be read.
+        OSError: the machine failed.
     """
     arrays = _WaitingNumpyHandler()
-    # What is not read is left out of the template: text, and nodes without leaves.
-    wanted = jax.tree.map(lambda leaf: leaf if _is_array(leaf) else ..., description.tree)
-    read = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=read)
+    # Text and empty nodes are left out of the template, so that they are not read.
+    template = jax.tree.map(lambda leaf: leaf if _is_array(leaf) else ..., description.tree)
+    read = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), template)
+    arguments = ocp.args.PyTreeRestore(item=template, restore_args=read)
     with (
         closing(_tree_handler(arrays)) as handler,
-        explained(folder, arrays.failed, subject="it", place=folder),
+        classify_errors(folder, arrays.failed, subject="it", place=folder),
     ):
         found = named_leaves(handler.restore(epath.Path(folder), args=arguments))
         return {path: np.asarray(found[path]) for path in found if path in description.sizes}
@@ -128,53 +128,53 @@ def read_tree(folder: Path, description: Description) -> dict[str, np.ndarray]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops orbax's log for the length of a block: its errors all reach us as exceptions."""
+    """Silences the log of orbax during a block; all its errors are raised as exceptions."""
     logger = logging.getLogger("absl")
 
-    def foreign(record: logging.LogRecord) -> bool:
+    def not_orbax(record: logging.LogRecord) -> bool:
         return "orbax" not in Path(record.pathname).parts
 
-    logger.addFilter(foreign)
+    logger.addFilter(not_orbax)
     try:
         yield
     finally:
-        logger.removeFilter(foreign)
+        logger.removeFilter(not_orbax)
 
 
 class _DeferredArray:
-    """A coroutine that begins when it is awaited, and leaves no warning when it never is.
+    """A coroutine that starts when it is awaited, without a warning if it never is.
 
-    Orbax drops the descriptions that it asked for when it meets a kind of leaf it does not know.
+    Orbax drops pending descriptions when it finds a leaf of an unknown type.
     """
 
-    def __init__(self, begin: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self._begin = begin
+    def __init__(self, start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._start = start
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        return self._begin().__await__()
+        return self._start().__await__()
 
 
-class _WaitingNumpyHandler(ocp.type_handlers.NumpyHandler):
-    """Reads and writes numpy arrays, and raises only when no transfer is under way any more.
+class _WaitingNumpyHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]  # untyped
+    """Reads and writes numpy arrays, and raises only after all transfers have ended.
 
-    Orbax raises at the first failure and closes its event loop, while the transfers of the other
-    leaves still report to it: each then prints a traceback ("Event loop is closed") over the one
-    message that matters. Waiting also finds every leaf that fails, not only the first.
+    Orbax raises at the first failure and closes its event loop while transfers of other leaves
+    still run: each then prints a traceback ("Event loop is closed") that hides the actual error.
+    Waiting also finds every leaf that fails, not only the first.
     """
 
     def __init__(self, kind: str | None = None) -> None:
         super().__init__()
         self._kind = kind
         self.failed: list[str] = []
-        self._under_way = 0
+        self._running = 0
         self._errors: list[Exception] = []
 
     def typestr(self) -> str:
-        """What orbax calls the kind of leaf; another one where arrays are read in its place."""
+        """Orbax's name for the type of a leaf; another type's if arrays are read in its place."""
         return self._kind or super().typestr()
 
     def metadata(self, infos: Any) -> Any:
-        """Shapes and dtypes, once it is awaited."""
+        """Shapes and dtypes, when awaited."""
         return _DeferredArray(functools.partial(self._describe, infos))
 
     async def _describe(self, infos: Any) -> Any:
@@ -205,30 +205,30 @@ class _WaitingNumpyHandler(ocp.type_handlers.NumpyHandler):
         return arrays
 
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
-        self._under_way += 1
-        await asyncio.sleep(0)  # until every other write has been counted
+        self._running += 1
+        await asyncio.sleep(0)  # until all other writes are counted
         try:
             await super()._open_and_write(value, tspec, ts_context)
         except Exception as error:
             self._errors.append(error)
         finally:
-            self._under_way -= 1
-        if not self._under_way and self._errors:
+            self._running -= 1
+        if not self._running and self._errors:
             errors, self._errors = self._errors, []
             raise errors[0]
 
 
 def _tree_handler(arrays: _WaitingNumpyHandler) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
-        # Trained floating-point numbers shrink by a tenth, for more time than the writing takes.
+        # Trained weights shrink by a tenth, which takes longer than writing them.
         use_compression=False,
-        multiprocessing_options=_alone(),
+        multiprocessing_options=_this_process_only(),
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays)),
     )
 
 
 def _describing_handler() -> ocp.PyTreeCheckpointHandler:
-    """Reads what a tree of anybody's holds; every number in it is an array to us."""
+    """Describes any orbax tree; every number in it is treated as an array."""
     types = ocp.type_handlers
     registry = types.create_type_handler_registry(
         (np.ndarray, _WaitingNumpyHandler()),
@@ -237,12 +237,12 @@ def _describing_handler() -> ocp.PyTreeCheckpointHandler:
         (str, types.StringHandler()),
     )
     return ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=_alone(), type_handler_registry=registry
+        multiprocessing_options=_this_process_only(), type_handler_registry=registry
     )
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Orbax waits for no other process: what process 0 met is told to the others here, once."""
+def _this_process_only() -> ocp.options.MultiprocessingOptions:
+    """Orbax does not wait for other processes; ``distributed.on_primary`` synchronizes them."""
     this = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"

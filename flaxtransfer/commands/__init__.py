@@ -1,1 +1,1 @@
-"""The commands of the terminal: each a frozen dataclass of options and a function that runs it."""
+"""Subcommands of the command line: their options, and one function each that runs them."""

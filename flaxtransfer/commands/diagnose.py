@@ -1,86 +1,45 @@
-"""``flaxtransfer diagnose``: whether the images a run is used on are those it was made for."""
+"""``flaxtransfer diagnose``: which kind of shift target images have, compared with a run's own."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from scipy.special import log_softmax
 
 from flaxtransfer.adapt.scores import ModelOutputs, model_outputs
-from flaxtransfer.commands.job import image_bands, split
-from flaxtransfer.commands.options import Train, training_options
+from flaxtransfer.classifier import Classifier
+from flaxtransfer.commands.job import kept_validation, run_bands, run_data, trained_network
+from flaxtransfer.commands.subcommands import Diagnose
 from flaxtransfer.data.loader import eval_batches
-from flaxtransfer.data.open import Unlabeled, open_source, open_unlabeled
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.open import open_unlabeled
+from flaxtransfer.data.source import Source, UnlabeledImages
 from flaxtransfer.data.splits import subsample
 from flaxtransfer.files import atomic_write, write_file
-from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.report.shift_page import print_report
 from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
 from flaxtransfer.shift.report import ShiftReport
-from flaxtransfer.training.run_folder import validation_of, weights_of
-from flaxtransfer.weights.loading import load
-from flaxtransfer.weights.pretrained import Pretrained
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 
 
-@dataclass(frozen=True)
-class Diagnose:
-    """Say which kind of shift target images have, and what can be done about it.
-
-    The source is what the run kept apart: its validation and test images. Prints the report, and
-    writes it as JSON, HTML and pictures. Example:
-    flaxtransfer diagnose --run runs/scans --target folder:other_hospital --target-labels few.csv
-
-    Args:
-      run: the run folder.
-      target: "folder:<path>" (images at any depth), "npz:<file>" (an array "image"), or
-        "tfds:<name>[/config][:split]"; labels that it may have are not looked at.
-      target_labels: a CSV file with the columns image (path below the folder, or number) and
-        label (name of a class), for a few target images drawn at random.
-      out: folder for the report; by default diagnosis/<name of the target> in the run.
-      level: of the tests, after correction for their number.
-      permutations: or simulations, of each test.
-      most_images: look at no more than so many of either side.
-      seed: of all that is drawn.
-      batch_size: images at a time.
-      skip_corrupt: leave out unreadable images instead of stopping.
-    """
-
-    run: Path
-    target: str
-    target_labels: Path | None = None
-    out: Path | None = None
-    level: float = 0.05
-    permutations: int = 499
-    most_images: int = 5000
-    seed: int = 0
-    batch_size: int = 256
-    skip_corrupt: bool = False
-
-
 def diagnose(options: Diagnose, console: Console) -> None:
     """Runs ``flaxtransfer diagnose``."""
-    if options.most_images < 20:
-        raise ValueError(f"--most-images is 20 or more, not {options.most_images}")
-    checkpoint = load(weights_of(options.run))
-    trained = training_options(options.run)
-    names = checkpoint.class_names or tuple(map(str, range(checkpoint.config.classes)))
+    network = trained_network(options.run)
+    names = network.class_names or tuple(map(str, range(network.model.config.classes)))
     target = open_unlabeled(
-        options.target, skip_corrupt=options.skip_corrupt, bands=image_bands(trained, checkpoint)
+        options.target,
+        skip_corrupt=options.reading.skip_corrupt,
+        bands=run_bands(options.run, network),
     )
     labeled = _few_labels(options.target_labels, target, names)
     chosen = _chosen(len(target.source), labeled[0], options)
-    source, found = _samples(checkpoint, trained, (target.source, chosen), options, console)
+    source, found = _samples(network, (target.source, chosen), options, console)
     place = {position: row for row, position in enumerate(chosen.tolist())}
     report = diagnose_arrays(
         source.logits,
@@ -109,79 +68,70 @@ def write_report(
     run: Path,
     target: str,
 ) -> None:
-    """A folder that appears whole: JSON, a page, and the pictures on it."""
-    from flaxtransfer.report.shift_figures import shift_drawings
-    from flaxtransfer.report.shift_page import shift_page
+    """Writes the report as a folder, atomically: JSON, an HTML page and its pictures."""
+    from flaxtransfer.report.shift_figures import render_figures
+    from flaxtransfer.report.shift_page import render_html
 
-    pictures = shift_drawings(report, source.features, source.labels, found.features)
+    pictures = render_figures(report, source.features, source.labels, found.features)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as folder:
         folder.mkdir()
         for name, (_, png) in pictures.items():
             write_file(folder / f"{name}.png", png)
         write_file(folder / REPORT_FILE, (json.dumps(report.to_json(), indent=2) + "\n").encode())
-        page = shift_page(report, dict(pictures.values()), source=str(run), target=target)
+        page = render_html(report, dict(pictures.values()), source=str(run), target=target)
         write_file(folder / PAGE_FILE, page.encode())
 
 
 def _samples(
-    checkpoint: Pretrained,
-    trained: Train,
+    network: Classifier,
     target: tuple[Source, np.ndarray],
     options: Diagnose,
     console: Console,
 ) -> tuple[ModelOutputs, ModelOutputs]:
-    """What the network makes of the images the run kept apart, and of the target's."""
-    found = _evidence(checkpoint, *target, options)
-    bands = image_bands(trained, checkpoint)
+    """Network outputs for the validation and test images of the run, and for the target."""
+    found = _evidence(network, *target, options)
     try:
-        source = open_source(trained.data, skip_corrupt=trained.skip_corrupt, bands=bands)
-        if source.class_names != checkpoint.class_names:
-            raise FileNotFoundError(f"{trained.data} has other classes than the run")
-    except FileNotFoundError as error:
-        kept = validation_of(options.run)
+        source, parts = run_data(options.run, skip_corrupt=options.reading.skip_corrupt)
+        if tuple(source.class_names) != network.class_names:
+            raise ValueError("their classes are not those of the run")
+    except (FileNotFoundError, ValueError) as error:
+        kept = kept_validation(options.run)
         rows = subsample(np.arange(len(kept.labels)), options.most_images, kept.labels)
-        logits, labels, features = kept.logits[rows], kept.labels[rows], kept.features
-        stand = "what it kept of its validation examples stands for them"
-        if features is None:
-            stand = "log-probabilities of its validation examples stand for their features"
         console.print(
-            f"the run's own images are not here ({error}): {stand}\n",
+            f"the images of the run cannot be read ({error}): its saved validation examples are "
+            "used instead\n",
             highlight=False,
             soft_wrap=True,
             markup=False,
         )
-        if features is None:
-            return _of_logits(logits, labels), _of_logits(found.logits, found.labels)
-        # In the precision that the run kept, so that rounding is no difference.
-        rounded = found.features.astype(features.dtype).astype(np.float32)
-        own = ModelOutputs(logits, features[rows].astype(np.float32), labels)
+        # In the precision of the run's features, so that rounding is not a difference.
+        rounded = found.features.astype(kept.features.dtype).astype(np.float32)
+        own = ModelOutputs(
+            kept.logits[rows], kept.features[rows].astype(np.float32), kept.labels[rows]
+        )
         return own, ModelOutputs(found.logits, rounded, found.labels)
-    parts = split(source, trained)
     positions = np.sort(np.concatenate([parts.val, parts.test]))
     if not len(positions):
         raise ValueError(
-            f"the run in {options.run} kept no image apart; train it with --val-fraction or "
-            "--test-fraction"
+            f"the run in {options.run} has no validation or test images; train it with "
+            "--val-fraction or --test-fraction"
         )
     chosen = subsample(positions, options.most_images, source.labels())
-    return _evidence(checkpoint, source, chosen, options), found
-
-
-def _of_logits(logits: np.ndarray, labels: np.ndarray) -> ModelOutputs:
-    return ModelOutputs(logits, log_softmax(logits, axis=1), labels)
+    return _evidence(network, source, chosen, options), found
 
 
 def _evidence(
-    checkpoint: Pretrained, source: Source, chosen: np.ndarray, options: Diagnose
+    network: Classifier, source: Source, chosen: np.ndarray, options: Diagnose
 ) -> ModelOutputs:
-    batches = eval_batches(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
-    model = resnet(checkpoint.config)
-    return model_outputs(model, checkpoint.variables, batches, checkpoint.preprocessing)
+    batches = eval_batches(
+        source, chosen, network.preprocessing, batch_size=options.reading.batch_size
+    )
+    return model_outputs(network, batches)
 
 
 def _chosen(count: int, labeled: np.ndarray, options: Diagnose) -> np.ndarray:
-    """Positions in the target to look at; those with labels among them."""
+    """Positions of the target images to use, labeled ones included."""
     if count <= options.most_images:
         return np.arange(count)
     others = np.setdiff1d(np.arange(count), labeled)
@@ -190,9 +140,9 @@ def _chosen(count: int, labeled: np.ndarray, options: Diagnose) -> np.ndarray:
 
 
 def _few_labels(
-    path: Path | None, target: Unlabeled, names: Sequence[str]
+    path: Path | None, target: UnlabeledImages, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the images in a CSV file, and their classes."""
+    """Positions and classes of the images in a CSV file."""
     if path is None:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     with path.open(newline="", encoding="utf-8-sig") as file:

@@ -1,58 +1,41 @@
-"""``flaxtransfer evaluate``: accuracy of a finished run on the images it kept apart, or others."""
+"""``flaxtransfer evaluate``: accuracy of a finished run on its test images, or on others."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import tyro
 from rich.console import Console
 
-from flaxtransfer.commands.job import image_bands, split
-from flaxtransfer.commands.options import training_options
+from flaxtransfer.commands.job import run_bands, run_data, trained_network
+from flaxtransfer.commands.subcommands import Evaluate
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
-from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import suggest
 from flaxtransfer.training.evaluation import evaluate as measure
-from flaxtransfer.training.run_folder import weights_of
-from flaxtransfer.weights.loading import load
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Print accuracy and loss of a finished run as one line of JSON.
-
-    Args:
-      run: the run folder.
-      data: images to evaluate on; by default the test part of the run's own data.
-      batch_size: images at a time.
-      skip_corrupt: leave out unreadable images instead of stopping.
-    """
-
-    run: tyro.conf.Positional[Path]
-    data: str | None = None
-    batch_size: int = 256
-    skip_corrupt: bool = False
+from flaxtransfer.training.run_folder import split_of
 
 
 def evaluate(options: Evaluate, console: Console) -> None:
     """Runs ``flaxtransfer evaluate``."""
-    checkpoint = load(weights_of(options.run))
-    trained = training_options(options.run)
-    bands = image_bands(trained, checkpoint)
-    source = open_source(
-        options.data or trained.data, skip_corrupt=options.skip_corrupt, bands=bands
-    )
-    _check_classes(source, checkpoint.class_names or ())
-    chosen = np.arange(len(source)) if options.data else split(source, trained).test
-    batches = eval_batches(source, chosen, checkpoint.preprocessing, batch_size=options.batch_size)
-    model = resnet(checkpoint.config)
-    result = measure(model, checkpoint.variables, batches, checkpoint.preprocessing)
-    console.print_json(json.dumps({"data": options.data or trained.data, **result.to_json()}))
+    network, reading = trained_network(options.run), options.reading
+    if options.data is None:
+        source, splits = run_data(options.run, skip_corrupt=reading.skip_corrupt)
+        name, chosen = split_of(options.run).address, splits.test
+        if not len(chosen):
+            raise ValueError(
+                f"the run in {options.run} has no test images; give others with --data"
+            )
+    else:
+        name = options.data
+        bands = run_bands(options.run, network)
+        source = open_source(name, skip_corrupt=reading.skip_corrupt, bands=bands)
+        chosen = np.arange(len(source))
+    _check_classes(source, network.class_names)
+    batches = eval_batches(source, chosen, network.preprocessing, batch_size=reading.batch_size)
+    result = measure(network, batches)
+    console.print_json(json.dumps({"data": name, **result.to_json()}))
 
 
 def _check_classes(source: Source, trained: tuple[str, ...]) -> None:

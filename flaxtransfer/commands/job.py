@@ -1,16 +1,19 @@
-"""From the options of a training run to network, labels and batches, before anything is trained."""
+"""Training jobs: images, network, batches and plan, made from options."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flaxtransfer.classifier import TransferReport, transfer
-from flaxtransfer.commands.options import Train
-from flaxtransfer.commands.plan import strategy_plan
+from flaxtransfer.classifier import Classifier, transfer
+from flaxtransfer.commands.options import InputOptions, JobOptions, SplitOptions, WeightsOptions
+from flaxtransfer.commands.plan import check_settings, strategy_plan
 from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
 from flaxtransfer.data.open import open_source
@@ -18,13 +21,12 @@ from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.models.input_channels import change_input
-from flaxtransfer.models.model import Model
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import MEASURED, MOST_IMAGES, Measurement, measure
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.plan import Plan
-from flaxtransfer.types import Variables
+from flaxtransfer.training.run_folder import split_of, validation_of, weights_of
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -32,130 +34,145 @@ from flaxtransfer.weights.pretrained import Pretrained
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a training job, made from the options before anything is trained."""
+    """A training job: its data, its network and its plan."""
 
     source: Source
     splits: Splits
     checkpoint: Pretrained
-    report: TransferReport
-    model: Model
-    variables: Variables
-    feed: DataLoaders
+    network: Classifier
+    data: DataLoaders
     plan: Plan
     evidence: Measurement
 
-    def test(self, model: Model, variables: Variables) -> Evaluation:
-        """Accuracy and loss on the images that were kept apart."""
-        preprocessing = self.feed.preprocessing
-        batches = eval_batches(self.source, self.splits.test, preprocessing)
-        return evaluate(model, variables, batches, preprocessing)
+    def test(self, network: Classifier) -> Evaluation:
+        """The metrics on the test images."""
+        batches = eval_batches(self.source, self.splits.test, network.preprocessing)
+        return evaluate(network, batches)
 
 
-def prepare(options: Train) -> Job:
-    """Opens the data and the weights and puts network, labels and batches together."""
-    checkpoint = load(
-        options.weights, model=options.model, format=options.format, sensor=options.sensor
-    )
+def prepare(options: JobOptions, settings: Mapping[str, Any] | None = None) -> Job:
+    """Opens data and weights, and makes the network, the batches and the plan.
+
+    Args:
+        options: of the job.
+        settings: arguments of the recipe by name; None is the recipe's own default.
+
+    Raises:
+        ValueError: options that do not fit the data, the weights or the strategy.
+        FileNotFoundError: data, weights or a plan that do not exist.
+    """
+    settings = dict(settings or {})
+    strategy = options.strategy.strategy
+    check_settings(strategy, settings)
+    checkpoint = load_weights(options.weights)
     source = open_source(
-        options.data,
-        download=options.download,
-        skip_corrupt=options.skip_corrupt,
-        bands=image_bands(options, checkpoint),
+        options.data.name,
+        download=options.data.download,
+        skip_corrupt=options.data.skip_corrupt,
+        bands=checkpoint.config.bands if options.input.bands is None else options.input.bands,
     )
-    splits = split(source, options)
-    classes = len(source.class_names)
-    dtype = jnp.bfloat16 if options.compute == "bfloat16" else None
-    preprocessing, start = _bands(options, checkpoint, source, splits)
-    model, variables, report = transfer(
-        checkpoint, classes=classes, head=options.head, seed=options.seed, dtype=dtype, **start
+    splits = split(source, options.data.name, options.split)
+    seed, batch = options.split.seed, options.batch
+    preprocessing, start = _bands(options.input, checkpoint, source, splits)
+    network = transfer(
+        checkpoint,
+        classes=len(source.class_names),
+        class_names=source.class_names,
+        preprocessing=preprocessing,
+        head=options.strategy.head,
+        seed=seed,
+        dtype=jnp.bfloat16 if batch.compute == "bfloat16" else None,
+        **start,
     )
-    flip = options.flip == "yes" or (
-        options.flip == "auto" and flip_keeps_labels(source.class_names)
-    )
-    feed = loaders(
+    flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
+    data = loaders(
         source,
-        splits.train,
-        splits.val,
+        splits,
         preprocessing,
-        batch_size=options.batch_size,
+        batch_size=batch.batch_size,
         transform=training_transform(preprocessing, flip=flip, channels=len(preprocessing.mean)),
-        seed=options.seed,
-        workers=options.workers,
+        seed=seed,
+        workers=batch.workers,
     )
-    if options.strategy == "from_scratch":
-        variables = model.init(jax.random.key(options.seed))
+    if strategy == "from_scratch":
+        network = network.with_variables(network.model.init(jax.random.key(seed)))
     evidence = Measurement()
-    if options.strategy in MEASURED:
+    if strategy in MEASURED:
         positions = subsample(splits.train, MOST_IMAGES, source.labels())
-        batches = list(
-            eval_batches(source, positions, preprocessing, batch_size=options.batch_size)
+        batches = list(eval_batches(source, positions, preprocessing, batch_size=batch.batch_size))
+        evidence = measure(strategy, network, batches, len(splits.train))
+    settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
+    plan = strategy_plan(strategy, network.params, settings)
+    return Job(source, splits, checkpoint, network, data, plan, evidence)
+
+
+def load_weights(options: WeightsOptions) -> Pretrained:
+    """The checkpoint that the options name."""
+    return load(options.weights, model=options.model, format=options.format, sensor=options.sensor)
+
+
+class Kept(NamedTuple):
+    """Logits, labels and features of the validation examples that a run keeps."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    features: np.ndarray
+
+
+def kept_validation(run: Path) -> Kept:
+    """The outputs of a finished run's network on its validation examples.
+
+    Raises:
+        FileNotFoundError: the run keeps none, or has not finished.
+        ValueError: the file is damaged.
+    """
+    found = validation_of(run)
+    if found.features is None:
+        raise ValueError(f"the run in {run} keeps no features of its validation examples")
+    return Kept(found.logits, found.labels, found.features)
+
+
+def trained_network(run: Path) -> Classifier:
+    """The network of a finished run.
+
+    Raises:
+        FileNotFoundError: it is not a run folder, or the run has not finished.
+        ValueError: the weights are damaged.
+    """
+    return Classifier.of(load(weights_of(run)))
+
+
+def run_bands(run: Path, network: Classifier) -> int:
+    """Channels that a finished run reads from image files."""
+    try:
+        bands = split_of(run).bands
+    except FileNotFoundError:
+        bands = None
+    return network.model.config.bands if bands is None else bands
+
+
+def run_data(run: Path, *, skip_corrupt: bool = False) -> tuple[Source, Splits]:
+    """The data of a run, opened again, and the parts that it kept.
+
+    Raises:
+        FileNotFoundError: the run keeps no split, or the data are not there.
+        ValueError: a program made the data, or examples of the run are missing from them.
+    """
+    kept = split_of(run)
+    if not kept.address:
+        raise ValueError(
+            f"the run in {run} was trained on data that a program made; say with --data what to "
+            "use instead"
         )
-        evidence = measure(
-            options.strategy, model, variables, batches, preprocessing, len(splits.train)
-        )
-    settings = {**_settings(options, feed), **evidence.settings}
-    plan = strategy_plan(options.strategy, variables["params"], settings)
-    return Job(source, splits, checkpoint, report, model, variables, feed, plan, evidence)
+    source = open_source(kept.address, skip_corrupt=skip_corrupt, bands=kept.bands)
+    return source, kept.positions(source)
 
 
-def image_bands(options: Train, checkpoint: Pretrained) -> int:
-    """Channels to read from image files, for training and for whatever comes after it."""
-    return checkpoint.config.bands if options.bands is None else options.bands
-
-
-def _bands(
-    options: Train, checkpoint: Pretrained, source: Source, splits: Splits
-) -> tuple[Preprocessing, dict[str, Any]]:
-    """The preprocessing for the bands at hand, and what `transfer` has to know of them."""
-    own, bands = checkpoint.preprocessing, options.bands
-    start: dict[str, Any] = {"bands": bands, "adapter": options.adapter}
-    start["wavelengths"] = options.wavelengths or None
-    if bands is None or options.adapter == "replicate":
-        return own, start
-    # Before the images are read, so that a typing error costs no time.
-    change_input(
-        checkpoint.config,
-        flatten(checkpoint.variables["params"])[checkpoint.config.first_kernel],
-        bands=bands,
-        way=options.adapter,
-        wavelengths=start["wavelengths"],
-        stem_wavelengths=own.wavelengths,
-    )
-    if bands == checkpoint.config.bands and not options.adapter and not options.wavelengths:
-        return own, start
-    preprocessing = band_preprocessing(own, source, splits.train, bands)
-    if bands > 1 and options.adapter in (None, "linear", "curves") and not options.wavelengths:
-        start["patches"] = band_patches(preprocessing, source, splits.train)
-    return preprocessing, start
-
-
-def _settings(options: Train, feed: DataLoaders) -> dict[str, Any]:
-    """What of the options is for the strategy; lengths follow the size of the training set."""
-    names = (
-        "steps",
-        "head_steps",
-        "fine_tune_steps",
-        "head_learning_rate",
-        "learning_rate",
-        "weight_decay",
-        "patience",
-    )
-    settings = {name: getattr(options, name) for name in names}
-    lengths = {
-        "head_then_fine_tune": {"head_steps": (100, 3), "fine_tune_steps": (200, 10)},
-        "progressive_unfreezing": {"steps": (100, 5)},
-    }
-    if options.strategy in RECIPES:
-        for name, (least, epochs) in lengths.get(options.strategy, {"steps": (300, 10)}).items():
-            settings[name] = _steps(settings[name], least, epochs, feed)
-    return settings
-
-
-def split(source: Source, options: Train) -> Splits:
-    """The parts of the data that a run trains, validates and tests on."""
+def split(source: Source, name: str, options: SplitOptions) -> Splits:
+    """The images for training, validation and test."""
     labels_per_class = options.labels_per_class
     if labels_per_class is None:
-        labels_per_class = 5 if options.data == "digits" else 0
+        labels_per_class = 5 if name == "digits" else 0
     return stratified_split(
         source.labels(),
         labels_per_class=labels_per_class or None,
@@ -167,5 +184,44 @@ def split(source: Source, options: Train) -> Splits:
     )
 
 
-def _steps(given: int | None, least: int, epochs: int, feed: DataLoaders) -> int:
-    return max(least, epochs * feed.steps_per_epoch) if given is None else given
+def _bands(
+    options: InputOptions, checkpoint: Pretrained, source: Source, splits: Splits
+) -> tuple[Preprocessing, dict[str, Any]]:
+    """The preprocessing for the bands of the images, and arguments of ``transfer`` about them."""
+    own, bands = checkpoint.preprocessing, options.bands
+    start: dict[str, Any] = {"bands": bands, "adapter": options.adapter}
+    start["wavelengths"] = options.wavelengths or None
+    if bands is None or options.adapter == "replicate":
+        return own, start
+    # Before the images are read, so that a typing error costs no time.
+    change_input(
+        checkpoint.config,
+        flatten(checkpoint.variables["params"])[checkpoint.config.first_kernel],
+        bands=bands,
+        method=options.adapter,
+        wavelengths=start["wavelengths"],
+        stem_wavelengths=own.wavelengths,
+    )
+    if bands == checkpoint.config.bands and not options.adapter and not options.wavelengths:
+        return own, start
+    preprocessing = band_preprocessing(own, source, splits.train, bands)
+    if bands > 1 and options.adapter in (None, "linear", "curves") and not options.wavelengths:
+        start["patches"] = band_patches(preprocessing, source, splits.train)
+    return preprocessing, start
+
+
+_LENGTHS = {
+    "head_then_fine_tune": {"head_steps": (100, 3), "fine_tune_steps": (200, 10)},
+    "progressive_unfreezing": {"steps": (100, 5)},
+}
+"""Default lengths of the recipes with several phases: least steps, and epochs."""
+
+
+def _with_lengths(strategy: str, settings: Mapping[str, Any], data: DataLoaders) -> dict[str, Any]:
+    """The settings with default lengths that follow the size of the training set."""
+    found = dict(settings)
+    if strategy in RECIPES:
+        for name, (least, epochs) in _LENGTHS.get(strategy, {"steps": (300, 10)}).items():
+            if found.get(name) is None:
+                found[name] = max(least, epochs * data.steps_per_epoch)
+    return found

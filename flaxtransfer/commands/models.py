@@ -1,42 +1,20 @@
-"""``flaxtransfer models``: the architectures that have a name here, and what they cost."""
+"""``flaxtransfer models``: the named architectures and their costs."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.commands.subcommands import Models
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.costs import costs
-from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.models.registry import ARCHITECTURES, costs
 from flaxtransfer.paths import match, suggest
-
-
-@dataclass(frozen=True)
-class Models:
-    """Print the architectures by name, with their parameters and multiply-adds.
-
-    Examples: flaxtransfer models resnet50, flaxtransfer models "se*50*" --sort macs
-
-    Args:
-      names: a part of the name, or a pattern of the whole, such as "se*50*"; by default all.
-      size: height and width of the images in px.
-      sort: "family", the order of the catalog, or by name, parameters or macs.
-    """
-
-    names: tyro.conf.Positional[str] = "*"
-    size: int = 224
-    sort: Literal["family", "name", "parameters", "macs"] = "family"
 
 
 def models(options: Models, console: Console) -> None:
     """Runs ``flaxtransfer models``."""
-    if options.size < 1:
-        raise ValueError(f"--size is a positive number of px, not {options.size}")
     rows, unfit = [], []
     for name, config in _chosen(options.names).items():
         parameters = costs(config, 32).parameters
@@ -61,8 +39,8 @@ def models(options: Models, console: Console) -> None:
     console.print(table)
     console.print(
         f"{len(rows)} of {len(ARCHITECTURES)} names, with heads of 1000 classes. GMAC: 10^9 "
-        f"multiplications, each with its addition, for one image of {options.size} px; FLOPs are "
-        "twice that. features: what the head sees.",
+        f"multiply-adds for one image of {options.size} px; FLOPs are twice that. features: inputs "
+        "of the head.",
         highlight=False,
     )
     if unfit:

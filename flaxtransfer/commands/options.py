@@ -1,178 +1,443 @@
-"""The options of a training run, as they are given and as a run folder keeps them."""
+"""Groups of command-line options, each a frozen dataclass that subcommands share.
+
+A group is a section of ``--help``. An option's limits are in its annotation, beside its default, so
+that ``check`` lists every value out of range, and ``recorded`` gives what a run folder keeps. This
+module imports no jax: help and wrong options are answered at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from flaxtransfer.commands.plan import is_file
-from flaxtransfer.models.input_channels import Method
-from flaxtransfer.training.prefix_cache import Cache
-from flaxtransfer.training.run_folder import CONFIG_FILE
+import tyro
+
+from flaxtransfer.data.open import SCHEMES, open_source
+from flaxtransfer.models.config import Method
+from flaxtransfer.paths import suggest
+from flaxtransfer.recipes import RECIPE_NAMES
+from flaxtransfer.weights.naming.formats import FORMATS
+from flaxtransfer.weights.naming.torchgeo import SENSORS
 
 
 @dataclass(frozen=True)
-class Train:
-    """Adapt a pre-trained network to your images, by default the head first and then everything.
-
-    Without any option this is the main job: the built-in checkpoint learns handwritten digits from
-    5 labels a class and is tested on all the others, beside the same network from scratch.
+class Limit:
+    """What a number must be.
 
     Args:
-      data: "digits", "folder:<path>" (one sub-folder a class) or "tfds:<name>[/config][:split]".
-      weights: "builtin", a file of a ResNet (.safetensors, .pth, .npz, .h5, .keras), a folder with
-        one, hf://organization/name[@revision], or https://.
-      format: naming of the weights, where it is not to be read off: torchvision, timm, timm-v2,
-        huggingface, huggingface-flax, bit, keras or keras-hub.
-      model: architecture that the weights must be of, such as resnet50; by default whatever they
-        are.
-      sensor: whose bands the weights take, where their name does not say it: sentinel2_all,
-        sentinel1_all, landsat_tm_toa, ...; images are 8 bits between its black and white.
-      run: run folder; by default runs/<data>-seed<seed>.
-      resume: continue the run in the folder, if there is one.
-      labels_per_class: use so many labels of each class and test on all others. By default 5 for
-        the digits and all for other data; 0 means all.
-      val_per_class: so many of those labels validate instead of train.
-      val_fraction: share of the labeled images that validates, where all labels are used.
-      test_fraction: share of the images that tests, where all labels are used.
-      bands: channels of the images; by default what the weights take, to which gray is
-        replicated. With it, each band is normalized by its own statistics over the training
-        images. Files: gray, RGB, gray with alpha (2), RGBA (4), or one gray page a band.
-      adapter: how other bands reach the stem: "linear" (the default) or "curves", which learn, or
-        "replicate", "sum", "average", "repeat", which do not.
-      wavelengths: center of each band in nm, for an adapter to start from; by default it starts
-        from the training images, by least squares, and for one band as replication.
-      head: "new" starts the head at zero, "keep" takes the checkpoint's, "resize" its first rows.
-      strategy: how to adapt: a recipe (head_then_fine_tune, linear_probe_then_fine_tune,
-        feature_extraction, batch_norm_only, progressive_unfreezing, discriminative,
-        curvature_scaled, gradient_scaled, surgical (the part whose gradient is largest beside its
-        weights), l2_sp, full_fine_tuning, from_scratch) or the path of a plan, such as plan.yaml;
-        "flaxtransfer plan" prints and writes them.
-      batch_size: images a step.
-      steps: steps of a strategy of one phase, by default 300 or 10 epochs if that is more; of
-        each phase of progressive_unfreezing.
-      head_steps: steps of the head alone; by default 100, or 3 epochs if that is more.
-      fine_tune_steps: steps of everything; by default 200, or 10 epochs if that is more.
-      head_learning_rate: peak rate of the head, where it has its own; by default the strategy's.
-      learning_rate: peak rate of all else that moves; by default the strategy's.
-      weight_decay: decoupled, on kernels; by default the strategy's.
-      patience: evaluations without a better validation accuracy that end a phase.
-      flip: mirror images in training; "auto" decides by the names of the classes.
-      compare: also train from scratch; "auto" does with at most 1000 training images.
-      scratch_learning_rate: peak rate of that comparison.
-      compute: "bfloat16" for accelerators; parameters and statistics stay float32.
-      seed: of the split, the head, the order and the augmentation.
-      workers: processes that decode images; 0 uses threads.
-      skip_corrupt: leave out unreadable images instead of stopping.
-      download: allow a tfds: data set to be fetched.
-      tensorboard: also write TensorBoard events (extra tb).
-      evaluate_every: steps between validations, each with a checkpoint; by default an epoch, at
-        most ten times a phase.
-      cache: "auto" runs the frozen part of the network once a phase where that pays and fits, and
-        trains the rest on its output; "memory" or "disk" insist on the place, "off" on running it
-        in every step.
-      cache_views: versions of each augmented image that a cache holds; training goes through them
-        from pass to pass.
-      cache_dtype: of what is cached; "auto" is float32, or float16 where only that fits.
-      cache_memory_gb: most that a cache may take in memory.
-      cache_disk_gb: most that caches may take on disk.
-      cache_dir: folder of caches that other runs may use as well; by default in the run folder,
-        until the run has finished.
+        text: completes "must be ...".
+        holds: whether a value is within the limit.
     """
 
-    data: str = "digits"
+    text: str
+    holds: Callable[[Any], bool]
+
+
+NOT_NEGATIVE = Limit(">= 0", lambda value: value >= 0)
+AT_LEAST_1 = Limit(">= 1", lambda value: value >= 1)
+AT_LEAST_3 = Limit(">= 3", lambda value: value >= 3)
+AT_LEAST_20 = Limit(">= 20", lambda value: value >= 20)
+POSITIVE = Limit("> 0", lambda value: value > 0)
+SHARE = Limit(">= 0 and < 1", lambda value: 0 <= value < 1)
+LEVEL = Limit("> 0 and < 1", lambda value: 0 < value < 1)
+
+UNRECORDED = "unrecorded"
+"""Marks an option that does not decide what is learned: the run folder does not keep it."""
+
+
+def default(text: str) -> Any:
+    """The default that help shows where the value itself says nothing, such as None."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
+def described(text: str, *, default: str | None = None) -> Any:
+    """A help text that is derived from a table; others are in the docstrings."""
+    hint = None if default is None else f"(default: {default})"
+    return tyro.conf.arg(help=text, help_behavior_hint=hint)
+
+
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+"""An option without a value, off by default."""
+
+Count = Annotated[int, AT_LEAST_1]
+Rate = Annotated[float, POSITIVE]
+
+RECIPES_HELP = f"a recipe ({', '.join(RECIPE_NAMES)}), or the path of a plan, such as plan.yaml"
+FORMATS_HELP = ", ".join(FORMATS)
+SENSORS_HELP = ", ".join(SENSORS)
+FORMS = [scheme.form for scheme in SCHEMES.values() if scheme.labeled]
+SCHEMES_HELP = " or ".join((", ".join(FORMS[:-1]), FORMS[-1]))
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images.
+
+    Args:
+        skip_corrupt: Leave out unreadable images instead of stopping.
+        download: Allow a TensorFlow Datasets data set to be downloaded.
+    """
+
+    name: Annotated[
+        str,
+        tyro.conf.arg(
+            name="data",
+            help=f"Data set: {SCHEMES_HELP}. A folder has one sub-folder per class.",
+        ),
+    ] = "digits"
+    skip_corrupt: Flag = False
+    download: Annotated[Flag, UNRECORDED] = False
+
+    def problems(self) -> Iterator[str]:
+        """An unknown data source."""
+        yield from data_problems("--data", self.name)
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Which images train, validate and test.
+
+    Args:
+        labels_per_class: Train on this many labels per class and test on all others; 0 means all.
+        val_per_class: Use this many of those labels per class for validation.
+        val_fraction: Share of the labeled images for validation.
+        test_fraction: Share of the images for the test.
+        seed: Seed of the split, the new head, the order of the images and the augmentation.
+    """
+
+    labels_per_class: Annotated[
+        int | None, NOT_NEGATIVE, default("5 for digits, all for other data")
+    ] = None
+    val_per_class: Annotated[int, NOT_NEGATIVE] = 0
+    val_fraction: Annotated[
+        float | None, SHARE, default("0.1, or 0 where labels are counted per class")
+    ] = None
+    test_fraction: Annotated[
+        float | None, SHARE, default("0.2, or all others where labels are counted per class")
+    ] = None
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """The pre-trained weights.
+
+    Args:
+        weights: Weights of a ResNet: builtin, a file (.safetensors, .pth, .npz, .h5, .keras), a
+            folder with one, hf://organization/name[@revision] or https://.
+        model: Architecture that the weights must have, such as resnet50.
+    """
+
     weights: str = "builtin"
-    format: str | None = None
-    model: str | None = None
-    sensor: str | None = None
-    run: Path | None = None
-    resume: bool = False
-    labels_per_class: int | None = None
-    val_per_class: int = 0
-    val_fraction: float | None = None
-    test_fraction: float | None = None
-    bands: int | None = None
-    adapter: Method | None = None
-    wavelengths: tuple[float, ...] = ()
-    head: Literal["new", "keep", "resize"] = "new"
-    strategy: str = "head_then_fine_tune"
-    batch_size: int = 64
-    steps: int | None = None
-    head_steps: int | None = None
-    fine_tune_steps: int | None = None
-    head_learning_rate: float | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    patience: int | None = None
-    flip: Literal["auto", "yes", "no"] = "auto"
-    compare: Literal["auto", "yes", "no"] = "auto"
-    scratch_learning_rate: float = 3e-3
-    compute: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    workers: int = 0
-    skip_corrupt: bool = False
-    download: bool = False
-    tensorboard: bool = False
-    evaluate_every: int | None = None
-    cache: Literal["auto", "memory", "disk", "off"] = "auto"
-    cache_views: int = 8
-    cache_dtype: Literal["auto", "float32", "float16"] = "auto"
-    cache_memory_gb: float = 2.0
-    cache_disk_gb: float = 20.0
-    cache_dir: Path | None = None
+    format: Annotated[
+        str | None,
+        described(f"Naming of the weights: {FORMATS_HELP}.", default="read off the file"),
+    ] = None
+    model: Annotated[str | None, default("that of the weights")] = None
+    sensor: Annotated[
+        str | None,
+        described(
+            f"Sensor whose bands the weights take: {SENSORS_HELP}.",
+            default="read off the name of the weights",
+        ),
+    ] = None
 
-    def caching(self) -> Cache:
-        """The options of the cache as one value."""
-        memory, disk = int(1e9 * self.cache_memory_gb), int(1e9 * self.cache_disk_gb)
-        return Cache(self.cache, self.cache_dtype, self.cache_views, memory, disk, self.cache_dir)
 
-    def check(self) -> None:
-        """Raises a ValueError that lists every number out of range."""
-        problems = [
-            f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}"
-            for name in (
-                "batch_size",
-                "steps",
-                "head_learning_rate",
-                "learning_rate",
-                "evaluate_every",
-            )
-            if getattr(self, name) is not None and getattr(self, name) <= 0
-        ]
-        problems += [
-            f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}"
-            for name in ("labels_per_class", "head_steps", "fine_tune_steps", "seed", "workers")
-            if getattr(self, name) is not None and getattr(self, name) < 0
-        ]
+@dataclass(frozen=True)
+class InputOptions:
+    """The channels of the images.
+
+    Args:
+        bands: Channels of the images, each normalized by its own statistics over the training
+            images: gray (1), gray with alpha (2), RGB (3), RGBA (4), or one gray page per band.
+        adapter: How other bands reach the stem; linear and curves learn, the others do not.
+        wavelengths: Center of each band in nm, from which an adapter starts.
+    """
+
+    bands: Annotated[
+        int | None, AT_LEAST_1, default("what the weights take, gray being replicated")
+    ] = None
+    adapter: Annotated[Method | None, default("linear, where the bands differ")] = None
+    wavelengths: Annotated[
+        tuple[float, ...], default("none: an adapter starts from the training images")
+    ] = ()
+
+    def problems(self) -> Iterator[str]:
+        """Options that mean nothing without another."""
         if self.bands is None and (self.adapter or self.wavelengths):
-            problems.append("--adapter and --wavelengths belong to --bands; give it as well")
-        if self.bands is not None and self.bands < 1:
-            problems.append(f"--bands is a number of channels, 1 or more, not {self.bands}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        self.caching()
-
-    def identity(self) -> dict[str, Any]:
-        """The options that decide what is learned, for the run's configuration."""
-        silent = ("run", "resume", "tensorboard", "workers", "download", "compare", "cache_dir")
-        found = {k: v for k, v in asdict(self).items() if k not in silent}
-        if self.bands is None:
-            # A run on the bands of its weights is the run that it was before there were others.
-            found = {k: v for k, v in found.items() if k not in ("bands", "adapter", "wavelengths")}
-        if self.sensor is None:
-            del found["sensor"]
-        # What a file says, not what it is called, is what was run.
-        if is_file(self.strategy):
-            found["plan"] = hashlib.sha256(Path(self.strategy).read_bytes()).hexdigest()[:12]
-        return found
+            yield "--adapter and --wavelengths belong to --bands; give it as well"
 
 
-def training_options(run: Path) -> Train:
-    """The options of a run, from its folder; the usual ones where a program made it."""
-    path = run / CONFIG_FILE
-    saved = json.loads(path.read_text()).get("options", {}) if path.is_file() else {}
-    known = {field.name for field in fields(Train)}
-    return Train(**{name: value for name, value in saved.items() if name in known})
+@dataclass(frozen=True)
+class StrategyOptions:
+    """How the network is adapted.
+
+    Args:
+        head: Start of the head: new starts at zero, keep takes the checkpoint's head, resize takes
+            its first rows.
+    """
+
+    strategy: Annotated[
+        str, described(f'Strategy: {RECIPES_HELP}; "flaxtransfer plan" prints and writes them.')
+    ] = "head_then_fine_tune"
+    head: Literal["new", "keep", "resize"] = "new"
+
+    def problems(self) -> Iterator[str]:
+        """An unknown recipe or a plan that does not exist."""
+        yield from strategy_problems(self.strategy)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Batches and arithmetic.
+
+    Args:
+        batch_size: Images per step.
+        flip: Mirror images in training; auto decides by the names of the classes.
+        compute: Number type of the convolutions; bfloat16 is for accelerators, and parameters and
+            statistics stay float32.
+        workers: Processes that decode images; 0 uses threads.
+    """
+
+    batch_size: Count = 64
+    flip: Literal["auto", "yes", "no"] = "auto"
+    compute: Literal["float32", "bfloat16"] = "float32"
+    workers: Annotated[int, NOT_NEGATIVE, UNRECORDED] = 0
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """All that makes a training job: images, network and strategy."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    weights: WeightsOptions = field(default_factory=WeightsOptions)
+    input: InputOptions = field(default_factory=InputOptions)
+    strategy: StrategyOptions = field(default_factory=StrategyOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Length and learning rates of the recipe.
+
+    Args:
+        steps: Steps of a strategy of one phase, or of each phase of progressive_unfreezing.
+        head_steps: Steps of the head alone.
+        fine_tune_steps: Steps of all parameters.
+        head_learning_rate: Peak learning rate of the head.
+        learning_rate: Peak learning rate of all other parameters that train.
+        weight_decay: Decoupled weight decay, on kernels.
+        patience: Evaluations without a better validation accuracy that end a phase.
+        evaluate_every: Steps between validations, each with a checkpoint.
+    """
+
+    steps: Annotated[int | None, AT_LEAST_1, default("300, or 10 epochs if that is more")] = None
+    head_steps: Annotated[int | None, NOT_NEGATIVE, default("100, or 3 epochs if that is more")] = (
+        None
+    )
+    fine_tune_steps: Annotated[
+        int | None, NOT_NEGATIVE, default("200, or 10 epochs if that is more")
+    ] = None
+    head_learning_rate: Annotated[float | None, POSITIVE, default("the strategy's")] = None
+    learning_rate: Annotated[float | None, POSITIVE, default("the strategy's")] = None
+    weight_decay: Annotated[float | None, default("the strategy's")] = None
+    patience: Annotated[int | None, AT_LEAST_1, default("none")] = None
+    evaluate_every: Annotated[
+        int | None, AT_LEAST_1, default("an epoch, at most 10 times per phase")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of a recipe; None is the recipe's own default."""
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        del given["evaluate_every"]
+        return given
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The cache of what the frozen part of the network computes.
+
+    Args:
+        where: Place of the cache; auto caches where that pays and fits, memory and disk insist on
+            the place, and off runs the frozen part in every step instead of once per phase.
+        views: Versions of each augmented image in the cache; training takes them in turn.
+        dtype: Number type in the cache; auto is float32, or float16 where only that fits.
+        memory_gb: Most memory that the cache may take, in GB.
+        disk_gb: Most disk space that caches may take, in GB.
+        folder: Folder of caches that other runs share.
+    """
+
+    where: Annotated[Literal["auto", "memory", "disk", "off"], tyro.conf.arg(name="cache")] = "auto"
+    views: Annotated[int, AT_LEAST_1, tyro.conf.arg(name="cache-views")] = 8
+    dtype: Annotated[Literal["auto", "float32", "float16"], tyro.conf.arg(name="cache-dtype")] = (
+        "auto"
+    )
+    memory_gb: Annotated[float, NOT_NEGATIVE, tyro.conf.arg(name="cache-memory-gb")] = 2.0
+    disk_gb: Annotated[float, NOT_NEGATIVE, tyro.conf.arg(name="cache-disk-gb")] = 20.0
+    folder: Annotated[
+        Path | None,
+        UNRECORDED,
+        tyro.conf.arg(
+            name="cache-dir",
+            help_behavior_hint="(default: the run folder, until the run has finished)",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run folder, and what is written and compared.
+
+    Args:
+        run: Run folder.
+        resume: Continue the run in the folder, if there is one.
+        compare: Also train from scratch; auto does so with at most 1000 training images.
+        scratch_learning_rate: Peak learning rate of that comparison.
+        tensorboard: Also write TensorBoard events (extra tb).
+    """
+
+    run: Annotated[Path | None, UNRECORDED, default("runs/<data>-seed<seed>")] = None
+    resume: Annotated[Flag, UNRECORDED] = False
+    compare: Annotated[Literal["auto", "yes", "no"], UNRECORDED] = "auto"
+    scratch_learning_rate: Rate = 3e-3
+    tensorboard: Annotated[Flag, UNRECORDED] = False
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How images are read.
+
+    Args:
+        batch_size: Images per batch.
+        skip_corrupt: Leave out unreadable images, with a note, instead of stopping.
+    """
+
+    batch_size: Count = 256
+    skip_corrupt: Flag = False
+
+
+def data_problems(option: str, name: str) -> Iterator[str]:
+    """An unknown data source; one of a known scheme is not opened."""
+    takes_rest = {name: each.takes_rest for name, each in SCHEMES.items() if each.labeled}
+    scheme, colon, _ = name.partition(":")
+    if takes_rest.get(scheme) is not bool(colon):
+        try:
+            open_source(name)
+        except ValueError as error:
+            yield f"{option}: {error}"
+
+
+def is_file(strategy: str) -> bool:
+    """Whether a strategy is the path of a plan, rather than the name of a recipe."""
+    return strategy.endswith((".yaml", ".yml"))
+
+
+def strategy_problems(strategy: str) -> Iterator[str]:
+    """What is wrong with the name of a recipe or the path of a plan."""
+    if is_file(strategy):
+        if not Path(strategy).is_file():
+            yield f"--strategy: there is no plan {strategy}"
+    elif strategy not in RECIPE_NAMES:
+        yield (
+            f"--strategy must be {RECIPES_HELP}, got {strategy!r}{suggest(strategy, RECIPE_NAMES)}"
+        )
+
+
+def check(options: Any) -> None:
+    """Checks options, before anything is imported that could use them.
+
+    Args:
+        options: a dataclass of options, with groups in it.
+
+    Raises:
+        ValueError: values out of range, and what the ``problems`` of the dataclasses list; all in
+            one text.
+
+    >>> check(BatchOptions(batch_size=0, workers=-1))
+    Traceback (most recent call last):
+    ...
+    ValueError: --batch-size must be >= 1, got 0; --workers must be >= 0, got -1
+    """
+    if problems := list(_problems(options)):
+        raise ValueError("; ".join(problems))
+
+
+def recorded(options: Any) -> dict[str, Any]:
+    """The options that decide what is learned, as JSON, for the run's configuration.
+
+    >>> recorded(BatchOptions())
+    {'batch_size': 64, 'flip': 'auto', 'compute': 'float32'}
+    """
+    found: dict[str, Any] = {}
+    for name, value, notes in _entries(options):
+        if dataclasses.is_dataclass(value):
+            found |= recorded(value)
+        elif UNRECORDED not in notes:
+            found[_key(name, notes)] = list(value) if isinstance(value, tuple) else value
+    if isinstance(options, StrategyOptions) and is_file(options.strategy):
+        # The content of the file decides what is learned, not its name.
+        content = Path(options.strategy).read_bytes()
+        found["plan"] = hashlib.sha256(content).hexdigest()[:12]
+    return found
+
+
+Options = TypeVar("Options")
+
+
+def from_record(options: Options, record: Mapping[str, Any]) -> Options:
+    """The options that ``recorded`` wrote.
+
+    Args:
+        options: a dataclass of options, whose values stay where the record has none.
+        record: from ``recorded``.
+
+    >>> from_record(BatchOptions(), {"batch_size": 8})
+    BatchOptions(batch_size=8, flip='auto', compute='float32', workers=0)
+    """
+    given: dict[str, Any] = {}
+    for name, value, notes in _entries(options):
+        if dataclasses.is_dataclass(value):
+            given[name] = from_record(value, record)
+        elif _key(name, notes) in record:
+            there = record[_key(name, notes)]
+            given[name] = tuple(there) if isinstance(there, list) else there
+    return dataclasses.replace(options, **given)  # type: ignore[type-var]
+
+
+def _key(name: str, notes: tuple[Any, ...]) -> str:
+    """The key of an option in a record."""
+    return flag(name, notes).removeprefix("--").replace("-", "_")
+
+
+def flag(name: str, notes: tuple[Any, ...] = ()) -> str:
+    """How an option is written on the command line.
+
+    >>> flag("batch_size")
+    '--batch-size'
+    """
+    names = [note.name for note in notes if getattr(note, "name", None)]
+    return f"--{names[0] if names else name.replace('_', '-')}"
+
+
+def _problems(options: Any) -> Iterator[str]:
+    for name, value, notes in _entries(options):
+        if dataclasses.is_dataclass(value):
+            yield from _problems(value)
+        for limit in notes:
+            if isinstance(limit, Limit) and value is not None and not limit.holds(value):
+                yield f"{flag(name, notes)} must be {limit.text}, got {value}"
+    if hasattr(options, "problems"):
+        yield from options.problems()
+
+
+def _entries(options: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, value and annotations of each field."""
+    hints = get_type_hints(type(options), include_extras=True)
+    for entry in dataclasses.fields(options):
+        notes = getattr(hints[entry.name], "__metadata__", ())
+        yield entry.name, getattr(options, entry.name), notes

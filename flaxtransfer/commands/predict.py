@@ -1,9 +1,4 @@
-"""``flaxtransfer predict``: predictions of a finished run, adjusted for prevalence if asked.
-
-Predictions of a run for images in which classes are differently common than in training.
-
-``flaxtransfer predict``: what a finished run says about image files.
-"""
+"""``flaxtransfer predict``: predictions of a finished run, corrected for prevalence if asked."""
 
 from __future__ import annotations
 
@@ -13,55 +8,47 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Any, TextIO
 
 import numpy as np
-import tyro
 from rich.console import Console
-from scipy.special import softmax
 
-from flaxtransfer.commands.job import image_bands
-from flaxtransfer.commands.options import training_options
+from flaxtransfer.classifier import Classifier
+from flaxtransfer.commands.job import kept_validation, run_bands, trained_network
+from flaxtransfer.commands.subcommands import Predict
 from flaxtransfer.data.decode import ImageError, decode_bands
-from flaxtransfer.data.transforms import evaluation_transform
-from flaxtransfer.models.registry import resnet
+from flaxtransfer.data.transforms import Transform, evaluation_transform
 from flaxtransfer.paths import suggest
+from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
 from flaxtransfer.shift.calibration import Calibration, calibrate
 from flaxtransfer.shift.prior_correction import adjust_prior, correct_prior
-from flaxtransfer.training.run_folder import validation_of, weights_of
 from flaxtransfer.training.step import forward_with_features
-from flaxtransfer.weights.loading import load
-from flaxtransfer.weights.pretrained import Pretrained
-
-__all__ = ["Known", "Predict", "adjusted", "given_prior", "known_of", "predict"]
-
 
 _FEWEST_VALIDATION = 5
-"""Validation examples a class, on average: with fewer, not even a temperature is known."""
+"""Validation examples per class, on average, below which no temperature can be fitted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What a finished run knows of its validation examples.
+    """The validation examples of a finished run, as far as a correction needs them.
 
     Args:
-      calibration: of its network, fitted on them.
-      features: float [examples, channels], what its head saw of them; None where the run is older
-        than runs that keep them.
+        calibration: calibration of the network, fitted on them.
+        features: float ``[examples, channels]``, the inputs of the head.
     """
 
     calibration: Calibration
-    features: np.ndarray | None
+    features: np.ndarray
 
 
 def known_of(run: Path) -> Known:
-    """The calibration of a finished run's network, on its validation examples, and their features.
+    """The calibration of a finished run on its validation examples, and their features.
 
     Raises:
-      FileNotFoundError: the run keeps none, or has not finished.
-      ValueError: they are too few.
+        FileNotFoundError: the run keeps none, or has not finished.
+        ValueError: they are too few.
     """
-    found = validation_of(run)
+    found = kept_validation(run)
     count, classes = found.logits.shape
     if count < _FEWEST_VALIDATION * classes:
         raise ValueError(
@@ -72,14 +59,14 @@ def known_of(run: Path) -> Known:
 
 
 def given_prior(shares: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
-    """Class shares as they are typed; None where none are.
+    """The class shares of ``--prior``; None without the option.
 
     Args:
-      shares: "0.2", "0.8", or "dark=0.2", "bright=0.8".
-      names: of the run's classes.
+        shares: "0.2", "0.8", or "dark=0.2", "bright=0.8".
+        names: names of the run's classes.
 
     Raises:
-      ValueError: other classes, another number of them, numbers that are no shares.
+        ValueError: unknown or missing classes, or numbers that are not shares.
 
     >>> given_prior(["bright=0.8", "dark=0.2"], ["dark", "bright"])
     array([0.2, 0.8])
@@ -99,19 +86,19 @@ def given_prior(shares: Sequence[str], names: Sequence[str]) -> np.ndarray | Non
         shares = [given[name] for name in names]
     if len(shares) != len(names):
         raise ValueError(
-            f"--prior has {len(shares)} numbers, and the run has {len(names)} classes: "
-            + ", ".join(names)
+            f"--prior must have a share for each of the {len(names)} classes "
+            f"({', '.join(names)}), got {len(shares)}"
         )
     try:
         found = np.array([float(share) for share in shares])
     except ValueError:
-        raise ValueError(f"--prior: shares are numbers, not {' '.join(shares)}") from None
+        raise ValueError(f"--prior: shares must be numbers, got {' '.join(shares)}") from None
     if not (found >= 0).all() or abs(found.sum() - 1) > 1e-3:
         raise ValueError(
-            f"--prior: shares are 0 or more and sum to 1; {' '.join(shares)} sum to "
+            f"--prior: shares must be >= 0 and sum to 1, got {' '.join(shares)}, which sum to "
             f"{found.sum():.6g}"
         )
-    return found / found.sum()
+    return np.asarray(found / found.sum())
 
 
 def adjusted(
@@ -122,18 +109,18 @@ def adjusted(
     names: Sequence[str],
     console: Console,
 ) -> np.ndarray:
-    """Corrected probabilities ``[images, classes]``; what was done goes to ``console``.
+    """Corrected probabilities ``[images, classes]``; a report of it goes to ``console``.
 
     Args:
-      logits: ``[images, classes]``.
-      features: ``[images, channels]``, what the head saw of the same images.
-      known: of the run.
-      prior: class shares; None to estimate them.
-      names: of the classes.
-      console: for notes.
+        logits: ``[images, classes]``.
+        features: ``[images, channels]``, the inputs of the head for the same images.
+        known: the validation examples of the run.
+        prior: class shares; None estimates them.
+        names: names of the classes.
+        console: for the report.
 
     Raises:
-      ValueError: the prior is to be estimated, and there is a reason against it.
+        ValueError: the prior cannot be estimated from these images.
     """
     source = known.calibration
     calibrated = source.apply(logits)
@@ -144,15 +131,13 @@ def adjusted(
             f"{n}: {p:.3f} -> {q:.3f}" for n, p, q in zip(names, source.prior, prior, strict=True)
         ]
     else:
-        both = None
-        if known.features is not None:
-            # In the precision that the run kept, so that rounding is no difference.
-            both = known.features, features.astype(known.features.dtype)
+        # In the precision of the run's features, so that rounding is not a difference.
+        both = known.features, features.astype(known.features.dtype)
         found = correct_prior(logits, source, features=both)
         if not found.adjusted or found.prevalence is None:
             raise ValueError(
                 f"the prior is not adjusted: {'; '.join(found.refusals)}; without --adjust-prior "
-                "predictions are for classes as common as in the validation examples, and --prior "
+                "predictions assume the class shares of the validation examples, and --prior "
                 "takes known shares"
             )
         corrected, shares = found.probabilities, found.prevalence
@@ -175,61 +160,28 @@ def _calibrated(source: Calibration) -> str:
     return f"relative to {len(source.labels)} validation examples ({method} calibration)"
 
 
-@dataclass(frozen=True)
-class Predict:
-    """Print one prediction an image, with its probability.
-
-    Args:
-      run: the run folder.
-      images: image files.
-      format: "jsonl" (one object a line) or "csv".
-      top: how many classes to list, the likeliest first.
-      batch_size: images at a time.
-      skip_corrupt: leave out unreadable images, with a note, instead of stopping.
-      adjust_prior: estimate how common each class is among these very images, and correct the
-        predictions for it, with probabilities calibrated on the run's validation examples. For
-        images of the same kind in which classes are differently common; refused where they look
-        like something else, or are too few. They are all read before the first line is written.
-      prior: how common each class is, where that is known, in place of the estimate: numbers in
-        the order of the run's classes (0.2 0.8), or dark=0.2 bright=0.8; they sum to 1.
-    """
-
-    run: tyro.conf.Positional[Path]
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    format: Literal["jsonl", "csv"] = "jsonl"
-    top: int = 1
-    batch_size: int = 64
-    skip_corrupt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    adjust_prior: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    prior: tuple[str, ...] = ()
-
-
 def predict(options: Predict, console: Console) -> None:
     """Runs ``flaxtransfer predict``; predictions go to standard output, notes to ``console``."""
-    if not options.images:
-        raise ValueError("no image was given: flaxtransfer predict <run> <image> [<image> ...]")
-    missing = [str(path) for path in options.images if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"no such image: {', '.join(missing)}")
-    checkpoint = load(weights_of(options.run))
-    names = checkpoint.class_names or tuple(map(str, range(checkpoint.config.classes)))
+    network = trained_network(options.run)
+    classes = network.model.config.classes
+    names = network.class_names or tuple(map(str, range(classes)))
     write = {"jsonl": _write_json_lines, "csv": _write_csv}[options.format]
     batches: Iterator[tuple[list[Path], np.ndarray]]
     if options.adjust_prior or options.prior:
         # Before any image is read, so that a typing error costs no time.
         known, prior = known_of(options.run), given_prior(options.prior, names)
-        parts = list(_outputs(options, checkpoint, console))
+        parts = list(_outputs(options, network, console))
         if not parts:
-            raise ValueError("none of the images could be read, so there is nothing to predict")
+            raise ValueError("none of the images could be read")
         paths = [path for some, *_ in parts for path in some]
         logits, features = (np.concatenate([part[n] for part in parts]) for n in (1, 2))
         batches = iter([(paths, adjusted(logits, features, known, prior, names, console))])
     else:
         batches = (
-            (paths, softmax(logits, axis=-1))
-            for paths, logits, _ in _outputs(options, checkpoint, console)
+            (paths, network.task.probabilities(logits))
+            for paths, logits, _ in _outputs(options, network, console)
         )
-    top = min(max(options.top, 1), checkpoint.config.classes)
+    top = min(max(options.top, 1), classes)
     write(_rows(batches, names), top, sys.stdout)
 
 
@@ -244,33 +196,50 @@ def _rows(
 
 
 def _outputs(
-    options: Predict, checkpoint: Pretrained, console: Console
+    options: Predict, network: Classifier, console: Console
 ) -> Iterator[tuple[list[Path], np.ndarray, np.ndarray]]:
-    """Batch by batch, the images that could be read, their logits, and what the head saw."""
-    bands = image_bands(training_options(options.run), checkpoint)
-    transform = evaluation_transform(checkpoint.preprocessing, channels=checkpoint.config.bands)
-    run = forward_with_features(resnet(checkpoint.config), checkpoint.preprocessing)
-    random = np.random.default_rng(0)  # evaluation draws nothing from it
-    for first in range(0, len(options.images), options.batch_size):
+    """Per batch: the images that could be read, their logits and their features."""
+    bands, preprocessing = run_bands(options.run, network), network.preprocessing
+    transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
+    run = forward_with_features(network.model, preprocessing)
+    random = np.random.default_rng(0)  # evaluation draws no number from it
+    mesh = make_mesh()
+    variables = place_replicated(network.variables, mesh)
+    # One list per batch of images that could be read, filled before the network runs on it.
+    readable: list[list[Path]] = []
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for paths, images in _read_batches(options, bands, transform, random, console):
+            readable.append(paths)
+            # Always the same shape, so that the network is compiled once.
+            size = options.reading.batch_size
+            missing = size - len(images) if len(options.images) > size else 0
+            weight = np.array([1.0] * len(images) + [0.0] * missing, np.float32)
+            yield {"image": np.stack(images + [images[0]] * missing), "weight": weight}
+
+    found = map_batches(lambda images: run(variables, images), batches(), mesh)
+    for number, ((logits, features), _) in enumerate(found):
+        yield readable[number], logits, features
+
+
+def _read_batches(
+    options: Predict, bands: int, transform: Transform, random: Any, console: Console
+) -> Iterator[tuple[list[Path], list[np.ndarray]]]:
+    """Batch by batch, the images that could be read, prepared for the network."""
+    size = options.reading.batch_size
+    for first in range(0, len(options.images), size):
         paths, images = [], []
-        for path in options.images[first : first + options.batch_size]:
+        for path in options.images[first : first + size]:
             try:
                 images.append(transform(decode_bands(path, name=str(path), bands=bands), random))
             except ImageError as error:
-                if not options.skip_corrupt:
+                if not options.reading.skip_corrupt:
                     raise
                 console.print(f"left out: {error}", highlight=False)
             else:
                 paths.append(path)
-        if not paths:
-            continue
-        # Always the same shape, so that the network is compiled once.
-        padding = (
-            options.batch_size - len(images) if len(options.images) > options.batch_size else 0
-        )
-        batch = np.stack(images + [images[0]] * padding)
-        logits, features = map(np.asarray, run(checkpoint.variables, batch))
-        yield paths, logits[: len(paths)], features[: len(paths)]
+        if paths:
+            yield paths, images
 
 
 def _write_json_lines(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:

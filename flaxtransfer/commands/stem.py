@@ -1,34 +1,16 @@
-"""``flaxtransfer stem``: what a network's first filters keep of images that are not RGB."""
+"""``flaxtransfer stem``: first-layer filters on images that are not RGB."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from flaxtransfer.analysis.stem import stem_report
+from flaxtransfer.commands.subcommands import Stem
 from flaxtransfer.paths import flatten
-from flaxtransfer.report.figures import stem_picture
 from flaxtransfer.training.run_folder import weights_of
 from flaxtransfer.weights.loading import load
-
-
-@dataclass(frozen=True)
-class Stem:
-    """Print how much of each first-layer filter survives replicated gray, and an adapter.
-
-    Filters that compare colors are silent on gray images in three equal channels. For a run with
-    an input adapter, what survives it is printed too.
-
-    Args:
-      source: "builtin", a .safetensors or .pth file of a ResNet, or a run folder.
-      out: also draw the filters and their shares into this file, such as stem.png.
-    """
-
-    source: tyro.conf.Positional[str] = "builtin"
-    out: Path | None = None
 
 
 def stem(options: Stem, console: Console) -> None:
@@ -43,7 +25,9 @@ def stem(options: Stem, console: Console) -> None:
         after = stem_report(kernel, params["adapter"]["kernel"])
         console.print(after)
         if "curves" in params["adapter"]:
-            console.print("the adapter's tone curves are left out: only its linear part is shown")
+            console.print("only the linear part of the adapter is shown, without its tone curves")
     if options.out is not None:
-        stem_picture(options.out, kernel, before, after)
+        from flaxtransfer.report.figures import plot_stem
+
+        plot_stem(options.out, kernel, before, after)
         console.print(f"drawn in {options.out}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``flaxtransfer train``: adapt a pre-trained network to a set of images, and test it."""
+"""``flaxtransfer train``: adapts a pre-trained network to a set of images, and tests it."""
 
 from __future__ import annotations
 
@@ -12,72 +12,86 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import Job, prepare
-from flaxtransfer.commands.options import Train
+from flaxtransfer.commands.options import recorded
+from flaxtransfer.commands.subcommands import Train
 from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.splits import Splits, subsample
 from flaxtransfer.features.class_means import baseline
 from flaxtransfer.features.extract import pooled_features
-from flaxtransfer.models.model import Model
-from flaxtransfer.models.registry import resnet
 from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.training.evaluation import Evaluation
 from flaxtransfer.training.loop import FitOptions, FitResult, fit
 from flaxtransfer.training.plan import Plan, plan_table
-from flaxtransfer.training.run_folder import write_json
-from flaxtransfer.types import Variables
+from flaxtransfer.training.prefix_cache import Cache
+from flaxtransfer.training.run_folder import read_metrics, write_json
 
 SUMMARY_FILE = "summary.json"
+PICTURE_FILE = "training.png"
 
 MOST_IMAGES_FOR_COMPARISON = 1000
-"""Training sets up to this size are also trained from scratch, where nobody says otherwise."""
-
+"""Largest training set for which ``--compare auto`` also trains from scratch."""
 
 MOST_IMAGES_FOR_BASELINE = 2000
-"""More images than that do not change what a head on frozen features is roughly worth."""
+"""Images for the baseline; more of them hardly change its accuracy."""
 
 
 def train(options: Train, console: Console) -> None:
-    """Runs ``flaxtransfer train`` and prints what it found; the run folder keeps everything."""
-    options.check()
-    folder = options.run or Path("runs") / f"{_file_name(options.data)}-seed{options.seed}"
-    if options.resume and (folder / SUMMARY_FILE).exists():
+    """Runs ``flaxtransfer train`` and prints its results; the run folder keeps everything."""
+    name, seed = options.job.data.name, options.job.split.seed
+    folder = options.run.run or Path("runs") / f"{_file_name(name)}-seed{seed}"
+    if options.run.resume and (folder / SUMMARY_FILE).exists():
         check_finished(folder, options)
         print_summary(json.loads((folder / SUMMARY_FILE).read_text()), folder, console)
         return
     started = time.monotonic()
-    job = prepare(options)
-    _print_job(job, options, console)
+    job = prepare(options.job, options.training.settings())
+    _print_job(job, name, console)
     baseline = _baseline(job, console)
-    fitted = _fit(options, job.model, job.variables, job.plan, job.feed, folder)
-    rows = [_row("pre-trained", job.test(job.model, fitted.variables), fitted, started)]
+    fitted = _fit(options, job.network, job.plan, job.data, folder)
+    rows = [_row("pre-trained", job.test(fitted.network), fitted, started)]
     for line in (*fitted.notes, *map(str, fitted.audits)):
         console.print(line, highlight=False)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
-    few = few and options.strategy != "from_scratch"
-    if options.compare == "yes" or (options.compare == "auto" and few):
+    few = few and options.job.strategy.strategy != "from_scratch"
+    if options.run.compare == "yes" or (options.run.compare == "auto" and few):
         started = time.monotonic()
         rows.append(_train_from_scratch(options, job, fitted.steps, folder, started))
     summary = {
-        "data": options.data,
+        "data": name,
         "train_images": len(job.splits.train),
         "validation_images": len(job.splits.val),
         "test_images": len(job.splits.test),
-        "options": json.loads(json.dumps(options.identity())),
+        "options": recorded(options),
         "baseline": baseline,
         "results": rows,
     }
+    _draw(rows, job.network.task.ranking, folder)
     write_json(folder / SUMMARY_FILE, summary)
     print_summary(summary, folder, console)
 
 
+def _draw(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
+    """Draws the training curves of the run and of its comparison into the run folder."""
+    from flaxtransfer.report.figures import plot_training
+
+    places = {"pre-trained": folder, "from scratch": folder / "from_scratch"}
+    curves = {row["start"]: read_metrics(places[row["start"]]) for row in rows}
+    tested = {row["start"]: row[metric] for row in rows}
+    plot_training(folder / PICTURE_FILE, curves, tested, metric=metric)
+
+
 def check_finished(folder: Path, options: Train) -> None:
-    """Refuses to pass off the results of other options as those of these."""
+    """Checks that the finished run in a folder had these options.
+
+    Raises:
+        ValueError: options that differ; all are listed.
+    """
     summary = json.loads((folder / SUMMARY_FILE).read_text())
-    wanted = json.loads(json.dumps(options.identity()))
     differences = [
         f"{name} is {summary['options'].get(name)!r} there and {value!r} here"
-        for name, value in wanted.items()
+        for name, value in recorded(options).items()
         if summary["options"].get(name) != value
     ]
     if differences:
@@ -87,7 +101,7 @@ def check_finished(folder: Path, options: Train) -> None:
 
 
 def print_summary(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """The short table at the end, and the test accuracy as the very last line."""
+    """Prints the table of results, and the test accuracy as the last line."""
     results = Table(title=f"{summary['train_images']} training images of {summary['data']}")
     for column in ("start", "steps", "seconds", "test loss", "test accuracy"):
         results.add_column(column, justify="left" if column == "start" else "right")
@@ -112,36 +126,45 @@ def _train_from_scratch(
     options: Train, job: Job, steps: int, folder: Path, started: float
 ) -> dict[str, Any]:
     """The same network, images, augmentation and number of steps, from random weights."""
-    model = resnet(job.model.config, dtype=job.model.dtype)
-    size = job.feed.preprocessing.size
-    image_shape = (size, size, job.model.config.bands)
-    variables = model.init(jax.random.key(options.seed), image_shape)
+    training = options.training
+    key = jax.random.key(options.job.split.seed)
+    network = job.network.with_variables(job.network.model.init(key))
     plan = from_scratch(
-        variables["params"],
+        network.params,
         steps=steps,
-        learning_rate=options.scratch_learning_rate,
-        weight_decay=1e-2 if options.weight_decay is None else options.weight_decay,
-        patience=options.patience,
+        learning_rate=options.run.scratch_learning_rate,
+        weight_decay=1e-2 if training.weight_decay is None else training.weight_decay,
+        patience=training.patience,
     )
-    inner = replace(options, resume=options.resume or (folder / "from_scratch").exists())
-    fitted = _fit(inner, model, variables, plan, job.feed, folder / "from_scratch")
-    return _row("from scratch", job.test(model, fitted.variables), fitted, started)
+    resume = options.run.resume or (folder / "from_scratch").exists()
+    inner = replace(options, run=replace(options.run, resume=resume))
+    fitted = _fit(inner, network, plan, job.data, folder / "from_scratch")
+    return _row("from scratch", job.test(fitted.network), fitted, started)
 
 
 def _fit(
-    options: Train, model: Model, variables: Variables, plan: Plan, feed: DataLoaders, folder: Path
+    options: Train, network: Classifier, plan: Plan, data: DataLoaders, folder: Path
 ) -> FitResult:
+    cache = options.cache
     return fit(
-        model,
-        variables,
+        network,
         plan,
-        feed,
+        data,
         folder,
-        seed=options.seed,
-        config={"options": options.identity()},
-        resume=options.resume,
-        options=FitOptions(evaluate_every=options.evaluate_every, tensorboard=options.tensorboard),
-        cache=options.caching(),
+        seed=options.job.split.seed,
+        config={"options": recorded(options)},
+        resume=options.run.resume,
+        options=FitOptions(
+            evaluate_every=options.training.evaluate_every, tensorboard=options.run.tensorboard
+        ),
+        cache=Cache(
+            where=cache.where,
+            dtype=cache.dtype,
+            views=cache.views,
+            memory=int(1e9 * cache.memory_gb),
+            disk=int(1e9 * cache.disk_gb),
+            folder=cache.folder,
+        ),
     )
 
 
@@ -150,29 +173,28 @@ def _row(start: str, result: Evaluation, fitted: FitResult, started: float) -> d
     return {"start": start, "steps": fitted.steps, "seconds": seconds, **result.to_json()}
 
 
-def _print_job(job: Job, options: Train, console: Console) -> None:
+def _print_job(job: Job, name: str, console: Console) -> None:
     counts = ", ".join(
-        f"{len(part)} {name}" for name, part in zip(Splits._fields, job.splits, strict=True)
+        f"{len(part)} {use}" for use, part in zip(Splits._fields, job.splits, strict=True)
     )
     skipped = getattr(job.source, "skipped", ())
     if skipped:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
-    console.print(f"{options.data}: {len(job.source.class_names)} classes; {counts}")
+    console.print(f"{name}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
-    if job.report.input:
-        console.print(job.report.input, highlight=False, soft_wrap=True)
+    if job.network.report is not None and job.network.report.input:
+        console.print(job.network.report.input, highlight=False, soft_wrap=True)
     if job.evidence.text:
         console.print(job.evidence.text, highlight=False, soft_wrap=True)
-    console.print(plan_table(job.plan, job.variables["params"]))
+    console.print(plan_table(job.plan, job.network.params))
 
 
 def _baseline(job: Job, console: Console) -> dict[str, Any] | None:
-    """Prints what heads on frozen features reach; nothing that is wrong there stops a run."""
-    preprocessing = job.feed.preprocessing
+    """Prints the accuracy of heads on frozen features; errors in it do not stop the run."""
     positions = subsample(job.splits.train, MOST_IMAGES_FOR_BASELINE, job.source.labels())
-    batches = eval_batches(job.source, positions, preprocessing)
+    batches = eval_batches(job.source, positions, job.network.preprocessing)
     try:
-        pooled = pooled_features(job.model, job.variables, batches, preprocessing)
+        pooled = pooled_features(job.network, batches)
         found = baseline(*pooled, classes=len(job.source.class_names))
     except ValueError as error:
         console.print(f"no baseline on frozen features: {error}", highlight=False)

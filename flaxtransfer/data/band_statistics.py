@@ -1,4 +1,8 @@
-"""Mean, deviation and samples of each band, from the images that a network will be trained on."""
+"""Band statistics.
+
+Mean, standard deviation and samples of each band, measured on training images. Use them to adapt a
+network for RGB to images with other bands.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ __all__ = ["band_patches", "band_preprocessing"]
 
 
 _MOST_IMAGES = 2000
-"""More images than that hardly change a mean over all their pixels."""
+"""More images hardly change a mean over all their pixels."""
 
 _BATCH = 64
 
@@ -22,21 +26,21 @@ _BATCH = 64
 def band_preprocessing(
     preprocessing: Preprocessing, source: Source, positions: np.ndarray, bands: int
 ) -> Preprocessing:
-    """The weights' preprocessing with each band's own mean and deviation in place of RGB's.
+    """The weights' preprocessing with the mean and standard deviation of each band of the data.
 
-    The statistics that belong to the weights are those of red, green and blue photographs, and
-    there is none for a band that those do not have. Over all pixels of the training images, each
-    band gets mean 0 and deviation 1; that comes before the adapter, which therefore folds exactly
-    into the stem. A band that is the same everywhere is only centered.
+    The statistics of the weights are those of red, green and blue in photographs; other bands have
+    none. Over all pixels of the training images, each band gets mean 0 and standard deviation 1.
+    That comes before the adapter, which therefore folds exactly into the stem. A constant band is
+    only centered.
 
     Args:
-      preprocessing: that belongs to the weights; size, resize and interpolation are kept.
-      source: labeled images of ``bands`` bands.
-      positions: of the training images; at most 2000 of them are looked at, spread evenly.
-      bands: n.
+        preprocessing: of the weights; size, resize and interpolation are kept.
+        source: labeled images of ``bands`` bands.
+        positions: of the training images; at most 2000 of them are read, drawn evenly.
+        bands: how many bands the images have.
 
     Raises:
-      ValueError: images of another number of bands.
+        ValueError: no images, or images with another number of bands.
 
     >>> from flaxtransfer.data import ArraySource
     >>> images = np.stack([np.full((4, 8, 8), 51), np.arange(256).reshape(4, 8, 8)], -1)
@@ -53,12 +57,12 @@ def band_preprocessing(
     for batch in batches_in_order(source, chosen, batch_size=_BATCH, transform=transform):
         images = batch["image"][batch["weight"] > 0]
         for band in range(bands):
-            # Whole numbers: the result depends neither on the order nor on the batches.
+            # Integers: the result depends neither on the order nor on the batches.
             counts[band] += np.bincount(images[..., band].ravel(), minlength=256)
     values = np.arange(256) / 255
-    share = counts / counts.sum(axis=1, keepdims=True)
-    mean = share @ values
-    std = np.sqrt(np.maximum((share * np.square(values - mean[:, None])).sum(axis=1), 0))
+    fractions = counts / counts.sum(axis=1, keepdims=True)
+    mean = fractions @ values
+    std = np.sqrt(np.maximum((fractions * np.square(values - mean[:, None])).sum(axis=1), 0))
     std[std < 1e-9] = 1.0
     return preprocessing.of_other_bands(mean.tolist(), std.tolist())
 
@@ -71,17 +75,17 @@ def band_patches(
     side: int = 4,
     most: int = 20_000,
 ) -> np.ndarray:
-    """Means of small squares of normalized training images, for ``transfer(..., patches=...)``.
+    """Patch means of normalized training images, for ``transfer(..., patches=...)``.
 
     Args:
-      preprocessing: from ``band_preprocessing``.
-      source: labeled images with as many bands.
-      positions: of the training images.
-      side: of a square in px of the network's input; less noise than single pixels have.
-      most: squares, from images spread evenly over the positions.
+        preprocessing: from ``band_preprocessing``.
+        source: labeled images with as many bands as the preprocessing.
+        positions: of the training images.
+        side: of a square patch, in px of the network's input; patches are less noisy than pixels.
+        most: how many patches to take, from images drawn evenly from the positions.
 
     Returns:
-      float64 ``[patches, bands]``.
+        float64 ``[patches, bands]``.
     """
     bands, side = len(preprocessing.mean), min(side, preprocessing.size)
     across = preprocessing.size // side
@@ -95,15 +99,16 @@ def band_patches(
         squares = cut.reshape(len(cut), across, side, across, side, bands)
         found.append(squares.mean(axis=(2, 4), dtype=np.float64).reshape(-1, bands))
     means, stds = np.array(preprocessing.mean), np.array(preprocessing.std)
-    return (np.concatenate(found) / 255 - means) / stds
+    normalized: np.ndarray = (np.concatenate(found) / 255 - means) / stds
+    return normalized
 
 
 def _check(source: Source, positions: np.ndarray, bands: int) -> None:
     if not len(positions):
-        raise ValueError("there are no training images to take the bands' statistics from")
+        raise ValueError("the statistics of bands need training images; there are none")
     shape = source[int(positions[0])]["image"].shape
     if shape[-1] != bands:
         raise ValueError(
-            f"image {int(positions[0])} of the data has {shape[-1]} channels (shape "
-            f"{list(shape)}), and {bands} bands were asked for"
+            f"images must have {bands} channels, one per band; image {int(positions[0])} has "
+            f"{shape[-1]} (shape {list(shape)})"
         )

@@ -1,8 +1,7 @@
-"""A source whose decoded images stay in memory, and digests of contents.
+"""Image cache.
 
-A short name for the contents of images, which any changed pixel changes.
-
-A source whose images stay in memory once they have been decoded and transformed.
+``cached`` keeps decoded images of a source in memory. ``digest`` identifies the contents of
+images, so that whatever was computed from them can be cached under that name.
 """
 
 from __future__ import annotations
@@ -19,40 +18,13 @@ import numpy as np
 from flaxtransfer.data.source import Example, Source, position
 from flaxtransfer.data.transforms import Transform, is_random
 
+DEFAULT_BUDGET = 256 * 2**20
+
 _THREADS = 4
 
 
-def digest(source: Source, indices: Sequence[int] | np.ndarray) -> str:
-    """SHA-256 over the images at ``indices``, in their order; labels have no part in it.
-
-    A source that can say cheaply what its images are made of has a method ``content(index)`` that
-    returns those bytes (the file, say), and no image is decoded for it.
-
-    >>> from flaxtransfer.data import ArraySource
-    >>> images = np.zeros((3, 4, 4), np.uint8)
-    >>> before = digest(ArraySource(images, [0, 1, 1]), [0, 2])
-    >>> images[2, 3, 3] = 1
-    >>> digest(ArraySource(images, [0, 1, 1]), [0, 2]) == before
-    False
-    """
-    with ThreadPoolExecutor(_THREADS) as pool:
-        parts = pool.map(partial(_of_one, source), np.asarray(indices).tolist())
-        return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _of_one(source: Source, index: int) -> bytes:
-    content = getattr(source, "content", None)
-    if content is not None:
-        return hashlib.sha256(content(index)).digest()
-    image = np.ascontiguousarray(source[index]["image"])
-    return hashlib.sha256(repr((image.shape, image.dtype.str)).encode() + image.tobytes()).digest()
-
-
-DEFAULT_BUDGET = 256 * 2**20
-
-
 class CachedSource:
-    """A source that remembers images up to a budget; made by ``cached``."""
+    """A source that keeps images in memory, up to a budget; made by ``cached``."""
 
     def __init__(self, source: Source, transform: Transform | None, budget: int) -> None:
         self._source = source
@@ -91,7 +63,7 @@ class CachedSource:
         image = np.ascontiguousarray(image)
         with self._lock:
             if index not in self._examples and self._nbytes + image.nbytes <= self._budget:
-                # A copy that is our own and read-only: batches are stacked from it for ever.
+                # A read-only copy of our own: batches are stacked from it for ever.
                 image = image.copy()
                 image.flags.writeable = False
                 self._examples[index] = {"image": image, "label": example["label"]}
@@ -99,7 +71,7 @@ class CachedSource:
         return {"image": image, "label": example["label"]}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process fills a memory of its own instead of being sent this one.
+        # A worker process fills a cache of its own instead of being sent this one.
         return self.__dict__ | {"_examples": {}, "_nbytes": 0, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,22 +81,23 @@ class CachedSource:
 def cached(
     source: Source, transform: Transform | None = None, *, budget: int = DEFAULT_BUDGET
 ) -> CachedSource:
-    """Remembers decoded images, or those that a deterministic transform made of them.
+    """Caches decoded images, or the results of a deterministic transform, in memory.
 
-    With the evaluation's transform, every evaluation after the first costs no image work (then
-    give ``eval_batches`` this source and no transform); without a transform, it spares training
-    the decoding of small images. What does not fit the budget is made anew each time.
+    Use it with the evaluation transform, so that every evaluation after the first costs no image
+    work (then give ``batches_in_order`` this source and no transform); or without a transform, so
+    that training does not decode small images again. Images beyond the budget are made anew each
+    time. It is not for random transforms.
 
     Args:
-      source: where the images come from.
-      transform: applied once before an image is remembered; must not be random.
-      budget: bytes of pixels to hold at most, in each process that uses the source.
+        source: where the images come from.
+        transform: applied once before an image is cached; must not be random.
+        budget: bytes of pixels to hold at most, per process that uses the source.
 
     Returns:
-      A source of the same length, labels and class names.
+        A source of the same length, labels and class names.
 
     Raises:
-      ValueError: the transform is random, or the budget negative.
+        ValueError: the transform is random, or the budget negative.
 
     >>> from flaxtransfer.data import ArraySource, ResizeCrop, cached
     >>> source = ArraySource(np.zeros((3, 8, 8), np.uint8), [0, 1, 1])
@@ -133,15 +106,41 @@ def cached(
     ([(4, 4, 1), (4, 4, 1)], 16)
     """
     if budget < 0:
-        raise ValueError(f"budget is {budget} bytes, wanted 0 or more")
+        raise ValueError(f"budget must be >= 0 bytes, got {budget}")
     if transform is not None and is_random(transform):
         raise ValueError(
-            f"{transform!r} is random: its result must not be remembered. Give a deterministic "
-            "transform here and the random one to train_batches"
+            f"the transform of a cache must be deterministic, got {transform!r}; give the random "
+            "one to train_batches"
         )
     return CachedSource(source, transform, budget)
 
 
 def _no_randomness() -> np.random.Generator:
-    # For callables that draw without saying so: the same numbers for every image and run.
+    # For callables that draw without declaring it: the same numbers for every image and run.
     return np.random.Generator(np.random.PCG64(0))
+
+
+def digest(source: Source, indices: Sequence[int] | np.ndarray) -> str:
+    """SHA-256 of the images at ``indices``, in their order; labels are left out.
+
+    A source may have a method ``content(index)`` that returns the bytes that an image is made from
+    (the file, for example); then no image is decoded.
+
+    >>> from flaxtransfer.data import ArraySource
+    >>> images = np.zeros((3, 4, 4), np.uint8)
+    >>> before = digest(ArraySource(images, [0, 1, 1]), [0, 2])
+    >>> images[2, 3, 3] = 1
+    >>> digest(ArraySource(images, [0, 1, 1]), [0, 2]) == before
+    False
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = pool.map(partial(_digest_of_one, source), np.asarray(indices).tolist())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _digest_of_one(source: Source, index: int) -> bytes:
+    content = getattr(source, "content", None)
+    if content is not None:
+        return hashlib.sha256(content(index)).digest()
+    image = np.ascontiguousarray(source[index]["image"])
+    return hashlib.sha256(repr((image.shape, image.dtype.str)).encode() + image.tobytes()).digest()

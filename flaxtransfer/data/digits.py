@@ -1,8 +1,7 @@
-"""The handwritten digits: scikit-learn's copy as a TensorFlow Datasets data set.
+"""Handwritten digits.
 
-Handwritten digits as a TensorFlow Datasets builder, made from scikit-learn's copy.
-
-The handwritten digits: prepared once, checked at every opening, read into memory.
+scikit-learn's copy of the digits as a TensorFlow Datasets data set: prepared once, without
+internet, checked every time it is opened, and read into memory.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ import tensorflow_datasets as tfds
 from flaxtransfer.data.source import ArraySource
 
 
-class SklearnDigits(tfds.core.GeneratorBasedBuilder):
+class SklearnDigits(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # untyped library
     """1797 handwritten digits of 8 x 8 px, in scikit-learn's order, one split ``train``.
 
     scikit-learn's pixels count 0 to 16; here they are ``(255 * x + 8) // 16``, that is
     ``255 * x / 16`` rounded half up: 0 stays 0, 8 becomes 128, 16 becomes 255.
 
     References:
-      E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
-      Repository, 1998.
+        E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+        Repository, 1998.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -48,15 +47,15 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=("image", "label"),
-            # Example i of the data set is row i of scikit-learn's table.
+            # Example i of the data set is row i of scikit-learn's array.
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # nothing is downloaded
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         from PIL import Image
         from sklearn.datasets import load_digits
 
@@ -68,13 +67,13 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
 
 
 EXAMPLES = 1797
-# Of the pixels and labels as prepared; it finds a damaged copy and a change at the origin.
+# Of the pixels and labels as prepared; it detects a damaged copy and a change in scikit-learn.
 SHA256 = "0b7e9c3202d7bcd255d6a19a238d3743bf5e320ba74812a6679958a017c55382"
 _ATTEMPTS = 5
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of prepared data sets: given, else FLAXTRANSFER_CACHE, else the user's cache.
+    """Cache folder of prepared data sets: as given, else FLAXTRANSFER_CACHE, else the user's.
 
     >>> cache_root("/data/prepared").as_posix()
     '/data/prepared'
@@ -86,22 +85,22 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 def open_digits(cache_dir: str | os.PathLike[str] | None = None) -> ArraySource:
     """Opens scikit-learn's handwritten digits, preparing them on first use.
 
-    A real TensorFlow Datasets data set (array_record, no TensorFlow, no internet) lies in
-    ``<cache>/sklearn_digits/1.0.0``. It is prepared in a folder of its own and renamed into place,
-    so that processes that prepare it at once all succeed and a killed one leaves nothing behind
-    that could be mistaken for the data set. A folder that is incomplete or whose checksum differs
-    is prepared anew.
+    They are stored as a TensorFlow Datasets data set (array_record, no TensorFlow, no internet)
+    in ``<cache>/sklearn_digits/1.0.0``. It is prepared in a temporary folder and renamed into
+    place, so that several processes can prepare it at once, and a killed one leaves nothing that
+    could be mistaken for the data set. A folder that is incomplete or whose checksum differs is
+    prepared again.
 
     Args:
-      cache_dir: see ``cache_root``.
+        cache_dir: see ``cache_root``.
 
     Returns:
-      1797 gray images uint8 ``[8, 8, 1]`` in scikit-learn's order, classes ``"0"`` to ``"9"``. The
-      pixel rule is that of ``SklearnDigits``.
+        1797 gray images uint8 ``[8, 8, 1]`` in scikit-learn's order, classes ``"0"`` to ``"9"``.
+        The pixel rule is that of ``SklearnDigits``.
 
     Raises:
-      OSError: the cache folder cannot be written; the text says how to choose another.
-      ValueError: what was prepared is not what this version knows.
+        OSError: the cache folder cannot be written; the text tells how to choose another.
+        ValueError: the prepared examples differ from those that this version knows.
     """
     root = cache_root(cache_dir)
     folder = root / "sklearn_digits" / "1.0.0"
@@ -120,17 +119,18 @@ def open_digits(cache_dir: str | os.PathLike[str] | None = None) -> ArraySource:
                 ) from error
         try:
             images, labels = _read(folder)
-        # Whatever the reader makes of a damaged folder, the cure is the same.
+        # Whatever error a damaged folder raises, preparing it again is the fix.
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             continue
         found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         if found == SHA256:
-            return ArraySource(images, labels, tuple(str(digit) for digit in range(10)))
+            names = tuple(str(digit) for digit in range(10))
+            return ArraySource(images, labels, names, address="digits")
         problem = f"{len(images)} examples with checksum {found}"
     raise ValueError(
-        f"the digits prepared from scikit-learn in {folder} are not the {EXAMPLES} examples with "
-        f"checksum {SHA256} that this version knows; found {problem}"
+        f"the digits prepared from scikit-learn in {folder} must be {EXAMPLES} examples with "
+        f"checksum {SHA256}, got {problem}"
     )
 
 
@@ -151,21 +151,21 @@ def _read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _prepare(root: Path, folder: Path) -> None:
-    """Builds in a folder of our own, then puts the result in the place of ``folder``."""
+    """Prepares the data set in a temporary folder, then replaces ``folder`` with the result."""
     import tensorflow_datasets as tfds
 
     root.mkdir(parents=True, exist_ok=True)
     work = root / f".preparing-{uuid.uuid4().hex}"
     try:
-        # Its announcements are about a download that does not happen.
+        # It announces a download that does not happen.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             builder = SklearnDigits(data_dir=str(work), file_format="array_record")
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Called for a missing or a damaged folder only. When another process has put a good one
-        # there meanwhile, theirs and ours hold the same bytes, so it does not matter whose stays.
+        # Called for a missing or a damaged folder only. If another process has put a good one there
+        # meanwhile, both hold the same bytes, so it does not matter whose stays.
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, work / "damaged")
         try:

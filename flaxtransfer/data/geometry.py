@@ -1,4 +1,8 @@
-"""Resampling of one uint8 image ``[height, width, channels]``: resize, crop, affine map."""
+"""Image geometry: resize, crop, affine map.
+
+Functions on one uint8 image ``[height, width, channels]``, resampled by Pillow. ``transforms``
+makes pipeline steps of them.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +35,12 @@ def check_image(image: np.ndarray) -> None:
     dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
     if dtype != np.uint8 or len(shape) != 3 or 0 in shape:
         raise TypeError(
-            f"an image is uint8 [height, width, channels]; this one is {dtype} {list(shape)}"
+            f"an image must be uint8 [height, width, channels], got {dtype} {list(shape)}"
         )
 
 
 def resized_shape(height: int, width: int, shortest: int) -> tuple[int, int]:
-    """Height and width after the shorter side became ``shortest`` px, the longer one cut to int.
+    """Height and width with the shorter side at ``shortest`` px, the longer one rounded down.
 
     >>> resized_shape(300, 401, 150)
     (150, 200)
@@ -47,12 +51,12 @@ def resized_shape(height: int, width: int, shortest: int) -> tuple[int, int]:
 
 
 def center_offset(length: int, size: int) -> int:
-    """Where a centered window of ``size`` begins; halves round to even, as torchvision's do."""
+    """Start of a centered window of ``size``; halves round to even, as in torchvision."""
     return round((length - size) / 2)
 
 
 def resize_crop(image: np.ndarray, size: int, resize: int, interpolation: str) -> np.ndarray:
-    """Shortest side to ``resize`` px (antialiased), then the central ``size`` x ``size``.
+    """Resizes the shortest side to ``resize`` px (antialiased), then crops the center.
 
     >>> resize_crop(np.zeros((8, 8, 1), np.uint8), 48, 48, "bilinear").shape
     (48, 48, 1)
@@ -62,21 +66,21 @@ def resize_crop(image: np.ndarray, size: int, resize: int, interpolation: str) -
     top, left = center_offset(height, size), center_offset(width, size)
     box = (left, top, left + size, top + size)
     method = _resampling(interpolation)
-    return _by_pillow(image, lambda p: p.resize((width, height), method).crop(box))
+    return _apply_by_band(image, lambda p: p.resize((width, height), method).crop(box))
 
 
 def resize_box(
     image: np.ndarray, box: tuple[int, int, int, int], size: int, interpolation: str
 ) -> np.ndarray:
-    """The box (left, top, right, bottom) of ``image``, resized to ``size`` x ``size``.
+    """Crops the box (left, top, right, bottom) and resizes it to ``size`` x ``size``.
 
-    Cropped first: Pillow's own ``resize(box=...)`` lets pixels from around the box bleed in.
+    It crops first: Pillow's own ``resize(box=...)`` lets pixels from outside the box bleed in.
     """
     check_image(image)
     left, top, right, bottom = box
     method = _resampling(interpolation)
     part = image[top:bottom, left:right]
-    return _by_pillow(part, lambda p: p.resize((size, size), method))
+    return _apply_by_band(part, lambda p: p.resize((size, size), method))
 
 
 def affine(
@@ -93,23 +97,23 @@ def affine(
 ) -> np.ndarray:
     """``resize_crop`` followed by an affine map about the center, resampled once where possible.
 
-    An image that is enlarged with bilinear (or nearest) interpolation is resampled a single time,
-    from its own pixels. Otherwise it is resized first, with the antialiased kernel that the
-    evaluation uses, and mapped bilinearly then.
+    An image that is enlarged with bilinear (or nearest) interpolation is resampled once, from its
+    own pixels. Otherwise it is first resized, with the antialiased kernel that evaluation uses,
+    and then mapped bilinearly.
 
     Args:
-      image: uint8 ``[height, width, channels]``.
-      size: side of the result in px.
-      resize: what the shortest side is resized to, in px.
-      degrees: rotation, counter-clockwise as seen.
-      shift: to the right and downwards, in px of the result.
-      scale: magnification.
-      shear: in degrees; the lower half moves to the right.
-      interpolation: of the resizing.
-      fill: value of pixels that lie outside the image, 0 to 255.
+        image: uint8 ``[height, width, channels]``.
+        size: side of the result in px.
+        resize: what the shortest side is resized to, in px.
+        degrees: rotation, counterclockwise.
+        shift: to the right and downwards, in px of the result.
+        scale: magnification.
+        shear: in degrees; the lower half moves to the right.
+        interpolation: of the resizing.
+        fill: value of pixels that lie outside the image, 0 to 255.
 
     Returns:
-      uint8 ``[size, size, channels]``.
+        uint8 ``[size, size, channels]``.
 
     >>> affine(np.eye(2, dtype=np.uint8)[..., None], size=2, resize=2, degrees=90)[..., 0].tolist()
     [[0, 1], [1, 0]]
@@ -121,7 +125,7 @@ def affine(
     left, top = center_offset(width, size), center_offset(height, size)
     angle, slant = math.radians(degrees), math.tan(math.radians(shear))
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
-    # Pillow asks where a pixel of the result comes from: the inverse of
+    # Pillow wants the map from a pixel of the result to its origin: the inverse of
     # scale * rotation * shear, about the center of the result.
     xx, xy = cos + slant * -sin, -sin - slant * cos
     yx, yy = sin, cos
@@ -129,22 +133,22 @@ def affine(
     from_x = left + size / 2 - xx * center_x - xy * center_y
     from_y = top + size / 2 - yx * center_x - yy * center_y
     across, down = image.shape[1] / width, image.shape[0] / height
-    once = interpolation in ("nearest", "bilinear") and across <= 1 and down <= 1
-    if not once:
+    single_pass = interpolation in ("nearest", "bilinear") and across <= 1 and down <= 1
+    if not single_pass:
         across = down = 1.0
     matrix = (across * xx, across * xy, across * from_x, down * yx, down * yy, down * from_y)
     method = _resampling(interpolation)
-    mapping = method if once else Image.Resampling.BILINEAR
+    mapping = method if single_pass else Image.Resampling.BILINEAR
 
     def apply(picture: Image.Image) -> Image.Image:
-        if not once:
+        if not single_pass:
             picture = picture.resize((width, height), method)
         color = fill if picture.mode == "L" else (fill,) * 3
         return picture.transform(
             (size, size), Image.Transform.AFFINE, matrix, mapping, fillcolor=color
         )
 
-    return _by_pillow(image, apply)
+    return _apply_by_band(image, apply)
 
 
 def _resampling(name: str) -> Image.Resampling:
@@ -154,10 +158,10 @@ def _resampling(name: str) -> Image.Resampling:
     return Image.Resampling[name.upper()]
 
 
-def _by_pillow(image: np.ndarray, apply: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def _apply_by_band(image: np.ndarray, apply: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     from PIL import Image
 
-    # Pillow knows one and three bands of 8 bits; any other number goes band by band.
+    # Pillow has images of one and three bands of 8 bits; other numbers are done band by band.
     if image.shape[2] == 3:
         return np.asarray(apply(Image.fromarray(image)))
     bands = [np.asarray(apply(Image.fromarray(image[..., b]))) for b in range(image.shape[2])]

@@ -1,4 +1,4 @@
-"""What training reads batches from: pure functions of the step number."""
+"""Data loaders: batches for training and validation as pure functions of the step number."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from flaxtransfer.data.cache import digest
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
 from flaxtransfer.data.source import Source
+from flaxtransfer.data.splits import Split, Splits
 from flaxtransfer.data.transforms import (
     Transform,
     evaluation_transform,
@@ -30,15 +31,15 @@ class IndexedExamples:
     """The examples behind a feed, for whoever wants to remember what became of each of them.
 
     Args:
-      labels: of the training examples, int [examples].
-      validation_labels: of the validation examples, int [examples], which may be none.
-      batch_size: rows of a training batch.
-      rows: of batch k, for each row: which training example, and in which pass over them.
-      view: every training example once, in order, in version k of its augmentation, which never
-        changes; padded, with ``weight``.
-      random: whether augmentation draws at all; if not, there is one version.
-      fingerprint: what the pixels of the training and of the validation examples depend on, as
-        short texts and digests. Reads every image.
+        labels: of the training examples, int [examples].
+        validation_labels: of the validation examples, int [examples], which may be none.
+        batch_size: rows of a training batch.
+        rows: of batch k, for each row: which training example, and in which pass over them.
+        view: every training example once, in order, in version k of its augmentation, which never
+            changes; padded, with ``weight``.
+        random: whether augmentation draws at all; if not, there is one version.
+        fingerprint: what the pixels of the training and of the validation examples depend on, as
+            short texts and digests. Reads every image.
     """
 
     labels: np.ndarray
@@ -58,16 +59,17 @@ class DataLoaders:
     the same order on any number of devices, a property of the feed.
 
     Args:
-      train: ``train(k)`` yields batch k, k+1, ... for ever; batch k is always the same.
-      steps_per_epoch: optimizer steps in one pass over the training examples.
-      validation: yields every validation example once, or None where there are none.
-      preprocessing: that belongs to the weights; its mean and std normalize on the device.
-      class_names: what the labels 0, 1, ... mean.
-      calibration: yields every training example once, without augmentation, for measuring
-        BatchNorm statistics; or None where there is no such pass.
-      examples: the examples one by one, or None where they cannot be told apart; without them no
-        activations are cached.
-      start: the segment that ``image`` enters, where batches hold activations instead of pixels.
+        train: ``train(k)`` yields batch k, k+1, ... for ever; batch k is always the same.
+        steps_per_epoch: optimizer steps in one pass over the training examples.
+        validation: yields every validation example once, or None where there are none.
+        preprocessing: that belongs to the weights; its mean and std normalize on the device.
+        class_names: what the labels 0, 1, ... mean.
+        calibration: yields every training example once, without augmentation, for measuring
+            BatchNorm statistics; or None where there is no such pass.
+        examples: the examples one by one, or None where they cannot be told apart; without them no
+            activations are cached.
+        start: the segment that ``image`` enters, where batches hold activations instead of pixels.
+        split: which examples are in which part, for the run folder; None where nobody knows.
     """
 
     train: Callable[[int], Iterator[Batch]]
@@ -78,12 +80,12 @@ class DataLoaders:
     calibration: Callable[[], Iterable[Batch]] | None = None
     examples: IndexedExamples | None = None
     start: str | None = None
+    split: Split | None = None
 
 
 def loaders(
     source: Source,
-    train: np.ndarray,
-    validation: np.ndarray,
+    splits: Splits,
     preprocessing: Preprocessing,
     *,
     batch_size: int,
@@ -94,19 +96,22 @@ def loaders(
     """The batches of a data source.
 
     Args:
-      source: labeled images.
-      train: positions of the training examples.
-      validation: positions of the validation examples; may be empty.
-      preprocessing: that belongs to the weights.
-      batch_size: examples a step, over all devices.
-      transform: augmentation of training images; by default the usual one, with mirror images
-        where the class names do not speak against them.
-      seed: of order and augmentation.
-      workers: processes that decode; 0 uses threads.
+        source: labeled images.
+        splits: positions of the examples to train and to validate on, from ``stratified_split``;
+            the run folder keeps them together with those to test on.
+        preprocessing: that belongs to the weights.
+        batch_size: examples a step, over all devices.
+        transform: augmentation of training images; by default the usual one, with mirror images
+            where the class names do not speak against them.
+        seed: of order and augmentation.
+        workers: processes that decode; 0 uses threads.
 
     Raises:
-      ValueError: no training example.
+        ValueError: no training example.
     """
+    train, validation = splits.train, splits.val
+    if not len(train):
+        raise ValueError("splits.train must hold at least one example, got none")
     channels = len(preprocessing.mean)
     if transform is None:
         flip = flip_keeps_labels(source.class_names)
@@ -154,6 +159,7 @@ def loaders(
         class_names=tuple(source.class_names),
         calibration=lambda: once(train),
         examples=examples,
+        split=Split.of(source, splits),
     )
 
 

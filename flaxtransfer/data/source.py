@@ -1,12 +1,19 @@
-"""What a data set is here: random access to labeled images, and the names of the classes."""
+"""Data sources.
+
+A source is a data set with random access to labeled images, and the names of its classes. Use
+``ArraySource`` for arrays in memory and ``open_source`` for everything that has a name.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
+
+from flaxtransfer.paths import listing
 
 
 class Example(TypedDict):
@@ -20,9 +27,8 @@ class Example(TypedDict):
 class Source(Protocol):
     """Labeled images with random access; the order never changes.
 
-    A class of yours is a source as soon as it has these four members; nothing has to be
-    inherited. It must be picklable to be used with worker processes, and safe to read from
-    several threads at once.
+    Any class with these four members is a source; nothing has to be inherited. It must be
+    picklable to be used with worker processes, and safe to read from several threads at once.
     """
 
     @property
@@ -35,7 +41,7 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: SupportsIndex, /) -> Example:
-        """The example at ``index``, which lies in ``0 .. len - 1``."""
+        """The example at ``index``, in ``0 .. len - 1``."""
         ...
 
     def labels(self) -> np.ndarray:
@@ -46,34 +52,34 @@ class Source(Protocol):
 def position(index: SupportsIndex, length: int) -> int:
     """``index`` as an int inside ``0 .. length - 1``.
 
-    Negative positions are refused: they come from arithmetic that went wrong more often than
-    from a wish for the last example.
+    Negative positions are refused: more often than not they come from a mistake in arithmetic.
 
     >>> position(np.int64(2), 3)
     2
     """
     value = operator.index(index)
     if not 0 <= value < length:
-        raise IndexError(f"example {value} does not exist: there are {length} (0 to {length - 1})")
+        raise IndexError(f"example {value} does not exist; there are {length} (0 to {length - 1})")
     return value
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Labeled images that are in memory.
+    """Labeled images in memory.
 
     Float images must lie in 0 .. 1 and are stored as ``round(255 * x)``; scale other ranges
     yourself, since only you know what their black and white are.
 
     Args:
-      images: uint8 or float ``[examples, height, width]`` or ``[..., channels]``.
-      labels: integers ``[examples]``, each a position in ``class_names``.
-      class_names: the names of the classes; ``"0"``, ``"1"``, ... up to the largest label when
-        left out.
+        images: uint8 or float ``[examples, height, width]`` or ``[..., channels]``.
+        labels: integers ``[examples]``, each a position in ``class_names``.
+        class_names: the names of the classes; ``"0"``, ``"1"``, ... up to the largest label when
+            left out.
+        address: what ``open_source`` opens again, for a source that it made.
 
     Raises:
-      TypeError: a dtype that has no agreed meaning as a pixel or a label.
-      ValueError: shapes or ranges that do not fit together; all that is wrong is listed at once.
+        TypeError: a dtype that has no fixed meaning as a pixel or a label.
+        ValueError: shapes or ranges that do not fit together; all problems are listed at once.
 
     >>> source = ArraySource(np.zeros((2, 4, 4), np.uint8), [1, 0], ("cat", "dog"))
     >>> len(source), source[0]["image"].shape, source.class_names[source[0]["label"]]
@@ -83,28 +89,33 @@ class ArraySource:
     images: np.ndarray
     targets: np.ndarray
     class_names: tuple[str, ...]
+    address: str
 
     def __init__(
         self,
         images: np.ndarray,
         labels: object,
         class_names: tuple[str, ...] | None = None,
+        *,
+        address: str = "",
     ) -> None:
         images, targets = np.asarray(images), np.asarray(labels)
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise TypeError(
-                f"images are {images.dtype}; give uint8 (0 to 255) or floats in 0 .. 1"
+                f"images must be uint8 (0 to 255) or floats in 0 .. 1, got {images.dtype}"
                 + ("; for 16 bits: images / 65535" if images.dtype == np.uint16 else "")
             )
         if not np.issubdtype(targets.dtype, np.integer):
             raise TypeError(
-                f"labels are {targets.dtype}; give integers, the positions in class_names"
+                f"labels must be integers, the positions in class_names, got {targets.dtype}"
             )
         if isinstance(class_names, str):
-            raise TypeError(f"class_names is one string, {class_names!r}; give a tuple of strings")
+            raise TypeError(
+                f"class_names must be a tuple of strings, got the string {class_names!r}"
+            )
         problems = _array_problems(images, targets, class_names)
         if problems:
-            raise ValueError("these arrays are no data set: " + "; ".join(problems))
+            raise ValueError("invalid ArraySource: " + "; ".join(problems))
         if class_names is None:
             class_names = tuple(str(label) for label in range(int(targets.max()) + 1))
         if images.dtype != np.uint8:
@@ -117,6 +128,7 @@ class ArraySource:
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "targets", targets.astype(np.int64))
         object.__setattr__(self, "class_names", tuple(class_names))
+        object.__setattr__(self, "address", address)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -136,29 +148,64 @@ def _array_problems(
     problems = []
     if images.ndim not in (3, 4) or 0 in images.shape:
         problems.append(
-            f"images have shape {images.shape}, wanted [examples, height, width(, channels)], "
-            "none of them 0"
+            "images must have shape [examples, height, width(, channels)] without a 0, got "
+            f"{images.shape}"
         )
     elif images.dtype != np.uint8:
         low, high = float(images.min()), float(images.max())
         if not (low >= 0 and high <= 1):  # so that a NaN is caught as well
             problems.append(
-                f"float images must lie in 0 .. 1, these span {low:g} .. {high:g} "
-                "(divide by the value of white, or give uint8)"
+                f"float images must lie in 0 .. 1, got {low:g} .. {high:g}; divide by the value of "
+                "white, or give uint8"
             )
     if targets.ndim != 1 or (images.ndim and len(targets) != len(images)):
         problems.append(
-            f"labels have shape {targets.shape}, wanted one a image: ({len(images)},)"
+            f"labels must have shape ({len(images)},), one per image, got {targets.shape}"
             if images.ndim
-            else f"labels have shape {targets.shape}, wanted [examples]"
+            else f"labels must have shape [examples], got {targets.shape}"
         )
     if class_names is not None and len(set(class_names)) != len(class_names):
         twice = sorted({name for name in class_names if tuple(class_names).count(name) > 1})
-        problems.append(f"class names given twice: {twice}")
+        problems.append(f"class names must differ, got twice: {twice}")
     if targets.size:
         low, high = int(targets.min()), int(targets.max())
         top = None if class_names is None else len(class_names) - 1
         if low < 0 or (top is not None and high > top):
-            wanted = "0 or more" if top is None else f"0 .. {top} ({top + 1} class names)"
-            problems.append(f"labels span {low} .. {high}, wanted {wanted}")
+            limit = ">= 0" if top is None else f"in 0 .. {top} ({top + 1} class names)"
+            problems.append(f"labels must be {limit}, got {low} .. {high}")
     return problems
+
+
+@dataclass(frozen=True)
+class UnlabeledImages:
+    """Images with a name each, to predict, to diagnose or to adapt to; made by ``open_unlabeled``.
+
+    Args:
+        source: the images; its labels mean nothing.
+        names: of the images, in their order: paths below the folder, or numbers.
+        skipped: files that were left out, each with the reason.
+    """
+
+    source: Source
+    names: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def numbered(cls, source: Source) -> UnlabeledImages:
+        """The images of a source, with their positions as names."""
+        return cls(source, tuple(map(str, range(len(source)))))
+
+    def positions(self, names: Sequence[str]) -> np.ndarray:
+        """Positions of the images with these names, int64.
+
+        Raises:
+            ValueError: a name that no image has, or one that is given twice; all are listed.
+        """
+        place = {name: position for position, name in enumerate(self.names)}
+        unknown = [name for name in names if name not in place]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if unknown or twice:
+            problems = [f"no image is called {listing(unknown)}"] if unknown else []
+            problems += [f"given twice: {listing(twice)}"] if twice else []
+            raise ValueError(f"{'; '.join(problems)}; there are {listing(self.names, most=3)}")
+        return np.array([place[name] for name in names], np.int64)

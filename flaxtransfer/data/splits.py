@@ -1,11 +1,19 @@
-"""Which examples are trained on, validated on and tested on: a pure function of labels and seed."""
+"""Train, validation and test splits, and the record of one that a run keeps.
+
+A split is a pure function of the labels and a seed. ``subsample`` takes a fixed random sample of
+positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from flaxtransfer.data.source import Source
+from flaxtransfer.paths import listing
 
 
 class Splits(NamedTuple):
@@ -14,7 +22,94 @@ class Splits(NamedTuple):
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
-    rest: np.ndarray  # in none of the three; their labels were never used
+    rest: np.ndarray  # in none of the three; their labels are not used
+
+    @classmethod
+    def of(cls, train: Any, val: Any = (), test: Any = ()) -> Splits:
+        """The split with these positions, however they were chosen; nothing is in ``rest``.
+
+        >>> Splits.of([0, 1], [2]).val
+        array([2])
+        """
+        train, val, test = (np.sort(np.asarray(part, np.int64)) for part in (train, val, test))
+        return cls(train, val, test, np.empty(0, np.int64))
+
+
+_PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The record of a split that a run keeps: which examples of which data are in which part.
+
+    Examples are recorded by name where the source has names (the paths of a folder), so that they
+    are found again when files were added, and else by position.
+
+    Args:
+        address: what ``open_source`` opens again, such as "folder:scans"; "" for a source that a
+            program made.
+        examples: of the whole source.
+        parts: for "train", "val" and "test", the names or the positions.
+        bands: channels that were read from image files; None where the source decides.
+    """
+
+    address: str
+    examples: int
+    parts: Mapping[str, Sequence[str] | Sequence[int]]
+    bands: int | None = None
+
+    @classmethod
+    def of(cls, source: Source, splits: Splits) -> Split:
+        """The record of a split of this source."""
+        names = getattr(source, "files", None)
+        parts: dict[str, Any] = {
+            part: [names[i] for i in getattr(splits, part)]
+            if names is not None
+            else getattr(splits, part).tolist()
+            for part in _PARTS
+        }
+        address, bands = getattr(source, "address", ""), getattr(source, "bands", None)
+        return cls(address, len(source), parts, bands)
+
+    def positions(self, source: Source) -> Splits:
+        """Where the recorded examples lie in this source; all others are in ``rest``.
+
+        Raises:
+            ValueError: examples that are missing, or a source of another size whose examples have
+                no names.
+        """
+        names = getattr(source, "files", None)
+        by_name = any(isinstance(each, str) for part in _PARTS for each in self.parts[part])
+        if by_name and names is not None:
+            where = {name: i for i, name in enumerate(names)}
+            missing = [str(n) for part in _PARTS for n in self.parts[part] if n not in where]
+            if missing:
+                raise ValueError(
+                    f"{len(missing)} images of the run are missing from {self.address}: "
+                    f"{listing(missing, most=10)}; put them back, or give other data with --data"
+                )
+            found = {part: [where[str(n)] for n in self.parts[part]] for part in _PARTS}
+        elif by_name or len(source) != self.examples:
+            raise ValueError(
+                f"the data must be that of the run, {self.examples} examples of "
+                f"{self.address or 'a source that a program made'}; got {len(source)} examples"
+            )
+        else:
+            found = {part: [int(n) for n in self.parts[part]] for part in _PARTS}
+        arrays = {part: np.asarray(sorted(found[part]), np.int64) for part in _PARTS}
+        used = np.concatenate(list(arrays.values()))
+        return Splits(**arrays, rest=np.setdiff1d(np.arange(len(source), dtype=np.int64), used))
+
+    def to_json(self) -> dict[str, Any]:
+        """What the run folder holds."""
+        parts = {part: list(self.parts[part]) for part in _PARTS}
+        return {"data": self.address, "examples": self.examples, "bands": self.bands, **parts}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Split:
+        """The split that ``to_json`` wrote."""
+        parts = {part: tuple(value[part]) for part in _PARTS}
+        return cls(str(value["data"]), int(value["examples"]), parts, value["bands"])
 
 
 def stratified_split(
@@ -27,40 +122,39 @@ def stratified_split(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Splits:
-    """Splits examples class by class.
+    """Stratified train / validation / test split.
 
-    Every class is put in an order of its own that depends on ``seed`` and the class alone. Its
-    beginning is the test part (when ``test_fraction`` is given), then come the examples that may
-    be learned from, of which the last are for validation.
+    Every class is shuffled by itself, in an order that depends on ``seed`` and the class alone.
+    The first examples are the test part (if ``test_fraction`` is given); then come the examples
+    that may be learned from, of which the last are for validation.
 
-    With ``labels_per_class=n``, n labels of each class are used and no more: **validation comes
-    out of those n** (``val_per_class`` of them, none by default), as it would for somebody who
-    has only n labels. Without a ``test_fraction`` all the remaining examples are the test set;
-    with one, the test set is fixed first, and is therefore the same for every n, and what lies
-    between is ``rest``.
+    With ``labels_per_class=n``, only n labels of each class are used: **validation comes out of
+    those n** (``val_per_class`` of them, none by default), as for somebody who has only n labels.
+    Without a ``test_fraction`` all other examples are the test set; with one, the test set is
+    fixed first, and is therefore the same for every n, and what remains is ``rest``.
 
     For one seed (and one ``test_fraction``), the examples of a smaller n are among those of a
     larger n, and so are the training examples as long as ``n - val_per_class`` grows.
 
     Args:
-      labels: integers ``[examples]``, 0 .. classes - 1.
-      labels_per_class: how many labels of each class may be used; all when left out.
-      val_per_class: how many of those validate; they are not trained on.
-      val_fraction: instead, without ``labels_per_class``: the share of what is left after the
-        test part. Default 0.1 when neither this nor ``labels_per_class`` nor ``val_per_class`` is
-        given.
-      test_fraction: share of each class, fixed first. Default: all the rest with
-        ``labels_per_class``, else 0.2; 0.0 for no test set.
-      seed: 0 or more.
-      class_names: for the texts of errors.
+        labels: integers ``[examples]``, 0 .. classes - 1.
+        labels_per_class: how many labels of each class may be used; all when left out.
+        val_per_class: how many of those validate; they are not trained on.
+        val_fraction: instead, without ``labels_per_class``: the fraction of what is left after the
+            test part. Default 0.1 when neither this nor ``labels_per_class`` nor ``val_per_class``
+            is given.
+        test_fraction: fraction of each class, fixed first. Default: all the rest with
+            ``labels_per_class``, else 0.2; 0.0 for no test set.
+        seed: 0 or more.
+        class_names: for error texts.
 
     Returns:
-      The four parts. A share that is greater than 0 is at least one example a class.
+        The four parts. A fraction above 0 is at least one example per class.
 
     Raises:
-      TypeError: labels are not integers.
-      ValueError: numbers out of range, or a class that is too small for them; every such class is
-        listed.
+        TypeError: labels are not integers.
+        ValueError: numbers out of range, or a class that is too small for them; every such class is
+            listed.
 
     >>> splits = stratified_split([0, 0, 0, 1, 1, 1], labels_per_class=2, val_per_class=1)
     >>> [len(part) for part in splits]
@@ -73,9 +167,12 @@ def stratified_split(
     names = [str(c) for c in range(len(counts))] if class_names is None else list(class_names)
     _check_numbers(labels_per_class, val_per_class, val_fraction, test_fraction, seed)
     if len(counts) < 2:
-        raise ValueError(f"there is only one class, {names[0]!r}; a classifier needs two or more")
+        raise ValueError(f"there must be at least 2 classes, got only {names[0]!r}")
     if len(names) != len(counts):
-        raise ValueError(f"labels go up to {len(counts) - 1}, but there are {len(names)} names")
+        raise ValueError(
+            f"class_names must have one name per class, got {len(names)} names and labels up to "
+            f"{len(counts) - 1}"
+        )
     if labels_per_class is None:
         test_fraction = 0.2 if test_fraction is None else test_fraction
         if val_per_class is None and val_fraction is None:
@@ -84,10 +181,10 @@ def stratified_split(
     parts: dict[str, list[np.ndarray]] = {name: [] for name in Splits._fields}
     problems = []
     for label, count in enumerate(counts.tolist()):
-        tested = _share(test_fraction or 0.0, count)
+        tested = _count(test_fraction or 0.0, count)
         pool = count - tested
         used = pool if labels_per_class is None else labels_per_class
-        val = _share(val_fraction, pool) if val_fraction is not None else val_per_class or 0
+        val = _count(val_fraction, pool) if val_fraction is not None else val_per_class or 0
         problem = _class_problem(count, tested, used, val, rest_is_test=test_fraction is None)
         if problem:
             problems.append(f"class {names[label]!r} {problem}")
@@ -102,8 +199,37 @@ def stratified_split(
         ):
             parts[name].append(part)
     if problems:
-        raise ValueError("this split cannot be made: " + "; ".join(problems))
+        raise ValueError("invalid split: " + "; ".join(problems))
     return Splits(**{name: np.sort(np.concatenate(found)) for name, found in parts.items()})
+
+
+def subsample(positions: np.ndarray, most: int, labels: np.ndarray | None = None) -> np.ndarray:
+    """A random sample of positions without replacement, in order, the same every time.
+
+    Args:
+        positions: int64, in a source.
+        most: size of the sample.
+        labels: of the whole source. With them, one example of every class is in the sample, even
+            if that makes more than ``most``: a head cannot be fitted without.
+
+    Returns:
+        int64, at most ``most`` of the positions; all of them if there are no more.
+
+    >>> subsample(np.arange(5), 9).tolist(), len(subsample(np.arange(9), 5))
+    ([0, 1, 2, 3, 4], 5)
+    >>> labels = np.array([0, 0, 0, 0, 1, 0, 0, 0, 0])
+    >>> 4 in subsample(np.arange(9), 2, labels), len(subsample(np.arange(9), 2, labels))
+    (True, 2)
+    """
+    if len(positions) <= most:
+        return positions
+    keys = np.random.PCG64(np.random.SeedSequence(0)).random_raw(len(positions))
+    order = np.argsort(keys, kind="stable")
+    if labels is not None:
+        _, firsts = np.unique(np.asarray(labels)[positions][order], return_index=True)
+        order = np.concatenate([order[firsts], np.delete(order, firsts)])
+        most = max(most, len(firsts))
+    return positions[np.sort(order[:most])]
 
 
 def _order(members: np.ndarray, seed: int, label: int) -> np.ndarray:
@@ -112,7 +238,7 @@ def _order(members: np.ndarray, seed: int, label: int) -> np.ndarray:
     return members[np.argsort(keys, kind="stable")].astype(np.int64)
 
 
-def _share(fraction: float, count: int) -> int:
+def _count(fraction: float, count: int) -> int:
     return max(1, round(fraction * count)) if fraction > 0 and count else 0
 
 
@@ -121,12 +247,12 @@ def _class_problem(count: int, tested: int, used: int, val: int, *, rest_is_test
         return "has no examples"
     needs = max(used, val + 1)
     if count - tested < needs:
-        held = f" after {tested} for testing" if tested else ""
-        return f"has {count} examples, {count - tested} left{held}, and {needs} are wanted"
+        after, of = (f" after {tested} for testing", f" of {count}") if tested else ("", "")
+        return f"must have {needs} examples{after}, got {count - tested}{of}"
     if rest_is_test and count == used:
         return (
-            f"has {count} examples, all of which would be used, and none is left to test on "
-            "(test_fraction=0.0 goes without a test set)"
+            f"has {count} examples, all of which would be used, so that none is left to test on; "
+            "test_fraction=0.0 makes no test set"
         )
     return ""
 
@@ -134,11 +260,11 @@ def _class_problem(count: int, tested: int, used: int, val: int, *, rest_is_test
 def _checked_labels(labels: np.ndarray | Sequence[int]) -> np.ndarray:
     targets = np.asarray(labels)
     if targets.ndim != 1 or not len(targets):
-        raise ValueError(f"labels have shape {targets.shape}, wanted [examples], one or more")
+        raise ValueError(f"labels must have shape [examples], one or more, got {targets.shape}")
     if not np.issubdtype(targets.dtype, np.integer):
-        raise TypeError(f"labels are {targets.dtype}, wanted integers")
+        raise TypeError(f"labels must be integers, got {targets.dtype}")
     if targets.min() < 0:
-        raise ValueError(f"labels go down to {targets.min()}; a label is 0 or more")
+        raise ValueError(f"labels must be >= 0, got {targets.min()}")
     return targets
 
 
@@ -151,56 +277,30 @@ def _check_numbers(
 ) -> None:
     problems = []
     if labels_per_class is not None and labels_per_class < 1:
-        problems.append(f"labels_per_class is {labels_per_class}, wanted 1 or more")
+        problems.append(f"labels_per_class must be >= 1, got {labels_per_class}")
     if val_per_class is not None and val_per_class < 0:
-        problems.append(f"val_per_class is {val_per_class}, wanted 0 or more")
+        problems.append(f"val_per_class must be >= 0, got {val_per_class}")
     elif (
         val_per_class is not None
         and labels_per_class is not None
         and val_per_class >= max(labels_per_class, 1)
     ):
         problems.append(
-            f"val_per_class is {val_per_class} of {labels_per_class} labels per class, which "
-            "leaves none to train on"
+            f"val_per_class must be < labels_per_class ({labels_per_class}), got {val_per_class}, "
+            "which leaves none to train on"
         )
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if value is not None and not 0 <= value < 1:
-            problems.append(f"{name} is {value}, wanted at least 0 and less than 1")
+            problems.append(f"{name} must be >= 0 and < 1, got {value}")
     if val_fraction is not None:
         if val_per_class is not None:
             problems.append("val_fraction and val_per_class are both given; give one")
         elif labels_per_class is not None:
             problems.append(
-                "val_fraction does not go with labels_per_class, whose validation examples are "
-                "counted out of those labels; give val_per_class"
+                "val_fraction cannot be combined with labels_per_class, whose validation examples "
+                "come out of those labels; give val_per_class"
             )
     if seed < 0:
-        problems.append(f"seed is {seed}, wanted 0 or more")
+        problems.append(f"seed must be >= 0, got {seed}")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def subsample(positions: np.ndarray, most: int, labels: np.ndarray | None = None) -> np.ndarray:
-    """At most so many of the positions, in order, drawn the same way every time.
-
-    Args:
-      positions: int64, in a source.
-      most: how many to take.
-      labels: of the whole source. With them, one example of every class is among those taken,
-        also where that makes more than ``most``: a head cannot be fitted without.
-
-    >>> some(np.arange(5), 9).tolist(), len(some(np.arange(9), 5))
-    ([0, 1, 2, 3, 4], 5)
-    >>> labels = np.array([0, 0, 0, 0, 1, 0, 0, 0, 0])
-    >>> 4 in some(np.arange(9), 2, labels), len(some(np.arange(9), 2, labels))
-    (True, 2)
-    """
-    if len(positions) <= most:
-        return positions
-    keys = np.random.PCG64(np.random.SeedSequence(0)).random_raw(len(positions))
-    order = np.argsort(keys, kind="stable")
-    if labels is not None:
-        _, firsts = np.unique(np.asarray(labels)[positions][order], return_index=True)
-        order = np.concatenate([order[firsts], np.delete(order, firsts)])
-        most = max(most, len(firsts))
-    return positions[np.sort(order[:most])]

@@ -1,4 +1,8 @@
-"""A prepared TensorFlow Datasets data set, read without TensorFlow."""
+"""TensorFlow Datasets.
+
+Prepared data sets of TensorFlow Datasets, read without TensorFlow. They must be in the array_record
+format, which has random access.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,12 @@ _SPEC = re.compile(
     r"(?P<name>\w+)(/(?P<config>[^:/]+))?(:(?P<version>\d+\.\d+\.\d+))?(:(?P<split>.+))?"
 )
 _INFO = "dataset_info.json"
-_BLOCK = 512  # records read at once when only their labels are wanted
+_BLOCK = 512  # records read at once for their labels
 
 
 @dataclass(frozen=True, eq=False)
 class TfdsSource:
-    """Images of a TensorFlow Datasets split, decoded when asked for; made by ``open_tfds``."""
+    """Images of a TensorFlow Datasets split, decoded when read; made by ``open_tfds``."""
 
     name: str
     class_names: tuple[str, ...]
@@ -33,6 +37,11 @@ class TfdsSource:
     label_key: str
     channels: Literal[1, 3]
     min_side: int | None = None
+
+    @property
+    def address(self) -> str:
+        """What ``open_source`` opens it by."""
+        return self.name
 
     def __len__(self) -> int:
         return len(self.data)
@@ -62,7 +71,7 @@ class TfdsSource:
         if found.min() < 0:
             raise ValueError(
                 f"{self.name}: {(found < 0).sum()} of {count} examples have no label "
-                f"({self.label_key} is negative, as in test sets whose answers are kept back)"
+                f"({self.label_key} is negative, as in test sets whose labels are not published)"
             )
         return found
 
@@ -74,37 +83,37 @@ def open_tfds(
     download: bool = False,
     min_side: int | None = None,
 ) -> TfdsSource:
-    """Opens ``<name>[/config][:version][:split]``.
+    """Opens a TensorFlow Datasets split, ``<name>[/config][:version][:split]``.
 
     The data set must have been prepared in the array_record format, which allows random access.
     Reading never needs TensorFlow; preparing some data sets does.
 
     Args:
-      spec: for example ``food101``, ``imagenette/160px-v2:train[:80%]``, ``mnist:3.0.1:test``. The
-        split defaults to ``train``.
-      data_dir: where TensorFlow Datasets keeps prepared data; its own default when left out.
-      download: whether to fetch and prepare what is missing. Without internet, its retries take
-        minutes to give up, so that nothing is fetched unasked.
-      min_side: see ``open_source``.
+        spec: for example ``food101``, ``imagenette/160px-v2:train[:80%]``, ``mnist:3.0.1:test``.
+            The split defaults to ``train``.
+        data_dir: where TensorFlow Datasets keeps prepared data; its own default when left out.
+        download: whether to download and prepare a missing data set. Without internet, its retries
+            take minutes, so that nothing is downloaded by default.
+        min_side: see ``open_source``.
 
     Returns:
-      The source; images are RGB, or gray where the data set says one channel.
+        The source; images are RGB, or gray where the data set declares one channel.
 
     Raises:
-      FileNotFoundError: the data set is not prepared in ``data_dir``.
-      ValueError: unknown name, config or split; not array_record; no image or no class label.
-      RuntimeError: ``download`` was asked for and failed.
+        FileNotFoundError: the data set is not prepared in ``data_dir``.
+        ValueError: unknown name, config or split; not array_record; no image or no class label.
+        RuntimeError: the download failed.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise ValueError(
-            f"'tfds:{spec}' is not of the form 'tfds:<name>[/config][:version][:split]', for "
-            "example 'tfds:food101:train[:80%]'"
+            "a TensorFlow Datasets name must be 'tfds:<name>[/config][:version][:split]', such as "
+            f"'tfds:food101:train[:80%]', got 'tfds:{spec}'"
         )
     split = match["split"] or "train"
     full_name = spec.removesuffix(f":{match['split']}") if match["split"] else spec
     builder = _builder(match, full_name, data_dir)
-    if not _prepared(builder):
+    if not _is_prepared(builder):
         builder = _fetch(builder, match, full_name, data_dir, download)
     _check_format(builder, full_name)
     _check_split(builder, full_name, split)
@@ -126,12 +135,16 @@ def _builder(match: re.Match[str], full_name: str, data_dir: Any, **kwargs: Any)
     kwargs |= {"data_dir": None if data_dir is None else os.fspath(data_dir)}
     try:
         return tfds.builder(full_name, **kwargs)
-    # Its readers of damaged files raise what they meet, and a wrong version is an AssertionError.
+    # Damaged files raise many types of error, and a wrong version raises an AssertionError.
     except Exception as error:
-        raise ValueError(_why_not(error, match, full_name, _prepared_here(data_dir))) from error
+        raise ValueError(
+            _open_problem(error, match, full_name, _find_prepared(data_dir))
+        ) from error
 
 
-def _why_not(error: Exception, match: re.Match[str], full_name: str, prepared: list[str]) -> str:
+def _open_problem(
+    error: Exception, match: re.Match[str], full_name: str, prepared: list[str]
+) -> str:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.registered import list_imported_builders
 
@@ -152,12 +165,12 @@ def _why_not(error: Exception, match: re.Match[str], full_name: str, prepared: l
         if isinstance(error, AssertionError) and version is not None:
             makes = tfds.builder_cls(name).VERSION
             text += f"there is no version {version}; the code makes {makes}"
-            return text + _listed(prepared)
-    return text + f"{type(error).__name__}: {str(error).splitlines()[0]}" + _listed(prepared)
+            return text + _prepared_text(prepared)
+    return text + f"{type(error).__name__}: {str(error).splitlines()[0]}" + _prepared_text(prepared)
 
 
-def _prepared_here(data_dir: Any) -> list[str]:
-    """What lies prepared below the data folder, as ``name[/config]:version``."""
+def _find_prepared(data_dir: Any) -> list[str]:
+    """The prepared data sets in the data folder, as ``name[/config]:version``."""
     from tensorflow_datasets.core.constants import DATA_DIR
 
     folder = Path(DATA_DIR if data_dir is None else data_dir).expanduser()
@@ -166,11 +179,11 @@ def _prepared_here(data_dir: Any) -> list[str]:
     return sorted(f"{'/'.join(names)}:{version}" for *names, version in parts)
 
 
-def _prepared(builder: Any) -> bool:
+def _is_prepared(builder: Any) -> bool:
     return (Path(builder.data_path) / _INFO).is_file()
 
 
-def _listed(prepared: list[str]) -> str:
+def _prepared_text(prepared: list[str]) -> str:
     return f" (prepared here: {', '.join(prepared) or 'none'})"
 
 
@@ -180,15 +193,15 @@ def _fetch(
     if not download:
         raise FileNotFoundError(
             f"'tfds:{full_name}' is not prepared: there is no data set in {builder.data_path}"
-            f"{_listed(_prepared_here(data_dir))}. Prepare it once, where there is internet, with "
-            "download=True, or give the folder where it lies as cache_dir"
+            f"{_prepared_text(_find_prepared(data_dir))}. Prepare it once, where there is "
+            "internet, with download=True, or give its folder as cache_dir"
         )
     builder = _builder(match, full_name, data_dir, file_format="array_record")
     try:
         builder.download_and_prepare()
     except Exception as error:
-        # Another process that prepared the same data set at once has won.
-        if isinstance(error, FileExistsError) and _prepared(builder):
+        # Another process has prepared the same data set meanwhile.
+        if isinstance(error, FileExistsError) and _is_prepared(builder):
             return _builder(match, full_name, data_dir)
         text = f"'tfds:{full_name}' could not be prepared in {builder.data_path}: "
         if isinstance(error, ModuleNotFoundError) and error.name == "tensorflow":
@@ -226,37 +239,36 @@ def _check_split(builder: Any, full_name: str, split: str) -> None:
         count = splits[split].num_examples
     except (ValueError, KeyError, IndexError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the split {split!r} cannot be taken: {reason}; {known}") from error
+        raise ValueError(f"the split {split!r} cannot be read: {reason}; {known}") from error
     if count < 1:
-        raise ValueError(f"the split {split!r} holds no example; {known}")
+        raise ValueError(f"the split {split!r} has no examples; {known}")
 
 
 def _keys(builder: Any, full_name: str) -> tuple[str, str]:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
     named = builder.info.supervised_keys
     named = named[:2] if named is not None and len(named) >= 2 else ("image", "label")
     found = []
-    for wanted, (kind_name, kind) in zip(named, kinds.items(), strict=True):
+    for name, kind in zip(named, kinds, strict=True):
         fitting = [key for key in features if isinstance(features[key], kind)]
-        if wanted in fitting:
-            found.append(wanted)
+        if name in fitting:
+            found.append(name)
         elif len(fitting) == 1:
             found.append(fitting[0])
         else:
             listed = ", ".join(f"{key} ({type(features[key]).__name__})" for key in features)
             raise ValueError(
-                f"'tfds:{full_name}' is no image classification data set: it has "
-                f"{len(fitting) or 'no'} {kind.__name__} feature(s) where one {kind_name} is "
-                f"wanted; its features: {listed}"
+                f"'tfds:{full_name}' is not an image classification data set: it must have one "
+                f"{kind.__name__} feature, got {len(fitting)}; its features: {listed}"
             )
     return found[0], found[1]
 
 
 def _class_names(feature: Any) -> tuple[str, ...]:
-    # A label whose names were never given still knows how many there are.
+    # A label without names still has a number of classes.
     try:
         return tuple(feature.names)
     except ValueError:
@@ -269,7 +281,7 @@ def _data(builder: Any, full_name: str, split: str, image_key: str) -> Any:
     try:
         data = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
         data[0]
-    # Missing or torn record files surface as whatever the reader met first.
+    # Missing or truncated record files raise many types of error.
     except Exception as error:
         raise ValueError(
             f"'tfds:{full_name}' in {builder.data_path} is damaged ({type(error).__name__}: "

@@ -1,10 +1,7 @@
-"""Image transforms for evaluation and training, and random augmentation.
+"""Image transforms and data augmentation.
 
-What happens to one image on its way into a batch: small steps, composed; uint8 in, uint8 out.
-
-Random steps for training images; every number they draw comes from the given generator.
-
-The transforms that belong to a checkpoint's preprocessing, for evaluation and for training.
+Steps on one uint8 image, composed to the transforms for evaluation and for training that belong to
+the preprocessing of the weights. All random numbers come from the given generator.
 """
 
 from __future__ import annotations
@@ -24,13 +21,14 @@ from flaxtransfer.data.geometry import (
     resize_box,
     resize_crop,
 )
+from flaxtransfer.paths import suggest
 
 
 class Transform(Protocol):
-    """A function of an image and a random generator; any callable of that form will do.
+    """A function of an image and a random generator; any such callable is a transform.
 
-    All randomness comes from the generator, so that an example's augmentation depends on nothing
-    but the seed and its place in the run.
+    All randomness must come from the generator, so that the augmentation of an example depends
+    only on the seed and its position in the run.
     """
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
@@ -39,7 +37,7 @@ class Transform(Protocol):
 
 
 def is_random(transform: Transform) -> bool:
-    """Whether a transform says that it draws random numbers.
+    """Whether a transform declares that it draws random numbers.
 
     >>> is_random(Channels())
     False
@@ -49,7 +47,7 @@ def is_random(transform: Transform) -> bool:
 
 @dataclass(frozen=True)
 class Compose:
-    """The steps one after the other; all draw from the same generator, in order."""
+    """Applies steps in order; all draw from the same generator."""
 
     steps: tuple[Transform, ...]
 
@@ -65,8 +63,33 @@ class Compose:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Replicates gray to RGB; an image that already has ``count`` channels is left alone.
+
+    Nothing else is converted: a gray image is not an image of 13 bands.
+    """
+
+    count: int = 3
+
+    random: ClassVar[bool] = False
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
+        del rng  # nothing is drawn
+        check_image(image)
+        if image.shape[2] == self.count:
+            return image
+        if image.shape[2] == 1 and self.count == 3:
+            return np.broadcast_to(image, (*image.shape[:2], self.count))
+        raise ValueError(
+            f"images must have {self.count} channels, got {image.shape[2]} (shape "
+            f"{list(image.shape)}); only gray can be replicated, and only to 3"
+            + (f"; transfer with bands={image.shape[2]} (--bands)" if self.count == 3 else "")
+        )
+
+
+@dataclass(frozen=True)
 class ResizeCrop:
-    """Shortest side to ``resize`` px, then the central square of ``size`` px."""
+    """Resizes the shortest side to ``resize`` px, then crops the central square of ``size`` px."""
 
     size: int
     resize: int
@@ -83,56 +106,18 @@ class ResizeCrop:
 
 
 @dataclass(frozen=True)
-class Channels:
-    """Gray replicated to the three channels of RGB; an image with ``count`` of them is left alone.
-
-    Nothing else is converted: a gray image is no image of 13 bands.
-    """
-
-    count: int = 3
-
-    random: ClassVar[bool] = False
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
-        del rng  # nothing is drawn
-        check_image(image)
-        if image.shape[2] == self.count:
-            return image
-        if image.shape[2] == 1 and self.count == 3:
-            return np.broadcast_to(image, (*image.shape[:2], self.count))
-        raise ValueError(
-            f"an image of shape {list(image.shape)} has {image.shape[2]} channels, the network "
-            f"wants {self.count}; only gray can be replicated, and only to 3"
-            + (f"; transfer with bands={image.shape[2]} (--bands)" if self.count == 3 else "")
-        )
-
-
-def check_sizes(step: object, problems: Sequence[str] = ()) -> None:
-    """Raises ValueError for a step's problems: those given, and those of its sizes."""
-    problems = list(problems)
-    size, resize = getattr(step, "size", 1), getattr(step, "resize", None)
-    if size < 1:
-        problems.append(f"size is {size}, wanted 1 or more px")
-    if resize is not None and resize < size:
-        problems.append(f"resize is {resize} px, less than the crop's size of {size} px")
-    if problems:
-        raise ValueError(f"{type(step).__name__}: " + "; ".join(problems))
-    check_interpolation(getattr(step, "interpolation", "bilinear"))
-
-
-@dataclass(frozen=True)
 class RandomAffine:
-    """``ResizeCrop`` with a random rotation, shift, magnification and shear on top.
+    """``ResizeCrop`` with a random rotation, shift, magnification and shear.
 
-    Suits glyphs, scans and whatever else stands centered: nothing is cropped away on purpose. It is
+    Use it for glyphs, scans and other centered objects: nothing is cropped away on purpose. It is
     not the crop with which ImageNet networks are trained; that is ``RandomResizedCrop``.
 
-    Attributes:
-      degrees: the rotation is uniform in ``-degrees .. degrees``.
-      shift: each of the two shifts is uniform in ``-shift .. shift`` times ``size``.
-      scale: the magnification is uniform between these two.
-      shear: the shear is uniform in ``-shear .. shear`` degrees.
-      fill: value of pixels from outside the image.
+    Args:
+        degrees: the rotation is uniform in ``-degrees .. degrees``.
+        shift: each of the two shifts is uniform in ``-shift .. shift`` times ``size``.
+        scale: the magnification is uniform between these two.
+        shear: the shear is uniform in ``-shear .. shear`` degrees.
+        fill: value of pixels from outside the image.
     """
 
     size: int
@@ -150,11 +135,11 @@ class RandomAffine:
         problems = _range_problems("scale", self.scale, above=0)
         for name in ("degrees", "shift", "shear"):
             if getattr(self, name) < 0:
-                problems.append(f"{name} is {getattr(self, name)}, wanted 0 or more")
+                problems.append(f"{name} must be >= 0, got {getattr(self, name)}")
         if abs(self.shear) >= 90:
-            problems.append(f"shear is {self.shear}, wanted less than 90 degrees")
+            problems.append(f"shear must be < 90 degrees, got {self.shear}")
         if not 0 <= self.fill <= 255:
-            problems.append(f"fill is {self.fill}, wanted 0 to 255")
+            problems.append(f"fill must be 0 to 255, got {self.fill}")
         check_sizes(self, problems)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
@@ -176,14 +161,14 @@ class RandomAffine:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the image, resized to ``size`` px: the crop of ImageNet training.
+    """Crops a random part of the image and resizes it to ``size`` px, as in ImageNet training.
 
-    Attributes:
-      scale: the part's share of the area is uniform between these two.
-      ratio: its width over height is log-uniform between these two.
+    Args:
+        scale: the fraction of the area is uniform between these two.
+        ratio: width over height is log-uniform between these two.
 
     References:
-      C. Szegedy et al., Going Deeper with Convolutions, 2015.
+        C. Szegedy et al., Going Deeper with Convolutions, 2015.
     """
 
     size: int
@@ -212,7 +197,7 @@ class RandomResizedCrop:
             if 0 < w <= width and 0 < h <= height:
                 left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
                 return left, top, left + w, top + h
-        # No such box fits a very long image: the largest central one of the nearest ratio.
+        # No such box fits a very long image: take the largest central one of the nearest ratio.
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
         w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
         left, top = (width - w) // 2, (height - h) // 2
@@ -221,7 +206,7 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class HorizontalFlip:
-    """Left and right exchanged with this probability. Not for labels that it changes."""
+    """Mirrors left and right with this probability. It is not for labels that this changes."""
 
     probability: float = 0.5
 
@@ -229,7 +214,7 @@ class HorizontalFlip:
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability is {self.probability}, wanted 0 to 1")
+            raise ValueError(f"probability must be 0 to 1, got {self.probability}")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
         check_image(image)
@@ -240,9 +225,9 @@ class HorizontalFlip:
 class Jitter:
     """Random brightness and contrast.
 
-    Pixels are multiplied by a factor within ``1 - brightness .. 1 + brightness``, and their
-    distance from the image's mean luma by one within ``1 - contrast .. 1 + contrast``, in one
-    rounding.
+    Pixels are multiplied by a factor in ``1 - brightness .. 1 + brightness``, and their distance
+    from the mean luma of the image by a factor in ``1 - contrast .. 1 + contrast``. The result is
+    rounded once.
     """
 
     brightness: float = 0.2
@@ -251,13 +236,13 @@ class Jitter:
     random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name} is {value}, wanted 0 to 1"
+        problems = [
+            f"{name} must be 0 to 1, got {value}"
             for name, value in (("brightness", self.brightness), ("contrast", self.contrast))
             if not 0 <= value <= 1
         ]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
         check_image(image)
@@ -266,21 +251,12 @@ class Jitter:
         luma = image.mean(axis=(0, 1))
         mean = luma @ (0.299, 0.587, 0.114) if len(luma) == 3 else luma.mean()
         table = bright * (mean + contrast * (np.arange(256) - mean))
-        return np.clip(np.rint(table), 0, 255).astype(np.uint8)[image]
-
-
-def _range_problems(
-    name: str, values: tuple[float, float], *, above: float, most: float = math.inf
-) -> list[str]:
-    low, high = values
-    if above < low <= high <= most:
-        return []
-    top = "" if most == math.inf else f" <= {most:g}"
-    return [f"{name} is {values}, wanted {above:g} < low <= high{top}"]
+        pixels: np.ndarray = np.clip(np.rint(table), 0, 255).astype(np.uint8)[image]
+        return pixels
 
 
 class Geometry(Protocol):
-    """The part of a checkpoint's preprocessing that concerns pixels' places."""
+    """The geometric part of a ``Preprocessing``."""
 
     @property
     def size(self) -> int:
@@ -289,7 +265,7 @@ class Geometry(Protocol):
 
     @property
     def resize(self) -> int:
-        """What the shortest side is resized to before the central crop, in px."""
+        """Length of the shortest side before the central crop, in px."""
         ...
 
     @property
@@ -299,15 +275,15 @@ class Geometry(Protocol):
 
 
 def evaluation_transform(preprocessing: Geometry, *, channels: int = 3) -> Compose:
-    """The deterministic transform that belongs to the weights.
+    """The evaluation transform of the weights: deterministic resize and central crop.
 
     Args:
-      preprocessing: a checkpoint's ``Preprocessing``, or anything with its ``size``, ``resize``
-        and ``interpolation``.
-      channels: of the network's input.
+        preprocessing: a checkpoint's ``Preprocessing``, or anything with its ``size``, ``resize``
+            and ``interpolation``.
+        channels: of the network's input.
 
     Returns:
-      Maps any image to uint8 ``[size, size, channels]``.
+        Maps any image to uint8 ``[size, size, channels]``.
     """
     p = preprocessing
     return Compose((ResizeCrop(p.size, p.resize, p.interpolation), Channels(channels)))
@@ -321,18 +297,20 @@ def training_transform(
     jitter: bool = False,
     channels: int = 3,
 ) -> Compose:
-    """A usual augmentation around the weights' preprocessing; compose your own for another.
+    """The default training augmentation, around the preprocessing of the weights.
+
+    For another one, ``Compose`` your own.
 
     Args:
-      preprocessing: see ``evaluation_transform``.
-      geometry: ``"affine"`` for ``RandomAffine``, ``"crop"`` for ``RandomResizedCrop``, each with
-        its defaults; ``"none"`` for the evaluation's.
-      flip: whether images may be mirrored; ``flip_keeps_labels`` has an opinion on that.
-      jitter: whether brightness and contrast vary.
-      channels: of the network's input.
+        preprocessing: see ``evaluation_transform``.
+        geometry: ``"affine"`` for ``RandomAffine``, ``"crop"`` for ``RandomResizedCrop``, each with
+            its defaults; ``"none"`` for that of evaluation.
+        flip: whether images may be mirrored; see ``flip_keeps_labels``.
+        jitter: whether brightness and contrast vary.
+        channels: of the network's input.
 
     Returns:
-      Maps any image to uint8 ``[size, size, channels]``.
+        Maps any image to uint8 ``[size, size, channels]``.
     """
     p = preprocessing
     choices: dict[str, Transform] = {
@@ -341,13 +319,16 @@ def training_transform(
         "none": ResizeCrop(p.size, p.resize, p.interpolation),
     }
     if geometry not in choices:
-        raise ValueError(f"unknown geometry {geometry!r}; known: {', '.join(choices)}")
+        raise ValueError(
+            f"unknown geometry {geometry!r}{suggest(geometry, choices)}; known: "
+            f"{', '.join(choices)}"
+        )
     steps: list[Transform] = [choices[geometry]]
     if flip:
         steps.append(HorizontalFlip())
     if jitter:
         steps.append(Jitter())
-    # Last, so that gray is processed as one channel.
+    # Replication comes last, so that gray is processed as one channel.
     return Compose((*steps, Channels(channels)))
 
 
@@ -356,11 +337,11 @@ _NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 
 
 def flip_keeps_labels(class_names: Sequence[str]) -> bool:
-    """Whether a mirror image probably keeps its label, going by the names of the classes.
+    """Whether a mirror image probably keeps its label, judged by the names of the classes.
 
-    False as soon as most classes look like glyphs (a single character or number, or a number
-    word), or any name speaks of a side. It is a guess for a default, not knowledge: organs,
-    traffic signs and handedness do not show in names.
+    False if most classes look like glyphs (a single character or number, or a number word), or if
+    any name mentions a side. It is a guess for a default: organs, traffic signs and handedness do
+    not show in names.
 
     >>> flip_keeps_labels(["cat", "dog"]), flip_keeps_labels(["0", "1"])
     (True, False)
@@ -370,3 +351,26 @@ def flip_keeps_labels(class_names: Sequence[str]) -> bool:
     glyphs = [n for n in class_names if len(n) == 1 or n.isdigit() or n.lower() in _NUMBERS]
     sides = any(_SIDES.search(name) for name in class_names)
     return not sides and 2 * len(glyphs) <= len(class_names)
+
+
+def check_sizes(step: object, problems: Sequence[str] = ()) -> None:
+    """Raises ValueError for the given problems of a step and those of its sizes."""
+    problems = list(problems)
+    size, resize = getattr(step, "size", 1), getattr(step, "resize", None)
+    if size < 1:
+        problems.append(f"size must be >= 1 px, got {size}")
+    if resize is not None and resize < size:
+        problems.append(f"resize must be >= size ({size} px), got {resize} px")
+    if problems:
+        raise ValueError(f"{type(step).__name__}: " + "; ".join(problems))
+    check_interpolation(getattr(step, "interpolation", "bilinear"))
+
+
+def _range_problems(
+    name: str, values: tuple[float, float], *, above: float, most: float = math.inf
+) -> list[str]:
+    low, high = values
+    if above < low <= high <= most:
+        return []
+    top = "" if most == math.inf else f" <= {most:g}"
+    return [f"{name} must be {above:g} < low <= high{top}, got {values}"]

@@ -1,4 +1,4 @@
-"""Heads on features, in seconds: arrays in, values out."""
+"""Feature-space classifiers: linear heads on features of a frozen network, within seconds."""
 
 from __future__ import annotations
 

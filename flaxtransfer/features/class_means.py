@@ -1,8 +1,8 @@
-"""Heads from class means, and the instant baseline of heads on frozen features.
+"""Class-mean classifiers and the feature baseline.
 
-Heads from class means alone: nearest class mean and linear discriminant analysis.
-
-What heads on frozen features reach, in seconds and from training labels alone.
+Nearest class mean and linear discriminant analysis on features of a frozen network, and
+``baseline``, which says within seconds what accuracy such heads reach. Use the baseline before any
+training.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from flaxtransfer.features.checks import examples, matching, singles, standardization
+from flaxtransfer.features.checks import (
+    checked_examples,
+    checked_features,
+    singleton_classes,
+    standardization,
+)
 from flaxtransfer.features.ridge import ridge_path
-from flaxtransfer.features.sweep import deal, rarest, sweep_head
+from flaxtransfer.features.sweep import folds_with_singletons, smallest_class, sweep_head
+from flaxtransfer.paths import listing
+from flaxtransfer.shift.two_sample import ledoit_wolf
 
 __all__ = [
     "Baseline",
@@ -24,19 +31,28 @@ __all__ = [
     "baseline",
     "linear_discriminant",
     "nearest_class_mean",
-    "nearest_mean_left_out",
+    "nearest_class_mean_loo",
 ]
+
+
+LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
+"""Strengths for logistic regression; on standardized features a finer grid gains little."""
+
+_FOLDS = 5
+
+_DISCRIMINANT_WORK = 5e9
+"""Multiplications that take about a second: examples x features x the smaller of both."""
 
 
 @dataclass(frozen=True)
 class MeansHead:
-    """A linear classifier made of class means.
+    """A linear classifier computed from class means.
 
     Args:
-      kernel: float64 ``[features, classes]``.
-      bias: float64 ``[classes]``.
-      normalized: whether every example is scaled to length 1 first.
-      shrinkage: of the covariance, 0 .. 1; None without a covariance.
+        kernel: float64 ``[features, classes]``.
+        bias: float64 ``[classes]``.
+        normalized: whether each example is first scaled to length 1.
+        shrinkage: intensity of the covariance shrinkage, 0 .. 1; None without a covariance.
     """
 
     kernel: np.ndarray
@@ -45,56 +61,60 @@ class MeansHead:
     shrinkage: float | None = None
 
     def scores(self, features: Any) -> np.ndarray:
-        """``[examples, classes]``, the largest of which is the prediction.
+        """Class scores ``[examples, classes]``; the largest is the prediction.
 
-        With ``linear_discriminant`` they are logits: log-probabilities up to a shift. With
-        ``nearest_class_mean`` they are half the squared distances, negative and up to a shift.
+        With ``linear_discriminant`` they are logits: log-probabilities up to a constant. With
+        ``nearest_class_mean`` they are minus half the squared distances, up to a constant.
 
         Raises:
-          ValueError: another number of features, or an example of length 0 to be normalized.
+            ValueError: another number of features, or an example of length 0 to be normalized.
         """
-        matrix = matching(features, len(self.kernel))
-        return (_normalized(matrix) if self.normalized else matrix) @ self.kernel + self.bias
+        matrix = checked_features(features, len(self.kernel))
+        if self.normalized:
+            matrix = _unit_rows(matrix)
+        scores: np.ndarray = matrix @ self.kernel + self.bias
+        return scores
 
     def predict(self, features: Any) -> np.ndarray:
         """Classes, int64 ``[examples]``."""
-        return self.scores(features).argmax(axis=1)
+        predicted: np.ndarray = self.scores(features).argmax(axis=1)
+        return predicted
 
 
 def nearest_class_mean(
     features: Any, labels: Any, *, normalize: bool = False, classes: int | None = None
 ) -> MeansHead:
-    """The class whose mean is nearest, by Euclidean distance.
+    """Nearest class mean classifier, by Euclidean distance.
 
-    Use it with one to ten examples a class, where there is nothing to fit, and as the least that
-    any other head has to beat. It takes all features as equally telling and independent.
+    Use it with one to ten examples per class, where there is nothing to fit, and as a lower bound
+    for other heads. It assumes that all features are independent and equally informative.
 
     Args:
-      features: ``[examples, features]``, finite.
-      labels: integers ``[examples]``, 0 .. classes - 1.
-      normalize: scale each example to length 1 first, and each mean after averaging: the class of
-        the largest cosine.
-      classes: how many there are; by default as many as the labels say.
+        features: ``[examples, features]``, finite.
+        labels: integers ``[examples]``, 0 .. classes - 1.
+        normalize: scale each example to length 1 first, and each mean after averaging; this
+            predicts the class with the largest cosine similarity.
+        classes: number of classes; default: the largest label plus 1.
 
     Raises:
-      ValueError: shapes that do not fit, values that are not finite, one class, a class without
-        examples, an example or mean of length 0 to be normalized.
-      TypeError: labels that are no integers.
+        ValueError: shapes that do not fit, values that are not finite, one class, a class without
+            examples, an example or mean of length 0 to be normalized.
+        TypeError: labels that are not integers.
 
     References:
-      T. Mensink, J. Verbeek, F. Perronnin, G. Csurka, "Distance-Based Image Classification:
-      Generalizing to New Classes at Near-Zero Cost", 2013.
+        T. Mensink, J. Verbeek, F. Perronnin, G. Csurka, "Distance-Based Image Classification:
+        Generalizing to New Classes at Near-Zero Cost", 2013.
 
     >>> head = nearest_class_mean([[0.0, 0.0], [2.0, 0.0], [0.0, 9.0]], [0, 0, 1])
     >>> head.predict([[1.0, 4.0], [1.0, 5.0]]).tolist()
     [0, 1]
     """
-    matrix, label, counts = _checked(features, labels, classes)
+    matrix, label, counts = _checked_counts(features, labels, classes)
     if normalize:
-        matrix = _normalized(matrix)
+        matrix = _unit_rows(matrix)
     means = _means(matrix, label, counts)
     if normalize:
-        means = _normalized(means, "class means")
+        means = _unit_rows(means, "class means")
     return MeansHead(means.T, -np.square(means).sum(axis=1) / 2, normalized=normalize)
 
 
@@ -105,139 +125,70 @@ def linear_discriminant(
     shrinkage: float | None = None,
     classes: int | None = None,
 ) -> MeansHead:
-    """Linear discriminant analysis: nearest class mean by the covariance within the classes.
+    """Linear discriminant analysis with a shared, shrunk within-class covariance.
 
-    Use it from about ten examples a class. Its scores are logits, whose prior is the frequency of
-    the classes among the examples. Without shrinkage the covariance has to be of full rank; with
-    fewer examples than features it cannot be, and the shrunk covariance is inverted by way of the
-    examples instead, which is exact.
+    Use it from about ten examples per class. Its scores are logits, whose prior is the class
+    frequencies of the examples. Without shrinkage the covariance must have full rank, which is
+    impossible with fewer examples than features; there the shrunk covariance is inverted through
+    the Gram matrix of the examples, which is exact.
 
     Args:
-      features: ``[examples, features]``, finite. Computed in float64.
-      labels: integers ``[examples]``, 0 .. classes - 1.
-      shrinkage: how far the covariance is moved to a multiple of the identity of equal trace, 0 to
-        1. Default: by Ledoit and Wolf, from all examples less the mean of their class.
-      classes: how many there are; by default as many as the labels say.
+        features: ``[examples, features]``, finite. Computed in float64.
+        labels: integers ``[examples]``, 0 .. classes - 1.
+        shrinkage: how far the covariance is moved to a multiple of the identity of equal trace, 0
+            to 1. Default: by Ledoit and Wolf, from all examples minus the mean of their class.
+        classes: number of classes; default: the largest label plus 1.
 
     Raises:
-      ValueError: as ``nearest_class_mean``; a shrinkage outside 0 .. 1, a singular covariance, or
-        no variance within the classes.
-      TypeError: labels that are no integers.
+        ValueError: as ``nearest_class_mean``; a shrinkage outside 0 .. 1, a singular covariance, or
+            no variance within the classes.
+        TypeError: labels that are not integers.
 
     References:
-      R. A. Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936. O. Ledoit,
-      M. Wolf, "A Well-Conditioned Estimator for Large-Dimensional Covariance Matrices", 2004.
+        R. A. Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936. O. Ledoit, M.
+        Wolf, "A Well-Conditioned Estimator for Large-Dimensional Covariance Matrices", 2004.
 
     >>> head = linear_discriminant([[0.0, 0], [2, 2], [5, 0], [7, 2.1]], [0, 0, 1, 1], shrinkage=0)
     >>> head.predict([[3.0, 1.9], [3.0, 0.0]]).tolist()
     [0, 1]
     """
-    matrix, label, counts = _checked(features, labels, classes)
+    matrix, label, counts = _checked_counts(features, labels, classes)
     if shrinkage is not None and not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage is {shrinkage}, wanted 0 to 1")
+        raise ValueError(f"shrinkage must be 0 to 1, got {shrinkage}")
     means = _means(matrix, label, counts)
     within = matrix - means[label]
     variance = np.square(within).sum() / within.size
-    # What is left of a constant after its mean was taken off is rounding, not variance.
+    # A constant minus its mean leaves rounding, not variance.
     if variance <= (10 * np.finfo(np.float64).eps) ** 2 * np.square(matrix).sum() / matrix.size:
         raise ValueError(
-            "the features do not vary within the classes, so there is no covariance to go by; "
+            "the features are constant within the classes, so that there is no covariance; "
             "nearest_class_mean needs none"
         )
-    # Of both Gram matrices the smaller one; their Frobenius norms are the same.
+    # Use the smaller of the two Gram matrices.
     few = len(matrix) < matrix.shape[1]
     gram = (within @ within.T if few else within.T @ within) / len(matrix)
     if shrinkage is None:
-        shrinkage = _ledoit_wolf(within, gram, variance)
+        shrinkage, _ = ledoit_wolf(within)
     kernel = _solve(within, gram, means.T, shrinkage, variance, few=few)
     bias = np.log(counts / counts.sum()) - (means.T * kernel).sum(axis=0) / 2
     return MeansHead(kernel, bias, shrinkage=shrinkage)
 
 
-def _ledoit_wolf(within: np.ndarray, gram: np.ndarray, variance: float) -> float:
-    count, width = within.shape
-    squared = np.square(gram).sum()
-    fourth = np.square(np.square(within).sum(axis=1)).mean()
-    distance = squared / width - variance**2
-    noise = (fourth - squared) / (width * count)
-    return float(min(noise / distance, 1.0)) if distance > 0 else 1.0
-
-
-def _solve(
-    within: np.ndarray,
-    gram: np.ndarray,
-    means: np.ndarray,
-    shrinkage: float,
-    variance: float,
-    *,
-    few: bool,
-) -> np.ndarray:
-    """The shrunk covariance's inverse times the means ``[features, classes]``."""
-    ridge = shrinkage * variance
-    system = (1 - shrinkage) * gram + ridge * np.eye(len(gram))
-    largest = (1 - shrinkage) * np.trace(gram) + ridge
-    if not ridge > 1e-13 * largest:
-        values = scipy.linalg.eigvalsh(gram) if not few else np.zeros(1)
-        if values[0] <= 1e-12 * values[-1]:
-            raise ValueError(
-                f"the covariance of {means.shape[0]} features within {means.shape[1]} classes is "
-                f"singular with {len(within)} examples (or repeated features): shrinkage is "
-                f"{shrinkage}, wanted above 0, or None to have it estimated"
-            )
-    if not few:
-        return scipy.linalg.solve(system, means, assume_a="pos")
-    # (a C'C/n + b I)^-1 = (I - a/n C' (a CC'/n + b I)^-1 C) / b
-    inner = scipy.linalg.solve(system, within @ means, assume_a="pos")
-    return (means - (1 - shrinkage) / len(within) * within.T @ inner) / ridge
-
-
-def _means(matrix: np.ndarray, label: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return (np.eye(len(counts))[label].T @ matrix) / counts[:, None]
-
-
-def _normalized(matrix: np.ndarray, what: str = "examples") -> np.ndarray:
-    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
-    if zero := np.flatnonzero(lengths == 0).tolist():
-        raise ValueError(
-            f"{what} {zero[:5]} have length 0 and no direction; normalize=False takes them"
-        )
-    return matrix / lengths
-
-
-def _checked(
-    features: Any, labels: Any, classes: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features in float64, labels, and how many there are of each."""
-    matrix, label, number = examples(features, labels, classes)
-    counts = np.bincount(label, minlength=number)
-    if missing := np.flatnonzero(counts == 0).tolist():
-        raise ValueError(f"classes {missing} have no examples, so no mean; number the labels anew")
-    return matrix, label, counts
-
-
-_FOLDS = 5
-
-LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
-"""Of logistic regression; on standardized features a finer grid gains little."""
-
-_DISCRIMINANT_WORK = 5e9
-"""Products, examples times features times the fewer of both, that are done within a second."""
-
-
 @dataclass(frozen=True)
 class Baseline:
-    """Accuracies on examples that were held out; one for each kind of head.
+    """Accuracies of heads on held-out examples.
 
     Args:
-      examples: how many there were.
-      majority: share of the largest class.
-      nearest_mean: of the nearest class mean, each example left out once.
-      ridge: of the best of several ridge classifiers, each example left out once; chosen among
-        them, so slightly too high.
-      discriminant: of linear discriminant analysis, by folds; None where it was left out.
-      logistic: of the best of several logistic regressions, by folds; None where nobody asked.
-      seconds: it took, features not included.
-      notes: what a reader should know, in sentences.
+        examples: number of examples.
+        majority: fraction of the largest class.
+        nearest_class_mean: leave-one-out accuracy of the nearest class mean.
+        ridge: leave-one-out accuracy of the best of several ridge classifiers; it is chosen on the
+            same examples, so slightly too high.
+        discriminant: cross-validated accuracy of linear discriminant analysis; None if left out.
+        logistic: cross-validated accuracy of the best of several logistic regressions; None unless
+            it was asked for.
+        seconds: time taken, without that for the features.
+        notes: remarks on the data, in sentences.
     """
 
     examples: int
@@ -251,8 +202,8 @@ class Baseline:
 
     @property
     def best(self) -> float:
-        """The largest of the accuracies."""
-        found = (self.nearest_mean, self.ridge, self.discriminant, self.logistic)
+        """The largest accuracy."""
+        found = (self.nearest_class_mean, self.ridge, self.discriminant, self.logistic)
         return max(accuracy for accuracy in found if accuracy is not None)
 
     def __str__(self) -> str:
@@ -260,7 +211,7 @@ class Baseline:
             "ridge": self.ridge,
             "logistic regression": self.logistic,
             "linear discriminant": self.discriminant,
-            "nearest class mean": self.nearest_mean,
+            "nearest class mean": self.nearest_class_mean,
         }
         found = ", ".join(
             f"{name} {100 * accuracy:.1f} %"
@@ -277,75 +228,75 @@ class Baseline:
 def baseline(
     features: Any, labels: Any, classes: int | None = None, *, logistic: bool = False
 ) -> Baseline:
-    """Several heads on standardized features, judged on examples that were held out.
+    """Feature baseline: accuracy of several heads on held-out examples.
 
-    Use it before any training: what a fine-tuned network does not beat was not worth the time.
-    Nearest class mean and ridge leave out examples one by one, in closed form. Discriminant
-    analysis goes by five folds, and is left out where it would take more than about a second. No
-    test image is needed, nor should one be given.
+    Use it before any training: a fine-tuned network that does not beat it was not worth the time.
+    Features are standardized. Nearest class mean and ridge use leave-one-out in closed form;
+    discriminant analysis uses five folds, and is left out if it would take more than about a
+    second. Give training examples only: no test image is needed.
 
     Args:
-      features: ``[examples, features]``, finite.
-      labels: integers ``[examples]``, 0 .. classes - 1. Classes without examples have no say; the
-        only example of a class counts as wrong.
-      classes: how many there are; by default as many as the labels say.
-      logistic: also try logistic regression by five folds; it has to be compiled, for seconds.
+        features: ``[examples, features]``, finite.
+        labels: integers ``[examples]``, 0 .. classes - 1. Classes without examples are ignored;
+            the only example of a class counts as wrong.
+        classes: number of classes; default: the largest label plus 1.
+        logistic: also try logistic regression with five folds; compiling it takes seconds.
 
     Raises:
-      ValueError: fewer than three examples, one class, one example of every class, values that are
-        not finite, shapes that do not fit.
-      TypeError: labels that are no integers.
+        ValueError: fewer than three examples, one class, one example of every class, values that
+            are not finite, shapes that do not fit.
+        TypeError: labels that are not integers.
 
     >>> labels = np.arange(40) % 2
     >>> random = np.random.default_rng(0)
     >>> found = baseline(random.normal(size=(40, 8)) + 4 * labels[:, None], labels)
-    >>> found.ridge, found.nearest_mean, found.majority
+    >>> found.ridge, found.nearest_class_mean, found.majority
     (1.0, 1.0, 0.5)
     """
     began = time.perf_counter()
-    matrix, label, number = examples(features, labels, classes)
+    matrix, label, number = checked_examples(features, labels, classes)
     present, label, counts = np.unique(label, return_inverse=True, return_counts=True)
-    folds = min(_FOLDS, rarest(label)[1])
+    folds = min(_FOLDS, smallest_class(label)[1])
     notes = []
     if len(present) < number:
         notes.append(f"{number - len(present)} of {number} classes have no example.")
-    if single := singles(label):
+    if single := singleton_classes(label):
         notes.append(f"{len(single)} classes have one example, which counts as wrong.")
     matrix = standardization(matrix)(matrix)
     path = ridge_path(matrix, label)
     work = matrix.size * min(matrix.shape)
     discriminant = _discriminant(matrix, label, folds) if work <= _DISCRIMINANT_WORK else None
-    swept = None
+    logistic_accuracy = None
     if logistic:
         found = sweep_head(
             matrix, label, strengths=LOGISTIC_STRENGTHS, folds=folds, standardize=False
         )
-        swept = found.accuracy * (1 - len(single) / len(label))
+        logistic_accuracy = found.accuracy * (1 - len(single) / len(label))
     return Baseline(
         len(label),
         float(counts.max() / len(label)),
-        float((nearest_mean_left_out(matrix, label) == label).mean()),
+        float((nearest_class_mean_loo(matrix, label) == label).mean()),
         path.accuracy,
         discriminant,
-        swept,
+        logistic_accuracy,
         time.perf_counter() - began,
         tuple(notes),
     )
 
 
-def nearest_mean_left_out(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For each example the class whose mean is nearest, its own computed without it.
+def nearest_class_mean_loo(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Leave-one-out predictions of the nearest class mean.
 
-    The only example of a class leaves no mean behind and is taken for another class.
+    The only example of a class has no other mean of its class, and is assigned another class.
 
     Args:
-      features: floating ``[examples, features]``.
-      labels: integers ``[examples]``.
+        features: floating ``[examples, features]``.
+        labels: integers ``[examples]``.
 
     Returns:
-      Classes, int64 ``[examples]``.
+        Classes, int64 ``[examples]``.
 
-    >>> nearest_mean_left_out(np.array([[0.0], [1.0], [9.0], [10.0], [4.0]]), [0, 0, 1, 1, 2])
+    >>> nearest_class_mean_loo(np.array([[0.0], [1.0], [9.0], [10.0], [4.0]]), [0, 0, 1, 1, 2])
     array([0, 0, 1, 1, 0])
     """
     matrix = np.asarray(features, np.float64)
@@ -355,24 +306,84 @@ def nearest_mean_left_out(features: np.ndarray, labels: np.ndarray) -> np.ndarra
     means /= counts[:, None]
     squares = np.square(matrix).sum(axis=1)[:, None] + np.square(means).sum(axis=1)
     distances = squares - 2 * matrix @ means.T
-    # Without the example its class's mean is m + (m - x) / (n - 1), and n / (n - 1) as far from x.
+    # Without x, the mean of its class is m + (m - x) / (n - 1), which is n / (n - 1) as far from x.
     own = np.arange(len(matrix)), label
     count = counts[label]
-    others = np.maximum(count - 1, 1)
-    distances[own] = np.where(count > 1, distances[own] * np.square(count / others), np.inf)
-    return present[distances.argmin(axis=1)]
+    rest = np.maximum(count - 1, 1)
+    distances[own] = np.where(count > 1, distances[own] * np.square(count / rest), np.inf)
+    predicted: np.ndarray = present[distances.argmin(axis=1)]
+    return predicted
+
+
+def _solve(
+    within: np.ndarray,
+    gram: np.ndarray,
+    means: np.ndarray,
+    shrinkage: float,
+    variance: float,
+    *,
+    few: bool,
+) -> np.ndarray:
+    """The inverse of the shrunk covariance times the means ``[features, classes]``."""
+    ridge = shrinkage * variance
+    system = (1 - shrinkage) * gram + ridge * np.eye(len(gram))
+    largest = (1 - shrinkage) * np.trace(gram) + ridge
+    if not ridge > 1e-13 * largest:
+        values = scipy.linalg.eigvalsh(gram) if not few else np.zeros(1)
+        if values[0] <= 1e-12 * values[-1]:
+            raise ValueError(
+                f"the covariance of {means.shape[0]} features within {means.shape[1]} classes is "
+                f"singular with {len(within)} examples (or repeated features): shrinkage must be "
+                f"> 0, or None to estimate it, got {shrinkage}"
+            )
+    if not few:
+        direct: np.ndarray = scipy.linalg.solve(system, means, assume_a="pos")
+        return direct
+    # (a C'C/n + b I)^-1 = (I - a/n C' (a CC'/n + b I)^-1 C) / b
+    inner = scipy.linalg.solve(system, within @ means, assume_a="pos")
+    solved: np.ndarray = (means - (1 - shrinkage) / len(within) * within.T @ inner) / ridge
+    return solved
+
+
+def _means(matrix: np.ndarray, label: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    means: np.ndarray = (np.eye(len(counts))[label].T @ matrix) / counts[:, None]
+    return means
+
+
+def _unit_rows(matrix: np.ndarray, what: str = "examples") -> np.ndarray:
+    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
+    if zero := np.flatnonzero(lengths == 0).tolist():
+        raise ValueError(
+            f"{what} [{listing(map(str, zero))}] have length 0, so that they have no direction; "
+            "use normalize=False"
+        )
+    unit: np.ndarray = matrix / lengths
+    return unit
+
+
+def _checked_counts(
+    features: Any, labels: Any, classes: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features in float64, labels, and the number of examples per class."""
+    matrix, label, number = checked_examples(features, labels, classes)
+    counts = np.bincount(label, minlength=number)
+    if missing := np.flatnonzero(counts == 0).tolist():
+        raise ValueError(
+            f"every class must have an example, classes {missing} have none; renumber the labels"
+        )
+    return matrix, label, counts
 
 
 def _discriminant(matrix: np.ndarray, label: np.ndarray, folds: int) -> float | None:
-    """Accuracy by folds; None where features do not vary within the classes."""
-    dealt = deal(label, folds)
+    """Cross-validated accuracy; None if features are constant within the classes."""
+    fold_of = folds_with_singletons(label, folds)
     right = 0
     for fold in range(folds):
-        out = dealt == fold
+        out = fold_of == fold
         try:
             head = linear_discriminant(matrix[~out], label[~out])
         except ValueError:
-            # Then nearest_mean is what discriminant analysis would come to.
+            # Discriminant analysis would then be the nearest class mean.
             return None
         right += int((head.predict(matrix[out]) == label[out]).sum())
     return right / len(label)

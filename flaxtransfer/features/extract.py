@@ -1,4 +1,4 @@
-"""What each segment of a network says about images, averaged over them, in one pass."""
+"""Feature extraction: the global average pool of each segment's output, in one pass."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import suggest
-from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
+from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
 from flaxtransfer.types import Variables
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
@@ -22,10 +23,8 @@ __all__ = ["pooled_features", "segment_features"]
 
 
 def segment_features(
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     batches: Iterable[Mapping[str, Any]],
-    preprocessing: Preprocessing,
     segments: Sequence[str] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -35,43 +34,39 @@ def segment_features(
     are asked for, and no further than the last of them.
 
     Args:
-      model: the network.
-      variables: its parameters and statistics.
-      batches: ``image`` uint8 [batch, height, width, channels], ``label`` int [batch], and
-        ``weight`` 0 where an example is padding, which is left out.
-      preprocessing: that belongs to the weights.
-      segments: names, such as "layer3"; by default all of those before the pooling. "pool" is the
-        same as "layer4".
-      mesh: devices, over which each batch is cut; by default all of them.
+        network: from ``ft.transfer``, or made of a model and its weights.
+        batches: ``image`` uint8 ``[batch, height, width, channels]``, ``label`` int ``[batch]``,
+            and ``weight`` 0 where an example is padding, which is left out.
+        segments: names, such as those of ``model.segments``; by default all before the pooling.
+            "pool" is the same as the last stage.
+        mesh: devices, over which each batch is cut; by default all of them.
 
     Returns:
-      Float32 [examples, channels] by segment, from the input to the output, and the labels, int
-      [examples], in the order of the batches.
+        Float32 ``[examples, channels]`` by segment, from the input to the output, and the labels,
+        int ``[examples]``, in the order of the batches.
 
     Raises:
-      ValueError: no example at all, no segment, or one that does not exist or has no map; with
-        those that do.
+        ValueError: no example at all, no segment, or one that does not exist or has no map; with
+            those that do.
 
     >>> import flaxtransfer as ft
     >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4))
     >>> batch = {"image": np.zeros((2, 32, 32, 3), np.uint8), "label": np.array([0, 1])}
     >>> preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
-    >>> variables = model.init(jax.random.key(0))
-    >>> found, labels = segment_features(model, variables, [batch], preprocessing, ["layer2"])
-    >>> found["layer2"].shape, labels.tolist()
-    ((2, 8), [0, 1])
+    >>> network = ft.Classifier(model, model.init(jax.random.key(0)), preprocessing)
+    >>> found, labels = segment_features(network, [batch], ["pool"])
+    >>> found["pool"].shape, labels.tolist()
+    ((2, 32), [0, 1])
     """
-    chosen = _chosen(model, segments)
+    chosen = _chosen(network.model, segments)
     mesh = mesh or make_mesh()
-    run, placed = _pooled(model, preprocessing, chosen), place_replicated(variables, mesh)
+    run = _pooled(network.model, network.preprocessing, chosen)
+    placed = place_replicated(network.variables, mesh)
     found: list[tuple[np.ndarray, ...]] = []
     labels = []
-    for batch in batches:
-        label = np.asarray(batch["label"])
-        keep = np.asarray(batch.get("weight", np.ones(len(label)))) > 0
-        maps = run(placed, place_batch(batch["image"], mesh))
-        found.append(tuple(np.asarray(values)[keep] for values in maps))
-        labels.append(label[keep])
+    for maps, batch in map_batches(lambda images: run(placed, images), batches, mesh):
+        found.append(maps)
+        labels.append(batch["label"])
     if not sum(map(len, labels)):
         raise ValueError("there are no examples to take features of")
     features = map(np.concatenate, zip(*found, strict=True))
@@ -79,18 +74,14 @@ def segment_features(
 
 
 def pooled_features(
-    model: Model,
-    variables: Variables,
-    batches: Iterable[Mapping[str, Any]],
-    preprocessing: Preprocessing,
-    mesh: Mesh | None = None,
+    network: Classifier, batches: Iterable[Mapping[str, Any]], mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the head sees of each image: ``segment_features`` of "pool", by itself.
 
     Returns:
-      Float32 [examples, features] and int [examples], in the order of the batches.
+        Float32 ``[examples, features]`` and int ``[examples]``, in the order of the batches.
     """
-    features, labels = segment_features(model, variables, batches, preprocessing, ("pool",), mesh)
+    features, labels = segment_features(network, batches, ("pool",), mesh)
     return features["pool"], labels
 
 

@@ -1,4 +1,8 @@
-"""L-BFGS for multinomial logistic regression: many fits in step, in one compiled program."""
+"""L-BFGS for multinomial logistic regression.
+
+Many fits run side by side in one compiled program, each with a preconditioner that is close to the
+inverse Hessian. It is the solver of ``features.logistic``.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +11,53 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["Diagonal", "Inverse", "Problem", "Solution", "solve"]
+__all__ = ["DensePreconditioner", "DiagonalPreconditioner", "Problem", "Solution", "solve"]
 
 
 _MEMORY = 4
-"""Pairs of L-BFGS; few are enough where the first guess of the inverse Hessian is this good."""
+"""Pairs of L-BFGS; with a good preconditioner few are enough."""
 
-_TRIALS = 10
-"""Steps tried along one direction at most; one or two are the rule."""
+_LINE_SEARCH_STEPS = 10
+"""Most steps tried along one direction; usually one or two."""
 
 _PATIENCE = 100
-"""Iterations without progress after which a fit is as good as its precision allows."""
+"""Iterations without progress after which a fit has reached the precision of its dtype."""
 
 
 class Problem(NamedTuple):
-    """What is fitted; the last column of the design is 1, whose coefficient has no penalty."""
+    """The fits; the last column of the design is 1, and its coefficient has no penalty."""
 
     design: Any  # [examples, axes]
-    true: Any  # bool [examples, classes]
+    one_hot: Any  # bool [examples, classes]
     weights: Any  # [examples, fits]
     strengths: Any  # [fits]
 
 
-class Diagonal(NamedTuple):
-    """First guess of the inverse Hessian along principal axes, as good for one fit as for many."""
+class DiagonalPreconditioner(NamedTuple):
+    """Diagonal preconditioner along principal axes, shared by all fits."""
 
-    curvature: Any  # [axes], squared lengths of the design's columns
+    squares: Any  # [axes], squared norms of the columns of the design
 
 
-class Inverse(NamedTuple):
-    """First guess of the inverse Hessian for one fit along any axes."""
+class DensePreconditioner(NamedTuple):
+    """Inverse Hessian estimate for one fit, along any axes."""
 
-    matrix: Any  # [axes - 1, axes - 1], of the Hessian without the bias
-    bias: Any  # curvature in the bias
+    matrix: Any  # [axes - 1, axes - 1], inverse Hessian without the bias
+    bias: Any  # curvature of the bias
 
 
 class Solution(NamedTuple):
-    """With fits last."""
+    """The solved fits; fits are the last axis."""
 
     coefficients: Any  # [axes, classes, fits]
     logits: Any  # [examples, classes, fits]
-    losses: Any  # [fits], as all below
+    losses: Any  # [fits], like all below
     gradient_norms: Any
     gaps: Any
     iterations: Any
-    left: Any  # mean of p (1 - p): what share of the features' curvature the Hessian has
+    curvature: Any  # mean of p (1 - p): scale of the Hessian relative to the features' products
 
 
 class _Point(NamedTuple):
@@ -60,9 +65,9 @@ class _Point(NamedTuple):
 
     coefficients: Any
     logits: Any
-    loss: Any  # [fits], not yet divided
+    loss: Any  # [fits], summed over examples
     gradient: Any
-    left: Any  # [classes, fits]
+    curvature: Any  # [classes, fits]
 
 
 class _State(NamedTuple):
@@ -71,16 +76,16 @@ class _State(NamedTuple):
     steps: Any  # [memory, axes, classes, fits]
     changes: Any
     gaps: Any  # [fits]
-    best: Any  # [fits], the smallest gap that counted as progress
-    stale: Any  # [fits], iterations since
+    best: Any  # [fits], the smallest gap so far, where it counted as progress
+    stale: Any  # [fits], iterations since then
     iterations: Any
 
     def active(self, tolerance: Any) -> Any:
-        """Fits that are worth another iteration, bool ``[fits]``."""
+        """Fits that need another iteration, bool ``[fits]``."""
         return (self.gaps > tolerance) & (self.stale < _PATIENCE)
 
 
-# The accelerators' default for float32 products is three digits.
+# The default precision of float32 products on accelerators is three digits.
 _dot = functools.partial(jnp.tensordot, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -89,30 +94,31 @@ def solve(
     problem: Problem,
     coefficients: Any,
     logits: Any,
-    guess: Diagonal | Inverse,
+    preconditioner: DiagonalPreconditioner | DensePreconditioner,
     tolerance: Any,
     max_iterations: Any,
     memory: int = _MEMORY,
 ) -> Solution:
-    """Minimizes all fits in step; fits that are done stand still.
+    """Minimizes all fits side by side; finished fits no longer change.
 
-    Steps are searched along logits, which are linear in the step, so that a trial costs no pass
+    The line search works on logits, which are linear in the step, so that a trial needs no pass
     over the features.
 
     Args:
-      problem: what is fitted.
-      coefficients: where to start, ``[axes, classes, fits]``.
-      logits: of the examples there. (Made inside, zeros would be worked out by the compiler,
-        slowly.)
-      guess: of the inverse Hessian.
-      tolerance: gap at which a fit is finished.
-      max_iterations: of all fits together.
-      memory: pairs that are kept.
+        problem: the fits.
+        coefficients: where to start, ``[axes, classes, fits]``.
+        logits: of the examples at the start. (They are an argument because the compiler would
+            slowly fold constant zeros.)
+        preconditioner: estimate of the inverse Hessian.
+        tolerance: gap at which a fit is finished.
+        max_iterations: iterations, at most.
+        memory: number of pairs kept.
 
     References:
-      D. C. Liu, J. Nocedal, "On the Limited Memory BFGS Method for Large Scale Optimization", 1989.
+        D. C. Liu, J. Nocedal, "On the Limited Memory BFGS Method for Large Scale Optimization",
+        1989.
     """
-    design, true, weights = problem.design, problem.true[:, :, None], problem.weights
+    design, one_hot, weights = problem.design, problem.one_hot[:, :, None], problem.weights
     penalty = jnp.ones((design.shape[1], 1, 1), design.dtype).at[-1].set(0) * problem.strengths
 
     def point(coefficients: Any, logits: Any) -> _Point:
@@ -120,13 +126,13 @@ def solve(
         powers = jnp.exp(relative)
         total = jnp.sum(powers, axis=1)
         probs = powers / total[:, None]
-        # Confident examples have a probability of 1 to rounding. What is left to 1 is not rounded.
-        others = jnp.where(true, 0, probs)
-        missing = jnp.sum(others, axis=1)
-        likely = jnp.log1p(-jnp.minimum(missing, 0.5))
-        unlikely = jnp.sum(jnp.where(true, relative, 0), axis=1) - jnp.log(total)
-        loss = -jnp.sum(jnp.where(missing < 0.5, likely, unlikely) * weights, axis=0)
-        residual = jnp.where(true, -missing[:, None], probs) * weights[:, None]
+        # The probability of a confident example rounds to 1. Its complement keeps all digits.
+        others = jnp.where(one_hot, 0, probs)
+        complement = jnp.sum(others, axis=1)
+        likely = jnp.log1p(-jnp.minimum(complement, 0.5))
+        unlikely = jnp.sum(jnp.where(one_hot, relative, 0), axis=1) - jnp.log(total)
+        loss = -jnp.sum(jnp.where(complement < 0.5, likely, unlikely) * weights, axis=0)
+        residual = jnp.where(one_hot, -complement[:, None], probs) * weights[:, None]
         return _Point(
             coefficients,
             logits,
@@ -136,51 +142,55 @@ def solve(
         )
 
     def gap(at: _Point) -> Any:
-        return _inner(at.gradient, _guessed(guess, at.left, penalty, at.gradient)) / 2 / at.loss
+        return (
+            _inner(at.gradient, _precondition(preconditioner, at.curvature, penalty, at.gradient))
+            / 2
+            / at.loss
+        )
 
     def direction(state: _State) -> Any:
-        # The two-loop recursion. Pairs that were not made yet are zeros and have no say.
+        # The two-loop recursion. Pairs that do not exist yet are zeros and contribute nothing.
         slots = (state.iteration - 1 - jnp.arange(memory)) % memory
 
         def back(vector: Any, slot: Any) -> tuple[Any, Any]:
             step, change = state.steps[slot], state.changes[slot]
-            share = _reciprocal(_inner(step, change)) * _inner(step, vector)
-            return vector - share * change, share
+            alpha = _reciprocal(_inner(step, change)) * _inner(step, vector)
+            return vector - alpha * change, alpha
 
         def forth(vector: Any, one: Any) -> tuple[Any, None]:
-            slot, share = one
+            slot, alpha = one
             step, change = state.steps[slot], state.changes[slot]
-            other = _reciprocal(_inner(step, change)) * _inner(change, vector)
-            return vector + step * (share - other), None
+            beta = _reciprocal(_inner(step, change)) * _inner(change, vector)
+            return vector + step * (alpha - beta), None
 
-        vector, shares = jax.lax.scan(back, state.point.gradient, slots)
-        vector = _guessed(guess, state.point.left, penalty, vector)
-        # What all classes have in common changes no probability: the penalty alone would take it
-        # back, over many iterations.
+        vector, alphas = jax.lax.scan(back, state.point.gradient, slots)
+        vector = _precondition(preconditioner, state.point.curvature, penalty, vector)
+        # A part that all classes share changes no probability; the penalty alone would remove it,
+        # over many iterations.
         vector = vector - vector.mean(axis=1, keepdims=True)
-        vector, _ = jax.lax.scan(forth, vector, (slots, shares), reverse=True)
+        vector, _ = jax.lax.scan(forth, vector, (slots, alphas), reverse=True)
         return -vector
 
     def iterate(state: _State) -> _State:
-        here, way, active = state.point, direction(state), state.active(tolerance)
-        move = _dot(design, way, ((1,), (0,)))
-        # Relative to the true class, which changes no probability and cancels nothing later.
-        move = move - jnp.sum(jnp.where(true, move, 0), axis=1, keepdims=True)
+        here, along, active = state.point, direction(state), state.active(tolerance)
+        slope = _dot(design, along, ((1,), (0,)))  # of the logits
+        # Relative to the true class: probabilities stay, and later sums do not cancel.
+        slope = slope - jnp.sum(jnp.where(one_hot, slope, 0), axis=1, keepdims=True)
         size = _step_size(
             here.logits,
-            move,
+            slope,
             weights,
-            _inner(penalty * here.coefficients, way),
-            _inner(penalty * way, way),
-            _inner(here.gradient, way),
+            _inner(penalty * here.coefficients, along),
+            _inner(penalty * along, along),
+            _inner(here.gradient, along),
             active,
         )
-        there = point(here.coefficients + size * way, here.logits + size * move)
+        there = point(here.coefficients + size * along, here.logits + size * slope)
         slot = state.iteration % memory
         return _State(
             state.iteration + 1,
             there,
-            state.steps.at[slot].set(size * way),
+            state.steps.at[slot].set(size * along),
             state.changes.at[slot].set(there.gradient - here.gradient),
             (now := gap(there)),
             jnp.where(now < 0.9 * state.best, now, state.best),
@@ -196,51 +206,76 @@ def solve(
         iterate,
         _State(0, start, history, history, gap(start), gap(start), zeros, zeros),
     )
-    # Logits were added up step by step: what is reported is computed afresh.
+    # Logits were accumulated step by step; the results are computed afresh.
     found = state.point.coefficients
     end = point(found, _dot(design, found, ((1,), (0,))))
     total = jnp.sum(weights, axis=0)
     norms = jnp.sqrt(_inner(end.gradient, end.gradient)) / total
-    left = end.left.mean(axis=0)
-    return Solution(found, end.logits, end.loss / total, norms, gap(end), state.iterations, left)
+    curvature = end.curvature.mean(axis=0)
+    return Solution(
+        found, end.logits, end.loss / total, norms, gap(end), state.iterations, curvature
+    )
 
 
-def _guessed(guess: Diagonal | Inverse, left: Any, penalty: Any, vector: Any) -> Any:
-    """The guess of the inverse Hessian times a vector ``[axes, classes, fits]``."""
-    if isinstance(guess, Inverse):
-        inner = _dot(guess.matrix, vector[:-1], ((1,), (0,)))
-        return jnp.concatenate([inner, vector[-1:] / guess.bias])
-    floor = jnp.finfo(vector.dtype).eps
-    return vector / (guess.curvature[:, None, None] * jnp.maximum(left, floor) + penalty)
+def _precondition(
+    preconditioner: DiagonalPreconditioner | DensePreconditioner,
+    curvature: Any,
+    penalty: Any,
+    vector: Any,
+) -> Any:
+    """The inverse Hessian estimate times a vector ``[axes, classes, fits]``."""
+    if isinstance(preconditioner, DensePreconditioner):
+        inner = _dot(preconditioner.matrix, vector[:-1], ((1,), (0,)))
+        return jnp.concatenate([inner, vector[-1:] / preconditioner.bias])
+    floor = np.finfo(vector.dtype).eps
+    squares = preconditioner.squares[:, None, None]
+    return vector / (squares * jnp.maximum(curvature, floor) + penalty)
 
 
 def _step_size(
-    logits: Any, move: Any, weights: Any, tilt: Any, bend: Any, slope: Any, active: Any
+    logits: Any,
+    slope: Any,
+    weights: Any,
+    penalty_slope: Any,
+    penalty_curvature: Any,
+    initial: Any,
+    active: Any,
 ) -> Any:
-    """Step along ``move`` at which the slope is a tenth of the first or less, 0 where not active.
+    """Line search: the step at which the derivative is at most a tenth of the initial one.
 
-    The objective is convex along the way, so its slope rises: Newton's method on it, kept between
-    the last step that was too short and the last that was too long.
+    The objective is convex along the direction, so that its derivative rises: Newton's method,
+    bracketed by the last step that was too short and the last that was too long.
+
+    Args:
+        logits: at the start.
+        slope: derivative of the logits by the step.
+        weights: of the examples.
+        penalty_slope: derivative of the penalty at the start.
+        penalty_curvature: its second derivative.
+        initial: derivative of the objective at the start.
+        active: fits to search for; the others get 0.
     """
 
-    def trial(carry: tuple) -> tuple:
+    def trial(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         n, size, low, high, searching = carry
-        probs = jax.nn.softmax(logits + size * move, axis=1)
-        mean = jnp.sum(probs * move, axis=1)
-        rise = jnp.sum(mean * weights, axis=0) + tilt + size * bend
-        spread = jnp.sum(probs * jnp.square(move), axis=1) - jnp.square(mean)
-        curve = jnp.sum(spread * weights, axis=0) + bend
-        low, high = jnp.where(rise < 0, size, low), jnp.where(rise < 0, high, size)
-        newton = size - rise * _reciprocal(curve)
+        probs = jax.nn.softmax(logits + size * slope, axis=1)
+        mean = jnp.sum(probs * slope, axis=1)
+        first = jnp.sum(mean * weights, axis=0) + penalty_slope + size * penalty_curvature
+        variance = jnp.sum(probs * jnp.square(slope), axis=1) - jnp.square(mean)
+        second = jnp.sum(variance * weights, axis=0) + penalty_curvature
+        low, high = jnp.where(first < 0, size, low), jnp.where(first < 0, high, size)
+        newton = size - first * _reciprocal(second)
         halfway = jnp.where(jnp.isinf(high), 2 * size, (low + high) / 2)
         better = jnp.where((newton > low) & (newton < high), newton, halfway)
-        searching = searching & (jnp.abs(rise) > 0.1 * jnp.abs(slope))
+        searching = searching & (jnp.abs(first) > 0.1 * jnp.abs(initial))
         return n + 1, jnp.where(searching, better, size), low, high, searching
 
-    ones = jnp.ones_like(slope)
+    ones = jnp.ones_like(initial)
     start = (0, ones, 0 * ones, jnp.inf * ones, active)
-    _, size, *_ = jax.lax.while_loop(lambda c: (c[0] < _TRIALS) & c[-1].any(), trial, start)
-    return jnp.where(active & (slope < 0), size, 0)
+    _, size, *_ = jax.lax.while_loop(
+        lambda c: (c[0] < _LINE_SEARCH_STEPS) & c[-1].any(), trial, start
+    )
+    return jnp.where(active & (initial < 0), size, 0)
 
 
 def _inner(a: Any, b: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Ridge classification in closed form: every strength at once, with exact leave-one-out errors."""
+"""Ridge classification.
+
+Least squares on targets of -1 and 1, in closed form: every penalty from one decomposition, with
+exact leave-one-out errors. Use it as a fast baseline.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.features.checks import examples, matching
-from flaxtransfer.features.logistic import left_axes
+from flaxtransfer.features.checks import checked_examples, checked_features
+from flaxtransfer.features.logistic import left_singular_vectors
 
 __all__ = ["RidgePath", "ridge_path"]
 
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-3, 6, 19))
-"""Strengths that suit standardized features of any number, half a decade apart."""
+"""Penalties for any number of standardized features, half a decade apart."""
 
-_AT_ONCE = 2**23
-"""Scores held at once; strengths that make more go in parts."""
+_BATCH_SCORES = 2**23
+"""Scores held in memory; penalties that make more are computed in batches."""
 
 
 @dataclass(frozen=True)
 class RidgePath:
-    """A linear classifier for each strength, and what each is worth on examples left out.
+    """Ridge classifiers of several penalties, with their leave-one-out errors.
 
     Args:
-      strengths: float64 ``[strengths]``.
-      errors: mean squared leave-one-out error against targets of -1 and 1, ``[strengths]``.
-      accuracies: leave-one-out accuracy, ``[strengths]``.
-      best: index of the strength with the smallest error, the largest such strength of equals.
-      kernel: float64 ``[features, classes]`` of the best strength, refitted on all examples.
-      bias: float64 ``[classes]``.
-      left_out: scores of each example at the best strength by the classifier that was fitted to
-        all others, float64 ``[examples, classes]``.
+        strengths: float64 ``[strengths]``.
+        errors: mean squared leave-one-out error against targets of -1 and 1, ``[strengths]``.
+        accuracies: leave-one-out accuracy, ``[strengths]``.
+        best: index of the strength with the smallest error; of equal ones, the largest strength.
+        kernel: float64 ``[features, classes]`` of the best strength, refitted on all examples.
+        bias: float64 ``[classes]``.
+        left_out: leave-one-out scores at the best strength, float64 ``[examples, classes]``.
     """
 
     strengths: np.ndarray
@@ -51,20 +54,22 @@ class RidgePath:
 
     @property
     def accuracy(self) -> float:
-        """Leave-one-out accuracy at the best strength; chosen among all, so slightly too high."""
+        """Leave-one-out accuracy at the best strength; chosen on it, so slightly too high."""
         return float(self.accuracies[self.best])
 
     def scores(self, features: Any) -> np.ndarray:
-        """``[examples, classes]``, the largest of which is the prediction; not log-probabilities.
+        """Class scores ``[examples, classes]``; the largest is the prediction. They are not logits.
 
         Raises:
-          ValueError: another number of features.
+            ValueError: another number of features.
         """
-        return matching(features, len(self.kernel)) @ self.kernel + self.bias
+        scores: np.ndarray = checked_features(features, len(self.kernel)) @ self.kernel + self.bias
+        return scores
 
     def predict(self, features: Any) -> np.ndarray:
         """Classes, int64 ``[examples]``."""
-        return self.scores(features).argmax(axis=1)
+        predicted: np.ndarray = self.scores(features).argmax(axis=1)
+        return predicted
 
 
 def ridge_path(
@@ -74,30 +79,29 @@ def ridge_path(
     *,
     classes: int | None = None,
 ) -> RidgePath:
-    """Fits every strength from one decomposition.
+    """Ridge classification, for every penalty at once.
 
-    Use it as an instant baseline and to start a head: least squares on targets of -1 and 1 with an
-    L2 penalty on the kernel and none on the bias. One eigendecomposition, of features by features
-    or of examples by examples, whichever is smaller, serves all strengths; the error of an example
-    left out follows from its residual and leverage, without fitting again. Constant and repeated
-    features are harmless: a direction without variance gets no weight.
+    Use it as a fast baseline and to initialize a head: least squares on targets of -1 and 1 with an
+    L2 penalty on the kernel and none on the bias. One eigendecomposition of the smaller Gram matrix
+    serves all penalties; leave-one-out errors follow from residuals and leverages, without fitting
+    again. Constant and repeated features are harmless: a direction without variance gets no weight.
 
     Args:
-      features: ``[examples, features]``, finite; standardize them, for the penalty is the same for
-        all. Computed in float64.
-      labels: integers ``[examples]``, 0 .. classes - 1.
-      strengths: penalties, each above 0.
-      classes: how many there are; by default as many as the labels say.
+        features: ``[examples, features]``, finite; standardize them, because all have
+            the same penalty. Computed in float64.
+        labels: integers ``[examples]``, 0 .. classes - 1.
+        strengths: penalties, each above 0.
+        classes: number of classes; default: the largest label plus 1.
 
     Raises:
-      ValueError: shapes that do not fit, values that are not finite, one class, fewer than three
-        examples, strengths that are not above 0.
-      TypeError: labels that are no integers.
+        ValueError: shapes that do not fit, values that are not finite, one class, fewer than three
+            examples, strengths that are not above 0.
+        TypeError: labels that are not integers.
 
     References:
-      R. Rifkin, R. Lippert, "Notes on Regularized Least Squares", 2007 (all strengths from one
-      decomposition). D. M. Allen, "The Relationship Between Variable Selection and Data
-      Augmentation and a Method for Prediction", 1974 (leave-one-out by leverage).
+        R. Rifkin, R. Lippert, "Notes on Regularized Least Squares", 2007 (all strengths from one
+        decomposition). D. M. Allen, "The Relationship Between Variable Selection and Data
+        Augmentation and a Method for Prediction", 1974 (leave-one-out by leverage).
 
     >>> random = np.random.default_rng(0)
     >>> labels = np.arange(40) % 2
@@ -105,43 +109,44 @@ def ridge_path(
     >>> path.accuracy
     1.0
     """
-    matrix, label, number = examples(features, labels, classes)
-    penalties = _checked(len(matrix), strengths)
+    matrix, label, number = checked_examples(features, labels, classes)
+    penalties = _checked_strengths(len(matrix), strengths)
     targets = np.where(label[:, None] == np.arange(number), 1.0, -1.0)
-    middle, target_mean = matrix.mean(axis=0), targets.mean(axis=0)
-    centered, residual = matrix - middle, targets - target_mean
+    mean, target_mean = matrix.mean(axis=0), targets.mean(axis=0)
+    centered, residual = matrix - mean, targets - target_mean
 
-    values, left = left_axes(centered)
+    values, left = left_singular_vectors(centered)
     projected = left.T @ residual
     shrunk = values[:, None] / (values[:, None] + penalties)  # [rank, strengths]
-    kept = 1 - 1 / len(matrix) - np.square(left) @ shrunk  # 1 - leverage, [examples, strengths]
+    complement = 1 - 1 / len(matrix) - np.square(left) @ shrunk  # 1 - leverage, same shape
 
-    def out(chosen: slice | list[int]) -> np.ndarray:
-        """Errors of the examples left out, [examples, strengths, classes]."""
-        shares = (shrunk[:, chosen, None] * projected[:, None]).reshape(len(values), -1)
-        fitted = (left @ shares).reshape(len(matrix), -1, number)
-        return (residual[:, None] - fitted) / kept[:, chosen, None]
+    def loo_errors(chosen: slice | list[int]) -> np.ndarray:
+        """Leave-one-out errors, ``[examples, strengths, classes]``."""
+        coordinates = (shrunk[:, chosen, None] * projected[:, None]).reshape(len(values), -1)
+        fitted = (left @ coordinates).reshape(len(matrix), -1, number)
+        found: np.ndarray = (residual[:, None] - fitted) / complement[:, chosen, None]
+        return found
 
     errors, accuracies = np.empty(len(penalties)), np.empty(len(penalties))
-    size = max(1, _AT_ONCE // targets.size)
+    size = max(1, _BATCH_SCORES // targets.size)
     for start in range(0, len(penalties), size):
         part = slice(start, start + size)
-        wrong = out(part)
-        errors[part] = np.square(wrong).mean(axis=(0, 2))
-        guesses = (targets[:, None] - wrong).argmax(axis=2)
-        accuracies[part] = (guesses == label[:, None]).mean(axis=0)
+        batch_errors = loo_errors(part)
+        errors[part] = np.square(batch_errors).mean(axis=(0, 2))
+        predicted = (targets[:, None] - batch_errors).argmax(axis=2)
+        accuracies[part] = (predicted == label[:, None]).mean(axis=0)
     best = int(np.flatnonzero(errors == errors.min())[np.argmax(penalties[errors == errors.min()])])
     # kernel = X' U (values + strength)^-1 U' Y, in which X' U is V sqrt(values).
     kernel = centered.T @ (left @ (projected / (values[:, None] + penalties[best])))
-    left_out = targets - out([best])[:, 0]
-    bias = target_mean - middle @ kernel
+    left_out = targets - loo_errors([best])[:, 0]
+    bias = target_mean - mean @ kernel
     return RidgePath(penalties, errors, accuracies, best, kernel, bias, left_out)
 
 
-def _checked(count: int, strengths: Sequence[float]) -> np.ndarray:
+def _checked_strengths(count: int, strengths: Sequence[float]) -> np.ndarray:
     penalties = np.asarray(strengths, np.float64)
     if count < 3:
-        raise ValueError(f"{count} examples are too few to leave one out; wanted 3 or more")
+        raise ValueError(f"leave-one-out must have at least 3 examples, got {count}")
     if penalties.ndim != 1 or not penalties.size or not (penalties > 0).all():
-        raise ValueError(f"strengths are numbers above 0, one or more, not {penalties.tolist()}")
+        raise ValueError(f"strengths must be > 0, one or more, got {penalties.tolist()}")
     return penalties

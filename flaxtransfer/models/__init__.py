@@ -1,4 +1,4 @@
-"""Networks as pairs of pure functions over named segments."""
+"""Network models: configurations, layers, input adapters and the NNX interface."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flaxtransfer.models.convolution import conv as conv
     from flaxtransfer.models.convolution import lax_conv as lax_conv
     from flaxtransfer.models.model import Model as Model
+    from flaxtransfer.models.model import leaf_shapes as leaf_shapes
     from flaxtransfer.models.registry import ARCHITECTURES as ARCHITECTURES
     from flaxtransfer.models.registry import RESNETS as RESNETS
     from flaxtransfer.types import Params as Params

@@ -1,13 +1,9 @@
-"""Initial kernels for images of n bands.
+"""Initial kernels for images with n bands.
 
-Kernels for images of n bands: where an adapter starts, and what can replace an RGB stem's.
-
-``luminance`` and ``by_wavelength`` make kernels ``[1, 1, bands, 3]`` for an adapter in front of the
-stem (``band_components`` makes one from the images). ``sum_kernels``, ``average_kernels`` and
-``repeat_kernels`` are the usual ways without one: nothing is added to the network, and the stem's
-kernel changes its shape.
-
-A kernel for images of n bands from their own statistics: the bands' main components as RGB.
+``luminance``, ``by_wavelength`` and ``least_squares`` compute kernels ``[1, 1, bands, 3]`` for an
+adapter in front of the stem. ``sum_kernels``, ``average_kernels`` and ``repeat_kernels`` are the
+usual methods without an adapter: the network keeps its layers, and the stem's kernel changes its
+shape.
 """
 
 import math
@@ -40,42 +36,42 @@ _VISIBLE_NM = (380.0, 780.0)
 
 
 def replicate(images: jax.Array) -> jax.Array:
-    """A gray image in each of the three channels.
+    """Replicates a gray image to three channels.
 
     Args:
-      images: ``[batch, height, width, 1]``.
+        images: ``[batch, height, width, 1]``.
 
     Returns:
-      ``[batch, height, width, 3]``, of the same dtype.
+        ``[batch, height, width, 3]``, of the same dtype.
 
     Raises:
-      ValueError: images of more than one band.
+        ValueError: images with more than one band.
 
     >>> replicate(jnp.ones((2, 8, 8, 1))).shape
     (2, 8, 8, 3)
     """
     if images.ndim != 4 or images.shape[-1] != 1:
         raise ValueError(
-            f"images have shape {tuple(images.shape)}, replication takes [batch, height, width, 1]"
+            f"images must have shape [batch, height, width, 1], got {tuple(images.shape)}"
         )
     return jnp.repeat(images, 3, axis=-1)
 
 
 def sum_kernels(stem_kernel: jax.Array) -> jax.Array:
-    """The stem's kernel for one gray band: the same function as replicating the band.
+    """The stem's kernel for one gray band: equivalent to replicating the band.
 
-    A convolution is linear in its channels, so three equal channels can be added up beforehand,
-    which saves two thirds of the stem's work and changes nothing else: filters whose three parts
-    cancel give zero both ways.
+    A convolution is linear in its channels, so three equal channels can be added up in advance,
+    which saves two thirds of the stem's work: filters whose three parts cancel give zero in both
+    cases.
 
     Args:
-      stem_kernel: ``[kernel height, kernel width, 3, filters]``.
+        stem_kernel: ``[kernel height, kernel width, 3, filters]``.
 
     Returns:
-      ``[kernel height, kernel width, 1, filters]``.
+        ``[kernel height, kernel width, 1, filters]``.
 
     Raises:
-      ValueError: a kernel of another shape.
+        ValueError: a kernel of another shape.
 
     >>> sum_kernels(jnp.ones((7, 7, 3, 64)))[0, 0, 0, 0].item()
     3.0
@@ -84,20 +80,20 @@ def sum_kernels(stem_kernel: jax.Array) -> jax.Array:
 
 
 def average_kernels(stem_kernel: jax.Array, bands: int) -> jax.Array:
-    """The stem's kernel for n bands of which none is more like red than another.
+    """The stem's kernel for n bands, averaged over R, G and B.
 
-    Each band gets the mean over R, G and B, times 3 / n, so that n equal bands give the response
-    that three equal channels gave. It is ``luminance`` folded into the stem.
+    Each band gets the mean over R, G and B, times 3 / n, so that n equal bands give the same
+    response as three equal channels. It equals ``luminance`` folded into the stem.
 
     Args:
-      stem_kernel: ``[kernel height, kernel width, 3, filters]``.
-      bands: n, 1 or more.
+        stem_kernel: ``[kernel height, kernel width, 3, filters]``.
+        bands: n, >= 1.
 
     Returns:
-      ``[kernel height, kernel width, bands, filters]``.
+        ``[kernel height, kernel width, bands, filters]``.
 
     Raises:
-      ValueError: a kernel of another shape, or no bands.
+        ValueError: a kernel of another shape, or ``bands`` below 1.
 
     >>> average_kernels(jnp.ones((7, 7, 3, 64)), 6)[0, 0, :, 0].tolist()
     [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
@@ -107,29 +103,29 @@ def average_kernels(stem_kernel: jax.Array, bands: int) -> jax.Array:
 
 
 def repeat_kernels(stem_kernel: jax.Array, bands: int) -> jax.Array:
-    """The stem's kernel for n bands with R, G, B in turn: timm's ``in_chans``.
+    """The stem's kernel for n bands, repeating R, G, B: the method of timm's ``in_chans``.
 
-    Band i gets the part of channel i mod 3, times 3 / n; one band gets the sum, three bands the
-    kernel as it is. Filters keep their opponent colors, but between bands that merely stand at
-    those places. Where n is no multiple of 3 the parts are not balanced: n equal bands do not
-    give the response of a gray image.
+    Band i gets the part of channel i mod 3, times 3 / n; one band gets the sum, and three bands
+    get the unchanged kernel. Filters keep their opponent colors, but between bands that are
+    unrelated to those colors. If n is not a multiple of 3, the parts are not balanced: n equal
+    bands do not give the response of a gray image.
 
     Args:
-      stem_kernel: ``[kernel height, kernel width, 3, filters]``.
-      bands: n, 1 or more.
+        stem_kernel: ``[kernel height, kernel width, 3, filters]``.
+        bands: n, >= 1.
 
     Returns:
-      ``[kernel height, kernel width, bands, filters]``.
+        ``[kernel height, kernel width, bands, filters]``.
 
     Raises:
-      ValueError: a kernel of another shape, or no bands.
+        ValueError: a kernel of another shape, or ``bands`` below 1.
 
     >>> kernel = jnp.array([1.0, 2.0, 4.0]).reshape(1, 1, 3, 1)
     >>> repeat_kernels(kernel, 4)[0, 0, :, 0].tolist()
     [0.75, 1.5, 3.0, 0.75]
 
     References:
-      R. Wightman, "PyTorch Image Models", 2019 (``adapt_input_conv``).
+        R. Wightman, "PyTorch Image Models", 2019 (``adapt_input_conv``).
     """
     _check_bands(bands)
     kernel = checked_stem(stem_kernel)
@@ -141,17 +137,17 @@ def repeat_kernels(stem_kernel: jax.Array, bands: int) -> jax.Array:
 def luminance(bands: int) -> np.ndarray:
     """The mean of all bands in each of the three channels; one gray band is replicated.
 
-    Without wavelengths there is no reason to treat one band otherwise than another. The stem then
-    sees a gray image, and its color-opponent filters nothing (``analysis.stem``).
+    Use it without wavelengths, where no band can be preferred. The stem then sees a gray image,
+    and its color-opponent filters see nothing (``analysis.stem``).
 
     Args:
-      bands: how many, 1 or more.
+        bands: number of bands, >= 1.
 
     Returns:
-      float64 ``[1, 1, bands, 3]``.
+        float64 ``[1, 1, bands, 3]``.
 
     Raises:
-      ValueError: no bands.
+        ValueError: ``bands`` below 1.
 
     >>> luminance(2)[0, 0].tolist()
     [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
@@ -167,94 +163,73 @@ def by_wavelength(
     invisible: float = 0.1,
     channels_nm: Sequence[float] = RGB_CENTERS_NM,
 ) -> np.ndarray:
-    """Red, green and blue from the visible bands, by how near each one is.
+    """Red, green and blue from the visible bands, weighted by wavelength.
 
     A visible band has in each channel the weight of a Gaussian around 660, 560 or 490 nm. The
-    bands outside 380 to 780 nm, to which a stem of photographs has no natural place, share
+    bands outside 380 to 780 nm have no natural place in a stem for photographs. They share
     ``invisible`` of each channel equally: enough for their content to reach a frozen stem, and too
-    little to hide color. If all bands are visible they have everything; if none is, each
-    channel is the mean of all.
+    little to hide color. If all bands are visible, they get all of the weight; if none is, each
+    channel is the mean of all bands.
 
     Args:
-      centers_nm: center wavelength of each band in nm, in the order of the image's bands.
-      width_nm: standard deviation of the Gaussians; 30 nm is 70 nm at half height, as wide as
-        Sentinel-2's blue band.
-      invisible: share of the bands outside the visible range, at least 0 and less than 1.
-      channels_nm: center of each of the stem's three channels, where it was not trained on
-        photographs. A band within two widths of one of them counts as visible.
+        centers_nm: center wavelength of each band in nm, in the order of the image's bands.
+        width_nm: standard deviation of the Gaussians; 30 nm is 70 nm at half maximum, the width of
+            Sentinel-2's blue band.
+        invisible: total weight of the bands outside the visible range, >= 0 and < 1.
+        channels_nm: center of each of the stem's three channels, if it was not trained on
+            photographs. A band within two widths of one of them counts as visible.
 
     Returns:
-      float64 ``[1, 1, bands, 3]``; the weights of each channel sum to 1.
+        float64 ``[1, 1, bands, 3]``; the weights of each channel sum to 1.
 
     Raises:
-      ValueError: wavelengths that are no such, or in µm; numbers out of range.
+        ValueError: wavelengths that are not positive, or in µm; numbers out of range.
 
     >>> red, green, blue = by_wavelength([490, 560, 665, 842])[0, 0].T.round(2)
     >>> red.tolist(), blue.tolist()
     ([0.0, 0.0, 0.9, 0.1], [0.84, 0.06, 0.0, 0.1])
 
     References:
-      M. Drusch et al., "Sentinel-2: ESA's Optical High-Resolution Mission for GMES Operational
-      Services", 2012 (bands and their widths).
-      D. P. Roy et al., "Landsat-8: Science and product vision for terrestrial global change
-      research", 2014 (bands).
-      CIE 15, "Colorimetry" (the visible range).
+        M. Drusch et al., "Sentinel-2: ESA's Optical High-Resolution Mission for GMES Operational
+        Services", 2012 (bands and their widths).
+        D. P. Roy et al., "Landsat-8: Science and product vision for terrestrial global change
+        research", 2014 (bands).
+        CIE 15, "Colorimetry" (the visible range).
     """
     centers, channels = np.asarray(centers_nm, np.float64), np.asarray(channels_nm, np.float64)
     if channels.shape != (3,) or not (np.isfinite(channels) & (channels >= 100)).all():
-        raise ValueError(f"channels_nm are three wavelengths in nm, not {channels.tolist()}")
+        raise ValueError(f"channels_nm must be three wavelengths in nm, got {channels.tolist()}")
     if centers.ndim != 1 or not centers.size:
-        raise ValueError(f"centers_nm has shape {centers.shape}, wanted [bands], one or more")
+        raise ValueError(f"centers_nm must have shape [bands], one or more, got {centers.shape}")
     if not (np.isfinite(centers) & (centers > 0)).all():
-        raise ValueError(f"wavelengths are positive numbers of nm, not {centers.tolist()}")
+        raise ValueError(f"wavelengths must be positive, in nm, got {centers.tolist()}")
     if (centers < 100).any():
         raise ValueError(
-            f"wavelengths are in nm, and {centers.min():g} nm is no light; from µm multiply by 1000"
+            f"wavelengths must be >= 100 nm, got {centers.min():g}; multiply µm by 1000"
         )
     if not (math.isfinite(width_nm) and width_nm > 0):
-        raise ValueError(f"width_nm is {width_nm}, wanted more than 0")
+        raise ValueError(f"width_nm must be > 0, got {width_nm}")
     if not 0 <= invisible < 1:
-        raise ValueError(f"invisible is {invisible}, wanted at least 0 and less than 1")
+        raise ValueError(f"invisible must be >= 0 and < 1, got {invisible}")
     seen = (centers >= _VISIBLE_NM[0]) & (centers <= _VISIBLE_NM[1])
     seen |= (abs(centers[:, None] - channels) <= 2 * width_nm).any(axis=1)
     if not seen.any():
         return luminance(len(centers))
     share = 0.0 if seen.all() else invisible
     exponents = -0.5 * ((centers[seen, None] - channels) / width_nm) ** 2
-    # Relative to the nearest band, for where all bands are far the Gaussians themselves underflow.
+    # Relative to the nearest band: if all bands are far, the Gaussians themselves underflow.
     weights = np.exp(exponents - exponents.max(axis=0))
     kernel = np.full((len(centers), 3), share / max(1, (~seen).sum()))
     kernel[seen] = (1 - share) * weights / weights.sum(axis=0)
     return kernel[None, None]
 
 
-def checked_stem(kernel: Any) -> jax.Array:
-    """The kernel, if it is one of an RGB stem.
-
-    Raises:
-      ValueError: another shape than ``[kernel height, kernel width, 3, filters]``.
-    """
-    kernel = jnp.asarray(kernel)
-    if kernel.ndim != 4 or kernel.shape[2] != 3:
-        swap = kernel.ndim == 4 and kernel.shape[1] == 3
-        raise ValueError(
-            f"the stem's kernel has shape {tuple(kernel.shape)}, wanted [height, width, 3, filters]"
-            + ("; torch's order becomes this by transpose(2, 3, 1, 0)" if swap else "")
-        )
-    return kernel
-
-
-def _check_bands(bands: int) -> None:
-    if isinstance(bands, bool) or not isinstance(bands, int) or bands < 1:
-        raise ValueError(f"bands must be a whole number, 1 or more, not {bands!r}")
-
-
 _PATCHES_PER_BAND = 10
-"""Below that, directions of little variance are an accident of the sample."""
+"""Below this, directions with little variance are sampling noise."""
 
 _NEGLIGIBLE = 1e-4
-"""Share of the largest variance below which a component is left out: rounding to 8 bits alone
-leaves some 2e-5 of an image's variance, and whitening would make it as loud as the rest."""
+"""Fraction of the largest variance below which a component is dropped. Rounding to 8 bits alone
+leaves about 2e-5 of an image's variance, which whitening would amplify to the level of the rest."""
 
 
 def _rgb_correlation() -> np.ndarray:
@@ -266,7 +241,8 @@ def _rgb_correlation() -> np.ndarray:
     deviation = np.sqrt(np.diag(covariance))
     correlation = covariance / np.outer(deviation, deviation)
     correlation.flags.writeable = False
-    return correlation
+    result: np.ndarray = correlation
+    return result
 
 
 RGB_CORRELATION = _rgb_correlation()
@@ -278,30 +254,31 @@ Convolutional Neural Networks", 2012 (section 4.1), as torch's ImageNet scripts 
 def least_squares(
     patches: Any, rgb_covariance: Any = RGB_CORRELATION, *, towards: Any = None
 ) -> np.ndarray:
-    """Channels with the covariance of the pre-training's RGB, from the bands' main components.
+    """Maps the principal components of the bands to the covariance of the pre-training's RGB.
 
-    The three main components of the bands are whitened and become, rotated and scaled, the main
-    components of RGB: contrast between bands reaches the stem as strongly as contrast between
-    colors did, and what the stem's filters learned to expect holds. Which component is which
-    color is open. By default the first is brightness and the others follow by size; with
-    ``towards`` the rotation is the one whose channels are nearest to that kernel's (Procrustes).
+    The three principal components of the bands are whitened, rotated and scaled to the principal
+    components of RGB. Contrast between bands then reaches the stem as strongly as contrast between
+    colors, and the second-order statistics match those that the stem was trained on. The
+    assignment of components to colors is free. By default the first component is brightness and
+    the others follow by size; with ``towards``, the rotation minimizes the distance to that
+    kernel's channels (Procrustes).
 
-    With fewer than three components (few bands, or bands that say the same) the covariance is the
-    nearest of lower rank, and the variances are still those of RGB.
+    With fewer than three components (few or redundant bands), the covariance is the nearest one of
+    lower rank, and the variances are still those of RGB.
 
     Args:
-      patches: ``[patches, bands]``, pixels or means of small patches, of normalized images.
-      rgb_covariance: ``[3, 3]`` of the pre-training's normalized inputs; ImageNet's correlation
-        when left out, which gives channels of variance 1.
-      towards: kernel ``[1, 1, bands, 3]``, such as that of ``by_wavelength``.
+        patches: ``[patches, bands]``, pixels or means of small patches, of normalized images.
+        rgb_covariance: ``[3, 3]`` of the pre-training's normalized inputs; by default ImageNet's
+            correlation, which gives channels of variance 1.
+        towards: kernel ``[1, 1, bands, 3]``, such as the result of ``by_wavelength``.
 
     Returns:
-      float64 ``[1, 1, bands, 3]``. Channels of the patches have that covariance, exactly with three
-      components or more, and mean 0 as far as the bands have.
+        float64 ``[1, 1, bands, 3]``. The channels of the patches have this covariance (exactly,
+        with three components or more), and mean 0 if the bands have mean 0.
 
     Raises:
-      ValueError: fewer than 10 patches a band, values that are not finite, bands that are not
-        centered or all constant, a covariance or kernel that is none.
+        ValueError: fewer than 10 patches per band, values that are not finite, bands that are not
+            centered or all constant, or an invalid covariance or kernel.
 
     >>> gray = np.random.default_rng(0).normal(0, 0.5, (100, 1))
     >>> channels = (gray - gray.mean()) @ least_squares(gray - gray.mean())[0, 0]
@@ -309,15 +286,16 @@ def least_squares(
     [1.0, 1.0, 1.0]
 
     References:
-      P. H. Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
-      C. Eckart, G. Young, "The approximation of one matrix by another of lower rank", 1936.
+        P. H. Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
+        C. Eckart, G. Young, "The approximation of one matrix by another of lower rank", 1936.
     """
     bands = _checked_patches(patches)
     target = _checked_covariance(rgb_covariance)
-    wanted = luminance(bands.shape[1]) if towards is None else np.asarray(towards, np.float64)
-    if wanted.shape != (1, 1, bands.shape[1], 3):
+    toward = luminance(bands.shape[1]) if towards is None else np.asarray(towards, np.float64)
+    if toward.shape != (1, 1, bands.shape[1], 3):
         raise ValueError(
-            f"towards has shape {wanted.shape}; for these patches it is (1, 1, {bands.shape[1]}, 3)"
+            f"towards must have shape (1, 1, {bands.shape[1]}, 3) for these patches, got "
+            f"{toward.shape}"
         )
     covariance = np.cov(bands, rowvar=False, ddof=0).reshape(bands.shape[1], -1)
     variances, axes = _main_components(covariance)
@@ -325,50 +303,73 @@ def least_squares(
     if rank < 3 and (target <= 0).any():
         # With positive entries the first component reaches every channel (Perron, Frobenius).
         raise ValueError(
-            f"the patches have {rank} independent components, and with fewer than 3 every pair of "
-            f"channels must correlate positively; rgb_covariance is {target.tolist()}"
+            f"rgb_covariance must be positive in all entries for patches with fewer than 3 "
+            f"independent components ({rank} here), got {target.tolist()}"
         )
     whiten = axes[:, :rank] / np.sqrt(variances[:rank])
     target_variances, colors = _main_components(target)
     unwhiten = (colors[:, :rank] * np.sqrt(target_variances[:rank])).T
-    agreement = whiten.T @ covariance @ wanted[0, 0] @ unwhiten.T
+    agreement = whiten.T @ covariance @ toward[0, 0] @ unwhiten.T
     if towards is None:
         rotation = np.diag(np.where(np.diag(agreement) < 0, -1.0, 1.0))
     else:
         left, _, right = np.linalg.svd(agreement)
         rotation = left @ right
     scale = np.sqrt(np.diag(target) / np.square(unwhiten).sum(axis=0))
-    return (whiten @ rotation @ unwhiten * scale)[None, None]
+    result: np.ndarray = (whiten @ rotation @ unwhiten * scale)[None, None]
+    return result
+
+
+def checked_stem(kernel: Any) -> jax.Array:
+    """The kernel as an array, after a check that it belongs to an RGB stem.
+
+    Raises:
+        ValueError: a shape other than ``[kernel height, kernel width, 3, filters]``.
+    """
+    kernel = jnp.asarray(kernel)
+    if kernel.ndim != 4 or kernel.shape[2] != 3:
+        swap = kernel.ndim == 4 and kernel.shape[1] == 3
+        raise ValueError(
+            f"stem_kernel must have shape [height, width, 3, filters], got {tuple(kernel.shape)}"
+            + ("; transpose(2, 3, 1, 0) converts torch's order" if swap else "")
+        )
+    result: jax.Array = kernel
+    return result
+
+
+def _check_bands(bands: int) -> None:
+    if isinstance(bands, bool) or not isinstance(bands, int) or bands < 1:
+        raise ValueError(f"bands must be an integer >= 1, got {bands!r}")
 
 
 def _checked_patches(patches: Any) -> np.ndarray:
     bands = np.asarray(patches, np.float64)
     if bands.ndim != 2 or not bands.shape[1]:
         raise ValueError(
-            f"patches have shape {bands.shape}, wanted [patches, bands]; images become pixels by "
-            "images.reshape(-1, bands)"
+            f"patches must have shape [patches, bands], got {bands.shape}; images.reshape(-1, "
+            f"bands) "
+            "makes pixels of images"
         )
     count, columns = bands.shape
     if count < _PATCHES_PER_BAND * columns:
         raise ValueError(
-            f"{count} patches are too few for {columns} bands; wanted "
-            f"{_PATCHES_PER_BAND * columns} or more"
+            f"patches must number >= {_PATCHES_PER_BAND * columns} for {columns} bands, got {count}"
         )
     if unfinished := np.flatnonzero(~np.isfinite(bands).all(axis=0)).tolist():
         raise ValueError(
-            f"patches have values that are not finite in the bands {unfinished}; leave out pixels "
-            "without data"
+            f"patches must be finite, got NaN or infinite values in the bands {unfinished}; leave "
+            "out pixels without data"
         )
     deviations = bands.std(axis=0)
     if not (deviations > 1e-12 * np.abs(bands).max(axis=0)).any():
-        raise ValueError("the patches are all alike: there is no contrast to scale")
-    # There is no bias to subtract a mean with, so that it would reach the stem.
+        raise ValueError("patches must not be constant: there is no contrast to scale")
+    # The adapter has no bias to subtract a mean, which would therefore reach the stem.
     away = np.flatnonzero(np.abs(bands.mean(axis=0)) > 0.5 * deviations + 1e-12)
     if away.size:
         means = {int(band): round(float(bands[:, band].mean()), 4) for band in away[:6]}
         raise ValueError(
-            f"bands are not centered, more than half a deviation away from 0 (means {means}); "
-            "normalize the images by their own mean and deviation per band"
+            "the mean of each band must be within half a standard deviation of 0, got means "
+            f"{means}; normalize the images by their own mean and deviation per band"
         )
     return bands
 
@@ -376,15 +377,15 @@ def _checked_patches(patches: Any) -> np.ndarray:
 def _checked_covariance(covariance: Any) -> np.ndarray:
     matrix = np.asarray(covariance, np.float64)
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
-        raise ValueError(f"rgb_covariance must be 3 × 3 finite numbers, not {matrix.tolist()}")
+        raise ValueError(f"rgb_covariance must be 3 × 3 finite numbers, got {matrix.tolist()}")
     if not np.allclose(matrix, matrix.T) or np.linalg.eigvalsh(matrix).min() <= 0:
         raise ValueError(
-            f"rgb_covariance must be symmetric and positive definite, not {matrix.tolist()}"
+            f"rgb_covariance must be symmetric and positive definite, got {matrix.tolist()}"
         )
     return matrix
 
 
 def _main_components(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Variances, the largest first, and their axes as columns."""
+    """Variances in decreasing order, and the principal axes as columns."""
     variances, axes = np.linalg.eigh(covariance)
     return variances[::-1], axes[:, ::-1]

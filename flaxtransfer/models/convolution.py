@@ -1,20 +1,20 @@
 """Two-dimensional convolution that is fast on CPU as well as on accelerators.
 
-On GPU and TPU `conv` is `jax.lax.conv_general_dilated` and nothing else. XLA's CPU compiler has
-three weak spots that every ResNet or ResNeXt meets:
+On GPU and TPU ``conv`` is ``jax.lax.conv_general_dilated``. XLA's CPU compiler is slow in three
+cases that every ResNet or ResNeXt contains:
 
-* a 1x1 convolution is one matrix product over the channels, and XLA's convolution takes up to one
-  and a half times as long forward and almost three times in the gradient of the kernel;
-* where image or output has fewer positions than the kernel has taps, XLA exchanges the roles of
-  image and kernel and falls into a scalar loop, some hundred times slower than it need be. The
-  last stage of a ResNet on 64 px images is made of such convolutions;
-* with groups, the gradient of the kernel is such a loop on maps of every size: 17 s for one layer
+* A 1x1 convolution is one matrix product over the channels, but XLA's convolution takes up to one
+  and a half times as long forward and almost three times as long in the gradient of the kernel.
+* If image or output has fewer positions than the kernel has taps, XLA exchanges the roles of image
+  and kernel and uses a scalar loop, about a hundred times slower than necessary. The last stage of
+  a ResNet on 64 px images consists of such convolutions.
+* With groups, the gradient of the kernel is such a loop for maps of every size: 17 s for one layer
   of a ResNeXt on 8 images of 224 px, instead of 0.3 s.
 
-There a convolution is written as what it is: each tap of the kernel is a matrix product between the
-positions that the tap can see and the outputs that it feeds, and the output is the sum over taps.
-Nothing is multiplied with padding. Its derivatives are again matrix products, so there is no
-derivative rule of our own: forward and reverse mode, `vmap` and second derivatives all work.
+In these cases ``conv`` sums over the taps of the kernel: each tap is a matrix product between the
+positions that it reads and the outputs that it contributes to. Nothing is multiplied with padding.
+The derivatives are again matrix products, so no custom derivative rule is needed: forward and
+reverse mode, ``vmap`` and second derivatives all work.
 """
 
 import itertools
@@ -34,7 +34,7 @@ _SMALL_MAP = 16
 (3x3, 256 to 512 channels, batch 32)."""
 
 _NARROW = 16
-"""Channels below which a matrix product is too thin to gain anything."""
+"""Channels below which a matrix product is too small to be faster."""
 
 
 def conv(
@@ -45,25 +45,25 @@ def conv(
     padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
     groups: int = 1,
 ) -> jax.Array:
-    """Convolves images with a kernel, by the fastest way on the current backend.
+    """Two-dimensional convolution by the fastest algorithm on the current backend.
 
-    The result is that of `lax_conv` to rounding; only the order of the additions differs, and only
-    on CPU. The backend is looked up when the function is traced.
+    The result equals that of ``lax_conv`` up to rounding; only the order of the additions differs,
+    and only on CPU. The backend is determined when the function is traced.
 
     Args:
-      x: images `[batch, height, width, channels]`, of a floating dtype.
-      kernel: `[kernel height, kernel width, channels / groups, outputs]`, of the same dtype.
-      strides: steps in px, vertical and horizontal.
-      padding: zeros in px: `((top, bottom), (left, right))`. There is no "SAME": on even sizes it
-        pads asymmetrically, and the numbers of a torch checkpoint come out wrong.
-      groups: independent groups of channels.
+        x: images ``[batch, height, width, channels]``, of a floating dtype.
+        kernel: ``[kernel height, kernel width, channels / groups, outputs]``, of the same dtype.
+        strides: steps in px, vertical and horizontal.
+        padding: zeros in px: ``((top, bottom), (left, right))``. "SAME" is not supported: on
+            even sizes it pads asymmetrically, and torch checkpoints give wrong results.
+        groups: independent groups of channels.
 
     Returns:
-      `[batch, out height, out width, outputs]` of the same dtype.
+        ``[batch, out height, out width, outputs]`` of the same dtype.
 
     Raises:
-      TypeError: dtypes that differ or are not floating.
-      ValueError: shapes, strides, padding or groups that do not fit; the text lists all of them.
+        TypeError: the dtypes differ or are not floating.
+        ValueError: shapes, strides, padding or groups that do not fit; all problems in one text.
 
     >>> x, kernel = jnp.ones((1, 4, 4, 16)), jnp.ones((3, 3, 16, 32))
     >>> conv(x, kernel, strides=(2, 2), padding=((1, 1), (1, 1))).shape
@@ -83,9 +83,9 @@ def lax_conv(
     padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
     groups: int = 1,
 ) -> jax.Array:
-    """The same convolution by `jax.lax.conv_general_dilated` on every backend.
+    """Two-dimensional convolution by ``jax.lax.conv_general_dilated`` on every backend.
 
-    It is the reference for `conv`, in tests and in timings; there is no other reason to use it.
+    Use it as the reference for ``conv`` in tests and timings, and in exported programs.
 
     >>> lax_conv(jnp.ones((1, 4, 4, 16)), jnp.ones((1, 1, 16, 32))).shape
     (1, 4, 4, 32)
@@ -100,7 +100,7 @@ def by_taps(
     padding: tuple[Pair, Pair],
     groups: int,
 ) -> bool:
-    """Whether `conv` writes a convolution of these shapes as a sum over taps on CPU.
+    """Whether ``conv`` writes a convolution of these shapes as a sum over taps on CPU.
 
     >>> by_taps((8, 16, 16, 64), (1, 1, 64, 256), (1, 1), ((0, 0), (0, 0)), 1)
     True
@@ -154,7 +154,7 @@ def _sum_over_taps(
 
 
 def _product(seen: jax.Array, matrix: jax.Array, groups: int) -> jax.Array:
-    """`[positions, outputs]`, or `[positions, groups, outputs / groups]`, in float32 or wider."""
+    """``[positions, outputs]`` or ``[positions, groups, outputs / groups]``; float32 or wider."""
     channels, outputs = matrix.shape
     wide = jnp.promote_types(seen.dtype, jnp.float32)
     # Positions become one axis: given more of them, XLA transposes the gradient of the output,
@@ -170,14 +170,14 @@ def _product(seen: jax.Array, matrix: jax.Array, groups: int) -> jax.Array:
 
 
 def _fed_outputs(tap: int, size: int, out: int, stride: int, before: int) -> range:
-    """The outputs to which this tap brings a pixel of the image rather than padding."""
+    """The outputs for which this tap reads a pixel of the image and not padding."""
     first = max(0, -((tap - before) // stride))
     last = min(out - 1, (size - 1 + before - tap) // stride)
     return range(first, last + 1)
 
 
 def _positions(outputs: range, tap: int, stride: int, before: int) -> slice:
-    """The pixels that this tap sees from these outputs."""
+    """The pixels that this tap reads for these outputs."""
     offset = tap - before
     return slice(outputs[0] * stride + offset, outputs[-1] * stride + offset + 1, stride)
 
@@ -203,10 +203,10 @@ def _checked(
     padding: Sequence[Sequence[int]],
     groups: int,
 ) -> tuple[Pair, tuple[Pair, Pair], int]:
-    """Strides, padding and groups as plain integers, or an error that lists all that is wrong."""
+    """Strides, padding and groups as integers, or an error that lists all problems."""
     if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"images and kernel must have one floating dtype: images are {x.dtype}, the kernel is "
+            f"images and kernel must have the same floating dtype, got {x.dtype} and "
             f"{kernel.dtype}; cast one of them"
         )
     try:
@@ -214,20 +214,23 @@ def _checked(
         (a, b), (c, d) = ((int(before), int(after)) for before, after in padding)
     except (TypeError, ValueError):
         raise ValueError(
-            "strides are (vertical, horizontal) and padding is ((top, bottom), (left, right)), all "
-            f"integers; not {strides!r} and {padding!r}"
+            "strides must be (vertical, horizontal) and padding ((top, bottom), (left, right)), "
+            "all "
+            f"integers, got {strides!r} and {padding!r}"
         ) from None
     problems = []
     if x.ndim != 4:
-        problems.append(f"images are [batch, height, width, channels], not {x.shape}")
+        problems.append(f"images must be [batch, height, width, channels], got shape {x.shape}")
     if kernel.ndim != 4:
-        problems.append(f"a kernel is [height, width, channels, outputs], not {kernel.shape}")
+        problems.append(
+            f"kernel must be [height, width, channels, outputs], got shape {kernel.shape}"
+        )
     if min(down, right) < 1:
-        problems.append(f"strides are at least 1, not {(down, right)}")
+        problems.append(f"strides must be >= 1, got {(down, right)}")
     if min(a, b, c, d) < 0:
-        problems.append(f"padding is at least 0, not {((a, b), (c, d))}")
+        problems.append(f"padding must be >= 0, got {((a, b), (c, d))}")
     if groups < 1:
-        problems.append(f"there is at least 1 group, not {groups}")
+        problems.append(f"groups must be >= 1, got {groups}")
     if not problems:
         if x.shape[3] != kernel.shape[2] * groups:
             problems.append(
@@ -242,5 +245,5 @@ def _checked(
                 f"small for a kernel of {kernel.shape[0]} x {kernel.shape[1]}"
             )
     if problems:
-        raise ValueError("these do not convolve: " + "; ".join(problems))
+        raise ValueError("invalid convolution: " + "; ".join(problems))
     return (down, right), ((a, b), (c, d)), groups

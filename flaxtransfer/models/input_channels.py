@@ -1,10 +1,14 @@
-"""From a network that takes RGB to one that takes images of n bands: what changes, and why."""
+"""Input channels: change a network for RGB images to take images with n bands.
+
+``change_input`` either puts an adapter in front of the stem or changes the stem's kernel, and
+returns the new configuration with the affected leaves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,25 +23,21 @@ from flaxtransfer.models.band_init import (
     repeat_kernels,
     sum_kernels,
 )
-from flaxtransfer.models.config import Adapter, ResNetConfig
+from flaxtransfer.models.config import METHODS, Adapter, Method, ResNetConfig
 from flaxtransfer.paths import suggest
 
-__all__ = ["METHODS", "InputChange", "Method", "change_input"]
-
-
-Method = Literal["linear", "curves", "replicate", "sum", "average", "repeat"]
-METHODS = get_args(Method)
+__all__ = ["InputChange", "change_input"]
 
 
 @dataclass(frozen=True)
 class InputChange:
-    """What becomes of a network's input.
+    """How the input of a network changes; the result of ``change_input``.
 
     Args:
-      config: of the network for the new images.
-      adapted: leaves of the stem that were computed from the checkpoint's.
-      new: leaves of the adapter.
-      text: the same for a person; "" where nothing changes.
+        config: of the network for the new images.
+        adapted: leaves of the stem that were computed from the checkpoint's, by path.
+        new: leaves of the adapter, by path.
+        text: a description for a person; "" if nothing changes.
     """
 
     config: ResNetConfig
@@ -51,72 +51,72 @@ def change_input(
     stem_kernel: Any,
     *,
     bands: int | None = None,
-    way: Method | Adapter | None = None,
+    method: Method | Adapter | None = None,
     wavelengths: Sequence[float] | None = None,
     patches: Any = None,
     stem_wavelengths: Sequence[float] = (),
 ) -> InputChange:
-    """What has to change in a network so that it takes images of other bands.
+    """Changes the input of a network to images with another number of bands.
 
-    "linear" and "curves" put an adapter before the stem, which stays as it is. "sum" and "average"
-    and "repeat" change the stem's kernel instead, and "replicate" changes nothing: a gray image is
-    copied to three channels. By default one band or more get a "linear" adapter, and images with
-    as many bands as the network takes get none.
+    "linear" and "curves" put an adapter in front of the stem, which is not changed. "sum",
+    "average" and "repeat" change the stem's kernel instead. "replicate" changes no parameter: a
+    gray image is copied to three channels. By default, "linear" is used, and nothing is changed if
+    the images have as many bands as the network takes.
 
-    An adapter starts from the bands' own statistics where ``patches`` are given, else from their
-    ``wavelengths``, else every channel is the mean of all bands.
+    An adapter is initialized from the bands' statistics if ``patches`` are given, else from their
+    ``wavelengths``, else every channel starts as the mean of all bands.
 
     Args:
-      config: of the network as it is.
-      stem_kernel: ``[height, width, in, filters]``.
-      bands: of the images; None changes nothing.
-      way: one of the above, or an ``Adapter`` with knots and span of your own.
-      wavelengths: center of each band in nm.
-      patches: ``[patches, bands]`` of normalized training images; see
-        ``band_components.least_squares``.
-      stem_wavelengths: center of each of the stem's channels in nm, where they are not the red,
-        green and blue of photographs.
+        config: of the network before the change.
+        stem_kernel: ``[height, width, in, filters]``.
+        bands: of the images; None changes nothing.
+        method: one of the above, or an ``Adapter`` with your own knots and span.
+        wavelengths: center of each band in nm.
+        patches: ``[patches, bands]`` of normalized training images; see
+            ``band_init.least_squares``.
+        stem_wavelengths: center of each of the stem's channels in nm, if they are not the red,
+            green and blue of photographs.
 
     Raises:
-      ValueError: numbers of bands that do not fit each other, a way that these images or this
-        network cannot go; with the nearest that can be done.
+        ValueError: numbers of bands that contradict each other, or a method that does not fit the
+            images or the network; with the nearest possible one.
 
     >>> kernel = np.ones((7, 7, 3, 64), np.float32)
     >>> change = change_input(ResNetConfig(), kernel, bands=2)
     >>> change.text
     '2 bands by a linear adapter that starts as the mean of the bands in each channel'
-    >>> change_input(ResNetConfig(), kernel, bands=4, way="repeat").config.in_channels
+    >>> change_input(ResNetConfig(), kernel, bands=4, method="repeat").config.in_channels
     4
     """
-    asked = way is not None or wavelengths is not None or patches is not None
-    if isinstance(way, Adapter) and bands is None:
-        bands = way.bands
+    asked = method is not None or wavelengths is not None or patches is not None
+    if isinstance(method, Adapter) and bands is None:
+        bands = method.bands
     if bands is None:
         if asked:
             raise ValueError(
-                "an adapter, wavelengths and patches belong to bands: give bands=n as well, the "
-                "number of channels of the images"
+                "adapter, wavelengths and patches require bands: give bands=n as well, the number "
+                "of channels of the images"
             )
         return InputChange(config, {}, {})
     if isinstance(bands, bool) or not isinstance(bands, int) or bands < 1:
-        raise ValueError(f"bands must be a whole number, 1 or more, not {bands!r}")
+        raise ValueError(f"bands must be an integer >= 1, got {bands!r}")
     if bands == config.bands and not asked:
         return InputChange(config, {}, {})
     if config.adapter is not None or config.in_channels != 3:
         holds = "has an adapter" if config.adapter is not None else "has no RGB stem"
         raise ValueError(
-            f"the checkpoint {holds} and takes {config.bands} bands; leave adapter, wavelengths "
-            f"and patches out for images of {config.bands} bands, and for {bands} start from the "
-            "RGB checkpoint that it came from"
+            f"the checkpoint {holds} and takes {config.bands} bands; omit adapter, wavelengths and "
+            f"patches for images with {config.bands} bands, and start from the original RGB "
+            f"checkpoint for {bands} bands"
         )
-    kind = "linear" if way is None else way.kind if isinstance(way, Adapter) else way
+    kind = "linear" if method is None else method.kind if isinstance(method, Adapter) else method
     if kind not in METHODS:
         raise ValueError(
-            f"no adapter {kind!r}{suggest(str(kind), METHODS)}; there are {', '.join(METHODS)}"
+            f"unknown adapter {kind!r}{suggest(str(kind), METHODS)}; known: {', '.join(METHODS)}"
         )
-    _check_bands(bands, kind, way, wavelengths, patches)
+    _check_bands(bands, kind, method, wavelengths, patches)
     if kind in ("linear", "curves"):
-        adapter = way if isinstance(way, Adapter) else Adapter(bands, kind)
+        adapter = method if isinstance(method, Adapter) else Adapter(bands, kind)
         kernel = None if wavelengths is None else _by_wavelength(wavelengths, stem_wavelengths)
         return _with_adapter(config, adapter, kernel, patches)
     return _without(config, stem_kernel, bands, kind)
@@ -152,17 +152,14 @@ def _by_wavelength(wavelengths: Sequence[float], channels: Sequence[float]) -> n
 def _without(config: ResNetConfig, stem_kernel: Any, bands: int, kind: str) -> InputChange:
     if kind == "replicate":
         return InputChange(config, {}, {}, "1 band, replicated to the three channels of the stem")
-    kernel, text = {
-        "sum": lambda: (sum_kernels(stem_kernel), "the stem's kernel summed over R, G and B"),
-        "average": lambda: (
-            average_kernels(stem_kernel, bands),
-            "the stem's kernel averaged over R, G and B",
-        ),
-        "repeat": lambda: (
-            repeat_kernels(stem_kernel, bands),
-            "the stem's kernels of R, G and B in turn",
-        ),
-    }[kind]()
+    if kind == "sum":
+        kernel, text = sum_kernels(stem_kernel), "the stem's kernel summed over R, G and B"
+    elif kind == "average":
+        kernel = average_kernels(stem_kernel, bands)
+        text = "the stem's kernel averaged over R, G and B"
+    else:
+        kernel = repeat_kernels(stem_kernel, bands)
+        text = "the stem's kernels of R, G and B in turn"
     changed = {f"params/{config.first_kernel}": kernel}
     return InputChange(replace(config, in_channels=bands), changed, {}, f"{_bands(bands)}, {text}")
 
@@ -170,25 +167,26 @@ def _without(config: ResNetConfig, stem_kernel: Any, bands: int, kind: str) -> I
 def _check_bands(
     bands: int,
     kind: str,
-    way: object,
+    method: object,
     wavelengths: Sequence[float] | None,
     patches: Any,
 ) -> None:
     problems = []
-    if isinstance(way, Adapter) and way.bands != bands:
-        problems.append(f"{way} is for {_bands(way.bands)}, and the images have {bands}")
+    if isinstance(method, Adapter) and method.bands != bands:
+        problems.append(f"{method} takes {_bands(method.bands)}, but the images have {bands}")
     if kind in ("replicate", "sum") and bands != 1:
         problems.append(
-            f"{kind!r} is for one gray band, not {bands}; for more there are linear, curves, "
-            "average and repeat"
+            f"{kind!r} requires one gray band, got {bands} bands; use linear, curves, average or "
+            "repeat"
         )
     if wavelengths is not None and len(wavelengths) != bands:
         problems.append(
-            f"{len(wavelengths)} wavelengths for {_bands(bands)}; give the center of each band in "
-            "nm, in the order of the image's bands"
+            f"wavelengths must have one value per band, got {len(wavelengths)} for "
+            f"{_bands(bands)}; "
+            "give the center of each band in nm, in the order of the image's bands"
         )
     if patches is not None and np.ndim(patches) == 2 and np.shape(patches)[1] != bands:
-        problems.append(f"patches of {np.shape(patches)[1]} bands for images of {bands}")
+        problems.append(f"patches must have {_bands(bands)}, got {np.shape(patches)[1]}")
     given = [
         name
         for name, value in (("wavelengths", wavelengths), ("patches", patches))
@@ -196,7 +194,7 @@ def _check_bands(
     ]
     if given and kind not in ("linear", "curves"):
         problems.append(
-            f"{kind!r} takes no {' and no '.join(given)}; an adapter, linear or curves, does"
+            f"{kind!r} does not use {' or '.join(given)}; an adapter (linear or curves) does"
         )
     if problems:
         raise ValueError("; ".join(problems))

@@ -1,20 +1,14 @@
-"""A network as a pair of pure functions, `init` and `apply`, over named segments.
+"""Models: a network as two pure functions, ``init`` and ``apply``, over named segments.
 
-Initial values for a whole network at once.
-
-A program that draws each kernel by itself takes more than ten seconds to compile for a ResNet-50,
-because the generator is compiled anew for every shape. Here all kernels are cut from one array of
-normal numbers, which takes one second; each has a key of its own, made from its path, so that
-another head or a deeper network leaves the values of the rest as they were.
-
-A network as a pair of pure functions, `init` and `apply`, over named segments.
+A ``Model`` is a value without arrays. Its parameters and BatchNorm statistics are nested dicts
+that are passed in and returned. ``Model.abstract`` gives their shapes without allocating anything.
 """
 
 import math
 import re
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -24,34 +18,380 @@ import numpy as np
 
 from flaxtransfer.batchnorm import Norm, check
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.convolution import conv
+from flaxtransfer.models.convolution import conv, lax_conv
 from flaxtransfer.models.layers import Convolution
+from flaxtransfer.models.layout import RESNET, Layout
 from flaxtransfer.models.resnet import Network, segments_of
-from flaxtransfer.paths import flatten, listing, segment_of, suggest, unflatten
+from flaxtransfer.paths import flatten, listing, suggest, unflatten
 from flaxtransfer.types import Params, Variables
 
-__all__ = ["Model", "initial_params", "initial_statistics"]
+__all__ = [
+    "Model",
+    "initial_params",
+    "initial_statistics",
+    "leaf_shapes",
+    "shape_differences",
+]
+
+
+_COLLECTIONS = ("params", "batch_stats")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network as a value: its architecture and its computation, without parameters.
+
+    Equal models compile once, and a model may be a static argument of ``jax.jit``. Parameters and
+    BatchNorm statistics are separate, in ``Variables``, and are never changed in place.
+
+    Args:
+        config: the architecture.
+        dtype: of the convolutions, such as ``jnp.bfloat16`` on accelerators. None uses that of the
+            parameters. Parameters, BatchNorm statistics, pooling and head are float32 in any case
+            (or float64 if the parameters are).
+        zero_head: whether ``init`` sets the head's kernel to 0, so that all classes start equal.
+        zero_init_residual: whether ``init`` sets the last BatchNorm scale of every block to 0 (of
+            pre-activations the last kernel), so that blocks start as identities; for training from
+            scratch.
+        convolution: the function that convolves.
+
+    Raises:
+        TypeError: ``config`` is not a ``ResNetConfig``, ``dtype`` is not a floating dtype, or
+            ``convolution`` is not a function.
+    """
+
+    config: ResNetConfig
+    dtype: Any = None
+    zero_head: bool = False
+    zero_init_residual: bool = False
+    convolution: Convolution = conv
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, ResNetConfig):
+            raise TypeError(f"config must be a ResNetConfig, got {self.config!r}")
+        if self.dtype is not None:
+            # One spelling ("bfloat16", jnp.bfloat16, ...) for one dtype, for equality and hash.
+            dtype = _dtype(self.dtype)
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+            object.__setattr__(self, "dtype", dtype)
+        if not callable(self.convolution):
+            raise TypeError(f"convolution must be a function, got {self.convolution!r}")
+
+    @property
+    def layout(self) -> Layout:
+        """What the family calls its parts.
+
+        >>> Model(ResNetConfig()).layout.head
+        'fc'
+        """
+        return RESNET
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the segments, from input to output.
+
+        >>> Model(ResNetConfig()).segments
+        ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'pool', 'head')
+        >>> from flaxtransfer.models.config import Adapter
+        >>> Model(ResNetConfig(adapter=Adapter(13))).segments[:2]
+        ('adapter', 'stem')
+        """
+        return segments_of(self.config)
+
+    def abstract(self) -> Variables:
+        """The variables as ``jax.ShapeDtypeStruct``; allocates nothing.
+
+        >>> Model(ResNetConfig(classes=10)).abstract()["params"]["fc"]["kernel"].shape
+        (512, 10)
+        """
+        flat = _abstract(self.config)
+        # A network with GroupNorm has no statistics, and an empty tree has no path.
+        return {"params": {}, "batch_stats": {}, **unflatten(dict(flat))}
+
+    def init(self, rng: jax.Array, image_shape: Sequence[int] | None = None) -> Variables:
+        """Random parameters and neutral BatchNorm statistics, all float32.
+
+        Args:
+            rng: a key.
+            image_shape: ``(height, width, bands)``. No leaf depends on height or width; the shape
+                is only checked against the network.
+
+        Raises:
+            ValueError: the network cannot take images of this shape.
+
+        >>> model = Model(ResNetConfig(width=8, classes=2), zero_head=True)
+        >>> model.init(jax.random.key(0), (32, 32, 3))["params"]["fc"]["kernel"].any()
+        Array(False, dtype=bool)
+        """
+        if image_shape is not None:
+            _check_input(self.segments[0], self.config, (1, *image_shape))
+        abstract = self.abstract()
+        zero = {"fc/kernel"} if self.zero_head else set()
+        if self.zero_init_residual:
+            number = "2" if self.config.block == "basic" else "3"
+            leaf = f"conv{number}/kernel" if self.config.preactivation else f"[bg]n{number}/scale"
+            last = rf"layer\d/\d+/{leaf}"
+            zero |= {path for path in flatten(abstract["params"]) if re.fullmatch(last, path)}
+        params = initial_params(rng, abstract["params"], zero=zero)
+        if self.config.adapter is not None:
+            # No ReLU follows: for bands of variance 1, three channels of variance 1 need 1 / bands
+            # where `initial_params` has 2 / 3.
+            adapter = params["adapter"]
+            scale = math.sqrt(1.5 / self.config.bands)
+            params["adapter"] = adapter | {"kernel": adapter["kernel"] * scale}
+        return {
+            "params": params,
+            "batch_stats": initial_statistics(abstract["batch_stats"]),
+        }
+
+    def apply(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        *,
+        norm: Norm = "running",
+        start: str | None = None,
+        stop: str | None = None,
+    ) -> tuple[jax.Array, Params]:
+        """Runs the network, or a slice of its segments.
+
+        ``apply(variables, apply(variables, images, stop=s)[0], start=s)`` equals
+        ``apply(variables, images)`` for every segment ``s``, so that the output of a frozen prefix
+        can be computed once and cached.
+
+        Args:
+            variables: ``{"params": ..., "batch_stats": ...}``. Segments that do not run may be
+                absent.
+            images: ``[batch, height, width, bands]``, floating and already normalized; with
+                ``start``, the output of the segment before it.
+            norm: which BatchNorms use, and update, batch statistics: "running" (none), "batch"
+                (all) or a frozenset of their paths ("layer4/0/bn1"). It is static: under ``jit``
+                it is part of the program and not an argument.
+            start: first segment to run; None starts at the first one.
+            stop: segment before which to stop, as in a Python slice; None runs to the end.
+
+        Returns:
+            The output, and the whole tree of BatchNorm statistics, in which statistics that were
+            not updated are the same arrays as in the input. The output is ``[batch, height, width,
+            channels]`` after the stem or a stage, float32 features ``[batch, features]`` after
+            "pool", and float32 logits ``[batch, classes]`` after "head".
+
+        Raises:
+            TypeError: images that are not floating, or a policy of another type.
+            ValueError: an unknown segment or one after ``stop``, images of another shape, a policy
+                for unknown BatchNorms, or variables of another network; with the nearest match.
+
+        >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=8))
+        >>> variables = model.init(jax.random.key(0))
+        >>> maps, _ = model.apply(variables, jnp.ones((4, 32, 32, 3)), stop="layer1")
+        >>> maps.shape
+        (4, 8, 8, 8)
+        """
+        segments = _between(self.segments, start, stop)
+        abstract = self.abstract()
+        check(norm, abstract["batch_stats"])
+        _check_variables(variables, abstract, segments)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(
+                "images must be floating and normalized by the checkpoint's preprocessing, got "
+                f"{images.dtype}"
+            )
+        if segments:
+            _check_input(segments[0], self.config, images.shape)
+        network = Network(self.dtype, self.convolution, self.config)
+        if norm == "running":
+            output: Any = network.apply(variables, images, norm, segments)
+            return output, variables["batch_stats"]
+        # flax's signature does not say that `mutable` makes it a pair.
+        result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
+        output, updated = result
+        return output, updated.get("batch_stats", {})
+
+
+@lru_cache(maxsize=512)
+def _abstract(config: ResNetConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
+    """Paths and abstract leaves of both collections, sorted as JAX sorts nested dicts."""
+    # All blocks of a stage after the first have the same leaves, so tracing two of them suffices.
+    # Tracing the deepest networks as a whole takes seconds.
+    short = replace(config, depths=tuple(min(depth, 2) for depth in config.depths))
+    leaves = {}
+    for path, leaf in _traced(short):
+        leaves[path] = leaf
+        if second := _SECOND_BLOCK.fullmatch(path):
+            for index in range(2, config.depths[int(second[2]) - 1]):
+                leaves[f"{second[1]}{index}{second[3]}"] = leaf
+    order = {name: number for number, name in enumerate(_COLLECTIONS)}
+
+    def position(path: str) -> tuple[int, list[str]]:
+        collection, *names = path.split("/")
+        return order[collection], names
+
+    return tuple((path, leaves[path]) for path in sorted(leaves, key=position))
+
+
+_SECOND_BLOCK = re.compile(r"(\w+/layer([1-4])/)1(/.+)")
+
+
+@lru_cache(maxsize=512)
+def _traced(config: ResNetConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
+    # With `lax_conv` a convolution is a single operation to trace.
+    network = Network(jnp.dtype("float32"), lax_conv, config)
+    images = jax.ShapeDtypeStruct((1, 32, 32, config.bands), jnp.float32)  # type: ignore[no-untyped-call]
+    variables = jax.eval_shape(
+        lambda images: network.init(jax.random.key(0), images, "running"), images
+    )
+    return tuple(flatten({name: variables.get(name, {}) for name in _COLLECTIONS}).items())
+
+
+def leaf_shapes(config: ResNetConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of a network, by path: ``Model.abstract`` flattened.
+
+    Args:
+        config: of the network. The first call per configuration takes about 0.1 s.
+
+    Returns:
+        ``{"params/conv1/kernel": (7, 7, in, width), "batch_stats/bn1/mean": (width,), ...}``.
+
+    >>> leaf_shapes(ResNetConfig(classes=5))["params/fc/kernel"]
+    (512, 5)
+    """
+    return {path: tuple(leaf.shape) for path, leaf in _abstract(config)}
+
+
+def shape_differences(
+    leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Compares leaves with the expected paths and shapes; one line per difference.
+
+    Args:
+        leaves: arrays or ``jax.ShapeDtypeStruct`` by path.
+        shapes: the expected shape of each leaf, as ``leaf_shapes`` returns them.
+
+    >>> shape_differences({"fc/bias": np.zeros(2)}, {"fc/bias": (3,), "fc/kernel": (4, 3)})
+    ['missing: fc/kernel [4, 3]', 'shape: fc/bias must be [3], got [2]']
+    """
+    missing = [path for path in shapes if path not in leaves]
+    foreign = [path for path in leaves if path not in shapes]
+    lines = [f"missing: {path} {list(shapes[path])}" for path in missing]
+    lines += [f"unexpected: {path}{suggest(path, missing)}" for path in foreign]
+    return lines + [
+        f"shape: {path} must be {list(shapes[path])}, got {list(np.shape(leaf))}"
+        for path, leaf in leaves.items()
+        if path in shapes and np.shape(leaf) != tuple(shapes[path])
+    ]
+
+
+def _dtype(dtype: Any) -> jnp.dtype:
+    try:
+        result: jnp.dtype = jnp.dtype(dtype)
+        return result
+    except TypeError:
+        raise TypeError(
+            f"dtype must be a dtype such as float32 or bfloat16, got {dtype!r}"
+        ) from None
+
+
+def _between(names: tuple[str, ...], start: str | None, stop: str | None) -> tuple[str, ...]:
+    """The segments from ``start`` up to but not including ``stop``."""
+    unknown = [name for name in (start, stop) if name is not None and name not in names]
+    if unknown:
+        raise ValueError(
+            "; ".join(f"unknown segment {name!r}{suggest(str(name), names)}" for name in unknown)
+            + f"; the segments are {', '.join(names)}"
+        )
+    first = 0 if start is None else names.index(start)
+    last = len(names) if stop is None else names.index(stop)
+    if first > last:
+        raise ValueError(
+            f"start must not come after stop, got start={start!r} and stop={stop!r}; the segments "
+            f"from input to output are {', '.join(names)}"
+        )
+    return names[first:last]
+
+
+def _check_input(segment: str, config: ResNetConfig, shape: Sequence[int]) -> None:
+    """Raises unless ``segment`` can take an array of this shape."""
+    if segment == "adapter":
+        channels, source = config.bands, "images"
+    elif segment == "stem":
+        source = "images" if config.adapter is None else "the output of the adapter"
+        channels = config.in_channels
+    elif segment == "layer1":
+        channels, source = config.stem_channels[-1], "the output of the stem"
+    elif segment in ("pool", "head"):
+        channels, source = config.features, "the output of the previous segment"
+    else:
+        stage = int(segment.removeprefix("layer")) - 1
+        channels = config.width * 2 ** (stage - 1) * config.expansion
+        source = f"the output of layer{stage}"
+    axes = ("batch", "features") if segment == "head" else ("batch", "height", "width", "channels")
+    expected = f"{segment} takes {source} [{', '.join(axes)}] with {channels} {axes[-1]}"
+    if len(shape) != len(axes) or shape[-1] != channels:
+        raise ValueError(f"{expected}, got an array of shape {tuple(shape)}")
+    if 0 in shape[1:]:
+        raise ValueError(f"{expected}; the shape {tuple(shape)} has no pixels")
+
+
+def _check_variables(
+    variables: Mapping[str, Any], abstract: Variables, segments: Iterable[str]
+) -> None:
+    """Raises unless the running segments have all their leaves and no leaf is unknown."""
+    if not isinstance(variables, Mapping) or any(name not in variables for name in _COLLECTIONS):
+        given = ", ".join(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"variables must be {{'params': ..., 'batch_stats': ...}}, got {given}")
+    problems = []
+    for name in _COLLECTIONS:
+        if _alike(variables[name], abstract[name]):
+            continue
+        wanted, found = flatten(abstract[name]), flatten(variables[name])
+        missing = [p for p in wanted if p not in found and RESNET.segment(p) in segments]
+        foreign = [p for p in found if p not in wanted]
+        shapes = [
+            f"{p} must be {leaf.shape}, got {found[p].shape}"
+            for p, leaf in wanted.items()
+            if p in found and found[p].shape != leaf.shape
+        ]
+        problems += [f"{name} lacks {listing(missing)}"] if missing else []
+        problems += [f"{name} has unknown leaves {listing(foreign)}"] if foreign else []
+        problems += [f"in {name} {listing(shapes)}"] if shapes else []
+    if problems:
+        raise ValueError("the variables do not fit the network: " + "; ".join(problems))
+
+
+def _alike(tree: Any, abstract: Params) -> bool:
+    """Whether a tree is whole and right, told without paths."""
+    structures: list[Any] = [jax.tree.structure(one) for one in (tree, abstract)]
+    if structures[0] != structures[1]:
+        return False
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True)
+    return all(getattr(leaf, "shape", None) == wanted.shape for leaf, wanted in pairs)
 
 
 _BLOCK = 1 << 16
-"""Normal numbers that one key gives."""
+"""Normal numbers per key."""
 
 
 def initial_params(rng: jax.Array, abstract: Params, *, zero: Collection[str] = ()) -> Params:
-    """Draws kernels from normal distributions; sets scales to 1 and biases to 0.
+    """Initializes parameters: kernels from normal distributions, scales to 1, biases to 0.
 
-    A convolution has variance `2 / (kernel height * kernel width * outputs)`, which keeps the size
-    of the gradient through ReLUs (He initialization, "fan out"); a dense kernel has `1 / inputs`
-    (LeCun), which keeps the size of the output.
+    All kernels are cut from one array of normal numbers, which compiles in one second. A program
+    that draws each kernel separately takes more than ten seconds for a ResNet-50, because the
+    generator is compiled for every shape. Each kernel has its own key, derived from its path, so
+    that a different head or a deeper network does not change the other values.
+
+    A convolution has variance ``2 / (kernel height * kernel width * outputs)``, which keeps the
+    size of the gradient through ReLUs (He initialization, "fan out"); a dense kernel has ``1 /
+    inputs`` (LeCun), which keeps the size of the output.
 
     Args:
-      rng: a key.
-      abstract: nested dict of `jax.ShapeDtypeStruct`; the last component of a path ("kernel",
-        "scale", "bias") says what a leaf is.
-      zero: paths whose leaves shall be 0 instead.
+        rng: a key.
+        abstract: nested dict of ``jax.ShapeDtypeStruct``; the last component of a path ("kernel",
+            "scale", "bias") says what a leaf is.
+        zero: paths of leaves that are set to 0 instead.
 
     Returns:
-      The nested dict of arrays.
+        The nested dict of arrays.
 
     >>> shapes = {"fc": {"kernel": jax.ShapeDtypeStruct((512, 10), jnp.float32)}}
     >>> kernel = initial_params(jax.random.key(0), shapes)["fc"]["kernel"]
@@ -59,9 +399,9 @@ def initial_params(rng: jax.Array, abstract: Params, *, zero: Collection[str] = 
     True
 
     References:
-      K. He, X. Zhang, S. Ren, J. Sun, "Delving Deep into Rectifiers: Surpassing Human-Level
-      Performance on ImageNet Classification", 2015.
-      Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, "Efficient BackProp", 1998.
+        K. He, X. Zhang, S. Ren, J. Sun, "Delving Deep into Rectifiers: Surpassing Human-Level
+        Performance on ImageNet Classification", 2015.
+        Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, "Efficient BackProp", 1998.
     """
     flat = flatten(abstract)
     drawn = {path: leaf for path, leaf in flat.items() if path.endswith("kernel")}
@@ -72,7 +412,8 @@ def initial_params(rng: jax.Array, abstract: Params, *, zero: Collection[str] = 
 
     def value(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if path in kernels:
-            return kernels[path]
+            result: jax.Array = kernels[path]
+            return result
         one = path.endswith("scale") and path not in zero
         return _constant(1 if one else 0, leaf)
 
@@ -80,7 +421,7 @@ def initial_params(rng: jax.Array, abstract: Params, *, zero: Collection[str] = 
 
 
 def initial_statistics(abstract: Params) -> Params:
-    """Running statistics that change nothing: mean 0 and variance 1.
+    """Initializes running statistics: mean 0 and variance 1.
 
     >>> initial_statistics({"bn1": {"var": jax.ShapeDtypeStruct((2,), jnp.float32)}})
     {'bn1': {'var': Array([1., 1.], dtype=float32)}}
@@ -94,7 +435,7 @@ def initial_statistics(abstract: Params) -> Params:
 
 
 def _constant(value: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    # By way of numpy there is nothing to compile; `jnp.full` compiles for every shape.
+    # numpy needs no compilation; `jnp.full` compiles for every shape.
     return jnp.asarray(np.full(leaf.shape, value, leaf.dtype))
 
 
@@ -121,254 +462,6 @@ def _draw(
 
 
 def _deviation(shape: tuple[int, ...]) -> float:
-    if len(shape) == 2:
-        return (1 / shape[0]) ** 0.5
-    return (2 / (math.prod(shape[:-2]) * shape[-1])) ** 0.5
-
-
-_COLLECTIONS = ("params", "batch_stats")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A ResNet, without its numbers.
-
-    It is a value: equal models compile once, and a model may be a static argument of `jax.jit`.
-    Parameters and BatchNorm statistics are kept apart from it, in `Variables`, and are never
-    changed in place.
-
-    Args:
-      config: architecture.
-      dtype: of the convolutions, `jnp.bfloat16` on accelerators, say. None is that of the
-        parameters. Parameters, BatchNorm statistics, pooling and head are float32 in any case
-        (or float64, where the parameters are).
-      zero_head: whether `init` sets the head's kernel to 0, so that all classes start equal.
-      zero_init_residual: whether `init` sets the last BatchNorm scale of every block to 0 (of
-        pre-activations the last kernel), so that blocks start as identities; for training from
-        scratch.
-      convolution: the function that convolves.
-
-    Raises:
-      TypeError: a config of another type, a dtype that is not floating.
-    """
-
-    config: ResNetConfig
-    dtype: Any = None
-    zero_head: bool = False
-    zero_init_residual: bool = False
-    convolution: Convolution = conv
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.config, ResNetConfig):
-            raise TypeError(f"config must be a ResNetConfig, not {self.config!r}")
-        if self.dtype is not None:
-            # One spelling ("bfloat16", jnp.bfloat16, ...) for one dtype, for equality and hash.
-            dtype = _dtype(self.dtype)
-            if not jnp.issubdtype(dtype, jnp.floating):
-                raise TypeError(f"a network computes in a floating dtype, not {dtype}")
-            object.__setattr__(self, "dtype", dtype)
-        if not callable(self.convolution):
-            raise TypeError(f"convolution must be a function, not {self.convolution!r}")
-
-    @property
-    def segments(self) -> tuple[str, ...]:
-        """Names of the segments, from the input to the output.
-
-        >>> Model(ResNetConfig()).segments
-        ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'pool', 'head')
-        >>> from flaxtransfer.models.config import Adapter
-        >>> Model(ResNetConfig(adapter=Adapter(13))).segments[:2]
-        ('adapter', 'stem')
-        """
-        return segments_of(self.config)
-
-    def abstract(self) -> Variables:
-        """The variables as `jax.ShapeDtypeStruct`s; allocates nothing.
-
-        >>> Model(ResNetConfig(classes=10)).abstract()["params"]["fc"]["kernel"].shape
-        (512, 10)
-        """
-        flat = _abstract(self.config)
-        # A network of GroupNorms has no statistics, and an empty tree has no path.
-        return {"params": {}, "batch_stats": {}, **unflatten(dict(flat))}
-
-    def init(self, rng: jax.Array, image_shape: Sequence[int] | None = None) -> Variables:
-        """Random parameters and neutral BatchNorm statistics, all float32.
-
-        Args:
-          rng: a key.
-          image_shape: `(height, width, bands)`. No leaf depends on height or width: it is only
-            checked that the network can take such images.
-
-        Raises:
-          ValueError: an image shape that does not fit.
-
-        >>> model = Model(ResNetConfig(width=8, classes=2), zero_head=True)
-        >>> model.init(jax.random.key(0), (32, 32, 3))["params"]["fc"]["kernel"].any()
-        Array(False, dtype=bool)
-        """
-        if image_shape is not None:
-            _check_input(self.segments[0], self.config, (1, *image_shape))
-        abstract = self.abstract()
-        zero = {"fc/kernel"} if self.zero_head else set()
-        if self.zero_init_residual:
-            number = "2" if self.config.block == "basic" else "3"
-            leaf = f"conv{number}/kernel" if self.config.preactivation else f"[bg]n{number}/scale"
-            last = rf"layer\d/\d+/{leaf}"
-            zero |= {path for path in flatten(abstract["params"]) if re.fullmatch(last, path)}
-        params = initial_params(rng, abstract["params"], zero=zero)
-        if self.config.adapter is not None:
-            # No ReLU follows: three channels of variance 1 from bands of variance 1 want 1 / bands
-            # where `initial_params` has 2 / 3.
-            adapter = params["adapter"]
-            scale = math.sqrt(1.5 / self.config.bands)
-            params["adapter"] = adapter | {"kernel": adapter["kernel"] * scale}
-        return {
-            "params": params,
-            "batch_stats": initial_statistics(abstract["batch_stats"]),
-        }
-
-    def apply(
-        self,
-        variables: Variables,
-        images: jax.Array,
-        *,
-        norm: Norm = "running",
-        start: str | None = None,
-        stop: str | None = None,
-    ) -> tuple[jax.Array, Params]:
-        """Runs the network, or a slice of its segments.
-
-        `apply(variables, apply(variables, images, stop=s)[0], start=s)` is
-        `apply(variables, images)` for every segment `s`, so that a frozen prefix can be run once
-        and its output kept.
-
-        Args:
-          variables: `{"params": ..., "batch_stats": ...}`. Segments that do not run may be absent.
-          images: `[batch, height, width, bands]`, of a floating dtype and already normalized;
-            where `start` is given, what the segment before it put out.
-          norm: which BatchNorms use, and update, batch statistics: "running" (none), "batch" (all)
-            or a frozenset of their paths ("layer4/0/bn1"). It is static: under `jit`, a part of
-            the program rather than an argument.
-          start: first segment to run; None is the first of all.
-          stop: segment before which to stop, as in a Python slice; None runs to the end.
-
-        Returns:
-          The output, and the whole tree of BatchNorm statistics, in which those that were not
-          updated are the very arrays that came in. The output is `[batch, height, width, channels]`
-          after the stem or a layer, float32 features `[batch, features]` after "pool", and float32
-          logits `[batch, classes]` after "head".
-
-        Raises:
-          TypeError: images that are not floating, a policy of another type.
-          ValueError: an unknown segment or one after `stop`, images of another shape, a policy for
-            BatchNorms that do not exist, variables that are not this network's; with the nearest
-            that would be right.
-
-        >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=8))
-        >>> variables = model.init(jax.random.key(0))
-        >>> maps, _ = model.apply(variables, jnp.ones((4, 32, 32, 3)), stop="layer1")
-        >>> maps.shape
-        (4, 8, 8, 8)
-        """
-        segments = _between(self.segments, start, stop)
-        abstract = self.abstract()
-        check(norm, abstract["batch_stats"])
-        _check_variables(variables, abstract, segments)
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(
-                f"images must be floating and normalized as the weights want it, not {images.dtype}"
-            )
-        if segments:
-            _check_input(segments[0], self.config, images.shape)
-        network = Network(self.dtype, self.convolution, self.config)
-        if norm == "running":
-            output: Any = network.apply(variables, images, norm, segments)
-            return output, variables["batch_stats"]
-        # flax's signature does not say that `mutable` makes it a pair.
-        result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
-        output, updated = result
-        return output, updated.get("batch_stats", {})
-
-
-@lru_cache(maxsize=64)
-def _abstract(config: ResNetConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
-    """Paths and abstract leaves of both collections; tracing a deep network takes half a second."""
-    network = Network(jnp.dtype("float32"), conv, config)
-    images = jax.ShapeDtypeStruct((1, 32, 32, config.bands), jnp.float32)
-    variables = jax.eval_shape(
-        lambda images: network.init(jax.random.key(0), images, "running"), images
-    )
-    return tuple(flatten({name: variables.get(name, {}) for name in _COLLECTIONS}).items())
-
-
-def _dtype(dtype: Any) -> jnp.dtype:
-    try:
-        return jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"{dtype!r} is no dtype; the usual ones are float32 and bfloat16") from None
-
-
-def _between(names: tuple[str, ...], start: str | None, stop: str | None) -> tuple[str, ...]:
-    """The segments from `start` up to but not including `stop`."""
-    unknown = [name for name in (start, stop) if name is not None and name not in names]
-    if unknown:
-        raise ValueError(
-            "; ".join(f"no segment {name!r}{suggest(str(name), names)}" for name in unknown)
-            + f"; the segments are {', '.join(names)}"
-        )
-    first = 0 if start is None else names.index(start)
-    last = len(names) if stop is None else names.index(stop)
-    if first > last:
-        raise ValueError(
-            f"start={start!r} comes after stop={stop!r}; from the input to the output the segments "
-            f"are {', '.join(names)}"
-        )
-    return names[first:last]
-
-
-def _check_input(segment: str, config: ResNetConfig, shape: Sequence[int]) -> None:
-    """Raises unless `segment` can take an array of this shape."""
-    if segment == "adapter":
-        channels, source = config.bands, "images"
-    elif segment == "stem":
-        source = "images" if config.adapter is None else "the output of the adapter"
-        channels = config.in_channels
-    elif segment == "layer1":
-        channels, source = config.stem_channels[-1], "the output of the stem"
-    elif segment in ("pool", "head"):
-        channels, source = config.features, "the output of what comes before it"
-    else:
-        stage = int(segment.removeprefix("layer")) - 1
-        channels = config.width * 2 ** (stage - 1) * config.expansion
-        source = f"the output of layer{stage}"
-    axes = ("batch", "features") if segment == "head" else ("batch", "height", "width", "channels")
-    expected = f"{segment} takes {source} [{', '.join(axes)}] with {channels} {axes[-1]}"
-    if len(shape) != len(axes) or shape[-1] != channels:
-        raise ValueError(f"{expected}, not an array of shape {tuple(shape)}")
-    if 0 in shape[1:]:
-        raise ValueError(f"{expected}; the shape {tuple(shape)} holds no pixel at all")
-
-
-def _check_variables(
-    variables: Mapping[str, Any], abstract: Variables, segments: Iterable[str]
-) -> None:
-    """Raises unless the running segments have all their leaves and there are no foreign ones."""
-    if not isinstance(variables, Mapping) or any(name not in variables for name in _COLLECTIONS):
-        given = ", ".join(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(f"variables are {{'params': ..., 'batch_stats': ...}}, not {given}")
-    problems = []
-    for name in _COLLECTIONS:
-        wanted, found = flatten(abstract[name]), flatten(variables[name])
-        missing = [p for p in wanted if p not in found and segment_of(p) in segments]
-        foreign = [p for p in found if p not in wanted]
-        shapes = [
-            f"{p} is {found[p].shape} and should be {leaf.shape}"
-            for p, leaf in wanted.items()
-            if p in found and found[p].shape != leaf.shape
-        ]
-        problems += [f"{name} lack {listing(missing)}"] if missing else []
-        problems += [f"{name} hold {listing(foreign)}, unknown to the network"] if foreign else []
-        problems += [f"in {name} {listing(shapes)}"] if shapes else []
-    if problems:
-        raise ValueError("these variables are not the network's: " + "; ".join(problems))
+    dense = len(shape) == 2
+    variance = 1 / shape[0] if dense else 2 / (math.prod(shape[:-2]) * shape[-1])
+    return float(variance**0.5)

@@ -1,15 +1,8 @@
-"""BatchNorm moments: weighted, merged, mixed, and measured while a network runs.
+"""BatchNorm moments: weighted mean and variance, merged, mixed, and measured in a network.
 
-Means and variances of two domains: how to merge them, mix them, weight them, tell them apart.
-
-The arithmetic behind BatchNorm adaptation. It knows no network: moments are those of whatever
-arrays are given. ``flaxtransfer.adapt`` runs it through a network.
-
-What goes into each BatchNorm: weighted moments, measured while the network runs.
-
-A BatchNorm of flax gives its running average after an update, over examples that all count the
-same. Here each one tells the moments themselves, of examples that count as much as they are given,
-and may normalize by them mixed with the statistics it has.
+The first functions are arithmetic on arrays. ``apply_measuring`` runs a network and returns the
+weighted moments of the inputs of its BatchNorms, which flax's BatchNorm does not expose. These are
+the parts of BatchNorm adaptation (``flaxtransfer.adapt``) and recalibration.
 """
 
 import dataclasses
@@ -42,17 +35,17 @@ __all__ = [
 
 
 Mixture = Literal["moments", "linear"]
-"""Which variance a mixture has: that of the pooled values, or the mean of the two variances."""
+"""The variance of a mixture: that of the pooled values, or the mean of the two variances."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean and variance of each channel, and how much they rest on.
+    """Mean and variance per channel, and the number of examples.
 
     Args:
-        mean: `[channels]`.
-        var: `[channels]`, biased (divided by n), as a BatchNorm keeps it.
-        count: examples behind them, or the sum of their weights.
+        mean: ``[channels]``.
+        var: ``[channels]``, biased (divided by n), as a BatchNorm keeps it.
+        count: number of examples, or the sum of their weights.
     """
 
     mean: Any
@@ -61,18 +54,18 @@ class Moments:
 
 
 def moments(values: Any, weights: Any | None = None) -> Moments:
-    """Mean and variance of each channel over examples and positions, in two passes.
+    """Weighted mean and variance per channel over examples and positions, in two passes.
 
-    With weights they are those of another population: of one with the classes in balance, say.
-    numpy arrays are computed in float64. Arrays of JAX stay where and what they are, tracers too,
-    because a network's activations are too large to be brought to the host.
+    Weights give the moments of another population, for example one with balanced classes. numpy
+    arrays are computed in float64. JAX arrays, including tracers, keep their device and dtype,
+    because a network's activations are too large to copy to the host.
 
     Args:
-        values: `[n, ..., channels]`; positions of one example weigh the same.
-        weights: `[n]`, not negative, of the examples; by default 1.
+        values: ``[n, ..., channels]``; all positions of an example have the same weight.
+        weights: ``[n]``, >= 0, of the examples; by default 1.
 
     Raises:
-        ValueError: weights of another number, or (of numpy) negative ones or a sum of 0.
+        ValueError: another number of weights, or (numpy only) negative weights or a sum of 0.
 
     >>> found = moments(np.array([[1.0], [3.0], [9.0]]), weights=np.array([1, 1, 0]))
     >>> found.mean.item(), found.var.item(), found.count.item()
@@ -82,25 +75,25 @@ def moments(values: Any, weights: Any | None = None) -> Moments:
         values = values.astype(np.float64)
         weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
         if not (weights >= 0).all() or not weights.sum() > 0:
-            raise ValueError("weights are 0 or more, and not all of them 0")
+            raise ValueError("weights must be >= 0 and not all 0")
     elif weights is None:
         weights = values[(slice(None), *[0] * (values.ndim - 1))] * 0 + 1
     if weights.shape != (len(values),):
-        raise ValueError(f"weights have shape {weights.shape}, and there are {len(values)} rows")
+        raise ValueError(f"weights must have shape {(len(values),)}, got {weights.shape}")
     count = weights.sum()
     shares = (weights / count)[:, None]
     positions = tuple(range(1, values.ndim - 1))
-    # Sums and no matrix product, which accelerators round to fewer digits.
+    # Sums instead of a matrix product, which accelerators compute with fewer digits.
     mean = (shares * values.mean(positions)).sum(0)
     var = (shares * ((values - mean) ** 2).mean(positions)).sum(0)
     return Moments(mean, var, count)
 
 
 def merge(first: Moments, second: Moments) -> Moments:
-    """The moments of two samples together, as if their values had never been apart.
+    """Merges the moments of two samples: exactly those of the pooled values.
 
-    A stream is merged batch by batch. The mean of the batches' variances, which a running average
-    tends to, leaves out the variance between batches.
+    Use it to merge a stream batch by batch. The mean of the batches' variances, to which a running
+    average converges, omits the variance between batches.
 
     References:
         T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
@@ -111,7 +104,7 @@ def merge(first: Moments, second: Moments) -> Moments:
     (2.0, 1.0, 2)
     """
     count = first.count + second.count
-    # From the second's side: where it is much the smaller one, little is added to the first.
+    # Starting from the first sample: if the second is much smaller, little is added.
     return dataclasses.replace(mix(second, first, second.count / count), count=count)
 
 
@@ -119,19 +112,19 @@ def mix(source: Moments, target: Moments, share: Any, kind: Mixture = "moments")
     """The moments of a mixture of two populations.
 
     Args:
-        source: with this share of the mixture.
-        target: with the rest of it.
-        share: a, between 0 (the target alone) and 1 (the source alone).
+        source: weighted by ``share``.
+        target: weighted by ``1 - share``.
+        share: a, between 0 (only the target) and 1 (only the source).
         kind: "moments" is the variance of the mixture,
-            ``a var_s + (1 - a) var_t + a (1 - a) (mean_s - mean_t)^2``. "linear" leaves the last
-            term out, as Schneider et al. do: where the means are far apart, its variance is too
-            small, and activations come out too large.
+            ``a var_s + (1 - a) var_t + a (1 - a) (mean_s - mean_t)^2``. "linear" omits the last
+            term, as Schneider et al. do: if the means are far apart, its variance is too small, and
+            activations are too large.
 
     Returns:
         The mixture, with the count of both.
 
     Raises:
-        ValueError: a share outside of 0 .. 1, another kind.
+        ValueError: a share outside of 0 to 1, or another kind.
 
     References:
         S. Schneider, E. Rusak, L. Eck, O. Bringmann, W. Brendel, M. Bethge, "Improving robustness
@@ -142,9 +135,9 @@ def mix(source: Moments, target: Moments, share: Any, kind: Mixture = "moments")
     [5.0, 1.0]
     """
     if kind not in ("moments", "linear"):
-        raise ValueError(f"a mixture is 'moments' or 'linear', not {kind!r}")
+        raise ValueError(f"kind must be 'moments' or 'linear', got {kind!r}")
     if isinstance(share, float | int) and not 0 <= share <= 1:
-        raise ValueError(f"a share lies between 0 and 1, not {share}")
+        raise ValueError(f"share must be between 0 and 1, got {share}")
     apart = source.mean - target.mean
     mean = target.mean + share * apart
     var = target.var + share * (source.var - target.var)
@@ -154,46 +147,46 @@ def mix(source: Moments, target: Moments, share: Any, kind: Mixture = "moments")
 
 
 def source_share(source_weight: float | None, count: float) -> float:
-    """Schneider's N / (N + n).
+    """Weight of the source statistics: N / (N + n) (Schneider et al., 2020).
 
     Args:
-        source_weight: N, how many target examples the source's statistics are worth; None is 0:
-            the target alone. Infinity keeps the source.
-        count: n, examples of the target.
+        source_weight: N, the number of target examples that the source's statistics are worth;
+            None is 0, only the target. Infinity keeps the source.
+        count: n, the number of target examples.
 
     Raises:
-        ValueError: a negative N, or no target example.
+        ValueError: a negative N, or no target examples.
 
     >>> [source_share(weight, 48) for weight in (None, 16, math.inf)]
     [0.0, 0.25, 1.0]
     """
     weight = 0.0 if source_weight is None else float(source_weight)
     if not weight >= 0:
-        raise ValueError(f"source_weight is a number of examples, 0 or more, not {source_weight}")
+        raise ValueError(f"source_weight must be >= 0 (examples), got {source_weight}")
     if not count > 0:
-        raise ValueError(f"there are {count} target examples; statistics need at least one")
+        raise ValueError(f"count must be > 0 (target examples), got {count}")
     return 1.0 if math.isinf(weight) else weight / (weight + count)
 
 
 def balancing_weights(probabilities: Any, source: Any, target: Any) -> np.ndarray:
-    """Weights that give target examples the class shares of the source.
+    """Importance weights of target examples that restore the class prior of the source.
 
-    Under label shift p_s(x) / p_t(x) is the posterior mean of p / q, because
-    p_s(x) = sum of p_k p(x|k). With f the source's posterior that is 1 / sum of f_k q_k / p_k:
-    a weight is large only where every likely class has become rare, and no estimate of 0 is
-    divided by unless an example is of that class beyond doubt.
+    Under label shift, p_s(x) / p_t(x) is the posterior mean of p / q, because
+    p_s(x) = sum of p_k p(x|k). With f the source's posterior, this is 1 / sum of f_k q_k / p_k:
+    a weight is large only if every likely class has become rare, and an estimate of 0 is a divisor
+    only for an example that belongs to that class with certainty.
 
     Args:
-        probabilities: `[n, K]`, calibrated, of a model with the source's prior.
-        source: `[K]`, p, positive.
-        target: `[K]`, q.
+        probabilities: ``[n, K]``, calibrated, of a model with the source's prior.
+        source: ``[K]``, p, positive.
+        target: ``[K]``, q.
 
     Returns:
-        `[n]`, float64, of mean 1. Classes that are absent from the target stay absent: look at
-        `effective_count`, and at the prevalence itself.
+        ``[n]``, float64, with mean 1. Classes that are absent from the target stay absent: check
+        ``effective_count`` and the prevalence itself.
 
     Raises:
-        ValueError: arrays that do not fit, a class of prior 0 at the source.
+        ValueError: arrays that do not fit each other, or a class with prior 0 in the source.
 
     >>> balancing_weights([[1, 0], [1, 0], [1, 0], [0, 1]], [0.5, 0.5], [0.75, 0.25]).round(3)
     array([0.667, 0.667, 0.667, 2.   ])
@@ -207,11 +200,14 @@ def balancing_weights(probabilities: Any, source: Any, target: Any) -> np.ndarra
     q = as_prior(target, "target", classes=found.shape[1])
     if not (p > 0).all():
         absent = np.flatnonzero(p == 0).tolist()
-        raise ValueError(f"classes {absent} have prior 0 at the source: leave them out")
+        raise ValueError(
+            f"source must be > 0 for every class, got 0 for classes {absent}; leave them out"
+        )
     density = found @ (q / p)
-    # One example is at most all that there is of its class.
+    # One example is at most its whole class.
     weights = 1 / np.maximum(density, 1 / (len(found) * p.max()))
-    return weights / weights.mean()
+    result: np.ndarray = weights / weights.mean()
+    return result
 
 
 def effective_count(weights: Any) -> float:
@@ -228,15 +224,15 @@ def effective_count(weights: Any) -> float:
 
 
 def displacement(source: Moments, target: Moments, epsilon: float = 0.0) -> float:
-    """How far a layer's statistics are from the source's, in the source's standard deviations.
+    """Distance of a layer's statistics from the source's, in the source's standard deviations.
 
-    Root mean square over channels of the Wasserstein distance between normal distributions of
-    these moments: 0 where nothing has moved, 1 where means differ by one standard deviation.
+    Root mean square over channels of the Wasserstein distance between normal distributions with
+    these moments: 0 for equal moments, 1 if all means differ by one standard deviation.
 
     Args:
-        source: the unit is its deviation.
-        target: what is compared.
-        epsilon: of the normalization; keeps dead channels, of variance 0, out of the figure.
+        source: its standard deviation is the unit.
+        target: the moments to compare.
+        epsilon: of the normalization; limits the effect of dead channels with variance 0.
 
     >>> displacement(Moments(np.zeros(2), np.ones(2), 1), Moments(np.ones(2), np.ones(2), 1))
     1.0
@@ -259,24 +255,24 @@ def apply_measuring(
     kind: Mixture = "moments",
     stop: str | None = None,
 ) -> tuple[jax.Array, dict[str, Moments]]:
-    """Runs the network and measures what goes into some of its BatchNorms.
+    """Runs a network and measures the moments of the inputs of some BatchNorms.
 
     Args:
-      model: the network.
-      variables: its parameters and statistics.
-      images: ``[batch, height, width, bands]``, floating and normalized.
-      weights: ``[batch]``, how much each image counts; None is 1.
-      chosen: paths of the BatchNorms.
-      by_batch: whether the chosen ones normalize by what they measure, which is what a deeper one
-        then sees; otherwise all normalize by the statistics that they have.
-      share: of the statistics that a BatchNorm has, where it normalizes by a mixture of them with
-        what it measures; None is what it measures alone.
-      kind: of that mixture.
-      stop: segment before which to stop.
+        model: the network.
+        variables: its parameters and statistics.
+        images: ``[batch, height, width, bands]``, floating and normalized.
+        weights: ``[batch]``, weight of each image; None is 1.
+        chosen: paths of the BatchNorms to measure.
+        by_batch: whether the chosen BatchNorms normalize by the measured moments, which affects the
+            inputs of deeper ones; otherwise all normalize by their running statistics.
+        share: of the running statistics in a mixture with the measured moments, by which the chosen
+            BatchNorms normalize; None uses only the measured moments.
+        kind: of the mixture.
+        stop: segment before which to stop.
 
     Returns:
-      The output, and for each chosen path the moments of the batch, float32 at least; ``count`` is
-      the sum of the weights.
+        The output, and the moments of the batch per chosen path, in float32 or wider; ``count`` is
+        the sum of the weights.
 
     >>> from flaxtransfer.models.config import ResNetConfig
     >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=8))
@@ -301,7 +297,7 @@ def apply_measuring(
             return next_fun(*args, **kwargs)
         held: Any = module.variables
         own = Moments(held["batch_stats"]["mean"], held["batch_stats"]["var"], 0)
-        # Without a share, statistics of a source that are not finite must not spoil the mixture.
+        # Without a share, source statistics that are not finite must not enter the result.
         used = found[path] if share is None else mix(own, found[path], share, kind)
         scale = jax.lax.rsqrt(used.var + module.epsilon) * held["params"]["scale"]
         y = (wide - used.mean) * scale + held["params"]["bias"]
@@ -314,11 +310,11 @@ def apply_measuring(
 
 
 def positions(model: Model, image_shape: Sequence[int]) -> dict[str, int]:
-    """Values that one image gives each channel of each BatchNorm, in the order of their running.
+    """Positions per image and channel of each BatchNorm, in the order of execution.
 
     Args:
-      model: the network.
-      image_shape: ``(height, width, bands)``.
+        model: the network.
+        image_shape: ``(height, width, bands)``.
 
     >>> from flaxtransfer.models.config import ResNetConfig
     >>> model = Model(ResNetConfig(depths=(1, 1, 1, 1), width=8))
@@ -333,7 +329,7 @@ def positions(model: Model, image_shape: Sequence[int]) -> dict[str, int]:
             found["/".join(context.module.path)] = maps[1] * maps[2]
         return next_fun(*args, **kwargs)
 
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)  # type: ignore[no-untyped-call]
     with nn.intercept_methods(look):
         jax.eval_shape(lambda v, x: model.apply(v, x, stop="pool")[0], model.abstract(), image)
     return found

@@ -1,49 +1,31 @@
 """Architectures by name, and what they cost.
 
-Architectures by the names that torchvision and timm give them.
-
-ResNets by name, as torchvision defines them.
+``ARCHITECTURES`` lists the names that torchvision and timm use, and ``resnet`` makes a model of
+one; a ``ResNetConfig`` of your own describes any other network of the family. ``costs`` counts
+parameters and multiply-adds from the shapes of the leaves and the spatial size of each layer.
 """
 
-from dataclasses import replace
-from typing import Any
+from __future__ import annotations
 
-from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.convolution import conv
-from flaxtransfer.models.layers import Convolution
-from flaxtransfer.models.model import Model
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from flaxtransfer.models.config import DEPTHS, STEM_LETTERS, ResNetConfig
 from flaxtransfer.paths import suggest
 
-__all__ = ["ARCHITECTURES", "RESNETS", "resnet"]
+if TYPE_CHECKING:
+    from flaxtransfer.models.layers import Convolution
+    from flaxtransfer.models.model import Model
+
+__all__ = ["ARCHITECTURES", "RESNETS", "Costs", "costs", "resnet"]
 
 
 RESNETS: dict[str, ResNetConfig] = {
-    "resnet18": ResNetConfig("basic", (2, 2, 2, 2)),
-    "resnet34": ResNetConfig("basic", (3, 4, 6, 3)),
-    "resnet50": ResNetConfig("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ResNetConfig("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ResNetConfig("bottleneck", (3, 8, 36, 3)),
+    f"resnet{depth}": ResNetConfig(*DEPTHS[depth]) for depth in (18, 34, 50, 101, 152)
 }
-
-_CONFIG_OF_DEPTH: dict[str, ResNetConfig] = {
-    "10": ResNetConfig("basic", (1, 1, 1, 1)),
-    "14": ResNetConfig("bottleneck", (1, 1, 1, 1)),
-    "26": ResNetConfig("bottleneck", (2, 2, 2, 2)),
-    **{name.removeprefix("resnet"): config for name, config in RESNETS.items()},
-    "200": ResNetConfig("bottleneck", (3, 24, 36, 3)),
-    "269": ResNetConfig("bottleneck", (3, 30, 48, 8)),
-    "270": ResNetConfig("bottleneck", (4, 29, 53, 4)),
-    "350": ResNetConfig("bottleneck", (4, 36, 72, 4)),
-    "420": ResNetConfig("bottleneck", (4, 44, 87, 4)),
-}
-
-_LETTERS: dict[str, dict[str, Any]] = {
-    "": {},
-    "c": {"stem": "deep", "stem_width": 32},
-    "d": {"stem": "deep", "stem_width": 32, "shortcut": "average"},
-    "s": {"stem": "deep", "stem_width": 64},
-    "t": {"stem": "tiered", "stem_width": 32, "shortcut": "average"},
-}
+"""The plain ResNets of torchvision."""
 
 _GROUPED = {
     f"{groups}x{width}d": {"groups": groups, "base_width": width}
@@ -52,8 +34,8 @@ _GROUPED = {
 
 
 def _variant(depth: str, letter: str = "", grouped: str = "", **parts: Any) -> ResNetConfig:
-    own = {**_LETTERS[letter], **_GROUPED.get(grouped, {}), **parts}
-    return replace(_CONFIG_OF_DEPTH[depth], **own)
+    own = {**STEM_LETTERS[letter], **_GROUPED.get(grouped, {}), **parts}
+    return replace(ResNetConfig(*DEPTHS[int(depth)]), **own)
 
 
 _RS: dict[str, Any] = {"stem_pool": "convolution", "attention": "se", "se_ratio": 0.25}
@@ -111,7 +93,7 @@ ARCHITECTURES: dict[str, ResNetConfig] = {
     **RESNETS,
     **{config.name: config for config in _VARIANTS},
 }
-"""Every architecture that has a name here; a `ResNetConfig` describes many more."""
+"""Every architecture with a name, as a configuration."""
 
 
 def resnet(
@@ -121,25 +103,25 @@ def resnet(
     dtype: Any = None,
     zero_head: bool = False,
     zero_init_residual: bool = False,
-    convolution: Convolution = conv,
+    convolution: Convolution | None = None,
 ) -> Model:
     """A ResNet of the v1.5 family, with torchvision's layers, paddings and names.
 
-    It is the network alone. For pre-trained numbers, `flaxtransfer.load` reads a checkpoint and
-    `flaxtransfer.classifier` makes the model that fits it and your classes.
+    It has random weights. For pre-trained weights, ``flaxtransfer.load`` reads a checkpoint, and
+    ``flaxtransfer.transfer`` builds the model that fits it and your classes.
 
     Args:
-      architecture: "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", a wide or ResNeXt
-        form such as "wide_resnet50_2" and "resnext50_32x4d", or a config of your own.
-      classes: outputs of the head; None keeps the config's.
-      dtype: of the convolutions; None is that of the parameters. See `Model`.
-      zero_head: whether `init` sets the head's kernel to 0.
-      zero_init_residual: whether `init` makes every block start as an identity.
-      convolution: the function that convolves; `lax_conv` gives the same network without the
-        remedies for CPU.
+        architecture: a name in ``ARCHITECTURES``, such as "resnet50", "wide_resnet50_2" or
+            "resnext50_32x4d", or a configuration of your own.
+        classes: outputs of the head; None keeps the configuration's.
+        dtype: of the convolutions; None uses that of the parameters. See ``Model``.
+        zero_head: whether ``init`` sets the head's kernel to 0.
+        zero_init_residual: whether ``init`` makes every block start as an identity.
+        convolution: the function that convolves; None is ``conv``, and ``lax_conv`` gives the same
+            network without the faster algorithms for CPU.
 
     Raises:
-      ValueError: an unknown name, with the nearest; numbers that describe no network.
+        ValueError: an unknown name, with the nearest one, or an invalid configuration.
 
     >>> import jax
     >>> model = resnet("resnet18", classes=10)
@@ -147,20 +129,132 @@ def resnet(
     11181642
 
     References:
-      K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
-      P. Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017 (stride
-      in the 3x3 convolution; zero-initialized last scale of each block).
+        K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
+        P. Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017 (stride
+        in the 3x3 convolution; zero-initialized last scale of each block).
     """
+    # Inside, so that the table above can be read without importing jax.
+    from flaxtransfer.models.convolution import conv
+    from flaxtransfer.models.model import Model
+
     config = _by_name(architecture) if isinstance(architecture, str) else architecture
     if classes is not None:
         config = replace(config, classes=classes)
-    return Model(config, dtype, zero_head, zero_init_residual, convolution)
+    return Model(config, dtype, zero_head, zero_init_residual, convolution or conv)
 
 
 def _by_name(name: str) -> ResNetConfig:
     if name not in ARCHITECTURES:
         raise ValueError(
-            f"no network {name!r}{suggest(name, ARCHITECTURES)}; there are "
-            f"{', '.join(ARCHITECTURES)}, and any other shape as a ResNetConfig"
+            f"unknown architecture {name!r}{suggest(name, ARCHITECTURES)}; known: "
+            f"{', '.join(ARCHITECTURES)}; a ResNetConfig describes any other"
         )
     return ARCHITECTURES[name]
+
+
+_IN_STAGE = re.compile(r"layer(\d)/(\d+)/(.+)/kernel")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Number of parameters and multiply-adds; the result of ``costs``.
+
+    Args:
+        parameters: number of trainable parameters.
+        multiply_adds: multiplications with a weight, each with its addition, in the convolutions
+            and dense layers. Tables write them as GMACs or, loosely, GFLOPs. A training step takes
+            about three times as many if all parameters are trained.
+    """
+
+    parameters: int
+    multiply_adds: int
+
+
+def costs(config: ResNetConfig, size: int = 224) -> Costs:
+    """Counts the parameters of a network, and its multiply-adds per image.
+
+    Normalization, activations, pooling and the scaling of channels are not counted, as in the
+    tables of torchvision and timm.
+
+    Args:
+        config: of the network.
+        size: height and width of the image in px.
+
+    Raises:
+        ValueError: a size that is not positive, or one that gives an odd number of pixels to a
+            layer that averages 2x2 of them.
+
+    >>> costs(ResNetConfig())
+    Costs(parameters=11689512, multiply_adds=1814073344)
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"size must be an integer >= 1 (px), got {size!r}")
+    sides = _sides(config, size)
+    parameters = multiply_adds = 0
+    from flaxtransfer.models.model import leaf_shapes  # Here: names need no jax.
+
+    for leaf, shape in leaf_shapes(config).items():
+        collection, _, path = leaf.partition("/")
+        if collection == "params":
+            parameters += math.prod(shape)
+            if path.endswith("/kernel"):
+                multiply_adds += math.prod(shape) * _uses(config, path, shape, sides)
+    return Costs(parameters, multiply_adds)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Sides of square maps in px: image, stem, and input and output of each block."""
+
+    image: int
+    stem: int
+    into: dict[tuple[int, int], int]
+    out: dict[tuple[int, int], int]
+
+
+def _sides(config: ResNetConfig, size: int) -> _Sides:
+    stem = math.ceil(size / 2)
+    averaged = config.anti_alias == "average"
+    # Padded by half the kernel, a stride of 2 rounds up; 2x2 averages drop an odd row.
+    side = stem // 2 if averaged else math.ceil(stem / 2)
+    into, out = {}, {}
+    for stage, depth in enumerate(config.depths, start=1):
+        for block in range(depth):
+            into[stage, block] = side
+            if config.stride(stage, block) != 1:
+                if side == 0 or (averaged and side % 2):
+                    raise ValueError(
+                        f"images of {size} px do not fit {config.name}: layer{stage} gets {side} "
+                        f"px and averages 2x2 of them; {math.ceil(size / 32) * 32} px fit"
+                    )
+                side = math.ceil(side / 2)
+            out[stage, block] = side
+    return _Sides(size, stem, into, out)
+
+
+def _uses(config: ResNetConfig, path: str, shape: tuple[int, ...], sides: _Sides) -> int:
+    """How often each number of a kernel is multiplied: once per position of its output."""
+    if path.startswith("adapter/"):
+        return sides.image**2
+    if path.startswith("fc/"):
+        return 1
+    if path.startswith("maxpool/"):
+        return sides.into[1, 0] ** 2
+    if not (found := _IN_STAGE.fullmatch(path)):
+        return sides.stem**2
+    stage, block, layer = int(found[1]), int(found[2]), found[3]
+    if layer.startswith("se/"):
+        # ECA's filter of 3 to 9 taps runs along the output channels of the block.
+        channels = config.width * 2 ** (stage - 1) * config.expansion
+        return channels if len(shape) == 3 else 1
+    before = layer in _before_the_stride(config)
+    return (sides.into if before else sides.out)[stage, block] ** 2
+
+
+def _before_the_stride(config: ResNetConfig) -> tuple[str, ...]:
+    """The convolutions of a block whose output has the resolution of the block's input."""
+    if config.block == "basic":
+        return ("conv1",) if config.anti_alias else ()
+    if config.stride_in == "1x1":
+        return ()
+    return ("conv1", "conv2") if config.anti_alias else ("conv1",)

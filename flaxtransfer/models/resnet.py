@@ -1,10 +1,7 @@
-"""The ResNet family: blocks, network and constructor.
+"""The ResNet family: channel attention, residual blocks, stems and the whole network.
 
-Attention over channels: each channel of a map is scaled by a number between 0 and 1.
-
-The residual blocks of a ResNet, under torchvision's and timm's names.
-
-A ResNet as a Linen module that runs any slice of its segments.
+The layers have the names that torchvision and timm give them. ``Network`` is a Linen module that
+runs any slice of its segments. ``models.model.Model`` is the interface to it.
 """
 
 import flax.linen as nn
@@ -21,13 +18,13 @@ __all__ = ["Network", "attention", "block_of", "segments_of"]
 
 
 class Dense1x1(nn.Module):
-    """A dense layer with a bias, whose kernel is that of a 1x1 convolution as in torch."""
+    """A dense layer with a bias whose kernel has the shape of a 1x1 convolution, as in torch."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # `initialize` draws the kernel.
+        # `Model.init` draws the kernel.
         shape = (1, 1, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -36,7 +33,7 @@ class Dense1x1(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Two dense layers on the means of all channels."""
+    """Squeeze-and-excitation: two dense layers on the channel means."""
 
     ratio: float
 
@@ -48,7 +45,7 @@ class SqueezeExcite(nn.Module):
 
 
 class EfficientAttention(nn.Module):
-    """One short filter along the means of all channels."""
+    """Efficient channel attention (ECA): one short filter along the channel means."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,7 +54,7 @@ class EfficientAttention(nn.Module):
 
 
 class Filter(nn.Module):
-    """A filter along the channels, beyond which there is 0."""
+    """A one-dimensional convolution along the channels, padded with zeros."""
 
     size: int
 
@@ -71,17 +68,17 @@ class Filter(nn.Module):
 
 
 def attention(config: ResNetConfig, name: str) -> nn.Module | None:
-    """The module that a config asks for; None without one."""
+    """The attention module of a configuration; None without attention."""
     if config.attention == "se":
         return SqueezeExcite(config.se_ratio, name=name)
     return EfficientAttention(name=name) if config.attention == "eca" else None
 
 
 class Downsample(Layers):
-    """What brings the shortcut to the shape of its block.
+    """The projection shortcut of a block.
 
     Its parts are numbered as in torch: an average-pool before the convolution is number 0. In a
-    network of pre-activations it has no norm.
+    pre-activation network it has no norm.
     """
 
     features: int
@@ -101,11 +98,11 @@ class Downsample(Layers):
 
 
 class Block(Layers):
-    """What all blocks have in common.
+    """Base class of the residual blocks.
 
     Args:
-      stage: 1 to 4.
-      index: in the stage, from 0.
+        stage: 1 to 4.
+        index: in the stage, from 0.
     """
 
     stage: int
@@ -113,47 +110,48 @@ class Block(Layers):
 
     @property
     def stride(self) -> int:
-        """Of the block."""
+        """Stride of the block."""
         return self.config.stride(self.stage, self.index)
 
     @property
     def planes(self) -> int:
         """Output channels before expansion."""
-        return self.config.width * 2 ** (self.stage - 1)
+        result: int = self.config.width * 2 ** (self.stage - 1)
+        return result
 
     @property
     def convolved(self) -> int:
-        """The stride that convolutions have; an anti-aliased block lowers resolution after one."""
+        """Stride of the convolutions; anti-aliased blocks lower the resolution by pooling."""
         return 1 if self.config.anti_alias else self.stride
 
     def lower(self, x: jax.Array) -> jax.Array:
-        """`x` at the block's resolution, where no convolution has the stride."""
+        """Lowers the resolution by anti-aliased pooling where the block has a stride."""
         alias = self.config.anti_alias
         return anti_aliased(x, alias) if alias and self.stride != 1 else x
 
     def join(self, x: jax.Array, y: jax.Array, norm: Norm) -> jax.Array:
-        """The block's input, fitted to its output `y`, plus `y`."""
+        """Adds the shortcut of the input ``x`` to the output ``y``."""
         if (scaled := attention(self.config, "se")) is not None:
             y = scaled(y)
         if self.config.has_shortcut(self.stage, self.index):
             x = self.downsample(x, norm)
         if x.shape != y.shape:
             raise ValueError(
-                f"at {'/'.join(self.path)} the shortcut has {x.shape[1]}x{x.shape[2]} positions, "
-                f"and the block {y.shape[1]}x{y.shape[2]}: average anti-aliasing takes images "
-                "whose sides are multiples of 32"
+                f"at {'/'.join(self.path)} the shortcut has {x.shape[1]}x{x.shape[2]} positions "
+                f"and the block {y.shape[1]}x{y.shape[2]}: with average anti-aliasing, the sides "
+                "of images must be multiples of 32"
             )
         return nn.relu(x + y)
 
     def downsample(self, x: jax.Array, norm: Norm) -> jax.Array:
-        """`x` in the shape of the block's output."""
+        """Projects ``x`` to the shape of the block's output."""
         features = self.planes * self.config.expansion
         parts = (self.dtype, self.convolution, self.config, features, self.stride)
         return Downsample(*parts, name="downsample")(x, norm)
 
 
 class Basic(Block):
-    """Two 3x3 convolutions; the first one has the stride."""
+    """Basic block: two 3x3 convolutions; the first one has the stride."""
 
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
@@ -165,7 +163,7 @@ class Basic(Block):
 
 
 class Bottleneck(Block):
-    """1x1, 3x3 and 1x1 convolutions, one of the first two with the stride."""
+    """Bottleneck block: 1x1, 3x3 and 1x1 convolutions; one of the first two has the stride."""
 
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
@@ -182,7 +180,7 @@ class Bottleneck(Block):
 
 
 class Preactivated(Block):
-    """Norm and activation stand before each convolution, and the sum is passed on as it is."""
+    """Pre-activation block: norm and activation precede each convolution, and none follows."""
 
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
@@ -209,7 +207,7 @@ class Preactivated(Block):
 
 
 def block_of(config: ResNetConfig) -> type[Block]:
-    """The kind of block that a network is made of."""
+    """The block class of a configuration."""
     if config.preactivation:
         return Preactivated
     return Basic if config.block == "basic" else Bottleneck
@@ -219,19 +217,19 @@ _SEGMENTS = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
 
 
 def segments_of(config: ResNetConfig) -> tuple[str, ...]:
-    """Names of the segments, from the input to the output."""
+    """Names of the segments, from input to output."""
     return _SEGMENTS if config.adapter is None else ("adapter", *_SEGMENTS)
 
 
 class InputAdapter(nn.Module):
-    """From n bands to the three channels of the stem, in the dtype of the images."""
+    """The input adapter of n bands, in the dtype of the images."""
 
     adapter: Adapter
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shapes = adapters.shapes(self.adapter)
-        # `initialize` and `transfer` fill them.
+        # `Model.init` and `transfer` set the values.
         params = {
             name: self.param(name, nn.initializers.zeros, shape, jnp.float32)
             for name, shape in shapes.items()
@@ -240,7 +238,7 @@ class InputAdapter(nn.Module):
 
 
 class DeepStem(Layers):
-    """Three 3x3 convolutions in the place of a 7x7; the last one's norm follows it outside.
+    """Deep stem: three 3x3 convolutions instead of one 7x7; the last norm follows outside.
 
     The convolutions are numbered as in torch, where norms and activations count.
     """
@@ -254,7 +252,7 @@ class DeepStem(Layers):
 
 
 class Pool(Layers):
-    """A convolution with stride 2 in the place of the stem's max-pool."""
+    """A convolution with stride 2 instead of the stem's max-pooling."""
 
     @nn.compact
     def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
@@ -263,7 +261,7 @@ class Pool(Layers):
 
 
 class Stage(Layers):
-    """The blocks of one resolution; the last of pre-activations are normalized once more."""
+    """The blocks of one resolution; after the last pre-activation block follows one more norm."""
 
     number: int
 
@@ -280,7 +278,7 @@ class Stage(Layers):
 
 
 class Network(Layers):
-    """The whole network; pooling and head compute in float32 whatever the dtype before them."""
+    """The whole network; pooling and head compute in float32 for every dtype."""
 
     @nn.compact
     def __call__(
@@ -294,7 +292,7 @@ class Network(Layers):
             elif segment == "pool":
                 x = _wide(x).mean((1, 2))
             elif segment == "head":
-                # `initialize` fills the kernel.
+                # `Model.init` draws the kernel.
                 head = nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="fc")
                 x = head(_wide(x))
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flaxtransfer.lazy import attach
+from flaxtransfer.lazy import attach, names_from
 
 if TYPE_CHECKING:
     from flaxtransfer.recipes.catalog import RECIPES as RECIPES
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     )
     from flaxtransfer.recipes.catalog import progressive_unfreezing as progressive_unfreezing
     from flaxtransfer.recipes.catalog import surgical as surgical
+    from flaxtransfer.recipes.measurement import MOST_IMAGES as MOST_IMAGES
     from flaxtransfer.recipes.measurement import Measurement as Measurement
     from flaxtransfer.recipes.measurement import measure as measure
+    from flaxtransfer.recipes.parts import adamw as adamw
+    from flaxtransfer.recipes.parts import units as units
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)
+
+RECIPE_NAMES = tuple(
+    name for name in names_from(__file__, f"{__name__}.catalog") if name != "RECIPES"
+)
+"""The names of the recipes, for help texts and checks that must not import jax."""

@@ -1,57 +1,43 @@
-"""Recipes: ways of adapting a pre-trained network, as plans.
+"""The recipes themselves, one function each.
 
-Recipes: ways of adapting a pre-trained network, as plans.
-
-What the recipes are made of: an optimizer with its schedule, and the parts of a network.
-
-Recipes that leave most of the network as it was.
-
-Recipes in which everything moves.
-
-Recipes of several phases.
-
-Recipes whose learning rates are measured on the images first; the measurement is an argument.
+A recipe is a function of the parameters that returns a ``Plan``, with ``@recipe`` above it: that
+puts it into ``RECIPES`` and writes down the arguments that it shares with the others.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, ParamSpec
 
-import numpy as np
-import optax
-
-from flaxtransfer.groups import FROZEN, Group
-from flaxtransfer.labels import rest
-from flaxtransfer.masks import (
-    Mask,
-    adapter,
-    as_mask,
-    batch_norm,
-    everything,
-    glob,
-    head,
-    segment_or_empty,
-    stage,
-    stem,
-)
+from flaxtransfer.groups import FROZEN, Frozen, Group
+from flaxtransfer.labels import Rest, rest
+from flaxtransfer.masks import Mask, batch_norm, everything
+from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import scaled
-from flaxtransfer.paths import flatten, listing, segment_of, segment_position, suggest
-from flaxtransfer.schedules import WarmupCosine
+from flaxtransfer.recipes.parts import (
+    adamw,
+    below_head,
+    check_decay,
+    check_measured,
+    chosen_part,
+    curvature_rates,
+    fresh,
+    measured_below_head,
+    scaled_groups,
+    units,
+)
 from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.types import Params
 
 __all__ = [
-    "By",
-    "adamw",
+    "RECIPES",
     "batch_norm_only",
-    "check_measured",
-    "curvature_rates",
     "curvature_scaled",
     "discriminative",
     "feature_extraction",
-    "fresh",
     "from_scratch",
     "full_fine_tuning",
     "gradient_scaled",
@@ -59,77 +45,65 @@ __all__ = [
     "l2_sp",
     "linear_probe_then_fine_tune",
     "progressive_unfreezing",
+    "recipe",
     "surgical",
-    "units",
 ]
 
 
-By = Literal["segment", "block"]
+RECIPES: dict[str, Callable[..., Plan]] = {}
+"""The recipes by name, those that move least first."""
+
+_ARGUMENTS = {
+    "params": "Parameters or their shapes.",
+    "by": '"segment" or "block": the size of the parts of the network.',
+    "steps": "Optimizer steps.",
+    "learning_rate": "Peak rate of everything but the head.",
+    "head_learning_rate": "Peak rate of the head.",
+    "weight_decay": "Decoupled, on kernels.",
+    "patience": "Evaluations without improvement that end a phase; needs a validation set.",
+}
+"""What the arguments mean where a recipe does not say otherwise."""
+
+P = ParamSpec("P")
+_Labels = dict[str, Mask | Rest]
+_Groups = dict[str, Group | Frozen]
 
 
-def adamw(peak: float, weight_decay: float) -> Group:
-    """AdamW that warms up for a tenth of its phase and follows a cosine to 0."""
-    return Group(optax.adamw, WarmupCosine(peak), weight_decay=weight_decay)
+def recipe(function: Callable[P, Plan]) -> Callable[P, Plan]:
+    """Adds a function to ``RECIPES``, and to its docstring the arguments that recipes share."""
+    RECIPES[function.__name__] = function
+    text = inspect.getdoc(function) or ""
+    if "Args:" not in text:
+        text = text.replace("References:", "Args:\n\nReferences:")
+    before, _, after = text.partition("Args:")
+    block, _, sections = after.partition("\n\n")
+    own = {found[1]: found[0] for found in re.finditer(r"\n {4}(\w+): .*(\n {8}.*)*", block)}
+    names = inspect.signature(function).parameters
+    entries = [own.get(name, f"\n    {name}: {_ARGUMENTS.get(name, '')}") for name in names]
+    function.__doc__ = f"{before}Args:{''.join(entries)}\n\n{sections}"
+    return function
 
 
-def fresh(params: Params) -> Mask:
-    """What no pre-training has seen: the head, and the input adapter where there is one."""
-    adapted = any(segment_or_empty(path) == "adapter" for path in flatten(params))
-    return head() | adapter() if adapted else head()
+def _head_and_backbone(
+    params: Params, on_head: Group, on_backbone: Group | Frozen
+) -> tuple[_Labels, _Groups]:
+    return {"head": fresh(params), "backbone": rest()}, {"head": on_head, "backbone": on_backbone}
 
 
-def units(params: Params, by: By = "segment") -> dict[str, Mask]:
-    """The parts of a ResNet from the input to the output, the head last, each with its mask.
-
-    An input adapter is as new as the head, and belongs to that part.
-
-    Raises:
-      ValueError: leaves that are no ResNet's, or another ``by``.
-    """
-    if by not in ("segment", "block"):
-        raise ValueError(f"by is 'segment' or 'block', not {by!r}")
-    paths = list(flatten(params))
-    if foreign := [path for path in paths if not segment_or_empty(path)]:
-        raise ValueError(
-            f"no segment of a ResNet has these leaves: {listing(foreign)}; for other networks "
-            "write the phases with masks"
-        )
-    found: dict[str, Mask] = {}
-    for path in sorted(paths, key=lambda path: _position(path, by)):
-        segment = segment_of(path)
-        block = path.split("/")[1]
-        if segment in ("adapter", "head"):
-            continue
-        if by == "block" and segment.startswith("layer"):
-            found.setdefault(f"{segment}/{block}", glob(f"{segment}/{block}/**"))
-        elif segment.startswith("layer"):
-            found.setdefault(segment, stage(int(segment.removeprefix("layer"))))
-        else:
-            found.setdefault(segment, stem())
-    return found | {"head": fresh(params)}
+def _plan(
+    labels: Mapping[str, Mask | Rest],
+    groups: Mapping[str, Group | Frozen],
+    steps: int,
+    patience: int | None,
+    name: str = "fine-tune",
+    **settings: Any,
+) -> Plan:
+    """A plan of one phase, which clips the gradient unless told otherwise."""
+    options = {"clip": 1.0, "patience": patience, **settings}
+    return Plan([Phase(labels, groups, steps=steps, name=name, **options)])
 
 
-def check_measured(measured: Mapping[str, float], argument: str) -> None:
-    """Refuses what no measurement can be, before it decides which leaves move.
-
-    Comparisons with NaN are all false: unchecked, it would freeze a part or choose one by its
-    place in the order, without a word.
-
-    Raises:
-      ValueError: numbers that are negative or not finite, or nothing above 0.
-    """
-    values = list(measured.values())
-    if not all(0 <= value < np.inf for value in values) or not any(values):
-        raise ValueError(f"{argument} are finite, not negative and not all 0: {dict(measured)}")
-
-
-def _position(path: str, by: By) -> tuple[tuple[int, int], int]:
-    segment = segment_of(path)
-    block = path.split("/")[1]
-    inside = by == "block" and segment.startswith("layer")
-    return segment_position(segment), int(block) if inside else 0
-
-
+@recipe
 def feature_extraction(
     params: Params,
     *,
@@ -138,33 +112,24 @@ def feature_extraction(
     weight_decay: float = 1e-2,
     patience: int | None = None,
 ) -> Plan:
-    """The head alone, on the network as it is.
+    """Feature extraction: the head alone, on the network as it is.
 
     Use it with very few labels of images like those of the pre-training, as the baseline that
-    anything dearer has to beat, and where one network serves several heads. It cannot do more than
-    the features do: where images differ from the pre-training in kind, a probe stays behind.
+    costlier recipes have to beat, and where one network serves several heads. It cannot do more
+    than the features do: where images differ from the pre-training in kind, a probe stays behind.
 
     Args:
-      params: nested dict of parameters or their shapes.
-      steps: optimizer steps.
-      learning_rate: peak rate of the head.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
+        learning_rate: Peak rate of the head.
 
     References:
-      J. Donahue et al., "DeCAF: A Deep Convolutional Activation Feature for Generic Visual
-      Recognition", 2014.
+        J. Donahue et al., "DeCAF: A Deep Convolutional Activation Feature for Generic Visual
+        Recognition", 2014.
     """
-    phase = Phase(
-        labels={"head": fresh(params), "backbone": rest()},
-        groups={"head": adamw(learning_rate, weight_decay), "backbone": FROZEN},
-        steps=steps,
-        name="head",
-        patience=patience,
-    )
-    return Plan([phase])
+    parts = _head_and_backbone(params, adamw(learning_rate, weight_decay), FROZEN)
+    return _plan(*parts, steps, patience, "head", clip=None)
 
 
+@recipe
 def batch_norm_only(
     params: Params,
     *,
@@ -182,272 +147,23 @@ def batch_norm_only(
     switch channels on and off, which goes far; they cannot make new features.
 
     Args:
-      params: nested dict of parameters or their shapes.
-      steps: optimizer steps.
-      learning_rate: peak rate of scales and biases.
-      head_learning_rate: peak rate of the head.
-      weight_decay: decoupled, on the head's kernel.
-      statistics: whether BatchNorm uses, and updates, batch statistics; without it the running
-        ones of the pre-training stay, in training too.
-      patience: evaluations without improvement that end training; needs a validation set.
+        learning_rate: Peak rate of scales and biases.
+        weight_decay: Decoupled, on the head's kernel.
+        statistics: Whether BatchNorm uses, and updates, batch statistics; without it the running
+            ones of the pre-training stay, in training too.
 
     References:
-      J. Frankle, D. J. Schwab, A. S. Morcos, "Training BatchNorm and Only BatchNorm: On the
-      Expressive Power of Random Features in CNNs", 2021.
+        J. Frankle, D. J. Schwab, A. S. Morcos, "Training BatchNorm and Only BatchNorm: On the
+        Expressive Power of Random Features in CNNs", 2021.
     """
-    phase = Phase(
-        labels={"head": fresh(params), "batch norm": batch_norm(), "rest": rest()},
-        groups={
-            "head": adamw(head_learning_rate, weight_decay),
-            "batch norm": adamw(learning_rate, 0.0),
-            "rest": FROZEN,
-        },
-        steps=steps,
-        name="batch norm",
-        norm={everything(): "batch" if statistics else "running"},
-        clip=1.0,
-        patience=patience,
-    )
-    return Plan([phase])
+    labels: _Labels = {"head": fresh(params), "batch norm": batch_norm(), "rest": rest()}
+    on_head, on_norms = adamw(head_learning_rate, weight_decay), adamw(learning_rate, 0.0)
+    groups: _Groups = {"head": on_head, "batch norm": on_norms, "rest": FROZEN}
+    norm = {everything(): "batch" if statistics else "running"}
+    return _plan(labels, groups, steps, patience, "batch norm", norm=norm)
 
 
-def surgical(
-    params: Params,
-    *,
-    part: Mask | str | None = None,
-    gradients: Mapping[str, float] | None = None,
-    by: By = "segment",
-    batch_norms: bool = True,
-    steps: int = 300,
-    learning_rate: float = 3e-4,
-    head_learning_rate: float = 3e-3,
-    weight_decay: float = 1e-2,
-    patience: int | None = None,
-) -> Plan:
-    """One part of the network and the head; by default the first layers.
-
-    Use it when you know what has changed: noise, blur or another sensor ask for the first layers,
-    other objects for the last ones. Where nothing is known, relative gradient norms can choose the
-    part; it is a guess that validation should confirm.
-
-    Args:
-      params: nested dict of parameters or their shapes.
-      part: which leaves move beside the head; by default the stem and the first stage, or what
-        ``gradients`` say.
-      gradients: norm of the gradient over norm of the weights of each part, by its name ("stem",
-        "layer1", ...); the part with the largest moves. See ``analysis.gradients``.
-      by: of which parts the gradients are: "segment" or "block".
-      batch_norms: whether the BatchNorms inside the part move, and use batch statistics.
-      steps: optimizer steps.
-      learning_rate: peak rate of the part.
-      head_learning_rate: peak rate of the head.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
-
-    Raises:
-      ValueError: both a part and gradients, gradients of a part that there is not, that are
-        negative, not finite or all 0.
-
-    References:
-      Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
-    """
-    chosen = _part(params, part, gradients, by) - fresh(params)
-    phase = Phase(
-        labels={
-            "head": fresh(params),
-            "part": chosen if batch_norms else chosen - batch_norm(),
-            "rest": rest(),
-        },
-        groups={
-            "head": adamw(head_learning_rate, weight_decay),
-            "part": adamw(learning_rate, weight_decay),
-            "rest": FROZEN,
-        },
-        steps=steps,
-        name="surgery",
-        clip=1.0,
-        patience=patience,
-    )
-    return Plan([phase])
-
-
-def _part(
-    params: Params, part: Mask | str | None, gradients: Mapping[str, float] | None, by: By
-) -> Mask:
-    if gradients is None:
-        return as_mask("stem() | stage(1)" if part is None else part)
-    if part is not None:
-        raise ValueError(f"give a part or gradients that choose one, not both: {part!r}")
-    parts = units(params, by)
-    body = {name: value for name, value in gradients.items() if name != "head"}
-    unknown = [name for name in body if name not in parts]
-    if unknown or not body:
-        raise ValueError(
-            f"gradients are of parts of the network, not {unknown or 'empty'}; there are "
-            f"{', '.join(name for name in parts if name != 'head')}"
-        )
-    check_measured(body, "gradients")
-    return parts[max(body, key=lambda name: body[name])]
-
-
-def full_fine_tuning(
-    params: Params,
-    *,
-    steps: int = 300,
-    learning_rate: float = 3e-4,
-    head_learning_rate: float = 3e-3,
-    weight_decay: float = 1e-2,
-    patience: int | None = None,
-) -> Plan:
-    """Everything at one low rate, the new head at a higher one.
-
-    Use it with some thousand labels and more, or where images are unlike those of the
-    pre-training. With a few dozen labels it overfits before it gains, and a head that starts at
-    random disturbs the features first (see ``head_then_fine_tune``).
-
-    Args:
-      params: nested dict of parameters or their shapes.
-      steps: optimizer steps.
-      learning_rate: peak rate of everything but the head.
-      head_learning_rate: peak rate of the head.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
-
-    References:
-      P. Agrawal, R. Girshick, J. Malik, "Analyzing the Performance of Multilayer Neural Networks
-      for Object Recognition", 2014.
-    """
-    phase = Phase(
-        labels={"head": fresh(params), "backbone": rest()},
-        groups={
-            "head": adamw(head_learning_rate, weight_decay),
-            "backbone": adamw(learning_rate, weight_decay),
-        },
-        steps=steps,
-        name="fine-tune",
-        clip=1.0,
-        patience=patience,
-    )
-    return Plan([phase])
-
-
-def discriminative(
-    params: Params,
-    *,
-    steps: int = 300,
-    learning_rate: float = 3e-3,
-    decay: float = 0.4,
-    by: By = "segment",
-    weight_decay: float = 1e-2,
-    patience: int | None = None,
-) -> Plan:
-    """Everything, at learning rates that shrink from the head toward the input.
-
-    Use it in place of full fine-tuning with some hundred to some thousand labels: the early,
-    general features stay nearly where they were. It fits badly where the first layers are what
-    has to change, as for images of another sensor.
-
-    Args:
-      params: nested dict of parameters or their shapes.
-      steps: optimizer steps.
-      learning_rate: peak rate of the head.
-      decay: factor of the rate for each segment or block further down, in (0, 1].
-      by: "segment" or "block".
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
-
-    Raises:
-      ValueError: a decay outside (0, 1], leaves that are no ResNet's.
-
-    References:
-      J. Howard, S. Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018.
-    """
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay is a factor in (0, 1], not {decay!r}")
-    parts = units(params, by)
-    top = adamw(learning_rate, weight_decay)
-    distance = {name: len(parts) - 1 - number for number, name in enumerate(parts)}
-    groups = {
-        name: replace(top, learning_rate=scaled(top.learning_rate, decay ** distance[name]))
-        for name in parts
-    }
-    phase = Phase(parts, groups, steps=steps, name="fine-tune", clip=1.0, patience=patience)
-    return Plan([phase])
-
-
-def l2_sp(
-    params: Params,
-    *,
-    steps: int = 300,
-    learning_rate: float = 3e-4,
-    head_learning_rate: float = 3e-3,
-    strength: float = 1e-2,
-    head_decay: float = 1e-2,
-    patience: int | None = None,
-) -> Plan:
-    """Everything, pulled back toward the pre-trained weights; the head toward zero.
-
-    Use it with few labels where full fine-tuning overfits: the penalty says that the pre-trained
-    weights are the best guess, where ordinary decay says that zero is. It does not help where the
-    pre-training is of no use.
-
-    Args:
-      params: nested dict of parameters or their shapes.
-      steps: optimizer steps.
-      learning_rate: peak rate of everything but the head.
-      head_learning_rate: peak rate of the head.
-      strength: of the pull, an L2 penalty on the distance (added to the gradient).
-      head_decay: decoupled, on the head's kernel.
-      patience: evaluations without improvement that end training; needs a validation set.
-
-    References:
-      X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with
-      Convolutional Networks", 2018.
-    """
-    backbone = replace(adamw(learning_rate, strength), decay_toward="start")
-    phase = Phase(
-        labels={"head": fresh(params), "backbone": rest()},
-        groups={"head": adamw(head_learning_rate, head_decay), "backbone": backbone},
-        steps=steps,
-        name="fine-tune",
-        clip=1.0,
-        patience=patience,
-    )
-    return Plan([phase])
-
-
-def from_scratch(
-    params: Params,
-    *,
-    steps: int = 300,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 1e-2,
-    patience: int | None = None,
-) -> Plan:
-    """Everything from random weights: the control that says what the pre-training was worth.
-
-    Args:
-      params: nested dict of parameters or their shapes.
-      steps: optimizer steps.
-      learning_rate: peak rate, after a warm-up of a tenth of the steps.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
-
-    References:
-      K. He, R. Girshick, P. Dollár, "Rethinking ImageNet Pre-training", 2019.
-    """
-    del params  # Everything is everything; the signature is that of all recipes.
-    phase = Phase(
-        labels={"all": everything()},
-        groups={"all": adamw(learning_rate, weight_decay)},
-        steps=steps,
-        name="from scratch",
-        clip=1.0,
-        patience=patience,
-    )
-    return Plan([phase])
-
-
+@recipe
 def head_then_fine_tune(
     params: Params,
     *,
@@ -461,46 +177,34 @@ def head_then_fine_tune(
     """First the new head on the frozen network, then everything at a lower rate.
 
     Use it when the classes are new and the images not too far from those of the pre-training. A
-    head that starts at random would send large gradients into the network and distort features
-    that were good; fitting it first avoids that. It is not for a few images so unlike the
-    pre-training that frozen features carry nothing.
+    head that starts at random would send large gradients into the network and distort good
+    features; fitting it first avoids that. It is not for images on which those carry nothing.
 
     Args:
-      params: nested dict of parameters or their shapes.
-      head_steps: optimizer steps of the first phase; 0 leaves it out.
-      fine_tune_steps: optimizer steps of the second; 0 leaves it out.
-      head_learning_rate: peak rate of the head alone.
-      learning_rate: peak rate of everything, after a warm-up of a tenth of the phase.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end a phase; needs a validation set.
+        head_steps: Optimizer steps of the first phase; 0 leaves it out.
+        fine_tune_steps: Optimizer steps of the second; 0 leaves it out.
+        head_learning_rate: Peak rate of the head alone.
+        learning_rate: Peak rate of everything, after a warm-up of a tenth of the phase.
 
     Raises:
-      ValueError: both phases are left out.
+        ValueError: Both phases are left out.
 
     References:
-      A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
-      Out-of-Distribution", 2022.
+        A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+        Out-of-Distribution", 2022.
     """
-    labels = {"head": fresh(params), "backbone": rest()}
-    phases = []
+    phases: list[Phase] = []
     if head_steps:
-        groups = {"head": adamw(head_learning_rate, weight_decay), "backbone": FROZEN}
-        phases.append(Phase(labels, groups, steps=head_steps, name="head", patience=patience))
+        parts = _head_and_backbone(params, adamw(head_learning_rate, weight_decay), FROZEN)
+        phases += _plan(*parts, head_steps, patience, "head", clip=None).phases
     if fine_tune_steps:
-        everything_moves = adamw(learning_rate, weight_decay)
-        phases.append(
-            Phase(
-                labels,
-                groups={"head": everything_moves, "backbone": everything_moves},
-                steps=fine_tune_steps,
-                name="fine-tune",
-                clip=1.0,
-                patience=patience,
-            )
-        )
+        both = adamw(learning_rate, weight_decay)
+        parts = _head_and_backbone(params, both, both)
+        phases += _plan(*parts, fine_tune_steps, patience).phases
     return Plan(phases)
 
 
+@recipe
 def linear_probe_then_fine_tune(
     params: Params,
     *,
@@ -518,32 +222,18 @@ def linear_probe_then_fine_tune(
     features carry nothing, a probe is no better a start than any.
 
     Args:
-      params: nested dict of parameters or their shapes.
-      steps: optimizer steps after the probe.
-      learning_rate: peak rate of everything but the head.
-      head_learning_rate: peak rate of the head, which has come a long way already.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
+        steps: Optimizer steps after the probe.
+        head_learning_rate: Peak rate of the head, which has come a long way already.
 
     References:
-      A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
-      Out-of-Distribution", 2022.
+        A. Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+        Out-of-Distribution", 2022.
     """
-    phase = Phase(
-        labels={"head": fresh(params), "backbone": rest()},
-        groups={
-            "head": adamw(head_learning_rate, weight_decay),
-            "backbone": adamw(learning_rate, weight_decay),
-        },
-        steps=steps,
-        name="fine-tune",
-        probe=True,
-        clip=1.0,
-        patience=patience,
-    )
-    return Plan([phase])
+    on_head, on_backbone = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
+    return _plan(*_head_and_backbone(params, on_head, on_backbone), steps, patience, probe=True)
 
 
+@recipe
 def progressive_unfreezing(
     params: Params,
     *,
@@ -566,62 +256,87 @@ def progressive_unfreezing(
     optimizer moments when the next one joins, and has a label of its own, so that it begins with
     a bias correction of its own. It costs as many phases as there are parts, and a small
     validation set decides by luck (see ``min_gain`` and ``min_z``). Phases have to be long enough
-    for what moves to settle: where the head has not, more of its training passes for a gain of the
-    next part.
+    for what moves to settle: otherwise more of its training passes for a gain of the next part.
 
     Args:
-      params: nested dict of parameters or their shapes.
-      by: "segment" unfreezes stage by stage, "block" residual block by block.
-      steps: optimizer steps of each phase.
-      learning_rate: peak rate of the uppermost part below the head.
-      head_learning_rate: peak rate of the head.
-      decay: factor of the rate for each part further down, in (0, 1].
-      weight_decay: decoupled, on kernels.
-      down_to: last part that may be unfrozen ("layer3", "layer3/0"); by default the first of all.
-      stop_after: phases in a row without gain after which the plan ends; None tries all parts.
-      min_gain: validation accuracy, as a share, that each phase has to earn.
-      min_z: standard errors of the paired difference that the gain has to exceed (``ft.Plan``). 2
-        asks for proof, which takes thousands of validation images where each part gains a little;
-        with a few hundred the plan then ends too early, and that costs more than a part too many.
-      patience: evaluations without improvement that end a phase.
+        by: "segment" unfreezes stage by stage, "block" residual block by block.
+        steps: Optimizer steps of each phase.
+        learning_rate: Peak rate of the uppermost part below the head.
+        decay: Factor of the rate for each part further down, in (0, 1].
+        down_to: Last part that may be unfrozen, by its name in the plan; by default the first part
+            of the network.
+        stop_after: Phases in a row without gain after which the plan ends; None tries all parts.
+        min_gain: Validation accuracy, as a share, that each phase has to earn.
+        min_z: Standard errors of the paired difference that the gain has to exceed (``ft.Plan``). 2
+            asks for proof, which takes thousands of validation images where each part gains little;
+            with a few hundred the plan ends too early, which costs more than a part too many.
+        patience: Evaluations without improvement that end a phase.
 
     Raises:
-      ValueError: numbers out of range, a part that there is not, leaves that are no ResNet's.
+        ValueError: Numbers out of range, a part that there is not, leaves of no known family.
 
     References:
-      J. Howard, S. Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018
-      (gradual unfreezing).
+        J. Howard, S. Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018
+        (gradual unfreezing).
     """
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay is a factor in (0, 1], not {decay!r}")
+    check_decay(decay)
     parts = units(params, by)
-    below = [name for name in reversed(parts) if name != "head"]
+    below = below_head(parts)[::-1]
     if down_to is not None:
         if down_to not in below:
             raise ValueError(f"no part {down_to!r} below the head; there are {', '.join(below)}")
         below = below[: below.index(down_to) + 1]
     top = adamw(learning_rate, weight_decay)
-    groups = {"head": adamw(head_learning_rate, weight_decay)}
-    labels = {"head": parts["head"]}
-    phases = []
+    labels: _Labels = {}
+    groups: _Groups = {}
+    phases: list[Phase] = []
     for depth, name in enumerate(["head", *below]):
-        if name != "head":
-            labels = labels | {name: parts[name]}
-            rate = scaled(top.learning_rate, decay ** (depth - 1))
-            groups = groups | {name: replace(top, learning_rate=rate)}
-        phases.append(
-            Phase(
-                labels | {"frozen": rest()},
-                groups | {"frozen": FROZEN},
-                steps=steps,
-                name="head" if name == "head" else f"+ {name}",
-                clip=1.0,
-                patience=patience,
-            )
-        )
+        group = replace(top, learning_rate=scaled(top.learning_rate, decay ** (depth - 1)))
+        labels[name] = parts[name]
+        groups[name] = group if depth else adamw(head_learning_rate, weight_decay)
+        both = labels | {"frozen": rest()}, groups | {"frozen": FROZEN}
+        phases += _plan(*both, steps, patience, f"+ {name}" if depth else name).phases
     return Plan(phases, patience=stop_after, min_gain=min_gain, min_z=min_z)
 
 
+@recipe
+def discriminative(
+    params: Params,
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-3,
+    decay: float = 0.4,
+    by: By = "segment",
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """Layer-wise learning-rate decay: everything, at rates that shrink toward the input.
+
+    Use it in place of full fine-tuning with some hundred to some thousand labels: the early,
+    general features stay nearly where they were. It fits badly where the first layers are what
+    has to change, as for images of another sensor.
+
+    Args:
+        learning_rate: Peak rate of the head.
+        decay: Factor of the rate for each segment or block further down, in (0, 1].
+
+    Raises:
+        ValueError: A decay outside (0, 1], leaves of no known family.
+
+    References:
+        J. Howard, S. Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018.
+    """
+    check_decay(decay)
+    parts = units(params, by)
+    top = adamw(learning_rate, weight_decay)
+    groups = {
+        name: replace(top, learning_rate=scaled(top.learning_rate, decay**distance))
+        for distance, name in reversed(list(enumerate(reversed(parts))))
+    }
+    return _plan(parts, groups, steps, patience)
+
+
+@recipe
 def curvature_scaled(
     params: Params,
     *,
@@ -644,63 +359,34 @@ def curvature_scaled(
 
     The rate of a part is ``learning_rate * sqrt(smallest / precision)``, with the precision
     ``examples * curvature + prior_precision``: the standard deviation of a Gaussian posterior, in
-    proportion to the widest. (The square root, because Adam's steps have the length of the rate; a
-    plain gradient step would want the inverse itself.)
+    proportion to the widest. (The square root, because Adam's steps have the length of the rate.)
 
     Args:
-      params: nested dict of parameters or their shapes.
-      curvature: mean Fisher diagonal of each part, by its name ("stem", "layer1", ...); measured
-        with a head that fits, see ``analysis.curvature``.
-      examples: how many images the likelihood is of.
-      prior_precision: of the weights around their start; by default the geometric mean of
-        ``examples * curvature`` over the parts, so that no part runs away from the others.
-      by: "segment" or "block".
-      steps: optimizer steps, from a linear probe on.
-      learning_rate: peak rate of the part with the widest posterior.
-      head_learning_rate: peak rate of the head, which is a probe at the start.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
+        curvature: Mean Fisher diagonal of each part, by its name; measured with a head that fits,
+            see ``analysis.curvature``.
+        examples: How many images the likelihood is of.
+        prior_precision: Of the weights around their start; by default the geometric mean of
+            ``examples * curvature`` over the parts, so that no part runs away from the others.
+        steps: Optimizer steps, from a linear probe on.
+        learning_rate: Peak rate of the part with the widest posterior.
+        head_learning_rate: Peak rate of the head, which is a probe at the start.
 
     Raises:
-      ValueError: a part without curvature, or a curvature of no part; numbers out of range.
+        ValueError: A part without curvature, or a curvature of no part; numbers out of range.
 
     References:
-      S. Amari, "Natural Gradient Works Efficiently in Learning", 1998. J. Kirkpatrick et al.,
-      "Overcoming Catastrophic Forgetting in Neural Networks", 2017 (the Fisher diagonal as the
-      precision of pre-trained weights).
+        S. Amari, "Natural Gradient Works Efficiently in Learning", 1998. J. Kirkpatrick et al.,
+        "Overcoming Catastrophic Forgetting in Neural Networks", 2017 (the Fisher diagonal as the
+        precision of pre-trained weights).
     """
     parts = units(params, by)
-    body = {name: mask for name, mask in parts.items() if name != "head"}
-    measured = _for(body, curvature, "curvature")
+    measured = measured_below_head(parts, curvature, "curvature")
     rates = curvature_rates(measured, examples, prior_precision)
-    return _scaled_plan(
-        parts, rates, learning_rate, head_learning_rate, weight_decay, steps, patience
-    )
+    groups = scaled_groups(parts, rates, learning_rate, head_learning_rate, weight_decay)
+    return _plan(parts, groups, steps, patience, probe=True)
 
 
-def curvature_rates(
-    curvature: Mapping[str, float], examples: int, prior_precision: float | None = None
-) -> dict[str, float]:
-    """The factors of ``curvature_scaled``, the largest of which is 1.
-
-    >>> curvature_rates({"stem": 8.0, "layer1": 0.0}, examples=1, prior_precision=1.0)
-    {'stem': 0.3333333333333333, 'layer1': 1.0}
-    """
-    if examples < 1:
-        raise ValueError(f"examples is {examples}, wanted 1 or more")
-    sums = {name: examples * value for name, value in curvature.items()}
-    if bad := {name: curvature[name] for name, value in sums.items() if not 0 <= value < np.inf}:
-        raise ValueError(f"curvatures are finite and not negative, not {bad}")
-    if prior_precision is None:
-        positive = [value for value in sums.values() if value > 0]
-        prior_precision = float(np.exp(np.mean(np.log(positive)))) if positive else 1.0
-    if not prior_precision > 0:
-        raise ValueError(f"prior_precision is a number above 0, not {prior_precision}")
-    precision = {name: value + prior_precision for name, value in sums.items()}
-    widest = min(precision.values())
-    return {name: float(np.sqrt(widest / value)) for name, value in precision.items()}
-
-
+@recipe
 def gradient_scaled(
     params: Params,
     *,
@@ -721,100 +407,144 @@ def gradient_scaled(
     following it generalizes.
 
     Args:
-      params: nested dict of parameters or their shapes.
-      gradients: norm of the gradient over norm of the weights of each part, by its name; measured
-        with a head that fits, see ``analysis.gradients``.
-      batch_norms: whether BatchNorms move, and use batch statistics.
-      by: "segment" or "block".
-      steps: optimizer steps, from a linear probe on.
-      learning_rate: peak rate of the part with the largest ratio.
-      head_learning_rate: peak rate of the head, which is a probe at the start.
-      weight_decay: decoupled, on kernels.
-      patience: evaluations without improvement that end training; needs a validation set.
+        gradients: Norm of the gradient over norm of the weights of each part, by its name; measured
+            with a head that fits, see ``analysis.gradients``.
+        batch_norms: Whether BatchNorms move, and use batch statistics.
+        steps: Optimizer steps, from a linear probe on.
+        learning_rate: Peak rate of the part with the largest ratio.
+        head_learning_rate: Peak rate of the head, which is a probe at the start.
 
     Raises:
-      ValueError: a part without a ratio, or a ratio of no part; ratios that are negative or all 0.
+        ValueError: A part without a ratio, or a ratio of no part; ratios negative or all 0.
 
     References:
-      Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
+        Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
     """
     parts = units(params, by)
-    if not batch_norms:
-        parts = {name: mask - batch_norm() for name, mask in parts.items()}
-    body = {name: mask for name, mask in parts.items() if name != "head"}
-    measured = _for(body, gradients, "gradients")
+    measured = measured_below_head(parts, gradients, "gradients")
     check_measured(measured, "gradients")
     largest = max(measured.values())
     rates = {name: value / largest for name, value in measured.items()}
-    return _scaled_plan(
-        parts,
-        rates,
-        learning_rate,
-        head_learning_rate,
-        weight_decay,
-        steps,
-        patience,
-        leftovers=not batch_norms,
-    )
+    groups = scaled_groups(parts, rates, learning_rate, head_learning_rate, weight_decay)
+    if batch_norms:
+        return _plan(parts, groups, steps, patience, probe=True)
+    labels = {name: mask - batch_norm() for name, mask in parts.items()} | {"rest": rest()}
+    return _plan(labels, groups | {"rest": FROZEN}, steps, patience, probe=True)
 
 
-def _for(
-    parts: Mapping[str, Mask], measured: Mapping[str, float], argument: str
-) -> dict[str, float]:
-    """The measurements of these parts, complete; that of the head is of no use here."""
-    missing = [name for name in parts if name not in measured]
-    foreign = [name for name in measured if name not in parts and name != "head"]
-    problems = [f"{argument} lack {listing(missing)}"] if missing else []
-    problems += [f"there is no part {name!r}{suggest(name, parts)}" for name in foreign]
-    if problems:
-        raise ValueError(f"{'; '.join(problems)}; the parts are {', '.join(parts)}")
-    return {name: float(measured[name]) for name in parts}
-
-
-def _scaled_plan(
-    parts: Mapping[str, Mask],
-    rates: Mapping[str, float],
-    learning_rate: float,
-    head_learning_rate: float,
-    weight_decay: float,
-    steps: int,
-    patience: int | None,
-    leftovers: bool = False,
+@recipe
+def surgical(
+    params: Params,
+    *,
+    part: Mask | str | None = None,
+    gradients: Mapping[str, float] | None = None,
+    by: By = "segment",
+    batch_norms: bool = True,
+    steps: int = 300,
+    learning_rate: float = 3e-4,
+    head_learning_rate: float = 3e-3,
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
 ) -> Plan:
-    top = adamw(learning_rate, weight_decay)
-    groups: dict[str, Group | object] = {
-        name: adamw(head_learning_rate, weight_decay)
-        if name == "head"
-        else replace(top, learning_rate=scaled(top.learning_rate, rates[name]))
-        # A part that does not move at all is frozen, statistics included.
-        if rates[name] > 0
-        else FROZEN
-        for name in parts
-    }
-    labels: dict[str, object] = dict(parts)
-    if leftovers:
-        labels, groups = labels | {"rest": rest()}, groups | {"rest": FROZEN}
-    phase = Phase(
-        labels, groups, steps=steps, name="fine-tune", probe=True, clip=1.0, patience=patience
-    )
-    return Plan([phase])
+    """Surgical fine-tuning: one part of the network and the head; by default the first layers.
+
+    Use it when you know what has changed: noise, blur or another sensor ask for the first layers,
+    other objects for the last ones. Where nothing is known, relative gradient norms can choose the
+    part; it is a guess that validation should confirm.
+
+    Args:
+        part: Which leaves move beside the head; by default the stem and the first stage, or what
+            ``gradients`` say.
+        gradients: Norm of the gradient over norm of the weights of each part, by its name; the part
+            with the largest moves. See ``analysis.gradients``.
+        batch_norms: Whether the BatchNorms inside the part move, and use batch statistics.
+        learning_rate: Peak rate of the part.
+
+    Raises:
+        ValueError: Both a part and gradients; gradients of no part, negative, infinite or all 0.
+
+    References:
+        Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
+    """
+    chosen = chosen_part(params, part, gradients, by) - fresh(params)
+    moving = chosen if batch_norms else chosen - batch_norm()
+    labels: _Labels = {"head": fresh(params), "part": moving, "rest": rest()}
+    on_head, on_part = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
+    groups: _Groups = {"head": on_head, "part": on_part, "rest": FROZEN}
+    return _plan(labels, groups, steps, patience, "surgery")
 
 
-RECIPES: dict[str, Callable[..., Plan]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        feature_extraction,
-        batch_norm_only,
-        head_then_fine_tune,
-        linear_probe_then_fine_tune,
-        progressive_unfreezing,
-        discriminative,
-        curvature_scaled,
-        gradient_scaled,
-        surgical,
-        l2_sp,
-        full_fine_tuning,
-        from_scratch,
-    )
-}
-"""The recipes by name, those that move least first."""
+@recipe
+def l2_sp(
+    params: Params,
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-4,
+    head_learning_rate: float = 3e-3,
+    strength: float = 1e-2,
+    head_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """L2-SP: everything, pulled back toward the pre-trained weights; the head toward zero.
+
+    Use it with few labels where full fine-tuning overfits: the penalty says that the pre-trained
+    weights are the best guess, where ordinary decay says that zero is. It does not help where the
+    pre-training is of no use.
+
+    Args:
+        strength: Of the pull, an L2 penalty on the distance (added to the gradient).
+        head_decay: Decoupled, on the head's kernel.
+
+    References:
+        X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with
+        Convolutional Networks", 2018.
+    """
+    on_backbone = replace(adamw(learning_rate, strength), decay_toward="start")
+    parts = _head_and_backbone(params, adamw(head_learning_rate, head_decay), on_backbone)
+    return _plan(*parts, steps, patience)
+
+
+@recipe
+def full_fine_tuning(
+    params: Params,
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-4,
+    head_learning_rate: float = 3e-3,
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """Full fine-tuning: everything at one low rate, the new head at a higher one.
+
+    Use it with some thousand labels and more, or where images are unlike those of the
+    pre-training. With a few dozen labels it overfits before it gains, and a head that starts at
+    random disturbs the features first (see ``head_then_fine_tune``).
+
+    References:
+        P. Agrawal, R. Girshick, J. Malik, "Analyzing the Performance of Multilayer Neural Networks
+        for Object Recognition", 2014.
+    """
+    on_head, on_backbone = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
+    return _plan(*_head_and_backbone(params, on_head, on_backbone), steps, patience)
+
+
+@recipe
+def from_scratch(
+    params: Params,
+    *,
+    steps: int = 300,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """Everything from random weights: the control that says what the pre-training was worth.
+
+    Args:
+        learning_rate: Peak rate, after a warm-up of a tenth of the steps.
+
+    References:
+        K. He, R. Girshick, P. Dollár, "Rethinking ImageNet Pre-training", 2019.
+    """
+    del params  # Everything is everything; the signature is that of all recipes.
+    groups = {"all": adamw(learning_rate, weight_decay)}
+    return _plan({"all": everything()}, groups, steps, patience, "from scratch")

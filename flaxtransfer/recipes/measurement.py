@@ -1,7 +1,8 @@
-"""What strategies measure on the training images before they decide."""
+"""What recipes measure on the training images before they decide."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,18 +16,23 @@ from flaxtransfer.analysis.curvature import (
     mean_gradient,
     relative_gradient_norms,
 )
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
-from flaxtransfer.models.model import Model
-from flaxtransfer.recipes.catalog import units
+from flaxtransfer.recipes.catalog import RECIPES
+from flaxtransfer.recipes.parts import units
 from flaxtransfer.training.evaluation import init_head_from_probe
-from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing, normalize
+from flaxtransfer.types import Params
+from flaxtransfer.weights.preprocessing import normalize
 
 MOST_IMAGES = 512
 """More images than that are not looked at: each costs a backward pass of its own."""
 
-MEASURED = ("curvature_scaled", "gradient_scaled", "surgical")
-"""Strategies that measure, or can."""
+MEASURED = tuple(
+    name
+    for name, function in RECIPES.items()
+    if {"curvature", "gradients"} & set(inspect.signature(function).parameters)
+)
+"""The recipes that measure, or can."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,9 @@ class Measurement:
     """A measurement.
 
     Args:
-      settings: arguments of the recipe, rounded to what is printed, so that a run that is resumed
-        elsewhere measures the same.
-      text: the same as a table.
+        settings: arguments of the recipe, rounded to what is printed, so that a run that is resumed
+            elsewhere measures the same.
+        text: the same as a table.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -45,38 +51,32 @@ class Measurement:
 
 def measure(
     strategy: str,
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     batches: list[Batch],
-    preprocessing: Preprocessing,
     examples: int,
 ) -> Measurement:
     """Measures with a linear probe as the head: below a new head that is zero nothing pulls.
 
     Args:
-      strategy: one of MEASURED.
-      model: the network.
-      variables: pre-trained.
-      batches: of the training images, without augmentation; see MOST_IMAGES.
-      preprocessing: that belongs to the weights.
-      examples: training images there are in all.
+        strategy: one of MEASURED.
+        network: pre-trained.
+        batches: of the training images, without augmentation; see MOST_IMAGES.
+        examples: training images there are in all.
 
     Raises:
-      ValueError: a class without examples, gradients that are not finite.
+        ValueError: a class without examples, gradients that are not finite.
     """
-    params, text = init_head_from_probe(model, variables, batches, preprocessing)
-    probed = {**variables, "params": params}
+    params, text = init_head_from_probe(network, batches)
+    probed = network.with_variables({**network.variables, "params": params})
     lines = [f"measured with {text}:"]
     if strategy == "curvature_scaled":
-        fisher, count = fisher_diagonal(
-            _logits(model, variables, preprocessing), params, _images(batches)
-        )
+        fisher, count = fisher_diagonal(_logits(network), params, _images(batches))
         found = curvature_by_part(fisher, units(params), count)
         means = {name: _rounded(value) for name, value in found.means().items()}
         return Measurement(
             {"curvature": means, "examples": examples}, "\n".join([*lines, str(found)])
         )
-    gradient = mean_gradient(model, probed, batches, preprocessing)
+    gradient = mean_gradient(probed, batches)
     norms = relative_gradient_norms(params, gradient, units(params))
     rounded = {name: _rounded(value) for name, value in norms.items()}
     lines.append(f"{'part':<10} {'gradient / weights':>18}")
@@ -84,10 +84,12 @@ def measure(
     return Measurement({"gradients": rounded}, "\n".join(lines))
 
 
-def _logits(model: Model, variables: Variables, preprocessing: Preprocessing) -> Any:
+def _logits(network: Classifier) -> Any:
+    mean, std = network.preprocessing.mean, network.preprocessing.std
+
     def logits(params: Params, images: Any) -> jax.Array:
-        inputs = normalize(images, preprocessing.mean, preprocessing.std)
-        return model.apply({**variables, "params": params}, inputs, norm="running")[0]
+        variables = {**network.variables, "params": params}
+        return network.model.apply(variables, normalize(images, mean, std), norm="running")[0]
 
     return logits
 

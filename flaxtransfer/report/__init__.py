@@ -1,1 +1,1 @@
-"""Pictures of what was measured. Nothing else imports matplotlib."""
+"""Figures, terminal tables and HTML pages of results; the only room that imports matplotlib."""

@@ -1,12 +1,7 @@
 """Figures: learning-rate sweeps, probe profiles, stems.
 
-What the pictures of domain shift have in common: colors, a figure, a legend, a file.
-
-Learning-rate sweeps as a picture: loss over rate, one panel a group.
-
-The curve of a probe profile as a picture.
-
-A stem's filters as a picture, in the order of what a gray image leaves of them.
+Also the parts that all figures have in common: colors, a figure with its axes, a legend, and the
+output file. matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -19,12 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from flaxtransfer.analysis.profile import Profile
 
 if TYPE_CHECKING:
+    from flaxtransfer.analysis.profile import Profile
     from flaxtransfer.analysis.stem import StemReport
     from flaxtransfer.training.lr_finder import RateSweep
 
@@ -32,17 +24,17 @@ __all__ = [
     "BLUE",
     "RED",
     "SERIES",
-    "Target",
-    "check_picture",
-    "draw_profile",
-    "figure",
+    "FigureTarget",
+    "check_figure_path",
     "legend",
-    "rate_picture",
-    "save",
-    "stem_picture",
-    "wrapped",
+    "new_figure",
+    "plot_profile",
+    "plot_rate_sweeps",
+    "plot_stem",
+    "plot_training",
+    "save_figure",
+    "wrap_text",
 ]
-
 
 BLUE, RED, _GREEN, _PINK, _ORANGE, _SKY = (
     "#0072B2",
@@ -52,107 +44,44 @@ BLUE, RED, _GREEN, _PINK, _ORANGE, _SKY = (
     "#E69F00",
     "#56B4E9",
 )
-"""Of Okabe and Ito, which color-blind readers tell apart."""
+"""The palette of Okabe and Ito, safe for color-blind readers."""
+
 SERIES = ((BLUE, "o"), (RED, "s"), (_GREEN, "^"), (_PINK, "D"), (_ORANGE, "v"), (_SKY, "P"))
-"""Colors, each with a marker: what a color says, a marker says as well."""
+"""Colors, each with its own marker, so that color is never the only difference."""
 
-Target = str | os.PathLike[str] | BinaryIO
-"""The path of a .png, .pdf or .svg, replaced where it exists; or an open file, for a PNG."""
-
-
-def figure(path: Target, size: tuple[float, float], rows: int = 1, **options: Any) -> Any:
-    """A figure of so many inches, and its axes, one above the other.
-
-    Raises:
-        ValueError: the path is of another kind of file.
-        FileNotFoundError: there is no such folder.
-    """
-    if isinstance(path, str | os.PathLike):
-        check_picture(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(made)
-    axes = made.subplots(rows, 1, **options)
-    for one in np.ravel(axes):
-        one.spines[["top", "right"]].set_visible(False)
-    return made, axes
-
-
-def save(made: Any, path: Target) -> None:
-    """Writes the figure, at a size that stays legible on 800 pixels."""
-    options = {} if isinstance(path, str | os.PathLike) else {"format": "png"}
-    made.savefig(path, dpi=150, **options)
-
-
-def legend(axes: Any, entries: Sequence[tuple[str, str, str, bool]]) -> None:
-    """Right of the picture, where nothing can run behind it.
-
-    Args:
-        axes: of the picture.
-        entries: text, color, marker and whether that is filled.
-    """
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=color,
-            marker=marker,
-            linestyle="",
-            label=wrapped(text, 22),
-            markersize=7,
-            markerfacecolor=color if filled else "white",
-            markeredgewidth=2.5 if marker in "|_x" else 1,
-        )
-        for text, color, marker, filled in entries
-    ]
-    axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0
-    )
-
-
-def wrapped(text: str, width: int, lines: int = 2) -> str:
-    r"""The text on so many lines; what does not fit ends in dots.
-
-    >>> wrapped("a class of a long name", 8)
-    'a class\nof a...'
-    """
-    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder="...")) or " "
-
+FigureTarget = str | os.PathLike[str] | BinaryIO
+"""The path of a .png, .pdf or .svg, replaced if it exists; or an open binary file, for a PNG."""
 
 _SUFFIXES = (".png", ".pdf", ".svg")
+
 _RATE_PANELS_ACROSS = 3
-"""Panels side by side."""
+"""Panels per row."""
+
+_FILTERS_ACROSS = 16
+"""Filters per row."""
 
 
-def rate_picture(path: str | os.PathLike[str], sweeps: Mapping[str, RateSweep]) -> None:
-    """Draws sweeps of ``find_learning_rate`` and marks what they suggest.
+def plot_rate_sweeps(path: str | os.PathLike[str], sweeps: Mapping[str, RateSweep]) -> None:
+    """Learning-rate sweeps: loss over learning rate, one panel per sweep.
 
     Each panel has the training loss of every step in nats (thin), its exponential average (thick),
-    the rate at which that fell fastest and the middle of its fall. The axis ends at twice the first
-    loss, because what comes after flattens all that is of interest.
+    the rate of steepest descent and the middle of the descent. The axis ends at twice the first
+    loss, because a diverging loss would flatten the rest.
 
     Args:
-      path: of the picture: .png, .pdf or .svg; what is there is replaced.
-      sweeps: by the title of their panels.
+        path: A .png, .pdf or .svg, replaced if it exists.
+        sweeps: Results of ``find_learning_rate`` by panel title.
 
     Raises:
-      ValueError: no sweep, or another kind of file.
-      FileNotFoundError: there is no such folder.
+        ValueError: No sweep, or another kind of file.
+        FileNotFoundError: The folder does not exist.
     """
-    path = check_picture(path)
+    path = check_figure_path(path)
     if not sweeps:
-        raise ValueError("there is no sweep to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+        raise ValueError("sweeps must have >= 1 entry, got none")
     across = min(_RATE_PANELS_ACROSS, len(sweeps))
     down = -(-len(sweeps) // across)
-    figure = Figure(figsize=(1.0 + 4.0 * across, 0.4 + 3.6 * down), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _blank_figure((1.0 + 4.0 * across, 0.4 + 3.6 * down))
     panels = figure.subplots(down, across, squeeze=False)
     for number, panel in enumerate(panels.flat):
         panel.set_visible(number < len(sweeps))
@@ -160,52 +89,36 @@ def rate_picture(path: str | os.PathLike[str], sweeps: Mapping[str, RateSweep]) 
         panel.plot(sweep.rates, sweep.losses, color="0.75", linewidth=0.8, label="each step")
         panel.plot(sweep.rates, sweep.smoothed, color="tab:blue", linewidth=2, label="average")
         for rate, color, style, name in (
-            (sweep.suggestion, "tab:red", "--", "fastest fall"),
-            (sweep.valley, "tab:green", ":", "middle of the fall"),
+            (sweep.suggestion, "tab:red", "--", "steepest descent"),
+            (sweep.valley, "tab:green", ":", "middle of the descent"),
         ):
             if rate is not None:
                 label = f"{name}: {rate:.1e}"
                 panel.axvline(rate, color=color, linestyle=style, label=label)
         low, high = min(sweep.smoothed), min(max(sweep.smoothed), 2 * sweep.smoothed[0])
-        room = 0.08 * max(high - low, 1e-3)
-        panel.set_ylim(low - room, high + room)
+        margin = 0.08 * max(high - low, 1e-3)
+        panel.set_ylim(low - margin, high + margin)
         panel.set_xscale("log")
         panel.set_title(f"{title} (diverged)" if sweep.diverged else title)
         panel.set_xlabel("learning rate")
         panel.set_ylabel("training loss, nats")
-        # Below the panel: inside it, some curve would always run behind it.
+        # Below the panel: inside it, it would cover a curve.
         panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     figure.savefig(path, dpi=150)
 
 
-def check_picture(path: str | os.PathLike[str]) -> Path:
-    """The path of a picture that can be written, before anything is computed for it.
-
-    Raises:
-      ValueError: another kind of file.
-      FileNotFoundError: there is no such folder.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"{path} is no picture; its name has to end in {', '.join(_SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
-    return path
-
-
-def draw_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
-    """Accuracy of a probe on each segment, from the input to the output, with standard errors.
+def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
+    """Probe profile: accuracy of a probe after each segment, with standard errors.
 
     Args:
-      profile: from ``probe_profile``.
-      path: of a picture in a format that matplotlib writes: .png, .svg, .pdf.
+        profile: From ``probe_profile``.
+        path: A file in a format that matplotlib writes: .png, .svg, .pdf.
 
     Raises:
-      ValueError: a format that matplotlib does not write.
-      OSError: the file cannot be written.
+        ValueError: A format that matplotlib does not write.
+        OSError: The file cannot be written.
     """
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _blank_figure((6, 3.5))
     axes = figure.add_subplot()
     names = [probe.segment for probe in profile.probes]
     percent = [100 * probe.accuracy for probe in profile.probes]
@@ -237,42 +150,73 @@ def draw_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=150)
 
 
-_FILTERS_ACROSS = 16
-"""Filters side by side."""
+def plot_training(
+    path: str | os.PathLike[str],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    tested: Mapping[str, float],
+    *,
+    metric: str = "accuracy",
+) -> None:
+    """Training curves: loss and ranking metric over the step, one line per run.
+
+    Args:
+        path: A .png, .pdf or .svg, replaced if it exists.
+        runs: Rows of ``read_metrics`` by the name of the run.
+        tested: For the same names, the metric on the test images, drawn as a dotted line.
+        metric: The metric of the second panel, a fraction.
+
+    Raises:
+        ValueError: Another kind of file.
+        FileNotFoundError: The folder does not exist.
+    """
+    path = check_figure_path(path)
+    figure = _blank_figure((9, 3.4))
+    losses, scores = figure.subplots(1, 2)
+    for (name, rows), (color, _) in zip(runs.items(), SERIES, strict=False):
+        rows = [row for row in rows if row["kind"] == "train"]
+        steps = [row["step"] for row in rows]
+        losses.plot(steps, [row["loss"] for row in rows], color=color, label=name)
+        scores.plot(
+            steps, [100 * row[metric] for row in rows], color=color, label=f"{name}, training"
+        )
+        if name in tested:
+            value = 100 * tested[name]
+            scores.axhline(value, color=color, linestyle=":", label=f"{name}, test: {value:.1f} %")
+    for axes, label in ((losses, "training loss, nats"), (scores, f"{metric}, %")):
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
-def stem_picture(
+def plot_stem(
     path: str | os.PathLike[str],
     stem_kernel: Any,
     before: StemReport,
     after: StemReport | None = None,
 ) -> None:
-    """Draws each filter in its colors, and below the share of its energy that survives.
+    """Filters of a stem, and the fraction of their energy that survives on gray input.
 
-    Filters stand in the order of the share under replication, opponent ones first. Gray in the
-    middle is a weight of 0; each filter is scaled to its own largest weight.
+    Filters are sorted by that fraction under replication, color-opponent ones first. Mid-gray is a
+    weight of 0; each filter is scaled to its own largest weight.
 
     Args:
-      path: of the picture: .png, .pdf or .svg; what is there is replaced.
-      stem_kernel: ``[height, width, 3, filters]``.
-      before: ``stem_report`` of the kernel alone, for replication.
-      after: the same with an adapter's kernel.
+        path: A .png, .pdf or .svg, replaced if it exists.
+        stem_kernel: ``[height, width, 3, filters]``.
+        before: ``stem_report`` of the kernel alone, for replication.
+        after: The same with an adapter's kernel.
 
     Raises:
-      ValueError: another kind of file, or a stem whose filters are all dead.
-      FileNotFoundError: there is no such folder.
+        ValueError: Another kind of file, or a stem without a live filter.
+        FileNotFoundError: The folder does not exist.
     """
-    path = check_picture(path)
+    path = check_figure_path(path)
     if not before.shares:
-        raise ValueError("all filters of the stem are dead: there is nothing to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+        raise ValueError("the stem must have >= 1 live filter, got dead filters only")
     kernel = np.asarray(stem_kernel, np.float64)
     order = sorted(before.shares, key=lambda index: before.shares[index])
     rows = math.ceil(len(order) / _FILTERS_ACROSS)
-    figure = Figure(figsize=(10, 3.2 + 0.75 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _blank_figure((10, 3.2 + 0.75 * rows))
     halves: Any = figure.subfigures(2, 1, height_ratios=[0.75 * rows + 0.4, 2.8])
     upper, lower = halves
     panels = upper.subplots(rows, _FILTERS_ACROSS, squeeze=False)
@@ -282,7 +226,7 @@ def stem_picture(
         own = kernel[..., index]
         panel.imshow(0.5 + 0.5 * own / np.abs(own).max(), interpolation="nearest")
         panel.set_title(str(index), fontsize=6, pad=2)
-    upper.suptitle("filters, the share that survives replication rising", fontsize=9)
+    upper.suptitle("filters, by the fraction of energy that survives replication", fontsize=9)
     axes = lower.subplots()
     places = np.arange(len(order))
     axes.bar(places, [before.shares[i] for i in order], color="0.7", label="replicated gray")
@@ -292,13 +236,97 @@ def stem_picture(
             [after.shares.get(i, math.nan) for i in order],
             "o",
             markersize=4,
-            label=f"through the adapter of {after.bands} bands",
+            label=f"with the adapter of {after.bands} bands",
         )
     axes.set_xticks(places, [str(i) for i in order], fontsize=5, rotation=90)
     axes.set_ylim(0, 1.02)
     axes.margins(x=0.01)
     axes.set_xlabel("filter")
-    axes.set_ylabel("share of energy")
+    axes.set_ylabel("fraction of energy")
     axes.legend(loc="upper left", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def new_figure(path: FigureTarget, size: tuple[float, float], rows: int = 1, **options: Any) -> Any:
+    """A figure of this size in inches, and its axes, one above the other.
+
+    Raises:
+        ValueError: The path is of another kind of file.
+        FileNotFoundError: The folder does not exist.
+    """
+    if isinstance(path, str | os.PathLike):
+        check_figure_path(path)
+    drawing = _blank_figure(size)
+    axes = drawing.subplots(rows, 1, **options)
+    for axis in np.ravel(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawing, axes
+
+
+def save_figure(drawing: Any, path: FigureTarget) -> None:
+    """Write the figure at a resolution that is legible at 800 pixels."""
+    options = {} if isinstance(path, str | os.PathLike) else {"format": "png"}
+    drawing.savefig(path, dpi=150, **options)
+
+
+def legend(axes: Any, entries: Sequence[tuple[str, str, str, bool]]) -> None:
+    """A legend to the right of the axes, where it covers nothing.
+
+    Args:
+        axes: The axes.
+        entries: Text, color, marker, and whether the marker is filled.
+    """
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=color,
+            marker=marker,
+            linestyle="",
+            label=wrap_text(text, 22),
+            markersize=7,
+            markerfacecolor=color if filled else "white",
+            markeredgewidth=2.5 if marker in "|_x" else 1,
+        )
+        for text, color, marker, filled in entries
+    ]
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0
+    )
+
+
+def wrap_text(text: str, width: int, lines: int = 2) -> str:
+    r"""Text wrapped to a width and a number of lines; what does not fit is replaced by dots.
+
+    >>> wrap_text("a class of a long name", 8)
+    'a class\nof a...'
+    """
+    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder="...")) or " "
+
+
+def check_figure_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a figure, checked before anything is computed for it.
+
+    Raises:
+        ValueError: Another suffix than .png, .pdf or .svg.
+        FileNotFoundError: The folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"a figure's name must end in {', '.join(_SUFFIXES)}, got {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} for {path.name} does not exist")
+    return path
+
+
+def _blank_figure(size: tuple[float, float]) -> Any:
+    """An empty figure with the Agg canvas, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,9 +1,4 @@
-"""A shift report in the terminal and as one HTML page.
-
-A shift report in the terminal.
-
-A shift report as one HTML file that needs nothing beside it.
-"""
+"""A shift report in the terminal and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,11 +14,42 @@ from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.report import ShiftReport
 from flaxtransfer.shift.statistics import HypothesisTest
 
-__all__ = ["HEADLINES", "print_report", "shift_page"]
+__all__ = [
+    "HEADLINES",
+    "print_report",
+    "render_html",
+]
+
+HEADLINES = {
+    "none detected": "No shift was detected",
+    "label": "The data support a label shift: the prevalence of the classes has changed",
+    "covariate": "The data support a covariate shift: the images of the classes have changed",
+    "label and covariate": "Prevalence and images seem to have changed both",
+    "concept": "Target labels contradict the model: the same images seem to have other labels",
+    "undetermined": "These data do not determine the kind of shift",
+}
+"""One sentence per conclusion; all of them are hypotheses."""
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: .3rem; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.about { color: color-mix(in srgb, currentColor 65%, transparent); margin-top: 0; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } .number { text-align: right; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+span.status { border-radius: .7rem; padding: .05rem .6rem; background: var(--soft); white-space: nowrap; }
+span.supported { background: #d5780033; } span.rejected { background: #2a7fbf33; }
+img { max-width: 100%; height: auto; background: white; border-radius: .3rem; }
+small { color: color-mix(in srgb, currentColor 65%, transparent); display: block; }
+"""  # noqa: E501 - one rule per line is more readable than wrapped ones
 
 
 def print_report(report: ShiftReport, console: Console) -> None:
-    """Conclusion, verdicts, tests, prevalence, accuracy, what to do, and what nobody can know."""
+    """Print a shift report: conclusion, verdicts, tests, prevalence, accuracy, actions, limits."""
     held_out_count, count, labels = report.counts
     console.print(f"[bold]{HEADLINES[report.conclusion]}[/bold]", highlight=False)
     console.print(
@@ -48,8 +74,44 @@ def print_report(report: ShiftReport, console: Console) -> None:
         console.print(f"note: {note}", highlight=False, markup=False, style="dim")
 
 
+def render_html(
+    report: ShiftReport, pictures: Mapping[str, bytes], *, source: str, target: str
+) -> str:
+    """A shift report with its figures, as the text of one HTML file.
+
+    Args:
+        report: From ``diagnose``.
+        pictures: PNG by caption, in the order of display.
+        source: Where the model comes from, such as the folder of its run.
+        target: What was diagnosed.
+    """
+    held_out, unlabeled, labeled = report.counts
+    about = f"{source} ({held_out} held-out examples) against {target} ({unlabeled} examples"
+    about += f", {labeled} of them with labels)" if labeled else ", none with labels)"
+    parts = [
+        f"<h1>{escape(HEADLINES[report.conclusion])}</h1>",
+        f'<p class="about">{escape(about)}; tests at level {report.level:g}</p>',
+        _section("Kind of shift", _verdicts(report)),
+        _section("What to do", _actions(report)),
+        _section("What cannot be known from these data", _list(report.not_identifiable)),
+        _section("Tests", _tests(report.tests)),
+        _section("Prevalence, assuming label shift only", _prevalences(report)),
+        _section("Accuracy on the target, without labels", _accuracy(report)),
+        _section("Calibration at the source", _calibration(report)),
+        *(_section(caption, _picture(caption, png)) for caption, png in pictures.items()),
+        _section("Notes", _list(report.notes)) if report.notes else "",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Shift: {escape(target)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body></html>\n"
+    )
+
+
 def _verdict_table(report: ShiftReport) -> Table:
-    table = Table("shift", "status", "evidence", title="Which kind", title_justify="left")
+    table = Table("shift", "status", "evidence", title="Kind of shift", title_justify="left")
     for verdict in report.verdicts:
         table.add_row(verdict.kind, verdict.status, verdict.evidence)
     return table
@@ -70,13 +132,13 @@ def _test_table(tests: Sequence[HypothesisTest]) -> Table:
 
 
 def _prevalence_table(found: Sequence[Prevalence], names: Sequence[str]) -> Table:
-    table = Table("class", title="Prevalence, if label shift is all there is", title_justify="left")
+    table = Table("class", title="Prevalence, assuming label shift only", title_justify="left")
     table.add_column("source", justify="right")
     for each in found:
         table.add_column(each.method, justify="right")
     for k, name in enumerate(names):
-        shares = [f"{each.estimate[k]:.3f} {_ends(each, k)}" for each in found]
-        table.add_row(name, f"{found[0].source[k]:.3f}", *shares)
+        proportions = [f"{each.estimate[k]:.3f} {_ends(each, k)}" for each in found]
+        table.add_row(name, f"{found[0].source[k]:.3f}", *proportions)
     return table
 
 
@@ -86,70 +148,6 @@ def _ends(found: Prevalence, k: int) -> str:
 
 def _table_number(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.3g}"
-
-
-HEADLINES = {
-    "none detected": "No shift was detected",
-    "label": "The data speak for a label shift: the classes are not as common as before",
-    "covariate": "The data speak for a covariate shift: the images of the classes have changed",
-    "label and covariate": "Prevalence and images both seem to have changed",
-    "concept": "Target labels contradict the model: the same images seem to mean something else",
-    "undetermined": "What kind of shift it is cannot be said from these data",
-}
-"""What each conclusion says in a sentence; all of them are hypotheses."""
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: .3rem; }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.about { color: color-mix(in srgb, currentColor 65%, transparent); margin-top: 0; }
-div.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } .number { text-align: right; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-span.status { border-radius: .7rem; padding: .05rem .6rem; background: var(--soft); white-space: nowrap; }
-span.supported { background: #d5780033; } span.rejected { background: #2a7fbf33; }
-img { max-width: 100%; height: auto; background: white; border-radius: .3rem; }
-small { color: color-mix(in srgb, currentColor 65%, transparent); display: block; }
-"""  # noqa: E501 - one rule a line reads better than wrapped ones
-
-
-def shift_page(
-    report: ShiftReport, pictures: Mapping[str, bytes], *, source: str, target: str
-) -> str:
-    """The report with its pictures inside, as the text of an HTML file.
-
-    Args:
-        report: from ``diagnose``.
-        pictures: PNG by caption, in the order to show them.
-        source: what the model comes from, such as the run's folder.
-        target: what was diagnosed.
-    """
-    held_out, unlabeled, labeled = report.counts
-    about = f"{source} ({held_out} held-out examples) against {target} ({unlabeled} examples"
-    about += f", {labeled} of them with labels)" if labeled else ", none with labels)"
-    parts = [
-        f"<h1>{escape(HEADLINES[report.conclusion])}</h1>",
-        f'<p class="about">{escape(about)}; tests at level {report.level:g}</p>',
-        _section("Which kind", _verdicts(report)),
-        _section("What to do", _actions(report)),
-        _section("What cannot be known from these data", _list(report.not_identifiable)),
-        _section("Tests", _tests(report.tests)),
-        _section("Prevalence, if label shift is all there is", _prevalences(report)),
-        _section("Accuracy on the target, without labels", _accuracy(report)),
-        _section("Calibration at the source", _calibration(report)),
-        *(_section(caption, _picture(caption, png)) for caption, png in pictures.items()),
-        _section("Notes", _list(report.notes)) if report.notes else "",
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Shift: {escape(target)}</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body></html>\n"
-    )
 
 
 def _section(title: str, body: str) -> str:
@@ -167,7 +165,7 @@ def _picture(caption: str, png: bytes) -> str:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
-    """Cells are HTML already; the columns in ``numbers`` are aligned to the right."""
+    """An HTML table of cells that are HTML; the columns in ``numbers`` are right-aligned."""
     head = "".join(
         f'<th class="number">{escape(heading)}</th>'
         if column in numbers
@@ -209,10 +207,10 @@ def _actions(report: ShiftReport) -> str:
 def _tests(tests: Sequence[HypothesisTest]) -> str:
     rows = []
     for test in tests:
-        said = test.not_testable or "; ".join((*test.notes, *test.assumptions))
+        details = test.not_testable or "; ".join((*test.notes, *test.assumptions))
         rows.append(
             (
-                f"{escape(test.name)}<small>{escape(said)}</small>",
+                f"{escape(test.name)}<small>{escape(details)}</small>",
                 escape(test.hypothesis),
                 _number(test.p),
                 _number(test.adjusted_p),
@@ -220,7 +218,7 @@ def _tests(tests: Sequence[HypothesisTest]) -> str:
                 _number(test.minimum_detectable),
             )
         )
-    headings = ("test", "null hypothesis", "p", "adjusted", "effect", "smallest that shows")
+    headings = ("test", "null hypothesis", "p", "adjusted", "effect", "smallest detectable")
     return _table(headings, rows, {2, 3, 4, 5})
 
 
@@ -232,20 +230,20 @@ def _prevalences(report: ShiftReport) -> str:
         (
             escape(name),
             f"{report.prevalences[0].source[k]:.3f}",
-            *(_share(found, k) for found in report.prevalences),
+            *(_proportion(found, k) for found in report.prevalences),
         )
         for k, name in enumerate(report.class_names)
     ]
-    said = [
+    details = [
         f"{found.method}: {text}"
         for found in report.prevalences
         for text in (found.reason, *found.notes)
         if text
     ]
-    return _table(headings, rows, set(range(1, len(headings)))) + _list(said)
+    return _table(headings, rows, set(range(1, len(headings)))) + _list(details)
 
 
-def _share(found: Prevalence, k: int) -> str:
+def _proportion(found: Prevalence, k: int) -> str:
     if np.isnan(found.low[k]):
         return f"{found.estimate[k]:.3f}"
     return f"{found.estimate[k]:.3f} <small>{found.low[k]:.3f} to {found.high[k]:.3f}</small>"
@@ -269,7 +267,9 @@ def _accuracy(report: ShiftReport) -> str:
         for each in found.estimates
     ]
     table = _table(
-        ("estimate", "accuracy", f"{found.level:.0%} interval", "if"), [at_source, *rows], {1, 2}
+        ("estimate", "accuracy", f"{found.level:.0%} interval", "assumes"),
+        [at_source, *rows],
+        {1, 2},
     )
     return table + _list(found.notes)
 

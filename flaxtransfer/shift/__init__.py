@@ -1,7 +1,9 @@
-"""Domain shift: which kind it is, what of it can be corrected, and what cannot be known.
+"""Domain shift: tests, estimates, corrections, and what cannot be known.
 
-Arrays in, values out: features, logits, probabilities and labels of any model, of numpy or JAX.
-Names are looked up when they are used, so that who corrects a prior need not wait for a classifier.
+Arrays in, values out: features, logits, probabilities and labels of any model, NumPy or JAX. Use
+``diagnose`` for a full report, or single functions: ``calibrate`` first, then
+``estimate_prevalence``, ``correct_prior`` or ``accuracy_without_labels``. More estimators and their
+parts are in the modules of this room.
 
 >>> import flaxtransfer as ft
 >>> ft.shift.adjust_prior([[0.5, 0.5]], [0.9, 0.1], source_prior=[0.5, 0.5])
@@ -18,17 +20,12 @@ if TYPE_CHECKING:
     from flaxtransfer.shift.accuracy import AccuracyEstimate as AccuracyEstimate
     from flaxtransfer.shift.accuracy import AccuracyEstimates as AccuracyEstimates
     from flaxtransfer.shift.accuracy import accuracy_without_labels as accuracy_without_labels
-    from flaxtransfer.shift.accuracy import prevalence_weighted_recall as prevalence_weighted_recall
     from flaxtransfer.shift.calibration import Calibration as Calibration
     from flaxtransfer.shift.calibration import calibrate as calibrate
     from flaxtransfer.shift.calibration import logits_of as logits_of
     from flaxtransfer.shift.calibration_metrics import CalibrationError as CalibrationError
     from flaxtransfer.shift.calibration_metrics import ReliabilityBin as ReliabilityBin
-    from flaxtransfer.shift.calibration_metrics import brier_score as brier_score
     from flaxtransfer.shift.calibration_metrics import calibration_error as calibration_error
-    from flaxtransfer.shift.calibration_metrics import (
-        negative_log_likelihood as negative_log_likelihood,
-    )
     from flaxtransfer.shift.calibration_metrics import reliability as reliability
     from flaxtransfer.shift.concept_shift import label_residual_test as label_residual_test
     from flaxtransfer.shift.concept_shift import log_loss_test as log_loss_test
@@ -38,26 +35,21 @@ if TYPE_CHECKING:
     from flaxtransfer.shift.label_shift import residual_test as residual_test
     from flaxtransfer.shift.marginals import kolmogorov_smirnov_test as kolmogorov_smirnov_test
     from flaxtransfer.shift.marginals import predicted_label_test as predicted_label_test
-    from flaxtransfer.shift.permutation import Distance as Distance
-    from flaxtransfer.shift.permutation import Similarity as Similarity
-    from flaxtransfer.shift.permutation import Transferability as Transferability
     from flaxtransfer.shift.prevalence import Prevalence as Prevalence
     from flaxtransfer.shift.prevalence import estimate_prevalence as estimate_prevalence
     from flaxtransfer.shift.prior_correction import PriorCorrection as PriorCorrection
     from flaxtransfer.shift.prior_correction import adjust_prior as adjust_prior
     from flaxtransfer.shift.prior_correction import correct_prior as correct_prior
     from flaxtransfer.shift.report import Action as Action
-    from flaxtransfer.shift.report import Findings as Findings
+    from flaxtransfer.shift.report import Conclusion as Conclusion
     from flaxtransfer.shift.report import ShiftReport as ShiftReport
     from flaxtransfer.shift.report import Verdict as Verdict
-    from flaxtransfer.shift.report import conclude as conclude
-    from flaxtransfer.shift.report import joint_projection as joint_projection
     from flaxtransfer.shift.sample_size import EstimatedPosteriors as EstimatedPosteriors
     from flaxtransfer.shift.sample_size import LabelsNeeded as LabelsNeeded
     from flaxtransfer.shift.sample_size import corrected_posteriors as corrected_posteriors
     from flaxtransfer.shift.sample_size import labels_needed as labels_needed
     from flaxtransfer.shift.statistics import HypothesisTest as HypothesisTest
-    from flaxtransfer.shift.statistics import holm as holm
+    from flaxtransfer.shift.statistics import NullCalibrated as NullCalibrated
     from flaxtransfer.shift.two_sample import classifier_test as classifier_test
     from flaxtransfer.shift.two_sample import mmd_test as mmd_test
 

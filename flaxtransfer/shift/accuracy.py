@@ -1,13 +1,11 @@
 """Estimates of accuracy without labels.
 
-Estimates of an accuracy without labels, each with what it assumes; never one alone.
-
-Accuracy under label shift: the recall of each class, weighted by its share of the target.
-
-Average thresholded confidence: the share of a target that is surer than the source's errors.
-
-Accuracy on a target without labels: several estimates, for none can be trusted alone.
+Several methods side by side, each with the assumption that it needs: average thresholded
+confidence (ATC), difference of confidences, and prevalence-weighted recall, which is exact under
+label shift. None of them is reliable alone; their spread is part of the answer.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from typing import Any
@@ -19,8 +17,8 @@ from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_probabilities, same_width
 from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.statistics import (
-    checked_level,
-    checked_replicates,
+    check_level,
+    check_replicates,
     percentile_interval,
     wilson_interval,
 )
@@ -35,45 +33,110 @@ __all__ = [
     "prevalence_weighted_recall",
 ]
 
+RECALL_NAME = "prevalence-weighted recall"
 
-@dataclasses.dataclass(frozen=True)
-class AccuracyEstimate:
-    """One way to guess a target's accuracy.
+_RECALL_ASSUMES = (
+    "the classes look as they do at the source (pure label shift), and the prevalence is correct"
+)
+
+_NEGLIGIBLE = 1e-9
+"""Classes rarer than this are ignored."""
+
+_ASSUMES = {
+    "ATC, maximum confidence": "errors are as frequent as the largest probabilities below the "
+    "threshold, as at the source",
+    "ATC, negative entropy": "errors are as frequent as the negative entropies below the "
+    "threshold, as at the source",
+    "difference of confidences": "confidence exceeds accuracy by as much as at the source",
+    "average confidence": "probabilities are calibrated on the target too (for reference)",
+}
+
+
+def accuracy_without_labels(
+    source: Calibration,
+    target_probabilities: Any,
+    prevalence: Prevalence | None = None,
+    *,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> AccuracyEstimates:
+    """Estimates of a model's accuracy on a target without labels.
+
+    The accuracy is that of the class with the largest calibrated probability, without prior
+    correction. Every estimate rests on an assumption that no unlabeled data can check. Estimates
+    that agree may be correct; where they differ, not all assumptions hold, and labels are needed.
+    No method is correct for every shift.
 
     Args:
-        name: of the method.
-        value: between 0 and 1; None where the method has none.
-        low: lower end of the bootstrap's interval, or of what is possible where `value` is None;
-            None where nothing is known.
-        high: upper end.
-        assumes: what has to hold of the target.
-        not_available: why there is no value; "" where there is one.
+        source: The calibration with the validation examples that it was fitted on.
+        target_probabilities: ``[m, K]``, from ``source.apply``.
+        prevalence: Of the target, for the estimate that is exact under label shift; None leaves
+            that estimate out.
+        replicates: Bootstrap replicates of validation and target examples. The calibration is not
+            refitted, so that the interval of the average confidence is too narrow.
+        level: Confidence level of the intervals.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: Invalid probabilities, different numbers of classes, no replicates, or a level
+            outside of 0 and 1.
+
+    >>> from flaxtransfer.shift.calibration import calibrate
+    >>> logits = np.array([[2.0, 0.0]] * 8 + [[0.0, 2.0]] * 8)
+    >>> source = calibrate(logits, [0] * 6 + [1] * 2 + [1] * 6 + [0] * 2, method="temperature")
+    >>> found = accuracy_without_labels(source, source.apply(logits[:5]))
+    >>> round(found.lowest, 4), round(found.highest, 4)
+    (0.75, 0.75)
+
+    References:
+        S. Garg, S. Balakrishnan, Z. Lipton, B. Neyshabur, H. Sedghi, "Leveraging unlabeled data to
+        predict out-of-distribution performance", 2022 (ATC).
+        D. Guillory, V. Shankar, S. Ebrahimi, T. Darrell, L. Schmidt, "Predicting with confidence on
+        unseen distributions", 2021 (difference of confidences).
     """
-
-    name: str
-    value: float | None
-    low: float | None
-    high: float | None
-    assumes: str
-    not_available: str = ""
-
-    def __post_init__(self) -> None:
-        if (self.value is None) != bool(self.not_available):
-            raise ValueError("an estimate has a value, or a reason why it has none")
+    target = as_probabilities(target_probabilities, "target probabilities")
+    same_width(source.probabilities, "the source's probabilities", target, "target probabilities")
+    replicates = check_replicates(replicates)
+    correct = source.probabilities.argmax(1) == source.labels
+    low, high = wilson_interval(int(correct.sum()), len(correct), check_level(level))
+    estimates = _confidence_estimates(source, correct, target, replicates, level, seed)
+    notes = _notes(source, correct)
+    if prevalence is None:
+        notes.append("without a prevalence there is no estimate for label shift")
+    else:
+        estimates.append(
+            prevalence_weighted_recall(
+                source, prevalence, replicates=replicates, level=level, seed=seed
+            )
+        )
+        if prevalence.identifiable and np.isnan(prevalence.low + prevalence.high).any():
+            notes.append(
+                "the prevalence has no intervals: the recall's interval treats it as known"
+            )
+    return AccuracyEstimates(
+        source_accuracy=float(correct.mean()),
+        source_low=low,
+        source_high=high,
+        estimates=tuple(estimates),
+        counts=(len(correct), len(target)),
+        level=level,
+        notes=(*notes, *_disagreement(estimates)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyEstimates:
-    """Several estimates of one accuracy, side by side: their spread is part of the answer.
+    """Several estimates of one accuracy; their spread is part of the answer.
 
     Args:
-        source_accuracy: of the validation examples, which have labels.
-        source_low: lower end of its Wilson interval.
-        source_high: upper end.
-        estimates: of the target's accuracy.
-        counts: validation examples and target examples.
-        level: of all intervals.
-        notes: what a reader has to know.
+        source_accuracy: Of the validation examples, which have labels.
+        source_low: Lower end of its Wilson interval.
+        source_high: Upper end of it.
+        estimates: Estimates of the target's accuracy.
+        counts: Numbers of validation examples and target examples.
+        level: Confidence level of all intervals.
+        notes: What the reader must know.
     """
 
     source_accuracy: float
@@ -86,12 +149,12 @@ class AccuracyEstimates:
 
     @property
     def lowest(self) -> float:
-        """Of the values."""
+        """The smallest value."""
         return min(each.value for each in self.estimates if each.value is not None)
 
     @property
     def highest(self) -> float:
-        """Of the values."""
+        """The largest value."""
         return max(each.value for each in self.estimates if each.value is not None)
 
     def __getitem__(self, name: str) -> AccuracyEstimate:
@@ -99,7 +162,7 @@ class AccuracyEstimates:
             if each.name == name:
                 return each
         names = ", ".join(repr(each.name) for each in self.estimates)
-        raise KeyError(f"no estimate {name!r}; there are {names}")
+        raise KeyError(f"name must be one of {names}, got {name!r}")
 
     def __str__(self) -> str:
         count, size = self.counts
@@ -119,31 +182,33 @@ class AccuracyEstimates:
         return "\n".join([*lines, *self.notes])
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return " " * 16 if low is None or high is None else f"{low:.4f} to {high:.4f}"
+@dataclasses.dataclass(frozen=True)
+class AccuracyEstimate:
+    """One estimate of a target's accuracy.
 
-
-RECALL_NAME = "prevalence-weighted recall"
-
-_RECALL_ASSUMES = (
-    "a class looks as it does at the source (label shift alone), and the prevalence is right"
-)
-
-_NEGLIGIBLE = 1e-9
-"""A class this rare has no part in an accuracy."""
-
-
-def class_recall(source: Calibration) -> np.ndarray:
-    """`[K]`, the share of each class's validation examples that is predicted right.
-
-    NaN for classes without validation examples.
-
-    >>> predicted, labels = np.eye(2)[[0, 0, 1]], np.zeros(3, int)
-    >>> source = Calibration("none", np.ones(2), np.zeros(2), predicted, labels)
-    >>> class_recall(source).round(4).tolist()
-    [0.6667, nan]
+    Args:
+        name: Name of the method.
+        value: Between 0 and 1; None where the method gives none.
+        low: Lower end of the bootstrap interval, or of the possible range where ``value`` is None;
+            None where nothing is known.
+        high: Upper end.
+        assumes: What must hold for the target.
+        not_available: Why there is no value; "" where there is one.
     """
-    return _recall(source, _right(source), None, np.full(source.classes, np.nan))
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    assumes: str
+    not_available: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.value is None) != bool(self.not_available):
+            raise ValueError(
+                "exactly one of value and not_available must be given, "
+                f"got value={self.value!r} and not_available={self.not_available!r}"
+            )
 
 
 def prevalence_weighted_recall(
@@ -154,32 +219,33 @@ def prevalence_weighted_recall(
     level: float = 0.95,
     seed: int = 0,
 ) -> AccuracyEstimate:
-    """Sum over classes of prevalence times recall: the accuracy, exactly, under label shift.
+    """Prevalence-weighted recall: the accuracy under label shift.
 
-    The intervals draw validation examples again, and prevalences from theirs. A class of the target
-    without validation examples has no recall: there is no value then, and the interval says what is
-    possible.
+    The sum over classes of prevalence times recall, which is exact under label shift. The interval
+    resamples the validation examples, and draws prevalences from their intervals. Where a class of
+    the target has no validation examples its recall is unknown: there is no value then, and the
+    interval gives the possible range.
 
     Args:
-        source: the calibration with its validation examples.
-        prevalence: of the target.
-        replicates: of the bootstrap.
-        level: of the interval.
-        seed: of the bootstrap.
+        source: The calibration with its validation examples.
+        prevalence: Of the target.
+        replicates: Bootstrap replicates.
+        level: Confidence level.
+        seed: Of the bootstrap.
 
     Raises:
-        ValueError: numbers of classes differ, no replicates, a level outside of 0 and 1.
+        ValueError: Different numbers of classes, no replicates, or a level outside of 0 and 1.
 
     References:
         Z. Lipton, Y. Wang, A. Smola, "Detecting and correcting for label shift with black box
         predictors", 2018.
     """
-    checked_level(level)
-    replicates = checked_replicates(replicates)
+    check_level(level)
+    replicates = check_replicates(replicates)
     if prevalence.estimate.shape != (source.classes,):
         raise ValueError(
-            f"the prevalence is of {len(prevalence.estimate)} classes, and the source of "
-            f"{source.classes}"
+            f"prevalence must have the source's {source.classes} classes, got "
+            f"{len(prevalence.estimate)}"
         )
     if not prevalence.identifiable:
         reason = f"the prevalence is not identifiable: {prevalence.reason}"
@@ -189,75 +255,49 @@ def prevalence_weighted_recall(
     recall[unknown] = 0
     random = np.random.default_rng(seed)
     count = len(source.labels)
-    right = _right(source)
+    correct = _correct(source)
     drawn = np.empty((replicates, 2))
     for row in drawn:
         weights = np.bincount(random.integers(count, size=count), minlength=count)
-        shares = _drawn_again(prevalence, random)
-        row[:] = shares @ _recall(source, right, weights, recall), shares[unknown].sum()
+        proportions = _resampled_prevalence(prevalence, random)
+        row[:] = proportions @ _recall(source, correct, weights, recall), proportions[unknown].sum()
     value = float(prevalence.estimate @ recall)
     low, high = percentile_interval(drawn[:, 0], level)
-    share = float(prevalence.estimate[unknown].sum())
-    if share <= _NEGLIGIBLE:
+    fraction = float(prevalence.estimate[unknown].sum())
+    if fraction <= _NEGLIGIBLE:
         return AccuracyEstimate(RECALL_NAME, value, low, high, _RECALL_ASSUMES)
     named = ", ".join(str(k) for k in np.flatnonzero(unknown)[:10])
     reason = (
-        f"class(es) {named} have no validation example, and so no recall, and are {share:.4f} of "
-        f"the target: between {value:.4f} and {min(value + share, 1.0):.4f}, before sampling"
+        f"class(es) {named} have no validation example, hence no recall, and are {fraction:.4f} of "
+        f"the target: between {value:.4f} and {min(value + fraction, 1.0):.4f}, before sampling"
     )
     _, high = percentile_interval(drawn.sum(1), level)
     return AccuracyEstimate(RECALL_NAME, None, low, min(high, 1.0), _RECALL_ASSUMES, reason)
 
 
-def _right(source: Calibration) -> np.ndarray:
-    return (source.probabilities.argmax(1) == source.labels).astype(float)
+def class_recall(source: Calibration) -> np.ndarray:
+    """Recall of each class on the validation examples, ``[K]``; NaN for classes without examples.
 
-
-def _recall(
-    source: Calibration, right: np.ndarray, weights: np.ndarray | None, otherwise: np.ndarray
-) -> np.ndarray:
-    """`[K]`, with other numbers for classes that have no weight."""
-    hits = right if weights is None else weights * right
-    examples = np.bincount(source.labels, weights, source.classes)
-    correct = np.bincount(source.labels, hits, source.classes)
-    return np.divide(correct, examples, out=otherwise.copy(), where=examples > 0)
-
-
-def _drawn_again(prevalence: Prevalence, random: np.random.Generator) -> np.ndarray:
-    """Shares `[K]` as another sample might have had them, by the widths of the intervals."""
-    deviation = (prevalence.high - prevalence.low) / (2 * norm.isf((1 - prevalence.level) / 2))
-    deviation = np.nan_to_num(deviation, nan=0.0)
-    errors = deviation * random.standard_normal(len(deviation))
-    # Shares sum to 1: what one gains the others lose. The factor keeps each one's variance.
-    classes = len(errors)
-    errors = (errors - errors.mean()) * np.sqrt(classes / (classes - 1))
-    shares = np.maximum(prevalence.estimate + errors, 0)
-    return shares / shares.sum()
-
-
-def negative_entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Sum of p log p of each row `[n]` of probabilities `[n, K]`, in nats: 0 where it is sure.
-
-    >>> negative_entropy(np.array([[1.0, 0.0], [0.5, 0.5]])).round(4).tolist()
-    [0.0, -0.6931]
+    >>> predicted, labels = np.eye(2)[[0, 0, 1]], np.zeros(3, int)
+    >>> source = Calibration("none", np.ones(2), np.zeros(2), predicted, labels)
+    >>> class_recall(source).round(4).tolist()
+    [0.6667, nan]
     """
-    # Sorted, the sum has one rounding for every order of the classes, and ties stay ties.
-    ordered = np.sort(probabilities, axis=1)
-    logarithms = np.log(ordered, out=np.zeros_like(ordered), where=ordered > 0)
-    return (ordered * logarithms).sum(1)
+    return _recall(source, _correct(source), None, np.full(source.classes, np.nan))
 
 
 class ThresholdedConfidence:
-    """The estimate for one score, for any weights of the examples.
+    """Average thresholded confidence (ATC) for one score, with any weights of the examples.
 
-    The threshold leaves as much of the source below it as there are errors, midway between two
-    scores. Where several examples have the threshold's score, the share of them counts that makes
-    the source's accuracy come out; a source that is its own target has it exactly.
+    As much of the source lies below the threshold as there are errors; it is midway between two
+    scores. Where several examples have exactly that score, the fraction of them counts that
+    reproduces the source's accuracy, so that a target identical to the source gets exactly that
+    accuracy.
 
     Args:
-        source_scores: `[n]`, larger where the model is surer.
-        right: bool `[n]`, whether it predicts the class.
-        target_scores: `[m]`.
+        source_scores: ``[n]``, larger where the model is more confident.
+        correct: Boolean ``[n]``, whether the prediction is correct.
+        target_scores: ``[m]``.
 
     >>> found = ThresholdedConfidence([0.5, 0.6, 0.8, 0.9], [False, True, True, True], [0.5, 0.7])
     >>> found.threshold(), found.estimate()
@@ -269,155 +309,121 @@ class ThresholdedConfidence:
     """
 
     def __init__(
-        self, source_scores: np.ndarray, right: np.ndarray, target_scores: np.ndarray
+        self, source_scores: np.ndarray, correct: np.ndarray, target_scores: np.ndarray
     ) -> None:
         self._order = np.argsort(source_scores, kind="stable")
         self._scores = np.asarray(source_scores)[self._order]
-        self._wrong = ~np.asarray(right, bool)[self._order]
+        self._wrong = ~np.asarray(correct, bool)[self._order]
         self._target_order = np.argsort(target_scores, kind="stable")
         self._target = np.asarray(target_scores)[self._target_order]
 
     def threshold(self, weights: np.ndarray | None = None) -> tuple[float, float]:
-        """The score, and the share that counts of examples that have exactly this score.
+        """The threshold, and the fraction counted of examples that have exactly this score.
 
         Args:
-            weights: `[n]`, whole numbers; 1 each if None.
+            weights: ``[n]``, whole numbers; 1 each if None.
         """
         scores = self._scores
         weight = np.ones(len(scores)) if weights is None else weights[self._order].astype(float)
         mass = np.cumsum(weight)
         errors, total = float(weight @ self._wrong), mass[-1]
         if errors == 0:
-            place = scores[np.searchsorted(mass, 0, side="right")]
+            threshold = scores[np.searchsorted(mass, 0, side="right")]
         elif errors == total:
-            place = scores[np.searchsorted(mass, total, side="left")]
+            threshold = scores[np.searchsorted(mass, total, side="left")]
         else:
             below = scores[np.searchsorted(mass, errors, side="left")]
-            place = (below + scores[np.searchsorted(mass, errors, side="right")]) / 2
-        above, tied = _above_and_tied(scores, mass, place)
-        return float(place), float((total - errors - above) / tied) if tied else 1.0
+            threshold = (below + scores[np.searchsorted(mass, errors, side="right")]) / 2
+        above, tied = _above_and_tied(scores, mass, threshold)
+        return float(threshold), float((total - errors - above) / tied) if tied else 1.0
 
     def estimate(
         self, weights: np.ndarray | None = None, target_weights: np.ndarray | None = None
     ) -> float:
-        """The target's accuracy.
+        """The target's estimated accuracy.
 
         Args:
-            weights: `[n]`, whole numbers; 1 each if None.
-            target_weights: `[m]`, as well.
+            weights: ``[n]``, whole numbers; 1 each if None.
+            target_weights: ``[m]``, likewise.
         """
-        place, share = self.threshold(weights)
+        threshold, fraction = self.threshold(weights)
         count = len(self._target)
         mass = np.cumsum(
             np.ones(count) if target_weights is None else target_weights[self._target_order]
         )
-        above, tied = _above_and_tied(self._target, mass, place)
-        return float((above + share * tied) / mass[-1])
+        above, tied = _above_and_tied(self._target, mass, threshold)
+        return float((above + fraction * tied) / mass[-1])
 
 
-def _above_and_tied(ordered: np.ndarray, mass: np.ndarray, place: float) -> tuple[float, float]:
-    """The mass above a score and at it, of sorted scores with cumulated masses."""
+def negative_entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Negative entropy of each row, ``[n]``, in nats: the sum of p log p, 0 for certain rows.
+
+    >>> negative_entropy(np.array([[1.0, 0.0], [0.5, 0.5]])).round(4).tolist()
+    [0.0, -0.6931]
+    """
+    # Sorted, so that rounding does not depend on the order of the classes and ties stay ties.
+    ordered = np.sort(probabilities, axis=1)
+    logarithms = np.log(ordered, out=np.zeros_like(ordered), where=ordered > 0)
+    result: np.ndarray = (ordered * logarithms).sum(1)
+    return result
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return " " * 16 if low is None or high is None else f"{low:.4f} to {high:.4f}"
+
+
+def _correct(source: Calibration) -> np.ndarray:
+    result: np.ndarray = (source.probabilities.argmax(1) == source.labels).astype(float)
+    return result
+
+
+def _recall(
+    source: Calibration, correct: np.ndarray, weights: np.ndarray | None, fallback: np.ndarray
+) -> np.ndarray:
+    """Recall ``[K]``, with ``fallback`` for classes without weight."""
+    correct_weights = correct if weights is None else weights * correct
+    examples = np.bincount(source.labels, weights, source.classes)
+    correct = np.bincount(source.labels, correct_weights, source.classes)
+    result: np.ndarray = np.divide(correct, examples, out=fallback.copy(), where=examples > 0)
+    return result
+
+
+def _resampled_prevalence(prevalence: Prevalence, random: np.random.Generator) -> np.ndarray:
+    """Proportions ``[K]`` as another sample might give them, from the widths of the intervals."""
+    deviation = (prevalence.high - prevalence.low) / (2 * norm.isf((1 - prevalence.level) / 2))
+    deviation = np.nan_to_num(deviation, nan=0.0)
+    errors = deviation * random.standard_normal(len(deviation))
+    # Proportions sum to 1, so the errors are centered. The factor keeps the variance of each.
+    classes = len(errors)
+    errors = (errors - errors.mean()) * np.sqrt(classes / (classes - 1))
+    proportions = np.maximum(prevalence.estimate + errors, 0)
+    result: np.ndarray = proportions / proportions.sum()
+    return result
+
+
+def _above_and_tied(ordered: np.ndarray, mass: np.ndarray, threshold: float) -> tuple[float, float]:
+    """The mass above a score and at it, from sorted scores with cumulative masses."""
     padded = np.concatenate([[0.0], mass])
-    first = padded[np.searchsorted(ordered, place, side="left")]
-    last = padded[np.searchsorted(ordered, place, side="right")]
+    first = padded[np.searchsorted(ordered, threshold, side="left")]
+    last = padded[np.searchsorted(ordered, threshold, side="right")]
     return float(mass[-1] - last), float(last - first)
 
 
-_ASSUMES = {
-    "ATC, maximum confidence": "errors are as many as the largest probabilities under the "
-    "threshold, as at the source",
-    "ATC, negative entropy": "errors are as many as the negative entropies under the threshold, as "
-    "at the source",
-    "difference of confidences": "confidence exceeds accuracy by as much as at the source",
-    "average confidence": "probabilities are calibrated on the target too (for reference)",
-}
-
-
-def accuracy_without_labels(
+def _confidence_estimates(
     source: Calibration,
-    target_probabilities: Any,
-    prevalence: Prevalence | None = None,
-    *,
-    replicates: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> AccuracyEstimates:
-    """What a model's accuracy on a target would be, under assumptions that no data can check.
-
-    The accuracy is that of the class with the largest calibrated probability, without correction
-    for a new prior. Estimates that agree may be right; where they do not, their assumptions cannot
-    all hold, and labels are needed. Without labels no method is right for every shift.
-
-    Args:
-        source: the calibration, with the validation examples it was fitted on.
-        target_probabilities: `[m, K]`, of `source.apply`.
-        prevalence: of the target, for the estimate that is exact under label shift; None leaves
-            it out.
-        replicates: of the bootstrap: validation and target examples are drawn again, the
-            calibration is kept, so that the interval of the average confidence is too narrow.
-        level: of the intervals.
-        seed: of the bootstrap.
-
-    Raises:
-        ValueError: probabilities are broken, numbers of classes differ, no replicates, a level
-            outside of 0 and 1.
-
-    >>> from flaxtransfer.shift.calibration import calibrate
-    >>> logits = np.array([[2.0, 0.0]] * 8 + [[0.0, 2.0]] * 8)
-    >>> source = calibrate(logits, [0] * 6 + [1] * 2 + [1] * 6 + [0] * 2, method="temperature")
-    >>> found = accuracy_without_labels(source, source.apply(logits[:5]))
-    >>> round(found.lowest, 4), round(found.highest, 4)
-    (0.75, 0.75)
-
-    References:
-        S. Garg, S. Balakrishnan, Z. Lipton, B. Neyshabur, H. Sedghi, "Leveraging unlabeled data to
-        predict out-of-distribution performance", 2022: ATC.
-        D. Guillory, V. Shankar, S. Ebrahimi, T. Darrell, L. Schmidt, "Predicting with confidence on
-        unseen distributions", 2021: difference of confidences.
-    """
-    target = as_probabilities(target_probabilities, "target probabilities")
-    same_width(source.probabilities, "the source's probabilities", target, "target probabilities")
-    replicates = checked_replicates(replicates)
-    right = source.probabilities.argmax(1) == source.labels
-    low, high = wilson_interval(int(right.sum()), len(right), checked_level(level))
-    estimates = _from_confidence(source, right, target, replicates, level, seed)
-    notes = _notes(source, right)
-    if prevalence is None:
-        notes.append("without a prevalence, there is no estimate that is made for label shift")
-    else:
-        estimates.append(
-            prevalence_weighted_recall(
-                source, prevalence, replicates=replicates, level=level, seed=seed
-            )
-        )
-        if prevalence.identifiable and np.isnan(prevalence.low + prevalence.high).any():
-            notes.append("the prevalence has no intervals: that of its recall counts it as known")
-    return AccuracyEstimates(
-        source_accuracy=float(right.mean()),
-        source_low=low,
-        source_high=high,
-        estimates=tuple(estimates),
-        counts=(len(right), len(target)),
-        level=level,
-        notes=(*notes, *_disagreement(estimates)),
-    )
-
-
-def _from_confidence(
-    source: Calibration,
-    right: np.ndarray,
+    correct: np.ndarray,
     target: np.ndarray,
     replicates: int,
     level: float,
     seed: int,
 ) -> list[AccuracyEstimate]:
-    """What needs the probabilities alone."""
+    """The estimates that need the probabilities only."""
     confidence, target_confidence = source.probabilities.max(1), target.max(1)
-    by_confidence = ThresholdedConfidence(confidence, right, target_confidence)
+    by_confidence = ThresholdedConfidence(confidence, correct, target_confidence)
     by_entropy = ThresholdedConfidence(
-        negative_entropy(source.probabilities), right, negative_entropy(target)
+        negative_entropy(source.probabilities), correct, negative_entropy(target)
     )
-    excess = right - confidence
+    excess = correct - confidence
 
     def values(weights: np.ndarray, target_weights: np.ndarray) -> tuple[float, ...]:
         average = float(target_weights @ target_confidence / target_weights.sum())
@@ -430,7 +436,7 @@ def _from_confidence(
         )
 
     random = np.random.default_rng(seed)
-    count, size = len(right), len(target)
+    count, size = len(correct), len(target)
     drawn = np.array(
         [
             values(
@@ -447,16 +453,16 @@ def _from_confidence(
     ]
 
 
-def _notes(source: Calibration, right: np.ndarray) -> list[str]:
+def _notes(source: Calibration, correct: np.ndarray) -> list[str]:
     notes = []
     if source.method == "none":
         notes.append(
-            "the probabilities are not calibrated, and all estimates but the recall rest on them"
+            "the probabilities are not calibrated, and all estimates except the recall use them"
         )
-    if right.all():
+    if correct.all():
         notes.append(
-            "every validation example is right: ATC counts as wrong what is less sure than all of "
-            "them, and does not know where errors begin"
+            "every validation example is predicted correctly: ATC counts as wrong what is less "
+            "confident than all of them, and does not know where errors begin"
         )
     absent = int(np.isnan(class_recall(source)).sum())
     if absent:
@@ -475,6 +481,6 @@ def _disagreement(estimates: list[AccuracyEstimate]) -> list[str]:
     if lower[1] >= upper[0]:
         return []
     return [
-        f"{lower[2]!r} and {upper[2]!r} differ by more than chance: their assumptions do not both "
-        "hold, and labels would tell"
+        f"{lower[2]!r} and {upper[2]!r} differ by more than chance: their assumptions cannot both "
+        "hold, and labels are needed to decide"
     ]

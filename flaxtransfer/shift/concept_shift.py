@@ -1,20 +1,18 @@
 """Tests of concept shift on a few labeled target examples.
 
-Labels drawn from posteriors: what the tests on a few labels compare the real ones with.
+Under concept shift p(y | x) has changed, which no unlabeled data show. Pass the model's own
+posteriors to test that p(y | x) is the source's (no shift, or covariate shift); pass those
+corrected for prevalence to test that p(x | y) is (label shift). Where both are rejected, neither
+explains the target: the concept shifted, or the model is not calibrated there.
 
-What a few labeled target examples say of the posteriors: are they right, and which are?
-
-Under concept shift p(y | x) has changed, and no unlabeled data show it. Give the model's own
-posteriors to test that p(y | x) is the source's (no shift, or covariate shift); give those that
-were corrected for prevalence to test that p(x | y) is (label shift). Where both are rejected
-neither explains the target: the concept shifted, or the model is not calibrated there.
-
-For the null distributions labels are drawn from the posteriors themselves, which is exact where
-these are known. Those that were corrected by an estimated prevalence carry its error, and 200
-labels are enough to notice it: at 600 source and 300 target examples `label_residual_test` rejects
-a fifth of true hypotheses instead of a twentieth. Hand over what `corrected_posteriors` returns
-instead: then labels drawn from posteriors meet estimates of these, as they do in reality.
+The null distributions draw labels from the posteriors themselves, which is exact if these are
+known. Posteriors that were corrected by an estimated prevalence carry its error, and 200 labels are
+enough to detect it: with 600 source and 300 target examples ``label_residual_test`` rejects a fifth
+of true hypotheses instead of a twentieth. Pass the result of ``corrected_posteriors`` instead,
+whose bootstrap accounts for that error.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,125 +23,35 @@ from flaxtransfer.shift.checks import as_labels, as_probabilities, same_width
 from flaxtransfer.shift.sample_size import EstimatedPosteriors
 from flaxtransfer.shift.statistics import (
     HypothesisTest,
-    detectable,
-    enough_repetitions,
+    check_repetitions,
+    detectable_effect,
     permutation_p,
     untestable,
 )
 
 __all__ = [
-    "CHOICE",
-    "FEWEST",
-    "KNOWN",
-    "checked_labels",
-    "drawn_labels",
-    "excesses",
-    "is_certain",
     "label_residual_test",
     "log_loss_test",
-    "nothing_varies",
-    "picked",
     "posterior_ratio_tests",
-    "surprise",
-    "too_few",
-    "worlds",
 ]
 
+_MIN_LABELS = 3
 
-FEWEST = 3
+_MIN_PROBABILITY = 1e-300
+"""Bounds the surprisal of a class of probability 0 at 691 nats."""
 
-_SMALLEST = 1e-300
-"""A class of probability 0 that is seen costs 691 nats, and not infinitely many."""
+_MAX_COMPARISONS = 20_000_000
+"""Most comparisons with cumulative posteriors at a time, one byte each."""
 
-_AT_ONCE = 20_000_000
-"""Comparisons with cumulated posteriors that are made at once; as many bytes."""
+_RANDOM_LABELS = "the labeled examples are a random sample of the target"
 
-CHOICE = "labels are of a random choice of target examples"
+_KNOWN_POSTERIORS = "posteriors are known: they were estimated from much more data than the labels"
 
-KNOWN = "posteriors are known: what they were estimated from is much more than the labels"
+_ESTIMATED_POSTERIORS = (
+    "bootstrap estimates vary about the posteriors as these do about the true ones"
+)
 
-_ESTIMATED = "estimates of a bootstrap vary about the posteriors as these do about the truth"
-
-
-def checked_labels(
-    probabilities: Any, labels: Any, simulations: int
-) -> tuple[EstimatedPosteriors, np.ndarray, str]:
-    """Posteriors, labels `[l]`, and what is assumed of the posteriors."""
-    enough_repetitions(simulations, "simulations")
-    given, assumption = probabilities, _ESTIMATED
-    if not isinstance(given, EstimatedPosteriors):
-        given = EstimatedPosteriors.known(as_probabilities(given, "probabilities"))
-        assumption = KNOWN
-    count, classes = given.posteriors.shape
-    return given, as_labels(labels, "labels", count=count, classes=classes), assumption
-
-
-def picked(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Entries `[..., l]` of a table `[l, K]` for labels `[..., l]`."""
-    return table[np.arange(len(table)), labels]
-
-
-def surprise(posteriors: np.ndarray) -> np.ndarray:
-    """What each class would cost in nats."""
-    return -np.log(np.maximum(posteriors, _SMALLEST))
-
-
-def worlds(
-    given: EstimatedPosteriors, simulations: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """True posteriors `[l, K]`, estimates of them `[l, K]`, and a share of the simulations."""
-    parts = np.array_split(np.arange(simulations), len(given.rows))
-    for rows, estimate, part in zip(given.rows, given.estimates, parts, strict=True):
-        yield given.posteriors[rows], estimate, len(part)
-
-
-def drawn_labels(posteriors: np.ndarray, simulations: int, rng: np.random.Generator) -> np.ndarray:
-    """Classes `[simulations, l]` that the examples are drawn to be."""
-    cumulated = np.cumsum(posteriors, axis=1)
-    cumulated /= cumulated[:, -1:]
-    uniform = rng.random((simulations, len(posteriors)))
-    # The first class that exceeds, and one of probability 0 never is.
-    if simulations * posteriors.size <= _AT_ONCE:
-        return (uniform[:, :, None] >= cumulated).sum(2)
-    columns = zip(cumulated, uniform.T, strict=True)
-    return np.stack([np.searchsorted(chances, u, side="right") for chances, u in columns], 1)
-
-
-def excesses(
-    given: EstimatedPosteriors, scores: np.ndarray, simulations: int, seed: int
-) -> np.ndarray:
-    """Sums of scores of labels, less what the estimates expect, `[simulations]`, under H0.
-
-    Labels are drawn from the posteriors, and scored by `scores` `[S, l, K]`, which belong to the
-    estimates. Without the expectation the entropy of an estimate would enter, which is biased:
-    estimates are more extreme than the truth.
-    """
-    rng = np.random.default_rng(seed)
-    found = []
-    for (truth, estimate, part), table in zip(worlds(given, simulations), scores, strict=True):
-        sums = picked(table, drawn_labels(truth, part, rng)).sum(1)
-        found.append(sums - (estimate * table).sum())
-    return np.concatenate(found)
-
-
-def is_certain(probabilities: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether no draw can differ from another and the labels are that draw."""
-    return bool((probabilities.max(1) >= 1).all() and (picked(probabilities, labels) >= 1).all())
-
-
-def too_few(name: str, hypothesis: str, effect_name: str, count: int) -> HypothesisTest:
-    """The test of fewer labels than can be tested."""
-    reason = f"{count} labels; a test needs {FEWEST}"
-    return untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
-
-
-def nothing_varies(name: str, hypothesis: str, effect_name: str, count: int) -> HypothesisTest:
-    """The test of labels that could not have been others."""
-    reason = "every posterior is certain, and every label is as it says: nothing varies under H0"
-    return untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
-
-
-_RIGHT = "labels are distributed as the posteriors say"
+_HYPOTHESIS = "labels are distributed according to the posteriors"
 
 
 def log_loss_test(
@@ -153,24 +61,25 @@ def log_loss_test(
     simulations: int = 9999,
     seed: int = 0,
 ) -> HypothesisTest:
-    """Whether the labels are as likely as the posteriors say; large losses reject.
+    """Log-loss test: are the labels as likely as the posteriors predict?
 
-    The test for labels that contradict confident posteriors. One-sided: posteriors that are too
-    timid make labels likelier than was expected, and pass; see `label_residual_test`.
+    Use it for labels that contradict confident posteriors. One-sided, large losses reject:
+    posteriors that are not confident enough make labels more likely than expected, and pass; see
+    ``label_residual_test``.
 
     Args:
-        probabilities: `[l, K]`, posteriors of the labeled target examples, or
-            `EstimatedPosteriors`.
-        labels: `[l]`, their classes.
-        simulations: draws of all l labels.
-        seed: for these.
+        probabilities: ``[l, K]``, posteriors of the labeled target examples, or
+            ``EstimatedPosteriors``.
+        labels: ``[l]``, their classes.
+        simulations: Draws of all l labels.
+        seed: Of the draws.
 
     Returns:
         A test whose statistic is the summed negative log-likelihood in nats, and whose effect is
-        what it exceeds its expectation by, for each label.
+        its excess over the expectation, per label.
 
     Raises:
-        ValueError: what are no probabilities or labels of them; fewer than 19 simulations.
+        ValueError: Invalid probabilities or labels, or fewer than 19 simulations.
 
     >>> probabilities = np.tile([0.9, 0.1], (20, 1))
     >>> log_loss_test(probabilities, [0] * 18 + [1] * 2).rejected()
@@ -179,27 +88,27 @@ def log_loss_test(
     True
     """
     name = "log-loss of labels"
-    given, seen, assumption = checked_labels(probabilities, labels, simulations)
+    given, observed, assumption = _check_labels(probabilities, labels, simulations)
     found = given.posteriors
-    if len(seen) < FEWEST:
-        return too_few(name, _RIGHT, "nats", len(seen))
-    if is_certain(found, seen):
-        return nothing_varies(name, _RIGHT, "nats", len(seen))
-    loss = surprise(found)
-    statistic = float(picked(loss, seen).sum())
+    if len(observed) < _MIN_LABELS:
+        return _too_few_labels(name, _HYPOTHESIS, "nats", len(observed))
+    if _is_certain(found, observed):
+        return _degenerate(name, _HYPOTHESIS, "nats", len(observed))
+    loss = _surprisal(found)
+    statistic = float(_entries_at(loss, observed).sum())
     excess = statistic - float((found * loss).sum())
-    null = excesses(given, surprise(given.estimates), simulations, seed)
-    count = len(seen)
+    null = _null_excess(given, _surprisal(given.estimates), simulations, seed)
+    count = len(observed)
     return HypothesisTest(
         name=name,
-        hypothesis=_RIGHT,
+        hypothesis=_HYPOTHESIS,
         statistic=statistic,
         p=permutation_p(excess, null),
         effect=excess / count,
         effect_name="nats",
-        minimum_detectable=detectable(null) / count,
+        minimum_detectable=detectable_effect(null) / count,
         counts=(count,),
-        assumptions=(CHOICE, assumption),
+        assumptions=(_RANDOM_LABELS, assumption),
     )
 
 
@@ -210,26 +119,26 @@ def label_residual_test(
     simulations: int = 9999,
     seed: int = 0,
 ) -> HypothesisTest:
-    """Whether each class is as frequent among the labels as the posteriors say, in any direction.
+    """Chi-squared test of label frequencies against those that the posteriors predict.
 
-    The companion of `log_loss_test`: two-sided, of K - 1 degrees of freedom, and able to say which
-    class is more frequent than was thought. Labels that are swapped so that all frequencies stay
-    are for the other one.
+    The complement of ``log_loss_test``: two-sided, with K - 1 degrees of freedom, and it names the
+    class that is more frequent than expected. It does not see labels that are exchanged so that all
+    frequencies stay the same.
 
     Args:
-        probabilities: `[l, K]`, posteriors of the labeled target examples, or
-            `EstimatedPosteriors`.
-        labels: `[l]`, their classes.
-        simulations: draws of all l labels.
-        seed: for these.
+        probabilities: ``[l, K]``, posteriors of the labeled target examples, or
+            ``EstimatedPosteriors``.
+        labels: ``[l]``, their classes.
+        simulations: Draws of all l labels.
+        seed: Of the draws.
 
     Returns:
-        A test whose statistic is ``r' V^+ r``, with r the observed less the expected numbers and
-        V their covariance under known posteriors; infinite where a label was impossible. Its
-        effect is the total variation between observed and expected frequencies.
+        A test whose statistic is ``r' V^+ r``, with r the observed minus the expected counts and V
+        their covariance under known posteriors; infinite where a label was impossible. Its effect
+        is the total variation between observed and expected frequencies.
 
     Raises:
-        ValueError: what are no probabilities or labels of them; fewer than 19 simulations.
+        ValueError: Invalid probabilities or labels, or fewer than 19 simulations.
 
     >>> probabilities = np.tile([0.9, 0.1], (20, 1))
     >>> test = label_residual_test(probabilities, [0] * 12 + [1] * 8)
@@ -239,37 +148,37 @@ def label_residual_test(
     'class 1 is more frequent than expected, by 6.0 of 20 labels'
     """
     name, effect_name = "residual of labels", "total variation"
-    given, seen, assumption = checked_labels(probabilities, labels, simulations)
+    given, observed, assumption = _check_labels(probabilities, labels, simulations)
     found = given.posteriors
     count, classes = found.shape
-    if count < FEWEST:
-        return too_few(name, _RIGHT, effect_name, count)
-    if is_certain(found, seen):
-        return nothing_varies(name, _RIGHT, effect_name, count)
+    if count < _MIN_LABELS:
+        return _too_few_labels(name, _HYPOTHESIS, effect_name, count)
+    if _is_certain(found, observed):
+        return _degenerate(name, _HYPOTHESIS, effect_name, count)
     null, sizes = [], []
     rng = np.random.default_rng(seed)
-    for truth, estimate, part in worlds(given, simulations):
-        cells = drawn_labels(truth, part, rng) + classes * np.arange(part)[:, None]
+    for truth, estimate, part in _bootstrap_draws(given, simulations):
+        cells = _draw_labels(truth, part, rng) + classes * np.arange(part)[:, None]
         numbers = np.bincount(cells.ravel(), minlength=part * classes).reshape(part, classes)
         numbers = numbers - estimate.sum(0)
-        null.append(_squares(numbers, estimate))
+        null.append(_quadratic_form(numbers, estimate))
         sizes.append(np.abs(numbers).sum(1) / 2 / count)
-    residual = np.bincount(seen, minlength=classes) - found.sum(0)
-    statistic = float(_squares(residual[None], found)[0])
-    if (picked(found, seen) <= 0).any():
+    residual = np.bincount(observed, minlength=classes) - found.sum(0)
+    statistic = float(_quadratic_form(residual[None], found)[0])
+    if (_entries_at(found, observed) <= 0).any():
         statistic = float("inf")
     p = permutation_p(statistic, np.concatenate(null))
     largest = int(np.argmax(residual))
     return HypothesisTest(
         name=name,
-        hypothesis=_RIGHT,
+        hypothesis=_HYPOTHESIS,
         statistic=statistic,
         p=p,
         effect=float(np.abs(residual).sum() / 2 / count),
         effect_name=effect_name,
-        minimum_detectable=min(1.0, detectable(np.concatenate(sizes))),
+        minimum_detectable=min(1.0, detectable_effect(np.concatenate(sizes))),
         counts=(count,),
-        assumptions=(CHOICE, assumption),
+        assumptions=(_RANDOM_LABELS, assumption),
         notes=(
             f"class {largest} is more frequent than expected, by {residual[largest]:.1f} of "
             f"{count} labels",
@@ -285,60 +194,67 @@ def posterior_ratio_tests(
     simulations: int = 9999,
     seed: int = 0,
 ) -> tuple[HypothesisTest, HypothesisTest]:
-    """Which posteriors the labels speak for: those of covariate shift, or those of label shift.
+    """Likelihood-ratio tests of covariate shift against label shift.
 
-    Two readings of the same labels, each hypothesis with the other as its alternative. Under the
-    covariate hypothesis p(y | x) is the source's, and labels follow `probabilities`; under the
-    label hypothesis they follow `adjusted`. The statistic of both is the log-likelihood ratio, and
-    by Neyman and Pearson no other has more power. Rejected are: one, and the labels speak for the
-    other; none, and there are too few (`labels_needed`); both, and neither explains them.
+    Both tests use the same labels, each with the other hypothesis as its alternative. Under the
+    covariate hypothesis p(y | x) is the source's, and labels follow ``probabilities``; under the
+    label hypothesis they follow ``adjusted``. The statistic of both is the log-likelihood ratio,
+    the most powerful one (Neyman and Pearson). If one is rejected, the labels favor the other; if
+    none is, there are too few labels (``labels_needed``); if both are, neither explains them.
 
     Args:
-        probabilities: `[l, K]`, the model's calibrated posteriors of the labeled examples.
-        adjusted: `[l, K]`, the same, corrected to the target's prevalence, or
-            `EstimatedPosteriors`.
-        labels: `[l]`, their classes.
-        simulations: draws of all l labels, under either hypothesis.
-        seed: for these.
+        probabilities: ``[l, K]``, the model's calibrated posteriors of the labeled examples.
+        adjusted: ``[l, K]``, the same, corrected to the target's prevalence, or
+            ``EstimatedPosteriors``.
+        labels: ``[l]``, their classes.
+        simulations: Draws of all l labels under either hypothesis.
+        seed: Of the draws.
 
     Returns:
-        The test of the covariate hypothesis and that of the label hypothesis. The statistic of
-        both is the sum of ``log(adjusted / probabilities)`` over the labels, positive where they
-        speak for label shift: the logarithm of the Bayes factor. The effect is its mean, which
-        has to be as low as the second test's (negative) `minimum_detectable` for that to reject.
+        The test of the covariate hypothesis and that of the label hypothesis. The statistic of both
+        is the sum of ``log(adjusted / probabilities)`` over the labels, the log Bayes factor:
+        positive where they favor label shift. The effect is its mean, which must be as low as the
+        (negative) ``minimum_detectable`` of the second test for that to reject.
 
     Raises:
-        ValueError: what are no probabilities or labels of them; fewer than 19 simulations.
+        ValueError: Invalid probabilities or labels, or fewer than 19 simulations.
 
     >>> raw, adjusted = np.tile([0.5, 0.5], (40, 1)), np.tile([0.9, 0.1], (40, 1))
     >>> covariate, label = posterior_ratio_tests(raw, adjusted, [0] * 36 + [1] * 4)
     >>> covariate.rejected(), label.rejected(), round(covariate.statistic, 1)
     (True, False, 14.7)
     """
-    effect_name = "nats a label"
-    known, seen, sure = checked_labels(probabilities, labels, simulations)
-    given, _, unsure = checked_labels(adjusted, labels, simulations)
+    effect_name = "nats per label"
+    known, observed, known_assumption = _check_labels(probabilities, labels, simulations)
+    given, _, estimated_assumption = _check_labels(adjusted, labels, simulations)
     raw, changed = known.posteriors, given.posteriors
     same_width(raw, "probabilities", changed, "adjusted probabilities")
-    count = len(seen)
-    ratios = surprise(raw) - surprise(changed)
-    statistic = float(picked(ratios, seen).sum())
-    against = surprise(given.estimates) - surprise(raw)[given.rows]
+    count = len(observed)
+    ratios = _surprisal(raw) - _surprisal(changed)
+    statistic = float(_entries_at(ratios, observed).sum())
+    null_scores = _surprisal(given.estimates) - _surprisal(raw)[given.rows]
     tests = []
-    # Large ratios speak against the covariate hypothesis, and small ones against the label one.
-    for name, hypothesis, sign, world, scores, assumption in (
+    # Large ratios reject the covariate hypothesis, small ones the label hypothesis.
+    for name, hypothesis, sign, null_posteriors, scores, assumption in (
         (
             "covariate hypothesis",
             "p(y | x) is the source's",
             1.0,
             EstimatedPosteriors.known(raw),
             ratios[None],
-            sure,
+            known_assumption,
         ),
-        ("label hypothesis", "p(x | y) is the source's", -1.0, given, against, unsure),
+        (
+            "label hypothesis",
+            "p(x | y) is the source's",
+            -1.0,
+            given,
+            null_scores,
+            estimated_assumption,
+        ),
     ):
-        if count < FEWEST:
-            tests.append(too_few(name, hypothesis, effect_name, count))
+        if count < _MIN_LABELS:
+            tests.append(_too_few_labels(name, hypothesis, effect_name, count))
             continue
         if np.allclose(raw, changed, rtol=0, atol=1e-9):
             reason = "both hypotheses have the same posteriors: no label tells them apart"
@@ -346,8 +262,8 @@ def posterior_ratio_tests(
                 untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
             )
             continue
-        expected = float((world.posteriors * ratios).sum())
-        null = excesses(world, scores, simulations, seed)
+        expected = float((null_posteriors.posteriors * ratios).sum())
+        null = _null_excess(null_posteriors, scores, simulations, seed)
         tests.append(
             HypothesisTest(
                 name=name,
@@ -356,16 +272,103 @@ def posterior_ratio_tests(
                 p=permutation_p(sign * (statistic - expected), null),
                 effect=statistic / count,
                 effect_name=effect_name,
-                minimum_detectable=(expected + sign * detectable(null)) / count,
+                minimum_detectable=(expected + sign * detectable_effect(null)) / count,
                 counts=(count,),
-                assumptions=(CHOICE, assumption),
+                assumptions=(_RANDOM_LABELS, assumption),
             )
         )
     return tests[0], tests[1]
 
 
-def _squares(residuals: np.ndarray, posteriors: np.ndarray) -> np.ndarray:
-    """``r' V^+ r`` of residuals `[B, K]`, V the covariance of numbers of labels."""
+def _check_labels(
+    probabilities: Any, labels: Any, simulations: int
+) -> tuple[EstimatedPosteriors, np.ndarray, str]:
+    """Posteriors, labels ``[l]``, and the assumption on the posteriors."""
+    check_repetitions(simulations, "simulations")
+    given, assumption = probabilities, _ESTIMATED_POSTERIORS
+    if not isinstance(given, EstimatedPosteriors):
+        given = EstimatedPosteriors.known(as_probabilities(given, "probabilities"))
+        assumption = _KNOWN_POSTERIORS
+    count, classes = given.posteriors.shape
+    return given, as_labels(labels, "labels", count=count, classes=classes), assumption
+
+
+def _entries_at(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Entries ``[..., l]`` of a table ``[l, K]`` at labels ``[..., l]``."""
+    entries: np.ndarray = table[np.arange(len(table)), labels]
+    return entries
+
+
+def _surprisal(posteriors: np.ndarray) -> np.ndarray:
+    """Surprisal -log p of each class, in nats."""
+    surprisal: np.ndarray = -np.log(np.maximum(posteriors, _MIN_PROBABILITY))
+    return surprisal
+
+
+def _bootstrap_draws(
+    given: EstimatedPosteriors, simulations: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """True posteriors ``[l, K]``, their estimates ``[l, K]``, and simulations of each draw."""
+    parts = np.array_split(np.arange(simulations), len(given.rows))
+    for rows, estimate, part in zip(given.rows, given.estimates, parts, strict=True):
+        yield given.posteriors[rows], estimate, len(part)
+
+
+def _draw_labels(posteriors: np.ndarray, simulations: int, rng: np.random.Generator) -> np.ndarray:
+    """Labels ``[simulations, l]`` drawn from the posteriors."""
+    cumulated = np.cumsum(posteriors, axis=1)
+    cumulated /= cumulated[:, -1:]
+    uniform = rng.random((simulations, len(posteriors)))
+    # The first class whose cumulative probability exceeds u; never one of probability 0.
+    if simulations * posteriors.size <= _MAX_COMPARISONS:
+        labels: np.ndarray = (uniform[:, :, None] >= cumulated).sum(2)
+        return labels
+    columns = zip(cumulated, uniform.T, strict=True)
+    return np.stack([np.searchsorted(chances, u, side="right") for chances, u in columns], 1)
+
+
+def _null_excess(
+    given: EstimatedPosteriors, scores: np.ndarray, simulations: int, seed: int
+) -> np.ndarray:
+    """Score sums of simulated labels minus their expectation, ``[simulations]``.
+
+    The expectation is under the estimates. Labels are drawn from the posteriors and scored by
+    ``scores`` ``[S, l, K]``, which belong to the estimates. Without subtracting the expectation,
+    the entropy of an estimate would enter, which is biased: estimates are more extreme than the
+    truth.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for (truth, estimate, part), table in zip(
+        _bootstrap_draws(given, simulations), scores, strict=True
+    ):
+        sums = _entries_at(table, _draw_labels(truth, part, rng)).sum(1)
+        found.append(sums - (estimate * table).sum())
+    return np.concatenate(found)
+
+
+def _is_certain(probabilities: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether all draws are equal, and the labels are that draw."""
+    return bool(
+        (probabilities.max(1) >= 1).all() and (_entries_at(probabilities, labels) >= 1).all()
+    )
+
+
+def _too_few_labels(name: str, hypothesis: str, effect_name: str, count: int) -> HypothesisTest:
+    """Result for fewer labels than can be tested."""
+    reason = f"{count} labels; a test needs >= {_MIN_LABELS}"
+    return untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
+
+
+def _degenerate(name: str, hypothesis: str, effect_name: str, count: int) -> HypothesisTest:
+    """Result for labels that could not have been different."""
+    reason = "every posterior is certain and every label agrees: there is no variation under H0"
+    return untestable(name, hypothesis, reason, effect_name=effect_name, counts=(count,))
+
+
+def _quadratic_form(residuals: np.ndarray, posteriors: np.ndarray) -> np.ndarray:
+    """``r' V^+ r`` of residuals ``[B, K]``, with V the covariance of label counts."""
     covariance = np.diag(posteriors.sum(0)) - posteriors.T @ posteriors
     inverse = np.linalg.pinv(covariance, rcond=1e-10, hermitian=True)
-    return ((residuals @ inverse) * residuals).sum(1)
+    squares: np.ndarray = ((residuals @ inverse) * residuals).sum(1)
+    return squares

@@ -1,12 +1,10 @@
-"""Maximum likelihood of prevalence, with a certificate, for one target or many resampled ones.
+"""Maximum likelihood of class proportions under label shift.
 
-Maximum likelihood of prevalence from calibrated posteriors, with a certificate of optimality.
-
-Under label shift a target row has density proportional to ``sum_k q_k f_k / p_k``: `f` its
-calibrated probabilities, `p` the source's prior, `q` the target's. The logarithm is concave in q.
-Everything here walks over the rows in blocks and copies none of them but the block in hand.
-
-Prevalence by maximum likelihood for hundreds of resampled targets at once.
+Under label shift a target row has density proportional to ``sum_k q_k f_k / p_k``: f its calibrated
+probabilities, p the source prior, q the target prevalence. Its logarithm is concave in q.
+``maximize`` solves one large target and certifies the optimum; ``maximize_resampled`` solves
+hundreds of resampled targets at once, for tests and intervals. ``estimate_prevalence`` is the
+public entry point. Rows are processed in blocks and never copied as a whole.
 """
 
 from __future__ import annotations
@@ -18,41 +16,31 @@ import numpy as np
 
 from flaxtransfer.shift.optimize import nonnegative_quadratic
 
-__all__ = ["Maximum", "blocks", "information", "likelihood_pass", "maximize", "maximize_resampled"]
+__all__ = [
+    "LikelihoodMaximum",
+    "information",
+    "likelihood_pass",
+    "maximize",
+    "maximize_resampled",
+    "row_blocks",
+]
 
-
-_BLOCK = 100_000
-"""Numbers in a block: both of a pass's products then find it in the processor's cache."""
+_BLOCK_SIZE = 100_000
+"""Numbers per block: small enough for the processor's cache in both products of a pass."""
 
 _CURVATURE_ROWS = 200
-"""Rows for each class that the curvature of a Newton step is taken from; slopes use all rows."""
+"""Rows per class for the curvature of a Newton step; gradients use all rows."""
 
-_FEW_ROWS = 10_000
-"""As many always give all they have; and all do if a dozen passes were not enough."""
+_MIN_CURVATURE_ROWS = 10_000
+"""Fewest rows for the curvature; after a dozen passes all rows are used."""
 
+_MAX_HALVINGS = 4
+"""Halvings of a Newton step that does not increase the likelihood, before an EM step is used."""
 
-_HALVINGS = 4
-"""Of a Newton step that does not rise, before EM's is taken."""
+_CHUNK_SIZE = 2_000_000
+"""Gathered probabilities per chunk; 16 MB."""
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Maximum:
-    """Where a likelihood was left, and how far that is from its maximum.
-
-    Args:
-        estimate: `[K]`.
-        slopes: `[K]`, of the mean log-likelihood: 1 where a share is positive, and at most 1 where
-            it is zero, at the maximum.
-        gap: largest slope minus 1; the mean log-likelihood can rise by no more than this.
-        log_likelihood: mean over the rows, relative to that of the source prior.
-        passes: over the rows.
-    """
-
-    estimate: np.ndarray
-    slopes: np.ndarray
-    gap: float
-    log_likelihood: float
-    passes: int
+_MAX_STEP_LENGTH = 1000.0
 
 
 def maximize(
@@ -63,21 +51,22 @@ def maximize(
     weights: np.ndarray | None = None,
     tolerance: float = 1e-6,
     max_passes: int = 1000,
-) -> Maximum:
-    """Maximizes the mean over rows of ``log(sum_k q_k f_k / p_k)`` over the shares q.
+) -> LikelihoodMaximum:
+    """Maximum-likelihood proportions q: maximizes the mean of ``log(sum_k q_k f_k / p_k)``.
 
-    Expectation maximization (Saerens et al.), and Newton steps on the simplex wherever they rise
-    higher, ended by the certificate and by nothing else: with weak classifiers, EM moves so little
-    that rules on its movement stop far away from the maximum.
+    Expectation maximization (Saerens et al.), with Newton steps on the simplex wherever they
+    increase the likelihood more. Only the certificate ends it: with weak classifiers EM moves so
+    slowly that rules on its movement stop far from the maximum.
 
     Args:
-        probabilities: `[m, K]`, calibrated, float32 or float64; not copied, and checked by whoever
-            calls. The scale of a row does not matter.
-        prior: `[K]`; a class whose prior is 0 plays no part, and must be no row's only class.
-        counts: `[K]`, of labeled examples and of a Dirichlet prior: adds ``counts @ log(q)``.
-        weights: `[m]`, of the rows; ones by default.
-        tolerance: of the gap.
-        max_passes: over the rows; the result says what the gap is where they do not suffice.
+        probabilities: ``[m, K]``, calibrated, float32 or float64; not copied and not checked. The
+            scale of a row does not matter.
+        prior: ``[K]``, source prior; a class with prior 0 is ignored, and must not be the only
+            class of a row.
+        counts: ``[K]``, labeled examples and Dirichlet pseudo-counts; adds ``counts @ log(q)``.
+        weights: ``[m]``, row weights; ones by default.
+        tolerance: Of the gap.
+        max_passes: Most passes over the rows; the result gives the gap where they do not suffice.
 
     Returns:
         The maximum, with its certificate.
@@ -93,162 +82,86 @@ def maximize(
         estimation of mixture proportions using sequential quadratic programming", 2020.
     """
     classes = len(prior)
-    extra = np.zeros(classes) if counts is None else counts
+    pseudo_counts = np.zeros(classes) if counts is None else counts
     divisor = np.where(prior > 0, prior, np.inf)
     rows = float(len(probabilities) if weights is None else weights.sum())
-    total = rows + extra.sum()
+    total = rows + pseudo_counts.sum()
 
     def at(q: np.ndarray) -> tuple[float, np.ndarray]:
-        height, slopes = likelihood_pass(probabilities, q / divisor, weights)
-        seen = extra > 0
-        if not np.isfinite(height) or (q[seen] <= 0).any():
-            return -np.inf, slopes
-        slopes = slopes / divisor
-        slopes[seen] += extra[seen] / q[seen]
-        return (height + float(extra[seen] @ np.log(q[seen]))) / total, slopes / total
+        value, gradient = likelihood_pass(probabilities, q / divisor, weights)
+        seen = pseudo_counts > 0
+        if not np.isfinite(value) or (q[seen] <= 0).any():
+            return -np.inf, gradient
+        gradient = gradient / divisor
+        gradient[seen] += pseudo_counts[seen] / q[seen]
+        return (value + float(pseudo_counts[seen] @ np.log(q[seen]))) / total, gradient / total
 
-    def curvature(q: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-        enough = max(_CURVATURE_ROWS * classes, _FEW_ROWS)
+    def curvature(q: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        enough = max(_CURVATURE_ROWS * classes, _MIN_CURVATURE_ROWS)
         stride = max(1, len(probabilities) // enough) if passes <= 12 else 1
-        some = None if weights is None else weights[::stride]
-        matrix = information(probabilities[::stride], q / divisor, divisor, some)
+        row_weights = None if weights is None else weights[::stride]
+        matrix = information(probabilities[::stride], q / divisor, divisor, row_weights)
         matrix *= rows / total
-        # All rows together satisfy matrix @ q = slopes, without the counts; what a selection of
-        # rows lacks there, the diagonal gets.
-        lacking = slopes - np.divide(extra, q, out=np.zeros(classes), where=extra > 0) / total
-        lacking -= matrix @ q
-        diagonal = np.divide(lacking, q, out=np.zeros(classes), where=q > 0)
+        # Over all rows, without the counts, matrix @ q equals the gradient; the diagonal makes up
+        # what a subset of rows lacks.
+        missing = (
+            gradient
+            - np.divide(pseudo_counts, q, out=np.zeros(classes), where=pseudo_counts > 0) / total
+        )
+        missing -= matrix @ q
+        diagonal = np.divide(missing, q, out=np.zeros(classes), where=q > 0)
         return matrix + np.diag(
             np.maximum(diagonal, 0)
-            + np.divide(extra, q**2, out=np.zeros(classes), where=extra > 0) / total
+            + np.divide(pseudo_counts, q**2, out=np.zeros(classes), where=pseudo_counts > 0) / total
         )
 
-    # A class that only the counts know starts at what they say.
-    q = prior / prior.sum() + np.where(divisor < np.inf, 0.0, extra / total)
+    # A class that only the counts contain starts at its proportion there.
+    q = prior / prior.sum() + np.where(divisor < np.inf, 0.0, pseudo_counts / total)
     q /= q.sum()
-    height, slopes = at(q)
-    start, passes = height, 1
-    while (gap := float(slopes.max()) - 1) > tolerance and passes < max_passes:
+    value, gradient = at(q)
+    start, passes = value, 1
+    while (gap := float(gradient.max()) - 1) > tolerance and passes < max_passes:
         moved = None
-        # The first steps of EM are its best ones, and bring Newton's near enough.
+        # The first EM steps are the most effective, and bring the iterate close enough for Newton.
         if passes > 2:
-            matrix = curvature(q, slopes)
-            goal = nonnegative_quadratic(matrix, matrix @ q + slopes - 1)
-            # A parabola knows nothing of the logarithm at zero: on the way to a small share it
-            # overshoots, and from too small a one it only doubles. EM's step, which is exact for a
-            # class that nothing is confused with, holds it back until less than a row is left.
-            expected = np.where(slopes > 1, 0.7, 0.03) * q * slopes
-            goal = np.maximum(goal, np.where(expected * total > 1e-3, expected, 0.0))
-            if goal.sum() > 0:
-                moved = _line_search(at, q, goal / goal.sum(), height, slopes)
-                passes += _HALVINGS if moved is None else moved[3]
+            matrix = curvature(q, gradient)
+            target = nonnegative_quadratic(matrix, matrix @ q + gradient - 1)
+            # The quadratic model ignores the logarithm at zero: toward a small proportion it
+            # overshoots, and from a too small one it only doubles. A fraction of the EM step, which
+            # is exact for a class that is confused with no other, bounds it from below until less
+            # than one row is affected.
+            expected = np.where(gradient > 1, 0.7, 0.03) * q * gradient
+            target = np.maximum(target, np.where(expected * total > 1e-3, expected, 0.0))
+            if target.sum() > 0:
+                moved = _line_search(at, q, target / target.sum(), value, gradient)
+                passes += _MAX_HALVINGS if moved is None else moved[3]
         if moved is None:
-            following = q * slopes
-            following /= following.sum()
-            moved = (following, *at(following), 1)
+            next_q = q * gradient
+            next_q /= next_q.sum()
+            moved = (next_q, *at(next_q), 1)
             passes += 1
-        q, height, slopes, _ = moved
-    return Maximum(q, slopes, max(gap, 0.0), float(height - start), passes)
+        q, value, gradient, _ = moved
+    return LikelihoodMaximum(q, gradient, max(gap, 0.0), float(value - start), passes)
 
 
-def _line_search(
-    at: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    q: np.ndarray,
-    goal: np.ndarray,
-    height: float,
-    slopes: np.ndarray,
-) -> tuple[np.ndarray, float, np.ndarray, int] | None:
-    """The way towards `goal`, halved until it rises; None where EM is the better step."""
-    rise = float((slopes - 1) @ (goal - q))
-    gap = float(slopes.max())
-    for halving in range(_HALVINGS):
-        step = 0.5**halving
-        following = q + step * (goal - q)
-        found, there = at(following)
-        # Near the maximum rises drown in rounding; there the certificate decides.
-        level = found > height - 1e-13 and float(there.max()) < gap
-        if found > height + 1e-3 * step * max(rise, 0.0) or level:
-            return following, found, there, halving + 1
-    return None
-
-
-def likelihood_pass(
-    probabilities: np.ndarray, ratios: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[float, np.ndarray]:
-    """Once over the rows: sum of ``log(f @ ratios)``, and of ``f / (f @ ratios)``.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LikelihoodMaximum:
+    """Maximum-likelihood proportions with their optimality certificate.
 
     Args:
-        probabilities: `[m, K]`.
-        ratios: `[K]`, q / p.
-        weights: `[m]`, of the rows; ones by default.
-
-    Returns:
-        The sum, minus infinity where a row is impossible, and sums `[K]`.
-
-    >>> likelihood_pass(np.array([[0.5, 0.5]]), np.array([1.0, 1.0]))
-    (0.0, array([0.5, 0.5]))
+        estimate: ``[K]``.
+        gradient: ``[K]``, of the mean log-likelihood: at the maximum 1 where a proportion is
+            positive, and at most 1 where it is zero.
+        gap: Largest gradient minus 1; the mean log-likelihood can increase by no more than this.
+        log_likelihood: Mean over the rows, relative to that of the source prior.
+        passes: Number of passes over the rows.
     """
-    height, sums = 0.0, np.zeros(probabilities.shape[1])
-    for part, rows in blocks(probabilities):
-        density = part @ ratios
-        if weights is not None:
-            density[weights[rows] == 0] = 1.0
-        if density.min() <= 0:
-            return -np.inf, sums
-        if weights is None:
-            height += float(np.log(density).sum())
-            sums += (1 / density) @ part
-        else:
-            height += float(weights[rows] @ np.log(density))
-            sums += (weights[rows] / density) @ part
-    return height, sums
 
-
-def information(
-    probabilities: np.ndarray,
-    ratios: np.ndarray,
-    prior: np.ndarray,
-    weights: np.ndarray | None = None,
-) -> np.ndarray:
-    """Observed information of a row about the shares: mean of ``s s'``, s = f / p / (f @ ratios).
-
-    Args:
-        probabilities: `[m, K]`.
-        ratios: `[K]`, q / p.
-        prior: `[K]`.
-        weights: `[m]`, of the rows; ones by default.
-
-    Returns:
-        `[K, K]`.
-
-    >>> information(np.eye(2), np.array([1.0, 1.0]), np.array([0.5, 0.5]))
-    array([[2., 0.],
-           [0., 2.]])
-    """
-    found = np.zeros((probabilities.shape[1],) * 2)
-    total = float(len(probabilities) if weights is None else weights.sum())
-    for part, rows in blocks(probabilities, 8):
-        density = part @ ratios
-        factor = 1 / np.where(density > 0, density, np.inf)
-        if weights is not None:
-            factor *= np.sqrt(weights[rows])
-        scores = part * factor[:, None]
-        found += scores.T @ scores
-    return found / np.outer(prior, prior) / total
-
-
-def blocks(array: np.ndarray, size: int = 1) -> Iterator[tuple[np.ndarray, slice]]:
-    """Rows in float64, as many at a time as fit the processor's cache (`size` times as many)."""
-    step = max(64, size * _BLOCK // array.shape[1])
-    for start in range(0, len(array), step):
-        rows = slice(start, start + step)
-        yield array[rows].astype(np.float64, copy=False), rows
-
-
-_CHUNK = 2_000_000
-"""Numbers of gathered probabilities at a time; 16 MB."""
-
-_LONGEST = 1000.0
+    estimate: np.ndarray
+    gradient: np.ndarray
+    gap: float
+    log_likelihood: float
+    passes: int
 
 
 def maximize_resampled(
@@ -259,30 +172,30 @@ def maximize_resampled(
     tolerance: float = 1e-6,
     max_steps: int = 500,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The maximum-likelihood prevalence of every resampled target, and how much likelier it is.
+    """Maximum-likelihood proportions of many resampled targets at once, with likelihood ratios.
 
-    What bootstrap and permutation tests need: the same rows, drawn again and again. For the one
-    estimate that is reported, with intervals and advice, there is `estimate_prevalence`.
+    Use it for bootstrap and permutation tests, where the same rows are drawn again and again; for
+    one estimate with intervals use ``estimate_prevalence``.
 
-    Expectation maximization, extrapolated in the logarithm of the shares (SQUAREM) where that
-    raises the likelihood. A resampling is done when its certificate says that the mean
-    log-likelihood can rise by no more than `tolerance`.
+    Expectation maximization, extrapolated in the logarithm of the proportions (SQUAREM) where that
+    increases the likelihood. A target is finished when its certificate shows that the mean
+    log-likelihood can increase by no more than ``tolerance``.
 
     Args:
-        probabilities: `[N, K]`, calibrated.
-        rows: `[B, m]`, which rows each resampled target consists of.
-        priors: `[B, K]` or `[K]`, the source's prior that goes with it. A class of prior 0 has
-            probability 0 in every row, and gets share 0.
-        tolerance: of the certificate.
-        max_steps: of three passes each; what is left then is the best that was found.
+        probabilities: ``[N, K]``, calibrated.
+        rows: ``[B, m]``, the rows of each resampled target.
+        priors: ``[B, K]`` or ``[K]``, the source prior of each. A class of prior 0 has probability
+            0 in every row, and gets proportion 0.
+        tolerance: Of the certificate.
+        max_steps: Most steps of three passes each; the best point so far is returned then.
 
     Returns:
-        Shares `[B, K]`, and log-likelihood ratios `[B]` of these against the prior, summed over
-        the m rows: not negative.
+        Proportions ``[B, K]``, and their log-likelihood ratios ``[B]`` against the prior, summed
+        over the m rows, >= 0.
 
     >>> probabilities = np.array([[0.8, 0.2], [0.2, 0.8]])
-    >>> shares, ratios = maximize_resampled(probabilities, np.array([[0, 0, 1]]), np.full(2, 0.5))
-    >>> shares.round(3)
+    >>> found, ratios = maximize_resampled(probabilities, np.array([[0, 0, 1]]), np.full(2, 0.5))
+    >>> found.round(3)
     array([[0.778, 0.222]])
 
     References:
@@ -293,66 +206,161 @@ def maximize_resampled(
     """
     classes = probabilities.shape[1]
     priors = np.broadcast_to(priors, (len(rows), classes))
-    shares, ratios = np.empty((len(rows), classes)), np.empty(len(rows))
-    chunk = max(1, _CHUNK // (rows.shape[1] * classes))
+    proportions, ratios = np.empty((len(rows), classes)), np.empty(len(rows))
+    chunk = max(1, _CHUNK_SIZE // (rows.shape[1] * classes))
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
-        shares[part], ratios[part] = _maximize(
+        proportions[part], ratios[part] = _maximize(
             probabilities[rows[part]], priors[part], tolerance, max_steps
         )
-    return shares, ratios
+    return proportions, ratios
+
+
+def likelihood_pass(
+    probabilities: np.ndarray, ratios: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """One pass over the rows: the sums of ``log(f @ ratios)`` and of ``f / (f @ ratios)``.
+
+    Args:
+        probabilities: ``[m, K]``.
+        ratios: ``[K]``, q / p.
+        weights: ``[m]``, row weights; ones by default.
+
+    Returns:
+        The first sum, minus infinity where a row is impossible, and the second, ``[K]``.
+
+    >>> likelihood_pass(np.array([[0.5, 0.5]]), np.array([1.0, 1.0]))
+    (0.0, array([0.5, 0.5]))
+    """
+    value, sums = 0.0, np.zeros(probabilities.shape[1])
+    for part, rows in row_blocks(probabilities):
+        density = part @ ratios
+        if weights is not None:
+            density[weights[rows] == 0] = 1.0
+        if density.min() <= 0:
+            return -np.inf, sums
+        if weights is None:
+            value += float(np.log(density).sum())
+            sums += (1 / density) @ part
+        else:
+            value += float(weights[rows] @ np.log(density))
+            sums += (weights[rows] / density) @ part
+    return value, sums
+
+
+def information(
+    probabilities: np.ndarray,
+    ratios: np.ndarray,
+    prior: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Observed information per row: the mean of ``s s'`` with s = f / p / (f @ ratios).
+
+    Args:
+        probabilities: ``[m, K]``.
+        ratios: ``[K]``, q / p.
+        prior: ``[K]``.
+        weights: ``[m]``, row weights; ones by default.
+
+    Returns:
+        ``[K, K]``.
+
+    >>> information(np.eye(2), np.array([1.0, 1.0]), np.array([0.5, 0.5]))
+    array([[2., 0.],
+           [0., 2.]])
+    """
+    found = np.zeros((probabilities.shape[1],) * 2)
+    total = float(len(probabilities) if weights is None else weights.sum())
+    for part, rows in row_blocks(probabilities, 8):
+        density = part @ ratios
+        factor = 1 / np.where(density > 0, density, np.inf)
+        if weights is not None:
+            factor *= np.sqrt(weights[rows])
+        scores = part * factor[:, None]
+        found += scores.T @ scores
+    return found / np.outer(prior, prior) / total
+
+
+def row_blocks(array: np.ndarray, size: int = 1) -> Iterator[tuple[np.ndarray, slice]]:
+    """Blocks of rows in float64 that fit the processor's cache (``size`` times as many rows)."""
+    step = max(64, size * _BLOCK_SIZE // array.shape[1])
+    for start in range(0, len(array), step):
+        rows = slice(start, start + step)
+        yield array[rows].astype(np.float64, copy=False), rows
+
+
+def _line_search(
+    at: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    q: np.ndarray,
+    target: np.ndarray,
+    value: float,
+    gradient: np.ndarray,
+) -> tuple[np.ndarray, float, np.ndarray, int] | None:
+    """The step toward ``target``, halved until the value increases; None where EM is better."""
+    predicted_increase = float((gradient - 1) @ (target - q))
+    gap = float(gradient.max())
+    for halving in range(_MAX_HALVINGS):
+        step = 0.5**halving
+        next_q = q + step * (target - q)
+        found, next_gradient = at(next_q)
+        # Near the maximum increases are below rounding; there the certificate decides.
+        flat = found > value - 1e-13 and float(next_gradient.max()) < gap
+        if found > value + 1e-3 * step * max(predicted_increase, 0.0) or flat:
+            return next_q, found, next_gradient, halving + 1
+    return None
 
 
 def _maximize(
     samples: np.ndarray, priors: np.ndarray, tolerance: float, max_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    # Likelihoods of the rows under each class, up to a factor for each row.
+    # Likelihood of each row under each class, up to a factor per row.
     samples = np.divide(
         samples, priors[:, None], out=np.zeros_like(samples), where=priors[:, None] > 0
     )
-    shares, heights = priors.copy(), np.zeros(len(priors))
+    proportions, values = priors.copy(), np.zeros(len(priors))
     active = np.arange(len(priors))
     point = priors.copy()
-    height, slopes = _pass(samples, point)
+    value, gradient = _pass(samples, point)
     for _ in range(max_steps):
-        done = slopes.max(1) - 1 <= tolerance
-        shares[active], heights[active] = point, height
+        done = gradient.max(1) - 1 <= tolerance
+        proportions[active], values[active] = point, value
         if done.all():
             break
         if done.any():
             active, samples, priors = active[~done], samples[~done], priors[~done]
-            point, height, slopes = point[~done], height[~done], slopes[~done]
-        once = _normalized(point * slopes)
-        height_once, slopes_once = _pass(samples, once)
-        twice = _normalized(once * slopes_once)
-        further = _extrapolated(point, slopes, slopes_once)
-        height, slopes = _pass(samples, further)
-        worse = ~(height >= height_once)
+            point, value, gradient = point[~done], value[~done], gradient[~done]
+        once = _normalized(point * gradient)
+        value_once, gradient_once = _pass(samples, once)
+        twice = _normalized(once * gradient_once)
+        extrapolated = _extrapolated(point, gradient, gradient_once)
+        value, gradient = _pass(samples, extrapolated)
+        worse = ~(value >= value_once)
         if worse.any():
-            further[worse] = twice[worse]
-            height[worse], slopes[worse] = _pass(samples[worse], twice[worse])
-        point = further
-    return shares, np.maximum(heights, 0)
+            extrapolated[worse] = twice[worse]
+            value[worse], gradient[worse] = _pass(samples[worse], twice[worse])
+        point = extrapolated
+    return proportions, np.maximum(values, 0)
 
 
-def _pass(samples: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Summed log-likelihoods `[B]`, and slopes `[B, K]` of their means, of samples `[B, m, K]`."""
-    density = np.maximum(np.matmul(samples, shares[:, :, None])[:, :, 0], 1e-300)
-    slopes = np.matmul((1 / density)[:, None, :], samples)[:, 0] / samples.shape[1]
-    return np.log(density).sum(1), slopes
+def _pass(samples: np.ndarray, proportions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Summed log-likelihoods ``[B]`` and mean gradients ``[B, K]`` of samples ``[B, m, K]``."""
+    density = np.maximum(np.matmul(samples, proportions[:, :, None])[:, :, 0], 1e-300)
+    gradient = np.matmul((1 / density)[:, None, :], samples)[:, 0] / samples.shape[1]
+    return np.log(density).sum(1), gradient
 
 
 def _extrapolated(point: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """As far along the two last steps of EM as the change between them says, in logarithms."""
+    """SQUAREM: extrapolation of the last two EM steps, in logarithms."""
     first, second = np.log(np.maximum(first, 1e-12)), np.log(np.maximum(second, 1e-12))
     change = second - first
-    # Shares that are all but 0 say nothing about the length of the step.
+    # Proportions close to 0 have little weight in the step length.
     size = np.sqrt((point * first**2).sum(1)), np.sqrt((point * change**2).sum(1))
-    length = np.clip(size[0] / np.maximum(size[1], 1e-300), 1, _LONGEST)[:, None]
+    length = np.clip(size[0] / np.maximum(size[1], 1e-300), 1, _MAX_STEP_LENGTH)[:, None]
     logs = np.log(np.maximum(point, 1e-300)) + 2 * length * first + length**2 * change
     moved = np.exp(logs - logs.max(1, keepdims=True))
     return _normalized(np.where(point > 0, np.maximum(moved, 1e-200), 0))
 
 
-def _normalized(shares: np.ndarray) -> np.ndarray:
-    return shares / shares.sum(1, keepdims=True)
+def _normalized(proportions: np.ndarray) -> np.ndarray:
+    normalized: np.ndarray = proportions / proportions.sum(1, keepdims=True)
+    return normalized

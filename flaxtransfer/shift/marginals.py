@@ -1,9 +1,11 @@
 """Tests of single features and of predicted labels.
 
-Which single feature, class probability or predicted label is distributed differently?
-
-Are the model's predicted classes as frequent in the target as in the source?
+Kolmogorov-Smirnov tests compare each feature or class probability between source and target; the
+chi-squared test compares how often each class is predicted. Use them to find what differs; for
+differences between columns, in their correlation, use ``mmd_test``.
 """
+
+from __future__ import annotations
 
 import warnings
 from typing import Any
@@ -12,48 +14,65 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from flaxtransfer.shift.checks import as_features, as_probabilities, duplicate_notes, same_width
+from flaxtransfer.shift.checks import as_features, as_probabilities, duplicate_row_notes, same_width
 from flaxtransfer.shift.statistics import (
     LEVEL,
     POWER,
     HypothesisTest,
-    enough_repetitions,
+    check_repetitions,
     holm,
     permutation_p,
     untestable,
 )
 
-__all__ = ["kolmogorov_smirnov_test", "noncentrality", "predicted_label_test"]
-
+__all__ = [
+    "kolmogorov_smirnov_test",
+    "noncentrality",
+    "predicted_label_test",
+]
 
 _KS_NAME = "Kolmogorov-Smirnov"
+
 _KS_EFFECT = "largest distance of distribution functions"
-_KS_FEWEST = 5
-_EXACT = 10_000
-"""Rows of the larger side up to which the p-value is exact, as in scipy."""
+
+_KS_MIN_ROWS = 5
+
+_MAX_EXACT_ROWS = 10_000
+"""Rows of the larger side up to which the p-value is exact, as in SciPy."""
+
+_PREDICTED_NAME = "predicted labels"
+
+_PREDICTED_HYPOTHESIS = "predicted classes are as frequent in the target as in the source"
+
+_PREDICTED_EFFECT = "total variation"
+
+_PREDICTED_MIN_ROWS = 5
+
+_MIN_EXPECTED = 5.0
+"""Cochran's rule: the chi-squared limit holds with at least this expected count per cell."""
 
 
 def kolmogorov_smirnov_test(
     source: Any, target: Any, *, column_name: str = "feature"
 ) -> HypothesisTest:
-    """Whether each column has one distribution in source and target, and which differs most.
+    """Kolmogorov-Smirnov tests of every column, with Holm's correction.
 
-    For features, and for class probabilities (where few columns carry what the model makes of an
-    image). One test a column and Holm's correction over all of them; what differs only between
-    columns, in their correlation, is for `mmd_test`.
+    Use it for features, and for class probabilities, which summarize an image in few columns. It
+    tests one column at a time; for what differs only between columns, in their correlation, use
+    ``mmd_test``.
 
     Args:
-        source: `[n, D]` features or probabilities, numpy or JAX.
-        target: `[m, D]`.
-        column_name: what a column is called: "feature", "probability of class".
+        source: ``[n, D]`` features or probabilities, NumPy or JAX.
+        target: ``[m, D]``.
+        column_name: What a column is called, such as "feature" or "probability of class".
 
     Returns:
         The test of the family: p is the smallest adjusted p-value of a column, statistic and effect
-        the largest distance, and `members` the tests of all columns, in order. Constant columns
-        are not testable and do not count. Conservative where columns are correlated or discrete.
+        the largest distance, and ``members`` the tests of all columns, in order. Constant columns
+        are not testable and do not count. Conservative for correlated or discrete columns.
 
     Raises:
-        ValueError: arrays of different width, with NaN, of no rows.
+        ValueError: Arrays of different width, with NaN, or without rows.
 
     >>> rng = np.random.default_rng(0)
     >>> source, target = rng.normal(size=(200, 3)), rng.normal(size=(100, 3)) + [0, 1, 0]
@@ -70,12 +89,12 @@ def kolmogorov_smirnov_test(
     width = same_width(first, "source columns", second, "target columns")
     counts = (len(first), len(second))
     hypothesis = f"every {column_name} has one distribution in source and target"
-    notes = duplicate_notes(first, second)
-    if min(counts) < _KS_FEWEST:
+    notes = duplicate_row_notes(first, second)
+    if min(counts) < _KS_MIN_ROWS:
         return untestable(
             _KS_NAME,
             hypothesis,
-            f"{counts[0]} and {counts[1]} rows; each side needs {_KS_FEWEST}",
+            f"{counts[0]} and {counts[1]} rows; each side needs >= {_KS_MIN_ROWS}",
             effect_name=_KS_EFFECT,
             counts=counts,
             notes=notes,
@@ -84,7 +103,7 @@ def kolmogorov_smirnov_test(
     varies |= first[0] != second[0]
     members = holm(
         [
-            _column(first[:, k], second[:, k], f"{column_name} {k}", int(varies.sum()))
+            _test_column(first[:, k], second[:, k], f"{column_name} {k}", int(varies.sum()))
             if varies[k]
             else untestable(
                 _KS_NAME,
@@ -117,50 +136,12 @@ def kolmogorov_smirnov_test(
         p=min(float(member.adjusted_p or 0.0) for member in tested),
         effect=members[largest].effect,
         effect_name=_KS_EFFECT,
-        minimum_detectable=_detectable(counts, len(tested)),
+        minimum_detectable=_detectable_distance(counts, len(tested)),
         counts=counts,
         assumptions=("examples are independent", "columns are continuous, or p is too large"),
         notes=notes,
         members=members,
     )
-
-
-def _column(first: np.ndarray, second: np.ndarray, name: str, family: int) -> HypothesisTest:
-    counts = (len(first), len(second))
-    with warnings.catch_warnings():
-        # Where the exact count overflows, scipy says so and takes the limit.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = stats.ks_2samp(first, second, method="exact" if max(counts) <= _EXACT else "asymp")
-    distance = float(found.statistic)
-    return HypothesisTest(
-        name=_KS_NAME,
-        hypothesis=f"{name} has one distribution in source and target",
-        statistic=distance,
-        p=min(1.0, float(found.pvalue)),
-        effect=distance,
-        effect_name=_KS_EFFECT,
-        minimum_detectable=_detectable(counts, family),
-        counts=counts,
-    )
-
-
-def _detectable(counts: tuple[int, int], family: int) -> float:
-    """The distance found with 80 % power after correction for a family of columns.
-
-    The limit of the critical value, sqrt(-log(level / 2) / 2) times sqrt(1 / n + 1 / m), and on
-    top what the difference of two shares, near one half, varies by.
-    """
-    critical = np.sqrt(-np.log(LEVEL / family / 2) / 2)
-    unit = np.sqrt(1 / counts[0] + 1 / counts[1])
-    return float(min(1.0, (critical + stats.norm.ppf(POWER) / 2) * unit))
-
-
-_PREDICTED_NAME = "predicted labels"
-_PREDICTED_HYPOTHESIS = "predicted classes are as frequent in the target as in the source"
-_PREDICTED_EFFECT = "total variation"
-_PREDICTED_FEWEST = 5
-_EXPECTED = 5.0
-"""Cochran's rule: the chi-square limit holds where each cell expects as many."""
 
 
 def predicted_label_test(
@@ -170,25 +151,28 @@ def predicted_label_test(
     permutations: int = 9999,
     seed: int = 0,
 ) -> HypothesisTest:
-    """Whether the model predicts each class as often in the target as in the source.
+    """Chi-squared test of predicted labels: is each class predicted as often in target and source?
 
-    Quick evidence on prevalence that needs no calibration. It is not an estimate of prevalence
-    (confusions blur it; see `estimate_prevalence`), and a shift of the features alone changes
-    predictions too.
+    Use it as quick evidence on prevalence that needs no calibration. It is not an estimate of
+    prevalence (confusions blur it, see ``estimate_prevalence``), and a shift of the features alone
+    changes predictions too.
 
-    Pearson's chi-square without continuity correction where every cell expects 5 or more; else
-    the exact distribution given the margins, in full for two classes and by permutation for more.
-    The outcome depends on the table and the seed, not on which number a class has.
+    Pearson's chi-squared without continuity correction where every cell has an expected count of 5
+    or more; otherwise the exact distribution given the margins, enumerated for two classes and
+    simulated for more. The result depends on the table and the seed, not on the numbering of the
+    classes.
 
     Args:
-        source_predictions: `[n]` class numbers, or `[n, K]` probabilities, whose largest counts.
-        target_predictions: `[m]` or `[m, K]`.
-        permutations: for small counts.
-        seed: for these.
+        source_predictions: ``[n]`` class numbers, or ``[n, K]`` probabilities, of which the largest
+            counts.
+        target_predictions: ``[m]`` or ``[m, K]``.
+        permutations: Simulated tables for small counts.
+        seed: Of the simulation.
 
     Raises:
-        TypeError, ValueError: labels that are no whole numbers, probabilities of different classes,
-            one array of labels and one of probabilities.
+        TypeError: Labels that are not whole numbers.
+        ValueError: Probabilities of different classes, or one array of labels and one of
+            probabilities.
 
     >>> test = predicted_label_test([0] * 50 + [1] * 50, [0] * 20 + [1] * 60)
     >>> round(test.statistic, 3), round(test.p, 5), round(test.effect, 2)
@@ -201,10 +185,10 @@ def predicted_label_test(
         predictors", 2018 (the test on predicted labels).
     """
     source, target = _as_predictions(source_predictions, target_predictions)
-    enough_repetitions(permutations, "permutations")
+    check_repetitions(permutations, "permutations")
     counts = (len(source), len(target))
 
-    def no(reason: str) -> HypothesisTest:
+    def untested(reason: str) -> HypothesisTest:
         return untestable(
             _PREDICTED_NAME,
             _PREDICTED_HYPOTHESIS,
@@ -213,12 +197,14 @@ def predicted_label_test(
             counts=counts,
         )
 
-    if min(counts) < _PREDICTED_FEWEST:
-        return no(f"{counts[0]} and {counts[1]} rows; each side needs {_PREDICTED_FEWEST}")
-    # Classes that nobody was predicted to be are in neither array: they drop out here.
+    if min(counts) < _PREDICTED_MIN_ROWS:
+        return untested(
+            f"{counts[0]} and {counts[1]} rows; each side needs >= {_PREDICTED_MIN_ROWS}"
+        )
+    # Classes that are never predicted are in neither array and drop out here.
     classes, coded = np.unique(np.concatenate([source, target]), return_inverse=True)
     if len(classes) == 1:
-        return no(f"every prediction is class {classes[0]}")
+        return untested(f"every prediction is class {classes[0]}")
     table = np.stack(
         [
             np.bincount(coded[: len(source)], minlength=len(classes)),
@@ -228,52 +214,87 @@ def predicted_label_test(
     expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
     statistic = float(((table - expected) ** 2 / expected).sum())
     freedom = len(classes) - 1
-    if expected.min() >= _EXPECTED:
+    if expected.min() >= _MIN_EXPECTED:
         p = float(stats.chi2.sf(statistic, freedom))
-        how = "the chi-square limit: every cell expects 5 or more"
+        method = "the chi-squared limit: every cell has an expected count of 5 or more"
     elif len(classes) == 2:
-        p = _exact(table)
-        how = "the exact distribution given the margins"
+        p = _exact_p(table)
+        method = "the exact distribution given the margins"
     else:
-        p = _permuted(table, permutations, seed)
-        how = f"{permutations} tables with the same margins: a cell expects {expected.min():.2g}"
-    shares = table / table.sum(1, keepdims=True)
+        p = _simulated_p(table, permutations, seed)
+        method = (
+            f"{permutations} simulated tables with the same margins: the smallest expected count "
+            f"is {expected.min():.2g}"
+        )
+    frequencies = table / table.sum(1, keepdims=True)
     unit = 1 / counts[0] + 1 / counts[1]
     return HypothesisTest(
         name=_PREDICTED_NAME,
         hypothesis=_PREDICTED_HYPOTHESIS,
         statistic=statistic,
         p=p,
-        effect=float(np.abs(shares[0] - shares[1]).sum() / 2),
+        effect=float(np.abs(frequencies[0] - frequencies[1]).sum() / 2),
         effect_name=_PREDICTED_EFFECT,
-        # By the inequality of Cauchy and Schwarz no shift has a larger total variation than half
-        # the root of its chi-square divergence: this much is found whichever classes it is in.
+        # By the Cauchy-Schwarz inequality the total variation is at most half the root of the
+        # chi-squared divergence: a shift this large is found whichever classes change.
         minimum_detectable=min(1.0, float(np.sqrt(noncentrality(freedom) * unit) / 2)),
         counts=counts,
-        assumptions=("examples are independent", how),
+        assumptions=("examples are independent", method),
     )
 
 
 def noncentrality(freedom: int) -> float:
-    """Of a chi-square statistic that exceeds its critical value at level 0.05 with 80 % power.
+    """Noncentrality at which a chi-squared test at level 0.05 has 80 % power.
 
     >>> round(noncentrality(1), 3)  # (1.960 + 0.842) ** 2
     7.849
     """
     critical = stats.chi2.isf(LEVEL, freedom)
 
-    def lacking(value: float) -> float:
-        return stats.ncx2.sf(critical, freedom, value) - POWER
+    def missing_power(value: float) -> float:
+        return float(stats.ncx2.sf(critical, freedom, value)) - POWER
 
-    return float(brentq(lacking, 1e-6, 100 + 10 * freedom))
+    return float(brentq(missing_power, 1e-6, 100 + 10 * freedom))
+
+
+def _test_column(first: np.ndarray, second: np.ndarray, name: str, family: int) -> HypothesisTest:
+    counts = (len(first), len(second))
+    with warnings.catch_warnings():
+        # SciPy warns where the exact count overflows and uses the limit.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = stats.ks_2samp(
+            first, second, method="exact" if max(counts) <= _MAX_EXACT_ROWS else "asymp"
+        )
+    distance = float(found.statistic)
+    return HypothesisTest(
+        name=_KS_NAME,
+        hypothesis=f"{name} has one distribution in source and target",
+        statistic=distance,
+        p=min(1.0, float(found.pvalue)),
+        effect=distance,
+        effect_name=_KS_EFFECT,
+        minimum_detectable=_detectable_distance(counts, family),
+        counts=counts,
+    )
+
+
+def _detectable_distance(counts: tuple[int, int], family: int) -> float:
+    """The distance found with 80 % power after correction for a family of columns.
+
+    The asymptotic critical value, sqrt(-log(level / 2) / 2) times sqrt(1 / n + 1 / m), plus the
+    standard deviation of the difference of two proportions near one half.
+    """
+    critical = np.sqrt(-np.log(LEVEL / family / 2) / 2)
+    unit = np.sqrt(1 / counts[0] + 1 / counts[1])
+    return float(min(1.0, (critical + stats.norm.ppf(POWER) / 2) * unit))
 
 
 def _as_predictions(source: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(source), np.asarray(target)
     if first.ndim != second.ndim or first.ndim not in (1, 2):
         raise ValueError(
-            f"source predictions have shape {first.shape} and target predictions {second.shape}; "
-            "both are labels [n], or both probabilities [n, classes]"
+            "source and target predictions must both be labels [n] or both be probabilities "
+            f"[n, classes], got shapes {list(first.shape)} and {list(second.shape)}"
         )
     if first.ndim == 2:
         first = as_probabilities(source, "source probabilities")
@@ -282,28 +303,28 @@ def _as_predictions(source: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
         return first.argmax(1), second.argmax(1)
     for found, name in ((first, "source"), (second, "target")):
         if found.dtype.kind not in "iuf" or not np.array_equal(found, np.round(found)):
-            raise TypeError(f"{name} predictions are class numbers, not {found.dtype}")
+            raise TypeError(f"{name} predictions must be class numbers, got {found.dtype}")
     return first.astype(np.int64), second.astype(np.int64)
 
 
-def _exact(table: np.ndarray) -> float:
-    """Probability of the 2 x 2 tables that are as far from what is expected."""
+def _exact_p(table: np.ndarray) -> float:
+    """Probability of the 2 x 2 tables that are at least as far from the expected one."""
     drawn, common, total = int(table[1].sum()), int(table[:, 0].sum()), int(table.sum())
     possible = np.arange(max(0, drawn + common - total), min(drawn, common) + 1)
-    # In whole numbers, so that the two ends of a symmetric table tie.
+    # In integers, so that the two tails of a symmetric table tie.
     distance = np.abs(possible * total - drawn * common)
     extreme = distance >= abs(int(table[1, 0]) * total - drawn * common)
     return float(min(1.0, stats.hypergeom.pmf(possible[extreme], total, common, drawn).sum()))
 
 
-def _permuted(table: np.ndarray, permutations: int, seed: int) -> float:
-    # In an order that the table alone decides: another numbering of the classes draws the same.
+def _simulated_p(table: np.ndarray, permutations: int, seed: int) -> float:
+    # Sorted by content, so that another numbering of the classes gives the same draws.
     table = table[:, np.lexsort((table[0], table.sum(0)))]
     column, row = table.sum(0), table.sum(1)
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(
         column, int(row[1]), size=permutations, method="marginals"
     )
     expected = row[1] * column / column.sum()
-    # Both rows miss what is expected by the same: the source's share of the sum is a factor.
+    # Both rows deviate by the same amount: the source's part of the sum is a constant factor.
     observed = float(((table[1] - expected) ** 2 / expected).sum())
     return permutation_p(observed, ((drawn - expected) ** 2 / expected).sum(1))

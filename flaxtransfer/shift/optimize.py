@@ -1,9 +1,10 @@
-"""Newton's method in a box, and quadratic programs over the simplex.
+"""Convex optimization: projected Newton in a box, and quadratic programs on the simplex.
 
-Newton's method for a smooth convex function in a box: damped, to a stated gradient norm.
-
-Quadratics over shares: numbers that are not negative, and shares that sum to 1.
+``minimize`` fits calibration maps; the quadratic programs solve for class proportions, which are
+non-negative and sum to 1.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
@@ -13,192 +14,127 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.optimize import nnls
 
-__all__ = ["Local", "Minimum", "minimize", "nonnegative_quadratic", "simplex_least_squares"]
+__all__ = [
+    "Evaluation",
+    "Minimum",
+    "minimize",
+    "nonnegative_quadratic",
+    "simplex_least_squares",
+]
 
-
-_SUFFICIENT = 1e-4
-"""Share of the descent that the slope promises, and a step has to keep (Armijo)."""
+_ARMIJO = 1e-4
+"""Fraction of the decrease predicted by the slope that a step must reach (Armijo)."""
 
 _NEWTON_RIDGE = 1e-13
-"""Relative to the Hessian's mean diagonal: directions without curvature stay where they are."""
+"""Relative to the mean diagonal of the Hessian: no movement along directions without curvature."""
 
-_POLISH = 4
-_STILL = 1e-7
-"""Steps after the tolerance is reached, at most, and the step that needs no other after it."""
+_MAX_EXTRA_STEPS = 4
 
+_NEGLIGIBLE_STEP = 1e-7
+"""Most steps after the tolerance is reached, and the step size that ends them."""
 
-class Local(Protocol):
-    """A convex function around one point."""
-
-    value: float
-    gradient: np.ndarray
-
-    def hessian(self) -> np.ndarray | None:
-        """`[d, d]`; None where only products with it are affordable."""
-
-    def times(self, direction: np.ndarray) -> np.ndarray:
-        """The Hessian times a direction `[d]`."""
-
-    def diagonal(self) -> np.ndarray:
-        """Of the Hessian, `[d]`, positive or zero; the preconditioner where `hessian` is None."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Minimum:
-    """Where the search ended.
-
-    Args:
-        point: `[d]`.
-        local: the function there.
-        gradient_norm: Euclidean, of the directions that no bound blocks, in the caller's units.
-        step: `[d]`, what Newton's method would do next: near 0 at a minimum, and of the order of 1
-            where the function falls for ever and only its slope has become small.
-        iterations: steps taken.
-    """
-
-    point: np.ndarray
-    local: Local
-    gradient_norm: float
-    step: np.ndarray
-    iterations: int
+_RIDGE = 1e-13
+"""Relative to the mean diagonal: makes singular matrices solvable, negligible for others."""
 
 
 def minimize(
-    function: Callable[[np.ndarray], Local],
+    function: Callable[[np.ndarray], Evaluation],
     start: np.ndarray,
     *,
     lower: np.ndarray,
     upper: np.ndarray,
     units: np.ndarray,
     tolerance: float = 1e-8,
-    limit: int = 200,
+    max_iterations: int = 200,
 ) -> Minimum:
-    """The minimum of a convex function in a box, by projected Newton steps with backtracking.
+    """Minimum of a convex function in a box, by projected Newton steps with backtracking.
 
-    For some thousand parameters at most with a dense Hessian; beyond, with conjugate gradients on
-    products. It does not raise where it cannot reach the tolerance: the norm says so.
+    Use it for up to some thousand parameters with a dense Hessian, and for more with conjugate
+    gradients on Hessian-vector products. It does not raise where it cannot reach the tolerance;
+    check ``gradient_norm``.
 
     Args:
-        function: value, gradient and curvature at a point.
-        start: `[d]`, in the box.
-        lower: `[d]`, -inf for none.
-        upper: `[d]`, inf for none.
-        units: `[d]`, what the gradient is multiplied by before its norm is compared.
-        tolerance: of the norm.
-        limit: of steps.
+        function: Value, gradient and curvature at a point.
+        start: Start point ``[d]``, in the box.
+        lower: Lower bounds ``[d]``, -inf for none.
+        upper: Upper bounds ``[d]``, inf for none.
+        units: Factors ``[d]`` of the gradient in its norm.
+        tolerance: Of the gradient norm.
+        max_iterations: Most Newton steps.
 
     References:
         D. Bertsekas, "Projected Newton methods for optimization problems with simple
         constraints", 1982.
     """
     point = np.clip(start, lower, upper)
-    local = function(point)
-    polished = 0
-    for iteration in range(limit + 1):
-        gradient = local.gradient
+    current = function(point)
+    extra_steps = 0
+    for iteration in range(max_iterations + 1):
+        gradient = current.gradient
         blocked = ((point <= lower) & (gradient > 0)) | ((point >= upper) & (gradient < 0))
         norm = float(np.linalg.norm((gradient * units)[~blocked]))
-        step = _newton_step(local, ~blocked, tolerance / max(norm, tolerance))
+        step = _newton_step(current, ~blocked, tolerance / max(norm, tolerance))
         if norm <= tolerance:
-            # A flat minimum has a small gradient far away from it. A few steps more arrive there,
-            # or show that there is nowhere to arrive.
-            if polished == _POLISH or np.abs(step).max() <= _STILL:
+            # A flat minimum has a small gradient far from it. A few more steps reach it, or
+            # show that there is no minimum.
+            if extra_steps == _MAX_EXTRA_STEPS or np.abs(step).max() <= _NEGLIGIBLE_STEP:
                 break
-            polished += 1
-        if iteration == limit:
+            extra_steps += 1
+        if iteration == max_iterations:
             break
-        moved = _backtrack(function, point, local, step, lower, upper)
+        moved = _backtrack(function, point, current, step, lower, upper)
         if moved is None:
             break
-        point, local = moved
-    return Minimum(point, local, norm, step, iteration)
+        point, current = moved
+    return Minimum(point, current, norm, step, iteration)
 
 
-def _backtrack(
-    function: Callable[[np.ndarray], Local],
-    point: np.ndarray,
-    local: Local,
-    step: np.ndarray,
-    lower: np.ndarray,
-    upper: np.ndarray,
-) -> tuple[np.ndarray, Local] | None:
-    """The first of the halved steps that descends enough; None where none does."""
-    # Near the minimum, the descent is below the rounding of the value.
-    slack = 1e-14 * max(1.0, abs(local.value))
-    for halving in range(50):
-        candidate = np.clip(point + 0.5**halving * step, lower, upper)
-        there = function(candidate)
-        promised = float(local.gradient @ (candidate - point))
-        if there.value <= local.value + _SUFFICIENT * promised + slack:
-            return candidate, there
-    return None
+@dataclasses.dataclass(frozen=True, eq=False)
+class Minimum:
+    """Result of ``minimize``.
+
+    Args:
+        point: The minimizer ``[d]``.
+        evaluation: The function there.
+        gradient_norm: Euclidean norm over the directions that no bound blocks, in the caller's
+            units.
+        step: The next Newton step ``[d]``: near 0 at a minimum, and of the order of 1 where the
+            function decreases without bound and only its slope has become small.
+        iterations: Number of steps taken.
+    """
+
+    point: np.ndarray
+    evaluation: Evaluation
+    gradient_norm: float
+    step: np.ndarray
+    iterations: int
 
 
-def _newton_step(local: Local, free: np.ndarray, accuracy: float) -> np.ndarray:
-    step = np.zeros(len(free))
-    if not free.any():
-        return step
-    dense = local.hessian()
-    if dense is None:
-        step[free] = _conjugate_gradients(local, free, min(0.1, max(accuracy, 1e-3)))
-        return step
-    matrix = dense[np.ix_(free, free)]
-    ridge = _NEWTON_RIDGE * float(np.trace(matrix)) / len(matrix) + np.finfo(float).tiny
-    for _ in range(12):
-        try:
-            factor = cho_factor(matrix + ridge * np.eye(len(matrix)), check_finite=False)
-        except LinAlgError:
-            ridge *= 10
-            continue
-        step[free] = -cho_solve(factor, local.gradient[free], check_finite=False)
-        return step
-    # Curvature drowned in rounding: the gradient's direction still descends.
-    step[free] = -local.gradient[free]
-    return step
+class Evaluation(Protocol):
+    """A convex function evaluated at one point."""
 
+    value: float
+    gradient: np.ndarray
 
-def _conjugate_gradients(local: Local, free: np.ndarray, accuracy: float) -> np.ndarray:
-    """Solves for the step until the residual is this share of the gradient."""
-    diagonal = local.diagonal()[free]
-    scale = 1 / np.maximum(diagonal, 1e-12 * max(float(diagonal.max()), np.finfo(float).tiny))
-    residual = -local.gradient[free]
-    target = accuracy * float(np.linalg.norm(residual))
-    solution = np.zeros_like(residual)
-    preconditioned = scale * residual
-    direction = preconditioned.copy()
-    product = float(residual @ preconditioned)
-    for _ in range(250):
-        whole = np.zeros(len(free))
-        whole[free] = direction
-        curved = local.times(whole)[free]
-        curvature = float(direction @ curved)
-        if curvature <= 0:
-            break
-        rate = product / curvature
-        solution += rate * direction
-        residual = residual - rate * curved
-        if np.linalg.norm(residual) <= target:
-            break
-        preconditioned = scale * residual
-        following = float(residual @ preconditioned)
-        direction = preconditioned + following / product * direction
-        product = following
-    return solution if solution.any() else preconditioned
+    def hessian(self) -> np.ndarray | None:
+        """The Hessian ``[d, d]``; None where only products with it are affordable."""
 
+    def hessian_product(self, direction: np.ndarray) -> np.ndarray:
+        """Hessian-vector product with a direction ``[d]``."""
 
-_RIDGE = 1e-13
-"""Of the mean diagonal: makes singular matrices solvable, and moves others by rounding only."""
+    def diagonal(self) -> np.ndarray:
+        """Diagonal of the Hessian ``[d]``, >= 0; the preconditioner where ``hessian`` is None."""
 
 
 def nonnegative_quadratic(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """The x >= 0 that minimizes ``x @ matrix @ x / 2 - vector @ x``.
+    """Quadratic program: the x >= 0 that minimizes ``x @ matrix @ x / 2 - vector @ x``.
 
-    Exact up to rounding, by exchanging whole sets of variables between zero and not zero; where
-    that goes in circles, one variable at a time, as Lawson and Hanson do it.
+    Exact up to rounding, by block principal pivoting; where that cycles, by Lawson and Hanson's
+    non-negative least squares.
 
     Args:
-        matrix: `[K, K]`, symmetric and positive definite; semi-definite ones get a ridge of 1e-13.
-        vector: `[K]`.
+        matrix: ``[K, K]``, symmetric positive definite; semi-definite ones get a ridge of 1e-13.
+        vector: ``[K]``.
 
     >>> nonnegative_quadratic(np.eye(2), np.array([2.0, -1.0]))
     array([2., 0.])
@@ -209,52 +145,128 @@ def nonnegative_quadratic(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
     """
     count = len(vector)
     diagonal = np.diag(matrix)
-    # Shares differ by orders of magnitude: with a unit diagonal, one tolerance suits all.
+    # Proportions differ by orders of magnitude; with a unit diagonal one tolerance suits all.
     scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
     scaled = matrix * scale[:, None] * scale + _RIDGE * np.eye(count)
-    wanted = vector * scale
-    slack = 1e-12 * max(1.0, float(np.abs(wanted).max()))
+    target = vector * scale
+    slack = 1e-12 * max(1.0, float(np.abs(target).max()))
     free = np.ones(count, bool)
-    fewest, patience = count + 1, 5
+    fewest_wrong, patience = count + 1, 5
     for _ in range(50 + count):
-        x, slope = _on_face(scaled, wanted, free)
+        x, slope = _solve_with_free(scaled, target, free)
         wrong = (free & (x < -slack)) | (~free & (slope < -slack))
         number = int(wrong.sum())
         if number == 0:
-            return np.maximum(x, 0) * scale
-        if number < fewest:
-            fewest, patience = number, 5
+            solution: np.ndarray = np.maximum(x, 0) * scale
+            return solution
+        if number < fewest_wrong:
+            fewest_wrong, patience = number, 5
         elif patience == 0:
             break
         else:
             patience -= 1
         free = free ^ wrong
     root = np.linalg.cholesky(scaled + 1e-12 * np.eye(count))
-    return nnls(root.T, np.linalg.solve(root, wanted), maxiter=30 * count)[0] * scale
+    solution = nnls(root.T, np.linalg.solve(root, target), maxiter=30 * count)[0] * scale
+    return solution
 
 
 def simplex_least_squares(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """The shares q, not negative and of sum 1, that minimize ``|matrix @ q - vector|``.
+    """Least squares on the simplex: the q >= 0 of sum 1 that minimizes ``|matrix @ q - vector|``.
 
     Args:
-        matrix: `[R, K]`.
-        vector: `[R]`.
+        matrix: ``[R, K]``.
+        vector: ``[R]``.
 
     >>> simplex_least_squares(np.eye(2), np.array([1.2, -0.2]))
     array([1., 0.])
     """
-    # For shares, matrix @ q - vector is a linear map of q, and adding (sum q)^2 adds 1. The
-    # minimum over all q >= 0 of that with its sum rewarded lies on the same ray.
+    # On the simplex, matrix @ q - vector is a linear map of q, and adding (sum q)^2 adds 1. The
+    # minimum over all q >= 0 with a reward for the sum lies on the same ray.
     residual = matrix - vector[:, None]
     size = float(np.square(residual).sum()) or 1.0
     q = nonnegative_quadratic(residual.T @ residual / size + 1.0, np.ones(matrix.shape[1]))
-    return q / q.sum()
+    proportions: np.ndarray = q / q.sum()
+    return proportions
 
 
-def _on_face(
+def _backtrack(
+    function: Callable[[np.ndarray], Evaluation],
+    point: np.ndarray,
+    current: Evaluation,
+    step: np.ndarray,
+    lower: np.ndarray,
+    upper: np.ndarray,
+) -> tuple[np.ndarray, Evaluation] | None:
+    """The first of the halved steps that decreases the function enough; None where none does."""
+    # Near the minimum the decrease is below the rounding error of the value.
+    slack = 1e-14 * max(1.0, abs(current.value))
+    for halving in range(50):
+        candidate = np.clip(point + 0.5**halving * step, lower, upper)
+        evaluation = function(candidate)
+        predicted = float(current.gradient @ (candidate - point))
+        if evaluation.value <= current.value + _ARMIJO * predicted + slack:
+            return candidate, evaluation
+    return None
+
+
+def _newton_step(current: Evaluation, free: np.ndarray, accuracy: float) -> np.ndarray:
+    step = np.zeros(len(free))
+    if not free.any():
+        return step
+    dense = current.hessian()
+    if dense is None:
+        step[free] = _conjugate_gradients(current, free, min(0.1, max(accuracy, 1e-3)))
+        return step
+    matrix = dense[np.ix_(free, free)]
+    ridge = _NEWTON_RIDGE * float(np.trace(matrix)) / len(matrix) + np.finfo(float).tiny
+    for _ in range(12):
+        try:
+            factor = cho_factor(matrix + ridge * np.eye(len(matrix)), check_finite=False)
+        except LinAlgError:
+            ridge *= 10
+            continue
+        step[free] = -cho_solve(factor, current.gradient[free], check_finite=False)
+        return step
+    # The curvature is lost to rounding; the negative gradient still decreases the function.
+    step[free] = -current.gradient[free]
+    return step
+
+
+def _conjugate_gradients(current: Evaluation, free: np.ndarray, accuracy: float) -> np.ndarray:
+    """Newton step by conjugate gradients, to a residual of ``accuracy`` times the gradient."""
+    diagonal = current.diagonal()[free]
+    scale = 1 / np.maximum(diagonal, 1e-12 * max(float(diagonal.max()), np.finfo(float).tiny))
+    residual = -current.gradient[free]
+    target = accuracy * float(np.linalg.norm(residual))
+    solution = np.zeros_like(residual)
+    preconditioned = scale * residual
+    direction = preconditioned.copy()
+    product = float(residual @ preconditioned)
+    for _ in range(250):
+        whole = np.zeros(len(free))
+        whole[free] = direction
+        curved = current.hessian_product(whole)[free]
+        curvature = float(direction @ curved)
+        if curvature <= 0:
+            break
+        rate = product / curvature
+        solution += rate * direction
+        residual = residual - rate * curved
+        if np.linalg.norm(residual) <= target:
+            break
+        preconditioned = scale * residual
+        next_product = float(residual @ preconditioned)
+        direction = preconditioned + next_product / product * direction
+        product = next_product
+    result: np.ndarray = solution if solution.any() else preconditioned
+    return result
+
+
+def _solve_with_free(
     matrix: np.ndarray, vector: np.ndarray, free: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The minimum with all but the free variables at zero, and the slopes there."""
+    """Minimum with all but the free variables at zero, and the gradient there."""
     x = np.zeros(len(vector))
     if free.any():
         part = matrix[np.ix_(free, free)]

@@ -1,8 +1,7 @@
-"""Prior correction: predictions under another prevalence, guarded.
+"""Prior correction: predictions adjusted to another prevalence by Bayes' rule.
 
-Predictions under another prevalence, by Bayes' rule.
-
-Predictions corrected for a target's prevalence, unless there is a reason to leave them alone.
+``adjust_prior`` applies the rule; ``correct_prior`` also calibrates, estimates the prevalence, and
+refuses where the data contradict label shift.
 """
 
 from __future__ import annotations
@@ -19,7 +18,22 @@ from flaxtransfer.shift.label_shift import residual_test
 from flaxtransfer.shift.prevalence import Prevalence, estimate_prevalence
 from flaxtransfer.shift.statistics import HypothesisTest, holm
 
-__all__ = ["LEAST_TARGETS", "TARGETS_PER_CLASS", "PriorCorrection", "adjust_prior", "correct_prior"]
+__all__ = [
+    "MIN_TARGETS",
+    "TARGETS_PER_CLASS",
+    "PriorCorrection",
+    "adjust_prior",
+    "correct_prior",
+]
+
+MIN_TARGETS = 30
+"""With fewer, a proportion of one half has a standard error of about one tenth."""
+
+TARGETS_PER_CLASS = 5
+"""On average; with fewer, a class without examples by chance would be corrected to 0."""
+
+_MIN_PROBABILITY = 1e-9
+"""Smaller probabilities are raised to this: their differences are not calibrated."""
 
 
 def adjust_prior(
@@ -29,26 +43,26 @@ def adjust_prior(
     source_prior: Any = None,
     force: bool = False,
 ) -> np.ndarray:
-    """Calibrated probabilities as they are where the classes are differently common.
+    """Prior correction of calibrated probabilities by Bayes' rule.
 
-    ``f_k q_k / p_k``, made to sum to 1: right if the classes look the same as at the source and are
-    only more or less common. Where the inputs themselves have changed it does harm: calibrate, and
-    look at the diagnosis first. The most probable class changes only where it was in doubt.
+    ``f_k q_k / p_k``, normalized to sum to 1: correct if the classes look the same as at the source
+    and only their prevalence differs. It does harm where the inputs themselves have changed:
+    calibrate, and look at the diagnosis first. Only predictions that were uncertain change.
 
     Args:
-        probabilities: `[m, K]`, calibrated at the source.
-        prevalence: an estimate, which knows its source prior, or the target's prior `[K]`.
-        source_prior: `[K]`, the prior that `probabilities` are right for; has to be given with a
-            prior, and not with an estimate.
-        force: take an estimate that the data do not determine.
+        probabilities: ``[m, K]``, calibrated at the source.
+        prevalence: An estimate, which holds its source prior, or the target's prior ``[K]``.
+        source_prior: ``[K]``, the prior that ``probabilities`` are correct for; required with a
+            target prior, not allowed with an estimate.
+        force: Use an estimate that the data do not determine.
 
     Returns:
-        `[m, K]`, float64. Classes of prevalence 0 get exactly 0.
+        ``[m, K]``, float64. Classes of prevalence 0 get exactly 0.
 
     Raises:
-        ValueError: an estimate that is not identifiable; a source prior that is missing or given
-            twice; a class that the source never has and the target does; a row that only classes
-            without prevalence could explain.
+        ValueError: An estimate that is not identifiable; a source prior that is missing or given
+            twice; a class with prior 0 at the source and not at the target; a row that only classes
+            of prevalence 0 explain.
 
     >>> adjust_prior([[0.5, 0.5]], [0.9, 0.1], source_prior=[0.5, 0.5])
     array([[0.9, 0.1]])
@@ -62,26 +76,27 @@ def adjust_prior(
     if isinstance(prevalence, Prevalence):
         if not prevalence.identifiable and not force:
             raise ValueError(
-                f"the target does not determine its prevalence: {prevalence.reason}; a correction "
-                "by it would be arbitrary (force=True makes it all the same)"
+                f"prevalence must be identifiable, got one that is not: {prevalence.reason}; a "
+                "correction by it would be arbitrary (force=True applies it anyway)"
             )
         if source_prior is not None:
-            raise ValueError("a Prevalence has its source prior; source_prior is for plain arrays")
+            raise ValueError(
+                "source_prior must be None with a Prevalence, which holds its source prior"
+            )
         target, source_prior = prevalence.estimate, prevalence.source
     elif source_prior is None:
         raise ValueError(
-            "source_prior is missing: a target's prior corrects relative to the source's, "
-            "Calibration.prior"
+            "source_prior must be given with the target's prior, got None; use Calibration.prior"
         )
     else:
         target = prevalence
     q = as_prior(target, "the target's prior", classes=classes)
     p = as_prior(source_prior, "the source's prior", classes=classes)
-    new = np.flatnonzero((p == 0) & (q > 0))
-    if len(new):
+    unseen = np.flatnonzero((p == 0) & (q > 0))
+    if len(unseen):
         raise ValueError(
-            f"the source's prior of classes {new.tolist()} is 0 and the target's is not: a model "
-            "that has never seen a class cannot be corrected to see it"
+            f"the source's prior must be > 0 where the target's is, got 0 for classes "
+            f"{unseen.tolist()}; a model that has never seen a class cannot predict it"
         )
     with np.errstate(divide="ignore"):
         scores = np.log(found) + np.log(np.where(q > 0, q / np.where(p > 0, p, 1), 0))
@@ -89,36 +104,27 @@ def adjust_prior(
     lost = np.isneginf(top[:, 0])
     if lost.any():
         raise ValueError(
-            f"{int(lost.sum())} rows, first row {int(np.argmax(lost))}, hold nothing but classes "
-            f"whose prevalence is 0, {np.flatnonzero(q == 0).tolist()[:10]}; a floor under the "
-            "prevalence, as 1e-6, keeps them possible"
+            "every row must have a class of positive prevalence, got "
+            f"{int(lost.sum())} rows without one, first row {int(np.argmax(lost))}; the prevalence "
+            f"of classes {np.flatnonzero(q == 0).tolist()[:10]} is 0; raise it to 1e-6, for example"
         )
     weighted = np.exp(scores - top)
-    return weighted / weighted.sum(1, keepdims=True)
-
-
-LEAST_TARGETS = 30
-"""Fewer say next to nothing about shares: a half has a standard error of a tenth."""
-
-TARGETS_PER_CLASS = 5
-"""On average; with fewer, some class has none by chance and would be corrected away."""
-
-_FLOOR = 1e-9
-"""Log-probabilities below this one's differ by nothing that a calibration could know."""
+    result: np.ndarray = weighted / weighted.sum(1, keepdims=True)
+    return result
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PriorCorrection:
-    """Corrected predictions, or why they are not.
+    """Prior-corrected predictions, or the reasons for not correcting them.
 
     Args:
-        adjusted: whether `probabilities` are corrected.
-        refusals: why not; with ``guard="warn"``, what would have been a reason.
-        probabilities: `[m, K]`, what to use.
-        calibrated: `[m, K]`, before the correction.
-        prevalence: of the target; None where there are too few examples to estimate it.
-        residuals: tests of label shift, on log-probabilities and on features where those are
-            given, corrected for their number; none where not asked for or not reached.
+        adjusted: Whether ``probabilities`` are corrected.
+        refusals: Reasons against the correction; with ``guard="warn"`` it is applied anyway.
+        probabilities: ``[m, K]``, the ones to use.
+        calibrated: ``[m, K]``, before the correction.
+        prevalence: Of the target; None where there are too few examples to estimate it.
+        residuals: Tests of label shift on log-probabilities, and on features where those are given,
+            with Holm's correction; empty if not asked for or not reached.
     """
 
     adjusted: bool
@@ -130,7 +136,7 @@ class PriorCorrection:
 
     @property
     def changed(self) -> int:
-        """Examples whose most probable class is another than before."""
+        """Number of examples whose most probable class has changed."""
         return int((self.probabilities.argmax(1) != self.calibrated.argmax(1)).sum())
 
     def __str__(self) -> str:
@@ -140,8 +146,8 @@ class PriorCorrection:
             for test in self.residuals
             if test.p is not None
         ]
-        word = "reason against it" if self.adjusted else "not corrected"
-        lines += [f"{word}: {reason}" for reason in self.refusals]
+        prefix = "reason against it" if self.adjusted else "not corrected"
+        lines += [f"{prefix}: {reason}" for reason in self.refusals]
         if self.adjusted:
             lines.append(f"{self.changed} of {len(self.calibrated)} predictions changed")
         return "\n".join(lines)
@@ -158,33 +164,34 @@ def correct_prior(
     simulations: int = 499,
     seed: int = 0,
 ) -> PriorCorrection:
-    """Calibrates a target's predictions, estimates its prevalence, and corrects them by it.
+    """Guarded prior correction of a target's predictions.
 
-    You want it where classes are differently common and look the same. It is gated on just that: a
-    correction by shares that were estimated on images of another kind makes good predictions bad.
-    Refused are too few examples, a prevalence that the data do not determine, and a target that no
-    mixture of the source's classes explains (`residual_test`, on calibrated log-probabilities and
-    on features). Give features: they show changes of the images that predictions hide. One that
-    leaves them within such a mixture is not seen by any test.
+    Calibrates the logits, estimates the target's prevalence, and corrects the predictions by it.
+    Use it where the classes differ in prevalence and look the same. It tests just that: a
+    correction by proportions that were estimated on images of another kind makes good predictions
+    bad. It refuses on too few examples, on a prevalence that the data do not determine, and on a
+    target that no mixture of the source's classes explains (``residual_test``, on calibrated
+    log-probabilities and on features). Pass features: they show changes of the images that
+    predictions hide. No test sees a change that keeps the target within such mixtures.
 
     Args:
-        logits: `[m, K]`, of the target.
-        source: calibration of this model, with its validation.
-        features: `[n, D]` of the validation examples and `[m, D]` of the target, in their orders;
-            what the model's last layer sees, say.
-        method: of `estimate_prevalence`.
-        guard: "refuse" leaves calibrated probabilities as they are where there is a reason, "warn"
-            corrects and reports it.
-        level: of the residual tests together; 0 leaves them out.
-        simulations: of each.
-        seed: of them.
+        logits: ``[m, K]``, of the target.
+        source: Calibration of this model, with its validation examples.
+        features: ``[n, D]`` of the validation examples and ``[m, D]`` of the target, in the same
+            order as those; for example the input of the model's last layer.
+        method: Of ``estimate_prevalence``.
+        guard: "refuse" returns calibrated probabilities without correction if there is a reason
+            against it; "warn" corrects and reports the reason.
+        level: Significance level of the residual tests together; 0 leaves them out.
+        simulations: Per test.
+        seed: Of the tests.
 
     Raises:
-        ValueError: logits or features that do not fit, options that do not exist.
+        ValueError: Logits or features that do not fit, or unknown options.
 
     >>> rng = np.random.default_rng(0)
-    >>> def draw(shares, count):
-    ...     labels = rng.choice(2, count, p=shares)
+    >>> def draw(prevalence, count):
+    ...     labels = rng.choice(2, count, p=prevalence)
     ...     score = rng.normal(2 * labels - 1)
     ...     return np.stack([-score, score], 1), labels
     >>> from flaxtransfer.shift.calibration import calibrate
@@ -196,17 +203,20 @@ def correct_prior(
     True
     """
     if guard not in ("refuse", "warn"):
-        raise ValueError(f"guard is 'refuse' or 'warn', not {guard!r}")
+        raise ValueError(f"guard must be 'refuse' or 'warn', got {guard!r}")
     if features is not None and not (isinstance(features, tuple | list) and len(features) == 2):
-        raise ValueError("features are a pair: of the validation examples, and of the target")
+        raise ValueError(
+            "features must be a pair, of the validation examples and of the target, "
+            f"got {type(features).__name__}"
+        )
     calibrated = source.apply(logits)
     count, classes = calibrated.shape
-    least = max(LEAST_TARGETS, TARGETS_PER_CLASS * classes)
+    required = max(MIN_TARGETS, TARGETS_PER_CLASS * classes)
     refusals = []
-    if count < least:
+    if count < required:
         refusals.append(
-            f"{count} examples say too little about the shares of {classes} classes: give {least} "
-            "or more, or the prior itself"
+            f"{count} examples are too few to estimate the prevalence of {classes} classes: use "
+            f"{required} or more, or give the prior itself"
         )
         if guard == "refuse":
             return PriorCorrection(False, tuple(refusals), calibrated, calibrated, None, ())
@@ -217,14 +227,14 @@ def correct_prior(
     if level > 0:
         residuals = _residual_tests(calibrated, source, features, simulations, level, seed)
         unexplained = [
-            f"{what} (residual test, p = {test.p:.3g})"
-            for what, test in zip(("predictions", "features"), residuals, strict=False)
+            f"{kind} (residual test, p = {test.p:.3g})"
+            for kind, test in zip(("predictions", "features"), residuals, strict=False)
             if test.rejected(level)
         ]
         if unexplained:
             refusals.append(
-                f"no shares of the source's classes explain these {' or '.join(unexplained)}: the "
-                "images themselves have changed, and shares estimated on them are wrong"
+                f"no mixture of the source's classes explains these {' or '.join(unexplained)}: "
+                "the images themselves have changed, and the estimated prevalence is wrong"
             )
     adjusted = not refusals or guard == "warn"
     probabilities = (
@@ -243,15 +253,15 @@ def _residual_tests(
     level: float,
     seed: int,
 ) -> tuple[HypothesisTest, ...]:
-    """Of log-probabilities, then of features where there are any."""
-    pairs = [(_logs(source.probabilities), _logs(calibrated))]
+    """Residual tests of log-probabilities, then of features where there are any."""
+    pairs = [(_log_probabilities(source.probabilities), _log_probabilities(calibrated))]
     if features is not None:
         pairs.append(features)
-    least = math.ceil(len(pairs) / level) - 1
-    if simulations < least:
+    required = math.ceil(len(pairs) / level) - 1
+    if simulations < required:
         raise ValueError(
-            f"{simulations} simulations cannot reject at a level of {level:g}: the least p-value "
-            f"is {len(pairs)} / {simulations + 1}; give {least} or more"
+            f"simulations must be >= {required} to reject at level {level:g}, got {simulations}: "
+            f"the smallest p-value is {len(pairs)} / {simulations + 1}"
         )
     return holm(
         [
@@ -261,5 +271,6 @@ def _residual_tests(
     )
 
 
-def _logs(probabilities: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(probabilities, _FLOOR))
+def _log_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    logs: np.ndarray = np.log(np.maximum(probabilities, _MIN_PROBABILITY))
+    return logs

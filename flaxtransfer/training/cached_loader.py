@@ -1,8 +1,7 @@
-"""Loaders of cached activations, and their content-addressed store.
+"""Loaders of cached activations, and the content-addressed store behind them.
 
-Arrays that were dear to compute, kept in memory, or on disk under what they came from.
-
-A feed of activations: the frozen prefix is run once, and training reads what came out of it.
+The frozen prefix is run once, and training reads its output, in memory or on disk under a digest of
+what it was made from.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders, IndexedExamples
 from flaxtransfer.models.model import Model
-from flaxtransfer.sharding import place_batch, place_replicated
+from flaxtransfer.sharding import map_batches, place_replicated
 from flaxtransfer.training.prefix_cache import Choice, bytes_text, prefix_digest
 from flaxtransfer.training.step import forward
 from flaxtransfer.types import Variables
@@ -69,7 +68,7 @@ def evict(folder: Path, wanted: int, budget: int) -> list[str]:
     What a killed process of this machine has left half-written goes as well.
 
     Returns:
-      The names of the arrays that were removed.
+        The names of the arrays that were removed.
     """
     if not folder.is_dir():
         return []
@@ -95,8 +94,8 @@ def put(shape: tuple[int, ...], dtype: str, parts: Iterable[np.ndarray]) -> np.n
     """The parts, one after the other, as one array in memory.
 
     Raises:
-      OutOfRange: a number does not fit ``dtype``.
-      ValueError: a number is not finite, or the parts do not make up the shape.
+        OutOfRange: a number does not fit ``dtype``.
+        ValueError: a number is not finite, or the parts do not make up the shape.
     """
     values = np.empty(shape, dtype)
     filled = 0
@@ -118,8 +117,8 @@ def write_array(
     It lies in a folder of its own, which appears under its name only when it is complete.
 
     Raises:
-      OSError: the disk is full or the folder cannot be written; nothing is left behind.
-      OutOfRange, ValueError: as ``keep``.
+        OSError: the disk is full or the folder cannot be written; nothing is left behind.
+        OutOfRange, ValueError: as ``keep``.
     """
     name = _name(fingerprint)
     partial, final = folder / f".{name}@{platform.node()}:{os.getpid()}", folder / name
@@ -143,7 +142,8 @@ def write_array(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return np.load(final / _VALUES, mmap_mode="r")
+    values: np.ndarray = np.load(final / _VALUES, mmap_mode="r")
+    return values
 
 
 def get(
@@ -152,7 +152,8 @@ def get(
     """The array with this very fingerprint, if it lies there whole.
 
     Returns:
-      The array mapped into memory, or None; and why not, for a person. What is damaged is removed.
+        The array mapped into memory, or None; and why not, for a person. What is damaged is
+        removed.
     """
     slot = folder / _name(fingerprint)
     if not slot.is_dir():
@@ -207,7 +208,8 @@ def _read_array(
         raise ValueError("its checksum is another")
     with contextlib.suppress(OSError):  # A folder that may only be read is as good.
         os.utime(slot)  # For whoever clears away what was not used for long.
-    return np.load(slot / _VALUES, mmap_mode="r")
+    values: np.ndarray = np.load(slot / _VALUES, mmap_mode="r")
+    return values
 
 
 def _narrow(
@@ -245,9 +247,9 @@ class Cached:
     """What was kept.
 
     Args:
-      feed: batches of activations, with ``start`` set.
-      text: what it took, for a person.
-      facts: the same as numbers, for the metrics.
+        feed: batches of activations, with ``start`` set.
+        text: what it took, for a person.
+        facts: the same as numbers, for the metrics.
     """
 
     feed: DataLoaders
@@ -267,19 +269,19 @@ def cached_feed(
     """Runs the prefix over all examples, or finds what an earlier run has kept.
 
     Args:
-      choice: with a cut.
-      model: the network.
-      variables: as they are when the phase begins.
-      feed: of images, with ``examples``.
-      mesh: devices.
-      folder: for arrays on disk.
-      say: called with what a person should know before the long part begins.
+        choice: with a cut.
+        model: the network.
+        variables: as they are when the phase begins.
+        feed: of images, with ``examples``.
+        mesh: devices.
+        folder: for arrays on disk.
+        say: called with what a person should know before the long part begins.
 
     Returns:
-      The feed, or None where the disk would not take it; ``say`` is told.
+        The feed, or None where the disk would not take it; ``say`` is told.
 
     Raises:
-      ValueError: activations that are not finite.
+        ValueError: activations that are not finite.
     """
     examples = feed.examples
     assert examples is not None
@@ -388,35 +390,27 @@ class _Job:
         }
 
     def _activations(self, batches: Iterable[Batch], predict: int) -> Iterator[np.ndarray]:
-        """One batch is computed while the one before it is fetched."""
-        run = forward(self.model, self.feed.preprocessing, None, self.cut)
+        """The prefix's output for every example, batch by batch; ``predict`` of them are timed."""
+        prefix = forward(self.model, self.feed.preprocessing, None, self.cut)
         placed = place_replicated(self.variables, self.mesh)
-        waiting: tuple[jax.Array, np.ndarray] | None = None
-        began = 0.0
-        for number, batch in enumerate(batches):
-            images = place_batch(batch["image"], self.mesh)
-            weight = np.asarray(batch.get("weight", np.ones(len(batch["image"]))))
-            output = run(placed, images)
-            if predict and number <= 1:
+        ended: list[float] = []
+
+        def run(images: jax.Array) -> jax.Array:
+            output = prefix(placed, images)
+            if predict and len(ended) <= 1:
                 # The first batch waits for the compiler, the second is timed.
-                jax.block_until_ready(output)
-                if number == 1:
-                    seconds = time.perf_counter() - began
-                    self._predict(seconds * predict / len(weight))
-                began = time.perf_counter()
-            if waiting is not None:
-                yield _kept(*waiting)
-            waiting = output, weight
-        if waiting is not None:
-            yield _kept(*waiting)
+                output.block_until_ready()
+                ended.append(time.perf_counter())
+                if len(ended) == 2:
+                    self._predict((ended[1] - ended[0]) * predict / len(images))
+            return output
+
+        for output, _ in map_batches(run, batches, self.mesh):
+            yield np.asarray(output, np.float32)
 
     def _predict(self, seconds: float) -> None:
         spared = seconds * (self.choice.passes / self.choice.views - 1)
         self.say(f"cache before {self.cut}: takes about {seconds:.2g} s, spares {spared:.2g} s")
-
-
-def _kept(output: jax.Array, weight: np.ndarray) -> np.ndarray:
-    return np.asarray(output, np.float32)[weight > 0]
 
 
 def _feed(

@@ -1,9 +1,4 @@
-"""Progress bars and signals.
-
-The progress of a run for a person who watches: one bar a phase, with the time left.
-
-SIGINT and SIGTERM as a question the loop asks between steps, not as an exception inside one.
-"""
+"""Progress bars, log lines, and signals as a question that the loop asks between steps."""
 
 from __future__ import annotations
 
@@ -70,8 +65,8 @@ class Interrupted(Exception):
     """A run was asked to end and did so, with a checkpoint.
 
     Args:
-      signal_number: what asked for it.
-      step: the step that the checkpoint holds.
+        signal_number: what asked for it.
+        step: the step that the checkpoint holds.
     """
 
     def __init__(self, signal_number: int, step: int) -> None:

@@ -1,30 +1,47 @@
-"""Evaluate and predict over every example of a set, and the linear probe of a head.
+"""Passes over a data set: evaluate, predict, probe the head, recalibrate BatchNorm.
 
-Accuracy and loss over every example of a set, each counted once.
-
-A linear probe on the network as it is, put in place of its head.
+Every example counts once, and padding never. Statistics of BatchNorm are measured exactly, whatever
+the batches were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxtransfer.batchnorm import policy
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.features.sweep import fit_linear_probe
+from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models.model import Model
-from flaxtransfer.optimizers import merge
-from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
+from flaxtransfer.models.moments import Mixture, Moments, apply_measuring
+from flaxtransfer.models.moments import merge as merge_moments
+from flaxtransfer.paths import flatten, merge, unflatten
+from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
+from flaxtransfer.task import SINGLE_LABEL, Loss, Task
 from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.types import Params, Variables
-from flaxtransfer.weights.preprocessing import Preprocessing
+from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
-__all__ = ["Evaluation", "Predictions", "evaluate", "init_head_from_probe", "predict"]
+__all__ = [
+    "Evaluation",
+    "Predictions",
+    "evaluate",
+    "init_head_from_probe",
+    "measure_moments",
+    "predict",
+    "recalibrate",
+    "with_statistics",
+    "without_padding",
+]
 
 
 @dataclass(frozen=True)
@@ -32,18 +49,30 @@ class Evaluation:
     """Means over the examples of a set.
 
     Args:
-      accuracy: share of examples whose largest logit is the label's.
-      loss: mean negative log-likelihood in nats.
-      examples: how many there were.
+        metrics: by name, the metric that ranks first, ``loss`` among them: the loss that was
+            trained, in nats.
+        examples: how many there were.
+
+    >>> Evaluation({"accuracy": 0.5, "loss": 0.7}, 4).accuracy
+    0.5
     """
 
-    accuracy: float
-    loss: float
+    metrics: Mapping[str, float]
     examples: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats."""
+        return self.metrics["loss"]
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of examples whose largest logit is the label's, for tasks that have it."""
+        return self.metrics["accuracy"]
 
     def to_json(self) -> dict[str, float | int]:
         """Plain numbers for a metrics file."""
-        return asdict(self)
+        return {**self.metrics, "examples": self.examples}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,34 +80,34 @@ class Predictions:
     """What the network said about each example, in the order of the batches.
 
     Args:
-      logits: float32 [examples, classes].
-      labels: int [examples].
-      features: float32 [examples, channels], what the head saw; None where nobody asked.
+        logits: float32 ``[examples, classes]``.
+        labels: int ``[examples]``.
+        features: float32 ``[examples, channels]``, what the head saw; None where nobody asked.
+        task: what the labels mean.
     """
 
     logits: np.ndarray
     labels: np.ndarray
     features: np.ndarray | None = None
+    task: Task = field(default=SINGLE_LABEL, kw_only=True)
 
     @property
-    def correct(self) -> np.ndarray:
-        """Bool [examples]: whether the largest logit is the label's."""
-        return self.logits.argmax(axis=-1) == self.labels
+    def scores(self) -> np.ndarray:
+        """The task's score of each example ``[examples]``: whether it is right, for classes."""
+        return np.asarray(self.task.score(self.logits, self.labels))
 
-    def evaluation(self) -> Evaluation:
-        """The means over all examples."""
-        logits = self.logits.astype(np.float64)
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        log_partition = np.log(np.exp(shifted).sum(axis=-1))
-        losses = log_partition - shifted[np.arange(len(shifted)), self.labels]
-        return Evaluation(float(self.correct.mean()), float(losses.mean()), len(losses))
+    def evaluation(self, loss: Loss | None = None) -> Evaluation:
+        """The means over all examples.
+
+        Args:
+            loss: that was trained; by default the task's own.
+        """
+        return Evaluation(self.task.evaluate(self.logits, self.labels, loss), len(self.labels))
 
 
 def predict(
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     batches: Iterable[Batch],
-    preprocessing: Preprocessing,
     mesh: Mesh | None = None,
     *,
     start: str | None = None,
@@ -87,72 +116,231 @@ def predict(
     """Runs the network over all batches, with running statistics, leaving out padding.
 
     Args:
-      model: the network.
-      variables: its parameters and statistics.
-      batches: ``image`` uint8, ``label``, and ``weight`` 0 where an example is padding.
-      preprocessing: that belongs to the weights.
-      mesh: devices; by default all of them.
-      start: the segment that ``image`` enters, where it holds activations instead of pixels.
-      features: keep what the head saw, too.
+        network: from ``ft.transfer``, or made of a model and its weights.
+        batches: ``image`` uint8 ``[batch, height, width, channels]``, ``label``, and ``weight`` 0
+            where an example is padding.
+        mesh: devices; by default all of them.
+        start: the segment that ``image`` enters, where it holds activations instead of pixels.
+        features: keep what the head saw, too.
 
     Raises:
-      ValueError: no example at all.
+        ValueError: no example at all.
     """
     mesh = mesh or make_mesh()
-    run = forward_with_features(model, preprocessing, start)
-    variables = place_replicated(variables, mesh)
+    run = forward_with_features(network.model, network.preprocessing, start)
+    variables = place_replicated(network.variables, mesh)
     logits, labels, seen = [], [], []
-    for batch in batches:
-        output, before_head = run(variables, place_batch(batch["image"], mesh))
-        label = np.asarray(batch["label"])
-        keep = np.asarray(batch.get("weight", np.ones(len(label)))) > 0
-        logits.append(np.asarray(output)[keep])
-        labels.append(label[keep])
+    for (output, before_head), batch in map_batches(
+        lambda images: run(variables, images), batches, mesh
+    ):
+        logits.append(output)
+        labels.append(batch["label"])
         if features:
-            seen.append(np.asarray(before_head)[keep])
+            seen.append(before_head)
     if not sum(map(len, labels)):
         raise ValueError("there is nothing to evaluate: the set has no examples")
     return Predictions(
-        np.concatenate(logits), np.concatenate(labels), np.concatenate(seen) if features else None
+        np.concatenate(logits),
+        np.concatenate(labels),
+        np.concatenate(seen) if features else None,
+        task=network.task,
     )
 
 
 def evaluate(
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     batches: Iterable[Batch],
-    preprocessing: Preprocessing,
     mesh: Mesh | None = None,
     *,
     start: str | None = None,
+    loss: Loss | None = None,
 ) -> Evaluation:
-    """Accuracy and loss of the network on ``batches``; arguments as for ``predict``."""
-    return predict(model, variables, batches, preprocessing, mesh, start=start).evaluation()
+    """The task's metrics and the loss of the network on ``batches``.
+
+    Args:
+        network, batches, mesh, start: as for ``predict``.
+        loss: that was trained; by default the task's.
+    """
+    return predict(network, batches, mesh, start=start).evaluation(loss)
 
 
 def init_head_from_probe(
-    model: Model,
-    variables: Variables,
-    batches: Iterable[Batch],
-    preprocessing: Preprocessing,
-    mesh: Mesh | None = None,
+    network: Classifier, batches: Iterable[Batch], mesh: Mesh | None = None
 ) -> tuple[Params, str]:
     """The parameters with the head that is optimal on the features as they are.
 
     Args:
-      model, variables, batches, preprocessing, mesh: as for ``pooled_features``.
+        network, batches, mesh: as for ``pooled_features``.
 
     Returns:
-      All parameters, in which the head's kernel and bias are new; and how they were found.
+        All parameters, in which the head's kernel and bias are new; and how they were found.
 
     Raises:
-      ValueError: a class without examples, features that are not finite.
+        ValueError: a class without examples, features that are not finite.
     """
-    features, labels = pooled_features(model, variables, batches, preprocessing, mesh)
-    head = fit_linear_probe(features, labels, model.config.classes)
-    old = variables["params"]["fc"]
+    features, labels = pooled_features(network, batches, mesh)
+    head = fit_linear_probe(features, labels, network.model.config.classes)
+    old = network.params[network.model.layout.head]
     new = {
         name: jax.numpy.asarray(value, old[name].dtype)
         for name, value in (("kernel", head.kernel), ("bias", head.bias))
     }
-    return merge(variables["params"], {"fc": new}), head.text
+    return merge(network.params, {network.model.layout.head: new}), head.text
+
+
+def recalibrate(
+    network: Classifier,
+    batches: Iterable[Batch],
+    where: Mask | str | None = None,
+    mesh: Mesh | None = None,
+) -> Params:
+    """The running statistics that these images give, for some BatchNorms or for all.
+
+    Use it after the weights were changed otherwise than by training (averaged, interpolated), or
+    before a network with frozen statistics meets images unlike those of its pre-training. Labels
+    are not needed. In the pass each of the chosen BatchNorms normalizes by its batch, as in
+    training, so that a layer's statistics are those of the inputs it will see; the others use what
+    they have. Means and variances of the batches are merged as parts of one sample. (The mean of
+    the variances, which a running average tends to, leaves out the variance between batches.)
+    ``flaxtransfer.adapt.adapt_batch_norm`` does it for images of another domain, with guards.
+
+    Args:
+        network: whose statistics are measured; not changed.
+        batches: ``image`` uint8 ``[batch, height, width, channels]``, ``weight`` 0 where an example
+            is padding, which is left out. Small batches make noisy inputs for the deeper layers.
+        where: the BatchNorms, as a mask over parameters; by default all.
+        mesh: devices; by default all of them.
+
+    Returns:
+        The whole tree of statistics; those not chosen are the arrays that came in. Variances are
+        biased (divided by n), as flax's own.
+
+    Raises:
+        ValueError: no image, or a mask that touches no BatchNorm.
+
+    References:
+        P. Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+        2018 (the pass after averaging).
+    """
+    chosen = policy(network.params, everything() if where is None else where)
+    if not chosen:
+        raise ValueError(f"{where!r} touches no BatchNorm, so there is nothing to recalibrate")
+    found = measure_moments(network, batches, chosen, mesh=mesh)
+    return with_statistics(network.variables["batch_stats"], found)
+
+
+def measure_moments(
+    network: Classifier,
+    batches: Iterable[Batch],
+    chosen: frozenset[str],
+    *,
+    by_batch: bool = True,
+    share: float = 0.0,
+    kind: Mixture = "moments",
+    mesh: Mesh | None = None,
+) -> dict[str, Moments]:
+    """Moments of what goes into some BatchNorms, over all images together.
+
+    Args:
+        network: whose inputs to BatchNorms are measured; not changed.
+        batches: ``image`` uint8, and ``weight``: how much each example counts, 0 for padding.
+        chosen: paths of the BatchNorms.
+        by_batch: whether the chosen ones normalize by the batch at hand, mixed with what they have
+            by ``share`` and ``kind``, or by what they have alone.
+        share: of the statistics that they have.
+        kind: of that mixture.
+        mesh: devices; by default all of them.
+
+    Returns:
+        For each path, float64 moments; batches are merged as parts of one sample.
+
+    Raises:
+        ValueError: no image.
+    """
+    mesh = mesh or make_mesh()
+    of_batch = _of_batch(network.model, network.preprocessing, chosen, by_batch, kind)
+    placed = place_replicated(network.variables, mesh)
+    merged: dict[str, Moments] | None = None
+    for output, _ in map_batches(
+        lambda images, weights: of_batch(placed, images, weights, share or None),
+        without_padding(batches),
+        mesh,
+        inputs=("image", "weight"),
+        per_example=False,
+    ):
+        found = {
+            path: Moments(*(np.asarray(value, np.float64) for value in values))
+            for path, values in output.items()
+        }
+        both = (
+            found
+            if merged is None
+            else {p: merge_moments(merged[p], one) for p, one in found.items()}
+        )
+        merged = both
+    if merged is None:
+        raise ValueError("there are no images to measure BatchNorm statistics on")
+    return merged
+
+
+@lru_cache(maxsize=8)
+def _of_batch(
+    model: Model,
+    preprocessing: Preprocessing,
+    chosen: frozenset[str],
+    by_batch: bool,
+    kind: Mixture,
+) -> Callable[..., dict[str, Any]]:
+    @jax.jit
+    def moments(
+        variables: Variables, images: jax.Array, weights: jax.Array, share: jax.Array | None
+    ) -> dict[str, Any]:
+        normal = normalize(images, preprocessing.mean, preprocessing.std)
+        _, found = apply_measuring(
+            model,
+            variables,
+            normal,
+            weights,
+            chosen,
+            by_batch=by_batch,
+            share=share,
+            kind=kind,
+            stop="pool",
+        )
+        return {path: (one.mean, one.var, one.count) for path, one in found.items()}
+
+    return moments
+
+
+def with_statistics(batch_stats: Mapping[str, Any], found: Mapping[str, Moments]) -> Params:
+    """The tree of statistics with these moments in the place of those it has.
+
+    >>> stats = {"first": {"mean": np.zeros(1), "var": np.ones(1)}, "last": {"mean": np.zeros(1)}}
+    >>> with_statistics(stats, {"first": Moments(np.full(1, 0.5), np.full(1, 2.0), 8)})
+    {'first': {'mean': array([0.5]), 'var': array([2.])}, 'last': {'mean': array([0.])}}
+    """
+    new = {}
+    for path, before in flatten(batch_stats).items():
+        module, _, name = path.rpartition("/")
+        if module in found:
+            before = np.asarray(getattr(found[module], name)).astype(before.dtype)
+        new[path] = before
+    return unflatten(new)
+
+
+def without_padding(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Images and weights; a short last batch joins the one before, for it would be noisy alone."""
+    held: tuple[np.ndarray, np.ndarray] | None = None
+    for batch in batches:
+        images = np.asarray(batch["image"])
+        weights = np.asarray(batch.get("weight", np.ones(len(images))), np.float32)
+        part = (images[weights > 0], weights[weights > 0])
+        if held is None:
+            held = part
+        elif len(part[0]) < len(held[0]):
+            held = (np.concatenate([held[0], part[0]]), np.concatenate([held[1], part[1]]))
+        else:
+            yield {"image": held[0], "weight": held[1]}
+            held = part
+    if held is not None and len(held[0]):
+        yield {"image": held[0], "weight": held[1]}

@@ -17,14 +17,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.checkpoint.manager import CheckpointManager
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.files import folder_lock
-from flaxtransfer.models.model import Model
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import run_folder
 from flaxtransfer.training.cached_loader import cached_feed
 from flaxtransfer.training.console import Interrupted, Request, log, progress_bar, watch_signals
-from flaxtransfer.training.evaluation import Evaluation, Predictions, init_head_from_probe, predict
+from flaxtransfer.training.evaluation import (
+    Evaluation,
+    Predictions,
+    init_head_from_probe,
+    predict,
+    recalibrate,
+)
 from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.training.prefix_cache import (
     OFF,
@@ -34,7 +40,6 @@ from flaxtransfer.training.prefix_cache import (
     split_phase,
     split_state,
 )
-from flaxtransfer.training.recalibration import recalibrate
 from flaxtransfer.training.run_folder import MetricsWriter
 from flaxtransfer.training.selection import Progress, check_feed, decide, score
 from flaxtransfer.training.step import Metrics, State, advance, start, train_step, with_params
@@ -50,11 +55,11 @@ class FitOptions:
     """How a run is logged, validated and saved; nothing here changes what is learned.
 
     Args:
-      log_every: steps between two lines of training metrics.
-      evaluate_every: steps between two validations; each ends with a checkpoint. By default one
-        epoch, but at most ten times in a phase.
-      keep_best: how many of the best validated checkpoints are kept besides the latest.
-      tensorboard: also write TensorBoard events (extra ``tb``).
+        log_every: steps between two lines of training metrics.
+        evaluate_every: steps between two validations; each ends with a checkpoint. By default one
+            epoch, but at most ten times in a phase.
+        keep_best: how many of the best validated checkpoints are kept besides the latest.
+        tensorboard: also write TensorBoard events (extra ``tb``).
     """
 
     log_every: int = 10
@@ -68,25 +73,31 @@ class FitResult:
     """What a run ended with.
 
     Args:
-      variables: of the best validated state, or of the last step where nothing was validated.
-      steps: optimizer steps of all phases.
-      validation: of ``variables``, or None without a validation set.
-      audits: one a phase.
-      notes: what happened that a person should know (a damaged checkpoint passed over, ...).
+        network: with the variables of the best validated state, or of the last step where nothing
+            was validated.
+        steps: optimizer steps of all phases.
+        validation: of ``network``, or None without a validation set.
+        audits: one per phase.
+        notes: what happened that a person should know (a damaged checkpoint passed over, ...).
     """
 
-    variables: Variables
+    network: Classifier
     steps: int
     validation: Evaluation | None
     audits: tuple[run_folder.Audit, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def variables(self) -> Variables:
+        """The parameters and statistics of ``network``."""
+        return self.network.variables
 
 
 @dataclass
 class _Run:
     """What every part of the loop needs; fixed for the length of one ``fit``."""
 
-    model: Model
+    network: Classifier
     plan: Plan
     feed: DataLoaders
     folder: Path
@@ -98,12 +109,15 @@ class _Run:
     request: Request
     notes: list[str] = field(default_factory=list)
 
+    def with_state(self, state: State) -> Classifier:
+        """The network as evaluation sees it: with the average where there is one."""
+        return self.network.with_variables(state.variables())
+
 
 def fit(
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     plan: Plan,
-    feed: DataLoaders,
+    data: DataLoaders,
     folder: str | os.PathLike[str],
     *,
     seed: int = 0,
@@ -113,53 +127,78 @@ def fit(
     cache: Cache | None = None,
     mesh: Mesh | None = None,
 ) -> FitResult:
-    """Trains ``variables`` through the phases of ``plan`` and leaves a complete run folder.
+    """Trains a network through the phases of ``plan`` and leaves a complete run folder.
 
     Args:
-      model: from ``ft.transfer`` or ``ft.resnet``.
-      variables: where to start; not changed.
-      plan: what moves, how fast and when.
-      feed: batches as functions of the step.
-      folder: the run folder; new, or with ``resume`` one of the very same run.
-      seed: of the run's random key.
-      config: further JSON values that identify the run; a resumed run must have the same.
-      resume: continue from the last sound checkpoint, exactly; start where there is none.
-      options: logging, validation, saving.
-      cache: whether the frozen part of the network is run once a phase instead of in every step;
-        by default never, ``Cache()`` where it pays.
-      mesh: devices; by default all of them.
+        network: from ``ft.transfer``, or made of a model and its weights; not changed.
+        plan: what moves, how fast and when.
+        data: batches as functions of the step, from ``ft.loaders``.
+        folder: the run folder; new, or with ``resume`` one of the very same run.
+        seed: of the run's random key.
+        config: further JSON values that identify the run; a resumed run must have the same.
+        resume: continue from the last sound checkpoint, exactly; start where there is none.
+        options: logging, validation, saving.
+        cache: whether the frozen part of the network is run once per phase instead of in every
+            step; by default never, ``Cache()`` where it pays.
+        mesh: devices; by default all of them.
 
     Returns:
-      The best validated variables, or the last ones without a validation set.
+        The network with the best validated variables, or the last ones without a validation set.
 
     Raises:
-      ValueError: labels that leave gaps, patience without a validation set; the folder holds
-        another run, or an unfinished one and ``resume`` is not set, or
-        somebody else is writing it; the loss is not finite (``NonFiniteLoss``).
-      OSError: the folder cannot be written.
-      Interrupted: SIGINT or SIGTERM; the run can be resumed.
+        ValueError: labels that leave gaps, patience without a validation set; data that was
+            prepared or labeled for another network; the folder holds another run, or an unfinished
+            one and ``resume`` is not set, or somebody else is writing it; the loss is not finite
+            (``NonFiniteLoss``).
+        OSError: the folder cannot be written.
+        Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
     folder = Path(folder)
     options, cache = options or FitOptions(), cache or OFF
-    plan = plan.resolve(variables["params"], feed.steps_per_epoch)
-    check_feed(plan, feed)
-    identity = run_folder.identity(model, plan, seed, {**cache.identity(), **(config or {})})
+    _check_data(network, data)
+    plan = plan.resolve(network.params, data.steps_per_epoch)
+    check_feed(plan, data)
+    identity = run_folder.identity(network, plan, seed, {**cache.identity(), **(config or {})})
     run_folder.check(folder, identity, resume=resume)
     with folder_lock(folder), watch_signals() as request:
-        run_folder.prepare(folder, identity)
+        run_folder.prepare(folder, identity, data.split)
         with CheckpointManager.open(
             folder / run_folder.CHECKPOINTS, keep_best=options.keep_best
         ) as store:
             mesh = mesh or make_mesh()
-            first = start(variables, plan.phases[0], seed)
+            first = start(network.variables, plan.phases[0], seed)
             state, position, notes = _restore(store, plan, first)
             with MetricsWriter(
                 folder, step=position.step, tensorboard=options.tensorboard
             ) as metrics:
                 run = _Run(
-                    model, plan, feed, folder, options, cache, mesh, store, metrics, request, notes
+                    replace(network, class_names=data.class_names),
+                    plan,
+                    data,
+                    folder,
+                    options,
+                    cache,
+                    mesh,
+                    store,
+                    metrics,
+                    request,
+                    notes,
                 )
                 return _train(run, place_replicated(state, mesh), position)
+
+
+def _check_data(network: Classifier, data: DataLoaders) -> None:
+    """Refuses batches that another network was meant to see."""
+    if data.preprocessing != network.preprocessing:
+        raise ValueError(
+            f"data must be prepared for this network, whose preprocessing is "
+            f"{network.preprocessing}, got {data.preprocessing}; make it with "
+            "ft.loaders(source, splits, network.preprocessing, ...)"
+        )
+    if data.examples is not None:
+        classes = network.model.config.classes
+        network.task.check(data.examples.labels, classes)
+        network.task.check(data.examples.validation_labels, classes)
 
 
 def _train(run: _Run, state: State, position: Progress) -> FitResult:
@@ -180,12 +219,12 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
             break
         position = position.next_phase()
         state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
-    variables = state.variables()
+    trained = run.with_state(state)
     predicted = _predict(run, run.feed, state, features=True)
-    validation = None if predicted is None else predicted.evaluation()
-    run_folder.finish(run.folder, run.model, variables, run.feed, position.step, predicted)
+    validation = None if predicted is None else predicted.evaluation(phase.loss)
+    run_folder.finish(run.folder, trained, position.step, predicted, validation)
     shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
-    return FitResult(variables, position.step, validation, tuple(audits), tuple(run.notes))
+    return FitResult(trained, position.step, validation, tuple(audits), tuple(run.notes))
 
 
 def _decide(run: _Run, position: Progress) -> bool:
@@ -202,12 +241,7 @@ def _recalibrate(run: _Run, phase: Phase, state: State) -> State:
     """The state with measured statistics in the BatchNorms that the phase names."""
     assert run.feed.calibration is not None  # `check_feed` has asked for it.
     measured = recalibrate(
-        run.model,
-        state.variables(),
-        run.feed.calibration(),
-        run.feed.preprocessing,
-        phase.recalibrate,
-        run.mesh,
+        run.with_state(state), run.feed.calibration(), phase.recalibrate, run.mesh
     )
     return state._replace(batch_stats=place_replicated(measured, run.mesh))
 
@@ -215,12 +249,11 @@ def _recalibrate(run: _Run, phase: Phase, state: State) -> State:
 def _probe(run: _Run, phase: Phase, state: State) -> State:
     """The state with the head that is optimal on the features as they are."""
     assert run.feed.calibration is not None  # `check_feed` has asked for it.
-    params, text = init_head_from_probe(
-        run.model, state.variables(), run.feed.calibration(), run.feed.preprocessing, run.mesh
-    )
+    params, text = init_head_from_probe(run.with_state(state), run.feed.calibration(), run.mesh)
     run.notes.append(f"phase {phase.name!r} begins with {text}")
     log(run.notes[-1])
-    return place_replicated(with_params(state, params, phase), run.mesh)
+    placed: State = place_replicated(with_params(state, params, phase), run.mesh)
+    return placed
 
 
 def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tuple[State, Progress]:
@@ -236,8 +269,9 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tup
     total = phase.total_steps(run.feed.steps_per_epoch)
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
     feed = _feed_of(run, phase, state, position)
-    segments = run.model.segments
-    step_function = train_step(run.model, split_phase(phase, segments, feed.start), feed)
+    model, task = run.network.model, run.network.task
+    segments = model.segments
+    step_function = train_step(model, split_phase(phase, segments, feed.start), feed, task)
     working, below = split_state(state, segments, feed.start)
     pending: list[tuple[int, Metrics]] = []
     text = ""
@@ -260,8 +294,8 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tup
             if validate or interrupted:
                 state = join_state(working, below)
             if validate:
-                position, accuracy, metric = _validate(run, feed, state, position)
-                text = text if accuracy is None else f"{text} validation {100 * accuracy:.1f} %"
+                position, found, metric = _validate(run, feed, state, position)
+                text = text if found is None else f"{text} validation {100 * found:.1f} %"
                 _save(run, state, position, metric)
             elif interrupted:
                 _save(run, state, position, None)
@@ -276,14 +310,14 @@ def _feed_of(run: _Run, phase: Phase, state: State, position: Progress) -> DataL
     done = position.phase_step == phase.total_steps(run.feed.steps_per_epoch)
     if done or position.out_of_patience(phase):
         return run.feed  # Interrupted after its last step: nothing will be read.
-    choice = choose(run.cache, run.model, state.params, phase, run.feed)
+    choice = choose(run.cache, run.network.model, state.params, phase, run.feed)
     if run.cache != OFF:
         log(choice.text)
     if choice.cut is None:
         return run.feed
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     folder = run.cache.folder or run.folder / run_folder.FEATURES
-    cached = cached_feed(choice, run.model, variables, run.feed, run.mesh, folder, log)
+    cached = cached_feed(choice, run.network.model, variables, run.feed, run.mesh, folder, log)
     if cached is None:
         return run.feed
     log(cached.text)
@@ -323,7 +357,8 @@ def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str
         name: float(np.mean([metrics[name] for _, metrics in values])) for name in values[0][1]
     }
     run.metrics.write("train", values[-1][0], {"phase": phase.name, **means})
-    return f"loss {means['loss']:.3f} accuracy {100 * means['accuracy']:.1f} %"
+    ranking = run.network.task.ranking
+    return f"loss {means['loss']:.3f} {ranking} {100 * means[ranking]:.1f} %"
 
 
 def _predict(
@@ -332,28 +367,23 @@ def _predict(
     if feed.validation is None:
         return None
     return predict(
-        run.model,
-        state.variables(),
-        feed.validation(),
-        feed.preprocessing,
-        run.mesh,
-        start=feed.start,
-        features=features,
+        run.with_state(state), feed.validation(), run.mesh, start=feed.start, features=features
     )
 
 
 def _validate(
     run: _Run, feed: DataLoaders, state: State, position: Progress
 ) -> tuple[Progress, float | None, float | None]:
-    """The position after a validation, its accuracy, and the score it is ranked by."""
+    """The position after a validation, the ranking metric, and the score it is ranked by."""
     predicted = _predict(run, feed, state)
     if predicted is None:
         return position, None, None
-    result = predicted.evaluation()
-    ranked = score(run.plan, position, predicted.correct)
-    phase = run.plan.phases[position.phase].name
-    run.metrics.write("validation", position.step, {"phase": phase, **result.to_json()})
-    return position.validated(ranked, predicted.correct), result.accuracy, ranked
+    phase = run.plan.phases[position.phase]
+    result = predicted.evaluation(phase.loss)
+    ranked = score(run.plan, position, predicted.scores)
+    run.metrics.write("validation", position.step, {"phase": phase.name, **result.to_json()})
+    ranking = result.metrics[run.network.task.ranking]
+    return position.validated(ranked, predicted.scores), ranking, ranked
 
 
 def _save(run: _Run, state: State, position: Progress, metric: float | None) -> None:
@@ -379,7 +409,8 @@ def _abstract_of(plan: Plan, like: State) -> Callable[[Mapping[str, Any]], State
 
     def abstract(meta: Mapping[str, Any]) -> State:
         variables = {"params": like.params, "batch_stats": like.batch_stats}
-        return jax.eval_shape(lambda: start(variables, plan.phases[meta["phase"]], 0))
+        shapes: State = jax.eval_shape(lambda: start(variables, plan.phases[meta["phase"]], 0))
+        return shapes
 
     return abstract
 
@@ -393,7 +424,9 @@ def _best(run: _Run, state: State, position: Progress) -> State:
     if position.best is None or best is None or best == position.step:
         return state
     restored = run.store.restore(_abstract_of(run.plan, state), step="best")
-    return place_replicated(restored.tree._replace(step=np.int32(position.step)), run.mesh)
+    whole = restored.tree._replace(step=np.int32(position.step))
+    placed: State = place_replicated(whole, run.mesh)
+    return placed
 
 
 def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[str, str]:
@@ -402,4 +435,5 @@ def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[st
     if position.phase_step == 0 or not path.exists():
         digests = run_folder.frozen_digests(state, run.plan.phases[position.phase])
         run_folder.write_json(path, digests)
-    return json.loads(path.read_text())
+    kept: dict[str, str] = json.loads(path.read_text())
+    return kept

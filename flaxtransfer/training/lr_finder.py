@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.groups import FROZEN, Group
-from flaxtransfer.models.model import Model
 from flaxtransfer.paths import suggest
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.training.step import start, train_step
-from flaxtransfer.types import Variables
 
 __all__ = ["RateSweep", "find_learning_rate", "find_learning_rates"]
 
@@ -33,13 +32,13 @@ class RateSweep:
     """What ``find_learning_rate`` saw.
 
     Args:
-      rates: learning rate of each step, rising.
-      losses: training loss before each step, in nats.
-      smoothed: the same as an exponential average, corrected for its start.
-      suggestion: rate at which the smoothed loss fell fastest, or None where it never fell. It is
-        a rate to begin with, not the best one.
-      diverged: whether the sweep ended because the loss had grown or was not finite.
-      group: which group was swept; None for all.
+        rates: learning rate of each step, rising.
+        losses: training loss before each step, in nats.
+        smoothed: the same as an exponential average, corrected for its start.
+        suggestion: rate at which the smoothed loss fell fastest, or None where it never fell. It is
+            a rate to begin with, not the best one.
+        diverged: whether the sweep ended because the loss had grown or was not finite.
+        group: which group was swept; None for all.
     """
 
     rates: tuple[float, ...]
@@ -91,8 +90,7 @@ class RateSweep:
 
 
 def find_learning_rate(
-    model: Model,
-    variables: Variables,
+    network: Classifier,
     phase: Phase,
     feed: DataLoaders,
     *,
@@ -111,32 +109,31 @@ def find_learning_rate(
     it would have been.
 
     Args:
-      model: the network.
-      variables: where to start; not changed.
-      phase: which leaves move, with which optimizers; its learning rates are not used.
-      feed: its training batches from the first one on.
-      group: sweep this group alone, with all others standing still: what moves beside it at rates
-        of its own would be part of the loss, and of the suggestion. By default every group has the
-        same rate.
-      lowest: rate of the first step.
-      highest: rate of the last step.
-      steps: how many, unless the loss diverges before.
-      seed: of the random key.
-      mesh: devices; by default all of them.
+        network: where to start; not changed.
+        phase: which leaves move, with which optimizers; its learning rates are not used.
+        feed: its training batches from the first one on.
+        group: sweep this group alone, with all others standing still: what moves beside it at rates
+            of its own would be part of the loss, and of the suggestion. By default every group has
+            the same rate.
+        lowest: rate of the first step.
+        highest: rate of the last step.
+        steps: how many, unless the loss diverges before.
+        seed: of the random key.
+        mesh: devices; by default all of them.
 
     Raises:
-      ValueError: numbers out of range, no such group, or one that is frozen or no ``Group``; the
-        loss is not finite from the start, or no gradient comes down to the group.
+        ValueError: numbers out of range, no such group, or one that is frozen or no ``Group``; the
+            loss is not finite from the start, or no gradient comes down to the group.
 
     Example (see ``RateSweep`` for what comes back):
 
-      sweep = ft.find_learning_rate(model, variables, plan.phases[0], feed, group="head")
-      print(sweep)
+        sweep = ft.find_learning_rate(network, plan.phases[0], feed, group="head")
+        print(sweep)
 
     References:
-      L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017 (range test).
-      J. Howard, S. Gugger, "fastai: A Layered API for Deep Learning", 2020 (the steepest slope and
-      the valley).
+        L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017 (range test). J.
+        Howard, S. Gugger, "fastai: A Layered API for Deep Learning", 2020 (the steepest slope and
+        the valley).
     """
     check_sweep(phase, group, lowest, highest, steps)
     growth = (highest / lowest) ** (1 / (steps - 1))
@@ -145,10 +142,10 @@ def find_learning_rate(
         return lowest * growth**step
 
     swept = replace(phase, groups=_swept(phase, group, rate), patience=None, ema=None)
-    swept = swept.resolve(variables["params"], feed.steps_per_epoch)
+    swept = swept.resolve(network.params, feed.steps_per_epoch)
     mesh = mesh or make_mesh()
-    state = place_replicated(start(variables, swept, seed), mesh)
-    step = train_step(model, swept, feed)
+    state = place_replicated(start(network.variables, swept, seed), mesh)
+    step = train_step(network.model, swept, feed, network.task)
     losses: list[float] = []
     smoothed: list[float] = []
     average, diverged = 0.0, False
@@ -188,7 +185,7 @@ def find_learning_rate(
 
 
 def find_learning_rates(
-    model: Model, variables: Variables, phase: Phase, feed: DataLoaders, **settings: Any
+    network: Classifier, phase: Phase, feed: DataLoaders, **settings: Any
 ) -> dict[str, RateSweep]:
     """A sweep for each group of the phase by itself, all others standing still.
 
@@ -196,24 +193,22 @@ def find_learning_rates(
     leaves a trace.
 
     Args:
-      model: the network.
-      variables: where to start; not changed.
-      phase: which leaves move, with which optimizers.
-      feed: its training batches from the first one on.
-      **settings: as for ``find_learning_rate``: lowest, highest, steps, seed, mesh.
+        network: where to start; not changed.
+        phase: which leaves move, with which optimizers.
+        feed: its training batches from the first one on.
+        **settings: as for ``find_learning_rate``: lowest, highest, steps, seed, mesh.
 
     Returns:
-      By the name of each group that has a learning rate, in the order of the phase.
+        By the name of each group that has a learning rate, in the order of the phase.
 
     Raises:
-      ValueError: as for ``find_learning_rate``; or no group has a learning rate.
+        ValueError: as for ``find_learning_rate``; or no group has a learning rate.
     """
     names = _tunable(phase)
     if not names:
         raise ValueError(f"phase {phase.name!r} has no group with a learning rate")
     return {
-        name: find_learning_rate(model, variables, phase, feed, group=name, **settings)
-        for name in names
+        name: find_learning_rate(network, phase, feed, group=name, **settings) for name in names
     }
 
 
@@ -251,7 +246,7 @@ def check_sweep(phase: Phase, group: str | None, lowest: float, highest: float, 
     """Refuses what ``find_learning_rate`` would refuse, before anything is computed.
 
     Raises:
-      ValueError: see there; all in one text.
+        ValueError: see there; all in one text.
     """
     problems = []
     tunable = _tunable(phase)

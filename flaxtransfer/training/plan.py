@@ -1,33 +1,40 @@
 """Phases and plans: what moves, how fast, for how long, and the table that shows it.
 
-A plan of training as data: phases of which leaves move, how fast, and for how long.
-
-A plan as a table that a person reads before step 0.
+The fields of ``Phase`` and ``Plan`` are listed once, in their dataclasses. The plan file, the
+table, the identity of a run and that of a compiled step derive from ``dataclasses.fields``, so that
+a new field is part of all of them.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
-import jax
 from rich.console import Console
 from rich.console import Group as RichGroup
 from rich.table import Table
 from rich.text import Text
 
-from flaxtransfer.batchnorm import Norm, policy
-from flaxtransfer.groups import FROZEN, Group, trainable_mask
+from flaxtransfer.batchnorm import Norm
+from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.groups import Group as OptimizerGroup
 from flaxtransfer.labels import Rest, label
 from flaxtransfer.masks import Mask, as_mask, selected
+from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import flatten, listing
 from flaxtransfer.schedules import WarmupCosine
-from flaxtransfer.training.task import Loss, cross_entropy
+from flaxtransfer.task import Loss, cross_entropy
 from flaxtransfer.types import Params
+
+# What a field of a phase decides beside what is learned; see `Phase`.
+_OUTSIDE_STEP = {"in_step": False}
+_LENGTH = {"in_step": False, "treatment": False}
 
 
 @dataclass(frozen=True)
@@ -38,42 +45,48 @@ class Phase:
     printed or changed with ``dataclasses.replace`` before anything is allocated.
 
     Args:
-      labels: rules, ``{label: mask or ft.rest()}``; or what ``ft.label`` makes of them for one
-        network, a nested dict of label names.
-      groups: what each label means: a ``Group``, any optax transformation, or ``FROZEN``.
-      steps: optimizer steps; give this or ``epochs``.
-      epochs: passes over the training examples, rounded up to whole steps.
-      name: what tables and logs call the phase.
-      norm: BatchNorm policy. By default a BatchNorm whose affine leaves are all frozen uses its
-        running statistics and never updates them, and the others use batch statistics. Exceptions
-        to that are given as ``{mask: "running" or "batch"}``, the later ones winning.
-      recalibrate: mask of the BatchNorms whose running statistics are measured anew on the training
-        images before the first step of the phase, with the weights as they are then.
-      probe: whether the head is first replaced by a linear probe: logistic regression to its
-        optimum on the pooled features of the training images, with the weights as they are then.
-      clip: largest global norm of the gradient over the trainable leaves of all groups.
-      ema: decay of an exponential moving average of the trainable leaves, which evaluation then
-        uses; None for no average.
-      patience: evaluations without a better validation metric after which the phase ends; needs
-        a validation set.
-      loss: see ``Loss``.
+        labels: rules, ``{label: mask or ft.rest()}``; or what ``ft.label`` makes of them for one
+            network, a nested dict of label names.
+        groups: what each label means: a ``Group``, any optax transformation, or ``FROZEN``.
+        steps: optimizer steps; give this or ``epochs``.
+        epochs: passes over the training examples, rounded up to whole steps.
+        name: what tables and logs call the phase.
+        norm: BatchNorm policy. By default a BatchNorm whose affine leaves are all frozen uses its
+            running statistics and never updates them, and the others use batch statistics.
+            Exceptions to that are given as ``{mask: "running" or "batch"}``, the later ones
+            winning.
+        recalibrate: mask of the BatchNorms whose running statistics are measured anew on the
+            training images before the first step of the phase, with the weights as they are then.
+        probe: whether the head is first replaced by a linear probe: logistic regression to its
+            optimum on the pooled features of the training images, with the weights as they are
+            then.
+        clip: largest global norm of the gradient over the trainable leaves of all groups.
+        ema: decay of an exponential moving average of the trainable leaves, which evaluation then
+            uses; None for no average.
+        patience: evaluations without a better validation metric after which the phase ends; needs a
+            validation set.
+        loss: see ``Loss``; validation reports it too.
+
+    A field of a subclass is part of everything that derives from the fields. Its metadata may say
+    ``in_step=False`` where no compiled step depends on it, and ``treatment=False`` where two phases
+    that differ in it alone treat the leaves alike.
 
     Raises:
-      ValueError: both or neither of steps and epochs, or numbers out of range; the text names
-        them all.
+        ValueError: both or neither of steps and epochs, or numbers out of range; the text names
+            them all.
     """
 
     labels: Mapping[str, Any]
     groups: Mapping[str, Any]
-    steps: int | None = None
-    epochs: float | None = None
-    name: str = "fine-tune"
+    steps: int | None = field(default=None, metadata=_LENGTH)
+    epochs: float | None = field(default=None, metadata=_LENGTH)
+    name: str = field(default="fine-tune", metadata=_LENGTH)
     norm: Norm | Mapping[Mask | str, Literal["running", "batch"]] | None = None
-    recalibrate: Mask | str | None = None
-    probe: bool = False
+    recalibrate: Mask | str | None = field(default=None, metadata=_OUTSIDE_STEP)
+    probe: bool = field(default=False, metadata=_LENGTH)
     clip: float | None = None
     ema: float | None = None
-    patience: int | None = None
+    patience: int | None = field(default=None, metadata=_LENGTH)
     loss: Loss = field(default=cross_entropy, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,21 +118,25 @@ class Phase:
         """The phase for one network and one set of data: every leaf labeled, every number said.
 
         Args:
-          params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
-          steps_per_epoch: optimizer steps in one pass over the training examples.
+            params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
+            steps_per_epoch: optimizer steps in one pass over the training examples.
 
         Raises:
-          ValueError: rules that leave gaps or overlap, resolved labels of another network,
-            exceptions to the BatchNorm policy that touch none; labels and groups that do not fit.
+            ValueError: rules that leave gaps or overlap, resolved labels of another network,
+                exceptions to the BatchNorm policy that touch none; labels and groups that do not
+                fit.
             The text names the phase.
         """
         try:
-            labels = label(params, self.labels) if self._has_rules() else self.labels
-            _check_fit(labels, params)
-            moving = trainable_mask(labels, self.groups)
+            labels = self.labels
+            if self._has_rules():
+                labels = label(params, self.labels)
+            else:
+                _check_fit(labels, params)
             norm = self.norm
+            bound = ParamGroups(labels, self.groups)
             if norm is None or isinstance(norm, Mapping):
-                norm = policy(params, moving, overrides=norm)
+                norm = bound.batch_norm(overrides=norm)
             if self.recalibrate is not None:
                 selected(self.recalibrate, params)
         except ValueError as error:
@@ -131,23 +148,59 @@ class Phase:
         }
         return replace(self, labels=labels, groups=groups, norm=norm, steps=steps, epochs=None)
 
+    @cached_property
+    def param_groups(self) -> ParamGroups:
+        """Labels and groups of a resolved phase, bound to each other.
+
+        Raises:
+            ValueError: the phase is not resolved.
+        """
+        if self._has_rules():
+            raise ValueError(f"phase {self.name!r} is not resolved yet; call resolve(params)")
+        return ParamGroups(self.labels, self.groups)
+
     def batch_norm_policy(self) -> Norm:
         """The policy of a resolved phase: the one given, or the one that follows from the labels.
 
         Raises:
-          ValueError: the phase is not resolved.
+            ValueError: the phase is not resolved.
         """
         if self._has_rules() or isinstance(self.norm, Mapping):
             raise ValueError(f"phase {self.name!r} is not resolved yet; call resolve(params)")
         if self.norm is None:
-            return policy(trainable_mask(self.labels, self.groups))
+            return self.param_groups.batch_norm()
         return self.norm
+
+    def in_step(self) -> dict[str, Any]:
+        """The fields of a resolved phase that its compiled step depends on, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if _is(f, "in_step")}
+        return found | {
+            "labels": tuple(self.param_groups.named.items()),
+            "groups": tuple(sorted(self.groups.items())),
+            "norm": self.batch_norm_policy(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Every field of a resolved phase as plain JSON: what makes it this phase and no other.
+
+        Learning-rate schedules are recorded by their values at a few steps: functions have no name
+        that could be compared.
+        """
+        found = {f.name: describe(getattr(self, f.name)) for f in fields(self)}
+        labels = self.param_groups.named
+        names = sorted(set(labels.values()))
+        text = "\n".join(f"{path} {name}" for path, name in sorted(labels.items()))
+        return found | {
+            "labels": {name: list(labels.values()).count(name) for name in names},
+            "labels_sha256": hashlib.sha256(text.encode()).hexdigest()[:12],
+            "norm": describe(self.batch_norm_policy()),
+        }
 
     def moves_anything(self) -> bool:
         """Whether any label is trainable, and for a resolved phase any leaf."""
         if self._has_rules():
             return any(self.groups.get(name, FROZEN) is not FROZEN for name in self.labels)
-        return any(jax.tree.leaves(trainable_mask(self.labels, self.groups)))
+        return bool(self.param_groups.trainable_paths)
 
     def _has_rules(self) -> bool:
         return bool(self.labels) and all(
@@ -164,24 +217,24 @@ class Plan:
     carried over.
 
     Args:
-      phases: in order.
-      patience: phases in a row without a better validation score after which the plan ends. None
-        goes through all phases; a number needs a validation set.
-      min_gain: validation accuracy, as a share, that every further phase has to earn over what
-        was kept before it.
-      min_z: how many standard errors the gain has to exceed on top, so that luck does not pass for
-        a gain. The two states are compared on the same images: with w that only the new one gets
-        right and l that only the old one does, the standard error is sqrt(w + l) images (McNemar's
-        test). 2 asks for 5 of 5, 9 of 11 or 22 of 32 such images. The validations of a phase are
-        ranked, and its patience is measured, by the gain less both.
+        phases: in order.
+        patience: phases in a row without a better validation score after which the plan ends. None
+            goes through all phases; a number needs a validation set.
+        min_gain: validation accuracy, as a share, that every further phase has to earn over what
+            was kept before it.
+        min_z: how many standard errors the gain has to exceed on top, so that luck does not pass
+            for a gain. The two states are compared on the same images: with w that only the new one
+            gets right and l that only the old one does, the standard error is sqrt(w + l) images
+            (McNemar's test). 2 asks for 5 of 5, 9 of 11 or 22 of 32 such images. The validations of
+            a phase are ranked, and its patience is measured, by the gain less both.
 
     Raises:
-      ValueError: no phase, two phases of one name, a phase in which nothing is trainable, or
-        numbers out of range.
+        ValueError: no phase, two phases of one name, a phase in which nothing is trainable, or
+            numbers out of range.
 
     References:
-      Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or
-      Percentages", 1947.
+        Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or
+        Percentages", 1947.
     """
 
     phases: Sequence[Phase]
@@ -209,15 +262,19 @@ class Plan:
             raise ValueError(f"min_z is a number of standard errors, 0 or more, not {self.min_z}")
 
     def __str__(self) -> str:
-
         return plan_text(self)
+
+    def identity(self) -> dict[str, Any]:
+        """Every field of a resolved plan as plain JSON."""
+        found = {f.name: describe(getattr(self, f.name)) for f in fields(self)}
+        return found | {"phases": {phase.name: phase.identity() for phase in self.phases}}
 
     def resolve(self, params: Params, steps_per_epoch: int = 1) -> Plan:
         """The plan for one network and one set of data.
 
         Raises:
-          ValueError: see ``Phase.resolve``; or validation is to decide about a phase that differs
-            from the one before it in nothing but its length.
+            ValueError: see ``Phase.resolve``; or validation is to decide about a phase that differs
+                from the one before it in nothing but its length.
         """
         phases = [phase.resolve(params, steps_per_epoch) for phase in self.phases]
         if self.patience is not None:
@@ -233,10 +290,53 @@ class Plan:
         return replace(self, phases=phases)
 
 
-def _treatment(given: Phase, resolved: Phase) -> tuple[Any, ...]:
+def _is(of: Field[Any], property_name: str) -> bool:
+    return bool(of.metadata.get(property_name, True))
+
+
+def is_default(phase: Any, of: Field[Any]) -> bool:
+    """Whether a field of a phase or plan has its default value."""
+    return of.default is not MISSING and getattr(phase, of.name) == of.default
+
+
+def describe(value: Any) -> Any:
+    """Any value of a phase as plain JSON, such that equal descriptions mean equal treatment."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Group):
+        return {f.name: describe(getattr(value, f.name)) for f in fields(value)} | {
+            "optimizer": _optimizer_text(value.optimizer),
+            "learning_rate": _rate_values(value.learning_rate),
+        }
+    if isinstance(value, Mapping):
+        return {str(key): describe(each) for key, each in value.items()}
+    if isinstance(value, frozenset | set):
+        return sorted(map(str, value))
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+        return [describe(each) for each in value]
+    if value is FROZEN or isinstance(value, Mask):
+        return repr(value)
+    if hasattr(value, "_fields"):  # An optax transformation shows none of its numbers.
+        return type(value).__name__
+    return getattr(value, "__name__", repr(value))
+
+
+def _optimizer_text(optimizer: Any) -> str:
+    if isinstance(optimizer, functools.partial):
+        settings = ", ".join(f"{name}={value!r}" for name, value in optimizer.keywords.items())
+        return f"{_optimizer_text(optimizer.func)}({settings})"
+    return getattr(optimizer, "__name__", str(optimizer))
+
+
+def _rate_values(rate: Any) -> Any:
+    return [float(rate(step)) for step in (0, 1, 10, 100, 1000)] if callable(rate) else rate
+
+
+def _treatment(given: Phase, resolved: Phase) -> dict[str, Any]:
     """All that a phase does to the leaves, apart from how long."""
+    found = {f.name: getattr(given, f.name) for f in fields(given) if _is(f, "treatment")}
     groups = {path: given.groups[name] for path, name in flatten(resolved.labels).items()}
-    return (groups, resolved.norm, given.recalibrate, given.clip, given.ema, given.loss)
+    return found | {"labels": None, "groups": groups, "norm": resolved.norm}
 
 
 def _check_fit(labels: Mapping[str, Any], params: Params) -> None:
@@ -259,12 +359,12 @@ def plan_table(plan: Plan, params: Params | None = None) -> Any:
     """What moves in each phase, how fast and for how long, as a renderable of rich.
 
     Args:
-      plan: whose phases hold rules or resolved labels.
-      params: of the network that it is meant for, or their shapes: adds the numbers of
-        parameters, and of the BatchNorms that use batch statistics ("BN").
+        plan: whose phases hold rules or resolved labels.
+        params: of the network that it is meant for, or their shapes: adds the numbers of
+            parameters, and of the BatchNorms that use batch statistics ("BN").
 
     Raises:
-      ValueError: the plan does not fit the parameters.
+        ValueError: the plan does not fit the parameters.
     """
     table = Table("phase", "label", "leaves", "peak rate", "decay")
     resolved = plan.resolve(params) if params is not None else plan
@@ -290,16 +390,25 @@ def plan_table(plan: Plan, params: Params | None = None) -> Any:
 
 def plan_text(plan: Plan, params: Params | None = None) -> str:
     """``plan_table`` as plain text."""
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
-    console.print(plan_table(plan, params))
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    file = io.StringIO()
+    Console(file=file, width=_WIDTH, color_system=None).print(plan_table(plan, params))
+    return file.getvalue().rstrip()
 
 
 def _length(phase: Phase) -> str:
     unit, number = ("epochs", phase.epochs) if phase.steps is None else ("steps", phase.steps)
-    text = f"{number:g} {unit}"
-    text = text if phase.patience is None else f"{text}, patience {phase.patience}"
-    return f"{text}\nfrom a linear probe" if phase.probe else text
+    lines = [f"{number:g} {unit}"]
+    if phase.patience is not None:
+        lines[0] += f", patience {phase.patience}"
+    if phase.probe:
+        lines.append("from a linear probe")
+    shown = ("labels", "groups", "steps", "epochs", "name", "norm", "patience", "probe")
+    lines += [
+        f"{f.name} {describe(getattr(phase, f.name))}"
+        for f in fields(phase)
+        if f.name not in shown and not is_default(phase, f)
+    ]
+    return "\n".join(lines)
 
 
 def _pace(group: Any) -> list[str]:
@@ -336,7 +445,7 @@ def _notes(plan: Plan) -> list[str]:
 
 def _repeats(plan: Plan) -> list[str]:
     """Phases that move the leaves of the one before: meant for another pace, or a mistake."""
-    moving = [jax.tree.leaves(trainable_mask(p.labels, p.groups)) for p in plan.phases]
+    moving = [p.param_groups.trainable_paths for p in plan.phases]
     return [
         f"Phase {plan.phases[n].name!r} moves the same leaves as {plan.phases[n - 1].name!r}."
         for n in range(1, len(moving))

@@ -22,7 +22,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +31,25 @@ import yaml
 
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.labels import Rest, rest
-from flaxtransfer.masks import Mask, as_mask
+from flaxtransfer.masks import Mask, as_mask, to_text
 from flaxtransfer.paths import suggest
 from flaxtransfer.schedules import WarmupCosine
-from flaxtransfer.training.plan import Phase, Plan
-from flaxtransfer.training.task import SmoothedCrossEntropy, cross_entropy
+from flaxtransfer.task import SmoothedCrossEntropy, cross_entropy
+from flaxtransfer.training.plan import Phase, Plan, is_default
 
 __all__ = ["load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"]
 
 
-_PLAN = ("patience", "min_gain", "min_z")
-_SIMPLE = ("steps", "epochs", "clip", "ema", "patience")
-_PHASE = ("name", "labels", "groups", "norm", "recalibrate", "probe", "label_smoothing", *_SIMPLE)
-_GROUP = ("optimizer", "learning_rate", "weight_decay", "decay_mask", "decay_toward")
+_GROUP = tuple(f.name for f in fields(Group))
+_PLAN = tuple(f.name for f in fields(Plan) if f.name != "phases")
 
 
 def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
     """Writes a plan as YAML; a file that is there is replaced as a whole.
 
     Raises:
-      TypeError: something in it cannot be written; see ``plan_to_yaml``.
-      OSError: the file cannot be written.
+        TypeError: something in it cannot be written; see ``plan_to_yaml``.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     text = plan_to_yaml(plan)
@@ -60,12 +58,12 @@ def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
     temporary.replace(path)
 
 
-def load_plan(path: str | os.PathLike[str]) -> Plan:
+def load_plan(path: str | os.PathLike[str], phase: type[Phase] = Phase) -> Plan:
     """Reads a plan that was written by ``save_plan``, or by hand.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not a plan; the text lists everything that is wrong, by place.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a plan; the text lists everything that is wrong, by place.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,7 +73,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
             + (f"; beside it: {', '.join(map(str, beside))}" if beside else "")
         )
     try:
-        return plan_from_yaml(path.read_text())
+        return plan_from_yaml(path.read_text(), phase)
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -84,7 +82,8 @@ def plan_to_yaml(plan: Plan) -> str:
     """The plan as YAML; ``plan_from_yaml`` reads it back as an equal plan.
 
     Raises:
-      TypeError: schedules, losses, optimizers or labels that have no name; all in one text.
+        TypeError: schedules, losses, optimizers or labels that have no name; all in one text.
+        ValueError: a mask that holds a function of the program (``ft.where``); it is named.
 
     >>> import flaxtransfer as ft
     >>> plan = ft.Plan([ft.Phase({"all": ft.everything()}, {"all": ft.Group(optax.sgd, 0.1)}, 5)])
@@ -102,19 +101,26 @@ def plan_to_yaml(plan: Plan) -> str:
     """
     problems: list[str] = []
     document = {
-        name: value for name, value in ((name, getattr(plan, name)) for name in _PLAN) if value
+        f.name: getattr(plan, f.name)
+        for f in fields(plan)
+        if f.name != "phases" and not is_default(plan, f)
     }
     phases = [_phase_out(phase, problems) for phase in plan.phases]
     if problems:
         raise TypeError("this plan cannot be written to a file: " + "; ".join(problems))
-    return yaml.safe_dump({**document, "phases": phases}, sort_keys=False)
+    text: str = yaml.safe_dump({**document, "phases": phases}, sort_keys=False)
+    return text
 
 
-def plan_from_yaml(text: str) -> Plan:
+def plan_from_yaml(text: str, phase: type[Phase] = Phase) -> Plan:
     """The plan in a YAML document.
 
+    Args:
+        text: the document.
+        phase: the class of its phases, whose fields are what a phase may say.
+
     Raises:
-      ValueError: it is not one; the text lists everything that is wrong, by place.
+        ValueError: it is not one; the text lists everything that is wrong, by place.
     """
     try:
         document = yaml.safe_load(text)
@@ -126,10 +132,12 @@ def plan_from_yaml(text: str) -> Plan:
     if not problems and not (isinstance(entries, list) and entries):
         problems.append("phases must be a list with at least one phase")
     if not problems:
-        phases = [_phase_in(entry, number, problems) for number, entry in enumerate(entries, 1)]
+        phases = [
+            _phase_in(phase, each, number, problems) for number, each in enumerate(entries, 1)
+        ]
     if not problems:
         try:
-            return Plan(phases, **{name: document[name] for name in _PLAN if document.get(name)})
+            return Plan(phases, **{name: document[name] for name in _PLAN if name in document})
         except (ValueError, TypeError) as error:
             problems.append(str(error))
     raise ValueError("this is not a plan: " + "; ".join(problems))
@@ -137,31 +145,58 @@ def plan_from_yaml(text: str) -> Plan:
 
 def _phase_out(phase: Phase, problems: list[str]) -> dict[str, Any]:
     where = f"phase {phase.name!r}"
-    rules = {n: r for n, r in phase.labels.items() if isinstance(r, Mask | Rest)}
-    if rules != phase.labels:
-        problems.append(f"{where} has labels of one network; give it masks, {{'new': ft.head()}}")
-    out: dict[str, Any] = {
-        "name": phase.name,
-        "labels": {name: repr(rule) for name, rule in rules.items()},
-        "groups": {
-            name: _group_out(group, f"{where}, group {name!r}", problems)
-            for name, group in phase.groups.items()
-        },
-    }
-    if isinstance(phase.norm, Mapping):
-        out["norm"] = {repr(as_mask(mask)): mode for mask, mode in phase.norm.items()}
-    elif phase.norm is not None:
-        out["norm"] = phase.norm if isinstance(phase.norm, str) else sorted(phase.norm)
-    if phase.recalibrate is not None:
-        out["recalibrate"] = repr(phase.recalibrate)
-    if phase.probe:
-        out["probe"] = True
-    if isinstance(phase.loss, SmoothedCrossEntropy):
-        out["label_smoothing"] = phase.loss.amount
-    elif phase.loss is not cross_entropy:
-        problems.append(f"{where} has a loss of its own, {phase.loss!r}")
-    out |= {name: getattr(phase, name) for name in _SIMPLE if getattr(phase, name) is not None}
+    out: dict[str, Any] = {"name": phase.name}
+    for of in fields(phase):
+        value = getattr(phase, of.name)
+        if of.name in _CODECS:
+            codec = _CODECS[of.name]
+            found = codec.out(value, where, problems)
+            if found is not None:
+                out[codec.key or of.name] = found
+        elif not is_default(phase, of) and of.name not in out:
+            if not _is_plain(value):
+                problems.append(
+                    f"{where}: {of.name} must be a number, text or truth, got {value!r}"
+                )
+            out[of.name] = value
     return out
+
+
+def _labels_out(labels: Any, where: str, problems: list[str]) -> Any:
+    rules = {name: rule for name, rule in labels.items() if isinstance(rule, Mask | Rest)}
+    if rules != labels:
+        problems.append(f"{where} has labels of one network; give it masks, {{'new': ft.head()}}")
+    return {
+        name: _mask_out(rule, f"{where}, label {name!r}", problems)
+        if isinstance(rule, Mask)
+        else repr(rule)
+        for name, rule in rules.items()
+    }
+
+
+def _mask_out(mask: Any, where: str, problems: list[str]) -> Any:
+    return None if mask is None else _tried(to_text, as_mask(mask), where, problems)
+
+
+def _groups_out(groups: Any, where: str, problems: list[str]) -> Any:
+    return {
+        name: _group_out(group, f"{where}, group {name!r}", problems)
+        for name, group in groups.items()
+    }
+
+
+def _norm_out(norm: Any, where: str, problems: list[str]) -> Any:
+    if isinstance(norm, Mapping):
+        return {_mask_out(mask, f"{where}, norm", problems): mode for mask, mode in norm.items()}
+    return norm if norm is None or isinstance(norm, str) else sorted(norm)
+
+
+def _loss_out(loss: Any, where: str, problems: list[str]) -> Any:
+    if isinstance(loss, SmoothedCrossEntropy):
+        return loss.amount
+    if loss is not cross_entropy:
+        problems.append(f"{where} has a loss of its own, {loss!r}")
+    return None
 
 
 def _group_out(group: Any, where: str, problems: list[str]) -> Any:
@@ -183,57 +218,94 @@ def _group_out(group: Any, where: str, problems: list[str]) -> Any:
     elif callable(rate):
         problems.append(f"{where} has a schedule without a name; ft.WarmupCosine has one")
     out = {"optimizer": name if not settings else {"name": name, **settings}, "learning_rate": rate}
-    defaults = {field.name: field.default for field in fields(Group)}
-    for key in ("weight_decay", "decay_mask", "decay_toward"):
-        value = getattr(group, key)
-        if defaults[key] is MISSING or value != defaults[key]:
-            out[key] = repr(value) if isinstance(value, Mask) else value
+    for of in fields(group):
+        if of.name not in out and not is_default(group, of):
+            value = getattr(group, of.name)
+            out[of.name] = _mask_out(value, where, problems) if isinstance(value, Mask) else value
     return out
 
 
-def _phase_in(entry: Any, number: int, problems: list[str]) -> Any:
+def _phase_in(phase: type[Phase], entry: Any, number: int, problems: list[str]) -> Any:
     # None where a problem was noted; what has one is never put together.
     where = f"phase {number}"
     before = len(problems)
-    entry = _mapping(entry, where, _PHASE, problems)
+    keys = {_key(of): of for of in fields(phase)}
+    entry = _mapping(entry, where, tuple(keys), problems)
     where = f"phase {entry.get('name', number)!r}"
     for name in ("labels", "groups"):
         if not isinstance(entry.get(name), Mapping) or not entry[name]:
             problems.append(f"{where} needs {name}, by label")
     if len(problems) > before:
         return None
-    labels = {
-        str(name): _tried(_rule, rule, f"{where}, label {name!r}", problems)
-        for name, rule in entry["labels"].items()
+    settings = {
+        keys[key].name: _CODECS[keys[key].name].into(value, where, problems)
+        if keys[key].name in _CODECS
+        else value
+        for key, value in entry.items()
     }
-    groups = {
-        str(name): _group_in(group, f"{where}, group {name!r}", problems)
-        for name, group in entry["groups"].items()
-    }
-    norm = entry.get("norm")
-    if isinstance(norm, Mapping):
-        norm = {_tried(as_mask, m, f"{where}, norm", problems): mode for m, mode in norm.items()}
-    elif isinstance(norm, list):
-        norm = frozenset(norm)
-    smoothing = entry.get("label_smoothing")
-    loss: Any = cross_entropy
-    if smoothing is not None:
-        loss = _tried(SmoothedCrossEntropy, smoothing, f"{where}, label_smoothing", problems)
     if len(problems) > before:
         return None
-    simple = {name: entry[name] for name in _SIMPLE if name in entry}
-    if "name" in entry:
-        simple["name"] = str(entry["name"])
-    if "probe" in entry:
-        simple["probe"] = entry["probe"]
-    return _tried(
-        lambda _: Phase(
-            labels, groups, norm=norm, recalibrate=entry.get("recalibrate"), loss=loss, **simple
-        ),
-        None,
-        where,
-        problems,
-    )
+    if "name" in settings:
+        settings["name"] = str(settings["name"])
+    return _tried(lambda given: phase(**given), settings, where, problems)
+
+
+def _key(of: Field[Any]) -> str:
+    return (_CODECS[of.name].key if of.name in _CODECS else "") or of.name
+
+
+def _labels_in(entry: Any, where: str, problems: list[str]) -> Any:
+    return {
+        str(name): _tried(_rule, rule, f"{where}, label {name!r}", problems)
+        for name, rule in entry.items()
+    }
+
+
+def _groups_in(entry: Any, where: str, problems: list[str]) -> Any:
+    return {
+        str(name): _group_in(group, f"{where}, group {name!r}", problems)
+        for name, group in entry.items()
+    }
+
+
+def _norm_in(entry: Any, where: str, problems: list[str]) -> Any:
+    if isinstance(entry, Mapping):
+        return {_tried(as_mask, m, f"{where}, norm", problems): mode for m, mode in entry.items()}
+    return frozenset(entry) if isinstance(entry, list) else entry
+
+
+def _loss_in(entry: Any, where: str, problems: list[str]) -> Any:
+    if entry is None:
+        return cross_entropy
+    return _tried(SmoothedCrossEntropy, entry, f"{where}, label_smoothing", problems)
+
+
+@dataclass(frozen=True)
+class _Codec:
+    """How a field that is not a plain value is written and read.
+
+    Args:
+        out: ``(value, where, problems) -> plain value``, None where nothing is written.
+        into: ``(plain value, where, problems) -> value``.
+        key: in the file, where it is not the field's name.
+    """
+
+    out: Callable[[Any, str, list[str]], Any]
+    into: Callable[[Any, str, list[str]], Any]
+    key: str = ""
+
+
+_CODECS = {
+    "labels": _Codec(_labels_out, _labels_in),
+    "groups": _Codec(_groups_out, _groups_in),
+    "norm": _Codec(_norm_out, _norm_in),
+    "recalibrate": _Codec(
+        lambda mask, where, problems: _mask_out(mask, f"{where}, recalibrate", problems),
+        lambda entry, where, problems: entry,
+    ),
+    "loss": _Codec(_loss_out, _loss_in, "label_smoothing"),
+}
+"""The fields of a phase that need more than a plain value; all others are written as they are."""
 
 
 def _group_in(entry: Any, where: str, problems: list[str]) -> Any:

@@ -1,13 +1,8 @@
-"""Whether the frozen prefix is run once, and the state without it.
+"""The prefix cache: whether the frozen part of a network is run once per phase, and why.
 
-Where a network can be cut so that nothing below the cut ever changes.
-
-The part of a state that a step on cached activations needs; the rest waits outside of it.
-
-A compiled step is handed every leaf of its state, and takes a microsecond or two for each. A step
-of the head alone is not much longer than that.
-
-Whether the frozen part of a network is run once instead of in every step, and why.
+``choose`` decides from what moves, the budgets and the length of the phase. ``split_state`` then
+takes the frozen part out of the state: a compiled step is handed every leaf, at a microsecond or
+two each, and a step of the head alone is not much longer than that.
 """
 
 from __future__ import annotations
@@ -24,10 +19,9 @@ import numpy as np
 
 from flaxtransfer.batchnorm import Norm, modules
 from flaxtransfer.data.loader import DataLoaders
-from flaxtransfer.groups import trainable_mask
+from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.model import Model
-from flaxtransfer.optimizers import merge
-from flaxtransfer.paths import flatten, segment_of, unflatten
+from flaxtransfer.paths import flatten, merge, unflatten
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.training.step import State, forward
 from flaxtransfer.types import Params, Variables
@@ -57,19 +51,22 @@ def lowest_moving(
     statistics: then what an image becomes depends on the images beside it.
 
     Args:
-      segments: names, from the input to the output.
-      params: nested dict of parameters or their shapes.
-      moving: paths of the trainable leaves.
-      norm: the BatchNorm policy.
+        segments: names, from the input to the output.
+        params: nested dict of parameters or their shapes.
+        moving: paths of the trainable leaves.
+        norm: the BatchNorm policy.
 
     Returns:
-      Its name, where a cut spares all work below; None if that is the very first segment, or if
-      nothing moves at all.
+        Its name, where a cut spares all work below; None if that is the very first segment, or if
+        nothing moves at all.
 
-    >>> params = {"conv1": {"kernel": 0}, "bn1": {"scale": 0}, "fc": {"bias": 0}}
-    >>> lowest_moving(("stem", "head"), params, ["fc/bias"], "running")
+    >>> from flaxtransfer.masks import head, selected
+    >>> from flaxtransfer.models.registry import resnet
+    >>> model = resnet("resnet18")
+    >>> params = model.abstract()["params"]
+    >>> lowest_moving(model.segments, params, selected(head(), params), "running")
     'head'
-    >>> lowest_moving(("stem", "head"), params, ["fc/bias"], frozenset({"bn1"})) is None
+    >>> lowest_moving(model.segments, params, selected(head(), params), "batch") is None
     True
     """
     of_batch = modules(params) if norm == "batch" else () if norm == "running" else norm
@@ -98,6 +95,8 @@ class FrozenPrefix(NamedTuple):
 
 def split_phase(phase: Phase, segments: Sequence[str], start: str | None) -> Phase:
     """The resolved phase for the segments from ``start`` on; all of it without ``start``."""
+    if start is None:
+        return phase
     return replace(phase, labels=_split(phase.labels, segments, start)[1])  # type: ignore[arg-type]
 
 
@@ -107,9 +106,9 @@ def split_state(
     """The state for the segments from ``start`` on, and what it leaves out.
 
     Args:
-      state: whole.
-      segments: of the network, from the input to the output.
-      start: the segment that training enters; None keeps everything.
+        state: whole.
+        segments: of the network, from the input to the output.
+        start: the segment that training enters; None keeps everything.
     """
     params, batch_stats = (_split(t, segments, start) for t in (state.params, state.batch_stats))
     above = state._replace(params=params[1], batch_stats=batch_stats[1])
@@ -150,18 +149,19 @@ class Cache:
     after the other from pass to pass.
 
     Args:
-      where: "auto" uses memory, or else disk, where the budgets allow it and a phase is long enough
-        to gain; "memory" and "disk" insist on the place; "off" runs the prefix in every step.
-      dtype: "auto" is float32 where that fits the budget and float16 where only that does.
-        Activations beyond float16's range (65504) are kept in float32 in any case.
-      views: versions of each image where augmentation is random; without it there is one.
-      memory: bytes of activations to hold in memory at most.
-      disk: bytes of activations to hold on disk at most.
-      folder: where caches lie on disk, and stay for other runs; by default within the run folder
-        until the run has finished.
+        where: "auto" uses memory, or else disk, where the budgets allow it and a phase is long
+            enough to gain; "memory" and "disk" insist on the place; "off" runs the prefix in every
+            step.
+        dtype: "auto" is float32 where that fits the budget and float16 where only that does.
+            Activations beyond float16's range (65504) are kept in float32 in any case.
+        views: versions of each image where augmentation is random; without it there is one.
+        memory: bytes of activations to hold in memory at most.
+        disk: bytes of activations to hold on disk at most.
+        folder: where caches lie on disk, and stay for other runs; by default within the run folder
+            until the run has finished.
 
     Raises:
-      ValueError: unknown words, numbers out of range; all in one text.
+        ValueError: unknown words, numbers out of range; all in one text.
     """
 
     where: Where = "auto"
@@ -202,15 +202,15 @@ class Choice:
     """What is done for one phase.
 
     Args:
-      cut: the segment that training enters; what comes before is run once. None caches nothing.
-      where: "memory" or "disk".
-      dtype: "float32" or "float16".
-      views: versions of each training image.
-      shape: of one example's activations.
-      nbytes: of all of them, those of validation included.
-      budget: bytes that may lie in that place.
-      passes: over the training examples in the phase.
-      text: all that for a person, and why.
+        cut: the segment that training enters; what comes before is run once. None caches nothing.
+        where: "memory" or "disk".
+        dtype: "float32" or "float16".
+        views: versions of each training image.
+        shape: of one example's activations.
+        nbytes: of all of them, those of validation included.
+        budget: bytes that may lie in that place.
+        passes: over the training examples in the phase.
+        text: all that for a person, and why.
     """
 
     cut: str | None
@@ -237,14 +237,13 @@ def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: DataL
     passes than versions.
 
     Args:
-      cache: budgets and wishes.
-      model: the network.
-      params: its parameters or their shapes.
-      phase: resolved.
-      feed: of the run, with ``examples``.
+        cache: budgets and wishes.
+        model: the network.
+        params: its parameters or their shapes.
+        phase: resolved.
+        feed: of the run, with ``examples``.
     """
-    labeled = flatten(trainable_mask(phase.labels, phase.groups))
-    moving = [path for path, moves in labeled.items() if moves]
+    moving = phase.param_groups.trainable_paths
     cut = lowest_moving(model.segments, params, moving, phase.batch_norm_policy())
     reason = _never(cache, cut, feed)
     if reason or feed.examples is None or cut is None:
@@ -295,7 +294,7 @@ def _places(cache: Cache) -> Iterator[tuple[_Dtype, _Place, int]]:
 def activation_shape(model: Model, feed: DataLoaders, cut: str) -> tuple[int, ...]:
     """The shape of one example's activations before ``cut``."""
     size, channels = feed.preprocessing.size, len(feed.preprocessing.mean)
-    image = jax.ShapeDtypeStruct((1, size, size, channels), np.uint8)
+    image = jax.ShapeDtypeStruct((1, size, size, channels), np.uint8)  # type: ignore[no-untyped-call]
     prefix = forward(model, feed.preprocessing, None, cut)
     return tuple(jax.eval_shape(prefix, model.abstract(), image).shape[1:])
 

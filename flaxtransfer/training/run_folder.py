@@ -1,11 +1,4 @@
-"""The run folder: configuration, environment, metrics, audit and result.
-
-Proof, leaf by leaf, that what was frozen did not move.
-
-What a run measured, as JSON lines that survive a kill, and as TensorBoard events.
-
-The files of a run: what it was, what it ran on, and what came out of it.
-"""
+"""The run folder: configuration, split, environment, metrics, audit and result."""
 
 from __future__ import annotations
 
@@ -25,17 +18,15 @@ from zipfile import BadZipFile
 import jax
 import numpy as np
 
-from flaxtransfer.data.loader import DataLoaders
+from flaxtransfer.classifier import Classifier
+from flaxtransfer.data.splits import Split
 from flaxtransfer.files import atomic_write, write_file
-from flaxtransfer.models.model import Model
-from flaxtransfer.optimizers import FROZEN, Group, frozen
 from flaxtransfer.paths import flatten
-from flaxtransfer.training.evaluation import Predictions
+from flaxtransfer.task import Task, task_named
+from flaxtransfer.training.evaluation import Evaluation, Predictions
 from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.training.step import State
-from flaxtransfer.types import Variables
-from flaxtransfer.weights.pretrained import Pretrained
-from flaxtransfer.weights.saving import save
+from flaxtransfer.weights.pretrained import Pretrained, save
 
 
 @dataclass(frozen=True)
@@ -43,9 +34,9 @@ class Audit:
     """The frozen leaves and frozen BatchNorm statistics of one phase, at its start and end.
 
     Args:
-      phase: the phase's name.
-      leaves: how many were compared.
-      moved: paths of those that are not bit for bit what they were.
+        phase: the phase's name.
+        leaves: how many were compared.
+        moved: paths of those that are not bit for bit what they were.
     """
 
     phase: str
@@ -62,7 +53,7 @@ def frozen_digests(state: State, phase: Phase) -> dict[str, str]:
     """SHA-256 of shape, dtype and bytes of every leaf that ``phase`` may not move."""
     digests = {
         f"params/{path}": digest(leaf)
-        for path, leaf in flatten(frozen(state.params, phase.labels, phase.groups)).items()
+        for path, leaf in flatten(phase.param_groups.frozen(state.params)).items()
     }
     norm = phase.batch_norm_policy()
     for path, leaf in flatten(state.batch_stats).items():
@@ -95,12 +86,12 @@ class MetricsWriter:
     wrote after its last checkpoint (they will be written again), and a torn last line.
 
     Args:
-      folder: the run folder.
-      step: the step the run continues at; 0 for a new run.
-      tensorboard: also write events to ``<folder>/tensorboard`` (extra ``tb``).
+        folder: the run folder.
+        step: the step the run continues at; 0 for a new run.
+        tensorboard: also write events to ``<folder>/tensorboard`` (extra ``tb``).
 
     Raises:
-      ValueError: ``tensorboard`` without the extra.
+        ValueError: ``tensorboard`` without the extra.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
@@ -173,6 +164,7 @@ def _event_writer(folder: Path, step: int) -> Any:
 CHECKPOINTS = "checkpoints"
 FEATURES = "features"
 CONFIG_FILE = "config.json"
+SPLIT_FILE = "split.json"
 ENVIRONMENT_FILE = "environment.json"
 AUDIT_FILE = "audit.json"
 RESULT_FILE = "result.json"
@@ -181,46 +173,25 @@ VALIDATION_FILE = "validation.npz"
 
 
 def identity(
-    model: Model, plan: Plan, seed: int, config: Mapping[str, Any] | None
+    network: Classifier, plan: Plan, seed: int, config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What makes a run this run and no other, as plain JSON.
-
-    Learning-rate schedules are recorded by their values at a few steps: functions have no name
-    that could be compared.
-    """
-    phases = {
-        phase.name: {
-            "length": {"steps": phase.steps, "epochs": phase.epochs},
-            "groups": {name: _describe(group) for name, group in phase.groups.items()},
-            "leaves": _count_labels(phase.labels),
-            "batch_norm": norm if isinstance(norm, str) else sorted(norm),
-            "recalibrate": None if phase.recalibrate is None else repr(phase.recalibrate),
-            "probe": phase.probe,
-            "loss": getattr(phase.loss, "__name__", repr(phase.loss)),
-            "clip": phase.clip,
-            "ema": phase.ema,
-            "patience": phase.patience,
-        }
-        for phase in plan.phases
-        for norm in (phase.batch_norm_policy(),)
-    }
+    """What makes a run this run and no other, as plain JSON."""
     raw = {
-        "model": model.config.to_json(),
+        "model": network.model.config.to_json(),
+        "task": network.task.name,
         "seed": seed,
-        "phases": phases,
-        "patience": plan.patience,
-        "min_gain": plan.min_gain,
-        "min_z": plan.min_z,
+        **plan.identity(),
         **(config or {}),
     }
-    return json.loads(json.dumps(raw))
+    plain: dict[str, Any] = json.loads(json.dumps(raw))
+    return plain
 
 
 def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
     """Refuses a folder that holds another run, or an unfinished one that is not to be resumed.
 
     Raises:
-      ValueError: see above; the text lists every setting that differs.
+        ValueError: see above; the text lists every setting that differs.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -250,18 +221,55 @@ def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
         )
 
 
-def prepare(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Writes the configuration and the environment of a run before its first checkpoint."""
+def prepare(folder: Path, wanted: Mapping[str, Any], split: Split | None = None) -> None:
+    """Writes configuration, environment and split of a run before its first checkpoint."""
     if not _has_checkpoint(folder):
         write_json(folder / ENVIRONMENT_FILE, environment())
+        if split is not None:
+            write_json(folder / SPLIT_FILE, split.to_json())
         write_json(folder / CONFIG_FILE, wanted)
+
+
+def split_of(folder: Path) -> Split:
+    """Which examples a run trained, validated and tested on.
+
+    Raises:
+        FileNotFoundError: the folder keeps none.
+        ValueError: the file is damaged.
+    """
+    path = folder / SPLIT_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the run in {folder} keeps no split (no {SPLIT_FILE}): its batches were not made by "
+            "ft.loaders; say with --data what to use instead"
+        )
+    try:
+        return Split.from_json(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def task_of(folder: Path) -> Task:
+    """The task of a run.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+        ValueError: the task is unknown, or the configuration is damaged.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder (it has no {CONFIG_FILE})")
+    try:
+        return task_named(json.loads(path.read_text())["task"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: no readable task ({error})") from error
 
 
 def weights_of(folder: Path) -> Path:
     """The weights of a finished run.
 
     Raises:
-      FileNotFoundError: there is no such folder, or the run in it has not finished.
+        FileNotFoundError: there is no such folder, or the run in it has not finished.
     """
     path = folder / WEIGHTS_FILE
     if path.is_file():
@@ -292,11 +300,10 @@ def read_audits(folder: Path) -> list[Audit]:
 
 def finish(
     folder: Path,
-    model: Model,
-    variables: Variables,
-    feed: DataLoaders,
+    network: Classifier,
     steps: int,
-    validation: Predictions | None,
+    predicted: Predictions | None,
+    validation: Evaluation | None,
 ) -> None:
     """Writes the weights with their preprocessing, then the result that marks the run as done.
 
@@ -304,30 +311,30 @@ def finish(
     is estimated about other images later, needs them.
 
     Args:
-      folder: of the run.
-      model: the network.
-      variables: its parameters and statistics.
-      feed: says the preprocessing and the classes.
-      steps: that were made.
-      validation: with features, which are kept in half precision; None where there is none.
+        folder: of the run.
+        network: as it was trained.
+        steps: that were made.
+        predicted: of the validation examples, with features, which are kept in half precision;
+            None where there are none.
+        validation: the means over them.
     """
     checkpoint = Pretrained(
-        variables=jax.tree.map(np.asarray, jax.device_get(variables)),
-        config=model.config,
-        preprocessing=feed.preprocessing,
+        variables=jax.tree.map(np.asarray, jax.device_get(network.variables)),
+        config=network.model.config,
+        preprocessing=network.preprocessing,
         source=str(folder),
         format="flaxtransfer",
         sha256="",
-        class_names=feed.class_names,
+        class_names=network.class_names or None,
+        task=network.task,
     )
     save(folder / WEIGHTS_FILE, checkpoint)
-    measured = None
-    if validation is not None:
+    if predicted is not None:
         arrays = io.BytesIO()
-        np.savez(arrays, allow_pickle=False, **_arrays(validation))
+        np.savez(arrays, allow_pickle=False, **_arrays(predicted))
         with atomic_write(folder / VALIDATION_FILE) as path:
             write_file(path, arrays.getvalue())
-        measured = validation.evaluation().to_json()
+    measured = None if validation is None else validation.to_json()
     write_json(folder / RESULT_FILE, {"steps": steps, "validation": measured})
 
 
@@ -337,8 +344,8 @@ def validation_of(folder: Path) -> Predictions:
     Features are None where the run is older than they are.
 
     Raises:
-      FileNotFoundError: the run had none, or is older than this file, or has not finished.
-      ValueError: the file is damaged.
+        FileNotFoundError: the run had none, or is older than this file, or has not finished.
+        ValueError: the file is damaged.
     """
     weights_of(folder)
     path = folder / VALIDATION_FILE
@@ -408,26 +415,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _count_labels(labels: Mapping[str, Any]) -> dict[str, int]:
-    leaves = jax.tree.leaves(labels)
-    return {name: leaves.count(name) for name in sorted(set(leaves))}
-
-
-def _describe(group: Any) -> Any:
-    if not isinstance(group, Group):
-        return "FROZEN" if group is FROZEN else type(group).__name__
-    rate = group.learning_rate
-    return {
-        "optimizer": getattr(group.optimizer, "__name__", str(group.optimizer)),
-        "learning_rate": [float(rate(step)) for step in (0, 1, 10, 100, 1000)]
-        if callable(rate)
-        else rate,
-        "weight_decay": group.weight_decay,
-        "decay_mask": repr(group.decay_mask),
-        "decay_toward": group.decay_toward,
-    }
 
 
 def _differences(existing: Any, wanted: Any, path: str = "") -> Iterator[str]:

@@ -1,8 +1,7 @@
-"""Progress through a plan, and whether the next phase begins.
+"""Progress through a plan, and the decision whether the next phase begins.
 
-Where in a plan a run stands: the part of a checkpoint that is not an array.
-
-Whether the next phase begins: the rule of a plan, applied to what validation has shown.
+``Progress`` is the part of a checkpoint that is not an array. ``decide`` applies the rule of a plan
+to what validation has shown, by a paired test on the same images.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ class Progress:
     """A phase, how far it has come, and how validation has gone.
 
     Args:
-      phase: index of the phase.
-      phase_start: step of the run at which the phase began.
-      phase_step: steps done in the phase.
-      best: best validation score of the run so far, or None before any.
-      without_improvement: validations of this phase since its own best.
-      phase_best: best validation score of this phase, or None.
-      best_before: ``best`` when the phase began.
-      unhelpful: phases in a row, up to the one before this, that did not better ``best``.
-      examples: of the validation set; 0 before any validation.
-      hits: which of them the best of this phase got right, as bits in hexadecimal, or None.
-      hits_before: the same of the best when the phase began.
+        phase: index of the phase.
+        phase_start: step of the run at which the phase began.
+        phase_step: steps done in the phase.
+        best: best validation score of the run so far, or None before any.
+        without_improvement: validations of this phase since its own best.
+        phase_best: best validation score of this phase, or None.
+        best_before: ``best`` when the phase began.
+        unhelpful: phases in a row, up to the one before this, that did not better ``best``.
+        examples: of the validation set; 0 before any validation.
+        hits: which of them the best of this phase got right, as bits in hexadecimal, or None.
+        hits_before: the same of the best when the phase began.
     """
 
     phase: int = 0
@@ -103,9 +102,9 @@ class Decision:
     """What follows the end of a phase.
 
     Args:
-      goes_on: whether another phase begins.
-      evidence: the numbers behind it, for the metrics; empty where nothing was decided.
-      text: the same for a person; empty for the first phase, which is compared with nothing.
+        goes_on: whether another phase begins.
+        evidence: the numbers behind it, for the metrics; empty where nothing was decided.
+        text: the same for a person; empty for the first phase, which is compared with nothing.
     """
 
     goes_on: bool
@@ -118,10 +117,10 @@ class Comparison:
     """Two states on the same validation images.
 
     Args:
-      before: images that the earlier state gets right.
-      won: images that only the later one gets right.
-      lost: images that only the earlier one does.
-      examples: all images.
+        before: images that the earlier state gets right.
+        won: images that only the later one gets right.
+        lost: images that only the earlier one does.
+        examples: all images.
     """
 
     before: int
@@ -215,8 +214,8 @@ def check_feed(plan: Plan, feed: DataLoaders) -> None:
     """Refuses rules that the data cannot answer, before anything is computed.
 
     Raises:
-      ValueError: patience without a validation set, recalibration or a probe without a pass over
-        the training images; all in one text.
+        ValueError: patience without a validation set, recalibration or a probe without a pass over
+            the training images; all in one text.
     """
     problems = []
     if feed.validation is None:

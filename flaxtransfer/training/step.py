@@ -1,10 +1,8 @@
 """The training state and the jit-compiled training step.
 
-Everything that a run changes as it goes, as one pytree.
-
-When two training steps are the same program, so that it is compiled once.
-
-The training step: pure, jit-compiled, donated, with gradients of the trainable leaves alone.
+``State`` is everything that a run changes, as one pytree. The step is pure, donated, and takes the
+gradient of the trainable leaves only. Equal phases of equal models share a compiled program, which
+``CompileKey`` decides.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ import optax
 from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
-from flaxtransfer.optimizers import Scaled, frozen, merge, migrate, partition, trainable
-from flaxtransfer.paths import flatten
+from flaxtransfer.optimizers import Scaled, migrate
+from flaxtransfer.paths import merge
+from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
@@ -32,13 +31,13 @@ class State(NamedTuple):
     """The state of a run.
 
     Args:
-      step: optimizer steps since the start of the run, int32 scalar. It is also the position in
-        the training data.
-      params: all parameters.
-      batch_stats: all BatchNorm statistics.
-      opt_state: of the trainable leaves of the current phase, and of no others.
-      ema: average of the trainable leaves, or an empty dict.
-      key: the random key that the step's randomness is folded from.
+        step: optimizer steps since the start of the run, int32 scalar. It is also the position in
+            the training data.
+        params: all parameters.
+        batch_stats: all BatchNorm statistics.
+        opt_state: of the trainable leaves of the current phase, and of no others.
+        ema: average of the trainable leaves, or an empty dict.
+        key: the random key that the step's randomness is folded from.
     """
 
     step: jax.Array
@@ -56,13 +55,12 @@ class State(NamedTuple):
 
 def optimizer(phase: Phase) -> optax.GradientTransformation:
     """The phase's optimizer over the nested dict of its trainable leaves."""
-    labels = trainable(phase.labels, phase.labels, phase.groups)
-    return partition(phase.groups, labels, clip=phase.clip)
+    return phase.param_groups.optimizer(phase.clip)
 
 
 def start(variables: Variables, phase: Phase, seed: int) -> State:
     """The state before the first step of a run."""
-    moving = trainable(variables["params"], phase.labels, phase.groups)
+    moving = phase.param_groups.trainable(variables["params"])
     return State(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -79,7 +77,7 @@ def advance(state: State, phase: Phase) -> State:
     An average that the last phase kept becomes the parameters: it is what was validated.
     """
     params = state.variables()["params"]
-    moving = trainable(params, phase.labels, phase.groups)
+    moving = phase.param_groups.trainable(params)
     return state._replace(
         params=params,
         opt_state=migrate(state.opt_state, optimizer(phase).init(moving)),
@@ -89,7 +87,7 @@ def advance(state: State, phase: Phase) -> State:
 
 def with_params(state: State, params: Params, phase: Phase) -> State:
     """The state before the first step of ``phase`` with other parameters; its average follows."""
-    moving = trainable(params, phase.labels, phase.groups)
+    moving = phase.param_groups.trainable(params)
     return state._replace(params=params, ema=_average_of(moving, phase))
 
 
@@ -103,16 +101,18 @@ class CompileKey:
     """All that a compiled training step depends on, besides its arguments.
 
     Args:
-      model: the network.
-      phase: resolved.
-      preprocessing: whose mean and deviation the images are normalized by.
-      start: segment that the batches enter at; None for images.
+        model: the network.
+        phase: resolved.
+        preprocessing: whose mean and deviation the images are normalized by.
+        start: segment that the batches enter at; None for images.
+        task: what the labels are.
     """
 
     model: Model
     phase: Phase = field(repr=False)
     preprocessing: Preprocessing
     start: str | None
+    task: Task = SINGLE_LABEL
 
     @cached_property
     def identity(self) -> Hashable | None:
@@ -122,22 +122,12 @@ class CompileKey:
         transformation of optax shows none of its numbers. Such a phase is compiled for itself.
         """
         phase = self.phase
-        groups = tuple(sorted(phase.groups.items()))
-        if not (_of(phase.loss, "flaxtransfer") and all(_is_plain(g) for _, g in groups)):
+        plain = all(_is_plain(group) for group in phase.groups.values())
+        if not (_of(phase.loss, "flaxtransfer") and plain):
             return None
-        labels = tuple(flatten(phase.labels).items())
         preprocessing = (self.preprocessing.mean, self.preprocessing.std)
-        identity = (
-            self.model,
-            labels,
-            groups,
-            phase.batch_norm_policy(),
-            phase.clip,
-            phase.ema,
-            phase.loss,
-            preprocessing,
-            self.start,
-        )
+        decides = tuple(phase.in_step().items())
+        identity = (type(phase), decides, self.model, preprocessing, self.start, self.task)
         try:
             hash(identity)
         except TypeError:
@@ -173,7 +163,7 @@ Metrics = dict[str, jax.Array]
 
 
 def train_step(
-    model: Model, phase: Phase, feed: DataLoaders
+    model: Model, phase: Phase, feed: DataLoaders, task: Task = SINGLE_LABEL
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of one phase, to be compiled once.
 
@@ -186,10 +176,10 @@ def train_step(
     a plan, on other data or from another seed, neither traces nor compiles.
 
     Returns:
-      ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
-      ``loss`` in nats, ``accuracy`` and ``gradient_norm`` before clipping.
+        ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
+        ``loss`` in nats, ``accuracy`` and ``gradient_norm`` before clipping.
     """
-    program = CompileKey(model, phase, feed.preprocessing, feed.start)
+    program = CompileKey(model, phase, feed.preprocessing, feed.start, task)
     return _shared(program) if program.identity is not None else _compiled(program)
 
 
@@ -204,7 +194,7 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
     norm = phase.batch_norm_policy()
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        still = frozen(state.params, phase.labels, phase.groups)
+        still = phase.param_groups.frozen(state.params)
         inputs = network_input(batch["image"], program.preprocessing, program.start)
         loss_key = jax.random.fold_in(state.key, state.step)
 
@@ -214,7 +204,7 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             losses = phase.loss(logits, batch["label"], loss_key)
             return losses.mean(), (batch_stats, logits)
 
-        moving = trainable(state.params, phase.labels, phase.groups)
+        moving = phase.param_groups.trainable(state.params)
         (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(
             moving
         )
@@ -225,7 +215,7 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             ema = optax.incremental_update(moved, ema, 1 - phase.ema)
         metrics = {
             "loss": loss,
-            "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
+            program.task.ranking: jnp.mean(program.task.score(logits, batch["label"])),
             "gradient_norm": optax.tree.norm(gradient),
         }
         params = merge(still, moved)

@@ -1,4 +1,4 @@
-"""Pre-trained weights with what belongs to them: strict in, strict out."""
+"""Pre-trained weights: loading, saving, preprocessing and export, all strict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flaxtransfer.weights.preprocessing import normalize as normalize
     from flaxtransfer.weights.preprocessing import normalize_measured as normalize_measured
     from flaxtransfer.weights.pretrained import Pretrained as Pretrained
-    from flaxtransfer.weights.saving import fold_adapter as fold_adapter
-    from flaxtransfer.weights.saving import save as save
+    from flaxtransfer.weights.pretrained import fold_adapter as fold_adapter
+    from flaxtransfer.weights.pretrained import save as save
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,4 +1,8 @@
-"""Between a `ResNetConfig` and the shapes of its leaves, both ways."""
+"""Infer the configuration of a network from the shapes of its leaves.
+
+``infer`` takes the value that most leaves agree on for each field. Fields that no leaf shows
+(``UNSEEN``) come from elsewhere, through ``with_unseen``.
+"""
 
 import dataclasses
 import math
@@ -7,128 +11,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
+from flaxtransfer.models.config import Adapter, ResNetConfig, squeezed
 
-from flaxtransfer.models.config import Adapter, ResNetConfig, eca_size, squeezed
-from flaxtransfer.paths import suggest
-
-__all__ = ["UNSEEN", "differences", "infer", "leaf_shapes", "with_unseen"]
+__all__ = ["UNSEEN", "infer", "with_unseen"]
 
 
 UNSEEN = ("anti_alias", "stride_in", "stride_at", "stem_pool", "standardized", "epsilon")
-"""Fields of a config that show in no leaf, or not always."""
+"""Fields of a configuration that no leaf shows, or not always."""
 
 Shape = tuple[int, ...]
 
 
-def leaf_shapes(config: ResNetConfig) -> dict[str, Shape]:
-    """The shape of every leaf of the network, by path, without building it.
-
-    Returns:
-        {"params/conv1/kernel": (7, 7, in, width), ..., "batch_stats/bn1/mean": (width,), ...}
-
-    >>> leaf_shapes(ResNetConfig(classes=5))["params/fc/kernel"]
-    (512, 5)
-    """
-    shapes: dict[str, Shape] = {}
-
-    def conv(path: str, size: int, inputs: int, outputs: int, groups: int = 1) -> None:
-        shapes[f"params/{path}/kernel"] = (size, size, inputs // groups, outputs)
-
-    def norm(path: str, channels: int) -> None:
-        if config.norm == "group":
-            path = re.sub(r"(bn)?(\d+)$", r"gn\2", path)
-        for leaf in ("params/{}/scale", "params/{}/bias"):
-            shapes[leaf.format(path)] = (channels,)
-        if config.norm == "batch":
-            for leaf in ("batch_stats/{}/mean", "batch_stats/{}/var"):
-                shapes[leaf.format(path)] = (channels,)
-
-    if config.adapter is not None:
-        shapes["params/adapter/kernel"] = (1, 1, config.adapter.bands, config.in_channels)
-        if config.adapter.kind == "curves":
-            curves = (config.adapter.bands, config.adapter.knots, config.in_channels)
-            shapes["params/adapter/curves"] = curves
-    channels = config.in_channels
-    if config.stem == "plain":
-        conv("conv1", 7, channels, config.width)
-        if config.stem_bias:
-            shapes["params/conv1/bias"] = (config.width,)
-    else:
-        for number, outputs in zip((0, 3, 6), config.stem_channels, strict=True):
-            conv(f"conv1/{number}", 3, channels, outputs)
-            if number < 6:
-                norm(f"conv1/bn{number + 1}", outputs)
-            channels = outputs
-    channels = config.stem_channels[-1]
-    if not config.preactivation:
-        norm("bn1", channels)
-    if config.stem_pool == "convolution":
-        conv("maxpool/0", 3, channels, channels)
-        norm("maxpool/bn1", channels)
-    for stage, depth in enumerate(config.depths, start=1):
-        planes = config.width * 2 ** (stage - 1)
-        inner, first = config.inner(stage), config.inner(stage) // config.reduce_first
-        outputs = planes * config.expansion
-        for index in range(depth):
-            block = f"layer{stage}/{index}"
-            if config.block == "basic":
-                narrow = planes // config.reduce_first
-                layers = [(3, channels, narrow, 1), (3, narrow, planes, 1)]
-            else:
-                layers = [
-                    (1, channels, first, 1),
-                    (3, first, inner, config.groups),
-                    (1, inner, outputs, 1),
-                ]
-            for number, (size, inputs, width, groups) in enumerate(layers, 1):
-                conv(f"{block}/conv{number}", size, inputs, width, groups)
-                norm(f"{block}/bn{number}", inputs if config.preactivation else width)
-            if config.attention == "se":
-                hidden = squeezed(outputs, config.se_ratio)
-                for layer, inputs, width in (("fc1", outputs, hidden), ("fc2", hidden, outputs)):
-                    conv(f"{block}/se/{layer}", 1, inputs, width)
-                    shapes[f"params/{block}/se/{layer}/bias"] = (width,)
-            elif config.attention == "eca":
-                shapes[f"params/{block}/se/conv/kernel"] = (eca_size(outputs), 1, 1)
-            if config.has_shortcut(stage, index):
-                pooled = config.shortcut == "average"
-                size = 1 if stage == 1 else config.shortcut_kernel
-                conv(f"{block}/downsample/{int(pooled)}", size, channels, outputs)
-                if not config.preactivation:
-                    norm(f"{block}/downsample/{1 + pooled}", outputs)
-            channels = outputs
-    if config.preactivation:
-        norm("layer4/bn1", channels)
-    shapes["params/fc/kernel"] = (channels, config.classes)
-    shapes["params/fc/bias"] = (config.classes,)
-    return shapes
-
-
-def differences(leaves: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
-    """What keeps the leaves from having exactly these paths and shapes: a line for each.
-
-    >>> differences({"fc/bias": np.zeros(2)}, {"fc/bias": (3,), "fc/kernel": (4, 3)})
-    ['missing: fc/kernel [4, 3]', 'shape: fc/bias is [2] and should be [3]']
-    """
-    missing = [path for path in shapes if path not in leaves]
-    foreign = [path for path in leaves if path not in shapes]
-    lines = [f"missing: {path} {list(shapes[path])}" for path in missing]
-    lines += [f"unexpected: {path}{suggest(path, missing)}" for path in foreign]
-    return lines + [
-        f"shape: {path} is {list(np.shape(leaf))} and should be {list(shapes[path])}"
-        for path, leaf in leaves.items()
-        if path in shapes and np.shape(leaf) != tuple(shapes[path])
-    ]
-
-
 def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
-    """The network that a set of leaves most likely belongs to.
+    """Infers the most likely configuration of a network from the shapes of its leaves.
 
-    Each number is the one that most leaves agree on, so that a single damaged leaf shows up as
-    that leaf's wrong shape and not as another network. It never fails: whether the leaves really
-    form that network is for the strict comparison with `leaf_shapes` to say.
+    Each number is the one that most leaves agree on, so that a single damaged leaf is reported as
+    a wrong shape and not as another network. It does not verify the result: compare the leaves with
+    ``leaf_shapes`` afterwards.
 
+    >>> from flaxtransfer.models.model import leaf_shapes
     >>> infer(leaf_shapes(ResNetConfig("bottleneck", (3, 4, 6, 3), base_width=4, groups=32))).name
     'resnext50_32x4d'
     """
@@ -171,7 +72,7 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
 
 
 def with_unseen(config: ResNetConfig, other: ResNetConfig) -> ResNetConfig:
-    """The config with those of the other's parts that show in no leaf.
+    """The configuration with the non-default ``UNSEEN`` fields of another one.
 
     >>> with_unseen(ResNetConfig(classes=5), ResNetConfig(anti_alias="blur")).name
     'resnetblur18'
@@ -183,7 +84,7 @@ def with_unseen(config: ResNetConfig, other: ResNetConfig) -> ResNetConfig:
 
 
 def _stem(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields of a deep stem; none for a plain one."""
+    """The fields of a deep or tiered stem; empty for a plain stem."""
     outputs = [shapes.get(f"params/conv1/{number}/kernel", ())[-1:] for number in (0, 3, 6)]
     if not any(outputs):
         return {}
@@ -194,7 +95,7 @@ def _stem(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def _parts(shapes: Mapping[str, Shape], expansion: int) -> dict[str, Any]:
-    """The fields that show in the presence of leaves."""
+    """The fields that the presence of leaves shows."""
     parts: dict[str, Any] = {}
 
     def some(pattern: str) -> bool:
@@ -235,7 +136,7 @@ def _parts(shapes: Mapping[str, Shape], expansion: int) -> dict[str, Any]:
 
 
 def _reduction(shapes: Mapping[str, Shape], bottleneck: bool) -> int:
-    """Output channels of a block's second convolution by those of its first."""
+    """Channels of a block's second convolution divided by those of the first."""
     found = []
     for path, shape in shapes.items():
         if re.fullmatch(r"params/layer\d/\d+/conv1/kernel", path) and len(shape) == 4:
@@ -246,7 +147,7 @@ def _reduction(shapes: Mapping[str, Shape], bottleneck: bool) -> int:
 
 
 def _adapter(shapes: Mapping[str, Shape]) -> Adapter | None:
-    """The adapter that leaves show; the span of its curves shows in no shape."""
+    """The adapter; no shape shows the span of its curves."""
     kernel, curves = (shapes.get(f"params/adapter/{name}", ()) for name in ("kernel", "curves"))
     if curves and len(curves) == 3 and curves[0] > 0 and curves[1] > 1:
         return Adapter(curves[0], "curves", curves[1])

@@ -1,8 +1,7 @@
-"""Load pre-trained weights strictly: every key used or excused, every leaf filled.
+"""Load pre-trained weights strictly: every key used or excused, every leaf filled, or an error.
 
-What belongs to the weights of a file, from wherever it is recorded.
-
-From a file to a `Checkpoint`: every key used or excused, every leaf filled, or an error.
+``load`` locates and reads a file, maps its keys to our paths, infers the network and collects the
+metadata (preprocessing, class names) from the header, the files next to it, or its published name.
 """
 
 import dataclasses
@@ -12,14 +11,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from flaxtransfer.models.config import PLAIN, ResNetConfig
+from flaxtransfer.models.config import BASE_FIELDS, ResNetConfig
+from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import suggest, unflatten
+from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.weights import locations, pretrained, sidecar
-from flaxtransfer.weights.infer import UNSEEN, infer, leaf_shapes, with_unseen
+from flaxtransfer.weights.infer import UNSEEN, infer, with_unseen
 from flaxtransfer.weights.naming import huggingface, key_map, torchgeo, torchvision
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
@@ -27,154 +29,13 @@ from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import detect, flax_file
 from flaxtransfer.weights.readers.detect import Tensors
 
-__all__ = ["Companions", "companions", "load"]
+__all__ = ["Metadata", "collect_metadata", "load"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Companions:
-    """Preprocessing and class names, where they come from, and the network, which a header may
-    know more of than its leaves show: the span of an adapter's curves.
-    """
-
-    config: ResNetConfig
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    notes: tuple[str, ...]
-
-
-def companions(
-    file: Tensors,
-    config: ResNetConfig,
-    format: str,
-    *,
-    headless: bool = False,
-    sensor: str | None = None,
-    source: str = "",
-) -> Companions:
-    """The most trustworthy record wins: what the caller says, the header, files beside, published
-    name, ImageNet's default.
-
-    Args:
-        file: the weights' file.
-        config: the network that it holds.
-        format: the naming of the file.
-        headless: whether the file has no head, to which names of classes could belong.
-        sensor: a name in `torchgeo.SENSORS`; None where the caller says none.
-        source: where the file came from, whose name may be a published one.
-
-    Raises:
-        ValueError: a record that contradicts the weights or cannot be read.
-    """
-    asked = None if sensor is None else _of_sensor(sensor, config, file)
-    own = pretrained.read_header(file.metadata)
-    if own is not None:
-        # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
-        if leaf_shapes(own.config) != leaf_shapes(config):
-            raise ValueError(
-                f"{file.path} says in its header that it is {own.config} and holds {config}"
-            )
-        recorded = (own.preprocessing, ["preprocessing: from the file's header"])
-        preprocessing, notes = asked or recorded
-        return Companions(own.config, preprocessing, own.class_names, tuple(notes))
-    beside = file.path.with_name("config.json")
-    settings = sidecar.read_json(beside)
-    if format.startswith("huggingface"):
-        problems = huggingface.other_graph(settings)
-        if problems:
-            raise ValueError(f"{beside} describes another network: {'; '.join(problems)}")
-        names = sidecar.hf_class_names(settings)
-    else:
-        names = sidecar.timm_class_names(settings)
-    if names is None and torchvision.is_published(file.path.name):
-        names = torchvision.CLASS_NAMES
-    if headless:
-        names = None
-    if names is not None and len(names) != config.classes:
-        raise ValueError(
-            f"{beside} names {len(names)} classes and the head of {file.path} has {config.classes}"
-        )
-    found, notes = asked or _preprocessing(file, settings, config, source)
-    usual = FORMATS[format].preprocessing(config)
-    if found is None and usual is not None and len(usual.mean) == config.bands:
-        found, notes = usual, [f"preprocessing: none is recorded, that of {format} is assumed"]
-    preprocessing, notes = _fitted(found, notes, config, file)
-    return Companions(config, preprocessing, names, tuple(notes))
-
-
-def _of_sensor(sensor: str, config: ResNetConfig, file: Tensors) -> tuple[Preprocessing, list[str]]:
-    try:
-        found = torchgeo.check(sensor, config.bands)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from None
-    return found, [f"preprocessing: that of {sensor}, as asked for; {torchgeo.note(sensor)}"]
-
-
-def _preprocessing(
-    file: Tensors, settings: dict, config: ResNetConfig, source: str
-) -> tuple[Preprocessing | None, list[str]]:
-    timm = sidecar.timm_preprocessing(settings)
-    if timm is not None:
-        return timm[0], ["preprocessing: from config.json beside the file", *timm[1]]
-    processor = file.path.with_name("preprocessor_config.json")
-    other = sidecar.hf_preprocessing(sidecar.read_json(processor))
-    if other is not None:
-        return other[0], [f"preprocessing: from {processor.name} beside the file", *other[1]]
-    if torchvision.is_published(file.path.name):
-        return torchvision.PREPROCESSING, [
-            "preprocessing: that of torchxrayvision's file of this name; each output is a finding "
-            "of its own, with a sigmoid and no softmax"
-        ]
-    sensor = torchgeo.published(file.path.name, source)
-    if sensor is not None:
-        try:
-            of_sensor = torchgeo.check(sensor, config.bands)
-        except ValueError as error:
-            raise ValueError(
-                f"{file.path} has the name of torchgeo's weights, and other bands: {error}; say "
-                "which it is by sensor=, or rename the file"
-            ) from None
-        return of_sensor, [f"preprocessing: that of torchgeo's {sensor}; {torchgeo.note(sensor)}"]
-    published = torchvision.published(file.path.name, file.sha256)
-    if published is not None:
-        return published, ["preprocessing: that of the file torchvision publishes by this name"]
-    return None, []
-
-
-def _sensors(channels: int) -> str:
-    fitting = [name for name, found in torchgeo.SENSORS.items() if len(found.bands) == channels]
-    return f"; sensor= knows {', '.join(fitting)}" if fitting else ""
-
-
-def _fitted(
-    preprocessing: Preprocessing | None, notes: list[str], config: ResNetConfig, file: Tensors
-) -> tuple[Preprocessing, list[str]]:
-    """One mean and std for each channel of the network."""
-    channels = config.bands
-    if preprocessing is None and channels == len(IMAGENET.mean):
-        return IMAGENET, ["preprocessing: none is recorded, ImageNet's is assumed"]
-    if preprocessing is None:
-        # A guess at the statistics of bands that nobody described would be a silent error.
-        assumed = dataclasses.replace(IMAGENET, mean=(0.0,) * channels, std=(1.0,) * channels)
-        return assumed, [
-            f"preprocessing: none is recorded for {channels} channels, which are left in 0..1"
-            + _sensors(channels)
-        ]
-    if len(preprocessing.mean) == 1:
-        preprocessing = dataclasses.replace(
-            preprocessing, mean=preprocessing.mean * channels, std=preprocessing.std * channels
-        )
-    if len(preprocessing.mean) != channels:
-        raise ValueError(
-            f"the preprocessing beside {file.path} has {len(preprocessing.mean)} channels, and the "
-            f"network {channels}"
-        )
-    return preprocessing, notes
-
-
-# What keys of networks that are near a ResNet, and are none of ours, look like.
 _RELATIVES = {
     r"features\.denseblock.*": "a DenseNet",
 }
+"""Related but unsupported networks, by the pattern of their keys."""
 
 
 def load(
@@ -184,54 +45,56 @@ def load(
     format: str | None = None,
     sensor: str | None = None,
 ) -> Pretrained:
-    """A pre-trained ResNet from a file, complete or not at all.
+    """Loads a pre-trained ResNet from a file, strictly.
 
-    The naming, and from it the network, are read off the keys and shapes; the preprocessing comes
-    from the file's header, from `config.json` or `preprocessor_config.json` beside it, or from
-    the name that torchvision, torchgeo or torchxrayvision gave the file, and is ImageNet's first
-    recipe otherwise; `notes` of the result say which. Nothing in the file is run. A file without
-    a head, as self-supervised training leaves it, gets one output that is always 0, for a new
-    head to take its place.
+    The naming and the network are detected from the keys and shapes. The preprocessing comes from
+    the file's header, from ``config.json`` or ``preprocessor_config.json`` next to it, or from the
+    name that torchvision, torchgeo or torchxrayvision gave the file; otherwise ImageNet's first
+    recipe is assumed. The ``notes`` of the result state which. No code in the file is run. A file
+    without a head, the result of self-supervised training, gets one output that is always 0, to be
+    replaced by a new head.
 
     Args:
-        source: a file of safetensors, of `torch.save` (no torch is needed), of flax's msgpack,
-            BiT's `.npz`, or Keras' `.h5` or `.keras` (needs the extra `keras`); its content says
-            which, whatever it is called. Or a folder with one, or a folder that orbax wrote of
-            {"params": ..., "batch_stats": ...}, which a step of a run is too;
-            `hf://organization/name[@revision][:file]`, which fetches it and what lies beside it
-            into the hub's cache; `https://.../name-<first digits of sha256>.pth`, which is
-            checked by its name; or "builtin", or "builtin:<name>".
-        model: what you expect it to be, "resnet50" or a config; classes and image channels are
-            the file's own. Names in `catalog.ARCHITECTURES`. It also says what no leaf shows:
-            anti-aliasing, and which convolution has the stride. Where it is left out, the
-            architecture in timm's `config.json` beside the file says so.
-        format: a name in `formats.FORMATS`: "torchvision" (timm's plain ResNets too), "timm",
-            "timm-v2" (its networks of pre-activations), "huggingface", "huggingface-flax", "bit",
-            "keras" (Keras Applications, either version), "keras-hub", or "flaxtransfer", our own
-            paths; None reads it off.
-        sensor: whose bands the stem takes, a name in `torchgeo.SENSORS` such as "sentinel2_all"
-            or "landsat_tm_toa", for weights whose name does not say it; the number of bands has
-            to fit. It brings names, wavelengths and scale of the bands.
+        source: a file of safetensors, of ``torch.save`` (torch is not needed), of flax's msgpack,
+            BiT's ``.npz``, or Keras' ``.h5`` or ``.keras`` (needs the extra ``keras``); its content
+            decides, not its name. Or a folder with such a file, or a folder that orbax wrote with
+            ``{"params": ..., "batch_stats": ...}``, such as a step of a run. Or an address:
+            ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
+            with the JSON files next to it; ``https://.../name-<first digits of sha256>.pth``, which
+            is verified by its name. Or "builtin", or "builtin:<name>".
+        model: the expected network, "resnet50" or a configuration, except for the number of
+            classes and image channels. Names are in ``models.ARCHITECTURES``. It also states what
+            no leaf shows: anti-aliasing, and which convolution has the stride. By default timm's
+            ``config.json`` next to the file states the architecture.
+        format: a name in ``formats.FORMATS``: "torchvision" (also timm's plain ResNets), "timm",
+            "timm-v2" (its pre-activation networks), "huggingface", "huggingface-flax", "bit",
+            "keras" (Keras Applications, either version), "keras-hub", or "flaxtransfer" (our own
+            paths); None detects it.
+        sensor: the sensor whose bands the stem takes, a name in ``torchgeo.SENSORS`` such as
+            "sentinel2_all" or "landsat_tm_toa", for weights whose file name does not state it. The
+            number of bands must fit. It provides names, wavelengths and scale of the bands.
 
     Returns:
-        A `Checkpoint` of float32 numpy arrays.
+        A ``Pretrained`` with float32 numpy arrays.
 
     Raises:
-        FileNotFoundError: no such file; the text names the nearest.
-        OSError: an address from which nothing, or not all, could be fetched.
+        FileNotFoundError: the file does not exist; the text names the nearest one.
+        OSError: an address from which nothing, or not everything, could be downloaded.
         ImportError: the file needs h5py.
         ValueError: a file that is damaged, unsafe or of another kind; keys that are missing,
-            unexpected or of another shape, all in one text; numbers that are not finite; a
-            network other than `model`.
+            unexpected or of another shape, all in one text; numbers that are not finite; or a
+            network other than ``model``.
 
     >>> load("resnet50.onnx")
     Traceback (most recent call last):
     FileNotFoundError: no file 'resnet50.onnx' in ...
     """
     if format is not None and format not in FORMATS:
-        raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
+        raise ValueError(
+            f"unknown format {format!r}{suggest(format, FORMATS)}; known: {', '.join(FORMATS)}"
+        )
     if sensor is not None:
-        torchgeo.note(sensor)  # a typing error costs no download
+        torchgeo.note(sensor)  # a wrong name is refused before a download
     name, path, arrived = _locate(source)
     file = detect.read_tensors(path)
     chosen = format or detect_naming(file.arrays)
@@ -251,7 +114,7 @@ def load(
     try:
         seen = FORMATS[chosen].implied(infer(shapes))
     except ValueError as error:
-        raise ValueError(f"{file.path} holds leaves that form no network: {error}") from None
+        raise ValueError(f"{file.path} holds leaves that do not form a network: {error}") from None
     if headless:
         seen = dataclasses.replace(seen, classes=1)
     config = _network(model, seen, file)
@@ -269,28 +132,29 @@ def load(
     leaves, notes = _as_float32(leaves, file.path)
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in head.items()}
-        notes.append("the file has no head: one output that is always 0 stands in its place")
-    beside = companions(file, config, chosen, headless=headless, sensor=sensor, source=name)
-    hidden = [name for name in UNSEEN if getattr(beside.config, name) != getattr(config, name)]
+        notes.append("the file has no head: one output that is always 0 replaces it")
+    metadata = collect_metadata(file, config, chosen, headless=headless, sensor=sensor, source=name)
+    hidden = [name for name in UNSEEN if getattr(metadata.config, name) != getattr(config, name)]
     if model is not None and hidden:
-        raise ValueError(f"{file.path} holds {beside.config.name}, not {config.name}")
+        raise ValueError(f"{file.path} holds {metadata.config.name}, not {config.name}")
     return Pretrained(
         variables={"params": {}, "batch_stats": {}, **unflatten(leaves)},
-        config=beside.config,
-        preprocessing=beside.preprocessing,
+        config=metadata.config,
+        preprocessing=metadata.preprocessing,
         source=name,
         format=chosen,
         sha256=file.sha256,
-        class_names=beside.class_names,
-        notes=(*arrived, *file.notes, *done, *notes, *beside.notes),
+        class_names=metadata.class_names,
+        task=metadata.task,
+        notes=(*arrived, *file.notes, *done, *notes, *metadata.notes),
     )
 
 
 def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
-    """The source as a person reads it, the file, and notes on how it was come by."""
+    """The source for a person to read, the file, and notes on where it was found."""
     text = os.fspath(source)
     if not text:
-        raise ValueError("the source is empty: give a file, a folder, an address or 'builtin'")
+        raise ValueError("source must not be empty: give a file, a folder, an address or 'builtin'")
     if text == locations.BUILTIN_PREFIX or text.startswith(locations.BUILTIN_PREFIX + ":"):
         return (*locations.locate_builtin(text), [])
     if text.startswith(locations.HUB_PREFIX):
@@ -299,7 +163,7 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
         return locations.fetch_from_web(text)
     if "://" in text:
         raise ValueError(
-            f"{text}: no such kind of address; there are "
+            f"{text}: unknown kind of address; known: "
             f"{locations.HUB_PREFIX}organization/name and https://"
         )
     return text, Path(text), []
@@ -309,7 +173,7 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     likely = detect_naming(file.arrays)
     hint = f"; format={likely!r} fits better" if asked and likely != asked else ""
     return (
-        f"{file.path} holds no ResNet under the names of {asked or ' or '.join(FORMATS)}{hint}; "
+        f"{file.path} has no ResNet with the keys of {asked or ' or '.join(FORMATS)}{hint}; "
         f"its {len(file.arrays)} keys are like {', '.join(list(file.arrays)[:3])}"
         f"{_relatives(file.arrays)}"
     )
@@ -318,11 +182,11 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
 def _network(
     model: str | ResNetConfig | None, seen: ResNetConfig, file: detect.Tensors
 ) -> ResNetConfig:
-    """The network that the leaves show, with what shows in none of them.
+    """The network of the leaves, with the fields that no leaf shows.
 
     Args:
-        model: what the caller expects; None leaves it to what lies beside the file.
-        seen: the network by the leaves.
+        model: the network that the caller expects; None uses the files next to the weights.
+        seen: the network inferred from the leaves.
         file: the weights' file.
     """
     path, beside = file.path, file.path.with_name("config.json")
@@ -330,13 +194,13 @@ def _network(
         own = ResNetConfig.from_json(json.loads(file.metadata[flax_file.MODEL]))
         if leaf_shapes(own) != leaf_shapes(seen):
             raise ValueError(
-                f"{path} holds {seen.name} ({_describe(seen)}), not its run's {own.name}"
+                f"{path} holds {seen.name} ({_describe(seen)}), but its run trains {own.name}"
             )
-        # Where the caller expects nothing, the run knows what no leaf shows.
+        # Without an expected model, the run states what no leaf shows.
         if model is None:
             return own
     settings = sidecar.read_json(beside)
-    # A file of ours says it all in its header.
+    # Files of this package state everything in their header.
     if pretrained.HEADER_KEY in file.metadata:
         settings = {}
     if settings.get("model_type") == "resnet":
@@ -345,7 +209,7 @@ def _network(
         architecture, altered = sidecar.timm_architecture(settings)
         if architecture not in ARCHITECTURES:
             return seen
-        said, asked = ARCHITECTURES[architecture], f"{architecture}, as {beside.name} says"
+        said, asked = ARCHITECTURES[architecture], f"{architecture}, as {beside.name} states"
         said = with_unseen(said, seen)
         if altered:
             return with_unseen(seen, said)
@@ -365,7 +229,7 @@ def _by_name(name: str, seen: ResNetConfig) -> ResNetConfig:
     plain = scaled[1] if scaled else name
     if plain not in ARCHITECTURES:
         raise ValueError(
-            f"no model {name!r}{suggest(name, ARCHITECTURES)}; there are: "
+            f"unknown model {name!r}{suggest(name, ARCHITECTURES)}; known: "
             f"{', '.join(ARCHITECTURES)}"
         )
     config = ARCHITECTURES[plain]
@@ -373,15 +237,14 @@ def _by_name(name: str, seen: ResNetConfig) -> ResNetConfig:
 
 
 def _like(config: ResNetConfig, seen: ResNetConfig) -> ResNetConfig:
-    """The config with the file's own head and image channels."""
+    """The configuration with the file's head and image channels."""
     own = {name: getattr(seen, name) for name in ("classes", "in_channels", "adapter")}
     return dataclasses.replace(config, **own)
 
 
 def _describe(config: ResNetConfig) -> str:
-    parts = {
-        name: value for name, value in config.to_json().items() if name not in (*PLAIN, "adapter")
-    }
+    common = {*BASE_FIELDS, "adapter"}
+    parts = {name: value for name, value in config.to_json().items() if name not in common}
     return (
         f"{config.block} blocks {config.depths}, width {config.width}, "
         f"base width {config.base_width}, groups {config.groups}"
@@ -399,7 +262,7 @@ def _as_float32(
         if kind not in ("float16", "bfloat16", "float32", "float64")
     }
     if foreign:
-        raise ValueError(f"{path} holds weights that are no floating-point numbers: {foreign}")
+        raise ValueError(f"{path} must hold floating-point weights, got {foreign}")
     with np.errstate(over="ignore"):
         converted = {
             leaf: np.ascontiguousarray(array, dtype=np.float32) for leaf, array in leaves.items()
@@ -411,16 +274,20 @@ def _as_float32(
     ]
     if problems:
         raise ValueError(
-            f"{path} holds numbers that are NaN or infinite (as float32) in {len(problems)} "
+            f"{path} holds NaN or infinite numbers (as float32) in {len(problems)} "
             "leaves:\n  " + "\n  ".join(problems)
         )
     negative = [
         leaf for leaf, array in converted.items() if leaf.endswith("/var") and (array < 0).any()
     ]
     if negative:
-        raise ValueError(f"{path} holds running variances below 0: {', '.join(negative)}")
+        raise ValueError(
+            f"{path} must have running variances >= 0, got negative ones in: {', '.join(negative)}"
+        )
     kinds = Counter(kind for kind in stored.values() if kind != "float32")
-    return converted, [f"{n} leaves were {kind} and are float32 now" for kind, n in kinds.items()]
+    return converted, [
+        f"{n} leaves were converted from {kind} to float32" for kind, n in kinds.items()
+    ]
 
 
 def _count(array: np.ndarray) -> int:
@@ -433,4 +300,152 @@ def _relatives(keys: Mapping[str, np.ndarray]) -> str:
         for pattern, what in _RELATIVES.items()
         if any(re.fullmatch(pattern, key) for key in keys)
     ]
-    return f"\n  the keys show {' and '.join(found)}, which is not supported" if found else ""
+    return (
+        f"\n  the keys are those of {' and '.join(found)}, which is not supported" if found else ""
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The metadata of a weight file: preprocessing, class names, notes and the network.
+
+    A header can state more about the network than its leaves show, such as the span of an
+    adapter's curves.
+    """
+
+    config: ResNetConfig
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    notes: tuple[str, ...]
+    task: Task = SINGLE_LABEL
+
+
+def collect_metadata(
+    file: Tensors,
+    config: ResNetConfig,
+    format: str,
+    *,
+    headless: bool = False,
+    sensor: str | None = None,
+    source: str = "",
+) -> Metadata:
+    """Collects the metadata of a weight file from the most trustworthy record.
+
+    The order is: the caller, the header, the files next to it, its published name, ImageNet.
+
+    Args:
+        file: the weight file.
+        config: the network that it holds.
+        format: the naming of the file.
+        headless: whether the file has no head, and class names do not apply.
+        sensor: a name in ``torchgeo.SENSORS``; None if the caller gives none.
+        source: where the file came from; its name may be a published one.
+
+    Raises:
+        ValueError: a record that contradicts the weights or cannot be read.
+    """
+    asked = None if sensor is None else _of_sensor(sensor, config, file)
+    own = pretrained.read_header(file.metadata)
+    if own is not None:
+        # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
+        if leaf_shapes(own.config) != leaf_shapes(config):
+            raise ValueError(f"{file.path} holds {config}, but its header states {own.config}")
+        recorded = (own.preprocessing, ["preprocessing: from the file's header"])
+        preprocessing, notes = asked or recorded
+        return Metadata(own.config, preprocessing, own.class_names, tuple(notes), own.task)
+    beside = file.path.with_name("config.json")
+    settings = sidecar.read_json(beside)
+    if format.startswith("huggingface"):
+        problems = huggingface.other_graph(settings)
+        if problems:
+            raise ValueError(f"{beside} describes another network: {'; '.join(problems)}")
+        names = sidecar.hf_class_names(settings)
+    else:
+        names = sidecar.timm_class_names(settings)
+    if names is None and torchvision.is_published(file.path.name):
+        names = torchvision.CLASS_NAMES
+    if headless:
+        names = None
+    if names is not None and len(names) != config.classes:
+        raise ValueError(
+            f"{beside} names {len(names)} classes, but the head of {file.path} has {config.classes}"
+        )
+    found, notes = asked or _preprocessing(file, settings, config, source)
+    usual = FORMATS[format].preprocessing(config)
+    if found is None and usual is not None and len(usual.mean) == config.bands:
+        found, notes = usual, [f"preprocessing: not recorded, that of {format} is assumed"]
+    preprocessing, notes = _fitted(found, notes, config, file)
+    return Metadata(config, preprocessing, names, tuple(notes))
+
+
+def _of_sensor(sensor: str, config: ResNetConfig, file: Tensors) -> tuple[Preprocessing, list[str]]:
+    try:
+        found = torchgeo.check(sensor, config.bands)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    return found, [f"preprocessing: that of {sensor}, as requested; {torchgeo.note(sensor)}"]
+
+
+def _preprocessing(
+    file: Tensors, settings: dict[str, Any], config: ResNetConfig, source: str
+) -> tuple[Preprocessing | None, list[str]]:
+    timm = sidecar.timm_preprocessing(settings)
+    if timm is not None:
+        return timm[0], ["preprocessing: from config.json next to the file", *timm[1]]
+    processor = file.path.with_name("preprocessor_config.json")
+    other = sidecar.hf_preprocessing(sidecar.read_json(processor))
+    if other is not None:
+        return other[0], [f"preprocessing: from {processor.name} next to the file", *other[1]]
+    if torchvision.is_published(file.path.name):
+        return torchvision.PREPROCESSING, [
+            "preprocessing: that of torchxrayvision's file of this name; the outputs are "
+            "independent "
+            "findings, with one sigmoid each instead of a softmax"
+        ]
+    sensor = torchgeo.published(file.path.name, source)
+    if sensor is not None:
+        try:
+            of_sensor = torchgeo.check(sensor, config.bands)
+        except ValueError as error:
+            raise ValueError(
+                f"{file.path} has the name of torchgeo's weights, but other bands: {error}; give "
+                "sensor=, or rename the file"
+            ) from None
+        return of_sensor, [f"preprocessing: that of torchgeo's {sensor}; {torchgeo.note(sensor)}"]
+    published = torchvision.published(file.path.name, file.sha256)
+    if published is not None:
+        return published, [
+            "preprocessing: that of the file that torchvision publishes under this name"
+        ]
+    return None, []
+
+
+def _sensors(channels: int) -> str:
+    fitting = [name for name, found in torchgeo.SENSORS.items() if len(found.bands) == channels]
+    return f"; sensor= supports {', '.join(fitting)}" if fitting else ""
+
+
+def _fitted(
+    preprocessing: Preprocessing | None, notes: list[str], config: ResNetConfig, file: Tensors
+) -> tuple[Preprocessing, list[str]]:
+    """One mean and std for each channel of the network."""
+    channels = config.bands
+    if preprocessing is None and channels == len(IMAGENET.mean):
+        return IMAGENET, ["preprocessing: not recorded, ImageNet's is assumed"]
+    if preprocessing is None:
+        # Guessed statistics of unknown bands would be a silent error.
+        assumed = dataclasses.replace(IMAGENET, mean=(0.0,) * channels, std=(1.0,) * channels)
+        return assumed, [
+            f"preprocessing: not recorded for {channels} channels, which stay in 0..1"
+            + _sensors(channels)
+        ]
+    if len(preprocessing.mean) == 1:
+        preprocessing = dataclasses.replace(
+            preprocessing, mean=preprocessing.mean * channels, std=preprocessing.std * channels
+        )
+    if len(preprocessing.mean) != channels:
+        raise ValueError(
+            f"the preprocessing next to {file.path} must have {channels} channels, as the network, "
+            f"got {len(preprocessing.mean)}"
+        )
+    return preprocessing, notes

@@ -1,13 +1,8 @@
-"""Where weights come from: built in, a web address, or the Hugging Face hub.
+"""Locations of weights: built-in files, web addresses and the Hugging Face hub.
 
-The checkpoints that come with the package, each with a card that says what it is.
-
-Weights from a web address, kept in a cache; the digits in a file's name are checked.
-
-Weights from the Hugging Face hub: one file and what lies beside it, at one revision.
-
-Files go into the hub's own cache, whose folder, token, endpoint and offline mode are set as for
-every program that uses it (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+Files from the web are stored in a cache, and the digits of the sha256 in a file's name are checked.
+Files from the hub go into its own cache, whose folder, token, endpoint and offline mode are set as
+for every program that uses it (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 import hashlib
@@ -52,37 +47,38 @@ CARD_FIELDS = ("data", "command", "accuracy", "seed", "sha256")
 
 
 def builtin_names() -> list[str]:
-    """The checkpoints there are, sorted."""
+    """The names of the built-in checkpoints, sorted."""
     return sorted(path.stem for path in BUILTIN_FOLDER.glob("*.safetensors"))
 
 
 def card(name: str = BUILTIN_DEFAULT) -> dict[str, Any]:
-    """What a checkpoint that comes with the package was made of, how, and how good it is.
+    """The model card of a built-in checkpoint: its data, training command and accuracy.
 
     Returns:
-        At least data, command, accuracy, seed and sha256.
+        A dictionary with at least data, command, accuracy, seed and sha256.
 
     Raises:
-        ValueError: an unknown name, or a card that lacks a field.
+        ValueError: an unknown name, or a card with a missing field.
     """
     path = BUILTIN_FOLDER / f"{name}.json"
     if name not in builtin_names() or not path.is_file():
         raise ValueError(
-            f"no built-in checkpoint {name!r}; there are: {', '.join(builtin_names()) or 'none'}"
-            f"{suggest(name, builtin_names())}"
+            f"unknown built-in checkpoint {name!r}{suggest(name, builtin_names())}; known: "
+            f"{', '.join(builtin_names()) or 'none'}"
         )
     content = json.loads(path.read_text(encoding="utf-8"))
     missing = [field for field in CARD_FIELDS if field not in content]
     if missing:
         raise ValueError(f"the card of the built-in checkpoint {name!r} lacks {missing}: {path}")
-    return content
+    result: dict[str, Any] = content
+    return result
 
 
 def locate_builtin(source: str) -> tuple[str, Path]:
-    """The full name and the file of "builtin" or "builtin:<name>", checked against its card.
+    """The full name and the file of "builtin" or "builtin:<name>", verified by its card.
 
     Raises:
-        ValueError: an unknown name, or a file that is not the one of the card.
+        ValueError: an unknown name, or a file whose checksum differs from the card's.
     """
     name = source.removeprefix(BUILTIN_PREFIX).removeprefix(":") or BUILTIN_DEFAULT
     expected = card(name)["sha256"]
@@ -90,20 +86,21 @@ def locate_builtin(source: str) -> tuple[str, Path]:
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != expected:
         raise ValueError(
-            f"the built-in checkpoint {name!r} is not the file of its card: sha256 {actual}, and "
-            f"the card says {expected}; install the package again ({path})"
+            f"the sha256 of the built-in checkpoint {name!r} must be {expected}, as its card "
+            f"states, "
+            f"got {actual}; install the package again ({path})"
         )
     return f"{BUILTIN_PREFIX}:{name}", path
 
 
 TIMEOUT = 30.0
-"""Seconds without a byte."""
+"""Seconds without data after which a download fails."""
 _HASHED = re.compile(r"-([0-9a-f]{8,64})\.(?:[^.]+|pth\.tar)$")
 _PIECE = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Where files are kept: FLAXTRANSFER_CACHE, or `flaxtransfer` in the user's cache folder."""
+    """The cache folder: FLAXTRANSFER_CACHE, or ``flaxtransfer`` in the user's cache folder."""
     if chosen := os.environ.get("FLAXTRANSFER_CACHE"):
         return Path(chosen)
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -111,35 +108,35 @@ def cache_folder() -> Path:
 
 
 def fetch_from_web(url: str) -> tuple[str, Path, list[str]]:
-    """The address, the file in the cache, and notes.
+    """Downloads a file from the web to the cache; returns address, path and notes.
 
-    A file that is there is not asked for again. One that was interrupted goes on where it stopped,
-    if the server says that it is still the same. A terminal shows how far it is.
+    A cached file is not downloaded again. An interrupted download is resumed if the server confirms
+    that the file has not changed. A terminal shows the progress.
 
     Args:
-        url: `https://`; `http://` on this machine, or where the name carries digits of the
-            sha256, as in `resnet50-0676ba61.pth`.
+        url: ``https://``; or ``http://`` on this machine, or if the name holds digits of the
+            sha256, as in ``resnet50-0676ba61.pth``.
 
     Raises:
-        OSError: no answer, an answer that says no, or one that breaks off.
-        ValueError: an address of another kind, or a file whose sha256 is not that of its name.
+        OSError: no answer, an error status, or an interrupted download.
+        ValueError: another kind of address, or a file whose sha256 differs from its name.
     """
     parts = urllib.parse.urlsplit(url)
     name = urllib.parse.unquote(parts.path).rsplit("/", 1)[-1]
-    # A name without any suffix says nothing; one with another suffix says that it is no weights.
+    # A name without a suffix may be weights; a name with another suffix is not.
     likely = has_weights_name(name) or "." not in name
     if not re.fullmatch(r"[\w.+-]+", name) or not likely:
         raise ValueError(
-            f"{url}: the address has to end in the name of a file that can be read, with "
-            f"{', '.join(SUFFIXES)} or with no suffix"
+            f"{url}: the address must end in a file name with the suffix {', '.join(SUFFIXES)}, or "
+            "without a suffix"
         )
     digits = found[1] if (found := _HASHED.search(name)) else ""
     if parts.scheme == "http" and not digits and not _is_local(parts.hostname or ""):
         raise ValueError(
-            f"{url}: anybody on the way can change what comes over http; use https, or a name with "
-            "the first 8 digits of the sha256"
+            f"{url}: http is not secure; use https, or a file name with the first 8 digits of the "
+            "sha256"
         )
-    # Two servers may have a file of one name, and the name has to stay: it says what it is.
+    # Two servers may have files with the same name, and the name must stay: it identifies weights.
     folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / name
     notes = []
@@ -149,7 +146,7 @@ def fetch_from_web(url: str) -> tuple[str, Path, list[str]]:
         if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("FLAXTRANSFER_OFFLINE"):
             raise FileNotFoundError(
                 f"{url} is not in the cache ({cache_folder()}), and an environment variable "
-                "(FLAXTRANSFER_OFFLINE or HF_HUB_OFFLINE) says to ask nobody"
+                "(FLAXTRANSFER_OFFLINE or HF_HUB_OFFLINE) forbids downloads"
             )
         with folder_lock(folder):
             _download_from_web(url, path)
@@ -158,13 +155,13 @@ def fetch_from_web(url: str) -> tuple[str, Path, list[str]]:
     if not sha256.startswith(digits):
         path.unlink()
         raise ValueError(
-            f"{url} is damaged or is another file: its name says that its sha256 starts with "
-            f"{digits}, and it starts with {sha256[: len(digits)]}; it was removed"
+            f"{url} is damaged or another file: its sha256 must start with {digits}, as its name "
+            f"states, got {sha256[: len(digits)]}; it was removed"
         )
     notes.append(
-        f"sha256 {digits} as in the file's name"
+        f"sha256 {digits} verified by the file's name"
         if digits
-        else f"nothing says what the file should be; its sha256 is {sha256}"
+        else f"the file cannot be verified; its sha256 is {sha256}"
     )
     return url, path, notes
 
@@ -177,16 +174,16 @@ def _is_local(host: str) -> bool:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows to https, and never from there to http."""
+    """Follows redirects, but never from https to http."""
 
     max_redirections = 5
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> Any:
-        """Called for each answer that points elsewhere."""
+        """Called for each redirect."""
         if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
-            raise urllib.error.URLError(f"it leads from https to {newurl}")
+            raise urllib.error.URLError(f"redirect from https to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -219,16 +216,16 @@ def _download_from_web(url: str, path: Path) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416 and there:
-            # All of it was there already, or more than there is now.
+            # The partial file is complete already, or longer than the file is now.
             part.unlink()
             return _download_from_web(url, path)
         kind = FileNotFoundError if error.code in (404, 410) else OSError
-        raise kind(f"{url}: the server answers {error.code} {error.reason}") from error
+        raise kind(f"{url}: the server answered {error.code} {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        raise OSError(f"{url} could not be fetched: {reason}; call again to go on") from error
+        raise OSError(f"{url} could not be downloaded: {reason}; call again to resume") from error
     if expected is not None and there != expected:
-        raise OSError(f"{url} broke off after {there:,} of {expected:,} bytes; call again to go on")
+        raise OSError(f"{url} ended after {there:,} of {expected:,} bytes; call again to resume")
     part.replace(path)
     mark.unlink(missing_ok=True)
 
@@ -242,7 +239,9 @@ def _progress() -> Progress:
 def _check_room(expected: int | None, there: int, path: Path) -> None:
     free = shutil.disk_usage(path.parent).free
     if expected is not None and expected - there > free:
-        raise OSError(f"it has {expected:,} bytes, and {path.parent} room for {free:,}")
+        raise OSError(
+            f"the file has {expected:,} bytes, but {path.parent} only has room for {free:,}"
+        )
 
 
 HUB_PREFIX = "hf://"
@@ -254,10 +253,10 @@ _ADDRESS = re.compile(
 
 
 class Address:
-    """What stands in `hf://organization/name[@revision][:file]`.
+    """A parsed address of the hub: ``hf://organization/name[@revision][:file]``.
 
     Raises:
-        ValueError: another form.
+        ValueError: the text does not have this form.
 
     >>> Address("hf://timm/resnet50.a1_in1k@main").repository
     'timm/resnet50.a1_in1k'
@@ -267,9 +266,9 @@ class Address:
         found = _ADDRESS.fullmatch(text)
         if found is None or ".." in text:
             raise ValueError(
-                f"{text!r} is no address on the hub; these have the form "
-                "hf://organization/name, hf://organization/name@revision or "
-                "hf://organization/name@revision:folder/file.safetensors"
+                "an address on the hub must have the form hf://organization/name, "
+                "hf://organization/name@revision or "
+                f"hf://organization/name@revision:folder/file.safetensors, got {text!r}"
             )
         self.text = text
         self.repository: str = found["repository"]
@@ -278,15 +277,15 @@ class Address:
 
 
 def fetch_from_hub(text: str) -> tuple[str, Path, list[str]]:
-    """The address with its revision, the file in the cache, and notes.
+    """Downloads a file from the hub to its cache; returns address with revision, path and notes.
 
     Args:
         text: the address.
 
     Raises:
-        FileNotFoundError: no such repository, revision or file, with what there is; nothing in the
-            cache, where the hub cannot be asked.
-        ValueError: another form of address, or a file whose sha256 is not the hub's.
+        FileNotFoundError: an unknown repository, revision or file, with what exists; or nothing in
+            the cache while the hub cannot be reached.
+        ValueError: another form of address, or a file whose sha256 differs from the hub's.
     """
     from huggingface_hub import errors
 
@@ -299,19 +298,19 @@ def fetch_from_hub(text: str) -> tuple[str, Path, list[str]]:
         info = api.model_info(address.repository, revision=address.revision, files_metadata=True)
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
-            f"{where} asks for a login and for its terms to be accepted: do so in the browser, "
-            "then `hf auth login`, or set HF_TOKEN"
+            f"{where} requires a login and accepted terms: accept them in the browser, then run "
+            "`hf auth login`, or set HF_TOKEN"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no model {where}, or it is private and no token was given (HF_TOKEN)"
+            f"no model {where}, or it is private and no token was given (HF_TOKEN)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
             f"{where} has no revision {address.revision!r}{_revisions(api, address)}"
         ) from error
-    except (OSError, errors.HTTPError) as error:
-        return _cached(address, f"{api.endpoint} cannot be asked ({_brief(error)})")
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        return _cached(address, f"{api.endpoint} cannot be reached ({_brief(error)})")
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     name = _chosen(address, siblings)
     notes = []
@@ -321,19 +320,19 @@ def fetch_from_hub(text: str) -> tuple[str, Path, list[str]]:
             companion = str(Path(name).with_name(beside))
             if companion in siblings:
                 _download_from_hub(api, address, companion, info.sha)
-    except (OSError, errors.HTTPError) as error:
-        raise OSError(f"{name} of {where} could not be fetched: {_brief(error)}") from error
-    wanted = getattr(siblings[name].lfs, "sha256", None)
-    if wanted:
-        _verify(path, wanted, where)
-        notes.append(f"sha256 {wanted[:8]} as the hub has it")
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        raise OSError(f"{name} of {where} could not be downloaded: {_brief(error)}") from error
+    sha256 = getattr(siblings[name].lfs, "sha256", None)
+    if sha256:
+        _verify(path, sha256, where)
+        notes.append(f"sha256 {sha256[:8]} verified by the hub")
     return f"{HUB_PREFIX}{address.repository}@{info.sha[:12]}:{name}", path, notes
 
 
 def _api() -> Any:
     import huggingface_hub
 
-    # Read when asked for: the library itself looks at the variable once, when it is imported.
+    # Read at each call: the library itself reads the variable only once, at import.
     return huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
@@ -347,13 +346,14 @@ def _offline() -> bool:
 
 
 def _download_from_hub(api: Any, address: Address, name: str, revision: str) -> str:
-    return api.hf_hub_download(
+    result: str = api.hf_hub_download(
         address.repository, name, revision=revision, cache_dir=_cache(), etag_timeout=10
     )
+    return result
 
 
 def _cached(address: Address, why: str) -> tuple[str, Path, list[str]]:
-    """What the cache has of it."""
+    """The file in the cache, when the hub cannot be reached."""
     import huggingface_hub
 
     try:
@@ -365,10 +365,10 @@ def _cached(address: Address, why: str) -> tuple[str, Path, list[str]]:
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{why}, and the cache ({_cache() or huggingface_hub.constants.HF_HUB_CACHE}) has "
-            f"nothing of {address.repository}"
+            f"{why}, and the cache ({_cache() or huggingface_hub.constants.HF_HUB_CACHE}) does not "
+            f"hold {address.repository}"
             + (f" at {address.revision}" if address.revision else "")
-            + f"; fetch it once with a connection: hf download {address.repository}"
+            + f"; download it once with a connection: hf download {address.repository}"
         ) from error
     root = Path(folder)
     files = {str(p.relative_to(root)): None for p in root.rglob("*") if p.is_file()}
@@ -378,7 +378,7 @@ def _cached(address: Address, why: str) -> tuple[str, Path, list[str]]:
 
 
 def _chosen(address: Address, files: Mapping[str, Any]) -> str:
-    """The file of weights that is meant."""
+    """The weight file that the address selects."""
     readable = sorted(filter(has_weights_name, files))
     if address.file is not None:
         if address.file in files:
@@ -391,7 +391,7 @@ def _chosen(address: Address, files: Mapping[str, Any]) -> str:
     if len(preferred) == 1 or preferred[:1] == [PREFERRED[0]]:
         return preferred[0]
     raise FileNotFoundError(
-        f"{address.repository} has {len(readable)} files of weights, name one behind a colon: "
+        f"{address.repository} has {len(readable)} weight files, name one after a colon: "
         f"{', '.join(readable) or ', '.join(sorted(files)[:10]) or 'it has no files'}"
     )
 
@@ -402,19 +402,19 @@ def _revisions(api: Any, address: Address) -> str:
     except OSError:
         return ""
     names = [ref.name for ref in (*refs.branches, *refs.tags)]
-    return f"{suggest(address.revision or '', names)}; there are: {', '.join(names)}"
+    return f"{suggest(address.revision or '', names)}; known: {', '.join(names)}"
 
 
-def _verify(path: Path, wanted: str, where: str) -> None:
+def _verify(path: Path, expected: str, where: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wanted:
-        # What the snapshot links to is the damaged file.
+    if found != expected:
+        # The snapshot is a link to the damaged file.
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise ValueError(
-            f"{path.name} of {where} arrived damaged: its sha256 is {found[:16]}, and the hub says "
-            f"{wanted[:16]}; it was removed from the cache, try again"
+            f"{path.name} of {where} is damaged: its sha256 must be {expected[:16]}, got "
+            f"{found[:16]}; it was removed from the cache, try again"
         )
 
 

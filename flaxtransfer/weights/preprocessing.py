@@ -1,10 +1,8 @@
-"""Preprocessing: what is done to an image before a set of weights may see it.
+"""Preprocessing: how images are prepared for a set of weights.
 
-What has to be done to an image before a set of weights may see it.
-
-From what a sensor measured to the pixels that a pipeline carries, or straight to the network.
-
-From stored bytes to what the network was trained on; runs on the device, inside the step.
+A ``Preprocessing`` is a value that belongs to the weights. ``normalize`` applies its mean and std
+to uint8 images on the device, inside the training step. ``measured_to_pixels`` and
+``normalize_measured`` convert sensor measurements, such as reflectance.
 """
 
 from __future__ import annotations
@@ -13,46 +11,47 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 __all__ = ["IMAGENET", "Preprocessing", "measured_to_pixels", "normalize", "normalize_measured"]
 
 
 REQUIRED = ("mean", "std", "size", "resize")
 OF_BANDS = ("bands", "wavelengths", "black", "white")
-"""Fields that say what the channels are; a photograph has none of them."""
+"""Fields that describe the channels of a sensor; photographs have none of them."""
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Preprocessing:
-    """Resize the shorter side, cut the center square, scale to 0..1, subtract mean, divide by std.
+    """Resize the shorter side, crop the center, scale to 0..1, subtract mean, divide by std.
 
-    It belongs to the weights: the same network with another mean is another network. It says how
-    an image is prepared for prediction, and nothing about augmentation.
+    It belongs to the weights: the same network with another mean is another network. It describes
+    how an image is prepared for prediction, not augmentation.
 
-    Pixels are 0 to 1 for photographs, and 0 to 255 where they are stored. Where a sensor measured
-    something else, reflectance times 10,000 or decibels, `black` and `white` say which
-    measurements those two pixels are, and `measured.pixels` makes images of the others.
+    Pixels are 0 to 1, stored as 0 to 255. For sensors with other units, such as reflectance times
+    10,000 or decibels, ``black`` and ``white`` are the measurements of those two pixel values, and
+    ``measured_to_pixels`` converts measurements to pixels.
 
     Args:
         mean: subtracted from each channel, for pixels scaled to 0..1.
-        std: divides each channel afterwards; positive.
-        size: side of the square that the network sees, in pixels.
-        resize: shorter side of the image before the center square is cut, in pixels.
+        std: divides each channel afterwards; > 0.
+        size: side of the square input of the network, in pixels.
+        resize: shorter side of the image before the center crop, in pixels.
         interpolation: filter of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.
-        bands: what the sensor's makers call each channel; () where nobody said.
-        wavelengths: center of each band in nm; () where nobody said, or the bands are no light.
-        black: measurement of each band that is the pixel 0; () for photographs.
-        white: measurement of each band that is the pixel 1; above black.
+        bands: the sensor's name of each channel; () if unknown.
+        wavelengths: center of each band in nm; () if unknown, or if the bands are not light.
+        black: measurement of each band that becomes pixel 0; () for photographs.
+        white: measurement of each band that becomes pixel 1; above black.
 
     Raises:
-        ValueError: values that describe no preprocessing; all of them are listed.
+        ValueError: invalid values; all problems in one text.
 
     >>> Preprocessing((0.5,), (0.25,), size=224, resize=256).to_json()["mean"]
     [0.5]
@@ -80,57 +79,60 @@ class Preprocessing:
                 object.__setattr__(self, field, int(value))
         problems = self._problems()
         if problems:
-            raise ValueError("this is no preprocessing:\n  " + "\n  ".join(problems))
+            raise ValueError("invalid Preprocessing:\n  " + "\n  ".join(problems))
 
     def _problems(self) -> list[str]:
         problems = []
         if not self.mean or len(self.mean) != len(self.std):
             problems.append(
-                f"mean and std need one value a channel, not {len(self.mean)} and {len(self.std)}"
+                f"mean and std must have one value per channel, got {len(self.mean)} and "
+                f"{len(self.std)}"
             )
         if not all(map(math.isfinite, self.mean)):
-            problems.append(f"mean must be finite, not {self.mean}")
+            problems.append(f"mean must be finite, got {self.mean}")
         if not all(math.isfinite(value) and value > 0 for value in self.std):
-            problems.append(f"std must be positive, not {self.std}")
+            problems.append(f"std must be > 0, got {self.std}")
         if not isinstance(self.size, int) or self.size < 1:
-            problems.append(f"size must be a positive number of pixels, not {self.size!r}")
+            problems.append(f"size must be an integer >= 1 (pixels), got {self.size!r}")
         elif not isinstance(self.resize, int) or self.resize < self.size:
             problems.append(
-                f"resize must be at least the size, {self.size} pixels, not {self.resize!r}"
+                f"resize must be an integer >= size, {self.size} pixels, got {self.resize!r}"
             )
         if self.interpolation not in INTERPOLATIONS:
             problems.append(
                 f"interpolation must be one of {', '.join(INTERPOLATIONS)}, "
-                f"not {self.interpolation!r}"
+                f"got {self.interpolation!r}"
             )
         return problems + self._problems_of_bands()
 
     def _problems_of_bands(self) -> list[str]:
         problems = [
-            f"{name} needs one value a channel, {len(self.mean)}, or none, not {len(values)}"
+            f"{name} must have one value per channel, {len(self.mean)}, or none, got {len(values)}"
             for name in OF_BANDS
             if len(values := getattr(self, name)) not in (0, len(self.mean))
         ]
         if not all(isinstance(name, str) and name for name in self.bands):
-            problems.append(f"bands must be names, not {self.bands}")
+            problems.append(f"bands must be names, got {self.bands}")
         elif len(set(self.bands)) != len(self.bands):
-            problems.append(f"two bands have one name: {self.bands}")
-        # Below 100 nm it is no light, and most likely a number in micrometers.
+            problems.append(f"bands must have different names, got {self.bands}")
+        # A number below 100 is most likely in micrometers.
         if not all(math.isfinite(nm) and nm >= 100 for nm in self.wavelengths):
-            problems.append(f"wavelengths must be in nm, not {self.wavelengths}")
+            problems.append(f"wavelengths must be >= 100 nm, got {self.wavelengths}")
         ends = list(zip(self.black, self.white, strict=False))
         if len(self.black) != len(self.white):
-            problems.append("black and white belong together, and one of them is missing")
+            problems.append("black and white must be given together, but one of them is missing")
         elif not all(math.isfinite(low) and low < high < math.inf for low, high in ends):
-            problems.append(f"white must be above black, not {self.white} above {self.black}")
+            problems.append(
+                f"white must be above black, got white {self.white} and black {self.black}"
+            )
         return problems
 
     def __repr__(self) -> str:
-        parts = [f"{name}={value!r}" for name, value in self._said().items()]
+        parts = [f"{name}={value!r}" for name, value in self._stated().items()]
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def _said(self) -> dict[str, Any]:
-        """The fields without those of bands that nobody described."""
+    def _stated(self) -> dict[str, Any]:
+        """All fields except empty ones that describe bands."""
         return {
             field.name: value
             for field in dataclasses.fields(self)
@@ -138,14 +140,14 @@ class Preprocessing:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a dictionary that `json` can write, without those of no bands."""
+        """The fields as a dictionary for ``json``, without empty ones that describe bands."""
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in self._said().items()
+            for name, value in self._stated().items()
         }
 
     def of_other_bands(self, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
-        """The same geometry for images of other bands, of which nothing else is known.
+        """The same resize and crop for images with other bands, about which nothing else is known.
 
         >>> IMAGENET.of_other_bands([0.5], [0.25]).mean
         (0.5,)
@@ -155,101 +157,107 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any] | str) -> Preprocessing:
-        """The value that `to_json` wrote, from its dictionary or the text of it.
+        """The value from the output of ``to_json``, as a dictionary or as JSON text.
 
         Raises:
-            ValueError: a field is missing or unknown, or holds what it cannot hold.
+            ValueError: a missing or unknown field, or an invalid value.
 
         >>> Preprocessing.from_json('{"mean": [0], "std": [1], "size": 8}')
         Traceback (most recent call last):
-        ValueError: a preprocessing has mean, std, size, resize, ...; missing: resize
+        ValueError: a Preprocessing must have mean, std, size, resize, ...; missing: resize
         """
         if isinstance(fields, str):
             fields = json.loads(fields)
         if not isinstance(fields, Mapping):
-            raise ValueError(f"a preprocessing is a JSON object, not {fields!r}")
+            raise ValueError(f"a Preprocessing must be a JSON object, got {fields!r}")
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in REQUIRED if name not in fields]
         unknown = [name for name in fields if name not in names]
         if missing or unknown:
             raise ValueError(
-                f"a preprocessing has {', '.join(names[:5])}, and may have {', '.join(OF_BANDS)}"
+                f"a Preprocessing must have {', '.join(names[:5])}, and may have "
+                f"{', '.join(OF_BANDS)}"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
                 + (f"; unknown: {', '.join(map(str, unknown))}" if unknown else "")
             )
         try:
             return cls(**fields)
         except TypeError as error:
-            raise ValueError(f"this is no preprocessing: {error}") from error
+            raise ValueError(f"invalid Preprocessing: {error}") from error
 
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size=224, resize=256)
-"""What torchvision's first ImageNet weights were evaluated with."""
+"""The preprocessing of torchvision's first ImageNet weights."""
 
 
 def measured_to_pixels(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
-    """Pixels from 0 to 1, as `ArraySource` takes them, between the preprocessing's black and white.
+    """Converts sensor measurements to pixels from 0 (black) to 1 (white) for ``ArraySource``.
 
-    You want it to train or predict with the pipeline, which stores images in 8 bits: what lies
-    beyond black and white is cut off there. `normalized` cuts and rounds nothing.
+    Use it to train or predict with the pipeline, which stores images in 8 bits: measurements beyond
+    black and white are clipped. ``normalize_measured`` neither clips nor rounds.
 
     Args:
-        measurements: numbers `[..., bands]` in the sensor's units, such as Sentinel-2's integers.
-        preprocessing: of the checkpoint; one without black and white is for photographs.
+        measurements: numbers ``[..., bands]`` in the sensor's units, such as Sentinel-2's integers.
+        preprocessing: of the checkpoint, with black and white.
 
     Returns:
-        float32 `[..., bands]`.
+        float32 ``[..., bands]``.
 
     Raises:
-        ValueError: another number of bands, numbers that are not finite, or a preprocessing that
-            does not say what black and white are.
+        ValueError: another number of bands, numbers that are not finite, or a preprocessing
+            without black and white.
 
     >>> sentinel = Preprocessing((0.0,), (1.0,), 8, 8, bands=("B4",), black=(0,), white=(10_000,))
-    >>> pixels(np.array([[-3], [2_500], [12_000]]), sentinel).ravel().tolist()
+    >>> measured_to_pixels(np.array([[-3], [2_500], [12_000]]), sentinel).ravel().tolist()
     [0.0, 0.25, 1.0]
     """
-    return np.clip(_scaled(measurements, preprocessing), 0, 1).astype(np.float32)
+    result: np.ndarray = np.clip(_scaled(measurements, preprocessing), 0, 1).astype(np.float32)
+    return result
 
 
 def normalize_measured(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
-    """What the network takes, from what the sensor measured: nothing is cut off or rounded.
+    """Normalized input of the network from sensor measurements, without clipping or rounding.
 
-    You want it to look at features of images that have their size already; nothing is resized.
+    Use it to compute features of images that already have the right size; nothing is resized.
 
     Args:
-        measurements: numbers `[..., bands]` in the sensor's units.
+        measurements: numbers ``[..., bands]`` in the sensor's units.
         preprocessing: of the checkpoint.
 
     Returns:
-        float32 `[..., bands]`.
+        float32 ``[..., bands]``.
 
     Raises:
-        ValueError: as `pixels`.
+        ValueError: as ``measured_to_pixels``.
 
     >>> radar = Preprocessing((0.5,), (0.25,), 8, 8, bands=("VV",), black=(-40,), white=(0,))
-    >>> normalized([[-20.0], [-10.0]], radar).ravel().tolist()
+    >>> normalize_measured([[-20.0], [-10.0]], radar).ravel().tolist()
     [0.0, 1.0]
     """
     mean, std = (np.asarray(values) for values in (preprocessing.mean, preprocessing.std))
-    return ((_scaled(measurements, preprocessing) - mean) / std).astype(np.float32)
+    result: np.ndarray = ((_scaled(measurements, preprocessing) - mean) / std).astype(np.float32)
+    return result
 
 
 def _scaled(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:
     values = np.asarray(measurements)
     if not preprocessing.black:
         raise ValueError(
-            "the preprocessing does not say which measurements are black and white: it is for "
-            "photographs, whose pixels are uint8, or floats from 0 to 1, already"
+            "preprocessing must have black and white; this one is for photographs, whose pixels "
+            "are "
+            "already uint8, or floats from 0 to 1"
         )
     if values.ndim < 1 or values.shape[-1] != len(preprocessing.black):
         raise ValueError(
-            f"measurements of shape {list(values.shape)}, wanted [..., {len(preprocessing.black)}]"
-            f"; the last axis has the bands {', '.join(preprocessing.bands) or 'in their order'}"
+            f"measurements must have shape [..., {len(preprocessing.black)}], got "
+            f"{list(values.shape)}; the last axis has the bands "
+            f"{', '.join(preprocessing.bands) or 'in order'}"
         )
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-        raise ValueError("measurements must be finite numbers; fill in what is missing first")
+        raise ValueError("measurements must be finite numbers; fill in missing values first")
     black, white = (np.asarray(ends) for ends in (preprocessing.black, preprocessing.white))
-    return (values.astype(np.float64) - black) / (white - black)
+    result: np.ndarray = (values.astype(np.float64) - black) / (white - black)
+    return result
 
 
 def normalize(
@@ -257,33 +265,33 @@ def normalize(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     *,
-    dtype: Any = jnp.float32,
+    dtype: Any = np.float32,
 ) -> jax.Array:
-    """``(images / 255 - mean) / std``, channel by channel.
+    """Normalizes uint8 images: ``(images / 255 - mean) / std`` per channel.
 
-    Images travel as uint8, a quarter of the bytes of float32, and are normalized where they are
-    used. Anything but uint8 is refused, so that nothing can be normalized twice.
+    Images are transferred as uint8, a quarter of the bytes of float32, and are normalized on the
+    device. Other dtypes are refused, so that no image is normalized twice.
 
     Args:
-      images: uint8 ``[..., channels]``.
-      mean: of each channel on the scale 0 .. 1, or one number for all.
-      std: likewise, greater than 0.
-      dtype: of the result; the arithmetic is float32.
+        images: uint8 ``[..., channels]``.
+        mean: of each channel on the scale 0 to 1, or one number for all.
+        std: likewise, > 0.
+        dtype: of the result; the arithmetic is float32.
 
     Returns:
-      ``[..., channels]`` of ``dtype``.
+        ``[..., channels]`` of ``dtype``.
 
     Raises:
-      TypeError: ``images`` are not uint8.
-      ValueError: mean or std do not fit the channels, or a std is not positive.
+        TypeError: ``images`` are not uint8.
+        ValueError: mean or std do not fit the channels, or std is not > 0.
 
     >>> normalize(np.array([[0, 255]], np.uint8), (0.5,), (0.25,)).tolist()
     [[-2.0, 2.0]]
     """
-    if images.dtype != jnp.uint8:
+    if images.dtype != np.uint8:
         raise TypeError(
-            f"images are {images.dtype}, wanted uint8 as the data pipeline makes them; have they "
-            "been normalized already?"
+            f"images must be uint8, as the data pipeline returns them, got {images.dtype}; have "
+            "they already been normalized?"
         )
     channels = images.shape[-1]
     problems = [
@@ -292,9 +300,14 @@ def normalize(
         if len(values) not in (1, channels)
     ]
     if problems:
-        raise ValueError(f"images have {channels} channels, but {' and '.join(problems)}")
+        raise ValueError(
+            f"mean and std must have one value or {channels}, one per channel, but "
+            f"{' and '.join(problems)}"
+        )
     if not all(value > 0 for value in std):
-        raise ValueError(f"std is {tuple(std)}; every value must be greater than 0")
+        raise ValueError(f"std must be > 0, got {tuple(std)}")
+    import jax.numpy as jnp
+
     scaled = jnp.asarray(images).astype(jnp.float32) / 255
     centered = scaled - jnp.asarray(mean, jnp.float32)
     return (centered / jnp.asarray(std, jnp.float32)).astype(dtype)

@@ -1,7 +1,7 @@
-"""What the files beside a checkpoint say: preprocessing, class names, the kind of graph.
+"""Sidecar files: preprocessing, class names and architecture in the JSON files next to weights.
 
-timm keeps everything in `config.json`; Hugging Face keeps the graph and the labels there, and the
-preprocessing in `preprocessor_config.json`. Other JSON files of these names are left alone.
+timm stores everything in ``config.json``. Hugging Face stores the graph and the labels there, and
+the preprocessing in ``preprocessor_config.json``. Other JSON files with these names are ignored.
 """
 
 import json
@@ -25,17 +25,17 @@ __all__ = [
 
 # Pillow's numbers for its filters, which Hugging Face stores.
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-# From this side on, a ConvNext processor warps the image to a square and cuts nothing.
+# From this side on, a ConvNext processor warps the image to a square without a crop.
 _CONVNEXT_WARPS = 384
-# Arguments of timm's networks that leave the backbone's graph as it is in evaluation.
+# Arguments of timm's networks that do not change the backbone in evaluation.
 _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one if there is no file.
+    """Reads the JSON object in a file; empty if there is no file.
 
     Raises:
-        ValueError: a file that is no JSON object.
+        ValueError: the file does not hold a JSON object.
     """
     if not path.is_file():
         return {}
@@ -43,15 +43,15 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path}, beside the weights, is no JSON ({error}); repair it or take it away"
+            f"{path}, next to the weights, is not valid JSON ({error}); repair or remove it"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}, beside the weights, is no JSON object; take it away")
+        raise ValueError(f"{path}, next to the weights, must hold a JSON object; remove it")
     return content
 
 
 def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
-    """The preprocessing in timm's `config.json`, and notes; None if it is not one.
+    """The preprocessing in timm's ``config.json``, and notes; None for other files.
 
     >>> timm_preprocessing({"pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.95,
     ...     "interpolation": "bicubic", "mean": [0.5], "std": [0.5]}})[0].resize
@@ -75,8 +75,8 @@ def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[s
 
 
 def timm_architecture(config: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """The architecture in timm's `config.json`, None if it is not one, and whether other arguments
-    alter its shape.
+    """The architecture in timm's ``config.json`` (None for other files), and whether arguments
+    change its shape.
 
     >>> timm_architecture({"architecture": "resnet50", "pretrained_cfg": {}, "model_args":
     ...     {"num_classes": 3, "layers": [1, 1, 1, 1]}})
@@ -89,13 +89,13 @@ def timm_architecture(config: Mapping[str, Any]) -> tuple[str | None, bool]:
 
 
 def timm_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The label names in timm's `config.json`, in the order of the outputs; None without any."""
+    """The label names in timm's ``config.json``, in the order of the outputs; None if absent."""
     names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
     return tuple(map(str, names)) if names else None
 
 
 def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
-    """The preprocessing in Hugging Face's `preprocessor_config.json`, and notes; None if absent.
+    """The preprocessing in Hugging Face's ``preprocessor_config.json``, and notes; None if absent.
 
     >>> hf_preprocessing({"image_mean": [0.5], "image_std": [0.5], "crop_pct": 0.875,
     ...     "size": {"shortest_edge": 224}, "resample": 3})[0]
@@ -109,12 +109,12 @@ def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str
     if config.get("do_center_crop") and "crop_size" in config:
         size, resize = _side(config["crop_size"]), shortest
     elif shortest < _CONVNEXT_WARPS:
-        # Written by releases before crop_pct existed: the processor's own default.
+        # Without crop_pct the processor uses this default.
         size = shortest
         resize = int(shortest / (config.get("crop_pct") or 224 / 256))
     else:
         size = resize = shortest
-        notes.append("the image processor warps to a square; a center crop replaces that")
+        notes.append("the image processor's warp to a square is replaced by a center crop")
     mean, std = config["image_mean"], config["image_std"]
     if not config.get("do_normalize", True):
         mean, std = [0.0] * len(mean), [1.0] * len(std)
@@ -125,7 +125,7 @@ def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str
 
 
 def hf_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The names in Hugging Face's `id2label`; None if there are none but "LABEL_0".
+    """The class names in Hugging Face's ``id2label``; None if absent or only "LABEL_0", ....
 
     >>> hf_class_names({"id2label": {"1": "dog", "0": "cat"}})
     ('cat', 'dog')
@@ -136,25 +136,30 @@ def hf_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     try:
         ordered = {int(number): str(name) for number, name in labels.items()}
     except ValueError as error:
-        raise ValueError(f"id2label in config.json has keys that are no numbers: {error}") from None
+        raise ValueError(f"id2label in config.json must have integer keys: {error}") from None
     if sorted(ordered) != list(range(len(ordered))):
-        raise ValueError(f"id2label in config.json skips numbers: it has {sorted(ordered)}")
+        raise ValueError(
+            f"id2label in config.json must have the keys 0 to {len(ordered) - 1}, got "
+            f"{sorted(ordered)}"
+        )
     if all(name == f"LABEL_{number}" for number, name in ordered.items()):
         return None
     return tuple(ordered[number] for number in range(len(ordered)))
 
 
 def _side(size: Any) -> int:
-    """The side in pixels, however the release at hand wrote it."""
+    """The side in pixels, in any of the forms of ``size``."""
     if isinstance(size, Mapping):
         for name in ("shortest_edge", "height"):
             if name in size:
                 return int(size[name])
-        raise ValueError(f"preprocessor_config.json has a size that gives no side: {dict(size)}")
+        raise ValueError(
+            f"size in preprocessor_config.json must have shortest_edge or height, got {dict(size)}"
+        )
     return int(size)
 
 
 def _require(fields: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
     missing = [name for name in names if fields.get(name) is None]
     if missing:
-        raise ValueError(f"{what} beside the weights lacks {', '.join(missing)}")
+        raise ValueError(f"{what} next to the weights lacks {', '.join(missing)}")

@@ -11,8 +11,7 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.analysis.curvature import curvature_by_part, fisher_diagonal
 from flaxtransfer.recipes.catalog import units
-
-from ..training.small import batch, network
+from tests.support.small import batch, network
 
 RANDOM = np.random.default_rng(0)
 INPUTS = RANDOM.normal(size=(11, 4)).astype(np.float32)
@@ -144,10 +143,10 @@ def test_a_resnet_by_part():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"labels": "empirical"}, "labels are 'sampled' or 'all', not 'empirical'"),
-        ({"chunk": 0}, "chunk is 0"),
+        ({"labels": "empirical"}, "labels must be 'sampled' or 'all', got 'empirical'"),
+        ({"chunk": 0}, "chunk must be >= 1 examples, got 0"),
         ({"batches": []}, "no examples"),
-        ({"batches": [np.full((2, 4), np.inf, np.float32)]}, "not finite"),
+        ({"batches": [np.full((2, 4), np.inf, np.float32)]}, "must be finite"),
     ],
 )
 def test_errors(arguments, text):

@@ -8,11 +8,11 @@ import optax
 import pytest
 
 from flaxtransfer.analysis.curvature import mean_gradient, relative_gradient_norms
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.masks import glob
 from flaxtransfer.recipes.catalog import units
 from flaxtransfer.training.evaluation import init_head_from_probe
-
-from ..training.small import PREPROCESSING, batch, network
+from tests.support.small import PREPROCESSING, batch, network
 
 MODEL, VARIABLES = network()
 PARAMS = VARIABLES["params"]
@@ -20,7 +20,7 @@ PARAMS = VARIABLES["params"]
 
 def test_the_mean_gradient_is_that_of_the_mean_loss():
     batches = [batch(0), batch(1) | {"weight": np.array([1, 1, 1, 0, 0, 0, 0, 0.0])}]
-    found = mean_gradient(MODEL, VARIABLES, batches, PREPROCESSING)
+    found = mean_gradient(Classifier(MODEL, VARIABLES, PREPROCESSING), batches)
     images = np.concatenate([batch(0)["image"], batch(1)["image"][:3]]) / np.float32(255)
     labels = np.concatenate([batch(0)["label"], batch(1)["label"][:3]])
 
@@ -38,7 +38,7 @@ def test_the_mean_gradient_is_that_of_the_mean_loss():
 def test_the_damaged_part_has_the_largest_ratio():
     """A network that fits its images, and then one stage of it is damaged."""
     batches = [batch(n) for n in range(6)]
-    params, _ = init_head_from_probe(MODEL, VARIABLES, batches, PREPROCESSING)
+    params, _ = init_head_from_probe(Classifier(MODEL, VARIABLES, PREPROCESSING), batches)
     before = ratios(params, batches)
     kernel = params["layer2"]["0"]["conv2"]["kernel"]
     noise = np.random.default_rng(0).normal(size=kernel.shape) * float(np.std(kernel)) * 2
@@ -49,13 +49,15 @@ def test_the_damaged_part_has_the_largest_ratio():
 
 def ratios(params, batches):
     variables = {**VARIABLES, "params": params}
-    gradient = mean_gradient(MODEL, variables, batches, PREPROCESSING)
+    gradient = mean_gradient(Classifier(MODEL, variables, PREPROCESSING), batches)
     return relative_gradient_norms(params, gradient, units(params))
 
 
 def test_a_head_that_is_zero_pulls_at_nothing():
     params = {**PARAMS, "fc": {name: 0 * leaf for name, leaf in PARAMS["fc"].items()}}
-    gradient = mean_gradient(MODEL, {**VARIABLES, "params": params}, [batch(0)], PREPROCESSING)
+    gradient = mean_gradient(
+        Classifier(MODEL, {**VARIABLES, "params": params}, PREPROCESSING), [batch(0)]
+    )
     body = {name: mask for name, mask in units(params).items() if name != "head"}
     with pytest.raises(ValueError, match="is the head zero"):
         relative_gradient_norms(params, gradient, body)
@@ -75,7 +77,7 @@ def like(value):
     [
         ({"a": ONE["a"]}, {"a": glob("a/**")}, "different trees: b/kernel"),
         (like(1.0), {"c": glob("c/**")}, "the parts c have no leaf"),
-        (like(float("nan")), {"a": glob("a/**")}, "not finite"),
+        (like(float("nan")), {"a": glob("a/**")}, "must be finite"),
         (like(0.0), {"a": glob("a/**"), "b": glob("b/**")}, "is the head zero"),
     ],
 )
@@ -86,4 +88,4 @@ def test_errors(gradient, parts, text):
 
 def test_no_examples():
     with pytest.raises(ValueError, match="no examples"):
-        mean_gradient(MODEL, VARIABLES, [], PREPROCESSING)
+        mean_gradient(Classifier(MODEL, VARIABLES, PREPROCESSING), [])

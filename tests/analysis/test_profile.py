@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.features import ridge_path, standardization, stratified_folds
+from tests.support.peers import logistic_regression
 
 
 def telling(seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -56,8 +56,7 @@ def test_logistic_regression_is_scikit_learns_by_folds():
     scaled = standardization(features["layer1"])(features["layer1"])
     folds, losses = stratified_folds(labels, 5), []
     for fold in range(5):
-        fit = LogisticRegression(C=1 / probe.strength, tol=1e-8, max_iter=10_000)
-        fit.fit(scaled[folds != fold], labels[folds != fold])
+        fit = logistic_regression(scaled[folds != fold], labels[folds != fold], 1 / probe.strength)
         losses.append(log_loss(labels[folds == fold], fit.predict_proba(scaled[folds == fold])))
     assert probe.loss == pytest.approx(np.mean(losses), rel=5e-3)
 
@@ -81,11 +80,11 @@ def test_rare_and_absent_classes_are_said():
         (
             {"stem": np.full((9, 2), np.nan)},
             np.arange(9) % 2,
-            r"the features of stem cannot be probed: .*not finite",
+            r"the features of stem cannot be probed: .*must be finite",
         ),
         ({"stem": np.eye(3)}, np.arange(3), "every class has one example"),
-        ({"stem": np.eye(3)}, np.zeros(3, int), "all examples are of class 0"),
-        ({}, np.arange(3), "there is no segment to probe"),
+        ({"stem": np.eye(3)}, np.zeros(3, int), "at least 2 classes, got only class 0"),
+        ({}, np.arange(3), "must have at least one segment"),
     ],
 )
 def test_what_cannot_be_probed(features, labels, text):
@@ -94,5 +93,5 @@ def test_what_cannot_be_probed(features, labels, text):
 
 
 def test_other_kinds():
-    with pytest.raises(ValueError, match="kind is 'ridge' or 'logistic', not 'svm'"):
+    with pytest.raises(ValueError, match="kind must be 'ridge' or 'logistic', got 'svm'"):
         probe_profile({}, [], kind="svm")

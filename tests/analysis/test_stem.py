@@ -168,15 +168,31 @@ def test_every_filter_is_in_one_row():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((np.ones((7, 7, 1, 64)),), ValueError, r"shape \(7, 7, 1, 64\), wanted"),
+        ((np.ones((7, 7, 1, 64)),), ValueError, r"must have shape .*, got \(7, 7, 1, 64\)"),
         ((np.ones((64, 3, 7, 7)),), ValueError, r"transpose\(2, 3, 1, 0\)"),
-        ((np.ones((7, 7, 3, 0)),), ValueError, r"shape \(7, 7, 3, 0\)"),
-        ((np.full((3, 3, 3, 1), np.nan),), ValueError, "stem's kernel has values that are not fin"),
-        (({"kernel": 0},), TypeError, r'is a dict, wanted an array.*params\["conv1"\]\["kernel"\]'),
-        ((np.ones((3, 3, 3, 2)), np.ones((4, 3))), ValueError, r"shape \(4, 3\), wanted \[1, 1, b"),
-        ((np.ones((3, 3, 3, 2)), np.ones((1, 1, 3, 4))), ValueError, r"wanted \[1, 1, bands, 3\]"),
+        ((np.ones((7, 7, 3, 0)),), ValueError, r"got \(7, 7, 3, 0\)"),
+        ((np.full((3, 3, 3, 1), np.nan),), ValueError, "stem's kernel must be finite"),
+        (
+            ({"kernel": 0},),
+            TypeError,
+            r"must be an array.*kernel of the first convolution, got a dict",
+        ),
+        (
+            (np.ones((3, 3, 3, 2)), np.ones((4, 3))),
+            ValueError,
+            r"must have shape \[1, 1, bands, 3\], got \(4, 3\)",
+        ),
+        (
+            (np.ones((3, 3, 3, 2)), np.ones((1, 1, 3, 4))),
+            ValueError,
+            r"must have shape \[1, 1, bands, 3\]",
+        ),
         ((np.ones((3, 3, 3, 2)), np.zeros((1, 1, 4, 3))), ValueError, "all zeros"),
-        ((np.ones((3, 3, 3, 2)), np.full((1, 1, 1, 3), np.inf)), ValueError, "adapter's kernel ha"),
+        (
+            (np.ones((3, 3, 3, 2)), np.full((1, 1, 1, 3), np.inf)),
+            ValueError,
+            "adapter's kernel must",
+        ),
     ],
 )
 def test_what_is_no_stem_is_refused(arguments, error, text):

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stored import tree_of
 
 from flaxtransfer.checkpoint import CheckpointManager
+from tests.support.stored import tree_of
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stored import files, names, restore_newest, same, tree_of
 
 from flaxtransfer.checkpoint import CheckpointManager, DamagedCheckpointError, orbax_io
 from flaxtransfer.checkpoint.step_files import sign, verify
+from tests.support.stored import files, names, restore_newest, same, tree_of
 
 
 def test_flipped_bits_in_the_arrays_are_always_found_and_named(two_steps, tmp_path):

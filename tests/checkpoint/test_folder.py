@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from stored import files, names, restore_newest, tree_of
 
 from flaxtransfer.checkpoint import CheckpointManager
+from tests.support.stored import files, names, restore_newest, tree_of
 
 
 def test_reading_changes_nothing_and_saving_is_refused(broken):
@@ -62,14 +62,14 @@ def test_places_without_checkpoints(tmp_path):
     ):
         pass
     with (
-        pytest.raises(ValueError, match="mounted folder"),
+        pytest.raises(ValueError, match="local or mounted folder"),
         CheckpointManager.open("gs://bucket/run"),
     ):
         pass
     (tmp_path / "3.damaged").mkdir()
     with CheckpointManager.open(tmp_path) as store:
         assert (store.steps(), store.latest(), store.best()) == ([], None, None)
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint there.*3\.damaged"):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint \(damaged ones.*3\.damaged"):
             store.restore(tree_of(0))
 
 

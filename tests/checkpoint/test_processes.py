@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stored import names, same
 
 from flaxtransfer.checkpoint import CheckpointManager
+from tests.support.stored import names, same
 
 ROOT = Path(__file__).resolve().parents[2]
 
 PRELUDE = """
 import os, signal, sys
 import jax, jax.numpy as jnp, numpy as np
-from flaxtransfer.checkpoint import Checkpoints
+from flaxtransfer.checkpoint import CheckpointManager
 
 def tree(step, leaves=40, size=30_000):
     return {f"w{i}": np.full(size, step * 100.0 + i, np.float32) for i in range(leaves)}
@@ -99,16 +99,16 @@ def test_killed_at_random_moments(wait, tmp_path):
     "place",
     [
         # While the arrays are being written.
-        "orbax_driver._Patient._open_and_write",
+        "orbax_io._WaitingNumpyHandler._open_and_write",
         # The step has its name, but the system may still hold it in memory.
-        "step_files.flush",
+        "step_files.sync",
         # An older step has lost its name, and its files are about to go.
-        "steps.shutil.rmtree",
+        "step_files.shutil.rmtree",
     ],
 )
 def test_killed_at_a_place(place, tmp_path):
     code = f"""
-    from flaxtransfer.checkpoint import orbax_driver, step_files, steps
+    from flaxtransfer.checkpoint import orbax_io, step_files
     with CheckpointManager.open(sys.argv[1], keep_latest=1, keep_best=0) as store:
         store.save(1, tree(1), {{"step": 1}})
         owner, name = {place.rpartition(".")[0]}, {place.rpartition(".")[2]!r}
@@ -118,7 +118,7 @@ def test_killed_at_a_place(place, tmp_path):
     process = child(code, tmp_path)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (-signal.SIGKILL, "")
-    assert any(not name.isdecimal() for name in names(tmp_path)) is ("flush" not in place)
+    assert any(not name.isdecimal() for name in names(tmp_path)) is ("sync" not in place)
     check_after_a_kill(tmp_path, 1)
 
 

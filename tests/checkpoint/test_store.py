@@ -11,9 +11,9 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored import files, names, same, tree_of
 
 from flaxtransfer.checkpoint import CheckpointManager
+from tests.support.stored import files, names, same, tree_of
 
 
 class TrainState(NamedTuple):
@@ -149,7 +149,7 @@ def test_best_and_latest_are_kept(metrics, keep, kept, best, tmp_path):
 def test_a_step_that_is_not_above_the_newest_is_refused(step, broken):
     before = files(broken)
     with CheckpointManager.open(broken) as store:
-        with pytest.raises(ValueError, match=rf"step {step} is not above.*\[1, 2\]"):
+        with pytest.raises(ValueError, match=rf"step must be above .*\[1, 2\], got {step}"):
             store.save(step, tree_of(step))
         assert store.steps() == [1, 2]
     assert files(broken) == before
@@ -157,13 +157,19 @@ def test_a_step_that_is_not_above_the_newest_is_refused(step, broken):
 
 @pytest.mark.parametrize("step", [-1, 1.5, True])
 def test_a_step_is_a_whole_number(step, tmp_path):
-    with CheckpointManager.open(tmp_path) as store, pytest.raises(ValueError, match="whole number"):
+    with (
+        CheckpointManager.open(tmp_path) as store,
+        pytest.raises(ValueError, match="whole number >= 0"),
+    ):
         store.save(step, tree_of(0))
 
 
 @pytest.mark.parametrize("keep", [{"keep_best": -1}, {"keep_latest": 0}])
 def test_numbers_to_keep_are_checked(keep, tmp_path):
-    with pytest.raises(ValueError, match="must be kept"), CheckpointManager.open(tmp_path, **keep):
+    with (
+        pytest.raises(ValueError, match="keep_best must be >= 0 and keep_latest >= 1"),
+        CheckpointManager.open(tmp_path, **keep),
+    ):
         pass
 
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from terminal import SIZE
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
+from tests.support.terminal import SIZE
 
 
 @pytest.fixture(scope="session")

@@ -14,16 +14,17 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from brightness import draw, finish_run, write
 from rich.console import Console
 
 import flaxtransfer.shift.diagnosis
 from flaxtransfer.cli import run
 from flaxtransfer.commands import diagnose
-from flaxtransfer.commands.diagnose import Diagnose
-from flaxtransfer.commands.options import Train
+from flaxtransfer.commands.job import trained_network
+from flaxtransfer.commands.subcommands import Diagnose
 from flaxtransfer.data import open_source, stratified_split
-from flaxtransfer.weights import load
+from flaxtransfer.data.splits import Split
+from flaxtransfer.training.run_folder import write_json
+from tests.support.brightness import draw, finish_run, write
 
 SCHEMA = json.loads(
     Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()
@@ -53,10 +54,10 @@ def diagnosed(there: Path, *more: str) -> int:
 def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
     assert diagnosed(there, "--target-labels", str(there / "few.csv")) == 0
     printed = capsys.readouterr().out
-    assert "speak for a label shift" in printed
+    assert "support a label shift" in printed
     assert "208 held-out examples of the source, 120 target images, 10 of them" in printed
-    # The run's images are gone.
-    assert "what it kept of its validation examples stands for them" in printed
+    # A program made the run, so that its folder does not record its images.
+    assert "its saved validation examples are used instead" in printed
     out = there / "run" / "diagnosis" / "images"
     assert sorted(path.name for path in out.iterdir()) == [
         "features.png",
@@ -74,18 +75,12 @@ def test_a_report_on_the_screen_and_in_a_folder(there, capsys):
     assert (out / "features.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_kept_no_features(there, tmp_path, capsys):
-    """As before runs kept them: its log-probabilities stand for them, and are two columns."""
+def test_a_run_without_features_is_refused(there, tmp_path, capsys):
     shutil.copytree(there / "run", tmp_path / "run")
     kept = np.load(there / "run" / "validation.npz")
     np.savez(tmp_path / "run" / "validation.npz", logits=kept["logits"], labels=kept["labels"])
-    seen = []
-    for folder, text in ((there / "run", "what it kept"), (tmp_path / "run", "log-probabilities")):
-        out = tmp_path / text
-        assert diagnosed(there, "--run", str(folder), "--out", str(out)) == 0
-        assert f"{text} of its validation examples stand" in capsys.readouterr().out
-        seen.append(json.loads((out / "report.json").read_text())["tests"][0]["statistic"])
-    assert seen[0] != seen[1]
+    assert diagnosed(there, "--run", str(tmp_path / "run")) == 2
+    assert "features" in capsys.readouterr().err
 
 
 def test_a_report_is_replaced_whole(there, tmp_path, capsys):
@@ -113,16 +108,22 @@ def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):
         write(draw(0.5, 20, 3)[0], tmp_path / name)
     seen = []
     monkeypatch.setattr(diagnose, "_evidence", lambda *given: seen.append(given[2].tolist()))
-    trained = Train(data=f"folder:{tmp_path}", val_fraction=0.25, test_fraction=0.2)
-    checkpoint = replace(load(there / "run"), class_names=("bright", "dark"))
-    options = Diagnose(there / "run", "target")
-    target = (None, np.arange(5))
-    diagnose._samples(checkpoint, trained, target, options, Console())
-    parts = stratified_split(np.repeat([0, 1], 20), val_fraction=0.25, test_fraction=0.2)
+    folder = tmp_path.parent / f"{tmp_path.name}-run"
+    shutil.copytree(there / "run", folder)
+    network = replace(trained_network(folder), class_names=("bright", "dark"))
+    source, target = open_source(f"folder:{tmp_path}"), (None, np.arange(5))
+
+    def keep(**fractions):
+        parts = stratified_split(source.labels(), **fractions)
+        write_json(folder / "split.json", Split.of(source, parts).to_json())
+        return parts
+
+    parts = keep(val_fraction=0.25, test_fraction=0.2)
+    diagnose._samples(network, target, Diagnose(folder, "target"), Console())
     assert seen == [[0, 1, 2, 3, 4], sorted([*parts.val.tolist(), *parts.test.tolist()])]
-    nothing = replace(trained, val_fraction=0.0, test_fraction=0.0)
-    with pytest.raises(ValueError, match="kept no image apart; train it with --val-fraction"):
-        diagnose._samples(checkpoint, nothing, target, options, Console())
+    keep(val_fraction=0.0, test_fraction=0.0)
+    with pytest.raises(ValueError, match="no validation or test images; train it with --val-frac"):
+        diagnose._samples(network, target, Diagnose(folder, "target"), Console())
 
 
 @pytest.mark.slow
@@ -145,8 +146,8 @@ def test_a_data_set_of_tfds(there, tmp_path):
         (("--target", "folder:nowhere"), "there is no folder nowhere"),
         (("--target", "scans"), "unknown data source 'scans'"),
         (("--run", "nowhere"), "nowhere is not a run folder"),
-        (("--most-images", "5"), "--most-images is 20 or more, not 5"),
-        (("--level", "2"), "level is 2.0; it lies between 0 and 1"),
+        (("--most-images", "5"), "--most-images must be >= 20, got 5"),
+        (("--level", "2"), "--level must be > 0 and < 1, got 2.0"),
         (("--target-labels", "nowhere.csv"), "nowhere.csv"),
     ],
 )
@@ -165,7 +166,7 @@ def test_one_line_and_exit_code_2(there, arguments, text, capsys):
         ("image,class\n000.png,dark\n", "has no column label; its columns are image, class"),
         ("image,label\n", "has no rows"),
         ("image,label\n000.png,dork\n", "no class 'dork'; did you mean 'dark'"),
-        ("image,label\n999.png,dark\n", "no image is called 999.png; images are called 000.png"),
+        ("image,label\n999.png,dark\n", "no image is called 999.png; there are 000.png"),
         ("image,label\n000.png,dark\n000.png,dark\n", "given twice: 000.png"),
         ("", "its columns are none"),
     ],

@@ -1,4 +1,4 @@
-"""What goes wrong is one line and exit code 2, and nothing is lost or half-written."""
+"""Input errors print one line and exit with code 2; nothing is lost or half-written."""
 
 from __future__ import annotations
 
@@ -8,39 +8,48 @@ import sys
 
 import pytest
 from PIL import Image
-from terminal import SIZE, only_line
 
 from flaxtransfer.cli import run
+from tests.support.terminal import SIZE, only_line
 
 ERRORS = [
     (["train", "--data", "digit"], "unknown data source 'digit'; did you mean 'digits'?"),
     (["train", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
     (["train", "--model", "resnet50"], "holds resnet18w32"),
     (["train", "--data", "folder:nowhere"], "nowhere"),
-    (["train", "--batch-size", "0"], "--batch-size must be positive, not 0"),
+    (["train", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
     (["train", "--data", "tfds:no_such_set"], "no_such_set"),
     (["train", "--labels-per-class", "500"], "class"),
-    (["train", "--strategy", "surgicl"], "no strategy 'surgicl'; did you mean 'surgical'?"),
+    (["train", "--strategy", "l2sp"], "--strategy must be a recipe (batch_norm_only, "),
+    (["train", "--strategy", "surgicl"], "got 'surgicl'; did you mean 'surgical'?"),
     (["train", "--strategy", "nowhere.yaml"], "there is no plan nowhere.yaml"),
-    (["train", "--strategy", "l2_sp", "--head-steps", "5"], "l2_sp takes no --head-steps"),
+    (["train", "--strategy", "l2_sp", "--head-steps", "5"], "l2_sp does not take --head-steps"),
     (["train", "--patience", "2"], "patience needs a validation set"),
     (["plan", "--strategy", "unfreezing"], "did you mean 'progressive_unfreezing'?"),
-    (["plan", "--model", "resnet5"], "unknown model 'resnet5'"),
+    (["plan", "--model", "resnet5"], "--model must be an architecture"),
     (["predict", "nowhere", "image.png"], "no such image: image.png"),
     (["evaluate", "nowhere"], "nowhere is not a run folder"),
-    (["params", "--model", "resnet5"], "unknown model 'resnet5'; did you mean 'resnet50'"),
+    (["params", "--model", "resnet5"], "got 'resnet5'; did you mean 'resnet50'"),
     (["params", "--rules", "a=heat()"], "head"),
     (["params", "--rules", "a=head()", "--rates", "a=1"], "conv1/kernel"),
     (["params", "--rates", "hed=1"], "'hed'; did you mean 'head'?"),
+    (["params", "--rates", "head=fast"], "the rate of 'head' must be a number, got 'fast'"),
+    (["params", "--rules", "head"], "'head' must be of the form name=value"),
+    (["predict", "nowhere"], "no image was given"),
+    (["probe", "--most-images", "2"], "--most-images must be >= 3, got 2"),
+    (["probe", "--out", "probe.txt"], "probe.txt"),
+    (["trian"], "got 'trian'; did you mean 'train'?"),
     (["models", "*resent50*"], "no architecture is called '*resent50*'; did you mean 'resnet50'"),
     (["models", "resnet[50"], "never closes a '['"),
-    (["models", "--size", "0"], "--size is a positive number of px, not 0"),
+    (["models", "--size", "0"], "--size must be >= 1, got 0"),
     (["find-rate", "--group", "hed"], "no group 'hed' with a learning rate; did you mean 'head'?"),
     (["find-rate", "--group", "head", "--each-group"], "give one of the two options"),
     (["find-rate", "--phase", "finetune"], "no phase 'finetune'; did you mean 'fine-tune'?"),
-    (["find-rate", "--out", "rates.txt"], "rates.txt is no picture; its name has to end in .png"),
-    (["find-rate", "--out", "no/rates.png"], "there is no folder no for rates.png"),
-    (["find-rate", "--lowest", "1", "--steps", "2"], "not from 1.0 to 1.0; steps is 2"),
+    (["find-rate", "--out", "rates.txt"], "name must end in .png, .pdf, .svg, got rates.txt"),
+    (["find-rate", "--out", "no/rates.png"], "the folder no for rates.png does not exist"),
+    (["find-rate", "--lowest", "1"], "--lowest must be < --highest, got 1.0 and 1.0"),
+    (["find-rate", "--lowest", "0", "--steps", "2"], "--lowest must be > 0, got 0.0; --steps must"),
+    (["find-rate", "--lowest", "nan"], "--lowest must be > 0, got nan"),
     (["find-rate", "--strategy", "l2_sp", "--group", "backbone"], "train the head first"),
     (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
 ]
@@ -80,7 +89,7 @@ def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
         "no",
     ]
     assert run(train) == 2
-    assert ".png: not an image" in only_line(capsys)
+    assert ".png: not a readable PNG image" in only_line(capsys)
     # The run folder of the failed attempt holds no checkpoint, and may be used again.
     assert run([*train, "--skip-corrupt"]) == 0
     assert "4 unreadable images" in capsys.readouterr().out
@@ -214,4 +223,6 @@ def test_an_unfinished_run_cannot_predict(tmp_path, folder, capsys):
 
 def test_a_cache_out_of_range_is_one_line(capsys):
     assert run(["train", "--cache-views", "0", "--cache-disk-gb", "-1"]) == 2
-    assert "views is 1 or more, not 0; disk is a number of bytes" in only_line(capsys)
+    assert "--cache-views must be >= 1, got 0; --cache-disk-gb must be >= 0, got -1.0" in only_line(
+        capsys
+    )

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from terminal import only_line
 
 from flaxtransfer.cli import run
+from tests.support.terminal import only_line
 
 
 def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys):

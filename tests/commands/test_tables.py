@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
-from terminal import only_line
 
 import flaxtransfer as ft
-from flaxtransfer.cli import (
-    Convert,
-    Evaluate,
-    FindRate,
-    Models,
-    Params,
-    Plan,
-    Predict,
-    Probe,
-    Stem,
-    Train,
-    run,
+from flaxtransfer.cli import run
+from flaxtransfer.commands.options import (
+    BatchOptions,
+    CacheOptions,
+    DataOptions,
+    InputOptions,
+    JobOptions,
+    RunOptions,
+    SplitOptions,
+    flag,
+    from_record,
+    recorded,
 )
+from flaxtransfer.commands.subcommands import SUBCOMMANDS, FindRate, Train
+from flaxtransfer.data.open import SCHEMES
+from flaxtransfer.models.config import METHODS
+from flaxtransfer.weights.naming.formats import FORMATS
+from flaxtransfer.weights.naming.torchgeo import SENSORS
+from tests.support.terminal import only_line
 
 
 def test_params_prints_the_table_without_allocating_a_network(capsys):
@@ -97,15 +105,85 @@ def test_probe_prints_a_row_a_segment_and_draws_them(folder, weights, tmp_path, 
     assert "txt" in only_line(capsys)
 
 
-@pytest.mark.parametrize(
-    "command", [Train, Plan, Probe, Stem, FindRate, Models, Params, Evaluate, Predict, Convert]
-)
-def test_every_option_has_help(command, capsys):
+REQUIRED = {
+    "evaluate": {"run": Path("run")},
+    "predict": {"run": Path("run"), "images": (Path("a.png"),)},
+    "diagnose": {"run": Path("run"), "target": "digits"},
+    "convert": {"source": "a", "target": Path("b")},
+}
+
+
+def options_of(options):
+    """Names, documentation and notes of all options, those of groups included."""
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value, notes = getattr(options, field.name), getattr(hints[field.name], "__metadata__", ())
+        if dataclasses.is_dataclass(value):
+            yield from options_of(value)
+        else:
+            entry = re.search(rf"^ {{8}}{field.name}: (\S+ \S+)", type(options).__doc__, re.M)
+            given = [note.help for note in notes if getattr(note, "help", None)]
+            yield field.name, notes, given[0] if given else entry and entry[1]
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_option_has_help_that_fits_80_columns(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
-        run([re.sub("(?<=.)([A-Z])", r"-\1", command.__name__).lower(), "--help"])
+        run([name, "--help"])
     assert end.value.code == 0
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(command):
-        documented = re.search(rf"^ +{field.name}: (\S+ \S+)", command.__doc__, re.MULTILINE)
-        assert documented, field.name
-        assert documented[1] in shown
+    shown = capsys.readouterr().out
+    usage, *lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(usage) <= 100
+    words = " ".join(shown.replace("│", " ").split())
+    assert "None" not in words
+    for option, notes, text in options_of(SUBCOMMANDS[name](**REQUIRED.get(name, {}))):
+        assert text, option
+        assert " ".join(text.split()[:2]) in words
+        assert flag(option, notes) in words or option.upper() in words
+
+
+def test_the_list_of_subcommands_fits_80_columns(capsys):
+    for arguments, code in (["--help"], 0), (["-h"], 0), ([], 2):
+        assert run(arguments) == code
+        shown = "".join(capsys.readouterr())
+        assert max(map(len, shown.splitlines())) <= 80
+        assert re.findall(r"^  (\S+) ", shown, re.M) == list(SUBCOMMANDS)
+
+
+def test_the_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"flaxtransfer {ft.__version__}\n"
+
+
+def test_help_lists_what_the_tables_hold(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        run(["train", "--help"])
+    shown = capsys.readouterr().out
+    for table in (ft.recipes.RECIPES, FORMATS, SENSORS, METHODS, SCHEMES):
+        assert [name for name in table if name not in shown] == []
+
+
+def test_names_of_options_are_their_own():
+    """Groups are not a part of the name of a flag, so no two may have the same."""
+    for kind in (Train, FindRate):
+        flags = [flag(name, notes) for name, notes, _ in options_of(kind())]
+        assert sorted(set(flags)) == sorted(flags)
+
+
+def test_a_run_records_what_decides_what_is_learned():
+    """And nothing else: the same run may be resumed with other workers, or in another place."""
+    quiet = Train(
+        run=RunOptions(run=Path("there"), resume=True, compare="no", tensorboard=True),
+        job=JobOptions(data=DataOptions(download=True), batch=BatchOptions(workers=3)),
+        cache=CacheOptions(folder=Path("caches")),
+    )
+    assert recorded(quiet) == recorded(Train())
+    options = JobOptions(
+        split=SplitOptions(seed=4), input=InputOptions(bands=2, wavelengths=(400.0, 500.0))
+    )
+    record = json.loads(json.dumps(recorded(Train(job=options))))
+    assert record != recorded(Train())
+    assert from_record(JobOptions(), record) == options

@@ -133,11 +133,11 @@ def test_a_box_is_resized_alone():
     [
         (
             SMALL.astype(np.float32),
-            r"uint8 \[height, width, channels\]; this one is float32 \[8, 8",
+            r"uint8 \[height, width, channels\], got float32 \[8, 8",
         ),
-        (SMALL[..., 0], r"this one is uint8 \[8, 8\]"),
-        (SMALL[:0], r"this one is uint8 \[0, 8, 1\]"),
-        ([1], r"this one is list \[\]"),
+        (SMALL[..., 0], r"got uint8 \[8, 8\]"),
+        (SMALL[:0], r"got uint8 \[0, 8, 1\]"),
+        ([1], r"got list \[\]"),
     ],
 )
 def test_what_is_no_image_is_refused(image, text):

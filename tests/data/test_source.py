@@ -57,31 +57,47 @@ def test_pickle_keeps_the_source():
 @pytest.mark.parametrize("index", [-1, 2, np.int64(5)])
 def test_a_position_outside_is_an_index_error(index):
     source = ArraySource(GRAY, [0, 1])
-    with pytest.raises(IndexError, match=rf"example {index} does not exist: there are 2 \(0 to 1"):
+    with pytest.raises(IndexError, match=rf"example {index} does not exist; there are 2 \(0 to 1"):
         source[index]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((GRAY.astype(np.uint16), [0, 1]), TypeError, "images are uint16; .*images / 65535"),
-        ((GRAY.astype(np.int64), [0, 1]), TypeError, "images are int64; give uint8"),
-        ((GRAY, [0.0, 1.0]), TypeError, "labels are float64; give integers"),
-        ((GRAY, [0, 1], "ab"), TypeError, "class_names is one string, 'ab'"),
-        ((GRAY[0], [0, 1, 0]), ValueError, r"images have shape \(3, 4\), wanted \[examples"),
-        ((GRAY[:0], []), TypeError, "labels are float64"),
-        ((GRAY[:0], np.zeros(0, int)), ValueError, r"images have shape \(0, 3, 4\)"),
-        ((GRAY * 1.0, [0, 1]), ValueError, r"must lie in 0 \.\. 1, these span 0 \.\. 23"),
-        ((GRAY * np.nan, [0, 1]), ValueError, r"these span nan \.\. nan"),
-        ((GRAY, [0]), ValueError, r"labels have shape \(1,\), wanted one a image: \(2,\)"),
-        ((GRAY, [[0, 1]]), ValueError, r"labels have shape \(1, 2\)"),
-        ((GRAY, [-1, 0]), ValueError, r"labels span -1 \.\. 0, wanted 0 or more"),
+        (
+            (GRAY.astype(np.uint16), [0, 1]),
+            TypeError,
+            "images must be uint8 .*, got uint16; .*images / 65535",
+        ),
+        (
+            (GRAY.astype(np.int64), [0, 1]),
+            TypeError,
+            r"images must be uint8 \(0 to 255\) or .*, got int64",
+        ),
+        ((GRAY, [0.0, 1.0]), TypeError, "labels must be integers, .*, got float64"),
+        (
+            (GRAY, [0, 1], "ab"),
+            TypeError,
+            "class_names must be a tuple of strings, got the string 'ab'",
+        ),
+        ((GRAY[0], [0, 1, 0]), ValueError, r"images must have shape \[examples.*, got \(3, 4\)"),
+        ((GRAY[:0], []), TypeError, "labels must be integers"),
+        (
+            (GRAY[:0], np.zeros(0, int)),
+            ValueError,
+            r"images must have shape .* without a 0, got \(0, 3, 4\)",
+        ),
+        ((GRAY * 1.0, [0, 1]), ValueError, r"must lie in 0 \.\. 1, got 0 \.\. 23"),
+        ((GRAY * np.nan, [0, 1]), ValueError, r"must lie in 0 \.\. 1, got nan \.\. nan"),
+        ((GRAY, [0]), ValueError, r"labels must have shape \(2,\), one per image, got \(1,\)"),
+        ((GRAY, [[0, 1]]), ValueError, r"labels must have shape .*, got \(1, 2\)"),
+        ((GRAY, [-1, 0]), ValueError, r"labels must be >= 0, got -1 \.\. 0"),
         (
             (GRAY, [0, 2], ("a", "b")),
             ValueError,
-            r"labels span 0 \.\. 2, wanted 0 \.\. 1 \(2 class",
+            r"labels must be in 0 \.\. 1 \(2 class names\), got 0 \.\. 2",
         ),
-        ((GRAY, [0, 1], ("a", "a")), ValueError, r"class names given twice: \['a'\]"),
+        ((GRAY, [0, 1], ("a", "a")), ValueError, r"class names must differ, got twice: \['a'\]"),
     ],
 )
 def test_wrong_arrays_say_what_is_wrong(arguments, error, text):
@@ -90,7 +106,7 @@ def test_wrong_arrays_say_what_is_wrong(arguments, error, text):
 
 
 def test_all_that_is_wrong_is_said_at_once():
-    with pytest.raises(ValueError, match=r"must lie in.*shape \(1,\).*labels span -3"):
+    with pytest.raises(ValueError, match=r"must lie in.*got \(1,\).*labels must be .*got -3"):
         ArraySource(GRAY * 1.0, [-3])
 
 
@@ -102,7 +118,7 @@ def test_all_that_is_wrong_is_said_at_once():
         ("fodler:x", r"did you mean 'folder'\?"),
         ("mnist", r"\(a TensorFlow Datasets name is written 'tfds:mnist'\)"),
         ("", "unknown data source ''"),
-        ("tfds:", r"'tfds:' is not of the form 'tfds:<name>\[/config\]"),
+        ("tfds:", r"name must be 'tfds:<name>\[/config\].*, got 'tfds:'"),
         ("folder:", "'folder:' needs a path"),
     ],
 )

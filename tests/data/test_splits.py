@@ -148,16 +148,16 @@ def test_the_digits_with_five_labels_a_class(digits):
 @pytest.mark.parametrize(
     ("labels", "options", "text"),
     [
-        ([0, 0, 0], {}, "only one class, '0'; a classifier needs two or more"),
+        ([0, 0, 0], {}, "there must be at least 2 classes, got only '0'"),
         (
             [0] * 9 + [1] * 3,
             {"labels_per_class": 5},
-            "class '1' has 3 examples, 3 left, and 5 are wanted",
+            "class '1' must have 5 examples, got 3$",
         ),
         (
             [0] * 3 + [1] * 2,
             {"labels_per_class": 5, "class_names": ("cat", "dog")},
-            r"class 'cat' has 3 examples.*; class 'dog' has 2 examples",
+            r"class 'cat' must .*got 3; class 'dog' must .*got 2",
         ),
         (
             [0] * 9 + [1] * 5,
@@ -167,23 +167,23 @@ def test_the_digits_with_five_labels_a_class(digits):
         (
             [0] * 9 + [1] * 6,
             {"labels_per_class": 5, "test_fraction": 0.5},
-            "class '1' has 6 examples, 3 left after 3 for testing, and 5 are wanted",
+            "class '1' must have 5 examples after 3 for testing, got 3 of 6",
         ),
         ([0] * 9 + [2] * 9, {}, "class '1' has no examples"),
         ([0] * 9 + [1] * 9, {"class_names": ("a", "b", "c")}, "class 'c' has no examples"),
         (
             [0] * 9 + [1] * 9 + [2] * 9,
             {"class_names": ("a", "b")},
-            "labels go up to 2, but there are 2 names",
+            "class_names must have one name per class, got 2 names and labels up to 2",
         ),
-        ([0] * 9 + [1] * 2, {}, "class '1' has 2 examples, 1 left after 1 for testing, and 2 are"),
-        ([0, 1] * 9, {"labels_per_class": 0}, "labels_per_class is 0, wanted 1 or more"),
+        ([0] * 9 + [1] * 2, {}, "class '1' must have 2 examples after 1 for testing, got 1 of 2"),
+        ([0, 1] * 9, {"labels_per_class": 0}, "labels_per_class must be >= 1, got 0"),
         (
             [0, 1] * 9,
             {"labels_per_class": 5, "val_per_class": 5},
-            "val_per_class is 5 of 5 labels per class, which leaves none to train on",
+            r"val_per_class must be < labels_per_class \(5\), got 5, which leaves none to train on",
         ),
-        ([0, 1] * 9, {"val_per_class": -1}, "val_per_class is -1, wanted 0 or more"),
+        ([0, 1] * 9, {"val_per_class": -1}, "val_per_class must be >= 0, got -1"),
         (
             [0, 1] * 9,
             {"val_per_class": 1, "val_fraction": 0.1},
@@ -192,16 +192,16 @@ def test_the_digits_with_five_labels_a_class(digits):
         (
             [0, 1] * 9,
             {"labels_per_class": 2, "val_fraction": 0.1},
-            "val_fraction does not go with labels_per_class.*give val_per_class",
+            "val_fraction cannot be combined with labels_per_class.*give val_per_class",
         ),
         (
             [0, 1] * 9,
             {"test_fraction": 1.0, "val_fraction": -0.1, "seed": -1},
-            r"val_fraction is -0\.1.*; test_fraction is 1\.0, wanted at least 0.*; seed is -1",
+            r"val_fraction .*got -0\.1; test_fraction must be .* < 1, got 1\.0; seed .*got -1",
         ),
-        ([], {}, r"labels have shape \(0,\)"),
-        ([[0, 1]], {}, r"labels have shape \(1, 2\), wanted \[examples\]"),
-        ([0, -1], {}, "labels go down to -1"),
+        ([], {}, r"labels must have shape .*, got \(0,\)"),
+        ([[0, 1]], {}, r"labels must have shape \[examples\].*, got \(1, 2\)"),
+        ([0, -1], {}, "labels must be >= 0, got -1"),
     ],
 )
 def test_a_split_that_cannot_be_made_says_why(labels, options, text):
@@ -210,7 +210,7 @@ def test_a_split_that_cannot_be_made_says_why(labels, options, text):
 
 
 def test_labels_are_integers():
-    with pytest.raises(TypeError, match="labels are float64, wanted integers"):
+    with pytest.raises(TypeError, match="labels must be integers, got float64"):
         stratified_split([0.0, 1.0])
 
 

@@ -180,17 +180,17 @@ def test_the_source_pickles(prepared):
             ValueError,
             r"no split 'trian'; did you mean 'train'\?.*the splits train \(4 examples\), test \(1 ",
         ),
-        ("tiny_shapes:train[:99]", ValueError, r"'train\[:99\]' cannot be taken: .*has the splits"),
-        ("tiny_shapes:train[:", ValueError, r"'train\[:' cannot be taken: "),
-        ("tiny_shapes:train[:0]", ValueError, r"'train\[:0\]' holds no example; .*has the splits"),
+        ("tiny_shapes:train[:99]", ValueError, r"'train\[:99\]' cannot be read: .*has the splits"),
+        ("tiny_shapes:train[:", ValueError, r"'train\[:' cannot be read: "),
+        ("tiny_shapes:train[:0]", ValueError, r"'train\[:0\]' has no examples; .*has the splits"),
         ("tiny_shapes:train[3:1]", ValueError, r"'train\[3:1\]' "),
         (
             "tiny_texts",
             ValueError,
-            r"'tfds:tiny_texts' is no image classification data set: it has no Image feature\(s\) "
-            r"where one image is wanted; its features: text \(Text\)",
+            r"'tfds:tiny_texts' is not an image classification data set: it must have one Image "
+            r"feature, got 0; its features: text \(Text\)",
         ),
-        ("a b", ValueError, r"'tfds:a b' is not of the form 'tfds:<name>\[/config\]"),
+        ("a b", ValueError, r"name must be 'tfds:<name>\[/config\].*, got 'tfds:a b'"),
     ],
 )
 def test_what_cannot_be_opened_says_so_at_once(prepared, spec, error, text):

@@ -138,9 +138,9 @@ def test_gray_is_replicated_and_nothing_else():
     assert (found == GRAY).all()
     assert Channels(3)(PHOTO, None) is PHOTO
     assert Channels(1)(GRAY, None) is GRAY
-    with pytest.raises(ValueError, match=r"has 13 channels, the network wants 3; .* bands=13"):
+    with pytest.raises(ValueError, match=r"must have 3 channels, got 13 .* bands=13"):
         Channels(3)(np.zeros((2, 2, 13), np.uint8), None)
-    with pytest.raises(ValueError, match="has 1 channels, the network wants 13; only gray"):
+    with pytest.raises(ValueError, match=r"must have 13 channels, got 1 .*only gray"):
         Channels(13)(GRAY, None)
 
 
@@ -185,22 +185,25 @@ def test_names_that_speak_of_glyphs_or_sides_forbid_mirroring(names, keeps):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: ResizeCrop(9, 8), "ResizeCrop: resize is 8 px, less than the crop's size of 9 px"),
-        (lambda: ResizeCrop(0, 8), "ResizeCrop: size is 0, wanted 1 or more px"),
+        (lambda: ResizeCrop(9, 8), r"ResizeCrop: resize must be >= size \(9 px\), got 8 px"),
+        (lambda: ResizeCrop(0, 8), "ResizeCrop: size must be >= 1 px, got 0"),
         (lambda: ResizeCrop(8, 8, "cubic"), "unknown interpolation 'cubic'; did you mean 'bicub"),
         (
             lambda: RandomAffine(8, 8, degrees=-1, shift=-1, scale=(0, 1), fill=256),
-            r"RandomAffine: scale is \(0, 1\), wanted 0 < low <= high; "
-            r"degrees is -1, wanted 0 or more"
-            r"; shift is -1, wanted 0 or more; fill is 256, wanted 0 to 255",
+            r"RandomAffine: scale must be 0 < low <= high, got \(0, 1\); "
+            r"degrees must be >= 0, got -1"
+            r"; shift must be >= 0, got -1; fill must be 0 to 255, got 256",
         ),
-        (lambda: RandomAffine(8, 8, shear=90), "shear is 90, wanted less than 90 degrees"),
+        (lambda: RandomAffine(8, 8, shear=90), "shear must be < 90 degrees, got 90"),
         (
             lambda: RandomResizedCrop(8, scale=(0.5, 1.5), ratio=(2, 1)),
-            r"scale is \(0\.5, 1\.5\), wanted 0 < low <= high <= 1; ratio is \(2, 1\), wanted",
+            r"scale must be 0 < low <= high <= 1, got \(0\.5, 1\.5\); ratio .*got \(2, 1\)",
         ),
-        (lambda: HorizontalFlip(1.5), r"probability is 1\.5, wanted 0 to 1"),
-        (lambda: Jitter(2, -1), "brightness is 2, wanted 0 to 1; contrast is -1, wanted 0 to 1"),
+        (lambda: HorizontalFlip(1.5), r"probability must be 0 to 1, got 1\.5"),
+        (
+            lambda: Jitter(2, -1),
+            "brightness must be 0 to 1, got 2; contrast must be 0 to 1, got -1",
+        ),
         (
             lambda: training_transform(PREPROCESSING, geometry="warp"),
             "unknown geometry 'warp'; known: affine, crop, none",

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import flaxtransfer as ft
-
-from ..training.small import PREPROCESSING, batch, network
+from tests.support.small import PREPROCESSING, batch, network
 
 PADDED = batch(1) | {"weight": np.array([1, 1, 1, 0, 0, 0, 0, 0.0])}
 
@@ -16,7 +15,7 @@ PADDED = batch(1) | {"weight": np.array([1, 1, 1, 0, 0, 0, 0, 0.0])}
 def test_features_are_the_means_of_the_maps():
     model, variables = network()
     features, labels = ft.features.segment_features(
-        model, variables, [batch(0), PADDED], PREPROCESSING
+        ft.Classifier(model, variables, PREPROCESSING), [batch(0), PADDED]
     )
     assert {name: values.shape for name, values in features.items()} == {
         "stem": (11, 4),
@@ -39,9 +38,9 @@ def test_the_head_sees_the_pooled_ones():
     model, variables = network()
     variables["params"]["fc"]["kernel"] = jax.random.normal(jax.random.key(3), (32, 3))
     pooled, labels = ft.features.pooled_features(
-        model, variables, [batch(0), PADDED], PREPROCESSING
+        ft.Classifier(model, variables, PREPROCESSING), [batch(0), PADDED]
     )
-    predictions = ft.predict(model, variables, [batch(0), PADDED], PREPROCESSING)
+    predictions = ft.predict(ft.Classifier(model, variables, PREPROCESSING), [batch(0), PADDED])
     head = variables["params"]["fc"]
     np.testing.assert_allclose(
         pooled @ head["kernel"] + head["bias"], predictions.logits, rtol=1e-4, atol=1e-5
@@ -56,7 +55,7 @@ def test_segments_come_in_their_order_and_no_further_than_asked():
         for name, tree in variables.items()
     }
     features, _ = ft.features.segment_features(
-        model, below, [batch(0)], PREPROCESSING, ("layer2", "stem")
+        ft.Classifier(model, below, PREPROCESSING), [batch(0)], ("layer2", "stem")
     )
     assert list(features) == ["stem", "layer2"]
 
@@ -65,10 +64,10 @@ def test_bfloat16_features_are_float32():
     model, variables = network()
     half = ft.resnet(model.config, dtype="bfloat16")
     features, _ = ft.features.segment_features(
-        half, variables, [batch(0)], PREPROCESSING, ("layer1",)
+        ft.Classifier(half, variables, PREPROCESSING), [batch(0)], ("layer1",)
     )
     exact, _ = ft.features.segment_features(
-        model, variables, [batch(0)], PREPROCESSING, ("layer1",)
+        ft.Classifier(model, variables, PREPROCESSING), [batch(0)], ("layer1",)
     )
     assert features["layer1"].dtype == np.float32
     np.testing.assert_allclose(features["layer1"], exact["layer1"], rtol=0.1, atol=0.05)
@@ -88,9 +87,9 @@ def test_bfloat16_features_are_float32():
 )
 def test_segments_that_have_no_features(segments, text):
     with pytest.raises(ValueError, match=text):
-        ft.features.segment_features(*network(), [batch(0)], PREPROCESSING, segments)
+        ft.features.segment_features(ft.Classifier(*network(), PREPROCESSING), [batch(0)], segments)
 
 
 def test_nothing_to_take_features_of():
     with pytest.raises(ValueError, match="no examples"):
-        ft.features.pooled_features(*network(), [], PREPROCESSING)
+        ft.features.pooled_features(ft.Classifier(*network(), PREPROCESSING), [])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import jax
 import numpy as np
 import pytest
@@ -11,10 +9,10 @@ import scipy.special
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
-from scipy.optimize._linesearch import LineSearchWarning
 from sklearn.linear_model import LogisticRegression
 
 from flaxtransfer.features import logistic, logistic_path
+from tests.support.peers import logistic_regression
 
 STRENGTHS = (0.01, 1.0, 100.0)
 
@@ -41,12 +39,7 @@ def sample(count: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndar
 
 def peer(features, labels, strength) -> LogisticRegression:
     # With two classes scikit-learn keeps one column, whose penalty counts twice.
-    c = (1 if labels.max() > 1 else 2) / strength
-    fit = LogisticRegression(C=c, solver="newton-cg", tol=1e-10, max_iter=10_000)
-    with warnings.catch_warnings():
-        # That its line search finds nothing better in float64 is what is wanted here.
-        warnings.simplefilter("ignore", LineSearchWarning)
-        return fit.fit(features, labels)
+    return logistic_regression(features, labels, (1 if labels.max() > 1 else 2) / strength)
 
 
 def peer_log_probs(fit: LogisticRegression, features) -> np.ndarray:
@@ -171,8 +164,8 @@ def test_batches_of_fits_are_the_same_fits(monkeypatch):
     features, labels = sample(40, 5, 3)
     strengths = np.logspace(-2, 2, 7)
     whole = logistic_path(features, labels, strengths)
-    monkeypatch.setattr(logistic, "_AT_ONCE", 0)
-    monkeypatch.setattr(logistic, "_BATCH", 3)
+    monkeypatch.setattr(logistic, "_BATCH_LOGITS", 0)
+    monkeypatch.setattr(logistic, "_LEAST_BATCH", 3)
     parts = logistic_path(features, labels, strengths)
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-6)
     assert parts.logits.shape == (7, 40, 3)
@@ -195,17 +188,25 @@ def test_one_fit_alone_is_the_same_fit(float64, count, width, strength):
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"labels": np.zeros(9, int)}, ValueError, "all examples are of class 0"),
-        ({"labels": np.arange(9) - 1}, ValueError, "labels go from -1 to 7"),
-        ({"labels": np.arange(9.0)}, TypeError, "labels are float64"),
-        ({"classes": 4}, ValueError, "labels go from 0 to 8; there are 4 classes"),
-        ({"classes": 11}, ValueError, r"classes \[9, 10\] have no example"),
-        ({"labels": np.arange(8)}, ValueError, r"\(9, 4\) and labels \(8,\)"),
-        ({"features": np.full((9, 4), np.inf)}, ValueError, "9 of 9 examples have features"),
-        ({"strengths": 0.0}, ValueError, "numbers above 0"),
-        ({"strengths": [1, 2, 3], "weights": np.ones((2, 9))}, ValueError, "3 strengths and 2"),
-        ({"weights": np.ones(8)}, ValueError, r"wanted \[fits, 9\]"),
-        ({"weights": -np.ones(9)}, ValueError, "0 or more"),
+        ({"labels": np.zeros(9, int)}, ValueError, "at least 2 classes, got only class 0"),
+        ({"labels": np.arange(9) - 1}, ValueError, r"labels must be in 0 \.\. 7 .*, got -1 \.\. 7"),
+        ({"labels": np.arange(9.0)}, TypeError, "labels must be integers, got float64"),
+        ({"classes": 4}, ValueError, r"labels must be in 0 \.\. 3 \(4 classes\), got 0 \.\. 8"),
+        ({"classes": 11}, ValueError, r"must have an example.*classes \[9, 10\] have no"),
+        ({"labels": np.arange(8)}, ValueError, r"got \(9, 4\) and \(8,\)"),
+        (
+            {"features": np.full((9, 4), np.inf)},
+            ValueError,
+            "features must be finite; 9 of 9 examples",
+        ),
+        ({"strengths": 0.0}, ValueError, "strengths must be > 0"),
+        (
+            {"strengths": [1, 2, 3], "weights": np.ones((2, 9))},
+            ValueError,
+            r"one per row of weights \(2\), got 3",
+        ),
+        ({"weights": np.ones(8)}, ValueError, r"must have shape \[fits, 9\]"),
+        ({"weights": -np.ones(9)}, ValueError, "must be finite and >= 0"),
         ({"weights": np.arange(9)}, ValueError, r"classes \[0\] have no example"),
     ],
 )
@@ -216,5 +217,5 @@ def test_what_cannot_be_fitted_is_said(changes, error, text):
 
 
 def test_new_features_have_the_same_width():
-    with pytest.raises(ValueError, match=r"wanted \[examples, 4\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[examples, 4\]"):
         logistic_path(np.eye(4), np.arange(4)).predict(np.ones((2, 3)))

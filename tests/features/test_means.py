@@ -92,13 +92,17 @@ def test_both_ways_to_invert_agree(seed, width, shrinkage):
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"labels": np.zeros(9, int)}, ValueError, "all examples are of class 0"),
-        ({"labels": np.arange(9) - 1}, ValueError, "labels go from -1 to 7"),
-        ({"labels": np.arange(9.0)}, TypeError, "labels are float64"),
-        ({"classes": 4}, ValueError, "labels go from 0 to 8; there are 4 classes"),
-        ({"classes": 11}, ValueError, r"classes \[9, 10\] have no examples"),
-        ({"labels": np.arange(8)}, ValueError, r"\(9, 4\) and labels \(8,\)"),
-        ({"features": np.full((9, 4), np.nan)}, ValueError, "9 of 9 examples have features"),
+        ({"labels": np.zeros(9, int)}, ValueError, "at least 2 classes, got only class 0"),
+        ({"labels": np.arange(9) - 1}, ValueError, r"labels must be in 0 \.\. 7 .*, got -1 \.\. 7"),
+        ({"labels": np.arange(9.0)}, TypeError, "labels must be integers, got float64"),
+        ({"classes": 4}, ValueError, r"labels must be in 0 \.\. 3 \(4 classes\), got 0 \.\. 8"),
+        ({"classes": 11}, ValueError, r"must have an example, classes \[9, 10\] have none"),
+        ({"labels": np.arange(8)}, ValueError, r"got \(9, 4\) and \(8,\)"),
+        (
+            {"features": np.full((9, 4), np.nan)},
+            ValueError,
+            "features must be finite; 9 of 9 examples",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_said(fit, changes, error, text):
@@ -110,7 +114,7 @@ def test_what_cannot_be_fitted_is_said(fit, changes, error, text):
 @pytest.mark.parametrize(("count", "width"), [(20, 40), (42, 41)])
 def test_a_singular_covariance_wants_shrinkage(count, width):
     features, labels = sample(count, width, 2)
-    with pytest.raises(ValueError, match=r"singular .*shrinkage is 0, wanted above 0"):
+    with pytest.raises(ValueError, match=r"singular .*shrinkage must be > 0, .*got 0"):
         linear_discriminant(features, labels, shrinkage=0)
     features, labels = sample(50, 5, 2)
     with pytest.raises(ValueError, match="singular"):
@@ -123,7 +127,7 @@ def test_no_variance_within_classes_is_said():
 
 
 def test_shrinkage_is_a_share():
-    with pytest.raises(ValueError, match=r"shrinkage is 1\.5, wanted 0 to 1"):
+    with pytest.raises(ValueError, match=r"shrinkage must be 0 to 1, got 1\.5"):
         linear_discriminant(*sample(20, 3, 2), shrinkage=1.5)
 
 
@@ -136,5 +140,5 @@ def test_a_zero_has_no_direction():
 
 
 def test_new_features_have_the_same_width():
-    with pytest.raises(ValueError, match=r"wanted \[examples, 3\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[examples, 3\]"):
         nearest_class_mean(*sample(20, 3, 2)).predict(np.ones((2, 5)))

@@ -70,7 +70,7 @@ def test_constant_and_repeated_features_are_harmless(count, width):
 def test_strengths_in_parts_are_the_same(monkeypatch):
     features, labels = sample(30, 6, 3)
     whole = ridge_path(features, labels, STRENGTHS)
-    monkeypatch.setattr(ridge, "_AT_ONCE", 200)
+    monkeypatch.setattr(ridge, "_BATCH_SCORES", 200)
     parts = ridge_path(features, labels, STRENGTHS)
     np.testing.assert_allclose(parts.errors, whole.errors, rtol=1e-12)
     np.testing.assert_array_equal(parts.accuracies, whole.accuracies)
@@ -86,13 +86,16 @@ def test_a_class_without_examples_is_never_predicted():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"labels": np.zeros(9, int)}, "all examples are of class 0"),
-        ({"labels": np.arange(9) - 1}, "labels go from -1 to 7"),
-        ({"classes": 4}, "labels go from 0 to 8; there are 4 classes"),
-        ({"labels": np.arange(8)}, r"\(9, 4\) and labels \(8,\)"),
-        ({"features": np.full((9, 4), np.nan)}, "9 of 9 examples have features that are not"),
-        ({"strengths": [1.0, 0.0]}, "numbers above 0"),
-        ({"features": np.ones((2, 4)), "labels": np.arange(2)}, "2 examples are too few"),
+        ({"labels": np.zeros(9, int)}, "at least 2 classes, got only class 0"),
+        ({"labels": np.arange(9) - 1}, r"labels must be in 0 \.\. 7 .*, got -1 \.\. 7"),
+        ({"classes": 4}, r"labels must be in 0 \.\. 3 \(4 classes\), got 0 \.\. 8"),
+        ({"labels": np.arange(8)}, r"got \(9, 4\) and \(8,\)"),
+        ({"features": np.full((9, 4), np.nan)}, "features must be finite; 9 of 9 examples"),
+        ({"strengths": [1.0, 0.0]}, "strengths must be > 0"),
+        (
+            {"features": np.ones((2, 4)), "labels": np.arange(2)},
+            "must have at least 3 examples, got 2",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_said(changes, text):
@@ -102,7 +105,7 @@ def test_what_cannot_be_fitted_is_said(changes, text):
 
 
 def test_labels_are_integers_and_new_features_of_the_same_width():
-    with pytest.raises(TypeError, match="labels are float64"):
+    with pytest.raises(TypeError, match="labels must be integers, got float64"):
         ridge_path(np.eye(4), np.arange(4.0))
-    with pytest.raises(ValueError, match=r"wanted \[examples, 4\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[examples, 4\]"):
         ridge_path(np.eye(4), np.arange(4)).predict(np.ones((2, 3)))

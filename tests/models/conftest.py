@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from small_resnet import SMALL
 
 from flaxtransfer.models.registry import resnet
+from tests.support.small_resnet import SMALL
 
 
 @pytest.fixture(scope="session")

@@ -108,11 +108,11 @@ def test_visible_bands_alone_have_everything():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (([],), r"shape \(0,\), wanted \[bands\]"),
-        ((560,), r"shape \(\), wanted"),
-        (([560, -1],), "positive numbers of nm"),
-        (([560, float("nan")],), "positive numbers of nm"),
-        (([0.49, 0.56, 0.665],), "0.49 nm is no light; from µm multiply by 1000"),
+        (([],), r"must have shape \[bands\].*got \(0,\)"),
+        ((560,), r"must have shape \[bands\].*got \(\)"),
+        (([560, -1],), "wavelengths must be positive"),
+        (([560, float("nan")],), "wavelengths must be positive"),
+        (([0.49, 0.56, 0.665],), ">= 100 nm, got 0.49; multiply µm by 1000"),
     ],
 )
 def test_wavelengths_that_are_none(arguments, text):
@@ -122,7 +122,7 @@ def test_wavelengths_that_are_none(arguments, text):
 
 @pytest.mark.parametrize("option", [{"width_nm": 0}, {"invisible": 1}, {"invisible": -0.1}])
 def test_options_out_of_range(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is .*wanted"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be .*got"):
         by_wavelength([560], **option)
 
 
@@ -203,21 +203,30 @@ def test_folding_is_exact_borders_included(bands, padding, size, seed):
 
 
 def test_curves_do_not_fold():
-    with pytest.raises(ValueError, match="'curves' is not linear and folds into no kernel"):
+    with pytest.raises(ValueError, match="'curves' is not linear and cannot be folded"):
         fold(init(Adapter(1, "curves")), jnp.ones((7, 7, 3, 4)))
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: replicate(jnp.ones((1, 8, 8, 2))), r"replication takes \[batch, height, width, 1"),
-        (lambda: sum_kernels(jnp.ones((7, 7, 1, 64))), r"wanted \[height, width, 3, filters\]$"),
-        (lambda: sum_kernels(jnp.ones((64, 3, 7, 7))), r"by transpose\(2, 3, 1, 0\)"),
-        (lambda: average_kernels(jnp.ones((7, 7, 3, 4)), 0), "1 or more, not 0"),
-        (lambda: repeat_kernels(jnp.ones((7, 7, 3, 4)), 2.0), r"whole number, 1 or more, not 2\.0"),
-        (lambda: fold(jnp.ones((4, 3)), jnp.ones((7, 7, 3, 4))), r"wanted \[1, 1, bands, 3\]"),
-        (lambda: fold(jnp.ones((1, 1, 4, 3)), jnp.ones((7, 7, 4, 4))), "stem's kernel has shape"),
-        (lambda: fold({"scale": 1}, jnp.ones((7, 7, 3, 4))), "parameters kernel, not scale"),
+        (lambda: replicate(jnp.ones((1, 8, 8, 2))), r"must have shape \[batch, height, width, 1"),
+        (
+            lambda: sum_kernels(jnp.ones((7, 7, 1, 64))),
+            r"\[height, width, 3, filters\], got \(7, 7, 1, 64\)$",
+        ),
+        (lambda: sum_kernels(jnp.ones((64, 3, 7, 7))), r"transpose\(2, 3, 1, 0\) converts"),
+        (lambda: average_kernels(jnp.ones((7, 7, 3, 4)), 0), "an integer >= 1, got 0"),
+        (lambda: repeat_kernels(jnp.ones((7, 7, 3, 4)), 2.0), r"an integer >= 1, got 2\.0"),
+        (
+            lambda: fold(jnp.ones((4, 3)), jnp.ones((7, 7, 3, 4))),
+            r"must have shape \[1, 1, bands, 3\]",
+        ),
+        (
+            lambda: fold(jnp.ones((1, 1, 4, 3)), jnp.ones((7, 7, 4, 4))),
+            "stem_kernel must have shape",
+        ),
+        (lambda: fold({"scale": 1}, jnp.ones((7, 7, 3, 4))), "parameters kernel, got scale"),
     ],
 )
 def test_kernels_that_do_not_fit_are_refused(call, text):

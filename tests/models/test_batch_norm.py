@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_resnet import SMALL, noise
 
-from flaxtransfer.models import lax_conv, resnet
+from flaxtransfer.models import lax_conv
+from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import flatten
+from tests.support.small_resnet import SMALL, noise
 
 
 class TestBatchNorm:

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_resnet import SMALL, SMALL_BOTTLENECK, noise
 
 from flaxtransfer.models.registry import resnet
+from tests.support.small_resnet import SMALL, SMALL_BOTTLENECK, noise
 
 
 class TestCuts:
@@ -51,5 +51,5 @@ class TestCuts:
         images = noise(4, 16, 16, 3)
         found, _ = model.apply(prefix, images, stop="layer2")
         np.testing.assert_array_equal(found, model.apply(variables, images, stop="layer2")[0])
-        with pytest.raises(ValueError, match=r"params lack fc/bias, .*layer2/0/.* more"):
+        with pytest.raises(ValueError, match=r"params lacks fc/bias, .*layer2/0/.* more"):
             model.apply(prefix, images)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_resnet import SMALL, noise
 
 from flaxtransfer.models.registry import resnet
+from tests.support.small_resnet import SMALL, noise
 
 
 class TestDtypes:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_resnet import SMALL, SMALL_BOTTLENECK, noise
 
-from flaxtransfer.models import ARCHITECTURES, Model, ResNetConfig, lax_conv, resnet
+from flaxtransfer.models import ARCHITECTURES, Model, ResNetConfig, lax_conv
+from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import flatten, unflatten
+from tests.support.rounding import rounding
+from tests.support.small_resnet import SMALL, SMALL_BOTTLENECK, noise
 
 # Parameters, and 10^9 multiplications for a 224 px image, as torchvision publishes them with its
 # weights (`num_params`, `_ops`).
@@ -158,7 +160,9 @@ class TestInitialValues:
     def test_works_inside_jit(self, small):
         model, variables = small
         jitted = jax.jit(model.init, static_argnums=1)(jax.random.key(0), (32, 32, 3))
-        jax.tree.map(np.testing.assert_array_equal, jitted, variables)
+        # Another program: some ten operations, fused as the compiler likes.
+        for one, other in zip(jax.tree.leaves(jitted), jax.tree.leaves(variables), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=rounding(10) * abs(other).max())
 
 
 @pytest.mark.slow
@@ -195,7 +199,7 @@ def test_one_device_equals_eight():
         "NPROC": "16",
         "PYTHONPATH": str(root),
     }
-    script = Path(__file__).with_name("eight_devices.py")
+    script = root / "tests/support/eight_devices.py"
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
     )
@@ -228,23 +232,26 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("asked", "words"),
         [
-            ("resnet52", ["no network 'resnet52'", "did you mean 'resnet", "resnext50_32x4d"]),
-            ("ResNet18", ["no network 'ResNet18'", "did you mean 'resnet18'"]),
+            (
+                "resnet52",
+                ["architecture 'resnet52'", "did you mean 'resnet", "resnext50_32x4d"],
+            ),
+            ("ResNet18", ["unknown architecture 'ResNet18'", "did you mean 'resnet18'"]),
         ],
     )
     def test_unknown_networks(self, asked, words):
-        with pytest.raises(ValueError, match="no network") as error:
+        with pytest.raises(ValueError, match="unknown architecture") as error:
             resnet(asked)
         assert all(word in str(error.value) for word in words)
 
     @pytest.mark.parametrize(
         ("make", "kind", "text"),
         [
-            (lambda: resnet("resnet18", classes=0), ValueError, "classes must be a positive"),
-            (lambda: resnet(18), TypeError, "config must be a ResNetConfig, not 18"),
-            (lambda: resnet(SMALL, dtype="int8"), TypeError, "floating dtype, not int8"),
-            (lambda: resnet(SMALL, dtype="float31"), TypeError, "'float31' is no dtype"),
-            (lambda: resnet(SMALL, convolution="lax"), TypeError, "must be a function, not 'lax'"),
+            (lambda: resnet("resnet18", classes=0), ValueError, "classes must be an integer >= 1"),
+            (lambda: resnet(18), TypeError, "config must be a ResNetConfig, got 18"),
+            (lambda: resnet(SMALL, dtype="int8"), TypeError, "floating dtype, got int8"),
+            (lambda: resnet(SMALL, dtype="float31"), TypeError, "dtype must be .*got 'float31'"),
+            (lambda: resnet(SMALL, convolution="lax"), TypeError, "must be a function, got 'lax'"),
         ],
     )
     def test_what_makes_no_model(self, make, kind, text):
@@ -254,10 +261,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("how", "text"),
         [
-            ({"start": "layr2"}, "no segment 'layr2'; did you mean 'layer2'"),
-            ({"stop": "fc"}, "no segment 'fc'.*the segments are stem, layer1"),
-            ({"start": "layer4", "stop": "layer2"}, "start='layer4' comes after stop='layer2'"),
-            ({"norm": "runing"}, "not 'runing'; did you mean 'running'"),
+            ({"start": "layr2"}, "unknown segment 'layr2'; did you mean 'layer2'"),
+            ({"stop": "fc"}, "unknown segment 'fc'.*the segments are stem, layer1"),
+            (
+                {"start": "layer4", "stop": "layer2"},
+                "start must not come after stop, got start='layer4'",
+            ),
+            ({"norm": "runing"}, "got 'runing'; did you mean 'running'"),
             (
                 {"norm": frozenset({"layer4/0/bn3", "bn1"})},
                 "no BatchNorm at 'layer4/0/bn3'; did you mean 'layer4/0/bn",
@@ -275,9 +285,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("shape", "start", "text"),
         [
-            ((2, 16, 16, 4), None, r"stem takes images .* with 3 channels, not .*\(2, 16, 16, 4\)"),
+            ((2, 16, 16, 4), None, r"stem takes images .* with 3 channels, got .*\(2, 16, 16, 4\)"),
             ((16, 16, 3), None, r"stem takes images \[batch, height, width, channels\].*16, 16, 3"),
-            ((2, 0, 16, 3), None, "holds no pixel at all"),
+            ((2, 0, 16, 3), None, "has no pixels"),
             ((2, 8, 8, 32), "layer2", "layer2 takes the output of layer1 .* with 16 channels"),
             ((2, 8, 8, 128), "head", r"head takes .*\[batch, features\] with 128 features"),
             ((2, 128), "pool", "pool takes .* with 128 channels"),
@@ -288,7 +298,7 @@ class TestErrors:
             small[0].apply(small[1], jnp.zeros(shape), start=start)
 
     def test_integer_images(self, small):
-        with pytest.raises(TypeError, match=r"floating and normalized .* not uint8"):
+        with pytest.raises(TypeError, match=r"floating and normalized .* got uint8"):
             small[0].apply(small[1], jnp.zeros((2, 16, 16, 3), "uint8"))
 
     @pytest.mark.parametrize("shape", [(32, 32), (32, 32, 1), (1, 32, 32, 3)])
@@ -302,18 +312,18 @@ class TestErrors:
         flat["params/fc/weight"] = flat.pop("params/fc/kernel")
         flat["params/conv1/kernel"] = jnp.zeros((7, 7, 1, 16))
         flat.pop("batch_stats/layer3/0/bn1/mean")
-        with pytest.raises(ValueError, match="not the network's") as error:
+        with pytest.raises(ValueError, match="do not fit the network") as error:
             model.apply(unflatten(flat), noise(4, 16, 16, 3))
         for words in (
-            "params lack fc/kernel",
-            "params hold fc/weight, unknown to the network",
-            "conv1/kernel is (7, 7, 1, 16) and should be (7, 7, 3, 16)",
-            "batch_stats lack layer3/0/bn1/mean",
+            "params lacks fc/kernel",
+            "params has unknown leaves fc/weight",
+            "conv1/kernel must be (7, 7, 3, 16), got (7, 7, 1, 16)",
+            "batch_stats lacks layer3/0/bn1/mean",
         ):
             assert words in str(error.value)
 
     @pytest.mark.parametrize("which", ["params", "nothing"])
     def test_the_pair_is_needed(self, small, which):
         given = small[1]["params"] if which == "params" else None
-        with pytest.raises(ValueError, match=r"variables are \{'params'"):
+        with pytest.raises(ValueError, match=r"variables must be \{'params'"):
             small[0].apply(given, noise(4, 16, 16, 3))

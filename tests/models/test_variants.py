@@ -12,7 +12,8 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.batchnorm import modules
 from flaxtransfer.models.layers import average_pool, blur_pool
-from flaxtransfer.paths import flatten, segments, unflatten
+from flaxtransfer.models.layout import RESNET
+from flaxtransfer.paths import flatten, unflatten
 
 PLAIN = ft.models.ResNetConfig("bottleneck", (1, 1, 1, 1), width=8, classes=3)
 # Each part once, several to a network, for compiling is what takes the time.
@@ -93,7 +94,7 @@ def test_every_leaf_has_a_segment_and_a_gradient(part):
         return (model.apply({**variables, "params": params}, images())[0] ** 2).sum()
 
     gradients = flatten(jax.jit(jax.grad(loss))(variables["params"]))
-    assert segments(gradients) == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert RESNET.present(gradients) == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
     assert [path for path, leaf in gradients.items() if not np.abs(leaf).max() > 0] == []
 
 
@@ -116,9 +117,11 @@ def test_group_norms_have_no_statistics_and_no_policy(tmp_path):
     np.testing.assert_array_equal(running, batch)
     source = ft.ArraySource(np.zeros((8, 32, 32, 3), np.uint8), np.arange(8) % 3)
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
-    feed = ft.loaders(source, np.arange(6), np.arange(6, 8), preprocessing, batch_size=3)
+    feed = ft.loaders(
+        source, ft.data.Splits.of(np.arange(6), np.arange(6, 8)), preprocessing, batch_size=3
+    )
     plan = ft.recipes.full_fine_tuning(variables["params"], steps=2)
-    fitted = ft.fit(model, variables, plan, feed, tmp_path)
+    fitted = ft.fit(ft.Classifier(model, variables, feed.preprocessing), plan, feed, tmp_path)
     assert fitted.steps == 2
 
 
@@ -159,7 +162,7 @@ def test_pools_of_odd_sides():
 
 def test_average_anti_aliasing_says_which_sides_it_takes():
     model, _ = network("tiered, average, eca")
-    with pytest.raises(ValueError, match=r"layer2/0 .*whose sides are multiples of 32"):
+    with pytest.raises(ValueError, match=r"layer2/0 .*the sides of images must be multiples of 32"):
         jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x)[0], images(75))
 
 
@@ -169,7 +172,8 @@ def test_bands_before_a_deep_stem(way):
     variables = jax.tree.map(np.asarray, ft.resnet(config).init(jax.random.key(0)))
     pre = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
     checkpoint = ft.Pretrained(variables, config, pre)
-    model, start, report = ft.transfer(checkpoint, classes=2, bands=6, adapter=way, zero_head=False)
+    network = ft.transfer(checkpoint, classes=2, bands=6, adapter=way, zero_head=False)
+    model, start, report = network.model, network.variables, network.report
     pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 6)).astype(np.float32)
     wanted, _ = run(model, start, pixels)
     assert report.adapted == (("params/conv1/0/kernel",) if way == "repeat" else ())
@@ -184,25 +188,31 @@ def test_bands_before_a_deep_stem(way):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"preactivation": True, "attention": "se"}, "pre-activations has no attention"),
-        ({"preactivation": True, "anti_alias": "blur"}, "pre-activations has no attention"),
-        ({"stride_at": "last"}, "are for networks of pre-activations"),
-        ({"stem_bias": True}, "are for networks of pre-activations"),
-        ({"standardized": 0.0}, "standardized is a small number above 0, not 0.0"),
-        ({"epsilon": None}, "epsilon is a small number above 0, not None"),
-        ({"stride_at": "middle"}, "stride_at must be 'first' or 'last', not 'middle'"),
-        ({"stem": "deep"}, "a deep or tiered stem has a stem_width"),
-        ({"stem_width": 32}, "a plain one has width"),
-        ({"stem": "deep", "stem_width": 3}, "above 3, not 3"),
-        ({"stem": "wide"}, "stem must be 'plain' or 'deep' or 'tiered', not 'wide'"),
-        ({"se_ratio": 0}, "se_ratio is a share above 0"),
-        ({"anti_alias": "blur", "stem_pool": "convolution"}, "no anti-aliased one"),
-        ({"shortcut": "average", "shortcut_kernel": 3}, "has shortcut_kernel 1"),
-        ({"norm": "group", "width": 48}, "32 groups"),
+        (
+            {"preactivation": True, "attention": "se"},
+            "network must not have attention",
+        ),
+        (
+            {"preactivation": True, "anti_alias": "blur"},
+            "network must not have attention",
+        ),
+        ({"stride_at": "last"}, "require preactivation=True"),
+        ({"stem_bias": True}, "require preactivation=True"),
+        ({"standardized": 0.0}, "standardized must be a float between 0 and 1, got 0.0"),
+        ({"epsilon": None}, "epsilon must be a float between 0 and 1, got None"),
+        ({"stride_at": "middle"}, "stride_at must be 'first' or 'last', got 'middle'"),
+        ({"stem": "deep"}, "stem='deep' with stem_width=None"),
+        ({"stem_width": 32}, "must be None for a plain stem"),
+        ({"stem": "deep", "stem_width": 3}, "stem_width must be an integer >= 4 or None, got 3"),
+        ({"stem": "wide"}, "stem must be 'plain' or 'deep' or 'tiered', got 'wide'"),
+        ({"se_ratio": 0}, "se_ratio must be > 0"),
+        ({"anti_alias": "blur", "stem_pool": "convolution"}, "anti_alias must be None"),
+        ({"shortcut": "average", "shortcut_kernel": 3}, "shortcut_kernel must be 1 with"),
+        ({"norm": "group", "width": 48}, "a multiple of 32 channels .* got 48"),
         ({"reduce_first": 65}, "no channels"),
         ({"stride_in": "1x1"}, "a basic block has no 1x1"),
-        ({"block": "bottleneck", "stride_in": "1x1", "anti_alias": "blur"}, "not anti-aliased"),
-        ({"shortcut_kernel": 2}, "shortcut_kernel must be 1 or 3, not 2"),
+        ({"block": "bottleneck", "stride_in": "1x1", "anti_alias": "blur"}, "without anti_alias"),
+        ({"shortcut_kernel": 2}, "shortcut_kernel must be 1 or 3, got 2"),
     ],
 )
 def test_a_config_refuses_what_is_no_network(arguments, text):

@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from flaxtransfer.models.costs import costs
-from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.models.registry import ARCHITECTURES, costs
 
 pytestmark = pytest.mark.parity
 

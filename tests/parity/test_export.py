@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import flaxtransfer as ft
+from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES, resnet
 from flaxtransfer.paths import unflatten
 from flaxtransfer.weights import Preprocessing, Pretrained, export, load
-from flaxtransfer.weights.infer import leaf_shapes
 
 pytestmark = pytest.mark.parity
 
@@ -291,12 +291,15 @@ def test_digits_are_told_apart_by_timm_as_by_us(torch, torchvision, tmp_path):
     import timm
 
     source, checkpoint = ft.open_source("digits"), ft.load("builtin")
-    model, variables, _ = ft.transfer(checkpoint, classes=10)
+    network = ft.transfer(checkpoint, classes=10)
+    model, variables = network.model, network.variables
     splits = ft.stratified_split(source.labels(), labels_per_class=5)
     pre = checkpoint.preprocessing
-    feed = ft.loaders(source, splits.train, splits.val, pre, batch_size=50)
+    feed = ft.loaders(source, splits, pre, batch_size=50)
     plan = ft.recipes.head_then_fine_tune(variables["params"], head_steps=20, fine_tune_steps=10)
-    fitted = ft.fit(model, variables, plan, feed, tmp_path / "run")
+    fitted = ft.fit(
+        ft.Classifier(model, variables, feed.preprocessing), plan, feed, tmp_path / "run"
+    )
     tuned = Pretrained(
         jax.tree.map(np.asarray, fitted.variables),
         model.config,

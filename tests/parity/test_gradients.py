@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES, RESNETS, resnet
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights.infer import leaf_shapes
 from flaxtransfer.weights.naming import key_map
-from flaxtransfer.weights.naming.formats import table_for
+from flaxtransfer.weights.naming.timm import table_for
 
 pytestmark = pytest.mark.parity
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import load
-from flaxtransfer.weights.infer import leaf_shapes
 from flaxtransfer.weights.naming import keras as naming
 from flaxtransfer.weights.naming import key_map
 from flaxtransfer.weights.naming.formats import FORMATS

@@ -207,8 +207,8 @@ def test_timms_variants(agree, torch, torchvision, making, tmp_path, name):
 def test_all_named_architectures_have_timms_leaves(torch, torchvision):
     import timm
 
+    from flaxtransfer.models.model import leaf_shapes
     from flaxtransfer.models.registry import ARCHITECTURES
-    from flaxtransfer.weights.infer import leaf_shapes
     from flaxtransfer.weights.naming import timm as v1
     from flaxtransfer.weights.naming import timm as v2
     from flaxtransfer.weights.naming.key_map import leaf_of

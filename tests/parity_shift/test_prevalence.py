@@ -8,11 +8,11 @@ import pytest
 from scipy.special import softmax
 
 from flaxtransfer.shift.confusion import (
-    black_box,
     joint_confusion,
     mean_prediction,
     regularization_radius,
     regularized_weights,
+    solve_confusion,
 )
 from flaxtransfer.shift.likelihood import maximize
 
@@ -71,7 +71,7 @@ def test_maximum_likelihood_is_abstentions_without_a_factory(case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_raw_black_box_is_abstentions_and_quapys(case, hard):
     validation, labels, target = problem(*case)
-    found = black_box(target, validation, labels, hard=hard)
+    found = solve_confusion(target, validation, labels, hard=hard)
     one_hot = np.eye(case[0])[labels]
     theirs = BBSEImbalanceAdapter(soft=not hard)(one_hot, target, validation)
     # Abstention sets negative weights to zero and leaves the others as they are.
@@ -87,7 +87,7 @@ def test_the_raw_black_box_is_abstentions_and_quapys(case, hard):
 @pytest.mark.parametrize("case", CASES)
 def test_the_black_box_on_the_simplex_is_cvxpys(case):
     validation, labels, target = problem(*case)
-    found = black_box(target[:40], validation, labels)
+    found = solve_confusion(target[:40], validation, labels)
     conditional = found.matrix / found.frequency
     shares = cvxpy.Variable(case[0])
     goal = cvxpy.sum_squares(conditional @ shares - found.predicted)

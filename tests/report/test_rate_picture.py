@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import flaxtransfer as ft
+from flaxtransfer.report.figures import plot_rate_sweeps
 
 
 def sweep(*, falls: bool = True, diverged: bool = False) -> ft.training.RateSweep:
@@ -23,7 +24,7 @@ def sweep(*, falls: bool = True, diverged: bool = False) -> ft.training.RateSwee
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_each_sweep_has_a_panel_with_its_curve(tmp_path, count):
     """The curve is drawn in each panel: blue is found in each cell of the grid."""
-    ft.rate_picture(tmp_path / "rates.png", {f"group {n}": sweep() for n in range(count)})
+    plot_rate_sweeps(tmp_path / "rates.png", {f"group {n}": sweep() for n in range(count)})
     pixels = np.asarray(Image.open(tmp_path / "rates.png").convert("RGB"), np.int64)
     blue = np.abs(pixels - np.array([31, 119, 180])).sum(-1) < 12
     across, down = min(3, count), -(-count // 3)
@@ -37,7 +38,7 @@ def test_a_suggestion_is_marked_and_its_absence_is_not(tmp_path):
     red = {}
     for falls in (True, False):
         path = tmp_path / f"{falls}.png"
-        ft.rate_picture(path, {"all": sweep(falls=falls, diverged=True)})
+        plot_rate_sweeps(path, {"all": sweep(falls=falls, diverged=True)})
         pixels = np.asarray(Image.open(path).convert("RGB"), np.int64)
         red[falls] = (np.abs(pixels - np.array([214, 39, 40])).sum(-1) < 12).sum()
     assert red[True] > 100
@@ -47,14 +48,19 @@ def test_a_suggestion_is_marked_and_its_absence_is_not(tmp_path):
 @pytest.mark.parametrize(
     ("name", "sweeps", "error", "text"),
     [
-        ("rates.txt", {"a": sweep()}, ValueError, "is no picture; its name has to end in .png"),
-        ("no/rates.png", {"a": sweep()}, FileNotFoundError, "there is no folder .*no for"),
-        ("rates.png", {}, ValueError, "no sweep to draw"),
+        ("rates.txt", {"a": sweep()}, ValueError, "name must end in .png, .pdf, .svg, got"),
+        (
+            "no/rates.png",
+            {"a": sweep()},
+            FileNotFoundError,
+            "the folder .*no for rates.png does not exist",
+        ),
+        ("rates.png", {}, ValueError, "sweeps must have >= 1 entry, got none"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, name, sweeps, error, text):
     with pytest.raises(error, match=text):
-        ft.rate_picture(tmp_path / name, sweeps)
+        plot_rate_sweeps(tmp_path / name, sweeps)
     assert not list(tmp_path.iterdir())
 
 

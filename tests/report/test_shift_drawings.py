@@ -5,11 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from flaxtransfer.report.shift_figures import (
-    hypotheses_picture,
-    reliability_picture,
-    shift_drawings,
-)
+from flaxtransfer.report.shift_figures import plot_reliability, plot_tests, render_figures
 from flaxtransfer.shift.calibration_metrics import ReliabilityBin
 from flaxtransfer.shift.statistics import HypothesisTest
 
@@ -34,9 +30,9 @@ def test_each_picture_is_of_its_numbers():
         prevalences=(),
     )
     source, target = np.random.default_rng(0).normal(size=(2, 20, 3))
-    found = shift_drawings(report, source, np.arange(20) % 2, target)
+    found = render_figures(report, source, np.arange(20) % 2, target)
     # Without an estimate there is no prevalence to draw.
     assert list(found) == ["features", "tests", "reliability"]
-    assert found["tests"][1] == png(hypotheses_picture, [test], level=0.02)
+    assert found["tests"][1] == png(plot_tests, [test], level=0.02)
     columns = ([0.6, 0.9], [0.5, 0.7], [30, 10], [0.4, 0.5], [0.7, 0.95])
-    assert found["reliability"][1] == png(reliability_picture, *columns)
+    assert found["reliability"][1] == png(plot_reliability, *columns)

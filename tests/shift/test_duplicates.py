@@ -27,13 +27,13 @@ def test_two_samples_with_copies(name):
     twice = compare(np.concatenate([ROWS, ROWS[:7]]), OTHER).notes
     assert any("7 of 47 source rows repeat an earlier one" in note for note in twice)
     both = compare(ROWS, np.concatenate([OTHER, ROWS[:5]])).notes
-    assert any("5 of 35 target rows occur exactly in the source too" in note for note in both)
+    assert any("5 of 35 target rows also occur exactly in the source" in note for note in both)
     assert "note: 5 of 35 target rows" in str(compare(ROWS, np.concatenate([OTHER, ROWS[:5]])))
 
 
 @pytest.mark.parametrize("score", ["logme", "h_score"])
 def test_labeled_examples_with_copies(score):
-    found = getattr(ft.shift, score)
+    found = getattr(ft.analysis, score)
     assert not any("repeat" in note for note in found(ROWS, LABELS, permutations=19).notes)
     rows, labels = np.concatenate([ROWS, ROWS[:9]]), np.concatenate([LABELS, LABELS[:9]])
     notes = found(rows, labels, permutations=19).notes

@@ -6,7 +6,7 @@ import pytest
 from flaxtransfer.analysis.distances import frechet_distance, sliced_wasserstein
 from flaxtransfer.analysis.similarity import debiased_cka, proxy_a_distance
 from flaxtransfer.analysis.transferability import h_score, leep, logme
-from flaxtransfer.shift.permutation import Distance, labeled, orders, random_folds
+from flaxtransfer.shift.statistics import Distance, encode_labels, random_folds, random_permutations
 
 DISTANCES = [frechet_distance, proxy_a_distance, sliced_wasserstein]
 SCORES = [logme, h_score]
@@ -20,11 +20,31 @@ def draw(rows, columns, seed=0):
 @pytest.mark.parametrize(
     ("source", "target", "options", "text"),
     [
-        (draw(3, 2), draw(9, 2), {}, "source features have 3 rows, and a distance wants at least"),
-        (draw(9, 2), draw(9, 3), {}, "source features have 2 columns and target features 3"),
-        (draw(9, 2), np.full((9, 2), np.nan), {}, "target features: 9 of 9 rows hold NaN"),
-        (draw(9, 2), draw(9, 2)[:, 0], {}, r"target features have shape \(9,\)"),
-        (draw(9, 2), draw(9, 2), {"permutations": 18}, "18 permutations cannot show p <= 0.05"),
+        (draw(3, 2), draw(9, 2), {}, "source features must have >= 4 rows for a distance, got 3"),
+        (
+            draw(9, 2),
+            draw(9, 3),
+            {},
+            "must have the same number of columns, got 2 and 3",
+        ),
+        (
+            draw(9, 2),
+            np.full((9, 2), np.nan),
+            {},
+            "must be finite, got 9 of 9 rows with NaN",
+        ),
+        (
+            draw(9, 2),
+            draw(9, 2)[:, 0],
+            {},
+            r"must have shape \[n, features\], got \[9\]",
+        ),
+        (
+            draw(9, 2),
+            draw(9, 2),
+            {"permutations": 18},
+            "must be >= 19 to reach p <= 0.05, got 18",
+        ),
     ],
 )
 def test_samples_that_have_no_distance(distance, source, target, options, text):
@@ -62,11 +82,11 @@ def test_a_seed_is_a_result(distance):
 @pytest.mark.parametrize(
     ("rows", "labels", "text"),
     [
-        (6, [2] * 6, "all 6 labels are 2: how well features tell classes apart wants two"),
-        (3, [0, 1, 0], "there are 3 labeled examples; a score wants 4"),
-        (6, [0, 1, 0, 1], r"labels have shape \(4,\), and there are 6 rows"),
-        (6, [0, 1, 0, 1, 0, -1], "as -1 in row 5"),
-        (6, [0, 1, 0, 1, 0, 0.5], "labels are class numbers"),
+        (6, [2] * 6, "labels must have >= 2 classes for a score, got 6 labels of class 2"),
+        (3, [0, 1, 0], "a score needs >= 4 labeled examples, got 3"),
+        (6, [0, 1, 0, 1], r"labels must have shape \[6\], got \[4\]"),
+        (6, [0, 1, 0, 1, 0, -1], "first -1 in row 5"),
+        (6, [0, 1, 0, 1, 0, 0.5], "labels must be class numbers"),
     ],
 )
 def test_labels_that_nothing_can_be_told_of(score, rows, labels, text):
@@ -76,9 +96,9 @@ def test_labels_that_nothing_can_be_told_of(score, rows, labels, text):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_features_that_tell_nothing_are_refused(score):
-    with pytest.raises(ValueError, match="features are the same for all examples"):
+    with pytest.raises(ValueError, match="features must not be constant over all examples"):
         score(np.full((6, 3), 0.1), [0, 1] * 3)
-    with pytest.raises(ValueError, match="1 of 6 rows hold NaN"):
+    with pytest.raises(ValueError, match="1 of 6 rows with NaN"):
         score(np.where(np.eye(6, 3, -5) > 0, np.nan, draw(6, 3)), [0, 1] * 3)
 
 
@@ -93,12 +113,14 @@ def test_signal_is_told_from_noise_with_fewer_examples_than_features(score):
 
 
 def test_orders_are_permutations_each_with_its_own_probability():
-    seen = [tuple(order) for order in orders(3, 3000, seed=5)]
+    seen = [tuple(order) for order in random_permutations(3, 3000, seed=5)]
     counts = np.array([seen.count(order) for order in set(seen)])
     assert len(counts) == 6
     # Chi-squared with 5 degrees of freedom: 20.5 is passed once in a thousand seeds.
     assert ((counts - 500) ** 2 / 500).sum() < 20.5
-    assert [o.tolist() for o in orders(4, 19, 0)] == [o.tolist() for o in orders(4, 19, 0)]
+    assert [o.tolist() for o in random_permutations(4, 19, 0)] == [
+        o.tolist() for o in random_permutations(4, 19, 0)
+    ]
 
 
 @pytest.mark.parametrize(("count", "folds"), [(5, 5), (11, 4), (4, 2)])
@@ -110,12 +132,12 @@ def test_folds_differ_by_one_at_most(count, folds):
 
 @pytest.mark.parametrize("folds", [1, 6])
 def test_folds_that_there_cannot_be(folds):
-    with pytest.raises(ValueError, match=f"{folds} folds of 5 examples"):
+    with pytest.raises(ValueError, match=f"the number of examples, 5, got {folds}"):
         random_folds(5, folds, 0)
 
 
 def test_classes_without_examples_are_left_out():
-    found, count = labeled([9, 3, 3, 9, 5.0], 5)
+    found, count = encode_labels([9, 3, 3, 9, 5.0], 5)
     assert (found.tolist(), count) == ([2, 0, 0, 2, 1], 3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -17,8 +18,7 @@ from flaxtransfer.sharding import make_mesh
 from flaxtransfer.training.cached_loader import cached_feed
 from flaxtransfer.training.prefix_cache import Cache, choose, lowest_moving
 from flaxtransfer.training.run_folder import read_metrics
-
-from .small import PREPROCESSING, SIZE, batch, network, two_phases
+from tests.support.small import PREPROCESSING, SIZE, batch, network, two_phases
 
 
 def source(examples: int = 20) -> ft.ArraySource:
@@ -33,8 +33,7 @@ def feed(
     transform = (training_transform if augment else evaluation_transform)(PREPROCESSING)
     return ft.loaders(
         images or source(),
-        np.arange(14),
-        np.arange(14, 20),
+        ft.data.Splits.of(np.arange(14), np.arange(14, 20)),
         PREPROCESSING,
         batch_size=size,
         transform=transform,
@@ -72,7 +71,13 @@ def test_cached_equals_uncached(tmp_path, part, where):
     model, variables = network()
     plan = one_phase(part)
     fitted = [
-        ft.fit(model, variables, plan, feed(), tmp_path / name, cache=cache)
+        ft.fit(
+            ft.Classifier(model, variables, PREPROCESSING),
+            plan,
+            feed(),
+            tmp_path / name,
+            cache=cache,
+        )
         for name, cache in (("plain", None), ("cached", Cache(where)))
     ]
     plain, cached = (flatten(one.variables) for one in fitted)
@@ -88,12 +93,15 @@ def test_cached_equals_uncached(tmp_path, part, where):
 def test_a_lower_cut_is_cached_anew(tmp_path):
     model, variables = network()
     plan = two_phases(variables["params"])
-    plain = ft.fit(model, variables, plan, feed(), tmp_path / "plain")
-    cached = ft.fit(model, variables, plan, feed(), tmp_path / "cached", cache=Cache())
-    for path, leaf in flatten(plain.variables).items():
-        np.testing.assert_allclose(
-            flatten(cached.variables)[path], leaf, rtol=5e-4, atol=5e-6, err_msg=path
-        )
+    plain = ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "plain")
+    cached = ft.fit(
+        ft.Classifier(model, variables, PREPROCESSING),
+        plan,
+        feed(),
+        tmp_path / "cached",
+        cache=Cache(),
+    )
+    chex.assert_trees_all_close(cached.variables, plain.variables, rtol=5e-4, atol=5e-6)
     cuts = [r["cut"] for r in read_metrics(tmp_path / "cached") if r["kind"] == "cache"]
     assert cuts == ["head", "layer1"]
 
@@ -103,14 +111,30 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     model, variables = network()
     plan = one_phase("head() | stage(4)", steps=8)
     settings = {"cache": Cache(views=2), "options": ft.FitOptions(evaluate_every=2)}
-    whole = ft.fit(model, variables, plan, feed(augment=True), tmp_path / "whole", **settings)
-    with pytest.raises(RuntimeError, match="stop here"):
-        ft.fit(model, variables, plan, _stopping_feed(5), tmp_path / "cut", **settings)
-    resumed = ft.fit(
-        model, variables, plan, feed(augment=True), tmp_path / "cut", resume=True, **settings
+    whole = ft.fit(
+        ft.Classifier(model, variables, PREPROCESSING),
+        plan,
+        feed(augment=True),
+        tmp_path / "whole",
+        **settings,
     )
-    for path, leaf in flatten(whole.variables).items():
-        np.testing.assert_array_equal(flatten(resumed.variables)[path], leaf, err_msg=path)
+    with pytest.raises(RuntimeError, match="stop here"):
+        ft.fit(
+            ft.Classifier(model, variables, PREPROCESSING),
+            plan,
+            _stopping_feed(5),
+            tmp_path / "cut",
+            **settings,
+        )
+    resumed = ft.fit(
+        ft.Classifier(model, variables, PREPROCESSING),
+        plan,
+        feed(augment=True),
+        tmp_path / "cut",
+        resume=True,
+        **settings,
+    )
+    chex.assert_trees_all_equal(resumed.variables, whole.variables)
 
 
 def _stopping_feed(step: int) -> ft.data.DataLoaders:
@@ -303,8 +327,16 @@ class TestOnDisk:
         (tmp_path / "file").write_text("")
         plan = one_phase("head()", steps=6)
         cache = Cache("disk", folder=tmp_path / "file")
-        fitted = ft.fit(model, variables, plan, feed(), tmp_path / "run", cache=cache)
-        plain = ft.fit(model, variables, plan, feed(), tmp_path / "plain")
+        fitted = ft.fit(
+            ft.Classifier(model, variables, PREPROCESSING),
+            plan,
+            feed(),
+            tmp_path / "run",
+            cache=cache,
+        )
+        plain = ft.fit(
+            ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "plain"
+        )
         for path, leaf in flatten(plain.variables).items():
             np.testing.assert_array_equal(flatten(fitted.variables)[path], leaf)
 
@@ -327,7 +359,13 @@ def test_activations_that_are_not_finite(tmp_path):
     model, variables = network()
     variables["params"]["conv1"]["kernel"] = variables["params"]["conv1"]["kernel"] * np.nan
     with pytest.raises(ValueError, match="activations hold numbers that are not finite"):
-        ft.fit(model, variables, one_phase("head()"), feed(), tmp_path / "run", cache=Cache())
+        ft.fit(
+            ft.Classifier(model, variables, PREPROCESSING),
+            one_phase("head()"),
+            feed(),
+            tmp_path / "run",
+            cache=Cache(),
+        )
 
 
 def test_the_lowest_moving_segment():

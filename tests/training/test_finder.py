@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small import batch, feed, network
 
 import flaxtransfer as ft
 from flaxtransfer.training.lr_finder import steepest
 from flaxtransfer.training.run_folder import digest
+from tests.support.small import batch, feed, network
 
 RULES = {"new": ft.head(), "old": ft.rest()}
 SGD = ft.Group(optax.sgd, 0.0)
@@ -36,19 +36,32 @@ def test_it_leaves_no_trace(tmp_path):
 
     data = feed(make=counted)
     plan = ft.Plan([ft.Phase(RULES, {"new": ft.Group(optax.adamw, 1e-2), "old": ft.FROZEN}, 6)])
-    straight = ft.fit(model, variables, plan, feed(), tmp_path / "straight")
-    sweep = ft.find_learning_rate(model, variables, plan.phases[0], data, steps=5)
+    straight = ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing), plan, feed(), tmp_path / "straight"
+    )
+    sweep = ft.find_learning_rate(
+        ft.Classifier(model, variables, data.preprocessing), plan.phases[0], data, steps=5
+    )
     assert digests(variables) == before
     assert read == list(range(5))
-    after = ft.fit(model, variables, plan, feed(), tmp_path / "after")
+    after = ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing), plan, feed(), tmp_path / "after"
+    )
     assert digests(after.variables) == digests(straight.variables)
-    assert sweep == ft.find_learning_rate(model, variables, plan.phases[0], feed(), steps=5)
+    assert sweep == ft.find_learning_rate(
+        ft.Classifier(model, variables, feed().preprocessing), plan.phases[0], feed(), steps=5
+    )
 
 
 def test_rates_rise_evenly_in_the_logarithm_and_all_groups_take_them():
     model, variables = network()
     sweep = ft.find_learning_rate(
-        model, variables, phase(), feed(), lowest=1e-6, highest=1e-4, steps=5
+        ft.Classifier(model, variables, feed().preprocessing),
+        phase(),
+        feed(),
+        lowest=1e-6,
+        highest=1e-4,
+        steps=5,
     )
     np.testing.assert_allclose(sweep.rates, [1e-6, 10**-5.5, 1e-5, 10**-4.5, 1e-4], rtol=1e-6)
     assert not sweep.diverged
@@ -57,10 +70,21 @@ def test_rates_rise_evenly_in_the_logarithm_and_all_groups_take_them():
 def test_a_group_alone_is_that_group_with_the_others_frozen():
     model, variables = network()
     alone = ft.find_learning_rate(
-        model, variables, phase(), feed(), group="new", lowest=1e-3, highest=1.0, steps=4
+        ft.Classifier(model, variables, feed().preprocessing),
+        phase(),
+        feed(),
+        group="new",
+        lowest=1e-3,
+        highest=1.0,
+        steps=4,
     )
     frozen = ft.find_learning_rate(
-        model, variables, phase(old=ft.FROZEN), feed(), lowest=1e-3, highest=1.0, steps=4
+        ft.Classifier(model, variables, feed().preprocessing),
+        phase(old=ft.FROZEN),
+        feed(),
+        lowest=1e-3,
+        highest=1.0,
+        steps=4,
     )
     assert alone.losses == frozen.losses
     assert alone.group == "new"
@@ -69,7 +93,12 @@ def test_a_group_alone_is_that_group_with_the_others_frozen():
 def test_it_finds_the_order_of_magnitude_and_ends_when_the_loss_diverges():
     model, variables = network()
     sweep = ft.find_learning_rate(
-        model, variables, phase(), feed(), lowest=1e-5, highest=1e4, steps=90
+        ft.Classifier(model, variables, feed().preprocessing),
+        phase(),
+        feed(),
+        lowest=1e-5,
+        highest=1e4,
+        steps=90,
     )
     assert sweep.diverged
     assert 1e-4 < sweep.suggestion < 10
@@ -91,13 +120,17 @@ def test_it_finds_the_order_of_magnitude_and_ends_when_the_loss_diverges():
 def test_what_makes_no_sense_is_refused(changes, text):
     model, variables = network()
     with pytest.raises(ValueError, match=text):
-        ft.find_learning_rate(model, variables, phase(), feed(), **changes)
+        ft.find_learning_rate(
+            ft.Classifier(model, variables, feed().preprocessing), phase(), feed(), **changes
+        )
 
 
 def test_a_hidden_learning_rate_is_named():
     model, variables = network()
     with pytest.raises(ValueError, match="learning rates of old are hidden"):
-        ft.find_learning_rate(model, variables, phase(old=optax.sgd(0.1)), feed())
+        ft.find_learning_rate(
+            ft.Classifier(model, variables, feed().preprocessing), phase(old=optax.sgd(0.1)), feed()
+        )
 
 
 def swept(losses):
@@ -141,16 +174,24 @@ def test_each_group_alone_leaves_no_trace_and_is_the_sweep_of_that_group():
     }
     before = digests(fitted)
     settings = {"lowest": 1e-4, "highest": 1.0, "steps": 4}
-    sweeps = ft.training.find_learning_rates(model, fitted, phase(), feed(), **settings)
+    sweeps = ft.training.find_learning_rates(
+        ft.Classifier(model, fitted, feed().preprocessing), phase(), feed(), **settings
+    )
     assert list(sweeps) == ["new", "old"]
     for name, sweep in sweeps.items():
         assert sweep == ft.find_learning_rate(
-            model, fitted, phase(), feed(), group=name, **settings
+            ft.Classifier(model, fitted, feed().preprocessing),
+            phase(),
+            feed(),
+            group=name,
+            **settings,
         )
     assert digests(fitted) == before
     none = ft.Phase(RULES, {"new": optax.sgd(0.1), "old": ft.FROZEN}, steps=1)
     with pytest.raises(ValueError, match="no group with a learning rate"):
-        ft.training.find_learning_rates(model, fitted, none, feed())
+        ft.training.find_learning_rates(
+            ft.Classifier(model, fitted, feed().preprocessing), none, feed()
+        )
 
 
 def test_a_group_under_a_head_at_zero_is_refused():
@@ -159,11 +200,13 @@ def test_a_group_under_a_head_at_zero_is_refused():
     head = jax.tree.map(np.zeros_like, variables["params"]["fc"])
     blank = {**variables, "params": {**variables["params"], "fc": head}}
     with pytest.raises(ValueError, match=r"old gets no gradient.*train the head first"):
-        ft.find_learning_rate(model, blank, phase(), feed(), group="old")
+        ft.find_learning_rate(
+            ft.Classifier(model, blank, feed().preprocessing), phase(), feed(), group="old"
+        )
 
 
 def test_a_network_that_is_not_finite_is_refused():
     model, variables = network()
     broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)
     with pytest.raises(ValueError, match="not finite before any step"):
-        ft.find_learning_rate(model, broken, phase(), feed())
+        ft.find_learning_rate(ft.Classifier(model, broken, feed().preprocessing), phase(), feed())

@@ -6,19 +6,27 @@ import json
 import signal
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import SIZE, batch, feed, network, two_phases
 
 import flaxtransfer as ft
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.paths import flatten
 from flaxtransfer.training.loop import NonFiniteLoss
-from flaxtransfer.training.run_folder import digest, finish, read_metrics, validation_of
+from flaxtransfer.training.run_folder import (
+    digest,
+    finish,
+    read_metrics,
+    split_of,
+    task_of,
+    validation_of,
+)
 from flaxtransfer.training.step import advance, start, train_step
+from tests.support.small import PREPROCESSING, SIZE, batch, feed, network, two_phases
 
 
 def digests(tree):
@@ -32,7 +40,12 @@ def test_frozen_leaves_are_bit_identical_with_decay_clipping_and_average(tmp_pat
     stem["kernel"] = stem["kernel"].at[0, 0, 0, 0].set(-0.0)
     before = digests(variables)
     plan = two_phases(variables["params"], ema=0.9)
-    fitted = ft.fit(model, variables, plan, feed(validation=False), tmp_path / "run")
+    fitted = ft.fit(
+        ft.Classifier(model, variables, feed(validation=False).preprocessing),
+        plan,
+        feed(validation=False),
+        tmp_path / "run",
+    )
     after = digests(fitted.variables)
     same = {path for path in before if before[path] == after[path]}
     # The stem and its statistics, and nothing else.
@@ -55,7 +68,9 @@ def test_the_audit_notices_a_leaf_that_moved(tmp_path, monkeypatch):
         return whole
 
     monkeypatch.setattr(step, "merge", drifting_merge)
-    fitted = ft.fit(model, variables, plan, feed(), tmp_path / "run")
+    fitted = ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing), plan, feed(), tmp_path / "run"
+    )
     assert "params/bn1/scale" in fitted.audits[0].moved
     assert "MOVED" in str(fitted.audits[0])
 
@@ -64,7 +79,13 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
     model, variables = network()
     folder = tmp_path / "run"
     plan = two_phases(variables["params"], steps=40)
-    fitted = ft.fit(model, variables, plan, feed(), folder, config={"data": "brightness"})
+    fitted = ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing),
+        plan,
+        feed(),
+        folder,
+        config={"data": "brightness"},
+    )
     assert fitted.validation.accuracy > 0.9
     names = {path.name for path in folder.iterdir()}
     assert {
@@ -80,10 +101,11 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
     assert {row["kind"] for row in rows} == {"train", "validation", "decision"}
     loaded = ft.load(folder / "model.safetensors")
     assert loaded.class_names == ("dark", "gray", "bright")
-    for path, leaf in flatten(loaded.variables).items():
-        np.testing.assert_array_equal(leaf, np.asarray(flatten(fitted.variables)[path]))
+    chex.assert_trees_all_equal(loaded.variables, jax.device_get(fitted.variables))
     kept, batches = validation_of(folder), feed().validation
-    seen, labels = pooled_features(model, fitted.variables, batches(), feed().preprocessing)
+    seen, labels = pooled_features(
+        ft.Classifier(model, fitted.variables, feed().preprocessing), batches()
+    )
     logits, _ = model.apply(fitted.variables, jnp.asarray(seen), norm="running", start="head")
     np.testing.assert_array_equal(kept.labels, labels)
     np.testing.assert_allclose(kept.logits, logits, atol=1e-5)
@@ -92,13 +114,70 @@ def test_it_learns_and_leaves_a_complete_run_folder(tmp_path):
     assert kept.features.dtype == np.float16
 
 
+def offset_loss(logits, labels, key):
+    """A loss of somebody's own: cross-entropy, moved to where it cannot be mistaken for it."""
+    return 100 + ft.training.cross_entropy(logits, labels, key)
+
+
+def test_validation_reports_the_loss_that_was_trained(tmp_path):
+    model, variables = network()
+    plan = two_phases(variables["params"], steps=4, loss=offset_loss)
+    fitted = ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
+    trained, validated = (
+        [row["loss"] for row in rows if row["kind"] == kind] for kind in ("train", "validation")
+    )
+    assert all(100 < loss < 110 for loss in (*trained, *validated))
+    result = json.loads((tmp_path / "run/result.json").read_text())["validation"]
+    assert result["loss"] == fitted.validation.loss == validated[-1]
+    plain = ft.evaluate(fitted.network, feed().validation())
+    assert fitted.validation.loss == pytest.approx(100 + plain.loss, rel=1e-6)
+
+
+def test_the_task_is_kept_with_the_run_and_the_weights(tmp_path):
+    model, variables = network()
+    plan = two_phases(variables["params"], steps=2)
+    ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "run")
+    assert task_of(tmp_path / "run") is ft.SINGLE_LABEL
+    assert ft.load(tmp_path / "run/model.safetensors").task is ft.SINGLE_LABEL
+
+
+def test_data_for_another_network_is_refused(tmp_path):
+    model, variables = network()
+    other = ft.Preprocessing((0.1,) * 3, (0.25,) * 3, SIZE, SIZE)
+    plan = two_phases(variables["params"])
+    with pytest.raises(ValueError, match=r"data must be prepared for this network.*0\.1.*0\.5"):
+        ft.fit(ft.Classifier(model, variables, other), plan, feed(), tmp_path / "run")
+    source = ft.ArraySource(np.zeros((6, SIZE, SIZE, 3), np.uint8), [0, 1, 2, 3, 0, 1])
+    data = ft.loaders(source, ft.data.Splits.of(range(6)), PREPROCESSING, batch_size=2)
+    with pytest.raises(ValueError, match=r"labels must be 0 \.\. 2 for .* 3 classes, got 3"):
+        ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_its_split(tmp_path):
+    model, variables = network()
+    images = np.stack([batch(n, 1)["image"][0] for n in range(12)])
+    source = ft.ArraySource(images, np.arange(12) % 3)
+    splits = ft.stratified_split(source.labels(), val_fraction=0.25, test_fraction=0.25)
+    data = ft.loaders(source, splits, PREPROCESSING, batch_size=4)
+    plan = ft.Plan([two_phases(variables["params"], steps=2).phases[0]])
+    ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, data, tmp_path / "run")
+    kept = split_of(tmp_path / "run")
+    assert (kept.address, kept.examples) == ("", 12)
+    for part, found in zip(splits, kept.positions(source), strict=True):
+        np.testing.assert_array_equal(found, part)
+    with pytest.raises(ValueError, match="12 examples of a source that a program made; got 11"):
+        kept.positions(ft.ArraySource(images[1:], np.arange(11) % 3))
+
+
 @pytest.mark.parametrize(("largest", "kept"), [(6e4, np.float16), (1e5, np.float32)])
 def test_features_too_large_for_half_precision_are_kept_whole(tmp_path, largest, kept):
     model, variables = network()
     said = ft.training.Predictions(
         np.zeros((2, 3)), np.zeros(2, int), np.array([[1.0], [-largest]])
     )
-    finish(tmp_path, model, variables, feed(), 1, said)
+    finish(tmp_path, ft.Classifier(model, variables, PREPROCESSING), 1, said, said.evaluation())
     found = validation_of(tmp_path).features
     assert found.dtype == kept
     np.testing.assert_array_equal(found, said.features)
@@ -181,7 +260,13 @@ def test_patience_ends_a_phase_early(tmp_path):
     model, variables = network()
     plan = two_phases(variables["params"], steps=400, patience=2)
     options = ft.FitOptions(evaluate_every=2)
-    fitted = ft.fit(model, variables, plan, feed(), tmp_path / "run", options=options)
+    fitted = ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing),
+        plan,
+        feed(),
+        tmp_path / "run",
+        options=options,
+    )
     assert fitted.steps < 200
     best = max(
         row["accuracy"] for row in read_metrics(tmp_path / "run") if row["kind"] == "validation"
@@ -204,7 +289,13 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     options = ft.FitOptions(evaluate_every=5)
     data = replace(feed(validation=False), train=lambda k: (poison(n) for n in range(k, 99)))
     with pytest.raises(NonFiniteLoss, match=r"loss is nan.* at step 12 .*checkpoint of step 10"):
-        ft.fit(model, variables, plan, data, tmp_path / "run", options=options)
+        ft.fit(
+            ft.Classifier(model, variables, data.preprocessing),
+            plan,
+            data,
+            tmp_path / "run",
+            options=options,
+        )
     with ft.training.CheckpointManager.open(tmp_path / "run/checkpoints", read_only=True) as store:
         assert store.latest() == 10
 
@@ -212,15 +303,36 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_another_configuration_is_refused_and_an_unfinished_run_needs_resume(tmp_path):
     model, variables = network()
     plan = two_phases(variables["params"], steps=2)
-    ft.fit(model, variables, plan, feed(), tmp_path / "run", config={"data": "a"})
+    ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing),
+        plan,
+        feed(),
+        tmp_path / "run",
+        config={"data": "a"},
+    )
     with pytest.raises(ValueError, match="belongs to another run: data is 'a' there and 'b' here"):
-        ft.fit(model, variables, plan, feed(), tmp_path / "run", config={"data": "b"}, resume=True)
+        ft.fit(
+            ft.Classifier(model, variables, feed().preprocessing),
+            plan,
+            feed(),
+            tmp_path / "run",
+            config={"data": "b"},
+            resume=True,
+        )
     with pytest.raises(ValueError, match=r"a finished run of this very configuration.*--resume"):
-        ft.fit(model, variables, plan, feed(), tmp_path / "run", config={"data": "a"})
+        ft.fit(
+            ft.Classifier(model, variables, feed().preprocessing),
+            plan,
+            feed(),
+            tmp_path / "run",
+            config={"data": "a"},
+        )
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"not a run folder .*thesis\.tex"):
-        ft.fit(model, variables, plan, feed(), tmp_path / "other")
+        ft.fit(
+            ft.Classifier(model, variables, feed().preprocessing), plan, feed(), tmp_path / "other"
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -234,9 +346,22 @@ def test_a_signal_ends_with_a_checkpoint_and_resume_goes_on(tmp_path, number):
         return batch(step)
 
     with pytest.raises(ft.training.Interrupted, match=f"{number.name} at step 6"):
-        ft.fit(model, variables, plan, feed(make=interrupting), tmp_path / "run")
-    resumed = ft.fit(model, variables, plan, feed(), tmp_path / "run", resume=True)
-    straight = ft.fit(model, variables, plan, feed(), tmp_path / "straight")
+        ft.fit(
+            ft.Classifier(model, variables, feed(make=interrupting).preprocessing),
+            plan,
+            feed(make=interrupting),
+            tmp_path / "run",
+        )
+    resumed = ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing),
+        plan,
+        feed(),
+        tmp_path / "run",
+        resume=True,
+    )
+    straight = ft.fit(
+        ft.Classifier(model, variables, feed().preprocessing), plan, feed(), tmp_path / "straight"
+    )
     assert digests(resumed.variables) == digests(straight.variables)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == sorted(
         row["step"] for row in read_metrics(tmp_path / "run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import optax
 import pytest
@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flaxtransfer as ft
-
-from ..strategies.evidence import EVIDENCE
+from flaxtransfer.training.plan import Phase
+from flaxtransfer.training.plan_yaml import plan_from_yaml, plan_to_yaml
+from tests.support.evidence import EVIDENCE
 
 PARAMS = ft.resnet("resnet18", classes=10).abstract()["params"]
 
@@ -102,7 +103,11 @@ def test_a_plan_written_by_hand():
         ("name: sgd", "name: sdg", r"group 'new': optax has no optimizer 'sdg'; did you mean"),
         ("momentum", "momentun", r"sgd takes no momentun; did you mean 'momentum'"),
         ("peak", "peek", r"learning_rate has no setting 'peek'; did you mean 'peak'"),
-        ("peak: 0.1", "peak: -1", r"learning_rate: no schedule: peak is -1"),
+        (
+            "peak: 0.1",
+            "peak: -1",
+            r"learning_rate: invalid WarmupCosine: peak must be >= 0, got -1",
+        ),
         ("steps: 5", "steps: 0", r"phase 'head': steps must be positive, not 0"),
         ("steps: 5", "step: 5", r"phase 1 has no setting 'step'; did you mean 'steps'"),
         ("old: frozen", "old: molten", r"group 'old' must be a mapping.*or 'frozen'"),
@@ -121,7 +126,7 @@ def test_mistakes_are_named_at_their_place(old, new, text, tmp_path):
 
 def test_all_mistakes_at_once():
     broken = GOOD.replace("head()", "hed()").replace("peak: 0.1", "peak: -1")
-    with pytest.raises(ValueError, match=r"(?s)hed.*peak is -1"):
+    with pytest.raises(ValueError, match=r"(?s)hed.*peak must be >= 0, got -1"):
         ft.training.plan_from_yaml(broken)
 
 
@@ -148,3 +153,34 @@ def test_what_has_no_name_is_refused_and_nothing_is_written(tmp_path):
     ):
         ft.training.save_plan(tmp_path / "plan.yaml", ft.Plan([phase]))
     assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True)
+class Accumulating(Phase):
+    """A phase with one more field, as a later version could have."""
+
+    accumulate: int = 1
+
+
+def test_a_new_field_is_part_of_everything_that_derives_from_the_fields():
+    rules = {"new": ft.head(), "frozen": ft.rest()}
+    groups = {"new": ft.Group(optax.adamw, 1e-3), "frozen": ft.FROZEN}
+    one, two = (Accumulating(rules, groups, steps=5, accumulate=n) for n in (1, 2))
+    params = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4)).abstract()["params"]
+    # The file, in both directions; the default is not written.
+    text = plan_to_yaml(ft.Plan([two]))
+    assert "accumulate: 2" in text
+    assert "accumulate" not in plan_to_yaml(ft.Plan([one]))
+    assert plan_from_yaml(text, Accumulating).phases == (two,)
+    with pytest.raises(ValueError, match="has no setting 'accumulate'"):
+        plan_from_yaml(text)
+    # The table.
+    assert "accumulate 2" in str(ft.Plan([two]))
+    # The identity of a run, and of a compiled step.
+    assert [phase.resolve(params).identity()["accumulate"] for phase in (one, two)] == [1, 2]
+    assert one.resolve(params).in_step() != two.resolve(params).in_step()
+    # Validation may decide about a phase that differs in it alone.
+    again = replace(two, name="again")
+    ft.Plan([replace(one, name="first"), again], patience=1).resolve(params)
+    with pytest.raises(ValueError, match="unfreezes nothing new"):
+        ft.Plan([two, again], patience=1).resolve(params)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small import PREPROCESSING, batch, feed, network
 
 import flaxtransfer as ft
 from flaxtransfer.training.plan import plan_text
 from flaxtransfer.training.run_folder import read_metrics
 from flaxtransfer.training.selection import Comparison, Progress, bits, decide, score
+from tests.support.small import PREPROCESSING, batch, feed, network
 
 HEAD = {"new": ft.head(), "old": ft.rest()}
 ADAM = ft.Group(optax.adamw, ft.WarmupCosine(1e-2), weight_decay=0.1)
@@ -175,8 +176,14 @@ def test_an_unresolved_phase_says_so():
         (lambda: ft.Plan([head_phase()], patience=0), "patience is a number of phases"),
         (lambda: ft.Plan([head_phase()], min_gain=-0.1), "min_gain is a share"),
         (lambda: ft.Plan([head_phase()], min_z=-1.0), "min_z is a number of standard errors"),
-        (lambda: ft.WarmupCosine(-1.0, warmup=1.0), "peak is -1.0.*warmup is 1.0"),
-        (lambda: ft.training.SmoothedCrossEntropy(1.0), "at least 0 and less than 1, not 1.0"),
+        (
+            lambda: ft.WarmupCosine(-1.0, warmup=1.0),
+            "peak must be >= 0, got -1.0; warmup must be .* got 1.0",
+        ),
+        (
+            lambda: ft.training.SmoothedCrossEntropy(1.0),
+            "label smoothing must be in \\[0, 1\\), got 1.0",
+        ),
         (
             lambda: ft.Plan([replace(head_phase(), groups={"new": ft.FROZEN, "old": ft.FROZEN})]),
             "phase 'head' trains nothing",
@@ -192,7 +199,12 @@ def test_rules_that_the_data_cannot_answer_are_refused_at_once(tmp_path):
     model, variables = network()
     plan = ft.Plan([head_phase(patience=2, recalibrate=ft.everything())], patience=1)
     with pytest.raises(ValueError, match=r"'head', the plan; phase 'head' recalibrates"):
-        ft.fit(model, variables, plan, feed(validation=False), tmp_path / "run")
+        ft.fit(
+            ft.Classifier(model, variables, PREPROCESSING),
+            plan,
+            feed(validation=False),
+            tmp_path / "run",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -203,9 +215,11 @@ def test_a_phase_that_hurts_is_undone_and_ends_the_plan(tmp_path):
     last = head_phase(name="never")
     # A network that names one class only is lucky now and then; half of the images is no luck.
     plan = ft.Plan([first, broken_phase(), last], patience=1, min_gain=0.5)
-    fitted = ft.fit(model, variables, plan, feed(), tmp_path / "run")
-    alone = ft.fit(model, variables, ft.Plan([first]), feed(), tmp_path / "alone")
-    assert jax.tree.all(jax.tree.map(np.array_equal, fitted.variables, alone.variables))
+    fitted = ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "run")
+    alone = ft.fit(
+        ft.Classifier(model, variables, PREPROCESSING), ft.Plan([first]), feed(), tmp_path / "alone"
+    )
+    chex.assert_trees_all_equal(fitted.variables, alone.variables)
     assert fitted.steps == 12
     decisions = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "decision"]
     assert [(d["phase"], d["kept"], d["next"]) for d in decisions] == [
@@ -227,9 +241,13 @@ def test_a_run_that_stops_at_a_decision_takes_the_same_one_again(tmp_path):
         return batch(number)
 
     with pytest.raises(KeyboardInterrupt):
-        ft.fit(model, variables, plan, feed(make=stop), tmp_path / "run")
-    ft.fit(model, variables, plan, feed(), tmp_path / "run", resume=True)
-    ft.fit(model, variables, plan, feed(), tmp_path / "straight")
+        ft.fit(
+            ft.Classifier(model, variables, PREPROCESSING), plan, feed(make=stop), tmp_path / "run"
+        )
+    ft.fit(
+        ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "run", resume=True
+    )
+    ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "straight")
     resumed, straight = (
         [row for row in read_metrics(tmp_path / name) if row["kind"] == "decision"]
         for name in ("run", "straight")
@@ -268,7 +286,7 @@ def test_recalibrated_statistics_of_the_first_layer_are_numpys():
     padded = batch(3)
     padded = {**padded, "weight": np.array([1, 1, 1, 0, 0, 0, 0, 0])}
     measured = ft.training.recalibrate(
-        model, variables, [*batches, padded], PREPROCESSING, ft.stem()
+        ft.Classifier(model, variables, PREPROCESSING), [*batches, padded], ft.stem()
     )
     images = np.concatenate([b["image"] for b in batches] + [padded["image"][:3]])
     normal = (images.astype(np.float64) / 255 - 0.5) / 0.25
@@ -290,7 +308,9 @@ def test_one_batch_and_the_network_itself_agree():
     """With one batch, what was measured normalizes as the batch itself does, at every depth."""
     model, variables = network()
     images = (batch(0, 32)["image"].astype(np.float32) / 255 - 0.5) / 0.25
-    measured = ft.training.recalibrate(model, variables, [batch(0, 32)], PREPROCESSING)
+    measured = ft.training.recalibrate(
+        ft.Classifier(model, variables, PREPROCESSING), [batch(0, 32)]
+    )
     by_batch, _ = model.apply(variables, images, norm="batch")
     running, _ = model.apply({**variables, "batch_stats": measured}, images)
     np.testing.assert_allclose(running, by_batch, rtol=1e-4, atol=1e-5)
@@ -299,17 +319,23 @@ def test_one_batch_and_the_network_itself_agree():
 def test_recalibration_needs_images_and_a_batch_norm():
     model, variables = network()
     with pytest.raises(ValueError, match="no images"):
-        ft.training.recalibrate(model, variables, [], PREPROCESSING)
+        ft.training.recalibrate(ft.Classifier(model, variables, PREPROCESSING), [])
     with pytest.raises(ValueError, match="touches no BatchNorm"):
-        ft.training.recalibrate(model, variables, [batch(0)], PREPROCESSING, ft.head())
+        ft.training.recalibrate(
+            ft.Classifier(model, variables, PREPROCESSING), [batch(0)], ft.head()
+        )
 
 
 def test_a_phase_that_recalibrates_leaves_those_statistics_alone_afterwards(tmp_path):
     model, variables = network()
     data = replace(feed(), calibration=lambda: [batch(n) for n in range(4)])
     plan = ft.Plan([head_phase(recalibrate=ft.everything())])
-    fitted = ft.fit(model, variables, plan, data, tmp_path / "run")
-    expected = ft.training.recalibrate(model, variables, data.calibration(), PREPROCESSING)
+    fitted = ft.fit(
+        ft.Classifier(model, variables, data.preprocessing), plan, data, tmp_path / "run"
+    )
+    expected = ft.training.recalibrate(
+        ft.Classifier(model, variables, PREPROCESSING), data.calibration()
+    )
     found = fitted.variables["batch_stats"]
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
     assert not np.array_equal(found["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"])

@@ -11,9 +11,8 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.features import fit_linear_probe
 from flaxtransfer.paths import flatten
-
-from .small import network
-from .test_caching import feed
+from tests.support.small import network
+from tests.training.test_caching import feed
 
 
 def plan(rate: float, steps: int = 2, **changes: object) -> ft.Plan:
@@ -36,9 +35,11 @@ def test_the_head_is_the_solved_one(tmp_path):
     """At a rate of 0 nothing else happens."""
     model, variables = network()
     data = feed()
-    fitted = ft.fit(model, variables, plan(0.0, ema=0.5), data, tmp_path)
+    fitted = ft.fit(
+        ft.Classifier(model, variables, data.preprocessing), plan(0.0, ema=0.5), data, tmp_path
+    )
     pooled, labels = ft.features.pooled_features(
-        model, variables, data.calibration(), data.preprocessing
+        ft.Classifier(model, variables, data.preprocessing), data.calibration()
     )
     assert pooled.shape == (14, 32)
     head = fit_linear_probe(pooled, labels, 3)
@@ -53,7 +54,13 @@ def test_an_interrupted_run_does_not_probe_again(tmp_path):
     model, variables = network()
     options = ft.FitOptions(evaluate_every=1)
     data = feed()
-    whole = ft.fit(model, variables, plan(1e-2, 6), data, tmp_path / "whole", options=options)
+    whole = ft.fit(
+        ft.Classifier(model, variables, data.preprocessing),
+        plan(1e-2, 6),
+        data,
+        tmp_path / "whole",
+        options=options,
+    )
 
     def stopping(start: int):
         for step, batch in enumerate(data.train(start), start):
@@ -63,15 +70,19 @@ def test_an_interrupted_run_does_not_probe_again(tmp_path):
 
     with pytest.raises(RuntimeError, match="stop here"):
         ft.fit(
-            model,
-            variables,
+            ft.Classifier(model, variables, replace(data, train=stopping).preprocessing),
             plan(1e-2, 6),
             replace(data, train=stopping),
             tmp_path / "cut",
             options=options,
         )
     resumed = ft.fit(
-        model, variables, plan(1e-2, 6), data, tmp_path / "cut", resume=True, options=options
+        ft.Classifier(model, variables, data.preprocessing),
+        plan(1e-2, 6),
+        data,
+        tmp_path / "cut",
+        resume=True,
+        options=options,
     )
     for path, leaf in flatten(whole.variables).items():
         np.testing.assert_array_equal(flatten(resumed.variables)[path], leaf, err_msg=path)
@@ -80,7 +91,12 @@ def test_an_interrupted_run_does_not_probe_again(tmp_path):
 def test_it_needs_a_pass_over_the_images(tmp_path):
     model, variables = network()
     with pytest.raises(ValueError, match="begins with a probe, but the feed has no pass"):
-        ft.fit(model, variables, plan(0.1), replace(feed(), calibration=None), tmp_path)
+        ft.fit(
+            ft.Classifier(model, variables, replace(feed(), calibration=None).preprocessing),
+            plan(0.1),
+            replace(feed(), calibration=None),
+            tmp_path,
+        )
 
 
 def test_what_is_no_answer():

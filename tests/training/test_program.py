@@ -6,15 +6,17 @@ import functools
 import logging
 from dataclasses import replace
 
+import chex
 import jax
 import optax
 import pytest
-from small import PREPROCESSING, feed, network, two_phases
 
 import flaxtransfer as ft
 from flaxtransfer.schedules import WarmupCosine
+from flaxtransfer.task import SmoothedCrossEntropy, cross_entropy
+from flaxtransfer.training import step as training_step
 from flaxtransfer.training.step import train_step
-from flaxtransfer.training.task import SmoothedCrossEntropy, cross_entropy
+from tests.support.small import PREPROCESSING, feed, network, two_phases
 
 
 def phase(**changes):
@@ -37,11 +39,37 @@ def test_the_second_run_of_a_plan_compiles_no_step(tmp_path, caplog):
         model, variables = network(seed)
         plan = two_phases(variables["params"], steps=2, clip=0.123)
         with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
-            ft.fit(model, variables, plan, feed(), tmp_path / str(seed), seed=seed)
+            ft.fit(
+                ft.Classifier(model, variables, PREPROCESSING),
+                plan,
+                feed(),
+                tmp_path / str(seed),
+                seed=seed,
+            )
         return [r.getMessage() for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
 
     assert len(compiled(0)) == 2  # the control: one a phase
     assert compiled(1) == []
+
+
+@pytest.mark.parametrize("traces", [2, 1])
+def test_each_phase_is_traced_once(tmp_path, monkeypatch, traces):
+    """Whatever number of steps; a limit of one trace for two phases is the control."""
+    model, variables = network()
+    plan = two_phases(variables["params"], steps=3, clip=0.456 + traces)
+    chex.clear_trace_counter()
+    # Called once per trace of the step.
+    counted = chex.assert_max_traces(optax.apply_updates, n=traces)
+    monkeypatch.setattr(training_step.optax, "apply_updates", counted)
+
+    def run():
+        ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "run")
+
+    if traces == 2:
+        run()
+    else:
+        with pytest.raises(AssertionError, match="traced > 1 times"):
+            run()
 
 
 def test_names_lengths_and_data_do_not_matter_where_the_arithmetic_is_the_same():

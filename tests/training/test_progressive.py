@@ -8,13 +8,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from small import feed, network, progressive
 
 import flaxtransfer as ft
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
 from flaxtransfer.training import loop
 from flaxtransfer.training.run_folder import read_metrics
+from tests.support.small import feed, network, progressive
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,11 @@ def run(tmp_path_factory):
         patch.setattr(loop, "_best", ended)
         options = ft.FitOptions(evaluate_every=3)
         fitted = ft.fit(
-            model, variables, progressive(variables["params"]), feed(), folder, options=options
+            ft.Classifier(model, variables, feed().preprocessing),
+            progressive(variables["params"]),
+            feed(),
+            folder,
+            options=options,
         )
     decisions = [row for row in read_metrics(folder) if row["kind"] == "decision"]
     return decisions, transitions, ends, fitted

@@ -11,21 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-from small import feed, network, two_phases
 
 import flaxtransfer as ft
 from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import flatten
 from flaxtransfer.training.run_folder import digest, read_metrics
+from tests.support.small import feed, network, two_phases
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "run_small.py"), str(folder), *arguments],
+        [sys.executable, str(ROOT / "tests/support/run_small.py"), str(folder), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -123,7 +122,12 @@ def run_some(folder: Path, steps: int = 6):
     options = ft.FitOptions(evaluate_every=2)
     plan = two_phases(variables["params"], steps=steps)
     return ft.fit(
-        model, variables, plan, feed(validation=False), folder, resume=True, options=options
+        ft.Classifier(model, variables, feed(validation=False).preprocessing),
+        plan,
+        feed(validation=False),
+        folder,
+        resume=True,
+        options=options,
     )
 
 

@@ -24,14 +24,14 @@ def test_files_by_name():
 
 @pytest.mark.parametrize("name", ["../out", "a/../../out", "/out", "..\\out"])
 def test_names_that_lead_out(name):
-    with pytest.raises(ValueError, match="leads out of it"):
+    with pytest.raises(ValueError, match="leads out of the archive"):
         members(archive_of({name: b""}))
 
 
 def test_a_file_without_a_name():
     # A name ends at its first zero byte.
     data = archive_of({"unnamed": b""}).replace(b"unnamed", b"\0nnamed")
-    with pytest.raises(ValueError, match="a file without a name"):
+    with pytest.raises(ValueError, match="must have a name"):
         members(data)
 
 
@@ -41,13 +41,13 @@ def test_a_bomb_is_not_unfolded(tmp_path, suffix):
     assert len(data) < 1 << 20
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"would unfold from .* to 268,435,456 bytes"):
+    with pytest.raises(ValueError, match=r"would unpack from .* to 268,435,456 bytes"):
         load(path)
 
 
 def test_half_an_archive():
     data = archive_of({"a": bytes(1000)})
-    with pytest.raises(ValueError, match="no complete zip archive"):
+    with pytest.raises(ValueError, match="incomplete or damaged zip archive"):
         members(data[:500])
 
 
@@ -58,12 +58,12 @@ def test_an_array_that_says_more_than_it_holds(tmp_path):
     npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
     path = tmp_path / "weights.npz"
     path.write_bytes(archive_of({"a.npy": file.getvalue()}))
-    with pytest.raises(ValueError, match="by its header it has 4,398,046,511,104 bytes"):
+    with pytest.raises(ValueError, match="its header states 4,398,046,511,104 bytes"):
         load(path)
 
 
 def test_objects_are_not_unpickled(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, a=np.array([object], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="it holds object and weights are numbers"):
+    with pytest.raises(ValueError, match="dtype must be numeric, got object"):
         load(path)

@@ -54,9 +54,9 @@ def test_every_container_under_every_name(kind, name):
     if name.endswith(expected.suffixes):
         assert notes == []
     elif name == "blob":
-        assert notes == [f"{expected.text} by its content; its name does not say so"]
+        assert notes == [f"{expected.text} by its content; its name has no such suffix"]
     else:
-        assert notes == [f"{expected.text} by its content, though its name ends in {name[1:]}"]
+        assert notes == [f"{expected.text} by its content, although its name ends in {name[1:]}"]
 
 
 @pytest.mark.parametrize("name", ["blob", "w.safetensors", "w.ckpt", "w.pth.tar"])
@@ -69,10 +69,10 @@ def test_both_layouts_of_torch(of_torch, name):
 @pytest.mark.parametrize(
     ("name", "note"),
     [
-        ("pytorch_model.bin", "a safetensors file by its content, though its name ends in .bin"),
-        ("w.ckpt", "a safetensors file by its content, though its name ends in .ckpt"),
-        ("4c1f0e", "a safetensors file by its content; its name does not say so"),
-        ("resnet50.a1_in1k", "a safetensors file by its content; its name does not say so"),
+        ("pytorch_model.bin", "a safetensors file by its content, although its name ends in .bin"),
+        ("w.ckpt", "a safetensors file by its content, although its name ends in .ckpt"),
+        ("4c1f0e", "a safetensors file by its content; its name has no such suffix"),
+        ("resnet50.a1_in1k", "a safetensors file by its content; its name has no such suffix"),
     ],
 )
 def test_a_network_under_another_name(golden, tmp_path, name, note):
@@ -98,13 +98,13 @@ def test_a_blob_of_the_hubs_cache(golden, tmp_path):
         (b"", "w.pth", "the file is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "w.pth", "Git LFS pointer"),
         (b"\n <!DOCTYPE html>", "w.h5", "a web page"),
-        (b"hello, this is text", "w.pth", "b'hello, t', are those of no container"),
-        (b"\x08\x07\x12\x07pytorch", "w.onnx", "are those of no container"),
-        (b"PK\x03\x04 and more", "w.safetensors", "no complete zip archive"),
-        (b"PK\x05\x06" + bytes(18), "w.pth", "are those of no container"),
-        (b"\x80\x00" + bytes(20), "w.pth", "are those of no container"),
-        (b"\x81\x01\x02\x03\x04\x05\x06\x07\x08", "w.pth", "are those of no container"),
-        (FILES["hdf5"][1:], "w.h5", "are those of no container"),
+        (b"hello, this is text", "w.pth", "unknown format: the first bytes are b'hello, t'"),
+        (b"\x08\x07\x12\x07pytorch", "w.onnx", "unknown format"),
+        (b"PK\x03\x04 and more", "w.safetensors", "incomplete or damaged zip archive"),
+        (b"PK\x05\x06" + bytes(18), "w.pth", "unknown format"),
+        (b"\x80\x00" + bytes(20), "w.pth", "unknown format"),
+        (b"\x81\x01\x02\x03\x04\x05\x06\x07\x08", "w.pth", "unknown format"),
+        (FILES["hdf5"][1:], "w.h5", "unknown format"),
     ],
 )
 def test_what_is_none_of_them(data, name, said):
@@ -114,10 +114,10 @@ def test_what_is_none_of_them(data, name, said):
 
 def test_archives_of_other_things():
     data = bytes_of(lambda file: np.savez(file, **ONES)).replace(b"a.npy", b"a.txt")
-    with pytest.raises(ValueError, match=r"no known kind.*and this one a\.txt"):
+    with pytest.raises(ValueError, match=r"unknown zip archive.*, got a\.txt"):
         recognize(data, "w.npz")
     two = bytes_of(lambda file: np.savez(file, b=np.ones(1), **ONES)).replace(b"b.npy", b"b.txt")
-    with pytest.raises(ValueError, match=r"no known kind.*and this one b\.txt, a\.npy"):
+    with pytest.raises(ValueError, match=r"unknown zip archive.*, got b\.txt, a\.npy"):
         recognize(two, "w.npz")
 
 

@@ -21,28 +21,37 @@ FILES = {
     "empty torch file": (file_of(b"", "w.pth"), ["the file is empty"]),
     "half": (
         file_of(lambda whole: whole[: len(whole) // 2]),
-        ["no complete safetensors file", "by its header it has"],
+        ["incomplete or damaged safetensors file", "its header states"],
     ),
-    "one byte short": (file_of(lambda whole: whole[:-1]), ["no complete safetensors file"]),
-    "one byte long": (file_of(lambda whole: whole + b"\0"), ["no complete safetensors file"]),
+    "one byte short": (
+        file_of(lambda whole: whole[:-1]),
+        ["incomplete or damaged safetensors file"],
+    ),
+    "one byte long": (
+        file_of(lambda whole: whole + b"\0"),
+        ["incomplete or damaged safetensors file"],
+    ),
     "header cut": (
         file_of(lambda whole: whole[:100]),
-        ["no complete safetensors file", "its header should end at byte"],
+        ["incomplete or damaged safetensors file", "its header ends at byte"],
     ),
     "header damaged": (
         file_of(lambda whole: whole[:8] + b"]" + whole[9:]),
-        ["no complete safetensors file", "not the JSON"],
+        ["incomplete or damaged safetensors file", "not valid JSON"],
     ),
-    "a few letters": (file_of(b"weights"), ["no complete safetensors file"]),
+    "a few letters": (file_of(b"weights"), ["incomplete or damaged safetensors file"]),
     "no arrays": (file_of(safetensors_file.write_safetensors({}, {})), ["holds no arrays"]),
     "pointer": (
         file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         ["Git LFS pointer", "git lfs pull"],
     ),
     "web page": (file_of(b"<!DOCTYPE html><html>"), ["a web page"]),
-    "half an archive": (file_of(b"PK\x03\x04 and more"), ["no complete zip archive"]),
-    "text": (file_of(b"hello, this is text", "w.bin"), ["are those of no container of weights"]),
-    "another kind": (file_of(b"...", "w.onnx"), ["b'...', are those of no", "(.safetensors)"]),
+    "half an archive": (file_of(b"PK\x03\x04 and more"), ["incomplete or damaged zip archive"]),
+    "text": (file_of(b"hello, this is text", "w.bin"), ["unknown format"]),
+    "another kind": (
+        file_of(b"...", "w.onnx"),
+        ["unknown format: the first bytes are b'...'", "(.safetensors)"],
+    ),
 }
 
 
@@ -61,12 +70,12 @@ def test_a_missing_file_names_the_nearest(basic, write):
         load(folder / "resnet18_bets.safetensors")
     with pytest.raises(FileNotFoundError, match=r"checkpoints there: resnet18_best\.safetensors"):
         load(folder / "zzz.pth")
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"the folder .* does not exist"):
         load(folder / "no" / "zzz.pth")
 
 
 def test_a_folder_must_hold_one_checkpoint(basic, write, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"with 0 checkpoints in it.*no .safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds 0 checkpoints: no .safetensors"):
         load(tmp_path)
     write(basic, "first.safetensors")
     assert load(tmp_path).config.width == 4
@@ -81,8 +90,8 @@ def test_a_folder_must_hold_one_checkpoint(basic, write, tmp_path):
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("s3://bucket/resnet18.pth", "no such kind of address; there are hf://"),
-        ("", "the source is empty"),
+        ("s3://bucket/resnet18.pth", "unknown kind of address; known: hf://"),
+        ("", "source must not be empty"),
     ],
 )
 def test_a_source_that_is_no_path(source, text):
@@ -112,5 +121,5 @@ def test_wrappers_of_training_scripts(content, weights, note):
 
 
 def test_a_file_that_is_no_mapping_is_refused():
-    with pytest.raises(ValueError, match="holds a list and no tensors by name"):
+    with pytest.raises(ValueError, match="must hold tensors by name, got a list"):
         torch_file.unwrap([1, 2])

@@ -6,9 +6,9 @@ import pytest
 from flax import serialization
 
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import load
-from flaxtransfer.weights.infer import leaf_shapes
 from flaxtransfer.weights.naming import huggingface
 from flaxtransfer.weights.naming.key_map import to_keys
 from flaxtransfer.weights.readers.flax_file import read_flax
@@ -52,13 +52,16 @@ def test_half_precision():
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"a": packed([1 << 40], "float32", b"")}, "an array of float32.* has 0 bytes"),
-        ({"a": packed([-1], "float32", b"")}, r"an array of shape \[-1\]"),
-        ({"a": packed([1], "object", bytes(8))}, "an array of 'object', and weights are numbers"),
-        ({"a": msgpack.ExtType(2, b"")}, "an extension of kind 2"),
-        ({"a": 3}, "a holds a int, and weights are arrays"),
-        ({"a/b": packed([0], "float32", b"")}, "the key 'a/b'"),
-        ([1], "it holds a list"),
+        ({"a": packed([1 << 40], "float32", b"")}, "bytes of an array must fit float32.*, got 0"),
+        (
+            {"a": packed([-1], "float32", b"")},
+            r"shape of an array must be integers >= 0, got \[-1\]",
+        ),
+        ({"a": packed([1], "object", bytes(8))}, "dtype of an array must be numeric, got 'object'"),
+        ({"a": msgpack.ExtType(2, b"")}, "extensions must have type 1 .*, got 2"),
+        ({"a": 3}, "a must be an array, got a int"),
+        ({"a/b": packed([0], "float32", b"")}, "keys must be names without '/', got 'a/b'"),
+        ([1], "must hold arrays by name, got a list"),
     ],
 )
 def test_what_is_no_dictionary_of_arrays(content, text):
@@ -69,5 +72,5 @@ def test_what_is_no_dictionary_of_arrays(content, text):
 def test_truncated(tmp_path):
     data = serialization.msgpack_serialize({"params": {"a": np.ones(100)}})
     for share in (0.1, 0.5, 0.99):
-        with pytest.raises(ValueError, match="no complete msgpack of arrays"):
+        with pytest.raises(ValueError, match="incomplete or damaged msgpack file"):
             read_flax(data[: int(share * len(data))])

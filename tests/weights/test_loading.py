@@ -10,7 +10,7 @@ from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load
-from flaxtransfer.weights.loading import companions
+from flaxtransfer.weights.loading import collect_metadata
 from flaxtransfer.weights.readers import safetensors_file
 from flaxtransfer.weights.readers.detect import Tensors, strip
 
@@ -51,7 +51,7 @@ def test_prefixes_are_removed_and_said(basic, write, prefixes, notes):
 
 
 def test_prefixes_that_merge_keys_are_refused():
-    with pytest.raises(ValueError, match=r"two keys name 'fc.bias' once"):
+    with pytest.raises(ValueError, match=r"two keys become 'fc.bias' after"):
         strip({"module.fc.bias": 0, "fc.bias": 1})
 
 
@@ -75,7 +75,7 @@ def test_other_precisions_become_float32_and_that_is_said(basic, tmp_path, kind)
     assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("f4")}
     bias = np.asarray(stored["fc.bias"], np.float32)
     np.testing.assert_array_equal(leaves["params/fc/bias"], bias)
-    assert f"{len(leaves)} leaves were {kind} and are float32 now" in checkpoint.notes
+    assert f"{len(leaves)} leaves were converted from {kind} to float32" in checkpoint.notes
 
 
 @pytest.mark.parametrize("form", ["torchvision", "huggingface"])
@@ -106,7 +106,7 @@ def test_the_model_may_be_said_without_classes_and_channels(golden, model):
             RESNETS["resnet18"],
             ["holds resnet-basic-1-2-1-1w4", "not resnet18 (basic blocks", "width 64"],
         ),
-        ("resnet51", ["no model 'resnet51'", "did you mean", "'resnet50'", "resnet152"]),
+        ("resnet51", ["unknown model 'resnet51'", "did you mean", "'resnet50'", "resnet152"]),
     ],
 )
 def test_another_model_than_the_file_is_refused(golden, model, parts):
@@ -173,18 +173,18 @@ DAMAGES = {
         "missing: layer1.0.conv2.weight [4, 4, 3, 3]",
     ],
     with_nan: [
-        "NaN or infinite (as float32) in 2 leaves",
+        "NaN or infinite numbers (as float32) in 2 leaves",
         "params/layer2/0/conv1/kernel: 1 of 288",
         "params/fc/bias: 2 of 7",
     ],
-    negative_variance: ["running variances below 0: batch_stats/bn1/var"],
-    too_large: ["NaN or infinite (as float32) in 1 leaves", "params/fc/bias: 7 of 7"],
-    integers: ["no floating-point numbers", "params/fc/bias", "int32"],
+    negative_variance: ["negative ones in: batch_stats/bn1/var"],
+    too_large: ["NaN or infinite numbers (as float32) in 1 leaves", "params/fc/bias: 7 of 7"],
+    integers: ["must hold floating-point weights", "params/fc/bias", "int32"],
     deep_stem: ["under timm's names", "missing: conv1.3.weight", "missing: conv1.6.weight"],
     attention: ["under timm's names", "missing: layer1.0.se.fc2.weight"],
     half_a_head: ["1 missing", "missing: fc.bias"],
     other_network: [
-        "holds no ResNet under the names of torchvision or timm or timm-v2",
+        "has no ResNet with the keys of torchvision or timm or timm-v2",
         "features.0.weight",
     ],
     pre_activation: ["under timm-v2's names", "missing: norm.weight"],
@@ -204,9 +204,7 @@ def test_a_file_without_a_head_gets_one_that_says_nothing(basic, write):
     leaves = flatten(checkpoint.variables)
     assert leaves["params/fc/kernel"].shape == (32, 1)
     assert not leaves["params/fc/kernel"].any()
-    assert (
-        "the file has no head: one output that is always 0 stands in its place" in checkpoint.notes
-    )
+    assert "the file has no head: one output that is always 0 replaces it" in checkpoint.notes
 
 
 @pytest.mark.parametrize(
@@ -242,18 +240,18 @@ def test_the_encoder_of_self_supervised_training(basic, write, prefix, others, s
 def test_torchxrayvisions_file_knows_its_findings(tmp_path):
     path = tmp_path / "pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt"
     config = ResNetConfig("bottleneck", (3, 4, 6, 3), classes=18, in_channels=1)
-    found = companions(Tensors(path, {}, {}, "", ()), config, "torchvision")
+    found = collect_metadata(Tensors(path, {}, {}, "", ()), config, "torchvision")
     (mean,), (std,) = found.preprocessing.mean, found.preprocessing.std
     # The darkest and the brightest pixel become -1024 and 1024.
     assert [(pixel - mean) / std for pixel in (0, 1)] == [-1024, 1024]
     assert found.class_names[3] == "Pneumothorax"
-    assert "with a sigmoid" in found.notes[0]
+    assert "with one sigmoid each" in found.notes[0]
 
 
 def test_a_format_that_does_not_fit_names_the_one_that_does(golden):
-    with pytest.raises(ValueError, match="names of huggingface; format='torchvision' fits better"):
+    with pytest.raises(ValueError, match="keys of huggingface; format='torchvision' fits better"):
         load(golden / "torchvision_basic", format="huggingface")
     with pytest.raises(
-        ValueError, match="no format 'caffe'; there are: torchvision, timm, timm-v2"
+        ValueError, match="unknown format 'caffe'; known: torchvision, timm, timm-v2"
     ):
         load(golden / "torchvision_basic", format="caffe")

@@ -32,19 +32,19 @@ def test_json_keeps_every_bit(channels, size, border, interpolation):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"mean": ()}, "one value a channel, not 0 and 3"),
-        ({"std": (1.0, 1.0)}, "one value a channel, not 3 and 2"),
+        ({"mean": ()}, "one value per channel, got 0 and 3"),
+        ({"std": (1.0, 1.0)}, "one value per channel, got 3 and 2"),
         ({"mean": (0.0, float("nan"), 0.0)}, "mean must be finite"),
-        ({"std": (1.0, 0.0, 1.0)}, "std must be positive"),
-        ({"size": 0}, "size must be a positive number of pixels, not 0"),
-        ({"size": 224.5}, "size must be a positive number of pixels"),
-        ({"resize": 223}, "resize must be at least the size, 224 pixels, not 223"),
-        ({"interpolation": "cubic"}, "bilinear, bicubic, .* not 'cubic'"),
-        ({"bands": ("B1", "B2")}, "bands needs one value a channel, 3, or none, not 2"),
-        ({"bands": ("B1", "B2", "B1")}, "two bands have one name"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be > 0"),
+        ({"size": 0}, "size must be an integer >= 1 \\(pixels\\), got 0"),
+        ({"size": 224.5}, "size must be an integer >= 1"),
+        ({"resize": 223}, "resize must be an integer >= size, 224 pixels, got 223"),
+        ({"interpolation": "cubic"}, "bilinear, bicubic, .* got 'cubic'"),
+        ({"bands": ("B1", "B2")}, "bands must have one value per channel, 3, or none, got 2"),
+        ({"bands": ("B1", "B2", "B1")}, "bands must have different names"),
         ({"bands": (1, 2, 3)}, "bands must be names"),
-        ({"wavelengths": (0.49, 0.56, 0.66)}, "wavelengths must be in nm"),
-        ({"white": (255,) * 3}, "black and white belong together"),
+        ({"wavelengths": (0.49, 0.56, 0.66)}, "wavelengths must be >= 100 nm"),
+        ({"white": (255,) * 3}, "black and white must be given together"),
         ({"black": (0,) * 3, "white": (255, 0, 255)}, "white must be above black"),
     ],
 )
@@ -68,7 +68,7 @@ def test_json_keeps_what_is_known_of_the_bands():
 
 
 def test_all_problems_are_listed_at_once():
-    with pytest.raises(ValueError, match="no preprocessing") as caught:
+    with pytest.raises(ValueError, match="invalid Preprocessing") as caught:
         Preprocessing((0.0,), (-1.0,), 0, 0, "none")
     assert len(str(caught.value).splitlines()) == 4
 
@@ -76,9 +76,9 @@ def test_all_problems_are_listed_at_once():
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("[]", "is a JSON object, not []"),
+        ("[]", "must be a JSON object, got []"),
         ('{"mean": [0], "std": [1], "resize": 3, "sise": 3}', "missing: size; unknown: sise"),
-        ('{"mean": 0, "std": [1], "resize": 3, "size": 3}', "this is no preprocessing"),
+        ('{"mean": 0, "std": [1], "resize": 3, "size": 3}', "invalid Preprocessing"),
     ],
 )
 def test_foreign_json_is_refused(text, part):
@@ -164,18 +164,18 @@ def test_hugging_face_without_normalization():
         (
             sidecar.timm_preprocessing,
             {"pretrained_cfg": {"mean": [0.5], "std": None}},
-            "pretrained_cfg beside the weights lacks input_size, std",
+            "pretrained_cfg next to the weights lacks input_size, std",
         ),
         (sidecar.hf_preprocessing, {"size": 224}, "lacks image_mean, image_std"),
         (
             sidecar.hf_preprocessing,
             {"size": {"longest_edge": 3}, "image_mean": [0], "image_std": [1]},
-            "gives no side",
+            "must have shortest_edge or height",
         ),
         (
             sidecar.hf_preprocessing,
             {"size": 8, "image_mean": [0], "image_std": [1], "resample": 9},
-            "interpolation must be one of .* not '9'",
+            "interpolation must be one of .* got '9'",
         ),
     ],
 )
@@ -196,7 +196,9 @@ def test_a_published_file_name_brings_its_recipe(digits, resize):
     assert torchvision.published(name, digits + "0" * 56) == dataclasses.replace(
         IMAGENET, resize=resize
     )
-    with pytest.raises(ValueError, match=f"starts with {digits}, and this one's .* 00000000"):
+    with pytest.raises(
+        ValueError, match=f"must start with {digits}, as torchvision published it, got 00000000"
+    ):
         torchvision.published(name, "0" * 64)
     assert torchvision.published(f"resnet-{digits}.safetensors", "0" * 64) is None
 
@@ -215,17 +217,17 @@ def test_a_record_for_other_channels_is_refused(basic, write):
     path = write(basic)
     record = {"size": 64, "image_mean": [0.25] * 4, "image_std": [0.5] * 4}
     (path.parent / "preprocessor_config.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="has 4 channels, and the network 3"):
+    with pytest.raises(ValueError, match="must have 3 channels, as the network, got 4"):
         load(path)
 
 
 def test_what_is_assumed_is_said(golden):
     notes = {
-        "torchvision_basic": "none is recorded, ImageNet's is assumed",
-        "torchvision_grouped": "none is recorded for 2 channels, which are left in 0..1; "
-        "sensor= knows sentinel1_all",
-        "timm": "from config.json beside the file",
-        "huggingface_basic": "from preprocessor_config.json beside the file",
+        "torchvision_basic": "not recorded, ImageNet's is assumed",
+        "torchvision_grouped": "not recorded for 2 channels, which stay in 0..1; "
+        "sensor= supports sentinel1_all",
+        "timm": "from config.json next to the file",
+        "huggingface_basic": "from preprocessor_config.json next to the file",
     }
     for name, note in notes.items():
         assert load(golden / name).notes == (f"preprocessing: {note}",)

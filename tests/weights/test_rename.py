@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
-from flaxtransfer.weights.infer import leaf_shapes
-from flaxtransfer.weights.naming import big_transfer, huggingface, timm, torchvision
-from flaxtransfer.weights.naming.formats import table_for
+from flaxtransfer.weights.naming import huggingface, timm, torchvision
 from flaxtransfer.weights.naming.key_map import CONV, Rule, leaf_of, to_keys, to_leaves
+from flaxtransfer.weights.naming.timm import table_for
 
 TABLES = {"torchvision": torchvision.TABLE, "huggingface": huggingface.TABLE}
 TINY = ResNetConfig("bottleneck", (2, 1, 1, 1), width=4, classes=3)
@@ -57,11 +57,11 @@ def test_bits_table_is_one_to_one(name):
     config = ARCHITECTURES[name]
     arrays = leaves(dataclasses.replace(config, width=2, depths=(2, 1, 1, 11), norm="batch"))
     arrays = {path.replace("/bn", "/gn"): a for path, a in arrays.items() if path[0] == "p"}
-    keys = to_keys(big_transfer.TABLE, arrays)
+    keys = to_keys(timm.BIT_TABLE, arrays)
     assert "resnet/block4/unit11/a/standardized_conv2d/kernel" in keys
     assert keys["resnet/head/conv2d/kernel"].shape == (1, 1, 64, 1000)
     shapes = {path: array.shape for path, array in arrays.items()}
-    back = to_leaves(big_transfer.TABLE, keys, shapes, what="file")
+    back = to_leaves(timm.BIT_TABLE, keys, shapes, what="file")
     assert all(np.array_equal(back[path], arrays[path]) for path in arrays)
 
 
@@ -89,7 +89,9 @@ def test_axes_of_length_one_are_dropped_and_given_back():
     np.testing.assert_array_equal(found["params/fc/kernel"], array[:, :, 0, 0].T)
     np.testing.assert_array_equal(to_keys(table, found)["fc.weight"], array)
     wrong = {"fc.weight": np.zeros((2, 3, 1, 2))}
-    with pytest.raises(ValueError, match=r"is \[2, 3, 1, 2\] in the file, \[2, 3, 1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"must be \[2, 3, 1, 1\] for the network, got \[2, 3, 1, 2\]"
+    ):
         to_leaves(table, wrong, {"params/fc/kernel": (3, 2)}, what="file")
 
 
@@ -148,20 +150,22 @@ def test_one_error_lists_every_difference():
         to_leaves(torchvision.TABLE, theirs, leaf_shapes(TINY), what="x.pth")
     assert str(caught.value).splitlines() == [
         "x.pth; keys: 2 missing, 3 unexpected, 2 of another shape",
-        "  missing: bn1.running_var [4]",
         "  missing: layer1.0.conv2.weight [4, 4, 3, 3]",
+        "  missing: bn1.running_var [4]",
         "  unexpected: layer1.0.conv9.weight [4, 4, 3, 3]; did you mean 'layer1.0.conv2.weight'?",
         "  unexpected: head.extra [2, 2]",
         "  unexpected: layer7.0.bn1.num_batches_tracked []",
-        "  shape: layer4.0.bn1.bias is [3] in the file, [32] in the network",
-        "  shape: fc.weight is [3, 127] in the file, [3, 128] in the network",
+        "  shape: fc.weight must be [3, 128] for the network, got [3, 127] in the file",
+        "  shape: layer4.0.bn1.bias must be [32] for the network, got [3] in the file",
     ]
 
 
 def test_a_transposed_shape_is_a_difference_even_with_as_many_numbers():
     theirs = to_keys(torchvision.TABLE, leaves())
     theirs["fc.weight"] = theirs["fc.weight"].T
-    with pytest.raises(ValueError, match=r"fc.weight is \[128, 3\] in the file, \[3, 128\]"):
+    with pytest.raises(
+        ValueError, match=r"fc.weight must be \[3, 128\] for the network, got \[128, 3\]"
+    ):
         to_leaves(torchvision.TABLE, theirs, leaf_shapes(TINY), what="file")
 
 

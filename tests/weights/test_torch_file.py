@@ -138,7 +138,7 @@ def test_big_endians_and_missing_checksums():
                 data[at : at + 4] = bytes(4)
     arrays, _, notes = read_torch(bytes(data))
     assert arrays["a"].tolist() == [0, 1, 2, 3]
-    assert notes == ["the archive has no checksums: damage to it would not show"]
+    assert notes == ["the archive has no checksums: damage cannot be detected"]
 
 
 def test_a_flipped_bit_is_found():
@@ -154,10 +154,10 @@ def test_views_of_the_former_layout():
     arrays, _, _ = read_torch(legacy(content, **{"0": FOUR}))
     assert [arrays[name].tolist() for name in "ab"] == [[1, 2], [1, 2, 3]]
     beyond = dictionary(a=tensor(shape=(3,), view=view))
-    with pytest.raises(ValueError, match=r"shape \[3\] goes beyond its storage"):
+    with pytest.raises(ValueError, match=r"shape \[3\] exceeds its storage"):
         read_torch(legacy(beyond, **{"0": FOUR}))
     long = b"(" + text("1") + number(1) + number(4) + b"t"
-    with pytest.raises(ValueError, match="a view beyond its storage"):
+    with pytest.raises(ValueError, match="a view exceeds its storage"):
         read_torch(legacy(dictionary(a=tensor(shape=(2,), view=long)), **{"0": FOUR}))
 
 
@@ -190,7 +190,9 @@ def audit():
 @pytest.mark.parametrize("layout", [zipped, legacy, bytes], ids=["zip", "legacy", "bare"])
 def test_a_name_that_is_on_no_list_is_refused_and_not_looked_up(audit, content, layout):
     data, audit["seen"] = layout(content), []
-    with pytest.raises(ValueError, match=r"refused, and nothing in it was run, .* to call \w+\."):
+    with pytest.raises(
+        ValueError, match=r"refused, and no code in it was run, because it calls \w+\."
+    ):
         read_torch(data)
     seen, audit["seen"] = audit["seen"], None
     assert seen == []
@@ -214,35 +216,47 @@ def test_a_whole_network_is_refused_with_the_reason():
 
 HOSTILE = {
     "no pickle": (b"\x80\x02}", "truncated, damaged"),
-    "an instruction too many": (b"\x80\x02.", "takes more than it made"),
+    "an instruction too many": (b"\x80\x02.", "pops more than it pushed"),
     "text instructions": (b"\x80\x02I5\n.", "the instruction INT"),
-    "a call of text": (b"\x80\x02" + text("a") + b")R.", "a call of what is no function"),
-    "a state of a text": (b"\x80\x02" + text("a") + b"}b.", "a str with a state"),
-    "nested keys": (b"\x80\x02})\x85\x85Ns.", "a tuple as a key"),
-    "a storage of two kinds": (dictionary(a=tensor(), b=tensor(kind="LongStorage")), "two kinds"),
-    "no storage": (dictionary(a=tensor(key="1")), "missing|behind it"),
-    "beyond": (dictionary(a=tensor(shape=(2, 3), strides=(3, 1))), "beyond its storage"),
-    "far beyond": (dictionary(a=tensor(offset=1 << 60)), "beyond its storage"),
-    "strides far beyond": (dictionary(a=tensor(strides=(1 << 61,))), "beyond its storage"),
-    "negative offset": (dictionary(a=tensor(offset=-1)), "whole number from 0"),
-    "negative stride": (dictionary(a=tensor(strides=(-1,))), "whole number from 0"),
+    "a call of text": (b"\x80\x02" + text("a") + b")R.", "called value is not a function"),
+    "a state of a text": (b"\x80\x02" + text("a") + b"}b.", "a str cannot have a state"),
+    "nested keys": (b"\x80\x02})\x85\x85Ns.", "must not be a tuple"),
+    "a storage of two dtypes or sizes": (
+        dictionary(a=tensor(), b=tensor(kind="LongStorage")),
+        "two dtypes or sizes",
+    ),
+    "no storage": (dictionary(a=tensor(key="1")), "missing|but the file holds"),
+    "beyond": (
+        dictionary(a=tensor(shape=(2, 3), strides=(3, 1))),
+        "exceeds its storage",
+    ),
+    "far beyond": (dictionary(a=tensor(offset=1 << 60)), "exceeds its storage"),
+    "strides far beyond": (
+        dictionary(a=tensor(strides=(1 << 61,))),
+        "exceeds its storage",
+    ),
+    "negative offset": (dictionary(a=tensor(offset=-1)), "must be integers >= 0"),
+    "negative stride": (dictionary(a=tensor(strides=(-1,))), "must be integers >= 0"),
     "more strides than axes": (dictionary(a=tensor(strides=(1, 1))), "1 axes and 2 strides"),
     "many axes": (dictionary(a=tensor(shape=(1,) * 65, strides=(1,) * 65)), "65 axes"),
     "more numbers than there are": (dictionary(a=tensor(count=5)), "bytes"),
     "a terabyte": (
         dictionary(a=tensor(shape=(1 << 40,), strides=(0,))),
-        "would unfold to 4,398,046,511,104 bytes",
+        "would unpack to 4,398,046,511,104 bytes",
     ),
     "a terabyte in all": (
         dictionary(**{f"a{n}": tensor(shape=(1 << 20,), strides=(0,)) for n in range(20)}),
-        "would unfold",
+        "would unpack",
     ),
     "empty and huge": (
         dictionary(a=tensor(shape=(0, 1 << 62, 1 << 62), strides=(1, 1, 1))),
         "truncated, damaged",
     ),
-    "a loop": (b"\x80\x02}q\x00" + text("model") + b"h\x00s.", "no tensors by name|behind it"),
-    "no dictionary": (b"\x80\x02]" + tensor() + b"a.", "holds a list and no tensors by name"),
+    "a loop": (
+        b"\x80\x02}q\x00" + text("model") + b"h\x00s.",
+        "tensors by name|but the file holds",
+    ),
+    "no dictionary": (b"\x80\x02]" + tensor() + b"a.", "must hold tensors by name, got a list"),
     "other things": (dictionary(a=tensor(), epoch=b"K\x03"), r"by name: epoch \(int\)"),
     "one list for many": (
         b"\x80\x02(]q\x00NN\x86ah\x000ccollections\nOrderedDict\nq\x01h\x00\x85Rh\x01h\x00\x85Rl.",
@@ -273,17 +287,26 @@ def test_there_is_an_end_to_instructions(monkeypatch):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (legacy(dictionary(a=tensor()), **{"0": FOUR[:3]}), "has not the 16 bytes"),
-        (legacy(dictionary(a=tensor()), **{"0": FOUR})[:-1], "has not the 16 bytes"),
-        (legacy(dictionary(a=tensor()), **{"0": FOUR}) + b"1", "1 bytes too many"),
-        (legacy(dictionary(a=tensor()), pickle.dumps({}, 2), **{"0": FOUR}), "big endians"),
-        (pickle.dumps({"a": 1}, 2), "a pickle that torch.save did not write"),
-        (zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), byteorder="?"), "order of bytes"),
+        (legacy(dictionary(a=tensor()), **{"0": FOUR[:3]}), "must have 16 bytes"),
+        (legacy(dictionary(a=tensor()), **{"0": FOUR})[:-1], "must have 16 bytes"),
+        (legacy(dictionary(a=tensor()), **{"0": FOUR}) + b"1", "1 bytes follow the last storage"),
+        (
+            legacy(dictionary(a=tensor()), pickle.dumps({}, 2), **{"0": FOUR}),
+            "must be little-endian",
+        ),
+        (pickle.dumps({"a": 1}, 2), "not written by torch.save"),
+        (
+            zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), byteorder="?"),
+            "byteorder must be little or big",
+        ),
         (
             zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), **{"constants.pkl": b""}),
             "a TorchScript program",
         ),
-        (zipped(dictionary(a=tensor()), data_0=b"", **{"b/data.pkl": b""}), "2 pickles"),
+        (
+            zipped(dictionary(a=tensor()), data_0=b"", **{"b/data.pkl": b""}),
+            "must hold one data.pkl, got 2",
+        ),
     ],
 )
 def test_layouts_that_contradict_themselves(data, said):

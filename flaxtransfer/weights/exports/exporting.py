@@ -1,4 +1,8 @@
-"""A checkpoint for other programs: written, read again, compared, and only then given its name."""
+"""Export weights to other programs, verified before they replace anything.
+
+``export`` writes a file or folder, reads it again, compares the logits, and only then gives it its
+final name.
+"""
 
 import dataclasses
 import os
@@ -17,27 +21,26 @@ from flaxtransfer.weights.exports import huggingface, onnx, stablehlo, timm
 from flaxtransfer.weights.exports.prepare import canonicalize, check_file, check_folder
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import OF_BANDS
-from flaxtransfer.weights.pretrained import Pretrained
-from flaxtransfer.weights.saving import save
+from flaxtransfer.weights.pretrained import Pretrained, save
 
 __all__ = ["LAYOUTS", "Exported", "export"]
 
 
 LAYOUTS = ("safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo")
 TOLERANCE = 1e-5
-"""Of the largest logit, in float32; sums in another order."""
+"""Relative to the largest logit, in float32; the order of sums differs."""
 _SUFFIXES = {".safetensors": "safetensors", ".onnx": "onnx", ".stablehlo": "stablehlo"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of ``export``.
 
     Args:
         path: the file or folder.
-        layout: one of `LAYOUTS`.
-        difference: of logits before and after, relative to the largest; 0 is bit for bit.
-        notes: what was changed on the way: an adapter folded, channels added.
+        layout: one of ``LAYOUTS``.
+        difference: of the logits before and after, relative to the largest; 0 is bit-identical.
+        notes: what was changed: an adapter folded, channels added.
     """
 
     path: Path
@@ -57,28 +60,28 @@ def export(
     to: str | None = None,
     dtype: Any = np.float32,
 ) -> Exported:
-    """Writes a checkpoint for another program, with its preprocessing and labels.
+    """Exports a checkpoint to another program, with its preprocessing and labels.
 
-    What was written is read again and compared by its logits before it gets its name: the target
-    appears whole and right, or not at all.
+    The result is read again and its logits are compared before it gets its name: the target is
+    complete and verified, or absent.
 
     Args:
-        checkpoint: from `load`, or made of trained variables.
+        checkpoint: from ``load``, or built from trained variables.
         target: a file, or a folder for "timm" and "huggingface".
         to: "safetensors" (for this package, torchvision's or timm's names), "torchvision" (the
             same, refused unless torchvision has the network), "timm" (a folder for
-            `timm.create_model("local-dir:...", pretrained=True)`), "huggingface" (a folder for
-            `AutoModelForImageClassification.from_pretrained`), "onnx" (one file; input
-            `[batch, bands, height, width]`), or "stablehlo" (one file for `jax.export.deserialize`
-            and its JSON; input `[batch, size, size, bands]`, any of CPU, GPU and TPU). None reads
-            it off the target's suffix.
+            ``timm.create_model("local-dir:...", pretrained=True)``), "huggingface" (a folder for
+            ``AutoModelForImageClassification.from_pretrained``), "onnx" (one file; input ``[batch,
+            bands, height, width]``), or "stablehlo" (one file for ``jax.export.deserialize`` and
+            its JSON; input ``[batch, size, size, bands]``, any of CPU, GPU and TPU). None reads it
+            off the target's suffix.
         dtype: float32 or float16, for "safetensors" and "torchvision".
 
     Raises:
-        FileNotFoundError: no folder to write into.
-        ImportError: "onnx" without onnx.
-        ValueError: an unknown layout, a network that the other program has not, a folder that
-            holds other things, or a result that computes something else.
+        FileNotFoundError: the folder does not exist.
+        ImportError: "onnx" without the package onnx.
+        ValueError: an unknown layout, a network that the other program lacks, a folder that holds
+            other files, or a result with other logits.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +91,7 @@ def export(
     target = Path(target)
     layout = _layout(target, to)
     if layout not in ("safetensors", "torchvision") and np.dtype(dtype) != np.float32:
-        raise ValueError(f"{layout} is written in float32, not {np.dtype(dtype)}")
+        raise ValueError(f"dtype must be float32 for {layout}, got {np.dtype(dtype)}")
     if layout in _FOLDERS:
         return _export_folder(checkpoint, target, layout)
     return _export_file(checkpoint, target, layout, np.dtype(dtype))
@@ -100,13 +103,14 @@ _FOLDERS: dict[str, Any] = {"timm": timm, "huggingface": huggingface}
 def _layout(target: Path, to: str | None) -> str:
     if to is None and target.suffix not in _SUFFIXES:
         raise ValueError(
-            f"{target} says not what to write: end it in {', '.join(_SUFFIXES)}, or say to="
+            f"target must end in {', '.join(_SUFFIXES)}, or give to="
             + ", to=".join(LAYOUTS)
+            + f"; got {target}"
         )
     layout = to or _SUFFIXES[target.suffix]
     if layout not in LAYOUTS:
         raise ValueError(
-            f"no layout {layout!r}{suggest(layout, LAYOUTS)}; there are: {', '.join(LAYOUTS)}"
+            f"unknown layout {layout!r}{suggest(layout, LAYOUTS)}; known: {', '.join(LAYOUTS)}"
         )
     return layout
 
@@ -131,15 +135,15 @@ def _export_file(
             data = stablehlo.artifact(checkpoint)
             difference = _difference(checkpoint, lambda images: stablehlo.logits(data, images))
             write_file(made, data)
-            with atomic_write(target.with_name(f"{target.name}.json")) as words:
-                write_file(words, stablehlo.words(checkpoint))
+            with atomic_write(target.with_name(f"{target.name}.json")) as sidecar:
+                write_file(sidecar, stablehlo.metadata(checkpoint))
     return Exported(target, layout, difference, checkpoint.notes)
 
 
 def _export_folder(checkpoint: Pretrained, target: Path, layout: str) -> Exported:
-    room = _FOLDERS[layout]
-    check_folder(target, room.NAMES)
-    files, plain = room.files(checkpoint)
+    module = _FOLDERS[layout]
+    check_folder(target, module.NAMES)
+    files, plain = module.files(checkpoint)
     with atomic_write(target) as made:
         made.mkdir()
         for name, data in files.items():
@@ -149,10 +153,12 @@ def _export_folder(checkpoint: Pretrained, target: Path, layout: str) -> Exporte
 
 
 def _left_behind(checkpoint: Pretrained, layout: str) -> list[str]:
-    """What the other program's records have no place for."""
-    said = checkpoint.preprocessing.to_json()
-    lost = [f"{name} {said[name]}" for name in OF_BANDS if name in said]
-    return [f"{layout} has no place for what the bands are: {'; '.join(lost)}"] if lost else []
+    """The metadata that the other program's files cannot hold."""
+    fields = checkpoint.preprocessing.to_json()
+    lost = [f"{name} {fields[name]}" for name in OF_BANDS if name in fields]
+    return (
+        [f"{layout} cannot store the description of the bands: {'; '.join(lost)}"] if lost else []
+    )
 
 
 def _check_torchvision(config: ResNetConfig) -> None:
@@ -168,8 +174,7 @@ def _check_torchvision(config: ResNetConfig) -> None:
     depths = {(known.block, known.depths) for known in RESNETS.values()}
     if config != like or (config.block, config.depths) not in depths:
         raise ValueError(
-            f"torchvision has no {config.name}; --to timm, huggingface, onnx or stablehlo may hold "
-            "it"
+            f"torchvision has no {config.name}; use --to timm, huggingface, onnx or stablehlo"
         )
 
 
@@ -179,7 +184,7 @@ def _loaded(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _half(checkpoint: Pretrained, again: Callable[[np.ndarray], np.ndarray]) -> float:
-    """How far float16 is from the network, after what was written was compared with float16."""
+    """The error of float16, after the file was compared with the rounded network."""
 
     def rounded(leaf: Any) -> np.ndarray:
         return np.asarray(leaf).astype(np.float16).astype(np.float32)
@@ -192,13 +197,13 @@ def _half(checkpoint: Pretrained, again: Callable[[np.ndarray], np.ndarray]) -> 
 
 def _difference(checkpoint: Pretrained, again: Callable[[np.ndarray], np.ndarray]) -> float:
     images = _images(checkpoint)
-    # Accelerators round products more coarsely than what is to be noticed here.
+    # Accelerators round products more coarsely than the tolerance.
     with jax.default_device(_cpu()):
         difference = _largest(_logits(checkpoint, images), again(images))
     if not difference <= TOLERANCE:
         raise ValueError(
-            f"what was written computes something else: logits differ by {difference:.1e} of the "
-            f"largest, and {TOLERANCE:.0e} is rounding; nothing was kept"
+            f"the logits of the export must be within {TOLERANCE:.0e} of the largest logit, got a "
+            f"difference of {difference:.1e}; nothing was kept"
         )
     return difference
 
@@ -207,7 +212,7 @@ def _cpu() -> jax.Device | None:
     try:
         return jax.devices("cpu")[0]
     except RuntimeError:
-        # JAX was told to know other platforms alone.
+        # JAX is configured for other platforms only.
         return None
 
 

@@ -1,7 +1,8 @@
-"""A folder that `AutoModelForImageClassification.from_pretrained` takes."""
+"""Export to a folder for ``AutoModelForImageClassification.from_pretrained``."""
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +25,13 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     """The files of the folder by name, and the checkpoint that they hold.
 
     Raises:
-        ValueError: a network that transformers' ResNet is not.
+        ValueError: a network that transformers' ResNet cannot represent.
     """
     checkpoint = canonicalize(checkpoint, exporting="Hugging Face's ResNet")
     config = checkpoint.config
     _check(config)
     arrays = key_map.to_keys(huggingface.TABLE, flatten(checkpoint.variables))
-    # transformers compares names, and its BatchNorms count their batches.
+    # transformers requires all names, including the batch counters of BatchNorms.
     arrays |= {
         key.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64)
         for key in arrays
@@ -70,14 +71,14 @@ def _check(config: ResNetConfig) -> None:
     if foreign:
         words = ", ".join(f"{name} {value}" for name, value in foreign.items())
         raise ValueError(
-            f"transformers' ResNet has no {words}, which {config.name} has; --to timm, onnx or "
-            "stablehlo can hold more"
+            f"transformers' ResNet does not support {words} of {config.name}; use --to timm, onnx "
+            "or stablehlo"
         )
 
 
-def _processor(preprocessing: Preprocessing) -> dict:
-    # BiT's processor does what a `Preprocessing` says; ConvNext's, which comes with the published
-    # ResNets, stretches images from 384 px on.
+def _processor(preprocessing: Preprocessing) -> dict[str, Any]:
+    # BiT's processor equals a `Preprocessing`. ConvNext's, which the published ResNets use, warps
+    # images from 384 px on.
     numbers = {name: number for number, name in RESAMPLE.items()}
     return {
         "image_processor_type": "BitImageProcessor",
@@ -95,5 +96,5 @@ def _processor(preprocessing: Preprocessing) -> dict:
     }
 
 
-def _json(content: dict) -> bytes:
+def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()

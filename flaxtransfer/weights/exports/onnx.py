@@ -1,8 +1,6 @@
-"""Export to ONNX: the graph and the file.
+"""Export to ONNX: the network as a graph of operators, and the file with weights and metadata.
 
-The network as a graph of ONNX operators, node by node as `models/network.py` computes it.
-
-One `.onnx` file: the graph, its weights, and what its input and outputs mean.
+The graph follows ``models/resnet.py`` node by node.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,12 +22,12 @@ _BINOMIAL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]).astype(np.float32)
 
 
 class Graph:
-    """Nodes and initializers that grow; every method returns the name of its output.
+    """An ONNX graph under construction; every method returns the name of its output.
 
     Args:
-        leaves: arrays by path, as `flatten` gives those of a checkpoint's variables.
+        leaves: arrays by path, as ``flatten`` gives those of a checkpoint's variables.
         config: of the network.
-        helper: `onnx.helper`.
+        helper: ``onnx.helper``.
     """
 
     def __init__(self, leaves: Mapping[str, Any], config: ResNetConfig, helper: Any) -> None:
@@ -46,12 +44,12 @@ class Graph:
         return name
 
     def constant(self, name: str, array: Any) -> str:
-        """Adds an array, once for each name."""
+        """Adds an array, once per name."""
         self.constants[name] = np.ascontiguousarray(array)
         return name
 
     def convolve(self, path: str, x: str, stride: int = 1, groups: int = 1) -> str:
-        """The convolution whose leaves lie under a path."""
+        """Adds the convolution with the leaves under a path."""
         kernel = self.leaves[f"params/{path}/kernel"]
         if self.config.standardized is not None:
             kernel = np.asarray(standardize(jnp.asarray(kernel), self.config.standardized))
@@ -69,7 +67,7 @@ class Graph:
         )
 
     def normalize(self, path: str, x: str) -> str:
-        """The BatchNorm by running statistics, or the GroupNorm, under a path."""
+        """Adds the BatchNorm (with running statistics) or GroupNorm under a path."""
         own = {leaf: self.leaves[f"params/{path}/{leaf}"] for leaf in ("scale", "bias")}
         if self.config.norm == "group":
             return self._group_norm(path, x, own)
@@ -78,7 +76,7 @@ class Graph:
         return self.node("BatchNormalization", inputs, epsilon=self.config.epsilon)
 
     def _group_norm(self, path: str, x: str, own: Mapping[str, np.ndarray]) -> str:
-        # An operator for it came late and changed once; norms of instances are as old as ONNX.
+        # InstanceNormalization is supported by all versions; GroupNormalization is new and changed.
         grouped = self.node("Reshape", [x, self.constant("groups", np.array([0, GROUPS, -1]))])
         ones = self.constant("ones", np.ones(GROUPS, np.float32))
         zeros = self.constant("zeros", np.zeros(GROUPS, np.float32))
@@ -96,13 +94,13 @@ class Graph:
         return self.node("Relu", [x])
 
     def max_pool(self, x: str, stride: int = 2, padding: int = 1) -> str:
-        """3x3; beyond the edges there is nothing."""
+        """Adds 3x3 max-pooling, padded with -inf."""
         return self.node(
             "MaxPool", [x], kernel_shape=[3, 3], strides=[stride] * 2, pads=[padding] * 4
         )
 
     def average_pool(self, x: str, *, padded: bool = False) -> str:
-        """2x2 with stride 2; if `padded`, windows that stick out count what lies inside."""
+        """Adds 2x2 average-pooling; if ``padded``, windows at the edge average what is inside."""
         return self.node(
             "AveragePool",
             [x],
@@ -113,12 +111,12 @@ class Graph:
         )
 
     def pad(self, x: str, mode: str) -> str:
-        """One more pixel on all sides of the map."""
+        """Adds one pixel of padding on all sides."""
         ends = self.constant("one_pixel", np.array([0, 0, 1, 1, 0, 0, 1, 1]))
         return self.node("Pad", [x, ends], mode=mode)
 
     def blur_pool(self, x: str, channels: int) -> str:
-        """The binomial filter with stride 2, edges reflected."""
+        """Adds a binomial filter with stride 2 and reflected edges."""
         kernel = np.broadcast_to(_BINOMIAL, (channels, 1, 3, 3))
         return self.node(
             "Conv",
@@ -129,7 +127,7 @@ class Graph:
         )
 
     def anti_aliased(self, x: str, channels: int) -> str:
-        """Half the resolution."""
+        """Adds anti-aliased pooling with stride 2."""
         if self.config.anti_alias == "average":
             return self.average_pool(x)
         return self.blur_pool(x, channels)
@@ -140,10 +138,10 @@ def network(graph: Graph, images: str) -> str:
 
     Args:
         graph: with the leaves of the network.
-        images: name of the input, `[batch, bands, height, width]`, normalized.
+        images: name of the input, ``[batch, bands, height, width]``, normalized.
 
     Returns:
-        The name of the logits `[batch, classes]`.
+        The name of the logits ``[batch, classes]``.
     """
     config, x = graph.config, images
     if config.adapter is not None:
@@ -308,18 +306,18 @@ def _dense(graph: Graph, path: str, x: str) -> str:
 
 
 OPSET = 17
-"""Read by onnxruntime since 1.12 (2022); later ones bring nothing that a ResNet needs."""
+"""Supported by onnxruntime since 1.12 (2022); a ResNet needs nothing newer."""
 IR_VERSION = 8
 LARGEST = 2_000_000_000
-"""Bytes that one file of protocol buffers can have."""
+"""Maximum number of bytes of one protocol buffer file."""
 
 
 def model_bytes(checkpoint: Pretrained) -> bytes:
-    """The file's content; batch, height and width are open.
+    """The bytes of the file; batch size, height and width are free.
 
     Raises:
         ImportError: onnx is not installed.
-        ValueError: more than 2 GB of weights.
+        ValueError: the weights have more than 2 GB.
     """
     onnx = _onnx()
     config = checkpoint.config
@@ -328,7 +326,7 @@ def model_bytes(checkpoint: Pretrained) -> bytes:
     size = sum(array.nbytes for array in graph.constants.values())
     if size > LARGEST:
         raise ValueError(
-            f"{config.name} has {size:,} bytes of weights, and one .onnx file holds 2 GB"
+            f"the weights of an .onnx file must have <= 2 GB, got {size:,} bytes for {config.name}"
         )
     float32 = onnx.TensorProto.FLOAT
     shape = ["batch", config.bands, "height", "width"]
@@ -347,13 +345,14 @@ def model_bytes(checkpoint: Pretrained) -> bytes:
     )
     onnx.helper.set_model_props(proto, export_metadata(checkpoint, "[batch, bands, height, width]"))
     onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString()
+    result: bytes = proto.SerializeToString()
+    return result
 
 
 def logits(data: bytes, images: np.ndarray) -> np.ndarray:
-    """What the file computes for images `[batch, height, width, bands]`.
+    """Runs the file on images ``[batch, height, width, bands]``.
 
-    onnxruntime does it where it is installed, and onnx's own evaluator elsewhere.
+    It uses onnxruntime if it is installed, otherwise onnx's reference evaluator.
     """
     fed = {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
     try:
@@ -362,9 +361,9 @@ def logits(data: bytes, images: np.ndarray) -> np.ndarray:
         from onnx.reference import ReferenceEvaluator
 
         outputs: Any = ReferenceEvaluator(_onnx().load_from_string(data)).run(None, fed)
-        return outputs[0]
+        return np.asarray(outputs[0])
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return session.run(None, fed)[0]
+    return np.asarray(session.run(None, fed)[0])
 
 
 def _onnx() -> Any:

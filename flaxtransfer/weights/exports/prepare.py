@@ -1,23 +1,16 @@
-"""Prepare a network for export: canonical form, metadata, output checks.
-
-What other programs do not know, brought into a form that they do.
-
-Where an export may go.
-
-What travels with an exported network: what its input is and what its outputs mean.
-"""
+"""Rewrite a network without features that other frameworks lack; checks and metadata of exports."""
 
 import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flaxtransfer.models.layers import standardize
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights.pretrained import Pretrained
-from flaxtransfer.weights.saving import fold_adapter
+from flaxtransfer.weights.pretrained import Pretrained, fold_adapter
 
 __all__ = [
     "USUAL_EPSILON",
@@ -30,23 +23,23 @@ __all__ = [
 
 
 USUAL_EPSILON = 1e-5
-"""Of the norms of torch, timm and transformers."""
+"""Epsilon of the norms in torch, timm and transformers."""
 
 
 def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
-    """The same function without an input adapter, and with the usual epsilon in its norms.
+    """Rewrites a network without input adapter and with the usual epsilon: the same function.
 
     Args:
-        checkpoint: any.
-        exporting: the layout, for the error text.
+        checkpoint: the network.
+        exporting: name of the layout, for the error text.
 
     Raises:
-        ValueError: an adapter with tone curves, or an epsilon that no variance can make up for.
+        ValueError: an adapter with tone curves, or an epsilon that variances cannot absorb.
     """
     try:
         checkpoint = fold_adapter(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{exporting}: {error}; ONNX and StableHLO hold curves too") from error
+        raise ValueError(f"{exporting}: {error}; ONNX and StableHLO support curves") from error
     more = checkpoint.config.epsilon - USUAL_EPSILON
     if more == 0:
         return checkpoint
@@ -56,11 +49,10 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
         (leaf + more < 0).any() for leaf in variances.values()
     ):
         raise ValueError(
-            f"{exporting} has norms with an epsilon of {USUAL_EPSILON}, and the network's is "
-            f"{checkpoint.config.epsilon}, which no running variance can make up for; ONNX and "
-            "StableHLO hold it as it is"
+            f"epsilon must be {USUAL_EPSILON} for {exporting}, got {checkpoint.config.epsilon}, "
+            "which the running variances cannot absorb; ONNX and StableHLO support any epsilon"
         )
-    # var + epsilon is all that a norm sees of either.
+    # A norm only depends on var + epsilon.
     shifted = {
         path: (np.asarray(leaf, np.float64) + more).astype(np.float32)
         for path, leaf in variances.items()
@@ -70,14 +62,17 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
         variables=_nested({**flat, **shifted}),
         config=dataclasses.replace(checkpoint.config, epsilon=USUAL_EPSILON),
         sha256="",
-        notes=(*checkpoint.notes, f"running variances were raised by {more:.3g} for an epsilon"),
+        notes=(
+            *checkpoint.notes,
+            f"running variances were raised by {more:.3g} to absorb the epsilon",
+        ),
     )
 
 
 def with_own_standardization(checkpoint: Pretrained, epsilon: float) -> Pretrained:
-    """The same function where standardization adds another epsilon to variances.
+    """Standardizes the filters in advance, for a program with another epsilon: the same function.
 
-    Filters that are standardized already are large against either.
+    The variance of standardized filters is large compared with either epsilon.
     """
     own = checkpoint.config.standardized
     if own is None or own == epsilon:
@@ -93,36 +88,36 @@ def with_own_standardization(checkpoint: Pretrained, epsilon: float) -> Pretrain
         variables=_nested({**flat, **done}),
         config=dataclasses.replace(checkpoint.config, standardized=epsilon),
         sha256="",
-        notes=(*checkpoint.notes, f"filters were standardized with {own} for another epsilon"),
+        notes=(*checkpoint.notes, f"filters were standardized in advance with epsilon {own}"),
     )
 
 
-def _nested(flat: dict) -> dict:
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return {"params": {}, "batch_stats": {}, **unflatten(flat)}
 
 
 def check_file(target: Path) -> None:
-    """Raises unless a file may be written there, before any work is done.
+    """Checks that a file can be written at ``target``.
 
     Raises:
-        FileNotFoundError: there is no folder to write into.
-        ValueError: there is a folder of that name.
+        FileNotFoundError: the folder does not exist.
+        ValueError: there is a folder with this name.
     """
     _check_parent(target)
     if target.is_dir():
-        raise ValueError(f"{target} is a folder, and a file is to be written")
+        raise ValueError(f"target must be a file, got the folder {target}")
 
 
 def check_folder(target: Path, names: Collection[str]) -> None:
-    """Raises unless a folder with files of these names may be written there.
+    """Checks that a folder with files of these names can be written at ``target``.
 
     Raises:
-        FileNotFoundError: there is no folder to write into.
-        ValueError: a file, or a folder that holds other things.
+        FileNotFoundError: the parent folder does not exist.
+        ValueError: ``target`` is a file, or a folder with other files.
     """
     _check_parent(target)
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, and a folder is to be written")
+        raise ValueError(f"target must be a folder, got the file {target}")
     there = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
     if foreign := sorted(there.difference(names)):
         raise ValueError(
@@ -133,15 +128,15 @@ def check_folder(target: Path, names: Collection[str]) -> None:
 
 def _check_parent(target: Path) -> None:
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+        raise FileNotFoundError(f"the folder {target.parent} for {target.name} does not exist")
 
 
 def export_metadata(checkpoint: Pretrained, layout: str) -> dict[str, str]:
-    """Text by name.
+    """Metadata of an export: text by name.
 
     Args:
-        checkpoint: that is exported.
-        layout: of the axes of the input, "[batch, bands, height, width]".
+        checkpoint: the exported network.
+        layout: axes of the input, such as "[batch, bands, height, width]".
     """
     return {
         "input": f"float32 {layout}, normalized as preprocessing says",

@@ -1,6 +1,6 @@
-"""The network as StableHLO, which `jax.export` reads without this package.
+"""Export to StableHLO, which ``jax.export`` reads without this package.
 
-The artifact has no room for words: what its input and outputs mean lies in a JSON file beside it.
+The artifact cannot hold metadata, so a JSON file next to it describes its input and outputs.
 """
 
 import json
@@ -15,18 +15,18 @@ from flaxtransfer.models.registry import resnet
 from flaxtransfer.weights.exports.prepare import export_metadata
 from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["PLATFORMS", "artifact", "logits", "words"]
+__all__ = ["PLATFORMS", "artifact", "logits", "metadata"]
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def artifact(checkpoint: Pretrained) -> bytes:
-    """The serialized function from images `[batch, size, size, bands]` to logits, weights inside.
+    """The serialized function from images ``[batch, size, size, bands]`` to logits, weights inside.
 
-    The batch is open, the size is that of the preprocessing.
+    The batch size is free; height and width are those of the preprocessing.
     """
-    # Our routes around slow convolutions are for the CPU at hand; this runs anywhere.
+    # `conv` is tuned for the current CPU; the artifact runs on any platform.
     model = resnet(checkpoint.config, convolution=lax_conv)
     variables = jax.tree.map(jnp.asarray, checkpoint.variables)
 
@@ -35,12 +35,12 @@ def artifact(checkpoint: Pretrained) -> bytes:
 
     (batch,) = export.symbolic_shape("batch")
     size = checkpoint.preprocessing.size
-    images = jax.ShapeDtypeStruct((batch, size, size, checkpoint.config.bands), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, size, size, checkpoint.config.bands), jnp.float32)  # type: ignore[no-untyped-call]
     return bytes(export.export(jax.jit(network), platforms=PLATFORMS)(images).serialize())
 
 
-def words(checkpoint: Pretrained) -> bytes:
-    """The JSON beside the artifact."""
+def metadata(checkpoint: Pretrained) -> bytes:
+    """The JSON file next to the artifact."""
     size = checkpoint.preprocessing.size
     content = {
         **export_metadata(checkpoint, f"[batch, {size}, {size}, bands]"),
@@ -55,5 +55,5 @@ def words(checkpoint: Pretrained) -> bytes:
 
 
 def logits(data: bytes, images: np.ndarray) -> np.ndarray:
-    """What the artifact computes."""
-    return np.asarray(export.deserialize(bytearray(data)).call(images))
+    """Runs the artifact."""
+    return np.asarray(export.deserialize(bytearray(data)).call(images))  # type: ignore[no-untyped-call]

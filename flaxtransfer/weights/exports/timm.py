@@ -1,6 +1,6 @@
-"""A folder that `timm.create_model("local-dir:...", pretrained=True)` takes.
+"""Export to a folder for ``timm.create_model("local-dir:...", pretrained=True)``.
 
-Reference: R. Wightman, "PyTorch Image Models", 2019-, `timm/models/_hub.py`.
+Reference: R. Wightman, "PyTorch Image Models", 2019-, ``timm/models/_hub.py``.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights.exports.prepare import canonicalize, with_own_standardization
 from flaxtransfer.weights.naming import key_map, timm
-from flaxtransfer.weights.naming.formats import table_for
+from flaxtransfer.weights.naming.timm import table_for
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import safetensors_file
@@ -28,7 +28,7 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     """The files of the folder by name, and the checkpoint that they hold.
 
     Raises:
-        ValueError: a network that timm's are not, or a resize that timm cannot express.
+        ValueError: a network that timm lacks, or a resize that timm cannot express.
     """
     checkpoint = with_own_standardization(
         canonicalize(checkpoint, exporting="timm"), timm.V2_EPSILON
@@ -76,16 +76,18 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
 
 
 def _crop(preprocessing: Preprocessing) -> float:
-    """The share that timm resizes by, so that it resizes to just our size."""
+    """Timm's ``crop_pct``, such that it resizes to exactly our size."""
     share = preprocessing.size / preprocessing.resize
     for candidate in (share, math.nextafter(share, 0), math.nextafter(share, 1)):
         if math.floor(preprocessing.size / candidate) == preprocessing.resize:
             return candidate
-    raise ValueError(f"no crop_pct of timm's makes {preprocessing.size} px {preprocessing.resize}")
+    raise ValueError(
+        f"timm has no crop_pct for size {preprocessing.size} and resize {preprocessing.resize}"
+    )
 
 
-# What cannot be said in JSON, and has to come with the name of an architecture.
-_OF_A_NAME = (
+# Fields that JSON arguments cannot set, so the name of an architecture must imply them.
+_IMPLIED_BY_NAME = (
     "block",
     "attention",
     "se_ratio",
@@ -98,7 +100,7 @@ _OF_A_NAME = (
 
 
 def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
-    """The name of timm's nearest architecture, and what has to be said beside it."""
+    """The name of timm's nearest architecture, and the arguments that differ from it."""
     alien = {
         "stride_in": "the stride in the first convolution",
         "stride_at": "the stride in the last block",
@@ -107,23 +109,21 @@ def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
     for field, words in alien.items():
         if getattr(config, field) != getattr(ResNetConfig(), field):
             raise ValueError(
-                f"no network of timm's has {words}, which {config.name} has; --to onnx or "
-                "stablehlo holds it" + (", and huggingface" if field == "stride_in" else "")
+                f"timm has no network with {words}, which {config.name} has; use --to onnx or "
+                "stablehlo" + (", or huggingface" if field == "stride_in" else "")
             )
     like = [name for name, known in ARCHITECTURES.items() if _same(known, config)]
     if not like:
-        raise ValueError(
-            f"timm has no network with the parts of {config.name}; --to onnx or stablehlo holds it"
-        )
+        raise ValueError(f"timm has no network like {config.name}; use --to onnx or stablehlo")
     arguments = {name: _arguments(ARCHITECTURES[name], config) for name in like}
     base = min(like, key=lambda name: len(arguments[name]))
     if config.standardized and arguments[base]:
         raise ValueError(
-            f"of Big Transfer timm has {', '.join(like)} alone, and not {config.name}; --to onnx "
-            "or stablehlo holds it"
+            f"of Big Transfer timm only has {', '.join(like)}, not {config.name}; use --to onnx or "
+            "stablehlo"
         )
     if config.preactivation and (config.groups, config.base_width) != (1, 64):
-        raise ValueError("timm's networks of pre-activations have no groups and no base_width")
+        raise ValueError("timm's pre-activation networks have neither groups nor base_width")
     return base, arguments[base]
 
 
@@ -131,17 +131,17 @@ def _same(known: ResNetConfig, config: ResNetConfig) -> bool:
     def parts(of: ResNetConfig) -> list[Any]:
         return [
             bool(of.standardized) if name == "standardized" else getattr(of, name)
-            for name in _OF_A_NAME
+            for name in _IMPLIED_BY_NAME
         ]
 
-    # Those of Big Transfer that timm has a name for.
+    # The networks of Big Transfer in timm.
     bits = {"50x1", "50x3", "101x1", "101x3", "152x2", "152x4"}
     absent = known.standardized and known.name.split("_")[1] not in bits
     return not absent and parts(known) == parts(config)
 
 
 def _arguments(known: ResNetConfig, config: ResNetConfig) -> dict[str, Any]:
-    """Arguments of timm's network in which the config differs from a named one."""
+    """The arguments of timm's network that differ from a named architecture."""
     own, theirs = _all_arguments(config), _all_arguments(known)
     return {name: value for name, value in own.items() if value != theirs[name]}
 

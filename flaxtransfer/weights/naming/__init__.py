@@ -1,1 +1,1 @@
-"""Naming tables: the keys of other programs and the paths of ours, in both directions."""
+"""Naming tables: keys of other programs and our paths, in both directions."""

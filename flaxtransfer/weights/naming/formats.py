@@ -1,4 +1,4 @@
-"""The namings that files are read in: a table each, and what no table can say."""
+"""Weight formats: one table row per naming, and the properties that a table cannot state."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -6,42 +6,34 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.weights.naming import (
-    big_transfer,
-    huggingface,
-    keras,
-    key_map,
-    native,
-    timm,
-    torchvision,
-)
+from flaxtransfer.weights.naming import huggingface, keras, key_map, native, timm, torchvision
 from flaxtransfer.weights.preprocessing import Preprocessing
 
-__all__ = ["FORMATS", "Format", "detect_naming", "table_for"]
+__all__ = ["FORMATS", "Format", "detect_naming"]
 
 
 Arrays = Mapping[str, np.ndarray]
 
 
-def _as_they_are(arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
+def _unchanged(arrays: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
     return dict(arrays), []
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one project stores a network.
+    """The file format of one project.
 
     Args:
-        table: the names, for a file with these keys.
-        prepare: the file's arrays as the table names them, and notes on what was done: training
-            state left out, biases folded. It runs for files of other formats too, and leaves
-            what it does not know as it is.
-        implied: what networks of this format are and no leaf shows.
-        preprocessing: of such a network where none is recorded; None where ImageNet's is assumed.
+        table: returns the key map for a file with these keys.
+        prepare: returns the file's arrays with the keys of the table, and notes on changes
+            (training state omitted, biases folded). It also runs for files of other formats, and
+            must return them unchanged.
+        implied: sets the fields of the configuration that the format implies and no leaf shows.
+        preprocessing: of a network if none is recorded; None if ImageNet's is assumed.
     """
 
     table: Callable[[Collection[str]], key_map.Table]
-    prepare: Callable[[Arrays], tuple[dict[str, np.ndarray], list[str]]] = _as_they_are
+    prepare: Callable[[Arrays], tuple[dict[str, np.ndarray], list[str]]] = _unchanged
     implied: Callable[[ResNetConfig], ResNetConfig] = lambda config: config
     preprocessing: Callable[[ResNetConfig], Preprocessing | None] = lambda config: None
 
@@ -53,10 +45,10 @@ FORMATS: dict[str, Format] = {
     "huggingface": Format(lambda keys: huggingface.TABLE),
     "huggingface-flax": Format(lambda keys: huggingface.FLAX, prepare=huggingface.in_flax),
     "bit": Format(
-        lambda keys: big_transfer.TABLE,
-        prepare=big_transfer.unnumbered,
-        implied=big_transfer.with_standardized_weights,
-        preprocessing=lambda config: big_transfer.PREPROCESSING,
+        lambda keys: timm.BIT_TABLE,
+        prepare=timm.unnumbered,
+        implied=timm.with_standardized_weights,
+        preprocessing=lambda config: timm.BIT_PREPROCESSING,
     ),
     "keras": Format(
         keras.table,
@@ -70,16 +62,11 @@ FORMATS: dict[str, Format] = {
 
 
 def detect_naming(arrays: Arrays) -> str:
-    """The format whose names most keys follow; the first of those that fit as well."""
-    return max(FORMATS, key=lambda name: _known(FORMATS[name], arrays))
+    """The format that matches most keys; the first of equal ones."""
+    return max(FORMATS, key=lambda name: _matches(FORMATS[name], arrays))
 
 
-def table_for(config: ResNetConfig) -> key_map.Table:
-    """The table that a network is written with: torchvision's where it has one, or timm's."""
-    return timm.v2_table_for(config) if config.preactivation else timm.table_for(config)
-
-
-def _known(format: Format, arrays: Arrays) -> int:
+def _matches(format: Format, arrays: Arrays) -> int:
     try:
         prepared, _ = format.prepare(arrays)
     except ValueError:
@@ -87,13 +74,13 @@ def _known(format: Format, arrays: Arrays) -> int:
     table = format.table(prepared)
     found = (key_map.leaf_of(table, key, array.shape) for key, array in prepared.items())
     leaves = {leaf for leaf, _ in filter(None, found)}
-    # A scale without statistics is that of a GroupNorm, whatever the key is called.
+    # A scale without statistics belongs to a GroupNorm, whatever its key.
     lonely = [leaf for leaf in leaves if _statistic_of(leaf) not in {None, *leaves}]
     return len(leaves) - len(lonely)
 
 
 def _statistic_of(leaf: str) -> str | None:
-    """The mean that stands beside a BatchNorm's scale; None for other leaves."""
+    """The mean that belongs to a BatchNorm's scale; None for other leaves."""
     if not leaf.endswith("/scale") or "/gn" in leaf:
         return None
     return leaf.replace("params/", "batch_stats/").removesuffix("scale") + "mean"

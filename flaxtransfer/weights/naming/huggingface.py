@@ -1,8 +1,8 @@
-"""The names of Hugging Face's `ResNetForImageClassification`.
+"""Keys of Hugging Face's ``ResNetForImageClassification``, in torch and in Flax.
 
-Its configuration can ask for graphs with the same names and shapes but other strides, which
-nothing in the weights tells: the stride in the first convolution of bottlenecks is supported, a
-stride in the first stage is refused.
+Its configuration can ask for networks with the same names and shapes but other strides, which the
+weights do not show. A stride in the first convolution of bottlenecks is supported; a stride in the
+first stage is refused.
 """
 
 import dataclasses
@@ -61,11 +61,11 @@ FLAX: Table = (
     Rule("params/classifier/1/kernel", "params/fc/kernel"),
     Rule("params/classifier/1/bias", "params/fc/bias"),
 )
-"""The names of transformers' former Flax networks; kernels are stored as we keep them."""
+"""The keys of transformers' former Flax networks; kernels have our axis order."""
 
 
 def in_flax(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays under one spelling: in basic blocks layers are called `layer_0` and `layer_1`.
+    """The arrays with uniform keys: basic blocks name their layers ``layer_0`` and ``layer_1``.
 
     >>> list(in_flax({"params/resnet/encoder/stages/0/layers/1/layer/layer_0/x": 0})[0])
     ['params/resnet/encoder/stages/0/layers/1/layer/0/x']
@@ -81,20 +81,20 @@ _GRAPH = {
 
 
 def other_graph(config: Mapping[str, Any]) -> list[str]:
-    """What a `config.json` asks for that this package's network does not do.
+    """The settings in a ``config.json`` that are not supported.
 
     >>> other_graph({"model_type": "resnet", "downsample_in_first_stage": True})
-    ['downsample_in_first_stage is True, and only False is supported']
+    ['downsample_in_first_stage must be False, got True']
     """
     return [
-        f"{name} is {config[name]!r}, and only {supported!r} is supported"
+        f"{name} must be {supported!r}, got {config[name]!r}"
         for name, supported in _GRAPH.items()
         if config.get(name, supported) != supported
     ]
 
 
 def with_strides(seen: ResNetConfig, config: Mapping[str, Any]) -> ResNetConfig:
-    """The network with its strides where a `config.json` has them.
+    """The configuration with the strides in a ``config.json``.
 
     >>> bottlenecks = ResNetConfig("bottleneck", (3, 4, 6, 3))
     >>> with_strides(bottlenecks, {"downsample_in_bottleneck": True}).stride_in

@@ -1,7 +1,7 @@
-"""The names of `keras.applications` and of Keras Hub's ResNets.
+"""Keys of ``keras.applications`` and of Keras Hub's ResNets.
 
-References: F. Chollet et al., "Keras", 2015-, `keras/src/applications/resnet.py`; the Keras team,
-"KerasHub", 2024-, `keras_hub/src/models/resnet/resnet_backbone.py`.
+References: F. Chollet et al., "Keras", 2015-, ``keras/src/applications/resnet.py``; the Keras team,
+"KerasHub", 2024-, ``keras_hub/src/models/resnet/resnet_backbone.py``.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ __all__ = ["CAFFE", "TF", "first_version", "hub_table", "prepared", "second_vers
 CAFFE = Preprocessing(
     (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3, size=224, resize=256
 )
-"""Of the first version: means of ImageNet's pixels from 0 to 255, no division."""
+"""Of the first version: pixels from 0 to 255 minus ImageNet's means, without division."""
 TF = Preprocessing((0.5,) * 3, (0.5,) * 3, size=224, resize=256)
 """Of the second version: pixels from -1 to 1."""
 
@@ -43,12 +43,12 @@ def _norm(key: str, path: str) -> Table:
 
 
 def table(keys: Collection[str]) -> Table:
-    """The names of `keras.applications`, of the version that the keys are of."""
+    """The key map of ``keras.applications``, in the version of the keys."""
     return _table("conv{s+1}_block{b+1}", "preact_bn", "post_bn/gamma" in keys, "downsample/0")
 
 
 def hub_table(keys: Collection[str]) -> Table:
-    """The names of Keras Hub; a stem of three convolutions goes with pooled shortcuts."""
+    """The key map of Keras Hub; a stem with three convolutions implies pooled shortcuts."""
     deep = "conv3_conv/kernel" in keys
     shortcut = "downsample/1" if deep else "downsample/0"
     blocks = _table("stack{s-1}_block{b}", "pre_activation_bn", "post_bn/gamma" in keys, shortcut)
@@ -79,7 +79,7 @@ def _table(block: str, first_norm: str, preactivation: bool, shortcut: str) -> T
         return (
             *shared,
             *_norm(f"{block}_{first_norm}", f"{path}/bn1"),
-            # A norm is numbered after the convolution that it follows.
+            # A norm has the number of the convolution that it follows.
             *(rule for k in (1, 2) for rule in _norm(f"{block}_{k}_bn", f"{path}/bn{k + 1}")),
             *_norm("post_bn", "layer4/bn1"),
         )
@@ -92,21 +92,21 @@ def _table(block: str, first_norm: str, preactivation: bool, shortcut: str) -> T
 
 
 def first_version(config: ResNetConfig) -> ResNetConfig:
-    """What `keras.applications.ResNet50` and its like are, and no leaf shows."""
+    """Sets what ``keras.applications.ResNet50`` and similar imply and no leaf shows."""
     if config.preactivation:
         return second_version(config)
     return dataclasses.replace(config, stride_in="1x1", epsilon=EPSILON)
 
 
 def second_version(config: ResNetConfig) -> ResNetConfig:
-    """What `keras.applications.ResNet50V2` and its like are, and no leaf shows."""
+    """Sets what ``keras.applications.ResNet50V2`` and similar imply and no leaf shows."""
     return dataclasses.replace(config, stride_at="last", stem_pool="zero-padded", epsilon=EPSILON)
 
 
 def prepared(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Variables by name, biases of convolutions in the norms behind them, channels as RGB.
+    """Converts Keras variables: keys by name, biases folded into norms, input channels as RGB.
 
-    Other files' arrays are left as they are.
+    Arrays of other files are returned unchanged.
     """
     if not any(key.startswith("conv1_conv/") for key in arrays):
         return dict(arrays), []
@@ -126,18 +126,18 @@ def prepared(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], l
         kernel = named.get("conv1_conv/kernel")
         if blocks and kernel is not None and kernel.ndim == 4 and kernel.shape[2] == 3:
             named["conv1_conv/kernel"] = kernel[:, :, ::-1]
-            notes.append("the stem's input channels were turned from BGR to RGB")
+            notes.append("the stem's input channels were reordered from BGR to RGB")
     folded = [key for key in biases if key not in named]
     if folded:
-        notes.append(f"{len(folded)} biases of convolutions went into running means")
+        notes.append(f"{len(folded)} biases of convolutions were folded into running means")
     return named, notes
 
 
 def _fold_along_the_stream(named: dict[str, np.ndarray], blocks: list[str]) -> None:
-    """Takes the biases that blocks of pre-activations add to the stream out of the means behind.
+    """Folds the biases of pre-activation blocks into the running means of later norms.
 
-    What flows from block to block is seen by norms and by shortcuts that pass it on; a shortcut
-    with a convolution starts behind a norm, so that what was added before ends there.
+    A bias is added to the residual stream, which later norms and identity shortcuts see. A shortcut
+    with a convolution starts behind a norm, so earlier biases end there.
     """
     added = np.zeros(())
     for block in blocks:
@@ -151,7 +151,7 @@ def _fold_along_the_stream(named: dict[str, np.ndarray], blocks: list[str]) -> N
 
 def _shift(named: dict[str, np.ndarray], mean: str, bias: np.ndarray) -> None:
     if mean not in named or np.shape(bias) not in ((), named[mean].shape):
-        raise ValueError(f"{mean} is missing, or has another shape than the bias before it")
+        raise ValueError(f"{mean} must exist and have the shape of the bias before it")
     old = named[mean]
     named[mean] = (old.astype(np.float64) - bias).astype(old.dtype)
 

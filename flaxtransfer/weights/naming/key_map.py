@@ -1,7 +1,7 @@
-"""A table of names that must fit a file exactly, in both directions.
+"""Key maps: tables that convert the keys of a file to our paths and back, exactly.
 
-A table says once how a foreign key and a leaf of ours correspond; reading, writing and every
-complaint about a file that does not fit follow from it.
+A table states once how a key and a leaf correspond. Reading, writing and all error texts for files
+that do not fit are derived from it.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ _PLACEHOLDER = re.compile(r"\{(\w+?)(?:([-+])(\d+))?(?::0(\d))?\}")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One correspondence between keys of a file and leaves.
+    """One correspondence between the keys of a file and our leaves.
 
     Args:
-        key: the file's name; `{s}` stands for a number, `{s-1}` for that number less one, and
-            `{s+1:02}` for one more in two digits.
+        key: the file's name; ``{s}`` stands for a number, ``{s-1}`` for that number less one, and
+            ``{s+1:02}`` for one more in two digits.
         leaf: our path, with the same placeholders.
-        axes: the order in which the file's axes become the leaf's; None leaves them.
-        units: the file's axes of length 1 that the leaf has not; `axes` counts those that remain.
+        axes: permutation from the file's axes to the leaf's; None keeps them.
+        units: axes of length 1 that only the file has; ``axes`` counts the remaining axes.
     """
 
     key: str
@@ -42,7 +42,7 @@ class Rule:
     units: tuple[int, ...] = ()
 
     def leaf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the leaf for an array of the file; an impossible one is left as it is."""
+        """The shape of the leaf for an array of the file; an invalid shape is returned as it is."""
         if any(axis >= len(shape) or shape[axis] != 1 for axis in self.units):
             return shape
         left = tuple(size for axis, size in enumerate(shape) if axis not in self.units)
@@ -51,18 +51,18 @@ class Rule:
         return tuple(left[axis] for axis in self.axes)
 
     def key_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in the file of a leaf's array."""
+        """The shape in the file for a leaf."""
         sizes = iter(shape if self.axes is None else (shape[i] for i in np.argsort(self.axes)))
         count = len(shape) + len(self.units)
         return tuple(1 if axis in self.units else next(sizes) for axis in range(count))
 
     def to_leaf(self, array: np.ndarray) -> np.ndarray:
-        """The leaf's array from the file's."""
+        """Converts an array of the file to the leaf."""
         array = np.squeeze(array, self.units)
         return array if self.axes is None else np.transpose(array, self.axes)
 
     def to_key(self, array: np.ndarray) -> np.ndarray:
-        """The file's array from the leaf's."""
+        """Converts a leaf to the array of the file."""
         array = array if self.axes is None else np.transpose(array, np.argsort(self.axes))
         return np.expand_dims(array, self.units)
 
@@ -71,7 +71,7 @@ Table = tuple[Rule, ...]
 
 
 def batch_norm(key: str, path: str) -> Table:
-    """The four rules of a BatchNorm; torch's counter of batches has no leaf.
+    """The four rules of a BatchNorm; torch's batch counter has no leaf.
 
     >>> [rule.leaf for rule in batch_norm("bn1", "bn1")][2:]
     ['batch_stats/bn1/mean', 'batch_stats/bn1/var']
@@ -85,7 +85,7 @@ def batch_norm(key: str, path: str) -> Table:
 
 
 def leaf_of(table: Table, key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
-    """The leaf that a key names, and its shape there; None for a key that no rule knows.
+    """The leaf of a key, and its shape; None for an unknown key.
 
     >>> leaf_of((Rule("layer{s}.conv.weight", "params/layer{s}/conv/kernel", CONV),),
     ...         "layer2.conv.weight", (8, 4, 3, 3))
@@ -105,24 +105,24 @@ def to_leaves(
     *,
     what: str,
 ) -> dict[str, np.ndarray]:
-    """Every leaf from its key, or one error with every difference.
+    """Converts a file's arrays to leaves: all of them, or one error with all differences.
 
     Args:
         table: the file's naming.
         tensors: the file's arrays by key.
-        shapes: the shape of each leaf that has to be filled.
-        what: begins the error text: which file, as what.
+        shapes: the shape of each expected leaf.
+        what: beginning of the error text: which file, as what.
 
     Returns:
-        An array for each path in `shapes`, in its order.
+        One array per path in ``shapes``, in the same order.
 
     Raises:
         ValueError: keys that are missing, unexpected or of another shape. Only torch's
-            `num_batches_tracked` beside an expected BatchNorm is excused.
+            ``num_batches_tracked`` of an expected BatchNorm is excused.
     """
-    wanted = _wanted(table, shapes)
-    expected = {key: rule.key_shape(shapes[leaf]) for key, (leaf, rule) in wanted.items()}
-    counters = {_counter(key) for key in wanted if key.endswith(".running_mean")}
+    rules = _rules(table, shapes)
+    expected = {key: rule.key_shape(shapes[leaf]) for key, (leaf, rule) in rules.items()}
+    counters = {_counter(key) for key in rules if key.endswith(".running_mean")}
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected and key not in counters]
     misshaped = [
@@ -139,16 +139,16 @@ def to_leaves(
             for key in unexpected
         ]
         lines += [
-            f"  shape: {key} is {list(tensors[key].shape)} in the file, "
-            f"{list(expected[key])} in the network"
+            f"  shape: {key} must be {list(expected[key])} for the network, got "
+            f"{list(tensors[key].shape)} in the file"
             for key in misshaped
         ]
         raise ValueError("\n".join(lines))
-    return {leaf: rule.to_leaf(tensors[key]) for key, (leaf, rule) in wanted.items()}
+    return {leaf: rule.to_leaf(tensors[key]) for key, (leaf, rule) in rules.items()}
 
 
 def to_keys(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays under the file's names and in its axes: the way back from `to_leaves`.
+    """Converts leaves to a file's arrays: the inverse of ``to_leaves``.
 
     >>> list(to_keys((Rule("fc.bias", "params/fc/bias"),), {"params/fc/bias": np.zeros(2)}))
     ['fc.bias']
@@ -156,22 +156,22 @@ def to_keys(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
     return {
         key: rule.to_key(np.asarray(leaves[path]))
-        for key, (path, rule) in _wanted(table, shapes).items()
+        for key, (path, rule) in _rules(table, shapes).items()
     }
 
 
-def _wanted(table: Table, leaves: Iterable[str]) -> dict[str, tuple[str, Rule]]:
-    """The key of each leaf. A leaf without a rule is a gap in the table, not in the file."""
-    wanted = {}
+def _rules(table: Table, leaves: Iterable[str]) -> dict[str, tuple[str, Rule]]:
+    """Leaf and rule by key. A leaf without a rule is an error of the table, not of the file."""
+    rules = {}
     for leaf in leaves:
         for rule in table:
             numbers = _read(rule.leaf, leaf)
             if numbers is not None:
-                wanted[_write(rule.key, numbers)] = (leaf, rule)
+                rules[_write(rule.key, numbers)] = (leaf, rule)
                 break
         else:
-            raise ValueError(f"this naming has no key for the leaf {leaf!r}")
-    return wanted
+            raise ValueError(f"the naming has no key for the leaf {leaf!r}")
+    return rules
 
 
 def _counter(key: str) -> str:
@@ -180,7 +180,7 @@ def _counter(key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Number:
-    """A placeholder: which number, how much more the text says, and in how many digits."""
+    """A placeholder: the name of the number, its offset in the text, and its digits."""
 
     name: str
     more: int
@@ -204,7 +204,7 @@ def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[_Number, ...]]:
 
 
 def _read(pattern: str, text: str) -> dict[str, int] | None:
-    """The numbers at the placeholders, or None where the text has another form.
+    """The numbers at the placeholders, or None if the text does not match.
 
     >>> _read("stages.{s-1}.weight", "stages.0.weight"), _read("unit{b+1:02}/b", "unit01/b")
     ({'s': 1}, {'b': 0})
@@ -217,7 +217,7 @@ def _read(pattern: str, text: str) -> dict[str, int] | None:
         number.name: int(value) - number.more
         for number, value in zip(numbers, found.groups(), strict=True)
     }
-    # What is written otherwise than it was read ("unit1", "unit00") is another key.
+    # A text that would be written differently ("unit1", "unit00") is another key.
     return read if min(read.values(), default=0) >= 0 and _write(pattern, read) == text else None
 
 

@@ -1,20 +1,17 @@
-"""Keys of timm: its ResNets, its pre-activation ResNets, and its fixed stem width.
+"""Key tables of timm: ResNets, pre-activation ResNets, its fixed stem width, and BiT.
 
-Narrow networks in timm, whose plain stem has 64 channels whatever the width of the stages.
+In a network with GroupNorm the keys are those of BatchNorms without statistics, but our leaves have
+names of their own ("gn1"), because no BatchNorm policy applies to them. timm's plain stem has 64
+channels whatever the width of the stages. ``widened`` adds silent channels (zero filters, zero
+scales, and zero weights in what follows) to a narrower network, and ``narrowed`` removes them.
+If timm then has a shortcut in the first block and the network has none, the added shortcut passes
+the other channels on unchanged. Big Transfer's own files,
+``BiT-{S,M}-R{50,101,152}x{1,2,3,4}.npz``, hold the same pre-activation networks, with kernels in
+our axis order.
 
-The channels that a narrower network has not are silent: zero filters, zero scales, zero weights in
-what follows. Where timm then has a shortcut in the first block, and the network has none, it
-passes the other channels on as they are.
-
-timm's names for the networks of its `resnet.py`, which contain torchvision's.
-
-Reference: R. Wightman, "PyTorch Image Models", 2019-, `timm/models/resnet.py`. In a network of
-GroupNorms the keys are those of BatchNorms without statistics, and our leaves have names of
-their own: no policy of BatchNorms applies to them.
-
-timm's names for networks of pre-activations, those of its `resnetv2.py`.
-
-Reference: R. Wightman, "PyTorch Image Models", 2019-, `timm/models/resnetv2.py`.
+References: R. Wightman, "PyTorch Image Models", 2019-, ``timm/models/resnet.py`` and
+``timm/models/resnetv2.py``. A. Kolesnikov et al., "Big Transfer (BiT): General Visual
+Representation Learning", 2020.
 """
 
 import dataclasses
@@ -26,19 +23,126 @@ import numpy as np
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.weights.naming import torchvision
 from flaxtransfer.weights.naming.key_map import CONV, DENSE, Rule, Table, batch_norm
+from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
+    "BIT_PREPROCESSING",
+    "BIT_TABLE",
     "STEM_WIDTH",
     "TABLE",
     "narrowed",
     "of_groups",
+    "of_pooled_shortcuts",
     "table_for",
     "table_of",
-    "v2_table_for",
+    "unnumbered",
     "v2_table_of",
     "widened",
     "with_big_transfer",
+    "with_standardized_weights",
 ]
+
+
+_BLOCK, _PATH = "layer{s}.{b}", "layer{s}/{b}"
+
+TABLE: Table = (
+    *torchvision.TABLE,
+    Rule("conv1.0.weight", "params/conv1/0/kernel", CONV),
+    *batch_norm("conv1.1", "conv1/bn1"),
+    Rule("conv1.3.weight", "params/conv1/3/kernel", CONV),
+    *batch_norm("conv1.4", "conv1/bn4"),
+    Rule("conv1.6.weight", "params/conv1/6/kernel", CONV),
+    Rule("maxpool.0.weight", "params/maxpool/0/kernel", CONV),
+    *batch_norm("maxpool.1", "maxpool/bn1"),
+    Rule(f"{_BLOCK}.se.fc{{k}}.weight", f"params/{_PATH}/se/fc{{k}}/kernel", CONV),
+    Rule(f"{_BLOCK}.se.fc{{k}}.bias", f"params/{_PATH}/se/fc{{k}}/bias"),
+    Rule(f"{_BLOCK}.se.conv.weight", f"params/{_PATH}/se/conv/kernel", (2, 1, 0)),
+)
+
+
+def table_of(keys: Iterable[str]) -> Table:
+    """The key map for a file with these keys.
+
+    >>> table_of(["bn1.weight", "bn1.bias"])[3].leaf
+    'params/gn1/scale'
+    """
+    keys = set(keys)
+    groups = "bn1.weight" in keys and not any(key.endswith(".running_mean") for key in keys)
+    pooled = any(key.endswith(".downsample.2.weight") for key in keys)
+    return _variant(TABLE, pooled, groups)
+
+
+def table_for(config: ResNetConfig) -> Table:
+    """The key map for a network; plain networks get torchvision's keys."""
+    table = V2_TABLE if config.preactivation else TABLE
+    return _variant(table, config.shortcut == "average", config.norm == "group")
+
+
+def _variant(table: Table, pooled: bool, groups: bool) -> Table:
+    table = tuple(map(of_pooled_shortcuts, table)) if pooled else table
+    return tuple(map(of_groups, table)) if groups else table
+
+
+def of_pooled_shortcuts(rule: Rule) -> Rule:
+    """The rule for a network with average-pooled shortcuts, whose layers count from 1."""
+
+    def next_number(found: re.Match[str]) -> str:
+        return f"{found[1]}{int(found[2]) + 1}"
+
+    key, leaf = (re.sub(r"(downsample[./])(\d)", next_number, x) for x in (rule.key, rule.leaf))
+    return dataclasses.replace(rule, key=key, leaf=leaf)
+
+
+def of_groups(rule: Rule) -> Rule:
+    """The rule for a network with GroupNorm."""
+    leaf = re.sub(r"/bn(\d+|\{k\})/", r"/gn\1/", rule.leaf)
+    leaf = re.sub(r"/downsample/(\d)/(scale|bias)", r"/downsample/gn\1/\2", leaf)
+    return dataclasses.replace(rule, leaf=leaf)
+
+
+V2_EPSILON = 1e-8
+"""Epsilon of weight standardization in timm's BiT; the original has 1e-10."""
+
+_V2_BLOCK, _V2_PATH = "stages.{s-1}.blocks.{b}", "layer{s}/{b}"
+
+V2_TABLE: Table = (
+    Rule("stem.conv.weight", "params/conv1/kernel", CONV),
+    Rule("stem.conv1.weight", "params/conv1/0/kernel", CONV),
+    *batch_norm("stem.norm1", "conv1/bn1"),
+    Rule("stem.conv2.weight", "params/conv1/3/kernel", CONV),
+    *batch_norm("stem.norm2", "conv1/bn4"),
+    Rule("stem.conv3.weight", "params/conv1/6/kernel", CONV),
+    Rule(f"{_V2_BLOCK}.conv{{k}}.weight", f"params/{_V2_PATH}/conv{{k}}/kernel", CONV),
+    *batch_norm(f"{_V2_BLOCK}.norm{{k}}", f"{_V2_PATH}/bn{{k}}"),
+    Rule(f"{_V2_BLOCK}.downsample.conv.weight", f"params/{_V2_PATH}/downsample/0/kernel", CONV),
+    *batch_norm("norm", "layer4/bn1"),
+    Rule("head.fc.weight", "params/fc/kernel", DENSE, units=(2, 3)),
+    Rule("head.fc.bias", "params/fc/bias"),
+)
+
+
+def v2_table_of(keys: Iterable[str]) -> Table:
+    """The key map for a file with these keys.
+
+    >>> v2_table_of(["norm.weight", "norm.bias"])[3].leaf
+    'params/conv1/gn1/bias'
+    """
+    keys = set(keys)
+    groups = "norm.weight" in keys and "norm.running_mean" not in keys
+    # No key shows whether a shortcut is pooled; in timm a deep stem implies pooled shortcuts.
+    return _variant(V2_TABLE, "stem.conv1.weight" in keys, groups)
+
+
+def with_big_transfer(config: ResNetConfig) -> ResNetConfig:
+    """Sets what timm's pre-activation networks imply; with GroupNorm and a plain stem it is BiT.
+
+    >>> with_big_transfer(ResNetConfig(norm="group")).stem_pool
+    'zero-padded'
+    """
+    config = dataclasses.replace(config, preactivation=True)
+    if config.norm == "group" and config.stem == "plain":
+        return dataclasses.replace(config, standardized=V2_EPSILON, stem_pool="zero-padded")
+    return config
 
 
 STEM_WIDTH = 64
@@ -57,16 +161,16 @@ _SILENT = {
 
 
 def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str, np.ndarray]:
-    """The arrays of a narrow network under timm's keys, as those of one with timm's stem.
+    """Adds silent channels to a narrow network with timm's keys, up to timm's stem width.
 
     Raises:
-        ValueError: a wider network, or GroupNorms, whose groups silent channels would disturb.
+        ValueError: a wider network, or GroupNorm, whose groups silent channels would change.
     """
     width = config.width
     if width > STEM_WIDTH or config.norm == "group":
         raise ValueError(
-            f"timm's plain stem has {STEM_WIDTH} channels and that of {config.name} {width}; --to "
-            "huggingface, onnx or stablehlo may hold it"
+            f"timm's plain stem has {STEM_WIDTH} channels, but that of {config.name} has {width}; "
+            "use --to huggingface, onnx or stablehlo"
         )
     wide = dict(arrays)
     for key, (axis, value) in _of_the_stem(arrays).items():
@@ -79,10 +183,10 @@ def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str,
 
 
 def narrowed(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The way back from `widened`; other arrays are left as they are.
+    """Removes silent channels: the inverse of ``widened``; other arrays are unchanged.
 
     Returns:
-        The arrays, and a note where channels were taken away.
+        The arrays, and a note if channels were removed.
     """
     width = _width(arrays)
     keys = _of_the_stem(arrays)
@@ -112,7 +216,7 @@ def narrowed(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], l
 
 
 def _of_the_stem(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, float]]:
-    # `downsample.1.weight` is a kernel behind an average-pool, and a scale elsewhere.
+    # `downsample.1.weight` is a kernel after an average-pool, and a scale otherwise.
     return {
         key: (axis, value)
         for key, (axis, value) in _SILENT.items()
@@ -121,10 +225,11 @@ def _of_the_stem(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, float
 
 
 def _width(arrays: Mapping[str, np.ndarray]) -> int:
-    """Planes of the first stage; timm's width where the keys are of no such network."""
+    """Planes of the first stage; timm's width for keys of other networks."""
     for key, expansion in (("layer1.0.conv3.weight", 4), ("layer1.0.conv2.weight", 1)):
         if key in arrays and np.ndim(arrays[key]) == 4:
-            return arrays[key].shape[0] // expansion
+            result: int = arrays[key].shape[0] // expansion
+            return result
     return STEM_WIDTH
 
 
@@ -146,115 +251,58 @@ def _holds(arrays: Mapping[str, np.ndarray], part: Mapping[str, np.ndarray]) -> 
     return all(key in arrays and np.array_equal(arrays[key], part[key]) for key in part)
 
 
-_BLOCK, _PATH = "layer{s}.{b}", "layer{s}/{b}"
+BIT_PREPROCESSING = Preprocessing((0.5,) * 3, (0.5,) * 3, size=224, resize=256)
+"""Pixels from -1 to 1; the size is that of the pre-training."""
 
-TABLE: Table = (
-    *torchvision.TABLE,
-    Rule("conv1.0.weight", "params/conv1/0/kernel", CONV),
-    *batch_norm("conv1.1", "conv1/bn1"),
-    Rule("conv1.3.weight", "params/conv1/3/kernel", CONV),
-    *batch_norm("conv1.4", "conv1/bn4"),
-    Rule("conv1.6.weight", "params/conv1/6/kernel", CONV),
-    Rule("maxpool.0.weight", "params/maxpool/0/kernel", CONV),
-    *batch_norm("maxpool.1", "maxpool/bn1"),
-    # After an average-pool the numbers in a shortcut are higher by one.
-    Rule(f"{_BLOCK}.downsample.1.weight", f"params/{_PATH}/downsample/1/kernel", CONV),
-    *batch_norm(f"{_BLOCK}.downsample.2", f"{_PATH}/downsample/2"),
-    Rule(f"{_BLOCK}.se.fc{{k}}.weight", f"params/{_PATH}/se/fc{{k}}/kernel", CONV),
-    Rule(f"{_BLOCK}.se.fc{{k}}.bias", f"params/{_PATH}/se/fc{{k}}/bias"),
-    Rule(f"{_BLOCK}.se.conv.weight", f"params/{_PATH}/se/conv/kernel", (2, 1, 0)),
+
+def _group_norm(key: str, path: str) -> Table:
+    return (
+        Rule(f"{key}/gamma", f"params/{path}/scale"),
+        Rule(f"{key}/beta", f"params/{path}/bias"),
+    )
+
+
+def _branch(letter: str, number: int) -> Table:
+    unit, block = f"resnet/block{{s}}/unit{{b+1:02}}/{letter}", "layer{s}/{b}"
+    kernel = f"{unit}/standardized_conv2d/kernel"
+    return (
+        Rule(kernel, f"params/{block}/conv{number}/kernel"),
+        *_group_norm(f"{unit}/group_norm", f"{block}/gn{number}"),
+    )
+
+
+BIT_TABLE: Table = (
+    Rule("resnet/root_block/standardized_conv2d/kernel", "params/conv1/kernel"),
+    *_branch("a", 1),
+    *_branch("b", 2),
+    *_branch("c", 3),
+    Rule(
+        "resnet/block{s}/unit{b+1:02}/a/proj/standardized_conv2d/kernel",
+        "params/layer{s}/{b}/downsample/0/kernel",
+    ),
+    *_group_norm("resnet/group_norm", "layer4/gn1"),
+    Rule("resnet/head/conv2d/kernel", "params/fc/kernel", units=(0, 1)),
+    Rule("resnet/head/conv2d/bias", "params/fc/bias"),
 )
 
 
-def table_of(keys: Iterable[str]) -> Table:
-    """The table for a file with these keys.
+def unnumbered(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays without the counters that TensorFlow appends to the names of some layers.
 
-    >>> table_of(["bn1.weight", "bn1.bias"])[3].leaf
-    'params/gn1/scale'
+    >>> list(unnumbered({"resnet/block1/unit01/a/standardized_conv2d_3/kernel": 0})[0])
+    ['resnet/block1/unit01/a/standardized_conv2d/kernel']
     """
-    keys = set(keys)
-    groups = "bn1.weight" in keys and not any(key.endswith(".running_mean") for key in keys)
-    return _table(any(key.endswith(".downsample.2.weight") for key in keys), groups)
+    renamed = {
+        re.sub(r"(standardized_conv2d|group_norm)_\d+/", r"\1/", key): array
+        for key, array in arrays.items()
+    }
+    if len(renamed) != len(arrays):
+        raise ValueError("two keys become equal after the counters of layers are removed")
+    return renamed, []
 
 
-def table_for(config: ResNetConfig) -> Table:
-    """The table for a network; for the plain ones it gives torchvision's keys."""
-    return _table(config.shortcut == "average", config.norm == "group")
-
-
-def _table(pooled: bool, groups: bool) -> Table:
-    table = tuple(rule for rule in TABLE if not _is_of_the_other_shortcut(rule, pooled))
-    return tuple(map(of_groups, table)) if groups else table
-
-
-def _is_of_the_other_shortcut(rule: Rule, pooled: bool) -> bool:
-    """`downsample.1.weight` is a norm in one kind of shortcut and a convolution in the other."""
-    plain = re.search(r"downsample\.[01]\.", rule.key) and "downsample/1/kernel" not in rule.leaf
-    with_pool = "downsample/1/kernel" in rule.leaf or "downsample.2" in rule.key
-    return bool(plain if pooled else with_pool)
-
-
-def of_groups(rule: Rule) -> Rule:
-    """The rule where the network has GroupNorms."""
-    leaf = re.sub(r"/bn(\d+|\{k\})/", r"/gn\1/", rule.leaf)
-    leaf = re.sub(r"/downsample/(\d)/(scale|bias)", r"/downsample/gn\1/\2", leaf)
-    return dataclasses.replace(rule, leaf=leaf)
-
-
-V2_EPSILON = 1e-8
-"""Of the weight standardization in timm's BiT; BiT's own is 1e-10."""
-
-_V2_BLOCK, _V2_PATH = "stages.{s-1}.blocks.{b}", "layer{s}/{b}"
-
-V2_TABLE: Table = (
-    Rule("stem.conv.weight", "params/conv1/kernel", CONV),
-    Rule("stem.conv1.weight", "params/conv1/0/kernel", CONV),
-    *batch_norm("stem.norm1", "conv1/bn1"),
-    Rule("stem.conv2.weight", "params/conv1/3/kernel", CONV),
-    *batch_norm("stem.norm2", "conv1/bn4"),
-    Rule("stem.conv3.weight", "params/conv1/6/kernel", CONV),
-    Rule(f"{_V2_BLOCK}.conv{{k}}.weight", f"params/{_V2_PATH}/conv{{k}}/kernel", CONV),
-    *batch_norm(f"{_V2_BLOCK}.norm{{k}}", f"{_V2_PATH}/bn{{k}}"),
-    Rule(f"{_V2_BLOCK}.downsample.conv.weight", f"params/{_V2_PATH}/downsample/0/kernel", CONV),
-    *batch_norm("norm", "layer4/bn1"),
-    Rule("head.fc.weight", "params/fc/kernel", DENSE, units=(2, 3)),
-    Rule("head.fc.bias", "params/fc/bias"),
-)
-
-
-def v2_table_of(keys: Iterable[str]) -> Table:
-    """The table for a file with these keys.
-
-    >>> v2_table_of(["norm.weight", "norm.bias"])[3].leaf
-    'params/conv1/gn1/bias'
-    """
-    keys = set(keys)
-    groups = "norm.weight" in keys and "norm.running_mean" not in keys
-    # A deep stem goes with pooled shortcuts, for no key shows whether a shortcut is pooled.
-    return _v2_table("stem.conv1.weight" in keys, groups)
-
-
-def v2_table_for(config: ResNetConfig) -> Table:
-    """The table for a network."""
-    return _v2_table(config.shortcut == "average", config.norm == "group")
-
-
-def with_big_transfer(config: ResNetConfig) -> ResNetConfig:
-    """The network, with what timm's of GroupNorms behind a plain stem are and no leaf shows: BiT.
-
-    >>> with_big_transfer(ResNetConfig(norm="group")).stem_pool
-    'zero-padded'
-    """
-    config = dataclasses.replace(config, preactivation=True)
-    if config.norm == "group" and config.stem == "plain":
-        return dataclasses.replace(config, standardized=V2_EPSILON, stem_pool="zero-padded")
-    return config
-
-
-def _v2_table(pooled: bool, groups: bool) -> Table:
-    table = tuple(_pooled(rule) for rule in V2_TABLE) if pooled else V2_TABLE
-    return tuple(map(of_groups, table)) if groups else table
-
-
-def _pooled(rule: Rule) -> Rule:
-    return dataclasses.replace(rule, leaf=rule.leaf.replace("downsample/0/", "downsample/1/"))
+def with_standardized_weights(config: ResNetConfig) -> ResNetConfig:
+    """Sets what all networks of BiT imply and no leaf shows."""
+    return dataclasses.replace(
+        config, preactivation=True, norm="group", standardized=1e-10, stem_pool="zero-padded"
+    )

@@ -1,9 +1,10 @@
-"""torchgeo's ResNets for satellites: timm's keys, and stems for the bands of a sensor.
+"""Sensors of torchgeo: bands, wavelengths and pixel scale of its ResNets for satellite images.
 
-The files say in their names alone what they were trained on, and the number of bands does not:
-seven of them are Landsat 5's, thermal one included, or Landsat 8's surface reflectance. A sensor
-here is what belongs to such weights: names of the bands, centers in nm, and which measurements are
-black and white. Published weights are recognized by their names, others by `load(..., sensor=)`.
+The keys are timm's. What a file was trained on is stated only in its name, and the number of bands
+is ambiguous: seven bands are Landsat 5 with its thermal band or Landsat 8's surface reflectance. A
+sensor here is what belongs to such weights: names of the bands, centers in nm, and the measurements
+that are black and white. Published weights are recognized by their names, others by
+``load(..., sensor=)``.
 
 References: A. J. Stewart et al., "TorchGeo: Deep Learning With Geospatial Data", 2022, and
 "SSL4EO-L: Datasets and Foundation Models for Landsat Imagery", 2023. Y. Wang et al.,
@@ -97,7 +98,7 @@ def _landsat(bands: Iterable[str], centers: Mapping[str, float]) -> Preprocessin
 
 
 def _radar() -> Preprocessing:
-    """SSL4EO-S12's statistics, in dB, over a range that leaves 5 deviations at either end."""
+    """SSL4EO-S12's statistics, in dB, over a range with 5 standard deviations at both ends."""
     black, white = -50.0, 14.0
     means, stds, span = (-12.59, -20.26), (5.26, 5.91), white - black
     return _sensor(
@@ -138,7 +139,7 @@ SENSORS: dict[str, Preprocessing] = {
     "landsat_oli_tirs_toa": _landsat(_OLI, _OLI),
     "landsat_oli_sr": _landsat([f"B{number}" for number in range(1, 8)], _OLI),
 }
-"""By the middle of the names under which torchgeo publishes weights."""
+"""Sensors by the middle part of the names under which torchgeo publishes weights."""
 
 _NAMES: dict[str, str] = {
     r"resnet\d+_(sentinel2_all)_(?:moco|dino)": "",
@@ -155,7 +156,7 @@ _NAMES: dict[str, str] = {
 
 
 def published(*names: str) -> str | None:
-    """The sensor of weights by the name of their file or repository; None for other names.
+    """The sensor of weights, by the name of their file or repository; None for other names.
 
     >>> published("resnet50_landsat_tm_toa_moco-ba1ce753.pth")
     'landsat_tm_toa'
@@ -172,7 +173,7 @@ def published(*names: str) -> str | None:
 
 
 def note(sensor: str) -> str:
-    """What a person has to know of the images that a sensor's weights take.
+    """A description of the images that a sensor's weights take.
 
     >>> note("sentinel2_rgb")
     'bands B4, B3, B2; the pixels 0 and 1 are the measurements 0 and 10000'
@@ -186,23 +187,23 @@ def note(sensor: str) -> str:
 
 
 def check(sensor: str, bands: int) -> Preprocessing:
-    """What belongs to weights of a sensor, for a stem with so many bands.
+    """The preprocessing of a sensor, checked against the number of bands of a stem.
 
     Raises:
-        ValueError: an unknown sensor, or one of another number of bands, with those of this one.
+        ValueError: an unknown sensor, or one with another number of bands.
 
     >>> check("landsat_oli_sr", 7).bands
     ('B1', 'B2', 'B3', 'B4', 'B5', 'B6', 'B7')
     >>> check("sentinel2_all", 12)
     Traceback (most recent call last):
-    ValueError: sentinel2_all has 13 bands and the stem takes 12; sensors of 12 bands: none
+    ValueError: sentinel2_all has 13 bands, but the stem takes 12; sensors with 12 bands: none
     """
     found = _known(sensor)
     if len(found.bands) != bands:
         fitting = [name for name, other in SENSORS.items() if len(other.bands) == bands]
         raise ValueError(
-            f"{sensor} has {len(found.bands)} bands and the stem takes {bands}; sensors of {bands} "
-            f"bands: {', '.join(fitting) or 'none'}"
+            f"{sensor} has {len(found.bands)} bands, but the stem takes {bands}; sensors with "
+            f"{bands} bands: {', '.join(fitting) or 'none'}"
         )
     return found
 
@@ -211,7 +212,7 @@ def wavelengths(sensor: str) -> tuple[float, ...]:
     """Center of each band in nm.
 
     Raises:
-        ValueError: an unknown sensor, or one that sees no light.
+        ValueError: an unknown sensor, or a radar without wavelengths.
 
     >>> wavelengths("sentinel2_rgb")
     (665.0, 560.0, 490.0)
@@ -229,6 +230,6 @@ def _brief(values: tuple[float, ...]) -> str:
 def _known(sensor: str) -> Preprocessing:
     if sensor not in SENSORS:
         raise ValueError(
-            f"no sensor {sensor!r}{suggest(str(sensor), SENSORS)}; there are: {', '.join(SENSORS)}"
+            f"unknown sensor {sensor!r}{suggest(str(sensor), SENSORS)}; known: {', '.join(SENSORS)}"
         )
     return SENSORS[sensor]

@@ -1,14 +1,12 @@
-"""Keys of torchvision and torchxrayvision.
+"""Keys of torchvision, and of torchxrayvision's ResNet-50 for chest radiographs.
 
-torchvision's names, which timm's plain ResNets share, and what its file names say.
+timm's plain ResNets have the same keys. torchvision publishes its weights as ``<model>-<first 8
+digits of the sha256>.pth``, made by a first and a second training recipe. torchxrayvision's network
+has one input channel with pixels between -1024 and 1024, and independent outputs with one sigmoid
+each.
 
-Reference: `torchvision.models.resnet` (PyTorch contributors, 2016-), whose weights are published
-as `<model>-<first 8 digits of the sha256>.pth` in a first and a second recipe.
-
-torchxrayvision's ResNet-50 of chest radiographs: torchvision's keys, one channel.
-
-Reference: J. P. Cohen et al., "TorchXRayVision: A library of chest X-ray datasets and models",
-2022. Its pixels lie between -1024 and 1024, and its outputs are independent: a sigmoid each.
+References: PyTorch contributors, ``torchvision.models.resnet``, 2016-. J. P. Cohen et al.,
+"TorchXRayVision: A library of chest X-ray datasets and models", 2022.
 """
 
 import dataclasses
@@ -21,7 +19,7 @@ __all__ = ["CLASS_NAMES", "PREPROCESSING", "RESIZE", "TABLE", "is_published", "p
 
 
 TABLE: Table = (
-    # torchvision has no adapters; where there is one, `fold_adapter` makes what it can load.
+    # torchvision has no adapters; `fold_adapter` removes a linear one before a file is written.
     Rule("adapter.weight", "params/adapter/kernel", CONV),
     Rule("adapter.curves", "params/adapter/curves"),
     Rule("conv1.weight", "params/conv1/kernel", CONV),
@@ -73,14 +71,14 @@ RESIZE: dict[str, int] = {
 
 
 def published(file_name: str, sha256: str) -> Preprocessing | None:
-    """The preprocessing of a file under the name that torchvision gave it; None for others.
+    """The preprocessing of a file that torchvision published under this name; None for others.
 
     Args:
         file_name: without the folder.
         sha256: of the file's bytes, in hexadecimal.
 
     Raises:
-        ValueError: the name is a published one and the bytes are not those published.
+        ValueError: the name is a published one, but the checksum differs.
 
     >>> published("mine.pth", "00") is None
     True
@@ -90,14 +88,15 @@ def published(file_name: str, sha256: str) -> Preprocessing | None:
         return None
     if not sha256.startswith(found[1]):
         raise ValueError(
-            f"{file_name} is damaged or is another file: torchvision published it with a sha256 "
-            f"that starts with {found[1]}, and this one's starts with {sha256[:8]}; download it "
-            "again, or rename it if it is your own"
+            f"{file_name} is damaged or another file: its sha256 must start with {found[1]}, as "
+            f"torchvision published it, got {sha256[:8]}; download it again, or rename it if it is "
+            "your own"
         )
     return dataclasses.replace(IMAGENET, resize=RESIZE[found[1]])
 
 
 PREPROCESSING = Preprocessing((0.5,), (1 / 2048,), size=512, resize=512)
+"""Of torchxrayvision's ResNet-50."""
 
 CLASS_NAMES = (
     "Atelectasis",
@@ -122,7 +121,7 @@ CLASS_NAMES = (
 
 
 def is_published(file_name: str) -> bool:
-    """Whether a file has the name under which the weights are published.
+    """Whether a file has the name of torchxrayvision's published ResNet-50.
 
     >>> is_published("pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt")
     True

@@ -1,1 +1,1 @@
-"""Readers of weight files: bytes to named arrays, without running code from the file."""
+"""Readers of weight files: from bytes to named arrays, without running code from the file."""

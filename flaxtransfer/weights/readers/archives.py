@@ -1,8 +1,7 @@
-"""Zip archives and NumPy archives, bounded and read without unpickling.
+"""Read zip archives and ``.npz`` archives from untrusted sources.
 
-Zip archives that strangers made: opened in memory, bounded, and never unpacked to a disk.
-
-numpy's archives of named arrays, read without unpickling.
+Archives are opened in memory, with a bound on their unpacked size, and are never unpacked to disk.
+NumPy arrays are read without unpickling.
 """
 
 import io
@@ -21,11 +20,11 @@ __all__ = ["check", "members", "most", "names", "opened", "read_npz"]
 
 
 _RATIO, _SPARE = 50, 1 << 26
-"""Weights hardly compress, but heads of zeros do; a zip bomb unfolds a thousandfold and more."""
+"""Weights hardly compress, but zeros do; a zip bomb expands more than a thousandfold."""
 
 
 def most(size: int) -> int:
-    """Bytes that the arrays of a file of so many bytes may unfold to.
+    """Maximum number of bytes of the arrays in a file with ``size`` bytes.
 
     >>> most(0)
     67108864
@@ -35,49 +34,49 @@ def most(size: int) -> int:
 
 @contextmanager
 def opened(data: bytes) -> Iterator[zipfile.ZipFile]:
-    """An archive that was looked at, to read files from one by one.
+    """Opens and checks an archive, to read its files one by one.
 
     Args:
         data: the bytes of the archive.
 
     Raises:
-        ValueError: bytes that are no complete archive, that would unfold to far more than weights
-            do, names that occur twice or lead out of a folder; also from within the block.
+        ValueError: an incomplete archive, one that would unpack to far more than weights do, or
+            names that occur twice or lead out of a folder; also for errors inside the block.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             _check(archive, len(data))
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        # RuntimeError is that of an archive with a password, or of an unknown compression.
-        raise ValueError(f"no complete zip archive: {error}") from error
+        # RuntimeError: an archive with a password, or an unknown compression.
+        raise ValueError(f"incomplete or damaged zip archive: {error}") from error
 
 
 def members(data: bytes) -> dict[str, bytes]:
     """The content of every file in an archive, by name.
 
     Raises:
-        ValueError: as `opened`.
+        ValueError: as ``opened``.
     """
     with opened(data) as archive:
         return {name: archive.read(name) for name in _files(archive)}
 
 
 def names(data: bytes) -> list[str]:
-    """The names of the files in an archive, in its order.
+    """The names of the files in an archive, in order.
 
     Raises:
-        ValueError: as `opened`.
+        ValueError: as ``opened``.
     """
     with opened(data) as archive:
         return _files(archive)
 
 
 def check(data: bytes) -> None:
-    """Looks at an archive that another program will read.
+    """Checks an archive that another program will read.
 
     Raises:
-        ValueError: as `opened`.
+        ValueError: as ``opened``.
     """
     names(data)
 
@@ -87,32 +86,31 @@ def _files(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _check(archive: zipfile.ZipFile, size: int) -> None:
-    if not all(archive.namelist()):  # Python 3.11 cannot even tell whether that is a folder
-        raise ValueError("it holds a file without a name")
+    if not all(archive.namelist()):  # `is_dir` of Python 3.11 fails for it
+        raise ValueError("every file in the archive must have a name")
     unfolded = sum(entry.file_size for entry in archive.infolist() if not entry.is_dir())
     if unfolded > most(size):
         raise ValueError(
-            f"it would unfold from {size:,} to {unfolded:,} bytes, which no weights do"
+            f"it would unpack from {size:,} to {unfolded:,} bytes, which weights never do"
         )
     found = _files(archive)
     if len(set(found)) != len(found):
-        raise ValueError("it holds two files of one name")
+        raise ValueError("it holds two files with the same name")
     for name in found:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"it holds a file whose name leads out of it: {name!r}")
+            raise ValueError(f"it holds a file whose name leads out of the archive: {name!r}")
 
 
 def read_npz(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Arrays, no metadata and no notes of a whole file.
+    """Reads the bytes of an ``.npz`` file: arrays, no metadata and no notes.
 
     Raises:
-        ValueError: bytes that are no such archive, or arrays of Python objects, which would have
-            to be unpickled.
+        ValueError: a damaged archive, or arrays of Python objects, which would require unpickling.
 
     >>> file = io.BytesIO()
     >>> np.savez(file, **{"resnet/head/conv2d/bias": np.zeros(2)})
-    >>> list(read(file.getvalue())[0])
+    >>> list(read_npz(file.getvalue())[0])
     ['resnet/head/conv2d/bias']
     """
     arrays = {}
@@ -120,13 +118,13 @@ def read_npz(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[s
         try:
             arrays[name.removesuffix(".npy")] = _array(content)
         except Exception as error:
-            # What numpy raises for a damaged header depends on the byte that is wrong.
-            raise ValueError(f"{name!r} in it is no array: {error}") from error
+            # The exception of numpy for a damaged header depends on the damaged byte.
+            raise ValueError(f"{name!r} in it is not a valid array: {error}") from error
     return arrays, {}, []
 
 
 def _array(content: bytes) -> np.ndarray:
-    """The array, whose header is compared with its bytes before anything is allocated."""
+    """The array; its header is compared with its bytes before allocation."""
     file = io.BytesIO(content)
     version = npy.read_magic(file)
     if version == (1, 0):
@@ -134,12 +132,12 @@ def _array(content: bytes) -> np.ndarray:
     elif version == (2, 0):
         shape, by_columns, dtype = npy.read_array_header_2_0(file)
     else:
-        raise ValueError(f"version {version} of numpy's format, and weights need 1 or 2")
+        raise ValueError(f"the version of numpy's format must be 1 or 2, got {version}")
     if dtype.hasobject or dtype.fields or dtype.subdtype:
-        raise ValueError(f"it holds {_plain(dtype)} and weights are numbers")
-    held, wanted = len(content) - file.tell(), math.prod(shape) * dtype.itemsize
-    if held != wanted or min(shape, default=1) < 0:
-        raise ValueError(f"by its header it has {wanted:,} bytes, and there are {held:,}")
+        raise ValueError(f"the dtype must be numeric, got {_plain(dtype)}")
+    held, expected = len(content) - file.tell(), math.prod(shape) * dtype.itemsize
+    if held != expected or min(shape, default=1) < 0:
+        raise ValueError(f"its header states {expected:,} bytes, got {held:,}")
     array = np.frombuffer(content, dtype, offset=file.tell())
     return array.reshape(shape, order="F" if by_columns else "C")
 

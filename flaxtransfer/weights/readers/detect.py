@@ -1,8 +1,7 @@
-"""Detect how a weight file is packed, and read its arrays by key.
+"""Detect the container format of a weight file, and read its arrays by key.
 
-How a file is packed, by its content: what it is called was decided by a person or a cache.
-
-The arrays of a file by key, before anything is known about what they mean.
+The content of a file decides, not its name. ``read_tensors`` also reads folders and removes the
+prefixes that data parallelism, compilation and self-supervised training put before the keys.
 """
 
 import dataclasses
@@ -39,9 +38,9 @@ class Container:
     """A way to pack named arrays into a file.
 
     Args:
-        text: what a person calls such a file.
+        text: the name for a person.
         suffixes: under which such files are published.
-        read: arrays, metadata and notes of the bytes of one.
+        read: converts the bytes of a file to arrays, metadata and notes.
     """
 
     text: str
@@ -69,7 +68,7 @@ _MOST_HEADER = 100_000_000
 
 
 def has_weights_name(name: str) -> bool:
-    """Whether files of this name are usually weights.
+    """Whether a file name has a suffix of weight files.
 
     >>> has_weights_name("moco_v2_800ep_pretrain.pth.tar"), has_weights_name("images.tar")
     (True, False)
@@ -78,27 +77,29 @@ def has_weights_name(name: str) -> bool:
 
 
 def recognize(data: bytes, name: str) -> tuple[Container, list[str]]:
-    r"""The container of a file, and a note where its name says another one or none.
+    r"""Detects the container of a file; with a note if its name states another one or none.
 
     Args:
-        data: the whole file; its first bytes decide, and the names of the files in a zip archive.
+        data: the whole file; its first bytes decide, or the file names in a zip archive.
         name: of the file.
 
     Raises:
-        ValueError: an empty file, what a failed download leaves, or bytes of another kind.
+        ValueError: an empty file, the result of a failed download, or an unknown format.
 
     >>> recognize(b"\x89HDF\r\n\x1a\n", "weights.h5")[0].text
     'an HDF5 file'
     >>> recognize(b"\x89HDF\r\n\x1a\n", "0a4e6b")[1]
-    ['an HDF5 file by its content; its name does not say so']
+    ['an HDF5 file by its content; its name has no such suffix']
     """
     container = CONTAINERS[_kind(data, name)]
     if name.endswith(container.suffixes):
         return container, []
-    said = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
-    if said is None:
-        return container, [f"{container.text} by its content; its name does not say so"]
-    return container, [f"{container.text} by its content, though its name ends in {said}"]
+    suffix_of_name = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    if suffix_of_name is None:
+        return container, [f"{container.text} by its content; its name has no such suffix"]
+    return container, [
+        f"{container.text} by its content, although its name ends in {suffix_of_name}"
+    ]
 
 
 def _kind(data: bytes, name: str) -> str:
@@ -106,10 +107,10 @@ def _kind(data: bytes, name: str) -> str:
         raise ValueError("the file is empty")
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(
-            "this is a Git LFS pointer and not the weights; fetch them with `git lfs pull`"
+            "the file is a Git LFS pointer, not the weights; download them with `git lfs pull`"
         )
     if data.lstrip()[:1] == b"<":
-        raise ValueError("this is a web page and not the weights; the download went wrong")
+        raise ValueError("the file is a web page, not the weights; the download failed")
     # The header of a safetensors file is JSON behind its length, whose bytes may be anything.
     length = int.from_bytes(data[:8], "little")
     if data[8:9] == b"{" and length <= _MOST_HEADER:
@@ -124,13 +125,11 @@ def _kind(data: bytes, name: str) -> str:
     key = {0xDE: 3, 0xDF: 5}.get(data[0], 1)
     if (0x80 < data[0] < 0x90 or key > 1) and data[key : key + 1] > b"\x9f":
         return "msgpack"
-    # Cut off or damaged: its reader says by how much.
+    # Truncated or damaged: the reader reports by how much.
     if name.endswith(".safetensors") and (len(data) < 9 or data[4:8] == bytes(4)):
         return "safetensors"
     kinds = "; ".join(f"{c.text} ({', '.join(c.suffixes)})" for c in CONTAINERS.values())
-    raise ValueError(
-        f"its first bytes, {data[:8]!r}, are those of no container of weights; there are: {kinds}"
-    )
+    raise ValueError(f"unknown format: the first bytes are {data[:8]!r}; known: {kinds}")
 
 
 def _kind_of_archive(names: list[str]) -> str:
@@ -143,8 +142,8 @@ def _kind_of_archive(names: list[str]) -> str:
         return "npz"
     held = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     raise ValueError(
-        "a zip archive of no known kind: torch's has data.pkl in it, Keras' model.weights.h5, "
-        f"numpy's nothing but .npy files, and this one {held or 'nothing'}"
+        "unknown zip archive: torch's holds data.pkl, Keras' holds model.weights.h5, numpy's "
+        f"holds only .npy files, got {held or 'nothing'}"
     )
 
 
@@ -154,14 +153,14 @@ PREFIXES = ("module.", "_orig_mod.")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tensors:
-    """The content of one file.
+    """The content of a weight file.
 
     Args:
         path: where it was read.
-        arrays: by the file's own keys, in the file's own dtypes and axes.
-        metadata: text by name, as a safetensors header has it.
+        arrays: by the file's keys, with the file's dtypes and axes.
+        metadata: text by name, as in a safetensors header.
         sha256: of the bytes, in hexadecimal.
-        notes: what was done to get at the arrays.
+        notes: what was removed or converted.
     """
 
     path: Path
@@ -172,13 +171,13 @@ class Tensors:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Reads a file once: its checksum is that of the bytes that became the arrays.
+    """Reads a weight file or folder once, with the checksum of the bytes that were read.
 
     Args:
-        path: a file, a folder that holds one as Hugging Face lays them out, or one of orbax'.
+        path: a file, a folder with one (Hugging Face's layout), or a folder of orbax.
 
     Raises:
-        FileNotFoundError: no such file; the text names the nearest in the folder.
+        FileNotFoundError: the file does not exist; the text names the nearest in the folder.
         ValueError: a file that is empty, damaged, unsafe or of another kind.
     """
     path = _found(path)
@@ -205,14 +204,14 @@ def _file(path: Path) -> _Read:
 
 
 def _folder(path: Path) -> _Read:
-    """A tree of orbax', whose checksum is that of its leaves in the order of their paths."""
+    """Reads a tree of orbax; the checksum is that of its leaves, sorted by path."""
     found = flax_file.read_orbax(path)
     if found is None:
         steps = sorted(map(str, path.glob("checkpoints/[0-9]*")))
         raise FileNotFoundError(
-            f"{path} is a folder with 0 checkpoints in it: no {', '.join(SUFFIXES)} "
-            "file is there, and nothing that orbax wrote"
-            + (f"; a run that has not finished has steps: {', '.join(steps)}" if steps else "")
+            f"the folder {path} holds 0 checkpoints: no {', '.join(SUFFIXES)} file, and nothing "
+            "that orbax wrote"
+            + (f"; the steps of an unfinished run are {', '.join(steps)}" if steps else "")
         )
     arrays, metadata, notes = found
     checksum = hashlib.sha256()
@@ -224,10 +223,10 @@ def _folder(path: Path) -> _Read:
 
 
 def strip(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Takes off what data parallelism and compilation put before each key.
+    """Removes the prefixes that data parallelism and compilation put before each key.
 
     Raises:
-        ValueError: two keys that become one.
+        ValueError: two keys become equal.
 
     >>> strip({"module._orig_mod.fc.bias": 0})
     ({'fc.bias': 0}, ['module.', '_orig_mod.'])
@@ -240,7 +239,7 @@ def strip(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list
             short = short.removeprefix(prefix)
             removed += [] if prefix in removed else [prefix]
         if short in stripped:
-            raise ValueError(f"two keys name {short!r} once the prefixes {removed} are removed")
+            raise ValueError(f"two keys become {short!r} after the prefixes {removed} are removed")
         stripped[short] = array
     return stripped, removed
 
@@ -253,14 +252,13 @@ def _found(path: Path) -> Path:
         preferred = [name for name in IN_A_FOLDER if name in files] or files
         if len(preferred) != 1 and preferred[:1] != [IN_A_FOLDER[0]]:
             raise FileNotFoundError(
-                f"{path} is a folder with {len(files)} checkpoints in it, name one: "
-                f"{', '.join(files)}"
+                f"the folder {path} holds {len(files)} checkpoints, name one: {', '.join(files)}"
             )
         return path / preferred[0]
     if not path.exists():
         folder = path.parent
         if not folder.is_dir():
-            raise FileNotFoundError(f"no file {path}: there is no folder {folder}")
+            raise FileNotFoundError(f"no file {path}: the folder {folder} does not exist")
         names = sorted(entry.name for entry in folder.iterdir())
         nearest = suggest(path.name, names)
         raise FileNotFoundError(

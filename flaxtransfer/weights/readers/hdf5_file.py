@@ -1,7 +1,6 @@
-"""Weights in HDF5 as Keras writes them: arrays by the names of their layers.
+"""Read Keras weights in HDF5: arrays by the names of their layers.
 
-HDF5 can point out of itself, to other files and to datasets stored elsewhere; nothing of that kind
-is followed.
+HDF5 can point to other files and to datasets that are stored elsewhere; such links are refused.
 """
 
 import io
@@ -18,15 +17,15 @@ _DEEPEST = 32
 
 
 def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Arrays by "layer/variable", no metadata, and notes of a whole `.h5` file.
+    """Reads the bytes of an ``.h5`` file: arrays by "layer/variable", no metadata, and notes.
 
-    What an optimizer kept is left out. Keras 3 numbers the variables of a layer ("conv1_conv/0"),
-    earlier ones name them ("conv1_conv/kernel").
+    The state of the optimizer is omitted. Keras 3 numbers the variables of a layer
+    ("conv1_conv/0"), earlier versions name them ("conv1_conv/kernel").
 
     Raises:
         ImportError: h5py is not installed.
-        ValueError: bytes that are no complete HDF5 file, that point to other files, or whose
-            arrays would unfold to far more than the file holds.
+        ValueError: a damaged HDF5 file, one that points to other files, or one whose arrays would
+            unpack to far more than the file holds.
     """
     try:
         import h5py
@@ -46,16 +45,18 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
     except ValueError:
         raise
     except Exception as error:
-        # What h5py raises for a damaged file depends on the byte that is wrong.
-        raise ValueError(f"no complete HDF5 file: {type(error).__name__} {error}") from error
+        # The exception of h5py for a damaged file depends on the damaged byte.
+        raise ValueError(
+            f"incomplete or damaged HDF5 file: {type(error).__name__} {error}"
+        ) from error
     return arrays, {}, ["the optimizer's state was left out"] if left_out else []
 
 
 def read_keras_archive(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """The same of a `.keras` archive, whose weights are an HDF5 file in it."""
+    """Reads the HDF5 file with the weights in the bytes of a ``.keras`` archive."""
     files = archives.members(data)
     if "model.weights.h5" not in files:
-        raise ValueError(f"a .keras archive has model.weights.h5, and this one {sorted(files)}")
+        raise ValueError(f"a .keras archive must hold model.weights.h5, got {sorted(files)}")
     return read_hdf5(files["model.weights.h5"])
 
 
@@ -68,10 +69,10 @@ def _collect(
     seen: set[Any],
     room: int,
 ) -> None:
-    """Adds the arrays of an entry of a group, which is visited once, by whatever name it goes."""
+    """Adds the arrays of an entry of a group; an entry with several names is visited once."""
     below = f"{path}/{name}"
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f"{below} points elsewhere, which weights do not")
+        raise ValueError(f"{below} must not link to another place")
     entry = group[name]
     address = h5py.h5o.get_info(entry.id).addr
     if address in seen or path.count("/") > _DEEPEST:
@@ -83,7 +84,7 @@ def _collect(
     elif isinstance(entry, h5py.Dataset):
         key = _key(group, name)
         if key in arrays:
-            raise ValueError(f"two arrays are called {key!r}")
+            raise ValueError(f"two arrays have the name {key!r}")
         used = sum(array.nbytes for array in arrays.values())
         arrays[key] = _array(entry, below, room - used)
 
@@ -95,9 +96,9 @@ def _key(group: Any, name: str) -> str:
 
 def _array(entry: Any, path: str, room: int) -> np.ndarray:
     if entry.is_virtual or entry.external:
-        raise ValueError(f"{path} is stored in another file, which is not read")
+        raise ValueError(f"{path} must not be stored in another file")
     if entry.dtype.kind not in "fiub":
-        raise ValueError(f"{path} holds {entry.dtype}, and weights are numbers")
+        raise ValueError(f"the dtype of {path} must be numeric, got {entry.dtype}")
     if entry.nbytes > room:
-        raise ValueError(f"{path} would unfold to {entry.nbytes:,} bytes, which no weights do")
+        raise ValueError(f"{path} would unpack to {entry.nbytes:,} bytes, which weights never do")
     return np.asarray(entry[()])

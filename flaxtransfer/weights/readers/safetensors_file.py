@@ -1,7 +1,8 @@
-"""safetensors files: a JSON header and plain bytes, so that reading one can run no code."""
+"""Read and write safetensors files: a JSON header and raw bytes, which cannot run code."""
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,18 +27,20 @@ _DTYPES: dict[str, np.dtype] = {
 
 
 def read_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Arrays, metadata and notes of a whole file.
+    """Reads the bytes of a safetensors file: arrays, metadata and no notes.
 
     Raises:
-        ValueError: bytes that are no complete safetensors file, or numbers of an unknown kind.
+        ValueError: an incomplete or damaged file, or an unsupported dtype.
     """
     try:
-        entries = safetensors.deserialize(data)
+        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
-        raise ValueError(f"no complete safetensors file ({_why(data)}): {error}") from error
+        raise ValueError(
+            f"incomplete or damaged safetensors file ({_why(data)}): {error}"
+        ) from error
     unknown = {name: entry["dtype"] for name, entry in entries if entry["dtype"] not in _DTYPES}
     if unknown:
-        raise ValueError(f"arrays of a kind that weights do not have: {unknown}")
+        raise ValueError(f"unsupported dtypes: {unknown}")
     arrays = {
         name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in entries
@@ -46,14 +49,14 @@ def read_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]
 
 
 def write_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a file; the same arguments give the same bytes.
+    """Writes the bytes of a safetensors file; the same arguments give the same bytes.
 
-    >>> read(write({"w": np.ones(2, np.float32)}, {"format": "pt"}))[1]
+    >>> read_safetensors(write_safetensors({"w": np.ones(2, np.float32)}, {"format": "pt"}))[1]
     {'format': 'pt'}
     """
-    # np.ascontiguousarray would give a number an axis.
+    # `np.ascontiguousarray` would add an axis to a scalar.
     data = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
-    # The library writes metadata in an order that differs from run to run.
+    # The library writes metadata in random order.
     header = json.dumps(
         {"__metadata__": dict(sorted(metadata.items())), **_header(data)}, separators=(",", ":")
     ).encode()
@@ -65,17 +68,18 @@ def _length(data: bytes) -> int:
     return int.from_bytes(data[:8], "little")
 
 
-def _header(data: bytes) -> dict:
-    return json.loads(data[8 : 8 + _length(data)])
+def _header(data: bytes) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(data[8 : 8 + _length(data)])
+    return result
 
 
 def _why(data: bytes) -> str:
     start = 8 + _length(data)
     if len(data) < start:
-        return f"its header should end at byte {start}, and there are {len(data)}"
+        return f"its header ends at byte {start}, but the file has {len(data)}"
     try:
         spans = [entry["data_offsets"] for key, entry in _header(data).items() if key[:2] != "__"]
         end = start + max(stop for _, stop in spans)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "its header is not the JSON that it should be"
-    return f"by its header it has {end} bytes, and there are {len(data)}"
+        return "its header is not valid JSON"
+    return f"its header states {end} bytes, got {len(data)}"

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, in both of its layouts, read without torch and without running anything.
+"""Read files of ``torch.save``, in both of its layouts, without torch and without running code.
 
-Since 2020 such a file is a zip archive with a pickle in it and a file for each storage; before, it
-was a row of pickles and the storages behind them. What the pickle holds is for `pickled`; here the
-storages become arrays, and only those of the weights: what an optimizer kept is not unfolded.
+Since 2020 such a file is a zip archive with one pickle and one file per storage. Before, it was a
+sequence of pickles followed by the storages. ``torch_pickle`` decodes the pickle; here the storages
+of the weights become arrays. Storages of an optimizer are not read.
 
 Reference: PyTorch contributors, "torch/serialization.py", 2016-.
 """
@@ -23,16 +23,16 @@ __all__ = ["read_torch", "unwrap"]
 
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student")
-"""Where training scripts keep the weights, best first: an average before what it averages."""
+"""Keys under which training scripts store weights, best first: averages before raw weights."""
 
 _DEEPEST = 8
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_DAMAGED = "it is truncated, damaged or no checkpoint of torch: "
+_DAMAGED = "it is truncated, damaged or not a torch checkpoint: "
 
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """What the pickle holds, and how the bytes of its storages are come by."""
+    """The value of the pickle, and access to the bytes of its storages."""
 
     value: Any
     bytes_of: Callable[[Storage], bytes | memoryview]
@@ -41,10 +41,10 @@ class _Content:
 
 
 def read_torch(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Arrays, no metadata, and notes of a whole file.
+    """Reads the bytes of a torch file: arrays, no metadata, and notes.
 
     Raises:
-        ValueError: a file that wants to run code, is damaged, or holds no named tensors.
+        ValueError: a file that would run code, is damaged, or does not hold named tensors.
     """
     try:
         with _zipped(data) if data.startswith(b"PK") else _streamed(data) as content:
@@ -53,7 +53,9 @@ def read_torch(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list
             room = archives.most(len(data))
             unfolded = sum(math.prod(t.shape) * t.dtype.itemsize for t in weights.values())
             if unfolded > room:
-                raise _Whole(f"its tensors would unfold to {unfolded:,} bytes, which no weights do")
+                raise _Whole(
+                    f"its tensors would unpack to {unfolded:,} bytes, which weights never do"
+                )
             arrays = {key: _array(tensor, content) for key, tensor in weights.items()}
             return arrays, {}, [*content.notes, *notes]
     except (_Whole, MemoryError):
@@ -61,17 +63,17 @@ def read_torch(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list
     except Refused as error:
         raise ValueError(_refusal(error.name)) from error
     except Exception as error:
-        # What a damaged pickle leads to depends on the byte that is wrong: no list is complete.
+        # The exception for a damaged pickle depends on the damaged byte; no list is complete.
         raise ValueError(
             _DAMAGED + (str(error).splitlines() or [type(error).__name__])[0]
         ) from error
 
 
 def unwrap(content: Any) -> tuple[Mapping[Any, Any], list[str]]:
-    """The weights inside of what a training script saved, and a note on which were taken.
+    """Finds the weights in what a training script saved, with a note on which were taken.
 
     Raises:
-        ValueError: no mapping.
+        ValueError: the content is not a mapping.
 
     >>> unwrap({"epoch": 3, "model": {"fc.bias": 0}})
     ({'fc.bias': 0}, ["the weights are those under 'model'"])
@@ -85,11 +87,11 @@ def unwrap(content: Any) -> tuple[Mapping[Any, Any], list[str]]:
         notes.append(f"the weights are those under {present[0]!r}{others}")
         content = content[present[0]]
     what = content.what if isinstance(content, Foreign) else type(content).__name__
-    raise _Whole(f"it holds a {what} and no tensors by name")
+    raise _Whole(f"it must hold tensors by name, got a {what}")
 
 
 class _Whole(ValueError):
-    """What is said of a file that is not damaged."""
+    """The error of an undamaged file, whose text is passed on unchanged."""
 
 
 @contextmanager
@@ -98,22 +100,22 @@ def _zipped(data: bytes) -> Iterator[_Content]:
         entries = {entry.filename: entry for entry in file.infolist()}
         pickles = [name for name in entries if name.rsplit("/", 1)[-1] == "data.pkl"]
         if len(pickles) != 1:
-            raise ValueError(f"an archive with {len(pickles)} pickles called data.pkl in it")
+            raise ValueError(f"an archive must hold one data.pkl, got {len(pickles)}")
         root = pickles[0].removesuffix("data.pkl")
         if root + "constants.pkl" in entries:
             raise _Whole(
-                "it is a TorchScript program, code and all; in torch, load it with torch.jit.load "
-                "and save its state_dict(), best as .safetensors"
+                "it is a TorchScript program, which includes code; load it in torch with "
+                "torch.jit.load and save its state_dict(), preferably as .safetensors"
             )
         unchecked = all(e.CRC == 0 for e in entries.values() if e.file_size)
         if unchecked:
-            # torch writes 0 where it was told to compute none, and zipfile then compares nothing.
+            # torch writes 0 if it computed no checksums; None makes zipfile skip the comparison.
             for entry in entries.values():
                 entry.CRC = None  # type: ignore[assignment]
         value, _ = torch_pickle.read_pickle(io.BytesIO(file.read(pickles[0])))
         order = file.read(root + "byteorder") if root + "byteorder" in entries else b"little"
         if order not in (b"little", b"big"):
-            raise ValueError(f"an order of bytes called {order[:20]!r}")
+            raise ValueError(f"byteorder must be little or big, got {order[:20]!r}")
         read_before: dict[str, bytes] = {}
 
         def bytes_of(storage: Storage) -> bytes:
@@ -124,7 +126,7 @@ def _zipped(data: bytes) -> Iterator[_Content]:
                 read_before[name] = file.read(name)
             return read_before[name]
 
-        notes = ("the archive has no checksums: damage to it would not show",) if unchecked else ()
+        notes = ("the archive has no checksums: damage cannot be detected",) if unchecked else ()
         yield _Content(value, bytes_of, swapped=order == b"big", notes=notes)
 
 
@@ -133,17 +135,21 @@ def _streamed(data: bytes) -> Iterator[_Content]:
     file = io.BytesIO(data)
     first, _ = torch_pickle.read_pickle(file)
     if first != _MAGIC:
-        raise ValueError("a pickle that torch.save did not write")
+        raise ValueError("the pickle was not written by torch.save")
     protocol, _ = torch_pickle.read_pickle(file)
     system, _ = torch_pickle.read_pickle(file)
-    if protocol != _PROTOCOL or not isinstance(system, dict) or not system.get("little_endian"):
-        raise ValueError(f"version {protocol!r} of torch's former layout, or one of big endians")
+    if protocol != _PROTOCOL:
+        raise ValueError(
+            f"the version of torch's former layout must be {_PROTOCOL}, got {protocol!r}"
+        )
+    if not isinstance(system, dict) or not system.get("little_endian"):
+        raise ValueError("a file in torch's former layout must be little-endian")
     value, storages = torch_pickle.read_pickle(file)
     keys, _ = torch_pickle.read_pickle(file)
     at, spans = file.tell(), {}
     if set(map(str, keys)) != set(storages):
         raise ValueError(
-            f"its tensors are in the storages {sorted(storages)[:5]}, and behind it there are "
+            f"its tensors need the storages {sorted(storages)[:5]}, but the file holds "
             f"{sorted(map(str, keys))[:5]}"
         )
     for key in keys:
@@ -152,11 +158,11 @@ def _streamed(data: bytes) -> Iterator[_Content]:
         if int.from_bytes(data[at : at + 8], "little") != storage.count or at + 8 + size > len(
             data
         ):
-            raise ValueError(f"the storage {key!r} has not the {size:,} bytes that it should have")
+            raise ValueError(f"the storage {key!r} must have {size:,} bytes")
         spans[str(key)] = memoryview(data)[at + 8 : at + 8 + size]
         at += 8 + size
     if at != len(data):
-        raise ValueError(f"{len(data) - at:,} bytes too many")
+        raise ValueError(f"{len(data) - at:,} bytes follow the last storage")
     yield _Content(value, lambda storage: spans[storage.key])
 
 
@@ -172,25 +178,25 @@ def _require_tensors(weights: Mapping[Any, Any]) -> None:
 
 
 def _array(tensor: Tensor, content: _Content) -> np.ndarray:
-    """A view of the storage's bytes, whose bounds are checked here: numpy does not."""
+    """A view of the storage's bytes; its bounds are checked here, because numpy does not."""
     storage, kind = tensor.storage, tensor.dtype
     data = content.bytes_of(storage)
     size = storage.count * (1 if storage.dtype is None else storage.dtype.itemsize)
     if len(data) != size:
-        raise ValueError(f"a storage of {size:,} bytes has {len(data):,}")
+        raise ValueError(f"a storage must have {size:,} bytes, got {len(data):,}")
     numbers = np.frombuffer(data, kind)
     if content.swapped and kind.itemsize > 1:
         part = np.dtype(f"u{kind.itemsize // (2 if kind.kind == 'c' else 1)}")
         numbers = numbers.view(part).byteswap().view(kind)
     end = len(numbers) if storage.length is None else storage.start + storage.length
     if end > len(numbers):
-        raise ValueError("a view beyond its storage")
+        raise ValueError("a view exceeds its storage")
     numbers = numbers[storage.start : end]
     if math.prod(tensor.shape) == 0:
         return np.empty(tensor.shape, kind)
     steps = zip(tensor.shape, tensor.strides, strict=True)
     if tensor.offset + sum((n - 1) * step for n, step in steps) >= len(numbers):
-        raise ValueError(f"a tensor of shape {list(tensor.shape)} goes beyond its storage")
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} exceeds its storage")
     strides = tuple(step * kind.itemsize for step in tensor.strides)
     array = np.lib.stride_tricks.as_strided(
         numbers[tensor.offset :], tensor.shape, strides, writeable=False
@@ -203,7 +209,7 @@ def _refusal(name: str) -> str:
     networks = ("torch.nn.modules.", "torchvision.models.", "timm.models.", "a class with")
     whole = "it is a whole network, pickled with its code: " if name.startswith(networks) else ""
     return (
-        f"{whole}it is refused, and nothing in it was run, because it wants to call {name} and "
-        "weights are tensors alone. If you trust its author, load it in torch and save "
-        "model.state_dict(), best as .safetensors"
+        f"{whole}it is refused, and no code in it was run, because it calls {name}; weights must "
+        "be tensors only. If you trust its author, load it in torch and save model.state_dict(), "
+        "preferably as .safetensors"
     )

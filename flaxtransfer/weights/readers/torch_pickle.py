@@ -1,17 +1,11 @@
-"""Pickles of torch, read as data: nothing in them is ever called.
+"""Unpickle torch files as data, without running code.
 
-What the names in a pickle of torch stand for: numbers, tensors, dictionaries, or nothing here.
-
-No name is looked up in Python. Some are on a list of what weights are made of, and what a call of
-them would give is made here. Others are on a list of what lies beside weights in the files of
-training scripts, and a mark takes the place of their values. Every other name is refused.
-
-Pickles of torch, read as data: tensors, plain containers, and nothing that can be called.
-
-A pickle is a program for a small machine, two of whose instructions call whatever function the
-file names. Here is the machine without that: names mean what `torch_names` says and are never
-looked up in Python, so that there is nothing to run. The standard library's `pickletools` decodes
-the instructions, and allocates no more for them than the file holds.
+A pickle is a program for a stack machine, and two of its instructions call any function that the
+file names. This module implements the machine without calls: no name is ever looked up in Python.
+Names that weights are made of are on a list, and the results of their calls are built here. Names
+that training scripts store next to weights are on another list, and a ``Foreign`` mark replaces
+their values. Every other name is refused. ``pickletools`` of the standard library decodes the
+instructions and allocates no more than the file holds.
 
 Reference: A. Pitrou, "Pickle protocol 5 with out-of-band data", PEP 574, 2018.
 """
@@ -121,7 +115,7 @@ INERT = {
     "torch.per_channel_affine_float_qparams",
     *_QUANTISED,
 }
-"""Arguments of scripts, counters, positions: of no interest here, and torch's reader knows most."""
+"""Script arguments, counters and positions; they are replaced by a ``Foreign`` mark."""
 
 _NOT_DENSE = {
     f"torch._utils._rebuild_{kind}"
@@ -141,7 +135,7 @@ NOT_DENSE = "sparse, quantized or empty tensor"
 
 
 class Refused(ValueError):
-    """The file names a function or class that weights have no use for; it was not looked up."""
+    """Refusal of a function or class that weights do not need; its name was not looked up."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -150,26 +144,26 @@ class Refused(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Name:
-    """What the file calls "module.name"."""
+    """A name "module.name" in the file."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """The mark of a value that was not made."""
+    """The mark of a value that was not built."""
 
     what: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A row of numbers that lies elsewhere in the file.
+    """The numbers of tensors, which are stored elsewhere in the file.
 
     Args:
-        key: its name there.
-        dtype: of its numbers; None where the tensors say it.
-        count: how many it has; bytes, where the tensors say what they are.
+        key: its name in the file.
+        dtype: of the numbers; None if the tensors state it.
+        count: number of numbers; of bytes if the tensors state the dtype.
         start: first number of a view.
         length: numbers of a view; None for all that follow.
     """
@@ -183,15 +177,15 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """Which numbers of a storage form an array; offset and strides count numbers, not bytes.
+    """The numbers of a storage that form an array; offset and strides are in numbers, not bytes.
 
     Args:
-        storage: where they are.
+        storage: of the numbers.
         dtype: of the numbers.
         offset: of the first.
         shape: of the array.
-        strides: from one number to the next along each axis.
-        negative: whether the numbers are stored with the other sign.
+        strides: step along each axis.
+        negative: whether the numbers are stored negated.
         conjugate: whether complex numbers are stored conjugated.
     """
 
@@ -205,10 +199,10 @@ class Tensor:
 
 
 def known(text: str) -> Name:
-    """The name, if it is on a list.
+    """The name, if it is on one of the lists.
 
     Raises:
-        Refused: it is on none.
+        Refused: it is on none of them.
 
     >>> known("os.system")
     Traceback (most recent call last):
@@ -220,10 +214,10 @@ def known(text: str) -> Name:
 
 
 def made(called: Any, given: Any) -> Any:
-    """What a call gives: a value that weights are made of, or a mark in its place.
+    """The result of a call: a value that weights are made of, or a ``Foreign`` mark.
 
     Raises:
-        ValueError: a call of what is no function, or with other arguments than torch gives.
+        ValueError: the called value is not a function, or has other arguments than in torch.
 
     >>> made(known("collections.OrderedDict"), ([["fc.bias", 1]],))
     {'fc.bias': 1}
@@ -231,23 +225,23 @@ def made(called: Any, given: Any) -> Any:
     Foreign(what='Namespace')
     """
     if not isinstance(called, Name) or not isinstance(given, tuple):
-        raise ValueError("a call of what is no function")
+        raise ValueError("the called value is not a function")
     if called.text in _CALLS:
         return _CALLS[called.text](*given)
     return Foreign(NOT_DENSE if called.text in _NOT_DENSE else called.text.rsplit(".", 1)[-1])
 
 
 def storage(given: Any) -> Storage | Foreign:
-    """The storage that a tuple of torch's describes.
+    """The storage that a tuple in a torch file describes.
 
     Raises:
-        Refused: the source code of a class, which pickled networks bring along.
+        Refused: the source code of a class, which pickled networks include.
         ValueError: another tuple.
     """
     if isinstance(given, tuple) and given[:1] == ("module",):
         raise Refused("a class with its source code")
     if not isinstance(given, tuple) or given[:1] != ("storage",) or len(given) not in (5, 6):
-        raise ValueError("something that lies elsewhere and is no storage")
+        raise ValueError("a persistent id must describe a storage")
     kind, key, _, count = given[1:5]
     view = given[5] if len(given) == 6 else None
     if isinstance(kind, Name) and kind.text in _QUANTISED:
@@ -261,31 +255,31 @@ def storage(given: Any) -> Storage | Foreign:
 
 
 def ordered(items: Any = None) -> dict[Any, Any]:
-    """A dictionary of a list of pairs, which is used up: a file that names one list a million
-    times would have a million copies of it.
+    """A dictionary from a list of pairs. The list is consumed: a file that refers to one list a
+    million times would otherwise make a million copies of it.
 
     Raises:
-        ValueError: other things than pairs, a list that was used before, or a key as in `key_of`.
+        ValueError: other things than pairs, a consumed list, or an invalid key (``key_of``).
     """
     if items is None:
         return {}
     if not isinstance(items, list):
-        raise ValueError("a dictionary of no pairs")
+        raise ValueError("a dictionary must be built from a list of pairs")
     found = {key_of(key): value for key, value in items}
     items[:] = [None]
     return found
 
 
 def key_of(key: Any) -> Any:
-    """The key, if a dictionary may have it: tuples of tuples can take for ever to hash.
+    """The key, if a dictionary may have it: nested tuples can take forever to hash.
 
     Raises:
-        ValueError: it may not.
+        ValueError: an invalid key.
     """
     flat = key if isinstance(key, tuple) else (key,)
     if all(part is None or isinstance(part, str | int | float | bytes) for part in flat):
         return key
-    raise ValueError(f"a dictionary with a {type(key).__name__} as a key")
+    raise ValueError(f"a key of a dictionary must not be a {type(key).__name__}")
 
 
 def _tensor(
@@ -304,7 +298,7 @@ def _tensor(
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     if len(shape) != len(strides) or len(shape) > MOST_AXES:
-        raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
+        raise ValueError(f"a tensor with {len(shape)} axes and {len(strides)} strides")
     shape, strides = (tuple(map(_whole, numbers)) for numbers in (shape, strides))
     kind = dtype or storage.dtype
     if kind is None:
@@ -342,7 +336,7 @@ def _with_attributes(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any
 
 def _whole(number: Any) -> int:
     if type(number) is not int or number < 0:
-        raise ValueError(f"a {type(number).__name__} where a whole number from 0 is expected")
+        raise ValueError(f"sizes and offsets must be integers >= 0, got {number!r:.40}")
     return number
 
 
@@ -358,26 +352,26 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 
 MOST_INSTRUCTIONS = 5_000_000
-"""A ResNet-152 with the state of its optimizer has 10^5. An instruction makes an object of some
-100 bytes, or one as long as itself."""
+"""A ResNet-152 with the state of its optimizer has 10^5. An instruction allocates about 100 bytes,
+or as much as its own length."""
 
 
 def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
-    """The value of the pickle at a file's position, which is behind it afterwards.
+    """Reads the pickle at the position of a file, and moves the position behind it.
 
     Returns:
-        Numbers, text, lists, tuples, dictionaries, `Tensor` and `Foreign`; and the storages that
-        were mentioned, by key.
+        The value (numbers, text, lists, tuples, dictionaries, ``Tensor`` and ``Foreign``), and its
+        storages by key.
 
     Raises:
         Refused: the name of a function or class that is on no list.
-        ValueError: bytes that are no pickle of torch's; or whatever else Python raises where
-            instructions do not fit each other (`IndexError`, `KeyError`, `TypeError`).
+        ValueError: a pickle that torch does not write. Inconsistent instructions can also raise
+            ``IndexError``, ``KeyError`` or ``TypeError``.
 
     >>> import io, pickle
-    >>> read(io.BytesIO(pickle.dumps({"epoch": (3, None)})))
+    >>> read_pickle(io.BytesIO(pickle.dumps({"epoch": (3, None)})))
     ({'epoch': (3, None)}, {})
-    >>> read(io.BytesIO(pickle.dumps(print)))
+    >>> read_pickle(io.BytesIO(pickle.dumps(print)))
     Traceback (most recent call last):
     flaxtransfer.weights.readers.torch_pickle.Refused: builtins.print
     """
@@ -394,12 +388,12 @@ def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
         elif opcode.name in _STEPS:
             _STEPS[opcode.name](machine, argument)
         elif opcode.name not in ("PROTO", "FRAME"):
-            raise ValueError(f"the instruction {opcode.name}, which torch.save does not write")
+            raise ValueError(f"the instruction {opcode.name} is not written by torch.save")
     raise ValueError("a pickle without an end")
 
 
 class _Machine:
-    """The stack of a pickle, and what it remembers."""
+    """The stack machine of a pickle, with its memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -409,45 +403,45 @@ class _Machine:
         self.push = self.stack.append
 
     def mark(self) -> None:
-        """Remembers how high the stack is."""
+        """Marks the height of the stack."""
         self.marks.append(len(self.stack))
 
     def since_mark(self) -> list[Any]:
-        """Takes what was put on the stack after the last mark."""
+        """Pops the values above the last mark."""
         start = self.marks.pop()
         found = self.stack[start:]
         del self.stack[start:]
         return found
 
     def last(self, count: int) -> list[Any]:
-        """Takes the topmost values, the topmost last."""
+        """Pops ``count`` values; the topmost comes last."""
         if len(self.stack) < count:
-            raise ValueError("a pickle that takes more than it made")
+            raise ValueError("the pickle pops more than it pushed")
         found = self.stack[-count:]
         del self.stack[-count:]
         return found
 
     def put(self, place: int) -> None:
-        """Remembers the topmost value."""
+        """Stores the topmost value in the memo."""
         self.memo[place] = self.stack[-1]
 
     def name(self) -> None:
-        """The name that the two topmost texts form."""
+        """Combines the two topmost texts to a name."""
         module, name = self.last(2)
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("a name that is no text")
+            raise ValueError("a name must be text")
         self.push(known(f"{module}.{name}"))
 
     def call(self, arguments: int = 1) -> None:
-        """What a call gives; arguments by name, which only foreign classes take, are dropped."""
+        """Pushes the result of a call; keyword arguments, which only marks take, are dropped."""
         called, given, *_ = self.last(1 + arguments)
         self.push(made(called, given))
 
     def build(self) -> None:
-        """Drops the state of marks, and torch's `_metadata` of dictionaries."""
+        """Drops the state of marks, and the ``_metadata`` of torch's dictionaries."""
         self.last(1)
         if not isinstance(self.stack[-1], dict | Foreign | Tensor):
-            raise ValueError(f"a {type(self.stack[-1]).__name__} with a state")
+            raise ValueError(f"a {type(self.stack[-1]).__name__} cannot have a state")
 
     def extend(self, values: list[Any]) -> None:
         """Adds to the list on top of the stack."""
@@ -455,7 +449,7 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif not isinstance(target, Foreign):
-            raise ValueError(f"a {type(target).__name__} that grows like a list")
+            raise ValueError(f"a {type(target).__name__} cannot be extended like a list")
 
     def update(self, items: list[Any]) -> None:
         """Adds to the dictionary on top of the stack."""
@@ -463,15 +457,15 @@ class _Machine:
         if isinstance(target, dict):
             target.update(_pairs(items))
         elif not isinstance(target, Foreign):
-            raise ValueError(f"a {type(target).__name__} that grows like a dictionary")
+            raise ValueError(f"a {type(target).__name__} cannot be extended like a dictionary")
 
     def storage(self) -> None:
-        """What lies outside of the pickle: the numbers of tensors, and nothing else."""
+        """Pushes a storage, the only kind of persistent id."""
         found = storage(self.last(1)[0])
         if isinstance(found, Storage):
             first = self.storages.setdefault(found.key, found)
             if (first.dtype, first.count) != (found.dtype, found.count):
-                raise ValueError(f"the storage {found.key!r} is of two kinds")
+                raise ValueError(f"the storage {found.key!r} has two dtypes or sizes")
         self.push(found)
 
 

@@ -115,7 +115,7 @@ def test_a_target_that_is_the_source_has_its_accuracy():
         assert found[name].value == pytest.approx(found.source_accuracy, abs=1e-12)
         assert found[name].low < found.source_accuracy < found[name].high
     assert found.notes == (
-        "the prevalence has no intervals: that of its recall counts it as known",
+        "the prevalence has no intervals: the recall's interval treats it as known",
     )
 
 
@@ -144,7 +144,7 @@ def test_what_the_other_estimates_are():
     # And under it by entropy, for the threshold is midway between scores, whatever they are.
     assert found[ENTROPY].value == 0.5
     assert (found.lowest, found.highest) == (0.5, 1)
-    with pytest.raises(KeyError, match="no estimate 'ATC'; there are 'ATC, maximum confidence'"):
+    with pytest.raises(KeyError, match=r"must be one of 'ATC, maximum confidence'.*, got 'ATC'"):
         found["ATC"]
 
 
@@ -217,7 +217,11 @@ def test_what_is_not_identifiable_has_no_value():
 @pytest.mark.parametrize(
     ("source", "target", "text"),
     [
-        (source_of([[0.8, 0.2]] * 4, [0] * 4), [[0.7, 0.3]], "every validation example is right"),
+        (
+            source_of([[0.8, 0.2]] * 4, [0] * 4),
+            [[0.7, 0.3]],
+            "example is predicted correctly",
+        ),
         (source_of([[0.8, 0.2]] * 4, [0, 1] * 2, "none"), [[0.7, 0.3]], "not calibrated"),
         (source_of([[0.8, 0.2]] * 4, [0, 1] * 2), [[0.7, 0.3]], "without a prevalence"),
     ],
@@ -263,11 +267,11 @@ def test_a_table_to_read_and_numbers_for_json():
 @pytest.mark.parametrize(
     ("target", "shares", "more", "text"),
     [
-        ([[0.2, 0.3, 0.5]], None, {}, "have 2 columns and target probabilities 3"),
-        ([[2.0, 3.0]], None, {}, "do not sum to 1"),
-        ([[0.5, 0.5]], [0.2, 0.3, 0.5], {}, "of 3 classes, and the source of 2"),
-        ([[0.5, 0.5]], None, {"replicates": 0}, "replicates is 0"),
-        ([[0.5, 0.5]], None, {"level": 95}, "level is 95"),
+        ([[0.2, 0.3, 0.5]], None, {}, "must have the same number of columns, got 2 and 3"),
+        ([[2.0, 3.0]], None, {}, "must sum to 1 per row"),
+        ([[0.5, 0.5]], [0.2, 0.3, 0.5], {}, "must have the source's 2 classes, got 3"),
+        ([[0.5, 0.5]], None, {"replicates": 0}, "replicates must be a whole number >= 1, got 0"),
+        ([[0.5, 0.5]], None, {"level": 95}, "level must be between 0 and 1, got 95"),
     ],
 )
 def test_what_has_no_answer(target, shares, more, text):
@@ -278,7 +282,7 @@ def test_what_has_no_answer(target, shares, more, text):
 
 
 def test_an_estimate_without_a_value_says_why():
-    with pytest.raises(ValueError, match="or a reason"):
+    with pytest.raises(ValueError, match="exactly one of value and not_available must be given"):
         AccuracyEstimate("ATC", None, None, None, "")
 
 

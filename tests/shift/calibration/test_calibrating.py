@@ -202,7 +202,7 @@ def test_validation_without_an_error_is_as_sure_as_the_rule_of_succession(method
     assert found.method == "temperature"
     assert found.probabilities.max(1).mean() == pytest.approx(121 / 122, abs=1e-9)
     assert found.gradient_norm is None
-    assert "all 120 validation examples are right" in found.notes[-1]
+    assert "all 120 validation examples are predicted correctly" in found.notes[-1]
 
 
 def test_the_scale_of_separated_classes_is_bounded():
@@ -225,7 +225,7 @@ def test_a_class_that_its_own_logit_separates_has_no_scale_of_its_own():
     logits[:, 2] = np.where(labels == 2, 9, -9)
     found = calibrate(logits, labels, method="vector")
     assert found.method == "bias_corrected"
-    assert "as some class is separated without an error" in found.notes[0]
+    assert "because a class is separated without an error" in found.notes[0]
 
 
 @pytest.mark.parametrize("method", ["bias_corrected", "vector"])
@@ -272,7 +272,7 @@ def test_curvature_is_the_change_of_the_gradient_and_its_products_are_it(form):
     point = np.array(point)
     here, hessian = likelihood.at(point), likelihood.at(point).hessian()
     for direction in np.eye(len(point)):
-        np.testing.assert_allclose(here.times(direction), hessian @ direction, atol=1e-12)
+        np.testing.assert_allclose(here.hessian_product(direction), hessian @ direction, atol=1e-12)
         ahead, behind = (likelihood.at(point + step * direction) for step in (1e-5, -1e-5))
         slope = (ahead.value - behind.value) / 2e-5
         assert here.gradient @ direction == pytest.approx(slope, abs=1e-8)
@@ -319,10 +319,20 @@ def test_arrays_of_jax():
 @pytest.mark.parametrize(
     ("logits", "labels", "method", "text"),
     [
-        ([[1.0, 0.0]] * 3, [0, 0, 0], "temperature", "all 3 labels are class 0"),
-        ([[1.0, 0.0]] * 3, [0, 1, 2], "temperature", "outside of 0 .. 1"),
+        (
+            [[1.0, 0.0]] * 3,
+            [0, 0, 0],
+            "temperature",
+            "must have >= 2 classes, got 3 labels of class 0",
+        ),
+        ([[1.0, 0.0]] * 3, [0, 1, 2], "temperature", "within 0 .. 1, got 1 outside of it"),
         ([[1.0, -np.inf]] * 3, [0, 1, 0], "temperature", "NaN or infinite"),
-        ([[1.0, 0.0]] * 3, [0, 1, 0], "isotonic", "method is 'isotonic'; there are 'none', "),
+        (
+            [[1.0, 0.0]] * 3,
+            [0, 1, 0],
+            "isotonic",
+            "must be one of 'none', .*, got 'isotonic'",
+        ),
     ],
 )
 def test_what_cannot_be_calibrated(logits, labels, method, text):
@@ -331,5 +341,5 @@ def test_what_cannot_be_calibrated(logits, labels, method, text):
 
 
 def test_apply_wants_as_many_classes():
-    with pytest.raises(ValueError, match="logits have 3 columns, and the calibration 4 classes"):
+    with pytest.raises(ValueError, match="logits must have one column per class, 4, got 3"):
         calibrate(*sines()).apply(np.zeros((2, 3)))

@@ -20,7 +20,7 @@ class Quadratic:
     def hessian(self):
         return MATRIX if self.dense else None
 
-    def times(self, direction):
+    def hessian_product(self, direction):
         return MATRIX @ direction
 
     def diagonal(self):
@@ -72,7 +72,7 @@ def test_what_is_not_reached_is_said():
         lower=np.full(2, -np.inf),
         upper=np.full(2, np.inf),
         units=np.ones(2),
-        limit=0,
+        max_iterations=0,
     )
     assert found.gradient_norm == pytest.approx(np.linalg.norm(MATRIX @ [2.0, 2.0]))
 
@@ -90,7 +90,9 @@ def test_products_with_the_hessian_are_the_hessian(form, absent, monkeypatch):
     place = random.normal(0, 0.3, size)
     local = likelihood.at(place)
     dense = local.hessian()
-    np.testing.assert_allclose(dense, [local.times(row) for row in np.eye(size)], atol=1e-14)
+    np.testing.assert_allclose(
+        dense, [local.hessian_product(row) for row in np.eye(size)], atol=1e-14
+    )
     # By differences: the gradient is that of the value, and the Hessian that of the gradient,
     # which pins the biases' sum besides.
     step = 1e-6

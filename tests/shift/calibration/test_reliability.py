@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxtransfer.shift.calibration_metrics import bin_by_confidence, reliability
-from flaxtransfer.shift.statistics import checked_replicates, percentile_interval, wilson_interval
+from flaxtransfer.shift.statistics import check_replicates, percentile_interval, wilson_interval
 
 
 @given(st.lists(st.sampled_from([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]), min_size=1), st.integers(1, 20))
@@ -68,14 +68,14 @@ def test_wilson_by_scipy(hits, count, low, high):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: wilson_interval(3, 2), "3 successes of 2 trials"),
-        (lambda: wilson_interval(0, 0), "0 successes of 0 trials"),
-        (lambda: wilson_interval(1, 2, 95), "level is 95; it lies between 0 and 1"),
-        (lambda: percentile_interval(np.ones(3), 0), "level is 0"),
-        (lambda: checked_replicates(0), "replicates is 0"),
-        (lambda: checked_replicates(1.5), "replicates is 1.5"),
-        (lambda: reliability([[0.5, 0.5]], [0], bins=0), "bins is 0"),
-        (lambda: reliability([[0.5, 0.5]], [0, 1]), "labels have shape"),
+        (lambda: wilson_interval(3, 2), "got 3 successes of 2 trials"),
+        (lambda: wilson_interval(0, 0), "got 0 successes of 0 trials"),
+        (lambda: wilson_interval(1, 2, 95), "level must be between 0 and 1, got 95"),
+        (lambda: percentile_interval(np.ones(3), 0), "level must be between 0 and 1, got 0"),
+        (lambda: check_replicates(0), "replicates must be a whole number >= 1, got 0"),
+        (lambda: check_replicates(1.5), "replicates must be a whole number >= 1, got 1.5"),
+        (lambda: reliability([[0.5, 0.5]], [0], bins=0), "bins must be a whole number >= 1, got 0"),
+        (lambda: reliability([[0.5, 0.5]], [0, 1]), r"labels must have shape \[1\]"),
     ],
 )
 def test_what_has_no_answer(call, text):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import flaxtransfer.shift.diagnosis
-from flaxtransfer.report.shift_page import HEADLINES, shift_page
+from flaxtransfer.report.shift_page import HEADLINES, render_html
 from flaxtransfer.shift.calibration import Calibration, calibrate
 from flaxtransfer.shift.diagnosis import (
     _preferred,
-    _small,
+    _small_sample_notes,
     any_rejected,
     diagnose,
     labeled_tests,
@@ -64,7 +64,7 @@ def test_a_label_shift(label_shift):
     assert "covariate shift: " in printed
     assert f"likelihood ratio of the prior: p {label_shift.tests[4].p:.3g} (adjusted" in printed
     assert label_shift.actions[0].expected.startswith("+")
-    with pytest.raises(ValueError, match="no verdict on 'prior'; there are label, covariate, conc"):
+    with pytest.raises(ValueError, match="must be one of label, covariate, concept, got 'prior'"):
         label_shift.verdict("prior")
     # With labels, the first sentence (no one can see a concept shift) is not true any more.
     assert len(label_shift.not_identifiable) == 4
@@ -76,7 +76,7 @@ def test_the_questions_and_their_tests():
     probabilities = source.apply(logits)
     settings = {"permutations": 19, "seed": 0}
     found = unlabeled_tests(source, SOURCE[2], probabilities, features, settings)
-    assert [test.name for test in found.moved] == [
+    assert [test.name for test in found.any_shift] == [
         "maximum mean discrepancy",
         "classifier two-sample test",
         "Kolmogorov-Smirnov",
@@ -87,8 +87,8 @@ def test_the_questions_and_their_tests():
     ]
     # Under label shift labels follow the adjusted probabilities, and not those that were.
     asked = labeled_tests(source, probabilities, (np.arange(200), labels), 0)
-    assert any_rejected(asked.as_it_was, 0.05)
-    assert not any_rejected(asked.adjusted, 0.05)
+    assert any_rejected(asked.source_posteriors, 0.05)
+    assert not any_rejected(asked.adjusted_posteriors, 0.05)
     assert [test.rejected() for test in asked.ratios] == [True, False]
 
 
@@ -107,13 +107,13 @@ def test_the_hypothesis_that_stands_is_preferred(covariate, label, preferred):
     [
         (5, 50, ()),
         (4, 50, ("fewer than 5 held-out examples at the source: b",)),
-        (5, 49, ("49 target examples show large shifts only; 50 or more are better",)),
+        (5, 49, ("49 target examples show large shifts only; use 50 or more",)),
     ],
 )
 def test_what_is_too_little(rare, count, notes):
     labels = np.repeat([0, 1], [9, rare])
     source = Calibration("none", np.ones(2), np.zeros(2), np.eye(2)[labels], labels)
-    assert _small(source, count, ("a", "b")) == notes
+    assert _small_sample_notes(source, count, ("a", "b")) == notes
 
 
 @pytest.mark.parametrize("width", [3, 80])
@@ -150,7 +150,7 @@ def test_one_class_that_is_left(label_shift):
     assert found.prevalences[0].effective_classes < label_shift.prevalences[0].effective_classes
 
 
-def test_samples_too_small_for_any_test_settle_nothing():
+def test_samples_too_small_sample_notes_for_any_test_settle_nothing():
     found = report(world(5, 4, EVEN))
     assert found.conclusion == "undetermined"
     assert all(test.not_testable for test in found.tests if test.p is None)
@@ -198,7 +198,8 @@ def test_json_is_of_the_schema_and_has_no_nan(label_shift):
 
 
 def test_the_page_has_everything_and_escapes_it(label_shift):
-    page = shift_page(label_shift, {"a <figure>": b"png"}, source="runs/x", target="folder:<there>")
+    figures = {"a <figure>": b"png"}
+    page = render_html(label_shift, figures, source="runs/x", target="folder:<there>")
     assert HEADLINES["label"] in page
     assert "b &amp; c" in page
     assert "<there>" not in page
@@ -221,7 +222,7 @@ def test_the_page_has_everything_and_escapes_it(label_shift):
             dataclasses.replace(likeliest, low=np.full(3, np.nan), high=np.full(3, np.nan)),
         ),
     )
-    page = shift_page(bare, {}, source="runs/x", target="y")
+    page = render_html(bare, {}, source="runs/x", target="y")
     assert "(200 examples, none with labels)" in page
     assert f"{number}{likeliest.estimate[0]:.3f}</td>" in page
 
@@ -229,11 +230,11 @@ def test_the_page_has_everything_and_escapes_it(label_shift):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"level": 0}, "level is 0; it lies between 0 and 1"),
-        ({"class_names": ("a", "b")}, "2 class names, and the logits are of 3 classes"),
-        ({"labeled": ([0, 0], [1, 1])}, "name an example twice"),
+        ({"level": 0}, "level must be between 0 and 1, got 0"),
+        ({"class_names": ("a", "b")}, "class_names must have 3 names, got 2"),
+        ({"labeled": ([0, 0], [1, 1])}, "positions of labels must be different"),
         ({"labeled": ([500], [1])}, "positions of labels"),
-        ({"labeled": ([0], [3])}, r"outside of 0 \.\. 2"),
+        ({"labeled": ([0], [3])}, r"within 0 \.\. 2, got 1 outside"),
     ],
 )
 def test_what_is_wrong_is_said(settings, text):

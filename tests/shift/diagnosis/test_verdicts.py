@@ -12,7 +12,7 @@ YES, NO, ASKED_NOTHING = True, False, None
 
 
 @pytest.mark.parametrize(
-    ("moved", "prior", "residual", "conclusion", "label", "covariate"),
+    ("any_shift", "prior", "residual", "conclusion", "label", "covariate"),
     [
         (NO, NO, NO, "none detected", "rejected", "rejected"),
         (YES, YES, NO, "label", "supported", "not testable"),
@@ -32,14 +32,14 @@ YES, NO, ASKED_NOTHING = True, False, None
         ),
     ],
 )
-def test_without_labels(moved, prior, residual, conclusion, label, covariate):
-    found, verdicts = conclude(Findings(moved, prior, residual))
+def test_without_labels(any_shift, prior, residual, conclusion, label, covariate):
+    found, verdicts = conclude(Findings(any_shift, prior, residual))
     assert found == conclusion
     assert [verdict.status for verdict in verdicts] == [label, covariate, "not testable"]
 
 
 @pytest.mark.parametrize(
-    ("unlabeled", "as_it_was", "adjusted", "prefer", "conclusion"),
+    ("unlabeled", "source_posteriors", "adjusted_posteriors", "preferred", "conclusion"),
     [
         # Concept shift shows in labels alone.
         ((NO, NO, NO), YES, YES, None, "concept"),
@@ -49,7 +49,7 @@ def test_without_labels(moved, prior, residual, conclusion, label, covariate):
         ((YES, YES, NO), NO, NO, "covariate", "covariate"),
         ((YES, YES, NO), YES, NO, None, "label"),
         ((YES, YES, NO), NO, NO, None, "label"),
-        # p(y | x) as it was: the features moved, and the outputs with them.
+        # p(y | x) unchanged: the features moved, and the outputs with them.
         ((YES, YES, YES), NO, YES, None, "covariate"),
         ((YES, YES, YES), YES, NO, None, "label and covariate"),
         # They decide what features left open.
@@ -61,8 +61,11 @@ def test_without_labels(moved, prior, residual, conclusion, label, covariate):
         ((NO, NO, NO), NO, NO, None, "none detected"),
     ],
 )
-def test_with_labels(unlabeled, as_it_was, adjusted, prefer, conclusion):
-    assert conclude(Findings(*unlabeled, as_it_was, adjusted, prefer))[0] == conclusion
+def test_with_labels(unlabeled, source_posteriors, adjusted_posteriors, preferred, conclusion):
+    assert (
+        conclude(Findings(*unlabeled, source_posteriors, adjusted_posteriors, preferred))[0]
+        == conclusion
+    )
 
 
 def test_labels_for_a_label_shift_leave_nothing_to_covariates():

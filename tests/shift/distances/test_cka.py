@@ -81,10 +81,10 @@ def test_what_has_something_in_common_is_found():
 @pytest.mark.parametrize(
     ("x", "y", "text"),
     [
-        (draw(3, 2), draw(3, 2), "there are 3 examples; CKA without bias wants 4"),
-        (draw(5, 2), draw(6, 2), "x has 5 rows and y 6; they are of the same examples"),
-        (draw(5, 2), np.full((5, 9), 0.1), "y is the same for all 5 examples"),
-        (np.full((5, 2), np.nan), draw(5, 2), "x: 5 of 5 rows hold NaN"),
+        (draw(3, 2), draw(3, 2), "debiased CKA must have at least 4 examples, got 3"),
+        (draw(5, 2), draw(6, 2), "must have the same number of rows, got 5 and 6"),
+        (draw(5, 2), np.full((5, 9), 0.1), "y must not be constant over the 5 examples"),
+        (np.full((5, 2), np.nan), draw(5, 2), "x must be finite, got 5 of 5 rows"),
     ],
 )
 def test_what_cannot_be_compared(x, y, text):

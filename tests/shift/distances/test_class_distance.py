@@ -53,7 +53,9 @@ def test_numbers_of_classes_do_not_matter_and_their_places_do():
     assert mixed.p == 1 / 40
     assert mixed.excess > 3 * abs(same.excess)
     assert renamed.value == pytest.approx(same.value, rel=1e-9)
-    assert renamed.notes == ("the domains have other classes: the null has those of both in each",)
+    assert renamed.notes == (
+        "the domains have different classes: the null has those of both in each",
+    )
     # Features alone are the same in both.
     assert frechet_distance(source, target, permutations=39).p > 0.05
 
@@ -65,5 +67,5 @@ def test_a_class_of_one_example_is_a_point_and_said():
 
 
 def test_labels_of_another_count():
-    with pytest.raises(ValueError, match=r"target labels have shape \(3,\), and there are 12 rows"):
+    with pytest.raises(ValueError, match=r"target labels must have shape \[12\], got \[3\]"):
         class_distance(SOURCE, np.zeros(12), TARGET, [0, 1, 2])

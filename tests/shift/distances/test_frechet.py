@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from flaxtransfer.analysis.distances import bures_wasserstein, frechet_distance, pooled_coordinates
-from flaxtransfer.shift.two_sample import shrinkage
+from flaxtransfer.shift.two_sample import ledoit_wolf
 
 I = np.arange(12.0)  # noqa: E741
 SOURCE = np.stack([np.sin(I), np.cos(1.3 * I), 2 * np.sin(0.7 * I)], 1)
@@ -57,12 +57,12 @@ def test_cases_that_can_be_worked_out(cov_a, cov_b, expected):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"mean_b": [0.0] * 3}, r"means have shapes \(2,\) and \(3,\)"),
-        ({"mean_b": [0.0, np.nan]}, "means hold NaN"),
-        ({"cov_b": np.eye(3)}, r"cov_b has shape \(3, 3\), and the means 2 features"),
-        ({"cov_a": [[1, np.inf], [np.inf, 1]]}, "cov_a holds NaN or infinite"),
-        ({"cov_a": [[1, 0.5], [0, 1]]}, "cov_a is not symmetric"),
-        ({"cov_b": [[1, 2], [2, 1]]}, "cov_b is no covariance: its smallest eigenvalue is -1"),
+        ({"mean_b": [0.0] * 3}, r"means must both have shape \[D\], got \(2,\) and \(3,\)"),
+        ({"mean_b": [0.0, np.nan]}, "means must be finite"),
+        ({"cov_b": np.eye(3)}, r"cov_b must have shape \(2, 2\), as the means, got \(3, 3\)"),
+        ({"cov_a": [[1, np.inf], [np.inf, 1]]}, "cov_a must be finite"),
+        ({"cov_a": [[1, 0.5], [0, 1]]}, "cov_a must be symmetric"),
+        ({"cov_b": [[1, 2], [2, 1]]}, "cov_b must have no negative eigenvalues, got -1"),
     ],
 )
 def test_what_is_no_gaussian(change, text):
@@ -102,13 +102,13 @@ def test_the_intensity_is_that_of_scikit_learn_in_any_basis(shape, scale):
     centered = rows - rows.mean(0)
     expected = ledoit_wolf_shrinkage(rows)
     assert 0 < expected < 1
-    assert shrinkage(centered)[0] == pytest.approx(expected, rel=1e-9)
+    assert ledoit_wolf(centered)[0] == pytest.approx(expected, rel=1e-9)
     reduced = pooled_coordinates(rows)
-    assert shrinkage(reduced, shape[1]) == pytest.approx(shrinkage(centered), rel=1e-9)
+    assert ledoit_wolf(reduced, shape[1]) == pytest.approx(ledoit_wolf(centered), rel=1e-9)
 
 
 def test_no_intensity_where_there_is_nothing_to_shrink():
-    assert shrinkage(np.zeros((5, 3))) == (0.0, 0.0)
+    assert ledoit_wolf(np.zeros((5, 3))) == (0.0, 0.0)
 
 
 @settings(max_examples=40)
@@ -132,7 +132,9 @@ def test_two_samples_of_one_distribution_lie_far_apart_and_the_null_knows():
     found = frechet_distance(draw(100, 512, 1), draw(100, 512, 2), permutations=19)
     assert 640 < found.value < 680
     assert abs(found.excess) < 10
-    assert found.notes == ("100 examples of 512 features: their covariance has not full rank",)
+    assert found.notes == (
+        "100 examples of 512 features: their covariance does not have full rank",
+    )
 
 
 @pytest.mark.parametrize(("fewest", "short"), [(8, True), (9, False)])
@@ -140,7 +142,10 @@ def test_n_examples_have_a_covariance_of_rank_n_less_1(fewest, short):
     source = draw(fewest, 8, 1)
     assert (np.linalg.matrix_rank(np.cov(source.T)) < 8) == short
     found = frechet_distance(source, draw(30, 8, 2), permutations=19)
-    assert found.notes == ("8 examples of 8 features: their covariance has not full rank",) * short
+    assert (
+        found.notes
+        == ("8 examples of 8 features: their covariance does not have full rank",) * short
+    )
 
 
 def test_what_a_covariance_alone_shows():

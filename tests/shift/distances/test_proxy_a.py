@@ -5,7 +5,7 @@ import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from flaxtransfer.analysis.similarity import proxy_a_distance
-from flaxtransfer.shift.permutation import random_folds
+from flaxtransfer.shift.statistics import random_folds
 
 
 def draw(rows, columns, seed=0):
@@ -86,5 +86,5 @@ def test_the_smallest_samples_have_an_answer():
 
 
 def test_folds_that_there_cannot_be():
-    with pytest.raises(ValueError, match="1 folds of 8 examples"):
+    with pytest.raises(ValueError, match="number of examples, 8, got 1"):
         proxy_a_distance(draw(4, 2), draw(4, 2), folds=1)

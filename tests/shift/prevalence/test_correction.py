@@ -77,12 +77,18 @@ def test_an_exact_correction_does_not_lose_accuracy():
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"source_prior": None}, "source_prior is missing"),
-        ({"prevalence": ESTIMATE}, "source_prior is for plain arrays"),
-        ({"prevalence": [0.9, 0.3]}, "the target's prior sums to 1.2"),
-        ({"source_prior": [0.5, 0.3, 0.2]}, "the source's prior has shape"),
-        ({"source_prior": [1.0, 0.0]}, r"source's prior of classes \[1\] is 0"),
-        ({"probabilities": [[1.0, 0.0]], "prevalence": [0.0, 1.0]}, r"1 rows, first row 0"),
+        ({"source_prior": None}, "source_prior must be given with the target's prior, got None"),
+        ({"prevalence": ESTIMATE}, "source_prior must be None with a Prevalence"),
+        ({"prevalence": [0.9, 0.3]}, "the target's prior must sum to 1, got a sum of 1.2"),
+        ({"source_prior": [0.5, 0.3, 0.2]}, r"the source's prior must have shape \[2\], got \[3\]"),
+        (
+            {"source_prior": [1.0, 0.0]},
+            r"source's prior must be > 0 where the target's is, got 0 for classes \[1\]",
+        ),
+        (
+            {"probabilities": [[1.0, 0.0]], "prevalence": [0.0, 1.0]},
+            "got 1 rows without one, first",
+        ),
         ({"probabilities": [[2.0, -1.0]]}, "are they logits"),
     ],
 )
@@ -98,6 +104,8 @@ def test_what_cannot_be_corrected(changed, text):
 
 def test_what_is_not_identifiable_corrects_nothing_unless_told_to():
     lost = dataclasses.replace(ESTIMATE, identifiable=False, reason="all rows are the same")
-    with pytest.raises(ValueError, match="all rows are the same; a correction by it"):
+    with pytest.raises(
+        ValueError, match=r"identifiable, .* all rows are the same; a correction by it"
+    ):
         adjust_prior([[0.5, 0.5]], lost)
     np.testing.assert_allclose(adjust_prior([[0.5, 0.5]], lost, force=True), [[0.9, 0.1]])

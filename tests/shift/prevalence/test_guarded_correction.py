@@ -54,7 +54,7 @@ def test_changed_images_are_refused_and_what_the_correction_would_have_done(sour
     logits, labels = draw(np.full(3, 1 / 3), 600, 3, shift=np.array([0.0, -1.5, 2.0]))
     found = correct_prior(logits, source)
     assert not found.adjusted
-    assert "no shares of the source's classes explain these predictions" in found.refusals[0]
+    assert "no mixture of the source's classes explains these predictions" in found.refusals[0]
     assert "not corrected: " in str(found)
     assert found.probabilities is found.calibrated
     forced = correct_prior(logits, source, guard="warn")
@@ -75,15 +75,18 @@ def test_features_show_what_predictions_hide(source):
     assert str(found).count("H0, the target's features are a mixture") == 2
     found = correct_prior(logits, source, features=(held, same + np.eye(4)[0] / 2))
     (reason,) = found.refusals
-    assert "no shares of the source's classes explain these features" in reason
+    assert "no mixture of the source's classes explains these features" in reason
     assert not found.adjusted
-    with pytest.raises(ValueError, match="599 rows of source features and 600 of source prob"):
+    with pytest.raises(
+        ValueError,
+        match=r"source features and source prob.*, got 599 and 600 rows",
+    ):
         correct_prior(logits, source, features=(held[1:], same))
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(29, "29 examples say too little about the shares of 3 classes: give 30"), (30, None)],
+    [(29, "29 examples are too few to estimate the prevalence of 3 classes: use 30"), (30, None)],
 )
 def test_too_few(source, count, text):
     found = correct_prior(draw(np.full(3, 1 / 3), count, 4)[0], source)
@@ -98,7 +101,10 @@ def test_too_few_for_the_number_of_classes():
     labels = np.arange(80) % 8
     source = Calibration("none", np.ones(8), np.zeros(8), np.eye(8)[labels], labels)
     found = correct_prior(np.eye(8)[labels[:39]], source)
-    assert "39 examples say too little about the shares of 8 classes: give 40" in found.refusals[0]
+    assert (
+        "39 examples are too few to estimate the prevalence of 8 classes: use 40"
+        in found.refusals[0]
+    )
 
 
 def test_a_model_that_always_says_the_same_is_refused(source):
@@ -108,9 +114,9 @@ def test_a_model_that_always_says_the_same_is_refused(source):
 
 
 def test_what_is_no_guard_and_what_are_no_features(source):
-    with pytest.raises(ValueError, match="'refuse' or 'warn', not 'ask'"):
+    with pytest.raises(ValueError, match="guard must be 'refuse' or 'warn', got 'ask'"):
         correct_prior(np.zeros((30, 3)), source, guard="ask")
-    with pytest.raises(ValueError, match="features are a pair"):
+    with pytest.raises(ValueError, match="features must be a pair"):
         correct_prior(np.zeros((30, 3)), source, features=np.zeros((600, 4)))
 
 
@@ -118,7 +124,7 @@ def test_too_few_simulations_to_refuse_anything(source):
     logits, labels = draw(np.full(3, 1 / 3), 60, 7)
     features = (np.ones((600, 1)) * source.labels[:, None], labels[:, None])
     for given, number in ((None, 99), (features, 199)):
-        text = rf"{number - 1} simulations cannot reject at a level of 0.01: .*; give {number} or"
+        text = rf"simulations must be >= {number} to reject at level 0.01, got {number - 1}"
         with pytest.raises(ValueError, match=text):
             correct_prior(logits, source, features=given, simulations=number - 1)
         assert correct_prior(logits, source, features=given, simulations=number).residuals

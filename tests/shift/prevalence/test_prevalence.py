@@ -8,13 +8,12 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import power_divergence
 
-from flaxtransfer.shift.bootstrap import confusion_replicates
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_probability_rows
-from flaxtransfer.shift.confusion import black_box, joint_confusion, regularized_weights
+from flaxtransfer.shift.confusion import joint_confusion, regularized_weights, solve_confusion
 from flaxtransfer.shift.likelihood import maximize
-from flaxtransfer.shift.precision import Sample, weakest_direction
 from flaxtransfer.shift.prevalence import METHODS, Prevalence, estimate_prevalence
+from flaxtransfer.shift.uncertainty import Sample, confusion_replicates, weakest_direction
 
 
 def draw(prevalence, count, seed, separation=2.0):
@@ -77,28 +76,34 @@ def test_numbers_of_jax_and_of_half_precision_do():
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"method": "em"}, "no method 'em'; there are maximum_likelihood, map"),
-        ({"interval": "exact"}, "has no interval 'exact'; it has asymptotic, bootstrap, None"),
-        ({"method": "rlls", "interval": "asymptotic"}, "rlls has no interval 'asymptotic'"),
-        ({"level": 95}, "between 0 and 1, not 95"),
-        ({"tolerance": 0.0}, "1e-10 is the least"),
-        ({"tolerance": float("nan")}, "1e-10 is the least"),
-        ({"replicates": 5}, "5 replicates are no interval"),
-        ({"method": "map", "concentration": 0.5}, "each at least 1, not 0.5"),
+        ({"method": "em"}, "method must be one of maximum_likelihood, map, .*, got 'em'"),
+        ({"interval": "exact"}, "must be one of auto, asymptotic, bootstrap, None, got 'exact'"),
+        (
+            {"method": "rlls", "interval": "asymptotic"},
+            "interval of rlls must be one of auto, bootstrap, None, got 'asymptotic'",
+        ),
+        ({"level": 95}, "level must be between 0 and 1, got 95"),
+        ({"tolerance": 0.0}, "tolerance must be >= 1e-12, got 0.0"),
+        ({"tolerance": float("nan")}, "tolerance must be >= 1e-12, got nan"),
+        ({"replicates": 5}, "replicates must be >= 20, got 5"),
+        ({"method": "map", "concentration": 0.5}, "each >= 1, got 0.5"),
         ({"method": "map", "concentration": [1.0, 2.0]}, "a number or 3 numbers"),
-        ({"method": "rlls", "regularization": -1}, "not negative, as -1 is"),
-        ({"method": "bbse_soft", "labeled": ([0], [0])}, "no place for labeled targets"),
-        ({"labeled": ([0, 0], [1, 1])}, "name a row twice"),
-        ({"labeled": ([800], [1])}, "outside of 0 .. 799"),
-        ({"labeled": ([5], [3])}, "labels of the target: 1 are outside of 0 .. 2"),
-        ({"labeled": ([5, 6], [1])}, "there are 2 rows"),
-        ({"labeled": (np.arange(800), LABELS)}, "no target row without a label is left"),
-        ({"probabilities": TARGET[:, :2]}, "do not sum to 1"),
-        ({"probabilities": np.full((9, 4), 0.25)}, "have 4 columns and validation"),
+        ({"method": "rlls", "regularization": -1}, "regularization must be >= 0, got -1"),
+        ({"method": "bbse_soft", "labeled": ([0], [0])}, "labeled must be None with bbse_soft"),
+        ({"labeled": ([0, 0], [1, 1])}, "labeled rows must be different"),
+        ({"labeled": ([800], [1])}, "labeled rows must be within 0 .. 799, got 1 outside"),
+        ({"labeled": ([5], [3])}, "labels of the target must be within 0 .. 2, got 1 outside"),
+        ({"labeled": ([5, 6], [1])}, r"labels of the target must have shape \[2\], got \[1\]"),
+        ({"labeled": (np.arange(800), LABELS)}, "must have unlabeled rows .*, got none"),
+        ({"probabilities": TARGET[:, :2]}, "must sum to 1 per row"),
+        ({"probabilities": np.full((9, 4), 0.25)}, "same number of columns, got 4 and 3"),
         ({"probabilities": np.log(TARGET)}, "are they logits"),
-        ({"probabilities": TARGET * np.nan}, "hold NaN or infinite"),
-        ({"probabilities": TARGET[:0]}, "have shape"),
-        ({"source": source_of(TARGET[:1], LABELS[:1])}, "one validation example"),
+        ({"probabilities": TARGET * np.nan}, "rows with NaN or infinite"),
+        ({"probabilities": TARGET[:0]}, "must have shape"),
+        (
+            {"source": source_of(TARGET[:1], LABELS[:1])},
+            "must have >= 2 validation examples, got 1",
+        ),
     ],
 )
 def test_what_cannot_be_asked(changed, text):
@@ -118,7 +123,9 @@ def test_single_precision_is_neither_copied_nor_changed():
     assert most < 3 * 800_000 * 8
     late = large.copy()
     late[-1, 0] = np.nan
-    with pytest.raises(ValueError, match=r"target probabilities\[\d+:400000\]: 1 of"):
+    with pytest.raises(
+        ValueError, match=r"target probabilities\[\d+:400000\] must be .*, got 1 of"
+    ):
         estimate_prevalence(late, SOURCE, interval=None)
 
 
@@ -185,7 +192,7 @@ def test_a_prior_draws_towards_equal_shares_and_vanishes_at_one():
     certain = source_of(np.eye(3)[labels], labels)
     found = estimate_prevalence(np.eye(3)[[0, 0, 1]], certain, method="map")
     np.testing.assert_allclose(found.estimate, [3 / 6, 2 / 6, 1 / 6], atol=1e-9)
-    assert found.notes == ("the intervals are those of the data with the prior's pseudo-examples",)
+    assert found.notes == ("the intervals include the pseudo-examples of the prior",)
     bare = estimate_prevalence(np.eye(3)[[0, 0, 1]], certain, method="map", interval=None)
     assert bare.notes == ()
 
@@ -235,7 +242,7 @@ def test_a_class_that_the_source_never_has_is_left_out_and_said():
     np.testing.assert_allclose(np.delete(found.high, 1), other.high, atol=1e-3)
     assert (found.estimate[1], found.low[1], found.high[1]) == (0, 0, 0)
     assert "classes [1] have probability 0 throughout the validation" in found.notes[0]
-    assert "and 1 rows nothing else" in found.notes[0]
+    assert "and all of it in 1 rows" in found.notes[0]
     assert "have no validation label" in found.notes[1]
 
 
@@ -260,7 +267,7 @@ def test_three_classes_by_hand(hard):
     often = np.rint(10 * RATES).astype(int)
     predicted = np.concatenate([np.repeat([0, 1, 2], often[:, k]) for k in range(3)])
     target = np.repeat([0, 1, 2], [45, 33, 22])
-    found = black_box(np.eye(3)[target], np.eye(3)[predicted], labels, hard=hard)
+    found = solve_confusion(np.eye(3)[target], np.eye(3)[predicted], labels, hard=hard)
     np.testing.assert_allclose(found.matrix, RATES / 3, atol=1e-12)
     np.testing.assert_allclose(found.raw, [0.5, 0.3, 0.2], atol=1e-12)
     np.testing.assert_allclose(found.estimate, [0.5, 0.3, 0.2], atol=1e-12)
@@ -274,12 +281,14 @@ def test_the_weakest_direction_of_two_classes_by_hand(hard):
     # q = (f - b) / (a - b) with a, b the rates of predicting the first class; f, a and b are means.
     predicted = np.repeat([0, 1, 0, 1], [40, 10, 10, 40])
     target = np.repeat([0, 1], [104, 56])
-    found = black_box(np.eye(2)[target], np.eye(2)[predicted], np.repeat([0, 1], 50), hard=hard)
+    found = solve_confusion(
+        np.eye(2)[target], np.eye(2)[predicted], np.repeat([0, 1], 50), hard=hard
+    )
     a, b, f = 0.8, 0.2, 0.65
     q = (f - b) / (a - b)
     variance = f * (1 - f) / 160 + (q**2 * a * (1 - a) + (1 - q) ** 2 * b * (1 - b)) / 50
     # Of a direction of length 1: what one share gains the other loses.
-    assert found.weakest == pytest.approx(np.sqrt(2 * variance) / (a - b))
+    assert found.largest_error == pytest.approx(np.sqrt(2 * variance) / (a - b))
 
 
 def test_counts_drawn_again_vary_as_shares_of_the_rows_do():
@@ -298,7 +307,7 @@ def test_negative_raw_shares_are_shown_and_not_used():
     # By hand: .8 q + .2 (1 - q) = .925.
     np.testing.assert_allclose(found.raw, [0.725 / 0.6, 1 - 0.725 / 0.6], atol=1e-12)
     np.testing.assert_allclose(found.estimate, [1, 0], atol=1e-9)
-    assert "negative for 1 classes, as -0.208 for class 1" in found.notes[0]
+    assert "negative for 1 classes, such as -0.208 for class 1" in found.notes[0]
     # Singular values of ((.4, .1), (.1, .4)): .5 and .3.
     assert found.smallest_singular_value == pytest.approx(0.3)
     assert found.condition == pytest.approx(5 / 3)
@@ -349,7 +358,7 @@ def test_regularized_weights_are_cvxpys(difference, strength, cvxpy):
 
 def test_an_estimate_prints_as_a_table():
     text = str(estimate_prevalence(TARGET, SOURCE))
-    assert "prevalence by maximum likelihood: 800 targets, 500 validation examples" in text
+    assert "prevalence by maximum likelihood: 800 target and 500 validation examples" in text
     assert "95% interval" in text
     assert len(text.splitlines()) == 6
     classes = 40

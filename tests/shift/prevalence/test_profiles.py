@@ -8,8 +8,8 @@ from scipy.stats import norm
 
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.likelihood import maximize
-from flaxtransfer.shift.precision import Sample
-from flaxtransfer.shift.prevalence_intervals import profiles
+from flaxtransfer.shift.prevalence_intervals import profile_likelihood
+from flaxtransfer.shift.uncertainty import Sample
 
 UP = np.array([[1.0], [-1.0]])
 """The first share grows as the second shrinks."""
@@ -25,7 +25,7 @@ def along(sample):
     maximum = maximize(
         sample.probabilities, sample.source.prior, counts=sample.counts, weights=sample.weights
     )
-    return maximum, profiles(sample, maximum, UP)
+    return maximum, profile_likelihood(sample, maximum, UP)
 
 
 def gaussian(share, count, seed):
@@ -74,14 +74,14 @@ def test_moments_of_a_score_are_those_of_the_share_it_is_taken_at(share):
     assert point.third[0] == pytest.approx(20_000 * moment(3), rel=0.08)
 
 
-def test_the_score_is_the_slope_of_the_fall():
+def test_the_score_is_the_slope_of_the_log_likelihood():
     weights = np.repeat([1.0, 0.0], (300, 100))
     sample = sample_of(gaussian(0.3, 400, 2), gaussian(0.5, 200, 3), (2.0, 5.0), weights)
     _, found = along(sample)
     step, by = np.array([-0.05]), 1e-5
-    slope = (found.at(step - by).fall - found.at(step + by).fall) / (2 * by)
+    slope = (found.at(step - by).decrease - found.at(step + by).decrease) / (2 * by)
     np.testing.assert_allclose(found.at(step).score, slope, rtol=1e-6)
-    assert found.at(np.zeros(1)).fall == 0
+    assert found.at(np.zeros(1)).decrease == 0
 
 
 def test_a_share_at_which_a_row_could_not_be_is_impossible():

@@ -6,20 +6,22 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import binom, binomtest, norm
 
-from flaxtransfer.shift import bootstrap
-from flaxtransfer.shift.bootstrap import likelihood_replicates, percentiles, resampled_weights
+from flaxtransfer.shift import uncertainty
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.likelihood import maximize
-from flaxtransfer.shift.precision import (
+from flaxtransfer.shift.prevalence import estimate_prevalence
+from flaxtransfer.shift.prevalence_intervals import critical_values
+from flaxtransfer.shift.uncertainty import (
     Sample,
-    influences,
+    influence_functions,
+    likelihood_replicates,
     observed_information,
+    percentiles,
     precision,
+    resampled_weights,
     scale_response,
     weakest_direction,
 )
-from flaxtransfer.shift.prevalence import estimate_prevalence
-from flaxtransfer.shift.prevalence_intervals import critical_values
 
 CENTERS = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
 PRIOR = np.full(3, 1 / 3)
@@ -172,7 +174,7 @@ def test_an_influence_is_a_derivative_of_the_whole_estimate(method):
         more[row], less[row] = 1 + step, 1 - step
         squares += np.square((estimate(more) - estimate(less)) / (2 * step))
     # The same examples by the delta method.
-    moved = np.concatenate([np.concatenate(part, 1) for part in influences(source)])
+    moved = np.concatenate([np.concatenate(part, 1) for part in influence_functions(source)])
     observed = observed_information(sample, maximum)
     response = np.diag(observed @ maximum.estimate) - observed * maximum.estimate
     scale = scale_response(source, sample.probabilities, maximum.estimate)
@@ -230,8 +232,8 @@ def test_a_bootstrap_replicate_is_the_maximum_of_its_rows(labeled, monkeypatch):
         kept["given"] = given
         return original(*given)
 
-    original = bootstrap._solve
-    monkeypatch.setattr(bootstrap, "_solve", remember)
+    original = uncertainty._solve
+    monkeypatch.setattr(uncertainty, "_solve", remember)
     found = likelihood_replicates(sample, maximum, 40, np.random.default_rng(3))
     _, _, weights, factors, pushes, counts = kept["given"]
     assert not pushes.any()

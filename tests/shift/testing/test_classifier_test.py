@@ -91,7 +91,7 @@ def test_units_offsets_and_constant_columns_do_not_matter():
     ("source", "target", "reason"),
     [
         (np.ones((20, 2)), np.ones((20, 2)), "constant and equal"),
-        (np.zeros((9, 2)), np.eye(40, 2), "9 and 40 rows; each side needs 10"),
+        (np.zeros((9, 2)), np.eye(40, 2), "9 and 40 rows; each side needs >= 10"),
     ],
 )
 def test_what_cannot_be_tested(source, target, reason):
@@ -100,9 +100,9 @@ def test_what_cannot_be_tested(source, target, reason):
 
 def test_settings_and_shared_rows():
     source, target = samples()
-    with pytest.raises(ValueError, match="folds=1"):
+    with pytest.raises(ValueError, match="folds must be >= 2, got 1"):
         classifier_test(source, target, folds=1)
-    with pytest.raises(ValueError, match="permutations=5"):
+    with pytest.raises(ValueError, match="permutations must be >= 19, got 5"):
         classifier_test(source, target, permutations=5)
     assert "40 of 40" in classifier_test(source, source[:40], permutations=19).notes[0]
 

@@ -52,7 +52,7 @@ def test_constant_columns_do_not_count():
     assert kolmogorov_smirnov_test(source, target).members[0].p < 1e-20
     constant = kolmogorov_smirnov_test(np.ones((9, 2)), np.ones((9, 2)))
     assert constant.not_testable == "every feature is constant and equal on both sides"
-    assert "each side needs 5" in kolmogorov_smirnov_test(source[:4], target).not_testable
+    assert "each side needs >= 5" in kolmogorov_smirnov_test(source[:4], target).not_testable
 
 
 def test_shared_rows_are_noticed():
@@ -128,7 +128,9 @@ def test_small_counts_of_three_classes_by_permutation():
         and square(np.array([a, b, drawn - a - b])) >= square(table[1]) - 1e-9
     )
     assert found.p == pytest.approx(exact, abs=0.01)
-    assert "tables with the same margins: a cell expects 1.7" in found.assumptions[1]
+    assert (
+        "tables with the same margins: the smallest expected count is 1.7" in found.assumptions[1]
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -154,10 +156,15 @@ def test_probabilities_are_their_largest_class():
 @pytest.mark.parametrize(
     ("source", "target", "error", "text"),
     [
-        ([0.5, 1.0], [1, 0], TypeError, "class numbers, not float64"),
+        ([0.5, 1.0], [1, 0], TypeError, "must be class numbers, got float64"),
         (["a"], ["b"], TypeError, "class numbers"),
-        ([[0.5, 0.5]], [1, 0], ValueError, "both are labels"),
-        ([[0.5, 0.5]], [[1, 0, 0]], ValueError, "2 columns"),
+        ([[0.5, 0.5]], [1, 0], ValueError, "must both be labels"),
+        (
+            [[0.5, 0.5]],
+            [[1, 0, 0]],
+            ValueError,
+            "same number of columns, got 2 and 3",
+        ),
     ],
 )
 def test_what_are_no_predictions(source, target, error, text):

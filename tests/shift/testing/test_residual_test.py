@@ -8,7 +8,7 @@ import pytest
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.label_shift import (
     class_kernel,
-    residual,
+    mixture_residual,
     residual_test,
     simulated_residuals,
 )
@@ -53,7 +53,7 @@ def test_the_statistic_by_definition_over_pairs_of_different_examples():
         shares[k] * shares[j] * between(groups[k], groups[j]) for k in range(3) for j in range(3)
     )
     wanted -= 2 * sum(shares[k] * between(groups[k], target) for k in range(3))
-    found = residual(classes, target.astype(np.float32), shares)
+    found = mixture_residual(classes, target.astype(np.float32), shares)
     assert found == pytest.approx(wanted, abs=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_it_is_unbiased_and_the_bootstrap_scatters_as_reality_does():
         features = (rng.normal(size=(80, 64)) / 11).astype(np.float32)
         target = (rng.normal(size=(40, 64)) / 11).astype(np.float32)
         classes = class_kernel(features, labels, np.eye(2)[labels])
-        real.append(residual(classes, target, shares))
+        real.append(mixture_residual(classes, target, shares))
         if number < 10:
             draws = simulated_residuals(classes, shares, 40, 50, np.random.default_rng(number))
             simulated.append(draws)
@@ -125,21 +125,27 @@ def test_a_class_that_neither_side_has_is_no_obstacle():
 
 def test_rows_that_do_not_belong_together():
     features, target, probabilities, source = world()
-    with pytest.raises(ValueError, match="299 rows of source features and 300"):
+    with pytest.raises(
+        ValueError,
+        match=r"source features and source prob.*, got 299 and 300 rows",
+    ):
         residual_test(features[1:], target, probabilities, source)
-    with pytest.raises(ValueError, match="149 rows of target features and 150"):
+    with pytest.raises(
+        ValueError,
+        match=r"target features and target prob.*, got 149 and 150 rows",
+    ):
         residual_test(features, target[1:], probabilities, source)
 
 
 def test_many_rows_are_subsampled_and_shared_ones_noticed():
     features, target, probabilities, source = world()
-    found = residual_test(features, target, probabilities, source, simulations=19, most=120)
+    found = residual_test(features, target, probabilities, source, simulations=19, max_rows=120)
     assert found.notes == ("at most 120 rows of either side were used",)
     assert found.counts == (300, 150)
     # Rows keep their probabilities: the first 120 of a sorted target are of two classes alone.
     order = np.argsort(probabilities.argmax(1))
     ordered = (features, target[order], probabilities[order], source)
-    assert not residual_test(*ordered, simulations=99, most=120).rejected()
+    assert not residual_test(*ordered, simulations=99, max_rows=120).rejected()
     target[0] = features[0]
     shared = (features, target, probabilities, source)
     assert "1 of 150" in residual_test(*shared, simulations=19).notes[0]

@@ -62,5 +62,5 @@ def test_rounding_does_not_lift_it_above_0(seed):
 def test_half_precision_and_certain_predictions_stay_finite():
     probabilities = np.eye(5)[np.arange(20) % 5].astype(np.float16)
     assert leep(probabilities, np.arange(20) % 4 > 0).value <= 0
-    with pytest.raises(ValueError, match="do not sum to 1"):
+    with pytest.raises(ValueError, match="must sum to 1 per row"):
         leep(np.ones((6, 3)), [0, 1] * 3)

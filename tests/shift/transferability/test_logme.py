@@ -122,7 +122,7 @@ def test_columns_of_0_change_nothing_where_the_usual_formula_goes_astray():
 def test_labels_that_are_given_away_have_no_bounded_evidence_and_say_so():
     labels = np.arange(30) % 3
     found = logme(np.eye(3)[labels], labels)
-    assert "features give 3 classes without error" in found.notes[-1]
+    assert "features determine 3 classes without error" in found.notes[-1]
     assert np.isfinite(found.value)
     assert found.p == 1 / 200
 
@@ -136,7 +136,7 @@ def test_permutations_are_each_what_logme_says_of_them(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 1)
     one_by_one = logme(features, labels, permutations=19)
     assert one_by_one.null_mean == pytest.approx(at_once.null_mean, rel=1e-12)
-    orders = list(module.orders(24, 19, 0))
+    orders = list(module.random_permutations(24, 19, 0))
     single = [logme(features, labels[order], permutations=19).value for order in orders]
     assert np.mean(single) == pytest.approx(at_once.null_mean, rel=1e-12)
     assert np.std(single, ddof=1) == pytest.approx(at_once.null_sd, rel=1e-9)
@@ -145,10 +145,10 @@ def test_permutations_are_each_what_logme_says_of_them(monkeypatch):
 @pytest.mark.parametrize(
     ("features", "targets", "text"),
     [
-        (np.ones((5, 2)), np.ones(4), "features have 5 rows and targets 4"),
-        (np.zeros((5, 2)), np.ones(5), "features are all 0"),
+        (np.ones((5, 2)), np.ones(4), "same number of rows, at least 2, got 5 and 4"),
+        (np.zeros((5, 2)), np.ones(5), "features must not be all 0"),
         (np.ones((5, 2)), np.c_[np.ones(5), np.zeros(5)], "a column of targets is all 0"),
-        (np.ones((5, 2)), np.full(5, np.nan), "targets: 5 of 5 rows hold NaN"),
+        (np.ones((5, 2)), np.full(5, np.nan), "targets must be finite, got 5 of 5 rows with NaN"),
     ],
 )
 def test_regressions_that_there_are_not(features, targets, text):

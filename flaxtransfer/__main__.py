@@ -1,0 +1,5 @@
+"""``python -m flaxtransfer``: the command line."""
+
+from flaxtransfer.cli import main
+
+main()

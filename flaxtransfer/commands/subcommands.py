@@ -1,0 +1,441 @@
+"""The subcommands: name and options of each.
+
+A subcommand is run by the function of its name, in the file of its name, which is imported only
+then. This module imports no jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from flaxtransfer.commands.options import (
+    AT_LEAST_1,
+    AT_LEAST_3,
+    AT_LEAST_20,
+    FORMATS_HELP,
+    LEVEL,
+    NOT_NEGATIVE,
+    RECIPES_HELP,
+    SCHEMES_HELP,
+    SENSORS_HELP,
+    CacheOptions,
+    Count,
+    DataOptions,
+    Flag,
+    JobOptions,
+    Rate,
+    ReadingOptions,
+    RunOptions,
+    SplitOptions,
+    TrainingOptions,
+    WeightsOptions,
+    data_problems,
+    default,
+    described,
+    strategy_problems,
+)
+from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.paths import suggest
+from flaxtransfer.report.figures import check_figure_path
+
+__all__ = [
+    "SUBCOMMANDS",
+    "Convert",
+    "Diagnose",
+    "Evaluate",
+    "FindRate",
+    "Models",
+    "Params",
+    "Plan",
+    "Predict",
+    "Probe",
+    "Stem",
+    "Train",
+    "named_values",
+]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Adapt a pre-trained network to your images and test it.
+
+    By default the head is trained first, and then all parameters.
+
+    Without options, the network learns handwritten digits from 5 labels per class.
+
+    Example: flaxtransfer train --data folder:scans --weights resnet50.pth
+    """
+
+    run: RunOptions = field(default_factory=RunOptions)
+    job: Annotated[JobOptions, tyro.conf.arg(name="")] = field(default_factory=JobOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Print the plan of a strategy, phase by phase.
+
+    Strategies that measure on images first are printed by "flaxtransfer train".
+
+    Example: flaxtransfer plan --strategy discriminative --out plan.yaml
+
+    Args:
+        model: Architecture, such as resnet18 or resnet50; "flaxtransfer models" lists them.
+        classes: Outputs of the head.
+        out: Also write the plan to this file, to be edited and given to "train --strategy".
+    """
+
+    strategy: Annotated[str, described(f"Strategy: {RECIPES_HELP}.")] = "head_then_fine_tune"
+    model: str = "resnet18"
+    classes: Count = 10
+    out: Annotated[Path | None, default("none")] = None
+
+    def problems(self) -> Iterator[str]:
+        """An unknown strategy or architecture."""
+        yield from strategy_problems(self.strategy)
+        yield from _model_problems(self.model)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Print the accuracy of a linear probe on each segment.
+
+    Only the training images are used: the test images of "train" stay unseen.
+
+    Example: flaxtransfer probe --data folder:scans --weights resnet50.pth
+
+    Args:
+        kind: Kind of probe: ridge, with each image left out once, or logistic, with folds.
+        most_images: Use at most this many images.
+        out: Also draw the accuracies to this .png, .pdf or .svg file.
+    """
+
+    kind: Literal["ridge", "logistic"] = "ridge"
+    most_images: Annotated[int, AT_LEAST_3] = 5000
+    out: Annotated[Path | None, default("none")] = None
+    data: DataOptions = field(default_factory=DataOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    weights: WeightsOptions = field(default_factory=WeightsOptions)
+
+    def problems(self) -> Iterator[str]:
+        """A picture that cannot be written."""
+        yield from _picture_problems(self.out)
+
+
+@dataclass(frozen=True)
+class FindRate:
+    """Find learning rates by training a copy at rising rates.
+
+    For a later phase of the strategy, the phases before it are trained first.
+
+    Example: flaxtransfer find-rate --data folder:scans --phase fine-tune
+
+    Args:
+        phase: Phase of the strategy, by name.
+        group: Sweep this group alone, with all others frozen.
+        each_group: Sweep each group alone, one after the other.
+        lowest: Learning rate of the first step.
+        highest: Learning rate of the last step.
+        steps: Steps of the sweep, unless the loss diverges before.
+        out: Also draw the sweeps to this .png, .pdf or .svg file.
+    """
+
+    phase: Annotated[str | None, default("the first")] = None
+    group: Annotated[str | None, default("all at one rate")] = None
+    each_group: Flag = False
+    lowest: Rate = 1e-6
+    highest: Rate = 1.0
+    steps: Annotated[int, AT_LEAST_3] = 100
+    out: Annotated[Path | None, default("none")] = None
+    job: Annotated[JobOptions, tyro.conf.arg(name="")] = field(default_factory=JobOptions)
+
+    def problems(self) -> Iterator[str]:
+        """Options that exclude each other, and a picture that cannot be written."""
+        if self.each_group and self.group is not None:
+            yield f"--each-group sweeps {self.group!r} too; give one of the two options"
+        if not self.lowest < self.highest:
+            yield f"--lowest must be < --highest, got {self.lowest} and {self.highest}"
+        yield from _picture_problems(self.out)
+
+
+@dataclass(frozen=True)
+class Stem:
+    """Print how much of each first-layer filter survives gray images.
+
+    Filters that compare colors are silent on gray images in three equal channels.
+
+    For a run with an input adapter, what survives the adapter is printed too.
+
+    Args:
+        source: Weights of a ResNet: builtin, a .safetensors or .pth file, or a run folder.
+        out: Also draw the filters and their shares to this .png, .pdf or .svg file.
+    """
+
+    source: tyro.conf.Positional[str] = "builtin"
+    out: Annotated[Path | None, default("none")] = None
+
+    def problems(self) -> Iterator[str]:
+        """A picture that cannot be written."""
+        yield from _picture_problems(self.out)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Print the architectures, with parameters and multiply-adds.
+
+    Example: flaxtransfer models "se*50*" --sort macs
+
+    Args:
+        names: Part of the name, or a pattern of the whole name, such as "se*50*".
+        size: Height and width of the images in pixels.
+        sort: Order of the table: family (the order of the catalog), name, parameters or macs.
+    """
+
+    names: Annotated[tyro.conf.Positional[str], default("all")] = "*"
+    size: Count = 224
+    sort: Annotated[
+        Literal["family", "name", "parameters", "macs"], tyro.conf.arg(metavar="ORDER")
+    ] = "family"
+
+
+@dataclass(frozen=True)
+class Params:
+    """Print each parameter with its label and learning rate.
+
+    Weight decay and BatchNorm mode are printed too; nothing is allocated.
+
+    Example: flaxtransfer params --rules "new=head()" "old=rest()" --rates new=1e-3
+
+    Args:
+        model: Architecture, such as resnet18 or resnet50; "flaxtransfer models" lists them.
+        width: Channels of the stem.
+        classes: Outputs of the head.
+        rules: Labels as name=mask; each leaf must fall under exactly one. A mask is an expression
+            of stem() stage(3) stages(3, 4) head() adapter() batch_norm() kernels() biases()
+            matrices() up_to("pool") glob("**/kernel") everything() with & | ~ -;
+            rest() takes what no other rule does.
+        rates: Learning rates as name=rate; labels without a rate are frozen.
+        weight_decay: Weight decay of all groups that train, on leaves with >= 2 dimensions.
+        layerwise_decay: Factor per segment from the head down, in place of rules; the rate of the
+            head is that of --rates all=<rate>, or 1e-3.
+    """
+
+    model: str = "resnet18"
+    width: Annotated[int | None, AT_LEAST_1, default("the architecture's")] = None
+    classes: Count = 1000
+    rules: tuple[str, ...] = ("head=head()", "frozen=rest()")
+    rates: tuple[str, ...] = ("head=1e-3",)
+    weight_decay: float = 0.0
+    layerwise_decay: Annotated[float | None, default("none")] = None
+
+    def problems(self) -> Iterator[str]:
+        """An unknown architecture, rates of labels without a rule, and wrong forms."""
+        yield from _model_problems(self.model)
+        try:
+            rules, rates = named_values(self.rules), named_values(self.rates)
+        except ValueError as error:
+            yield str(error)
+            return
+        for name, text in rates.items():
+            if not _is_number(text):
+                yield f"--rates: the rate of {name!r} must be a number, got {text!r}"
+        unknown = [f"{name!r}{suggest(name, rules)}" for name in rates if name not in rules]
+        if unknown and self.layerwise_decay is None:
+            yield (
+                f"--rates has names without a rule: {', '.join(unknown)}; the rules are "
+                f"{', '.join(rules)}"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Print accuracy and loss of a finished run, as JSON.
+
+    Args:
+        run: Run folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+    data: Annotated[
+        str | None,
+        described(f"Data set: {SCHEMES_HELP}.", default="the test images of the run"),
+    ] = None
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+
+    def problems(self) -> Iterator[str]:
+        """An unknown data source."""
+        if self.data is not None:
+            yield from data_problems("--data", self.data)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Print one prediction per image, with its probability.
+
+    Example: flaxtransfer predict runs/scans-seed0 new/*.png --top 3
+
+    Args:
+        run: Run folder.
+        images: Image files.
+        format: Output: one JSON object per line, or CSV.
+        top: Classes to list per image, the most probable first.
+        adjust_prior: Estimate the share of each class among these images, and correct the
+            predictions for it. It is for images of the same kind in which classes are differently
+            common; it is refused where the images have changed or are too few.
+        prior: Known share of each class, in place of the estimate: numbers in the order of the
+            run's classes (0.2 0.8), or dark=0.2 bright=0.8.
+    """
+
+    run: tyro.conf.Positional[Path]
+    images: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(help_behavior_hint="(one or more)")
+    ]
+    format: Literal["jsonl", "csv"] = "jsonl"
+    top: int = 1
+    adjust_prior: Flag = False
+    prior: Annotated[tuple[str, ...], default("none")] = ()
+    reading: ReadingOptions = field(default_factory=lambda: ReadingOptions(batch_size=64))
+
+    def problems(self) -> Iterator[str]:
+        """Images that do not exist."""
+        if not self.images:
+            yield "no image was given: flaxtransfer predict <run> <image> [<image> ...]"
+        if missing := [str(path) for path in self.images if not path.is_file()]:
+            yield f"no such image: {', '.join(missing)}"
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Say which kind of shift target images have.
+
+    The target is compared with the validation and test images of the run.
+
+    The report is printed, and written as JSON, HTML and pictures.
+
+    Example: flaxtransfer diagnose --run runs/scans-seed0 --target folder:other
+
+    Args:
+        run: Run folder.
+        target: Target images: folder:<path> (images at any depth), npz:<file> (an array "image")
+            or tfds:<name>[/config][:split]. Labels in it are not used.
+        target_labels: CSV file with the classes of a few target images drawn at random: a column
+            "image" (path below the folder, or number) and a column "label".
+        out: Folder for the report.
+        level: Level of the tests, after correction for their number.
+        permutations: Permutations, or simulations, per test.
+        most_images: Use at most this many images of either side.
+        seed: Seed of all random choices.
+    """
+
+    run: Path
+    target: str
+    target_labels: Annotated[Path | None, default("none")] = None
+    out: Annotated[Path | None, default("<run>/diagnosis/<name of the target>")] = None
+    level: Annotated[float, LEVEL] = 0.05
+    permutations: Count = 499
+    most_images: Annotated[int, AT_LEAST_20] = 5000
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+
+    def problems(self) -> Iterator[str]:
+        """An unknown data source."""
+        if not self.target.startswith("npz:"):
+            yield from data_problems("--target", self.target)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint for this package or another program.
+
+    The written file is read again, and its logits are compared with the original.
+
+    Args:
+        source: Weights of a ResNet: builtin, a file, a folder with one, a run folder,
+            hf://organization/name or https://.
+        target: File to write (.safetensors, .onnx or .stablehlo), or folder for timm and
+            huggingface.
+        to: Format of the target.
+        dtype: Number type in a .safetensors file.
+        adapter: In a .safetensors file, fold a linear input adapter into the stem, so that other
+            programs can load the file, or keep it for this package.
+    """
+
+    source: tyro.conf.Positional[str]
+    target: tyro.conf.Positional[Path]
+    format: Annotated[
+        str | None, described(f"Naming of the source: {FORMATS_HELP}.", default="read off the file")
+    ] = None
+    sensor: Annotated[
+        str | None,
+        described(
+            f"Sensor whose bands the stem takes: {SENSORS_HELP}.",
+            default="read off the name of the source",
+        ),
+    ] = None
+    to: Annotated[
+        Literal["safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo"] | None,
+        default("read off the suffix of the target"),
+    ] = None
+    dtype: Literal["float32", "float16"] = "float32"
+    adapter: Literal["fold", "keep"] = "fold"
+
+
+SUBCOMMANDS: dict[str, type] = {
+    "train": Train,
+    "plan": Plan,
+    "probe": Probe,
+    "find-rate": FindRate,
+    "stem": Stem,
+    "models": Models,
+    "params": Params,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "diagnose": Diagnose,
+    "convert": Convert,
+}
+"""The options of each subcommand, in the order of ``flaxtransfer --help``."""
+
+
+def named_values(texts: tuple[str, ...]) -> dict[str, str]:
+    """The pairs of ``name=value`` texts.
+
+    >>> named_values(("head=1e-3",))
+    {'head': '1e-3'}
+    """
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ValueError(f"{text!r} must be of the form name=value")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _model_problems(name: str) -> Iterator[str]:
+    if name not in ARCHITECTURES:
+        yield (
+            '--model must be an architecture that "flaxtransfer models" lists, got '
+            f"{name!r}{suggest(name, ARCHITECTURES)}"
+        )
+
+
+def _picture_problems(path: Path | None) -> Iterator[str]:
+    if path is not None:
+        try:
+            check_figure_path(path)
+        except (ValueError, OSError) as error:
+            yield f"--out: {error}"

@@ -1,0 +1,163 @@
+"""What recipes are made of: an optimizer with its schedule, and the parts of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import optax
+
+from flaxtransfer.groups import FROZEN, Frozen, Group
+from flaxtransfer.masks import Mask, adapter, as_mask, glob, head, selected, stage, stem
+from flaxtransfer.models.layout import By
+from flaxtransfer.optimizers import by_parts, scaled
+from flaxtransfer.paths import listing, suggest
+from flaxtransfer.schedules import WarmupCosine
+from flaxtransfer.types import Params
+
+__all__ = [
+    "adamw",
+    "below_head",
+    "check_decay",
+    "check_measured",
+    "chosen_part",
+    "curvature_rates",
+    "fresh",
+    "measured_below_head",
+    "scaled_groups",
+    "units",
+]
+
+
+def adamw(peak: float, weight_decay: float) -> Group:
+    """AdamW that warms up for a tenth of its phase and follows a cosine to 0."""
+    return Group(optax.adamw, WarmupCosine(peak), weight_decay=weight_decay)
+
+
+def fresh(params: Params) -> Mask:
+    """What no pre-training has seen: the head, and the input adapter where there is one."""
+    return head() | adapter() if selected(adapter(), params, allow_empty=True) else head()
+
+
+def units(params: Params, by: By = "segment") -> dict[str, Mask]:
+    """The parts of a network from the input to the output, the head last, each with its mask.
+
+    An input adapter is as new as the head, and belongs to that part.
+
+    Raises:
+        ValueError: Leaves of no known family, or another ``by``.
+    """
+    layout, order = by_parts(params, by)
+    masks: dict[str, Mask] = {}
+    for part in order:
+        number = layout.stage_number(part)
+        if number is not None:
+            masks[part] = stage(number)
+        elif part not in ("adapter", "head"):
+            masks[part] = stem() if part == "stem" else glob(f"{part}/**")
+    return masks | {"head": fresh(params)}
+
+
+def below_head(parts: Mapping[str, Mask]) -> list[str]:
+    """The names of all parts but the head, from the input to the output."""
+    return [name for name in parts if name != "head"]
+
+
+def curvature_rates(
+    curvature: Mapping[str, float], examples: int, prior_precision: float | None = None
+) -> dict[str, float]:
+    """The factors of ``curvature_scaled``, the largest of which is 1.
+
+    >>> curvature_rates({"encoder": 8.0, "decoder": 0.0}, examples=1, prior_precision=1.0)
+    {'encoder': 0.3333333333333333, 'decoder': 1.0}
+    """
+    if examples < 1:
+        raise ValueError(f"examples must be >= 1, got {examples}")
+    sums = {name: examples * value for name, value in curvature.items()}
+    if bad := {name: curvature[name] for name, value in sums.items() if not 0 <= value < np.inf}:
+        raise ValueError(f"curvature must be finite and >= 0, got {bad}")
+    if prior_precision is None:
+        positive = [value for value in sums.values() if value > 0]
+        prior_precision = float(np.exp(np.mean(np.log(positive)))) if positive else 1.0
+    if not prior_precision > 0:
+        raise ValueError(f"prior_precision must be > 0, got {prior_precision}")
+    precision = {name: value + prior_precision for name, value in sums.items()}
+    widest = min(precision.values())
+    return {name: float(np.sqrt(widest / value)) for name, value in precision.items()}
+
+
+def check_decay(decay: float) -> None:
+    """Refuses a decay outside (0, 1]."""
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be a factor in (0, 1], got {decay!r}")
+
+
+def check_measured(measured: Mapping[str, float], argument: str) -> None:
+    """Refuses what no measurement can be, before it decides which leaves move.
+
+    Comparisons with NaN are all false: unchecked, it would freeze a part or choose one by its
+    place in the order, without a word.
+    """
+    values = list(measured.values())
+    if not all(0 <= value < np.inf for value in values) or not any(values):
+        raise ValueError(
+            f"{argument} must be finite, not negative and not all 0, got {dict(measured)}"
+        )
+
+
+def measured_below_head(
+    parts: Mapping[str, Mask], measured: Mapping[str, float], argument: str
+) -> dict[str, float]:
+    """The measurements of all parts but the head, whose own is of no use here."""
+    body = below_head(parts)
+    missing = [name for name in body if name not in measured]
+    foreign = [name for name in measured if name not in parts]
+    problems = [f"{argument} lack {listing(missing)}"] if missing else []
+    problems += [f"there is no part {name!r}{suggest(name, body)}" for name in foreign]
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; the parts are {', '.join(body)}")
+    return {name: float(measured[name]) for name in body}
+
+
+def scaled_groups(
+    parts: Mapping[str, Mask],
+    rates: Mapping[str, float],
+    learning_rate: float,
+    head_learning_rate: float,
+    weight_decay: float,
+) -> dict[str, Group | Frozen]:
+    """The head at its own rate, each other part at a share of one rate."""
+    top = adamw(learning_rate, weight_decay)
+    body = {
+        name: replace(top, learning_rate=scaled(top.learning_rate, rates[name]))
+        # A part that does not move at all is frozen, statistics included.
+        if rates[name] > 0
+        else FROZEN
+        for name in below_head(parts)
+    }
+    return body | {"head": adamw(head_learning_rate, weight_decay)}
+
+
+def chosen_part(
+    params: Params, part: Mask | str | None, gradients: Mapping[str, float] | None, by: By
+) -> Mask:
+    """The part that is named, or that has the largest gradient for its weights.
+
+    Raises:
+        ValueError: Both are given, or gradients of a part that there is not.
+    """
+    if gradients is None:
+        return as_mask("stem() | stage(1)" if part is None else part)
+    if part is not None:
+        raise ValueError(f"give a part or gradients that choose one, not both: {part!r}")
+    parts = units(params, by)
+    body = {name: value for name, value in gradients.items() if name != "head"}
+    unknown = [name for name in body if name not in parts]
+    if unknown or not body:
+        raise ValueError(
+            f"gradients must be of parts of the network, got {unknown or 'empty'}; there are "
+            f"{', '.join(below_head(parts))}"
+        )
+    check_measured(body, "gradients")
+    return parts[max(body, key=lambda name: body[name])]

@@ -1,0 +1,160 @@
+"""The house: imports point down, no circle anywhere, and every room has an ``__init__.py``.
+
+Imports inside of functions count like those at the top of a file; imports for type checkers alone
+do not, nor do the lazy public names of a room.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "flaxtransfer"
+
+FLOORS = (
+    ("lazy", "types", "models.layout"),
+    ("paths", "files", "schedules", "distributed", "shift"),
+    ("mask_algebra",),
+    ("masks",),
+    ("groups", "batchnorm", "optimizer_state"),
+    ("labels", "optimizers", "overview"),
+    ("param_groups",),
+    ("sharding", "task", "checkpoint"),
+    ("models",),
+    ("averaging", "weights"),
+    ("classifier",),
+    ("data",),
+    ("features",),
+    ("training",),
+    ("adapt", "analysis"),
+    ("recipes",),
+    ("report",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+"""From the ground up; a file or room may import what stands on a lower floor."""
+
+
+def modules():
+    """Every file of the package by its name below ``flaxtransfer``; a room by its folder's."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        if name:
+            found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(path):
+    """Names below ``flaxtransfer`` of the files that a file imports, anywhere in it."""
+    tree = ast.parse(path.read_text())
+    for_type_checkers = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_type_checkers:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flaxtransfer"):
+            room = node.module.removeprefix("flaxtransfer").lstrip(".")
+            for alias in node.names:
+                inner = f"{room}.{alias.name}".lstrip(".")
+                yield inner if inner in MODULES else room
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("flaxtransfer."):
+                    yield alias.name.removeprefix("flaxtransfer.")
+
+
+ARROWS = {name: {i for i in imported(path) if i} - {name} for name, path in MODULES.items()}
+
+
+def floor_of(name):
+    places = [
+        (len(member), number)
+        for number, floor in enumerate(FLOORS)
+        for member in floor
+        if name == member or name.startswith(f"{member}.")
+    ]
+    return max(places)[1] if places else None
+
+
+def room_of(name):
+    return name.split(".")[0]
+
+
+def test_every_file_stands_on_a_floor():
+    assert [name for name in MODULES if floor_of(name) is None] == []
+    standing = [member for floor in FLOORS for member in floor]
+    assert [member for member in standing if member not in MODULES] == []
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_down(name):
+    wrong = [
+        other
+        for other in ARROWS[name]
+        if floor_of(other) >= floor_of(name) and room_of(other) != room_of(name)
+    ]
+    assert wrong == [], f"{name} may not import {', '.join(wrong)}"
+
+
+def test_no_circle_deferred_imports_included():
+    done, path = set(), []
+
+    def walk(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(ARROWS.get(name, ())):
+            walk(other)
+        path.pop()
+        done.add(name)
+
+    for name in sorted(MODULES):
+        walk(name)
+
+
+def test_every_room_has_an_init():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_there_are_at_most_160_files():
+    assert len(MODULES) + 1 <= 160
+
+
+def heavy_imports(name):
+    tree = ast.parse(MODULES[name].read_text())
+    for node in ast.walk(tree):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (each.split(".")[0] for each in names)
+
+
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        ("flax", ("models",)),
+        ("orbax", ("checkpoint",)),
+        ("grain", ("data",)),
+        ("tensorflow_datasets", ("data",)),
+        ("PIL", ("data",)),
+        ("matplotlib", ("report",)),
+        ("tyro", ("commands", "cli")),
+    ],
+)
+def test_a_library_is_driven_from_one_room(library, rooms):
+    found = {room_of(name) for name in MODULES if library in heavy_imports(name)}
+    assert found <= set(rooms)
+    assert found, f"nothing imports {library}; take it off this table"

@@ -1,0 +1,199 @@
+"""What can go wrong on the way to another program; the programs themselves are asked in
+tests/parity.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer.cli import run
+from flaxtransfer.paths import flatten
+from flaxtransfer.weights import Pretrained, load
+from flaxtransfer.weights.exports import exporting
+from flaxtransfer.weights.naming import timm, torchgeo
+
+PREPROCESSING = ft.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size=32, resize=37)
+TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
+
+
+def checkpoint_of(config=TINY, **fields):
+    variables = jax.tree.map(np.asarray, ft.resnet(config).init(jax.random.key(0)))
+    bands = config.bands
+    preprocessing = dataclasses.replace(PREPROCESSING, mean=(0.5,) * bands, std=(0.25,) * bands)
+    return Pretrained(variables, config, preprocessing, class_names=("no", "yes"), **fields)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return checkpoint_of()
+
+
+def entries(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+def test_a_folder_is_read_again_as_what_it_was(tiny, tmp_path, layout):
+    written = exporting.export(tiny, tmp_path / "net", to=layout)
+    assert written.difference <= 1e-6
+    again = load(tmp_path / "net")
+    assert (again.config, again.preprocessing) == (tiny.config, tiny.preprocessing)
+    assert again.class_names == tiny.class_names
+    own, back = flatten(tiny.variables), flatten(again.variables)
+    assert all(np.asarray(own[path]).tobytes() == back[path].tobytes() for path in own)
+    # An earlier export is replaced, and nothing lies about.
+    exporting.export(tiny, tmp_path / "net", to=layout)
+    assert entries(tmp_path) == ["net"]
+
+
+def test_stablehlo_and_its_words(tiny, tmp_path):
+    written = exporting.export(tiny, tmp_path / "net.stablehlo")
+    assert written.difference <= 1e-5
+    assert entries(tmp_path) == ["net.stablehlo", "net.stablehlo.json"]
+    words = json.loads((tmp_path / "net.stablehlo.json").read_text())
+    assert words["class_names"] == ["no", "yes"]
+    assert words["preprocessing"] == tiny.preprocessing.to_json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "text"),
+    [
+        ({"attention": "se"}, "huggingface", "transformers' ResNet does not support attention se"),
+        ({"attention": "se"}, "torchvision", "torchvision has no seresnet10w4; use --to timm"),
+        ({"width": 64}, "torchvision", "torchvision has no resnet10"),
+        (
+            {"block": "bottleneck", "stride_in": "1x1"},
+            "timm",
+            "timm has no network with the stride in",
+        ),
+        ({"width": 96}, "timm", "stem has 64 channels, but that of resnet10w96 has 96"),
+        ({"preactivation": True, "stem_bias": True}, "timm", "network with a bias in the stem"),
+        ({"adapter": ft.models.Adapter(2, "curves")}, "timm", "ONNX and StableHLO support curves"),
+        ({"norm": "group", "width": 32, "epsilon": 1e-3}, "timm", "epsilon must be 1e-05"),
+    ],
+)
+def test_what_another_program_has_not_is_refused_and_leaves_nothing(
+    tmp_path, changes, layout, text
+):
+    target = tmp_path / ("net.safetensors" if layout == "torchvision" else "net")
+    with pytest.raises(ValueError, match=text):
+        exporting.export(checkpoint_of(dataclasses.replace(TINY, **changes)), target, to=layout)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "text"),
+    [
+        ("net", None, "must end in .safetensors, .onnx, .stablehlo"),
+        ("net.onx", "onix", "unknown layout 'onix'; did you mean 'onnx'"),
+        ("nowhere/net.onnx", None, "the folder .*nowhere for net.onnx does not exist"),
+        ("taken", "timm", r"holds other files \(mine.txt\); nothing was written"),
+        ("file", "timm", "target must be a folder, got the file"),
+        ("taken", "stablehlo", "target must be a file, got the folder"),
+    ],
+)
+def test_targets_that_cannot_be_written(tiny, tmp_path, name, to, text):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((ValueError, FileNotFoundError), match=text):
+        exporting.export(tiny, tmp_path / name, to=to)
+    assert entries(tmp_path) == ["file", "taken"]
+    assert (tmp_path / "taken" / "mine.txt").read_text() == "mine"
+
+
+def test_what_computes_something_else_does_not_appear(tiny, tmp_path, monkeypatch):
+    def other(data, images):
+        del data
+        return np.ones((len(images), 2), np.float32)
+
+    monkeypatch.setattr(exporting.stablehlo, "logits", other)
+    monkeypatch.setattr(exporting.stablehlo, "artifact", lambda checkpoint: b"other")
+    with pytest.raises(ValueError, match="logits of the export must be within 1e-05"):
+        exporting.export(tiny, tmp_path / "net.stablehlo")
+    assert entries(tmp_path) == []
+
+
+def test_a_disk_that_fills_leaves_the_earlier_export(tiny, tmp_path, monkeypatch):
+    exporting.export(tiny, tmp_path / "net", to="timm")
+    before = (tmp_path / "net" / "model.safetensors").read_bytes()
+
+    def full(path, data):
+        path.write_bytes(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "write_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        exporting.export(checkpoint_of(), tmp_path / "net", to="timm")
+    assert entries(tmp_path) == ["net"]
+    assert (tmp_path / "net" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_renamed_gives_the_earlier_one_back(tiny, tmp_path, monkeypatch):
+    exporting.export(tiny, tmp_path / "net", to="timm")
+
+    def fail(self, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        exporting.export(tiny, tmp_path / "net", to="timm")
+    assert entries(tmp_path) == ["net"]
+    assert entries(tmp_path / "net") == ["config.json", "model.safetensors"]
+
+
+def test_half_precision_is_measured(tiny, tmp_path):
+    written = exporting.export(tiny, tmp_path / "net.safetensors", dtype=np.float16)
+    assert 1e-6 < written.difference < 1e-2
+
+
+def test_another_epsilon_becomes_variance(tmp_path):
+    odd = checkpoint_of(dataclasses.replace(TINY, epsilon=1e-3))
+    written = exporting.export(odd, tmp_path / "net", to="huggingface")
+    assert written.difference <= 1e-5
+    again = load(tmp_path / "net")
+    assert again.config.epsilon == 1e-5
+    # 1, as in every fresh network, and what the epsilons differ by.
+    np.testing.assert_allclose(again.variables["batch_stats"]["bn1"]["var"], 1 + 1e-3 - 1e-5)
+
+
+def test_channels_that_only_seem_silent_stay():
+    arrays = {
+        "conv1.weight": np.zeros((64, 3, 7, 7), np.float32),
+        "bn1.weight": np.zeros(64, np.float32),
+        "bn1.bias": np.zeros(64, np.float32),
+        "layer1.0.conv1.weight": np.zeros((64, 64, 1, 1), np.float32),
+        "layer1.0.conv2.weight": np.zeros((64, 64, 3, 3), np.float32),
+    }
+    # As wide as its stages: these are the network's own.
+    assert timm.narrowed(arrays) == (arrays, [])
+    narrow = {
+        **arrays,
+        "layer1.0.conv2.weight": np.zeros((8, 8, 3, 3), np.float32),
+        "layer1.0.conv1.weight": np.zeros((8, 64, 3, 3), np.float32),
+    }
+    assert timm.narrowed(narrow)[0]["conv1.weight"].shape == (8, 3, 7, 7)
+    heard = {**narrow, "bn1.bias": np.eye(64, dtype=np.float32)[63]}
+    assert timm.narrowed(heard)[0]["conv1.weight"].shape == (64, 3, 7, 7)
+
+
+def test_convert_says_what_it_wrote(tmp_path, capsys):
+    assert run(["convert", "builtin", str(tmp_path / "net"), "--to", "huggingface"]) == 0
+    shown = capsys.readouterr().out
+    assert "(huggingface): read again, logits within" in shown
+    assert run(["convert", "builtin", str(tmp_path / "net.bin")]) == 2
+    assert "target must end in" in capsys.readouterr().err
+
+
+def test_bands_that_another_program_has_no_place_for_are_said(tmp_path):
+    plain = checkpoint_of(dataclasses.replace(TINY, in_channels=2))
+    radar = dataclasses.replace(plain, preprocessing=torchgeo.SENSORS["sentinel1_all"])
+    written = exporting.export(radar, tmp_path / "net", to="timm")
+    assert written.notes[-1].startswith(
+        "timm cannot store the description of the bands: bands ['VV', 'VH']; black [-50.0, -50.0]"
+    )
