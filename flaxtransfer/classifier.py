@@ -204,11 +204,11 @@ def transfer(
     """
     if head not in get_args(Head):
         raise ValueError(
-            f"head must be one of {', '.join(get_args(Head))}, not {head!r}"
+            f"head must be one of {', '.join(get_args(Head))}, got {head!r}"
             f"{suggest(str(head), get_args(Head))}"
         )
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
-        raise ValueError(f"classes must be a positive integer, not {classes!r}")
+        raise ValueError(f"classes must be a positive integer, got {classes!r}")
     old = checkpoint.config.classes
     if head == "keep" and classes != old:
         raise ValueError(

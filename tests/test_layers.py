@@ -158,3 +158,17 @@ def test_a_library_is_driven_from_one_room(library, rooms):
     found = {room_of(name) for name in MODULES if library in heavy_imports(name)}
     assert found <= set(rooms)
     assert found, f"nothing imports {library}; take it off this table"
+
+
+def test_a_small_file_is_shared_or_a_chapter_of_its_own():
+    """Formats, commands and entry points may be small; anything else joins its only importer."""
+    importers = {name: {o for o in ARROWS if name in ARROWS[o]} for name in MODULES}
+    small = [
+        name
+        for name, path in MODULES.items()
+        if path.name != "__init__.py"
+        and len(path.read_text().splitlines()) < 80
+        and len(importers[name]) <= 1
+        and room_of(name) not in ("commands", "weights", "__main__")
+    ]
+    assert small == []

@@ -155,10 +155,10 @@ def test_the_report_as_text(checkpoint):
     ("arguments", "text"),
     [
         ({"classes": 4, "head": "keep"}, "keeps the 5 classes of .* and classes=4 was asked"),
-        ({"classes": 4, "head": "kept"}, "new, keep, resize, not 'kept'; did you mean 'keep'"),
-        ({"classes": 0}, "classes must be a positive integer, not 0"),
-        ({"classes": 2.0}, "classes must be a positive integer, not 2.0"),
-        ({"classes": True}, "classes must be a positive integer, not True"),
+        ({"classes": 4, "head": "kept"}, "new, keep, resize, got 'kept'; did you mean 'keep'"),
+        ({"classes": 0}, "classes must be a positive integer, got 0"),
+        ({"classes": 2.0}, "classes must be a positive integer, got 2.0"),
+        ({"classes": True}, "classes must be a positive integer, got True"),
     ],
 )
 def test_refusals(checkpoint, arguments, text):

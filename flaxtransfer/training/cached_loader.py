@@ -200,7 +200,7 @@ def _read_array(
         start, size = file.tell(), os.fstat(file.fileno()).st_size
         expected = math.prod(shape) * np.dtype(dtype).itemsize
         if size - start != expected:
-            raise ValueError(f"it has {size - start} bytes of numbers, and not {expected}")
+            raise ValueError(f"its numbers must take {expected} bytes, got {size - start}")
         checksum = 0
         while data := file.read(_CHUNK):
             checksum = zlib.crc32(data, checksum)

@@ -262,8 +262,8 @@ def check_sweep(phase: Phase, group: str | None, lowest: float, highest: float, 
             f"{suggest(group, tunable)}; there are {', '.join(tunable) or 'none'}"
         )
     if not 0 < lowest < highest < math.inf:
-        problems.append(f"rates rise from a lowest above 0, not from {lowest} to {highest}")
+        problems.append(f"rates must rise from a lowest above 0, got {lowest} to {highest}")
     if steps < 3:
-        problems.append(f"steps is {steps}, wanted 3 or more")
+        problems.append(f"steps must be 3 or more, got {steps}")
     if problems:
         raise ValueError("; ".join(problems))

@@ -98,11 +98,11 @@ class Phase:
         for name in ("steps", "epochs", "clip", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                problems.append(f"{name} must be positive, not {value}")
+                problems.append(f"{name} must be positive, got {value}")
         if self.ema is not None and not 0 <= self.ema < 1:
-            problems.append(f"ema must be in [0, 1), not {self.ema}")
+            problems.append(f"ema must be in [0, 1), got {self.ema}")
         if not isinstance(self.probe, bool):
-            problems.append(f"probe is true or false, not {self.probe!r}")
+            problems.append(f"probe must be true or false, got {self.probe!r}")
         if problems:
             raise ValueError(f"phase {self.name!r}: " + "; ".join(problems))
         if self.recalibrate is not None:
@@ -246,20 +246,20 @@ class Plan:
         object.__setattr__(self, "phases", tuple(self.phases))
         names = [phase.name for phase in self.phases]
         if not names:
-            raise ValueError("a plan needs at least one phase")
+            raise ValueError("phases must hold at least one phase, got none")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"phases need names of their own; repeated: {', '.join(repeated)}")
+            raise ValueError(f"names of phases must be unique, repeated: {', '.join(repeated)}")
         for phase in self.phases:
             if not phase.moves_anything():
                 frozen = ", ".join(n for n, group in phase.groups.items() if group is FROZEN)
                 raise ValueError(f"phase {phase.name!r} trains nothing: frozen are {frozen}")
         if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is a number of phases, 1 or more, not {self.patience}")
+            raise ValueError(f"patience must be 1 phase or more, got {self.patience}")
         if not 0 <= self.min_gain < 1:
-            raise ValueError(f"min_gain is a share of at least 0 and less than 1: {self.min_gain}")
+            raise ValueError(f"min_gain must be in [0, 1), got {self.min_gain}")
         if not 0 <= self.min_z < math.inf:
-            raise ValueError(f"min_z is a number of standard errors, 0 or more, not {self.min_z}")
+            raise ValueError(f"min_z must be 0 standard errors or more, got {self.min_z}")
 
     def __str__(self) -> str:
         return plan_text(self)

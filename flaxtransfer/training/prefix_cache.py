@@ -173,13 +173,13 @@ class Cache:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is one of {', '.join(get_args(words))}, not {value!r}"
+            f"{name} must be one of {', '.join(get_args(words))}, got {value!r}"
             for name, words, value in (("where", Where, self.where), ("dtype", Storage, self.dtype))
             if value not in get_args(words)
         ]
-        problems += [f"views is 1 or more, not {self.views}"] if self.views < 1 else []
+        problems += [f"views must be 1 or more, got {self.views}"] if self.views < 1 else []
         problems += [
-            f"{name} is a number of bytes, 0 or more, not {value}"
+            f"{name} must be 0 bytes or more, got {value}"
             for name, value in (("memory", self.memory), ("disk", self.disk))
             if value < 0
         ]

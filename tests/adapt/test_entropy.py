@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from flaxtransfer.adapt.entropy import _adapt_batches, _TentFunctions, tent
 from flaxtransfer.classifier import Classifier
@@ -58,12 +59,16 @@ def test_an_episode_leaves_nothing_behind(trained):
 @pytest.mark.slow
 def test_a_collapse_is_seen_and_set_back(trained):
     images = faint(draw(EVEN, 240, 5)[0])
-    _, report = minimized(trained, images, learning_rate=1.0, steps=5)
-    assert report.collapses > 0
+    # At which rate predictions collapse depends on the last digits of a processor's sums.
+    report = next(
+        report
+        for rate in (1.0, 2.0, 3.0, 4.0, 5.0)
+        if (report := minimized(trained, images, learning_rate=rate, steps=5)[1]).collapses
+    )
     assert report.collapses == sum("collapsed from" in note for note in report.notes)
     assert min(report.effective_classes) < 1.5
     # What is returned for those images is what was before.
-    shares = np.exp(report.logits) / np.exp(report.logits).sum(1, keepdims=True)
+    shares = softmax(report.logits, axis=1)
     assert shares.mean(0).min() > 0.1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -28,6 +29,41 @@ def test_train_ends_with_the_test_accuracy_and_leaves_everything(finished, capsy
         "summary.json",
     }
     assert all(audit["moved"] == [] for audit in json.loads((finished / "audit.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def script(folder, weights, tmp_path_factory):
+    """What an experiment script does, without the command line."""
+    source = ft.open_source(f"folder:{folder}")
+    splits = ft.stratified_split(source.labels(), val_fraction=0.25, test_fraction=0.25, seed=3)
+    network = ft.transfer(ft.load(weights), classes=2)
+    data = ft.loaders(source, splits, network.preprocessing, batch_size=4)
+    plan = ft.recipes.feature_extraction(network.params, steps=2)
+    target = tmp_path_factory.mktemp("script") / "run"
+    return target, splits, ft.fit(network, plan, data, target), source
+
+
+def test_a_run_of_a_script_is_evaluated_on_its_own_test_images(script, folder, capsys):
+    target, splits, fitted, source = script
+    assert run(["evaluate", str(target)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    images = ft.eval_batches(source, splits.test, fitted.network.preprocessing)
+    assert found["accuracy"] == ft.evaluate(fitted.network, images).accuracy
+    assert (found["data"], found["examples"]) == (f"folder:{folder}", len(splits.test))
+
+
+def test_images_that_a_run_tested_on_are_asked_for_by_name(script, folder, tmp_path, capsys):
+    target, splits, _, source = script
+    moved = tmp_path / "moved"
+    shutil.copytree(target, moved)
+    record = json.loads((moved / "split.json").read_text())
+    assert record["test"] == [source.files[i] for i in splits.test]
+    record["test"][0] = "bright/gone.png"
+    (moved / "split.json").write_text(json.dumps(record))
+    assert run(["evaluate", str(moved)]) == 2
+    said = capsys.readouterr().err
+    assert "1 images of the run are missing" in said
+    assert "bright/gone.png" in said
 
 
 def test_evaluate_repeats_what_training_reported(finished, capsys):

@@ -225,10 +225,10 @@ class TestChoice:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"where": "ram"}, "where is one of auto, memory, disk, off, not 'ram'"),
-        ({"dtype": "int8"}, "dtype is one of auto, float32, float16, not 'int8'"),
-        ({"views": 0}, "views is 1 or more, not 0"),
-        ({"memory": -1}, "memory is a number of bytes, 0 or more, not -1"),
+        ({"where": "ram"}, "where must be one of auto, memory, disk, off, got 'ram'"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, float16, got 'int8'"),
+        ({"views": 0}, "views must be 1 or more, got 0"),
+        ({"memory": -1}, "memory must be 0 bytes or more, got -1"),
     ],
 )
 def test_settings_out_of_range(arguments, text):

@@ -113,8 +113,8 @@ def test_it_finds_the_order_of_magnitude_and_ends_when_the_loss_diverges():
             {"group": "nw"},
             "phase 'fine-tune' has no group 'nw' with a learning rate; did you mean 'new'",
         ),
-        ({"lowest": 0.0}, "rates rise from a lowest above 0"),
-        ({"steps": 2}, "steps is 2, wanted 3 or more"),
+        ({"lowest": 0.0}, "rates must rise from a lowest above 0"),
+        ({"steps": 2}, "steps must be 3 or more, got 2"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, text):

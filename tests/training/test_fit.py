@@ -373,9 +373,9 @@ def test_a_signal_ends_with_a_checkpoint_and_resume_goes_on(tmp_path, number):
     [
         ({"steps": None}, "give steps or epochs"),
         ({"steps": 3, "epochs": 1.0}, "give steps or epochs"),
-        ({"steps": -1}, "steps must be positive, not -1"),
-        ({"ema": 1.0}, r"ema must be in \[0, 1\), not 1.0"),
-        ({"clip": 0.0}, "clip must be positive, not 0.0"),
+        ({"steps": -1}, "steps must be positive, got -1"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"clip": 0.0}, "clip must be positive, got 0.0"),
     ],
 )
 def test_a_phase_refuses_what_makes_no_sense(changes, text):

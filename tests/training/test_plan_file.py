@@ -108,7 +108,7 @@ def test_a_plan_written_by_hand():
             "peak: -1",
             r"learning_rate: invalid WarmupCosine: peak must be >= 0, got -1",
         ),
-        ("steps: 5", "steps: 0", r"phase 'head': steps must be positive, not 0"),
+        ("steps: 5", "steps: 0", r"phase 'head': steps must be positive, got 0"),
         ("steps: 5", "step: 5", r"phase 1 has no setting 'step'; did you mean 'steps'"),
         ("old: frozen", "old: molten", r"group 'old' must be a mapping.*or 'frozen'"),
         ("frozen", "{optimizer: sgd}", r"group 'old' needs learning_rate"),

@@ -173,9 +173,9 @@ def test_an_unresolved_phase_says_so():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: ft.Plan([head_phase()], patience=0), "patience is a number of phases"),
-        (lambda: ft.Plan([head_phase()], min_gain=-0.1), "min_gain is a share"),
-        (lambda: ft.Plan([head_phase()], min_z=-1.0), "min_z is a number of standard errors"),
+        (lambda: ft.Plan([head_phase()], patience=0), "patience must be 1 phase or more"),
+        (lambda: ft.Plan([head_phase()], min_gain=-0.1), "min_gain must be in"),
+        (lambda: ft.Plan([head_phase()], min_z=-1.0), "min_z must be 0 standard errors or more"),
         (
             lambda: ft.WarmupCosine(-1.0, warmup=1.0),
             "peak must be >= 0, got -1.0; warmup must be .* got 1.0",

@@ -100,5 +100,5 @@ def test_it_needs_a_pass_over_the_images(tmp_path):
 
 
 def test_what_is_no_answer():
-    with pytest.raises(ValueError, match="probe is true or false, not 'logistic'"):
+    with pytest.raises(ValueError, match="probe must be true or false, got 'logistic'"):
         ft.Phase({"a": ft.everything()}, {"a": optax.sgd(1)}, 1, probe="logistic")
