@@ -17,6 +17,7 @@ from flaxtransfer.cli import run
 from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.models.band_init import by_wavelength, least_squares
 from flaxtransfer.paths import flatten
+from tests.support.terminal import train
 
 TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
 PREPROCESSING = ft.Preprocessing((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), 16, 16)
@@ -37,7 +38,7 @@ def images(bands: int, count: int = 12) -> ft.ArraySource:
 
 
 def logits(model: ft.Model, variables: ft.models.Variables, pixels: np.ndarray) -> np.ndarray:
-    return np.asarray(model.apply(variables, jnp.asarray(pixels, jnp.float32))[0])
+    return np.asarray(jax.jit(model.apply)(variables, jnp.asarray(pixels, jnp.float32))[0])
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 13])
@@ -203,26 +204,9 @@ def test_four_bands_from_a_folder_in_the_terminal(tmp_path, capsys):
             pixels = images(4).images[label]
             Image.fromarray(pixels, "RGBA").save(tmp_path / f"images/{name}/{number}.png")
     ft.save(tmp_path / "tiny.safetensors", checkpoint())
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{tmp_path / 'images'}",
-        "--weights",
-        str(tmp_path / "tiny.safetensors"),
-        "--bands",
-        "4",
-        "--strategy",
-        "feature_extraction",
-        "--steps",
-        "2",
-        "--batch-size",
-        "4",
-        "--compare",
-        "no",
-        "--run",
-        str(tmp_path / "run"),
-    ]
-    assert run(arguments) == 0
+    few = ("--bands", 4, "--strategy", "feature_extraction", "--steps", 2, "--batch-size", 4)
+    files = (tmp_path / "images", tmp_path / "tiny.safetensors", tmp_path / "run")
+    assert run(train(*files, *few)) == 0
     assert "4 bands by a linear adapter" in capsys.readouterr().out
     assert run(["evaluate", str(tmp_path / "run")]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] > 0

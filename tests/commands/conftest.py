@@ -11,7 +11,7 @@ from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
-from tests.support.terminal import SIZE
+from tests.support.terminal import SIZE, train
 
 
 @pytest.fixture(scope="session")
@@ -43,24 +43,8 @@ def weights(tmp_path_factory) -> Path:
 def finished(folder, weights, tmp_path_factory) -> Path:
     """A finished run on the folder."""
     target = tmp_path_factory.mktemp("runs") / "run"
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(target),
-        "--labels-per-class",
-        "4",
-        "--batch-size",
-        "8",
-        "--head-steps",
-        "20",
-        "--fine-tune-steps",
-        "4",
-        "--compare",
-        "no",
-    ]
-    assert run(arguments) == 0
+    size = ("--labels-per-class", 4, "--batch-size", 8)
+    assert (
+        run(train(folder, weights, target, *size, "--head-steps", 20, "--fine-tune-steps", 4)) == 0
+    )
     return target

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flaxtransfer.cli import run
-from tests.support.terminal import SIZE, only_line
+from tests.support.terminal import SIZE, only_line, train
 
 ERRORS = [
     (["train", "--data", "digit"], "unknown data source 'digit'; did you mean 'digits'?"),
@@ -50,7 +50,6 @@ ERRORS = [
     (["find-rate", "--lowest", "1"], "--lowest must be < --highest, got 1.0 and 1.0"),
     (["find-rate", "--lowest", "0", "--steps", "2"], "--lowest must be > 0, got 0.0; --steps must"),
     (["find-rate", "--lowest", "nan"], "--lowest must be > 0, got nan"),
-    (["find-rate", "--strategy", "l2_sp", "--group", "backbone"], "train the head first"),
     (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
 ]
 
@@ -63,6 +62,12 @@ def test_errors_are_one_line_with_exit_code_2(arguments, text, capsys, tmp_path,
     assert list(tmp_path.iterdir()) == []  # nothing half-made
 
 
+def test_a_group_under_a_new_head_has_no_rate_to_find(folder, weights, capsys):
+    data = ["--data", f"folder:{folder}", "--weights", str(weights)]
+    assert run(["find-rate", *data, "--strategy", "l2_sp", "--group", "backbone"]) == 2
+    assert "train the head first" in only_line(capsys)
+
+
 def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
     images = tmp_path / "images"
     for name in ("a", "b"):
@@ -71,42 +76,18 @@ def test_errors_in_a_folder_of_images_are_named(weights, tmp_path, capsys):
             Image.new("RGB", (SIZE, SIZE)).save(images / name / f"{number}.png")
     for number in range(1, 5):  # more than are held back for testing, so that training meets one
         (images / f"a/{number}.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    train = [
-        "train",
-        "--data",
-        f"folder:{images}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(tmp_path / "run"),
-        "--labels-per-class",
-        "2",
-        "--head-steps",
-        "2",
-        "--fine-tune-steps",
-        "0",
-        "--compare",
-        "no",
-    ]
-    assert run(train) == 2
+    few = ("--labels-per-class", 2, "--strategy", "feature_extraction", "--steps", 2)
+    arguments = train(images, weights, tmp_path / "run", *few)
+    assert run(arguments) == 2
     assert ".png: not a readable PNG image" in only_line(capsys)
     # The run folder of the failed attempt holds no checkpoint, and may be used again.
-    assert run([*train, "--skip-corrupt"]) == 0
+    assert run([*arguments, "--skip-corrupt"]) == 0
     assert "4 unreadable images" in capsys.readouterr().out
 
 
 def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(tmp_path / "file/run"),
-    ]
-    assert run(arguments) == 2
+    assert run(train(folder, weights, tmp_path / "file/run")) == 2
     assert "file" in only_line(capsys)
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -114,26 +95,10 @@ def test_a_run_folder_that_cannot_be_made_is_said(folder, weights, tmp_path, cap
 def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
     folder, weights, tmp_path, capsys
 ):
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(tmp_path / "run"),
-        "--labels-per-class",
-        "4",
-        "--head-steps",
-        "4",
-        "--fine-tune-steps",
-        "20",
-        "--learning-rate",
-        "1e30",
-        "--weight-decay",
-        "0",
-    ]
-    assert run(arguments) == 2
+    steps = ("--head-steps", 4, "--fine-tune-steps", 20)
+    rate = ("--learning-rate", 1e30, "--weight-decay", 0)
+    run_folder = tmp_path / "run"
+    assert run(train(folder, weights, run_folder, "--labels-per-class", 4, *steps, *rate)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"(nan|inf) at step \d+ \(fine-tune\)", line), line
     assert "the checkpoint of step" in line
@@ -147,26 +112,8 @@ def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights,
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main()"
     )
     target = tmp_path / "run"
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(target),
-        "--labels-per-class",
-        "4",
-        "--batch-size",
-        "8",
-        "--head-steps",
-        "2",
-        "--fine-tune-steps",
-        "2",
-        "--compare",
-        "no",
-        "--resume",
-    ]
+    few = ("--labels-per-class", 4, "--batch-size", 8, "--strategy", "full_fine_tuning")
+    arguments = train(folder, weights, target, *few, "--steps", 2, "--resume")
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
     )
@@ -180,37 +127,14 @@ def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights,
 
 
 def test_head_keep_with_another_class_count_says_so(folder, weights, tmp_path, capsys):
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(tmp_path / "run"),
-        "--head",
-        "keep",
-    ]
-    assert run(arguments) == 2
+    assert run(train(folder, weights, tmp_path / "run", "--head", "keep")) == 2
     line = only_line(capsys)
     assert "5" in line
     assert "2" in line
 
 
 def test_a_folder_of_another_run_is_refused(finished, folder, weights, capsys):
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(finished),
-        "--seed",
-        "3",
-        "--resume",
-    ]
-    assert run(arguments) == 2
+    assert run(train(folder, weights, finished, "--seed", 3, "--resume")) == 2
     assert "seed is 0 there and 3 here" in only_line(capsys)
 
 

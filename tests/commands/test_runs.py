@@ -12,6 +12,7 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
+from tests.support.terminal import train
 
 
 def test_train_ends_with_the_test_accuracy_and_leaves_everything(finished, capsys):
@@ -112,24 +113,8 @@ def test_convert_round_trips(weights, tmp_path):
 def test_train_says_what_frozen_features_reach_and_what_it_caches(
     folder, weights, tmp_path, capsys
 ):
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--compare",
-        "no",
-        "--strategy",
-        "feature_extraction",
-        "--steps",
-        "9",
-        "--batch-size",
-        "8",
-        "--cache-views",
-        "1",
-    ]
-    assert run([*arguments, "--run", str(tmp_path / "run")]) == 0
+    few = ("--strategy", "feature_extraction", "--steps", 9, "--batch-size", 8, "--cache-views", 1)
+    assert run(train(folder, weights, tmp_path / "run", *few)) == 0
     shown = capsys.readouterr()
     assert "heads on the frozen features of" in shown.out
     assert "each held out once: ridge" in shown.out
@@ -138,7 +123,7 @@ def test_train_says_what_frozen_features_reach_and_what_it_caches(
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert 0 <= summary["baseline"]["ridge"] <= 1
     shared = tmp_path / "shared"
-    again = [*arguments, "--cache", "disk", "--cache-dir", str(shared), "--run"]
+    on_disk = ("--cache", "disk", "--cache-dir", shared)
     for name, state in (("a", "made in"), ("b", "found in")):
-        assert run([*again, str(tmp_path / name)]) == 0
+        assert run(train(folder, weights, tmp_path / name, *few, *on_disk)) == 0
         assert state in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flaxtransfer.cli import run
-from tests.support.terminal import only_line
+from tests.support.terminal import only_line, train
 
 
 def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys):
@@ -21,26 +21,9 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
     assert "Ends after a phase without better validation" in capsys.readouterr().out
     path.write_text(path.read_text().replace("steps: 100", "steps: 4"))
     target = tmp_path / "run"
-    train = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--run",
-        str(target),
-        "--labels-per-class",
-        "4",
-        "--val-per-class",
-        "2",
-        "--batch-size",
-        "4",
-        "--compare",
-        "no",
-        "--strategy",
-        str(path),
-    ]
-    assert run(train) == 0
+    size = ("--labels-per-class", 4, "--val-per-class", 2, "--batch-size", 4)
+    arguments = train(folder, weights, target, *size, "--strategy", path)
+    assert run(arguments) == 0
     output = " ".join(capsys.readouterr().out.split())
     kept = np.load(target / "validation.npz")
     result = json.loads((target / "result.json").read_text())["validation"]
@@ -52,10 +35,10 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
     for decision in decisions[1:]:
         verdict = "kept" if decision["kept"] else "undone"
         assert f"phase '{decision['phase']}' is {verdict}" in output
-    assert run([*train, "--learning-rate", "1"]) == 2
+    assert run([*arguments, "--learning-rate", "1"]) == 2
     assert "edit the file instead" in only_line(capsys)
     path.write_text(path.read_text().replace("steps: 4", "steps: 5"))
-    assert run([*train, "--resume"]) == 2
+    assert run([*arguments, "--resume"]) == 2
     assert "belongs to another run: plan is" in only_line(capsys)
 
 
@@ -69,24 +52,8 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
 def test_strategies_that_measure_say_what_they_found(
     folder, weights, tmp_path, capsys, strategy, column
 ):
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{folder}",
-        "--weights",
-        str(weights),
-        "--compare",
-        "no",
-        "--strategy",
-        strategy,
-        "--steps",
-        "2",
-        "--batch-size",
-        "8",
-        "--run",
-        str(tmp_path / "run"),
-    ]
-    assert run(arguments) == 0
+    few = ("--strategy", strategy, "--steps", 2, "--batch-size", 8)
+    assert run(train(folder, weights, tmp_path / "run", *few)) == 0
     shown = capsys.readouterr().out
     assert "measured with logistic regression on" in shown
     assert column in shown

@@ -194,7 +194,7 @@ def test_one_device_equals_eight():
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         # The thread pool must outnumber the devices, or they wait for each other forever.
         "NPROC": "16",
         "PYTHONPATH": str(root),

@@ -9,6 +9,7 @@ from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
+from tests.support.terminal import train
 
 SIZE = 16
 
@@ -39,26 +40,8 @@ def weights(tmp_path_factory):
 def test_a_rare_class_is_measured_too(rare, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flaxtransfer.commands.job.MOST_IMAGES", 2)
     monkeypatch.setattr("flaxtransfer.commands.train.MOST_IMAGES_FOR_BASELINE", 3)
-    arguments = [
-        "train",
-        "--data",
-        f"folder:{rare}",
-        "--weights",
-        str(weights),
-        "--compare",
-        "no",
-        "--strategy",
-        "gradient_scaled",
-        "--steps",
-        "1",
-        "--batch-size",
-        "8",
-        "--test-fraction",
-        "0.4",
-        "--run",
-        str(tmp_path / "run"),
-    ]
-    code = run(arguments)
+    few = ("--strategy", "gradient_scaled", "--steps", 1, "--batch-size", 8, "--test-fraction", 0.4)
+    code = run(train(rare, weights, tmp_path / "run", *few))
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert "measured with logistic regression on 2 examples" in shown.out

@@ -1,6 +1,6 @@
 """Runs a small training run in a process of its own, to be killed.
 
-    run_small.py <folder> [two_phases | progressive] [<moment>:<which>]
+    run_small.py <folder> [two_phases | short | progressive] [<moment>:<which>]
 
 A moment is a function of the loop; the process kills itself, as ``kill -9`` would, when that
 function has returned for the time ``which``, counted from 1 in this process.
@@ -22,6 +22,7 @@ from tests.support.small import batch, feed, network, progressive, two_phases
 
 PLANS = {
     "two_phases": lambda params: two_phases(params, steps=60, ema=0.9),
+    "short": lambda params: two_phases(params, steps=18, ema=0.9),
     "progressive": progressive,
 }
 
@@ -48,7 +49,7 @@ def die_after(moment: str, which: int) -> None:
 
 
 def main(folder: Path, plan: str = "two_phases", death: str = "") -> None:
-    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
+    # So that a process that was started again comes as far as a kill can be of interest.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model, variables = network()
     if death:

@@ -232,9 +232,17 @@ def test_clipping_uses_the_norm_of_trainable_gradients_alone():
         np.testing.assert_allclose(state.params["fc"][name], expected[name], rtol=1e-5, atol=1e-9)
 
 
-def test_head_only_step_costs_at_most_036_of_a_full_one():
-    """Compiled cost analysis of ResNet-50, with clipping and gradient-norm logging on."""
-    model = ft.resnet("resnet50", classes=10)
+@pytest.mark.parametrize(
+    "network",
+    [
+        ft.models.ResNetConfig("bottleneck", (1, 1, 1, 1), classes=10),
+        pytest.param("resnet50", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_head_only_step_costs_at_most_036_of_a_full_one(network):
+    """Compiled cost analysis, with clipping and gradient-norm logging on."""
+    model = ft.resnet(network, classes=10)
     variables = model.abstract()
 
     def flops(rules, groups):

@@ -40,12 +40,14 @@ def final_digests(folder: Path) -> dict[str, str]:
     return {path: digest(leaf) for path, leaf in flatten(variables).items()}
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int, plan: str = "two_phases") -> None:
+def kill_and_resume(
+    folder: Path, kills: int, seed: int, plan: str = "two_phases", latest: float = 4.0
+) -> None:
     """Kills the run ``kills`` times at random moments, then lets it finish."""
     moments = random.Random(seed)
     for _ in range(kills):
         process = launch(folder, plan)
-        time.sleep(moments.uniform(0.3, 4.0))
+        time.sleep(moments.uniform(0.3, latest))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     let_finish(folder, plan)
@@ -58,9 +60,9 @@ def let_finish(folder: Path, plan: str) -> None:
     assert output == "finished\n"
 
 
-def check_kills(tmp_path: Path, kills: int, plan: str = "two_phases") -> None:
+def check_kills(tmp_path: Path, kills: int, plan: str = "two_phases", latest: float = 4.0) -> None:
     kill_and_resume(tmp_path / "straight", 0, 0, plan)
-    kill_and_resume(tmp_path / "killed", kills, 7, plan)
+    kill_and_resume(tmp_path / "killed", kills, 7, plan, latest)
     assert_same_runs(tmp_path / "killed", tmp_path / "straight")
 
 
@@ -73,7 +75,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 
 def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
-    check_kills(tmp_path, 2)
+    check_kills(tmp_path, 2, "short", latest=2.0)
 
 
 @pytest.mark.slow

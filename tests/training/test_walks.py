@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-import jax
 import numpy as np
 
 import flaxtransfer as ft
 from flaxtransfer.paths import flatten
+from tests.support.small import PREPROCESSING, SIZE, network
 
 
 def test_a_small_fit_of_two_phases_walks_the_paths_at_most_thirty_times(tmp_path, monkeypatch):
@@ -18,13 +18,11 @@ def test_a_small_fit_of_two_phases_walks_the_paths_at_most_thirty_times(tmp_path
     start and end, and makes an optimizer. Before labels were bound to groups it was 166.
     """
     random = np.random.default_rng(0)
-    source = ft.ArraySource(random.integers(0, 255, (40, 32, 32, 3), np.uint8), np.arange(40) % 4)
-    preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
-    model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=3, classes=4))
-    variables = model.init(jax.random.key(0))
-    network = ft.Classifier(model, variables, preprocessing)
+    images = random.integers(0, 255, (40, SIZE, SIZE, 3), np.uint8)
+    source = ft.ArraySource(images, np.arange(40) % 3)
+    model, variables = network()
     splits = ft.data.Splits.of(range(32), range(32, 40))
-    data = ft.loaders(source, splits, preprocessing, batch_size=8)
+    data = ft.loaders(source, splits, PREPROCESSING, batch_size=8)
     plan = ft.recipes.head_then_fine_tune(variables["params"], head_steps=4, fine_tune_steps=4)
     assert callable(ft.fit)  # Imports what it needs.
 
@@ -37,6 +35,6 @@ def test_a_small_fit_of_two_phases_walks_the_paths_at_most_thirty_times(tmp_path
     for name, module in list(sys.modules.items()):
         if name.startswith("flaxtransfer.") and getattr(module, "flatten", None) is flatten:
             monkeypatch.setattr(module, "flatten", counted)
-    ft.fit(network, plan, data, tmp_path / "run")
+    ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, data, tmp_path / "run")
     assert calls, "nothing was counted"
     assert len(calls) <= 30, sorted(calls)
