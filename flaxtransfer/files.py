@@ -1,7 +1,8 @@
-"""Atomic writes and folder locks.
+"""Files that others may have made: checked reads, atomic writes, seals and folder locks.
 
-``atomic_write`` replaces a file or folder only when it is complete. ``folder_lock`` allows one
-writer per folder: without it, two processes with one run folder would mix their checkpoints and
+``check_regular`` and ``read_json`` refuse what a file of ours never is before it can hang or fill
+memory. ``atomic_write`` replaces a file or folder only when it is complete. ``folder_lock`` allows
+one writer per folder: without it, two processes with one run folder would mix their checkpoints and
 metrics. It uses the kernel's ``flock``, which ends with the process, so that a killed writer leaves
 no lock behind.
 """
@@ -10,18 +11,155 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["LOCK_NAME", "atomic_write", "folder_lock", "write_file"]
+__all__ = [
+    "LOCK_NAME",
+    "atomic_write",
+    "check_regular",
+    "folder_lock",
+    "json_bytes",
+    "parse_json",
+    "read_json",
+    "refuse_link",
+    "seal",
+    "seal_problems",
+    "sealed",
+    "sha256_of",
+    "write_file",
+    "write_json",
+]
 
 
 LOCK_NAME = ".lock"
+
+MOST_JSON_BYTES = 1 << 27
+"""The largest JSON file of ours, the split of a million images, has about 100 MB."""
+
+MOST_JSON_BRACKETS = 4_000_000
+"""An empty list of three bytes takes 64 in memory; with this many, JSON stays below 1 GB."""
+
+MOST_JSON_DEPTH = 64
+"""Files of ours are nested about ten deep; from about 1,000 on, Python cannot walk the value."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that is no regular file, before it is opened.
+
+    Opening a named pipe waits for a writer for ever, and a device may never end. Symbolic links are
+    followed: a link to a file is a file.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is a folder, named pipe, socket or device.
+
+    >>> check_regular(os.devnull)
+    Traceback (most recent call last):
+    ValueError: /dev/null must be a regular file, got a device
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise ValueError(f"{os.fspath(path)} must be a regular file, got {kind}")
+
+
+def refuse_link(path: str | os.PathLike[str]) -> None:
+    """Refuses a symbolic link where a file or folder of ours is written.
+
+    A run folder may come from a download or lie in a shared place; a link that somebody left there
+    would lead the writer out of it.
+
+    Raises:
+        ValueError: the path is a symbolic link; the text names its target.
+    """
+    if os.path.islink(path):
+        raise ValueError(
+            f"{os.fspath(path)} must not be a symbolic link, got one to {os.readlink(path)}: "
+            "writing would leave the folder; remove the link"
+        )
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file that somebody else may have made or damaged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: "<path> is damaged: ...": no regular file, no JSON, or larger or deeper nested
+            than a file of ours.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.json"
+    ...     _ = path.write_text('{"steps": 3}')
+    ...     read_json(path)
+    {'steps': 3}
+    """
+    check_regular(path)
+    size = os.stat(path).st_size
+    if size > MOST_JSON_BYTES:
+        raise ValueError(
+            f"{os.fspath(path)} is damaged: it must have at most {MOST_JSON_BYTES:,} bytes, got "
+            f"{size:,}"
+        )
+    return parse_json(Path(path).read_bytes(), os.fspath(path))
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """The value of JSON text: of a file, or of one line of it.
+
+    Args:
+        data: the text, in UTF-8.
+        name: of the file or the place in it, for errors.
+
+    Raises:
+        ValueError: "<name> is damaged: ..."; see ``read_json``.
+    """
+    try:
+        if data.count(b"[") + data.count(b"{") > MOST_JSON_BRACKETS:
+            raise ValueError(f"more than {MOST_JSON_BRACKETS:,} brackets")
+        value = json.loads(data.decode())
+        if _depth_exceeds(value, MOST_JSON_DEPTH):
+            raise RecursionError
+    except RecursionError:
+        reason = f"it must be nested at most {MOST_JSON_DEPTH} deep"
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 (byte {data[error.start]:#04x} at {error.start:,})"
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        reason = f"it is not JSON ({error.msg}, {place})" if data.strip() else "it is empty"
+    except ValueError as error:
+        # Python refuses numbers of more than 4,300 digits, and explains how to allow them.
+        reason = "it has a number of too many digits" if "digits" in str(error) else str(error)
+    else:
+        return value
+    raise ValueError(f"{name} is damaged: {reason}")
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [child for node in inner for child in node if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 @contextmanager
@@ -136,3 +274,94 @@ def _lock(descriptor: int, path: Path) -> None:
             "folder on another file system",
             str(path.parent),
         ) from error
+
+
+MANIFEST_FILE = "manifest.json"
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no regular file.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader, or a killed writer, sees the old file or the new one."""
+    with atomic_write(path) as temporary:
+        write_file(temporary, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What ``write_json`` writes."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def seal(folder: Path, names: Iterable[str]) -> None:
+    """Writes the manifest of a folder: the SHA-256 of each of these files that is there.
+
+    Readers compare with it (``seal_problems``), so that a file that was damaged or edited later is
+    named and not believed. It is no signature: who can write files can write the manifest too.
+    """
+    digests = {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
+    write_json(folder / MANIFEST_FILE, {"sha256": _digest_of(digests), "files": digests})
+
+
+def sealed(folder: Path) -> dict[str, str]:
+    """The digests in the manifest of a folder, by file name.
+
+    Raises:
+        FileNotFoundError: the folder has no manifest.
+        ValueError: the manifest itself is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("sha256") != _digest_of(files):
+        raise ValueError(f"{path} is damaged: its checksum does not match")
+    return files
+
+
+def seal_problems(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Files of a sealed folder that are not what they were, each with what is wrong.
+
+    Args:
+        folder: with a manifest.
+        names: which files to look at; by default all of the manifest.
+
+    Raises:
+        FileNotFoundError: the folder has no manifest.
+        ValueError: the manifest itself is damaged.
+
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     folder = Path(name)
+    ...     _ = (folder / "a.txt").write_text("one")
+    ...     seal(folder, ["a.txt"])
+    ...     before = seal_problems(folder)
+    ...     _ = (folder / "a.txt").write_text("two")
+    ...     before, seal_problems(folder)
+    ({}, {'a.txt': 'was changed since it was written'})
+    """
+    files = sealed(folder)
+    problems = {}
+    for name in files if names is None else names:
+        if name not in files:
+            problems[name] = "is not in the manifest"
+            continue
+        try:
+            if sha256_of(folder / name) != files[name]:
+                problems[name] = "was changed since it was written"
+        except FileNotFoundError:
+            problems[name] = "is missing"
+        except ValueError as error:
+            problems[name] = str(error)
+    return problems
+
+
+def _digest_of(digests: Any) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

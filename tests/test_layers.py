@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).parents[1] / "flaxtransfer"
 
 FLOORS = (
     ("lazy", "types", "models.layout"),
-    ("paths", "files", "schedules", "distributed", "shift"),
+    ("paths", "files", "schedules", "shift"),
     ("mask_algebra",),
     ("masks",),
     ("groups", "batchnorm", "optimizer_state"),
     ("labels", "optimizers", "overview"),
     ("param_groups",),
-    ("sharding", "task", "checkpoint"),
+    ("sharding", "task"),
+    ("checkpoint",),
     ("models",),
     ("averaging", "weights"),
     ("classifier",),

@@ -35,8 +35,8 @@ from flaxtransfer.checkpoint.step_files import (
     remove,
     remove_leftovers,
 )
-from flaxtransfer.distributed import any_process, on_primary
 from flaxtransfer.files import folder_lock
+from flaxtransfer.sharding import any_process, on_primary
 from flaxtransfer.types import PyTree
 
 FORMAT = 1
@@ -232,6 +232,11 @@ class CheckpointManager:
     def best(self) -> int | None:
         """The step with the highest metric (of equal ones the earliest), or None."""
         return next(iter(ranked(self._records())), None)
+
+    def meta(self) -> dict[str, Any] | None:
+        """The dictionary saved with the newest step whose record is intact; None without one."""
+        records = self._records()
+        return records[max(records)]["meta"] if records else None
 
     def restore(
         self,

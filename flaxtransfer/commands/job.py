@@ -18,15 +18,16 @@ from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import Splits, stratified_split, subsample
+from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
+from flaxtransfer.files import read_json
 from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import MEASURED, MOST_IMAGES, Measurement, measure
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.plan import Plan
-from flaxtransfer.training.run_folder import split_of, validation_of, weights_of
+from flaxtransfer.training.run_folder import SPLIT_FILE, split_of, validation_of, weights_of
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -50,12 +51,15 @@ class Job:
         return evaluate(network, batches)
 
 
-def prepare(options: JobOptions, settings: Mapping[str, Any] | None = None) -> Job:
+def prepare(
+    options: JobOptions, settings: Mapping[str, Any] | None = None, resumed: Path | None = None
+) -> Job:
     """Opens data and weights, and makes the network, the batches and the plan.
 
     Args:
         options: of the job.
         settings: arguments of the recipe by name; None is the recipe's own default.
+        resumed: the folder of a run that is resumed, whose split is kept.
 
     Raises:
         ValueError: options that do not fit the data, the weights or the strategy.
@@ -71,7 +75,7 @@ def prepare(options: JobOptions, settings: Mapping[str, Any] | None = None) -> J
         skip_corrupt=options.data.skip_corrupt,
         bands=checkpoint.config.bands if options.input.bands is None else options.input.bands,
     )
-    splits = split(source, options.data.name, options.split)
+    splits = _kept(source, resumed) or split(source, options.data.name, options.split)
     seed, batch = options.split.seed, options.batch
     preprocessing, start = _bands(options.input, checkpoint, source, splits)
     network = transfer(
@@ -104,6 +108,17 @@ def prepare(options: JobOptions, settings: Mapping[str, Any] | None = None) -> J
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
     return Job(source, splits, checkpoint, network, data, plan, evidence)
+
+
+def _kept(source: Source, folder: Path | None) -> Splits | None:
+    """The split of a run that is resumed; None for a new one, or where its record is damaged."""
+    if folder is None:
+        return None
+    try:
+        record = Split.from_json(read_json(folder / SPLIT_FILE))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # `fit` says so, and compares the data with those of the run.
+    return record.positions(source)
 
 
 def load_weights(options: WeightsOptions) -> Pretrained:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,15 +19,19 @@ from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.splits import Splits, subsample
 from flaxtransfer.features.class_means import baseline
 from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.files import MANIFEST_FILE, read_json, write_json
 from flaxtransfer.recipes.catalog import from_scratch
+from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.evaluation import Evaluation
-from flaxtransfer.training.loop import FitOptions, FitResult, fit
+from flaxtransfer.training.loop import FitOptions, FitResult, check_same_run, fit
 from flaxtransfer.training.plan import Plan, plan_table
 from flaxtransfer.training.prefix_cache import Cache
-from flaxtransfer.training.run_folder import read_metrics, write_json
+from flaxtransfer.training.run_folder import run_problems, seal_run
 
 SUMMARY_FILE = "summary.json"
 PICTURE_FILE = "training.png"
+SCRATCH = "from_scratch"
+"""The run folder of the comparison, within that of the run."""
 
 MOST_IMAGES_FOR_COMPARISON = 1000
 """Largest training set for which ``--compare auto`` also trains from scratch."""
@@ -41,18 +44,27 @@ def train(options: Train, console: Console) -> None:
     """Runs ``flaxtransfer train`` and prints its results; the run folder keeps everything."""
     name, seed = options.job.data.name, options.job.split.seed
     folder = options.run.run or Path("runs") / f"{_file_name(name)}-seed{seed}"
-    if options.run.resume and (folder / SUMMARY_FILE).exists():
-        check_finished(folder, options)
-        print_summary(json.loads((folder / SUMMARY_FILE).read_text()), folder, console)
-        return
     started = time.monotonic()
-    job = prepare(options.job, options.training.settings())
+    resumed = folder if options.run.resume else None
+    job = prepare(options.job, options.training.settings(), resumed)
+    if resumed and (folder / MANIFEST_FILE).exists() and (folder / SUMMARY_FILE).exists():
+        arguments = _arguments(options, job.network, job.plan, job.data, folder)
+        for note in check_same_run(**arguments):
+            console.print(note, highlight=False, markup=False)
+        scratch = folder / SCRATCH
+        problems = run_problems(folder)
+        problems += run_problems(scratch) if scratch.exists() else []
+        if not problems:
+            print_summary(read_json(folder / SUMMARY_FILE), folder, console)
+            return
+        for problem in problems:
+            console.print(f"{problem}; it is made again", highlight=False, markup=False)
     _print_job(job, name, console)
     baseline = _baseline(job, console)
     fitted = _fit(options, job.network, job.plan, job.data, folder)
     rows = [_row("pre-trained", job.test(fitted.network), fitted, started)]
     for line in (*fitted.notes, *map(str, fitted.audits)):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
     few = few and options.job.strategy.strategy != "from_scratch"
     if options.run.compare == "yes" or (options.run.compare == "auto" and few):
@@ -69,6 +81,7 @@ def train(options: Train, console: Console) -> None:
     }
     _draw(rows, job.network.task.ranking, folder)
     write_json(folder / SUMMARY_FILE, summary)
+    seal_run(folder, SUMMARY_FILE, PICTURE_FILE)
     print_summary(summary, folder, console)
 
 
@@ -76,28 +89,10 @@ def _draw(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
     """Draws the training curves of the run and of its comparison into the run folder."""
     from flaxtransfer.report.figures import plot_training
 
-    places = {"pre-trained": folder, "from scratch": folder / "from_scratch"}
+    places = {"pre-trained": folder, "from scratch": folder / SCRATCH}
     curves = {row["start"]: read_metrics(places[row["start"]]) for row in rows}
     tested = {row["start"]: row[metric] for row in rows}
     plot_training(folder / PICTURE_FILE, curves, tested, metric=metric)
-
-
-def check_finished(folder: Path, options: Train) -> None:
-    """Checks that the finished run in a folder had these options.
-
-    Raises:
-        ValueError: options that differ; all are listed.
-    """
-    summary = json.loads((folder / SUMMARY_FILE).read_text())
-    differences = [
-        f"{name} is {summary['options'].get(name)!r} there and {value!r} here"
-        for name, value in recorded(options).items()
-        if summary["options"].get(name) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{folder} belongs to another run: {'; '.join(differences)}; give a new folder"
-        )
 
 
 def print_summary(summary: dict[str, Any], folder: Path, console: Console) -> None:
@@ -136,28 +131,37 @@ def _train_from_scratch(
         weight_decay=1e-2 if training.weight_decay is None else training.weight_decay,
         patience=training.patience,
     )
-    resume = options.run.resume or (folder / "from_scratch").exists()
+    resume = options.run.resume or (folder / SCRATCH).exists()
     inner = replace(options, run=replace(options.run, resume=resume))
-    fitted = _fit(inner, network, plan, job.data, folder / "from_scratch")
+    fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)
     return _row("from scratch", job.test(fitted.network), fitted, started)
 
 
 def _fit(
     options: Train, network: Classifier, plan: Plan, data: DataLoaders, folder: Path
 ) -> FitResult:
-    cache = options.cache
     return fit(
-        network,
-        plan,
-        data,
-        folder,
-        seed=options.job.split.seed,
-        config={"options": recorded(options)},
+        **_arguments(options, network, plan, data, folder),
         resume=options.run.resume,
-        options=FitOptions(
+    )
+
+
+def _arguments(
+    options: Train, network: Classifier, plan: Plan, data: DataLoaders, folder: Path
+) -> dict[str, Any]:
+    """The arguments of ``fit`` that say which run it is."""
+    cache = options.cache
+    return {
+        "network": network,
+        "plan": plan,
+        "data": data,
+        "folder": folder,
+        "seed": options.job.split.seed,
+        "config": {"options": recorded(options)},
+        "options": FitOptions(
             evaluate_every=options.training.evaluate_every, tensorboard=options.run.tensorboard
         ),
-        cache=Cache(
+        "cache": Cache(
             where=cache.where,
             dtype=cache.dtype,
             views=cache.views,
@@ -165,7 +169,7 @@ def _fit(
             disk=int(1e9 * cache.disk_gb),
             folder=cache.folder,
         ),
-    )
+    }
 
 
 def _row(start: str, result: Evaluation, fitted: FitResult, started: float) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class FolderSource:
     @property
     def address(self) -> str:
         """What ``open_source`` opens it by."""
-        return f"folder:{self.root}"
+        return f"folder:{self.root.absolute()}"
 
     def __len__(self) -> int:
         return len(self.files)

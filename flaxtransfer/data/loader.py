@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from flaxtransfer.data.cache import digest
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import Split, Splits
+from flaxtransfer.data.splits import Split, Splits, subsample
 from flaxtransfer.data.transforms import (
     Transform,
     evaluation_transform,
@@ -24,6 +25,11 @@ from flaxtransfer.weights.preprocessing import Preprocessing
 Batch = Mapping[str, Any]
 """``image`` uint8 [batch, height, width, 3], ``label`` int [batch], and for evaluation ``weight``
 float [batch], 0 where an example is padding."""
+
+
+MOST_FOR_STATISTICS = 2048
+"""Training images for BatchNorm statistics that are measured again and again: a mean over them has
+a standard error of 2 % of the deviation, even where each image counts as one number."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,16 @@ class DataLoaders:
         class_names: what the labels 0, 1, ... mean.
         calibration: yields every training example once, without augmentation, for measuring
             BatchNorm statistics; or None where there is no such pass.
+        calibration_sample: yields a fixed random sample of them, enough for statistics; None where
+            there is no such pass.
         examples: the examples one by one, or None where they cannot be told apart; without them no
             activations are cached.
         start: the segment that ``image`` enters, where batches hold activations instead of pixels.
-        split: which examples are in which part, for the run folder; None where nobody knows.
+        settings: what else decides what a batch holds (its size, the seed of the order, the
+            augmentation), as JSON; a resumed run must have the same.
+        record: makes the record of which examples are in which part, for the run folder; reads
+            each of them, and calls its argument with how many it has read. None where the examples
+            cannot be told apart: such a run is resumed on trust, and says so.
     """
 
     train: Callable[[int], Iterator[Batch]]
@@ -78,9 +90,11 @@ class DataLoaders:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     calibration: Callable[[], Iterable[Batch]] | None = None
+    calibration_sample: Callable[[], Iterable[Batch]] | None = None
     examples: IndexedExamples | None = None
     start: str | None = None
-    split: Split | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    record: Callable[[Callable[[int], object] | None], Split] | None = None
 
 
 def loaders(
@@ -158,8 +172,15 @@ def loaders(
         preprocessing=preprocessing,
         class_names=tuple(source.class_names),
         calibration=lambda: once(train),
+        calibration_sample=lambda: once(subsample(train, MOST_FOR_STATISTICS)),
         examples=examples,
-        split=Split.of(source, splits),
+        settings={
+            "batch_size": batch_size,
+            "order_seed": seed,
+            # A function prints with its place in memory, which is another one in each process.
+            "augmentation": re.sub(r" at 0x[0-9a-f]+", "", repr(augmentation)),
+        },
+        record=lambda progress: Split.of(source, splits, read=True, progress=progress),
     )
 
 

@@ -6,12 +6,15 @@ positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flaxtransfer.data.cache import Content, contents
 from flaxtransfer.data.source import Source
 from flaxtransfer.paths import listing
 
@@ -46,30 +49,60 @@ class Split:
     are found again when files were added, and else by position.
 
     Args:
-        address: what ``open_source`` opens again, such as "folder:scans"; "" for a source that a
-            program made.
+        address: what ``open_source`` opens again, such as "folder:/data/scans"; "" for a source
+            that a program made.
         examples: of the whole source.
-        parts: for "train", "val" and "test", the names or the positions.
+        parts: for "train", "val" and "test", the names or the positions, in order.
+        labels: for each part, the labels of its examples.
+        class_names: what the labels 0, 1, ... mean.
         bands: channels that were read from image files; None where the source decides.
+        contents: for each part, size and digest of its examples; empty where they were not read.
     """
 
     address: str
     examples: int
     parts: Mapping[str, Sequence[str] | Sequence[int]]
+    labels: Mapping[str, Sequence[int]]
+    class_names: tuple[str, ...]
     bands: int | None = None
+    contents: Mapping[str, Sequence[Content]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source: Source, splits: Splits) -> Split:
-        """The record of a split of this source."""
-        names = getattr(source, "files", None)
+    def of(
+        cls,
+        source: Source,
+        splits: Splits,
+        *,
+        read: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ) -> Split:
+        """The record of a split of this source.
+
+        Args:
+            source: the examples.
+            splits: their positions.
+            read: whether each example is read, so that a change of it is noticed.
+            progress: called with the number of examples that were read so far.
+        """
+        names, labels = getattr(source, "files", None), source.labels()
+        places = {part: getattr(splits, part) for part in _PARTS}
         parts: dict[str, Any] = {
-            part: [names[i] for i in getattr(splits, part)]
-            if names is not None
-            else getattr(splits, part).tolist()
-            for part in _PARTS
+            part: where.tolist() if names is None else [names[i] for i in where]
+            for part, where in places.items()
         }
-        address, bands = getattr(source, "address", ""), getattr(source, "bands", None)
-        return cls(address, len(source), parts, bands)
+        found: dict[str, Sequence[Content]] = {}
+        if read:
+            every = iter(contents(source, np.concatenate(list(places.values())), progress))
+            found = {part: [next(every) for _ in where] for part, where in places.items()}
+        return cls(
+            getattr(source, "address", ""),
+            len(source),
+            parts,
+            {part: labels[where].tolist() for part, where in places.items()},
+            tuple(source.class_names),
+            getattr(source, "bands", None),
+            found,
+        )
 
     def positions(self, source: Source) -> Splits:
         """Where the recorded examples lie in this source; all others are in ``rest``.
@@ -86,7 +119,8 @@ class Split:
             if missing:
                 raise ValueError(
                     f"{len(missing)} images of the run are missing from {self.address}: "
-                    f"{listing(missing, most=10)}; put them back, or give other data with --data"
+                    f"{self._now_called(missing, source)}; put them back, or give other data with "
+                    "--data (a new run: another folder with --run)"
                 )
             found = {part: [where[str(n)] for n in self.parts[part]] for part in _PARTS}
         elif by_name or len(source) != self.examples:
@@ -96,20 +130,137 @@ class Split:
             )
         else:
             found = {part: [int(n) for n in self.parts[part]] for part in _PARTS}
-        arrays = {part: np.asarray(sorted(found[part]), np.int64) for part in _PARTS}
+        arrays = {part: np.asarray(found[part], np.int64) for part in _PARTS}
         used = np.concatenate(list(arrays.values()))
         return Splits(**arrays, rest=np.setdiff1d(np.arange(len(source), dtype=np.int64), used))
 
+    def _now_called(self, missing: Sequence[str], source: Any) -> str:
+        """The missing examples, and what those that lie there under new names are called now."""
+        known = {name for part in _PARTS for name in self.parts[part]}
+        new = [i for i, name in enumerate(source.files) if name not in known]
+        if not self.contents or len(new) > _MOST_SEARCHED:
+            return listing(missing, most=10)
+        found = contents(source, new)
+        now = {each.sha256: source.files[i] for i, each in zip(new, found, strict=True)}
+        before = {
+            str(name): each.sha256
+            for part in _PARTS
+            for name, each in zip(self.parts[part], self.contents[part], strict=True)
+        }
+        texts = (
+            f"{name} (now {now[before[name]]})" if before[name] in now else name for name in missing
+        )
+        return listing(list(texts), most=10)
+
+    def differences(self, now: Split) -> list[str]:
+        """How a split of today differs from this record; one text for each kind, none if equal.
+
+        Examples of the source that are in no part of either do not count.
+        """
+        if self.class_names != now.class_names:
+            return [_class_differences(self.class_names, now.class_names)]
+        before, after = self._by_name(), now._by_name()
+        kinds: dict[str, list[str]] = {}
+
+        def add(kind: str, name: str, detail: str = "") -> None:
+            kinds.setdefault(kind, []).append(f"{name} ({detail})" if detail else name)
+
+        for name, old in before.items():
+            new = after.get(name)
+            if new is None:
+                add("no longer in the split", name, f"in {old.part}")
+                continue
+            if new.part != old.part:
+                add("in another part", name, f"{old.part}, now {new.part}")
+            if new.label != old.label:
+                label, today = self.class_names[old.label], self.class_names[new.label]
+                add("relabeled", name, f"{label}, now {today}")
+            if None not in (old.content, new.content) and old.content != new.content:
+                add("changed", name)
+        for name, new in after.items():
+            if name not in before:
+                add("new in the split", name, f"in {new.part}")
+        texts = [
+            f"{len(names)} {'example is' if len(names) == 1 else 'examples are'} {kind}: "
+            f"{listing(names, most=10)}"
+            for kind, names in kinds.items()
+        ]
+        if not texts and any(list(self.parts[p]) != list(now.parts[p]) for p in _PARTS):
+            texts = ["the examples are in another order"]
+        return texts
+
+    def _by_name(self) -> dict[str, _Recorded]:
+        found = {}
+        for part in _PARTS:
+            unread: list[Content | None] = [None] * len(self.parts[part])
+            read = self.contents.get(part) or unread
+            for name, label, content in zip(self.parts[part], self.labels[part], read, strict=True):
+                shown = name if isinstance(name, str) else f"example {name}"
+                found[shown] = _Recorded(part, label, content)
+        return found
+
+    def identity(self) -> str:
+        """SHA-256 of what is in which part, in order; the address and other examples are left out.
+
+        Two runs with equal identities see the same examples, wherever they lie.
+        """
+        kept = {name: value for name, value in self.to_json().items() if name in _IDENTITY}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """What the run folder holds."""
-        parts = {part: list(self.parts[part]) for part in _PARTS}
-        return {"data": self.address, "examples": self.examples, "bands": self.bands, **parts}
+        return {
+            "data": self.address,
+            "examples": self.examples,
+            "bands": self.bands,
+            "class_names": list(self.class_names),
+            **{part: list(self.parts[part]) for part in _PARTS},
+            "labels": {part: list(self.labels[part]) for part in _PARTS},
+            "sizes": {part: [c.size for c in found] for part, found in self.contents.items()},
+            "sha256": {part: [c.sha256 for c in found] for part, found in self.contents.items()},
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Split:
         """The split that ``to_json`` wrote."""
-        parts = {part: tuple(value[part]) for part in _PARTS}
-        return cls(str(value["data"]), int(value["examples"]), parts, value["bands"])
+        return cls(
+            str(value["data"]),
+            int(value["examples"]),
+            {part: tuple(value[part]) for part in _PARTS},
+            {part: tuple(value["labels"][part]) for part in _PARTS},
+            tuple(value["class_names"]),
+            value["bands"],
+            {
+                part: [Content(*c) for c in zip(sizes, value["sha256"][part], strict=True)]
+                for part, sizes in value["sizes"].items()
+            },
+        )
+
+
+_IDENTITY = ("bands", "class_names", *_PARTS, "labels", "sizes", "sha256")
+
+_MOST_SEARCHED = 10_000
+"""New files that are read to find the missing ones among them: some seconds of reading."""
+
+
+class _Recorded(NamedTuple):
+    """One example of a record."""
+
+    part: str
+    label: int
+    content: Content | None
+
+
+def _class_differences(before: Sequence[str], after: Sequence[str]) -> str:
+    if sorted(before) == sorted(after):
+        return (
+            f"the classes are in another order: {listing(before)} there and {listing(after)} here"
+        )
+    gone = [name for name in before if name not in after]
+    new = [name for name in after if name not in before]
+    texts = [f"the run has the classes {listing(gone)}, which the data lack"] if gone else []
+    texts += [f"the data have the classes {listing(new)}, which the run lacks"] if new else []
+    return " and ".join(texts)
 
 
 def stratified_split(

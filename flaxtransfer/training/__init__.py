@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flaxtransfer.task import cross_entropy as cross_entropy
     from flaxtransfer.training.cached_loader import cached_feed as cached_feed
     from flaxtransfer.training.console import Interrupted as Interrupted
+    from flaxtransfer.training.console import read_metrics as read_metrics
     from flaxtransfer.training.evaluation import Evaluation as Evaluation
     from flaxtransfer.training.evaluation import Predictions as Predictions
     from flaxtransfer.training.evaluation import init_head_from_probe as init_head_from_probe
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from flaxtransfer.training.prefix_cache import split_phase as split_phase
     from flaxtransfer.training.prefix_cache import split_state as split_state
     from flaxtransfer.training.run_folder import environment as environment
-    from flaxtransfer.training.run_folder import read_metrics as read_metrics
+    from flaxtransfer.training.run_folder import kept_splits as kept_splits
     from flaxtransfer.training.step import start as start
     from flaxtransfer.training.step import train_step as train_step
 

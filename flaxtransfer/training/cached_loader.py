@@ -445,5 +445,6 @@ def _feed(
         validation=held_out if len(validation) else None,
         start=choice.cut,
         calibration=None,
+        calibration_sample=None,
         examples=None,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,33 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxtransfer.batchnorm import modules
 from flaxtransfer.checkpoint.manager import CheckpointManager
+from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch, DataLoaders
+from flaxtransfer.data.splits import Split
 from flaxtransfer.files import folder_lock
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.training import run_folder
+from flaxtransfer.training import identity, run_folder
 from flaxtransfer.training.cached_loader import cached_feed
-from flaxtransfer.training.console import Interrupted, Request, log, progress_bar, watch_signals
+from flaxtransfer.training.console import (
+    Extent,
+    Interrupted,
+    MetricsWriter,
+    Request,
+    log,
+    progress_bar,
+    watch_signals,
+)
 from flaxtransfer.training.evaluation import (
     Evaluation,
     Predictions,
     init_head_from_probe,
+    measure_moments,
     predict,
     recalibrate,
+    with_statistics,
 )
 from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.training.prefix_cache import (
@@ -40,9 +53,8 @@ from flaxtransfer.training.prefix_cache import (
     split_phase,
     split_state,
 )
-from flaxtransfer.training.run_folder import MetricsWriter
 from flaxtransfer.training.selection import Progress, check_feed, decide, score
-from flaxtransfer.training.step import Metrics, State, advance, start, train_step, with_params
+from flaxtransfer.training.step import Metrics, State, advance, start, train_step, with_variables
 from flaxtransfer.types import Variables
 
 
@@ -52,12 +64,13 @@ class NonFiniteLoss(ValueError):
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a run is logged, validated and saved; nothing here changes what is learned.
+    """How a run is logged, validated and saved.
 
     Args:
         log_every: steps between two lines of training metrics.
         evaluate_every: steps between two validations; each ends with a checkpoint. By default one
-            epoch, but at most ten times in a phase.
+            epoch, but at most ten times in a phase. It decides among which steps the best is
+            chosen, so that a resumed run must have the same.
         keep_best: how many of the best validated checkpoints are kept besides the latest.
         tensorboard: also write TensorBoard events (extra ``tb``).
     """
@@ -78,7 +91,8 @@ class FitResult:
         steps: optimizer steps of all phases.
         validation: of ``network``, or None without a validation set.
         audits: one per phase.
-        notes: what happened that a person should know (a damaged checkpoint passed over, ...).
+        notes: what happened that a person should know: what was found damaged, and what was done
+            about it; decisions between phases; examples that are new since the run was started.
     """
 
     network: Classifier
@@ -107,7 +121,11 @@ class _Run:
     store: CheckpointManager
     metrics: MetricsWriter
     request: Request
+    sealed: dict[str, str]
+    audits: list[run_folder.Audit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+    caches: dict[str, bool] = field(default_factory=dict)
 
     def with_state(self, state: State) -> Classifier:
         """The network as evaluation sees it: with the average where there is one."""
@@ -153,23 +171,28 @@ def fit(
         OSError: the folder cannot be written.
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
-    folder = Path(folder)
-    options, cache = options or FitOptions(), cache or OFF
+    folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
     _check_data(network, data)
     plan = plan.resolve(network.params, data.steps_per_epoch)
     check_feed(plan, data)
-    identity = run_folder.identity(network, plan, seed, {**cache.identity(), **(config or {})})
-    run_folder.check(folder, identity, resume=resume)
-    with folder_lock(folder), watch_signals() as request:
-        run_folder.prepare(folder, identity, data.split)
-        with CheckpointManager.open(
-            folder / run_folder.CHECKPOINTS, keep_best=options.keep_best
-        ) as store:
+    identity.check_place(folder)
+    with folder_lock(folder), _checkpoints(folder, options) as store:
+        run_folder.remove_leftovers(folder)
+        wanted, record = _identity(network, plan, data, seed, config, options, cache)
+        before = store.meta() or {}
+        found = identity.check(folder, wanted, record, before.get("sealed"), resume=resume)
+        with watch_signals() as request:
             mesh = mesh or make_mesh()
             first = start(network.variables, plan.phases[0], seed)
-            state, position, notes = _restore(store, plan, first)
+            state, meta, skipped = _restore(store, plan, first)
+            if not meta:
+                identity.prepare(folder, wanted, record)
+            position = Progress(**meta.get("position", {}))
             with MetricsWriter(
-                folder, step=position.step, tensorboard=options.tensorboard
+                folder,
+                written=Extent(*meta["metrics"]) if meta else None,
+                step=position.step,
+                tensorboard=options.tensorboard,
             ) as metrics:
                 run = _Run(
                     replace(network, class_names=data.class_names),
@@ -182,9 +205,94 @@ def fit(
                     store,
                     metrics,
                     request,
-                    notes,
+                    sealed=dict(meta.get("sealed") or identity.seals_at_start(folder, wanted)),
+                    audits=[run_folder.Audit.from_json(row) for row in meta.get("audits", [])],
+                    notes=[*meta.get("notes", []), *found.notes],
+                    damage=list(meta.get("damage", [])),
+                    caches=dict(meta.get("caches", {})),
                 )
+                for text in (*found.damage, *skipped, metrics.damage, *_heal(run)):
+                    _say_damage(run, position, text)
                 return _train(run, place_replicated(state, mesh), position)
+
+
+def check_same_run(
+    network: Classifier,
+    plan: Plan,
+    data: DataLoaders,
+    folder: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    options: FitOptions | None = None,
+    cache: Cache | None = None,
+) -> tuple[str, ...]:
+    """Compares a run folder with what would be trained, without training; see ``fit``.
+
+    Returns:
+        What a person should know, such as examples that are new.
+
+    Raises:
+        ValueError: it is another run; every difference is listed.
+    """
+    folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
+    plan = plan.resolve(network.params, data.steps_per_epoch)
+    with folder_lock(folder), _checkpoints(folder, options) as store:
+        meta = store.meta()
+        if meta is None:
+            return ()
+        wanted, record = _identity(network, plan, data, seed, config, options, cache)
+        found = identity.check(folder, wanted, record, meta["sealed"], resume=True)
+        return (*found.damage, *found.notes)
+
+
+def _identity(
+    network: Classifier,
+    plan: Plan,
+    data: DataLoaders,
+    seed: int,
+    config: Mapping[str, Any] | None,
+    options: FitOptions,
+    cache: Cache,
+) -> tuple[dict[str, Any], Split | None]:
+    """What makes this run this run, and the record of its examples, each of which is read."""
+    record = _record(data)
+    settings = {"evaluate_every": options.evaluate_every, **cache.identity(), **(config or {})}
+    return identity.identity_of(network, plan, seed, data, record, settings), record
+
+
+def _checkpoints(folder: Path, options: FitOptions) -> AbstractContextManager[CheckpointManager]:
+    return CheckpointManager.open(folder / run_folder.CHECKPOINTS, keep_best=options.keep_best)
+
+
+def _record(data: DataLoaders) -> Split | None:
+    """The record of the examples, each of which is read; None for a feed that has none."""
+    if data.record is None:
+        return None
+    count = 0 if data.examples is None else len(data.examples.labels)
+    if count < _MANY:
+        return data.record(None)
+    with progress_bar("examples read", count) as show:
+        return data.record(lambda done: show(done, ""))
+
+
+_MANY = 20_000
+"""Training examples from which reading them all takes so long that a bar is shown."""
+
+
+def _heal(run: _Run) -> Iterator[str]:
+    """Writes again what can be made from the checkpoint; what was damaged, for a person."""
+    if not run.audits and run.store.latest() is None:
+        return
+    yield from identity.heal(run.folder, run.sealed, run.audits)
+
+
+def _say_damage(run: _Run, position: Progress, text: str) -> None:
+    """What was damaged, and what was done about it: in the result, the metrics and the log."""
+    if text:
+        log(text)
+        run.damage.append(text)
+        run.metrics.write("damage", position.step, {"text": text})
 
 
 def _check_data(network: Classifier, data: DataLoaders) -> None:
@@ -202,29 +310,36 @@ def _check_data(network: Classifier, data: DataLoaders) -> None:
 
 
 def _train(run: _Run, state: State, position: Progress) -> FitResult:
-    # What ended before an interruption was audited then.
-    audits = run_folder.read_audits(run.folder)[: position.phase]
+    kept = "with a checkpoint; --resume continues"
     while True:
         phase = run.plan.phases[position.phase]
-        if position.phase_step == 0 and phase.recalibrate is not None:
-            state = _recalibrate(run, phase, state)
-        if position.phase_step == 0 and phase.probe:
-            state = _probe(run, phase, state)
-        before = _digests_at_start(run, state, position)
-        state, position = _run_phase(run, phase, state, position)
-        audits.append(run_folder.compare(phase, before, run_folder.frozen_digests(state, phase)))
-        run_folder.write_audits(run.folder, audits)
-        state = _best(run, state, position)
-        if not _decide(run, position):
-            break
-        position = position.next_phase()
-        state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
-    trained = run.with_state(state)
-    predicted = _predict(run, run.feed, state, features=True)
-    validation = None if predicted is None else predicted.evaluation(phase.loss)
-    run_folder.finish(run.folder, trained, position.step, predicted, validation)
+        with run.request.at_once(f"before step {position.step + 1}, {kept}"):
+            if position.phase_step == 0 and phase.recalibrate is not None:
+                state = _recalibrate(run, phase, state)
+            if position.phase_step == 0 and phase.probe:
+                state = _probe(run, phase, state)
+            before = _digests_at_start(run, state, position)
+            feed = _feed_of(run, phase, state, position)
+        state, position = _run_phase(run, phase, feed, state, position)
+        with run.request.at_once(f"at step {position.step}, {kept}"):
+            after = run_folder.frozen_digests(state, phase)
+            run.audits.append(run_folder.compare(phase, before, after))
+            run_folder.write_audits(run.folder, run.audits)
+            state, kept_best = _best(run, state, position)
+            if not _decide(run, position):
+                break
+            position = kept_best.next_phase()
+            state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
+    with run.request.at_once(f"at step {position.step}, {kept}"):
+        trained = run.with_state(state)
+        predicted = _predict(run, run.feed, state, features=True)
+        validation = None if predicted is None else predicted.evaluation(phase.loss)
+    run_folder.finish(run.folder, trained, position.step, predicted, validation, run.damage)
     shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
-    return FitResult(trained, position.step, validation, tuple(audits), tuple(run.notes))
+    if run.request.signal_number is not None:
+        raise Interrupted(run.request.signal_number, "after the last step; the run is complete")
+    notes = (*run.damage, *run.notes)
+    return FitResult(trained, position.step, validation, tuple(run.audits), notes)
 
 
 def _decide(run: _Run, position: Progress) -> bool:
@@ -243,7 +358,37 @@ def _recalibrate(run: _Run, phase: Phase, state: State) -> State:
     measured = recalibrate(
         run.with_state(state), run.feed.calibration(), phase.recalibrate, run.mesh
     )
-    return state._replace(batch_stats=place_replicated(measured, run.mesh))
+    variables = {"params": state.params, "batch_stats": measured}
+    placed: State = place_replicated(with_variables(state, variables, phase), run.mesh)
+    return placed
+
+
+def _with_statistics_of_average(run: _Run, phase: Phase, state: State) -> State:
+    """The state with statistics of the averaged weights, measured on training images.
+
+    Those that training keeps are of the weights that were stepped, which the average trails.
+    Averaged alike they fit worse than measured ones (experiments/results/average_statistics.md).
+    Where no statistics move, nothing is done.
+    """
+    policy = phase.batch_norm_policy()
+    moving = frozenset(modules(state.params)) if policy == "batch" else policy
+    if phase.ema is None or moving == "running" or not moving:
+        return state
+    with _sample(run.feed) as batches:
+        found = measure_moments(run.with_state(state), batches, moving, mesh=run.mesh)
+    measured = with_statistics(state.batch_stats, found)
+    return state._replace(ema_stats=place_replicated(measured, run.mesh))
+
+
+@contextmanager
+def _sample(feed: DataLoaders) -> Iterator[Iterable[Batch]]:
+    """Training images for statistics: a fixed sample, or else the first batches."""
+    passes = feed.calibration_sample or feed.calibration
+    if passes is not None:
+        yield passes()
+        return
+    with _reading(feed, 0) as batches:
+        yield itertools.islice(batches, feed.steps_per_epoch)
 
 
 def _probe(run: _Run, phase: Phase, state: State) -> State:
@@ -252,11 +397,14 @@ def _probe(run: _Run, phase: Phase, state: State) -> State:
     params, text = init_head_from_probe(run.with_state(state), run.feed.calibration(), run.mesh)
     run.notes.append(f"phase {phase.name!r} begins with {text}")
     log(run.notes[-1])
-    placed: State = place_replicated(with_params(state, params, phase), run.mesh)
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    placed: State = place_replicated(with_variables(state, variables, phase), run.mesh)
     return placed
 
 
-def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tuple[State, Progress]:
+def _run_phase(
+    run: _Run, phase: Phase, feed: DataLoaders, state: State, position: Progress
+) -> tuple[State, Progress]:
     """The order of a step, and why.
 
     1. Read the batch of this step: its number is the data position, so nothing else is saved.
@@ -268,7 +416,6 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tup
     """
     total = phase.total_steps(run.feed.steps_per_epoch)
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
-    feed = _feed_of(run, phase, state, position)
     model, task = run.network.model, run.network.task
     segments = model.segments
     step_function = train_step(model, split_phase(phase, segments, feed.start), feed, task)
@@ -294,6 +441,8 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tup
             if validate or interrupted:
                 state = join_state(working, below)
             if validate:
+                state = _with_statistics_of_average(run, phase, state)
+                working, below = split_state(state, segments, feed.start)
                 position, found, metric = _validate(run, feed, state, position)
                 text = text if found is None else f"{text} validation {100 * found:.1f} %"
                 _save(run, state, position, metric)
@@ -301,7 +450,8 @@ def _run_phase(run: _Run, phase: Phase, state: State, position: Progress) -> tup
                 _save(run, state, position, None)
             show(position.phase_step, text)
             if run.request.signal_number is not None and (validate or interrupted):
-                raise Interrupted(run.request.signal_number, position.step)
+                where = f"at step {position.step}, with a checkpoint; --resume continues"
+                raise Interrupted(run.request.signal_number, where)
     return state, position
 
 
@@ -315,9 +465,21 @@ def _feed_of(run: _Run, phase: Phase, state: State, position: Progress) -> DataL
         log(choice.text)
     if choice.cut is None:
         return run.feed
+    # Cached and uncached training differ in the last digits, and with random augmentation in more.
+    number = str(position.phase)
+    before = run.caches.get(number)
+    if before is False:
+        log(f"phase {phase.name!r}: nothing is cached, as before the interruption")
+        return run.feed
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     folder = run.cache.folder or run.folder / run_folder.FEATURES
     cached = cached_feed(choice, run.network.model, variables, run.feed, run.mesh, folder, log)
+    if cached is None and before:
+        raise ValueError(
+            f"phase {phase.name!r} was trained on cached activations, which cannot be made again "
+            f"in {folder}; make room there and resume, or give a new run folder"
+        )
+    run.caches[number] = cached is not None
     if cached is None:
         return run.feed
     log(cached.text)
@@ -387,21 +549,30 @@ def _validate(
 
 
 def _save(run: _Run, state: State, position: Progress, metric: float | None) -> None:
-    run.store.save(position.step, state, asdict(position), metric=metric)
+    meta = {
+        "position": asdict(position),
+        "sealed": run.sealed,
+        "metrics": run.metrics.written,
+        "audits": [asdict(audit) for audit in run.audits],
+        "notes": run.notes,
+        "damage": run.damage,
+        "caches": run.caches,
+    }
+    run.store.save(position.step, state, meta, metric=metric)
 
 
 def _restore(
     store: CheckpointManager, plan: Plan, first: State
-) -> tuple[State, Progress, list[str]]:
-    """The newest sound checkpoint, or the start where there is none."""
-    if store.latest() is None:
-        return first, Progress(), []
+) -> tuple[State, dict[str, Any], list[str]]:
+    """State and meta of the newest sound checkpoint, or the start where there is none."""
+    if not store.steps():
+        return first, {}, []
     restored = store.restore(_abstract_of(plan, first))
-    notes = [
+    damage = [
         f"checkpoint of step {step} is damaged and was passed over: {reason}"
         for step, reason in restored.skipped
     ]
-    return restored.tree, Progress(**restored.meta), notes
+    return restored.tree, restored.meta, damage
 
 
 def _abstract_of(plan: Plan, like: State) -> Callable[[Mapping[str, Any]], State]:
@@ -409,31 +580,60 @@ def _abstract_of(plan: Plan, like: State) -> Callable[[Mapping[str, Any]], State
 
     def abstract(meta: Mapping[str, Any]) -> State:
         variables = {"params": like.params, "batch_stats": like.batch_stats}
-        shapes: State = jax.eval_shape(lambda: start(variables, plan.phases[meta["phase"]], 0))
+        shapes: State = jax.eval_shape(
+            lambda: start(variables, plan.phases[meta["position"]["phase"]], 0)
+        )
         return shapes
 
     return abstract
 
 
-def _best(run: _Run, state: State, position: Progress) -> State:
+def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]:
     """The best validated state of the run so far; the given one where nothing was validated.
 
-    Its step becomes the current one: data and checkpoints go on, they do not go back.
+    Its step becomes the current one: data and checkpoints go on, they do not go back. Where the
+    best was lost, the best of what is intact takes its place, and its score is what later phases
+    have to better.
     """
-    best = run.store.best()
-    if position.best is None or best is None or best == position.step:
-        return state
-    restored = run.store.restore(_abstract_of(run.plan, state), step="best")
-    whole = restored.tree._replace(step=np.int32(position.step))
-    placed: State = place_replicated(whole, run.mesh)
-    return placed
+    if position.best is None:
+        return state, position
+    try:
+        restored = run.store.restore(_abstract_of(run.plan, state), step="best")
+    except (DamagedCheckpointError, FileNotFoundError) as error:
+        _say_damage(run, position, f"{error}; the state of step {position.step} is used")
+        return state, replace(position, best=None, best_before=None, hits=None, hits_before=None)
+    if restored.step != position.step:
+        whole = restored.tree._replace(step=np.int32(position.step))
+        state = place_replicated(whole, run.mesh)
+    if restored.metric == position.best:
+        return state, position
+    reasons = "".join(f"; step {step}: {reason}" for step, reason in restored.skipped)
+    _say_damage(
+        run,
+        position,
+        f"the best checkpoint of the run (score {position.best:.4f}) is lost{reasons}; that of "
+        f"step {restored.step} takes its place (score {restored.metric})",
+    )
+    hits = restored.meta["position"]["hits"]
+    return state, replace(position, best=restored.metric, best_before=None, hits=hits)
 
 
 def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[str, str]:
     """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
-    path = run.folder / f"frozen-{position.phase}.json"
-    if position.phase_step == 0 or not path.exists():
-        digests = run_folder.frozen_digests(state, run.plan.phases[position.phase])
-        run_folder.write_json(path, digests)
-    kept: dict[str, str] = json.loads(path.read_text())
-    return kept
+    name = run_folder.frozen_file(position.phase)
+    if position.phase_step > 0:
+        kept = run_folder.read_frozen(run.folder, name, run.sealed.get(name))
+        if kept is not None:
+            return kept
+    digests = run_folder.frozen_digests(state, run.plan.phases[position.phase])
+    sha256 = run_folder.write_frozen(run.folder, name, digests)
+    if position.phase_step > 0:
+        # Where nothing has moved, the digests of today are those of the start.
+        state_of = (
+            "is written again"
+            if sha256 == run.sealed.get(name)
+            else (f"cannot be made again: the audit of this phase begins at step {position.step}")
+        )
+        _say_damage(run, position, f"{run.folder / name} is damaged or missing and {state_of}")
+    run.sealed[name] = sha256
+    return digests

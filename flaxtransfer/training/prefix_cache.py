@@ -91,6 +91,7 @@ class FrozenPrefix(NamedTuple):
 
     params: Params
     batch_stats: Params
+    ema_stats: Params
 
 
 def split_phase(phase: Phase, segments: Sequence[str], start: str | None) -> Phase:
@@ -110,17 +111,18 @@ def split_state(
         segments: of the network, from the input to the output.
         start: the segment that training enters; None keeps everything.
     """
-    params, batch_stats = (_split(t, segments, start) for t in (state.params, state.batch_stats))
-    above = state._replace(params=params[1], batch_stats=batch_stats[1])
-    return above, FrozenPrefix(params[0], batch_stats[0])
+    parts = {name: _split(getattr(state, name), segments, start) for name in FrozenPrefix._fields}
+    above: Any = {name: upper for name, (_, upper) in parts.items()}
+    return state._replace(**above), FrozenPrefix(**{name: part[0] for name, part in parts.items()})
 
 
 def join_state(state: State, below: FrozenPrefix) -> State:
     """The whole state again."""
-    return state._replace(
-        params=merge(below.params, state.params),
-        batch_stats=merge(below.batch_stats, state.batch_stats),
-    )
+    whole: Any = {
+        name: merge(part, getattr(state, name))
+        for name, part in zip(below._fields, below, strict=True)
+    }
+    return state._replace(**whole)
 
 
 def _split(tree: Params, segments: Sequence[str], start: str | None) -> tuple[Params, Params]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +19,24 @@ import jax
 import numpy as np
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.data.splits import Split
-from flaxtransfer.files import atomic_write, write_file
+from flaxtransfer.data.source import Source
+from flaxtransfer.data.splits import Split, Splits
+from flaxtransfer.files import (
+    MANIFEST_FILE,
+    atomic_write,
+    read_json,
+    seal,
+    seal_problems,
+    sealed,
+    sha256_of,
+    write_file,
+    write_json,
+)
 from flaxtransfer.paths import flatten
 from flaxtransfer.task import Task, task_named
+from flaxtransfer.training.console import METRICS_FILE
 from flaxtransfer.training.evaluation import Evaluation, Predictions
-from flaxtransfer.training.plan import Phase, Plan
+from flaxtransfer.training.plan import Phase
 from flaxtransfer.training.step import State
 from flaxtransfer.weights.pretrained import Pretrained, save
 
@@ -42,6 +54,11 @@ class Audit:
     phase: str
     leaves: int
     moved: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Audit:
+        """The audit that ``dataclasses.asdict`` wrote."""
+        return cls(value["phase"], value["leaves"], tuple(value["moved"]))
 
     def __str__(self) -> str:
         if self.moved:
@@ -76,91 +93,6 @@ def digest(leaf: Any) -> str:
     return hashlib.sha256(header + array.tobytes()).hexdigest()
 
 
-METRICS_FILE = "metrics.jsonl"
-
-
-class MetricsWriter:
-    """Appends one JSON object a line to ``<folder>/metrics.jsonl``.
-
-    Opening it for a run that continues at ``step`` drops the lines that an interrupted process
-    wrote after its last checkpoint (they will be written again), and a torn last line.
-
-    Args:
-        folder: the run folder.
-        step: the step the run continues at; 0 for a new run.
-        tensorboard: also write events to ``<folder>/tensorboard`` (extra ``tb``).
-
-    Raises:
-        ValueError: ``tensorboard`` without the extra.
-    """
-
-    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
-        self._path = folder / METRICS_FILE
-        kept = [row for row in read_metrics(folder) if _happened(row, step)]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(row) for row in kept))
-        temporary.replace(self._path)
-        self._file = self._path.open("a")
-        self._events = _event_writer(folder / "tensorboard", step) if tensorboard else None
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends ``{"kind": ..., "step": ..., **values}``; NaN and infinities become null."""
-        self._file.write(_line({"kind": kind, "step": step, **values}))
-        self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flushes and closes the files."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run's metrics, in order; an empty list if there are none."""
-    path = folder / METRICS_FILE
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _happened(row: Mapping[str, Any], step: int) -> bool:
-    """Whether a run that continues at this step will not write the row again."""
-    # A decision follows the checkpoint of its step, and is taken again from it.
-    return step > 0 and (row["step"] < step or (row["step"] == step and row["kind"] != "decision"))
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    return json.dumps(finite) + "\n"
-
-
-def _event_writer(folder: Path, step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "TensorBoard events need the extra 'tb': pip install 'flaxtransfer[tb]'"
-        ) from error
-    return SummaryWriter(str(folder), purge_step=step or None)
-
-
 CHECKPOINTS = "checkpoints"
 FEATURES = "features"
 CONFIG_FILE = "config.json"
@@ -171,63 +103,98 @@ RESULT_FILE = "result.json"
 WEIGHTS_FILE = "model.safetensors"
 VALIDATION_FILE = "validation.npz"
 
+_SEALED = (
+    CONFIG_FILE,
+    SPLIT_FILE,
+    ENVIRONMENT_FILE,
+    AUDIT_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
+    WEIGHTS_FILE,
+    RESULT_FILE,
+)
+"""What the manifest of a finished run covers, besides the digests of frozen leaves. Checkpoints
+have checksums of their own, and seal what is written before the run has finished."""
 
-def identity(
-    network: Classifier, plan: Plan, seed: int, config: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What makes a run this run and no other, as plain JSON."""
-    raw = {
-        "model": network.model.config.to_json(),
-        "task": network.task.name,
-        "seed": seed,
-        **plan.identity(),
-        **(config or {}),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(raw))
-    return plain
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""What ``atomic_write`` calls its temporary folders."""
 
 
-def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
-    """Refuses a folder that holds another run, or an unfinished one that is not to be resumed.
+def frozen_file(phase: int) -> str:
+    """The file with the digests of the leaves that do not move in a phase."""
+    return f"frozen-{phase}.json"
+
+
+def matches(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_of(path) == sha256
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def write_frozen(folder: Path, name: str, digests: Mapping[str, str]) -> str:
+    """Writes digests of frozen leaves; returns the digest of the file."""
+    write_json(folder / name, dict(digests))
+    return sha256_of(folder / name)
+
+
+def read_frozen(folder: Path, name: str, sha256: str | None) -> dict[str, str] | None:
+    """The digests of frozen leaves, or None where the file is not the one that was written."""
+    if sha256 is None or not matches(folder / name, sha256):
+        return None
+    kept: dict[str, str] = read_json(folder / name)
+    return kept
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left half-written; only for the holder of the folder's lock."""
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def seal_run(folder: Path, *others: str) -> None:
+    """Writes the manifest of a finished run, with files that were written beside it."""
+    frozen = sorted(path.name for path in folder.glob("frozen-*.json"))
+    seal(folder, (*_SEALED, *frozen, *others))
+
+
+def check_sealed(folder: Path, name: str) -> Path:
+    """The path of a file of a finished run, if it is what the run wrote.
 
     Raises:
-        ValueError: see above; the text lists every setting that differs.
+        FileNotFoundError: the file is missing.
+        ValueError: it, or the manifest that tells, was damaged or changed.
     """
-    path = folder / CONFIG_FILE
-    if not path.exists():
-        others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        if [name for name in others if not name.startswith(".")]:
-            raise ValueError(
-                f"{folder} is not a run folder (it has no {CONFIG_FILE}, but "
-                f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); give a new folder"
-            )
-        return
+    again = f"flaxtransfer train --resume (fit(resume=True)) makes it again from {CHECKPOINTS}"
     try:
-        existing = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}); give a new folder") from error
-    if not _has_checkpoint(folder):
-        return  # It never got anywhere: there is nothing to lose and nothing to continue.
-    differences = list(_differences(existing, wanted))
-    if differences:
+        problems = seal_problems(folder, [name])
+    except FileNotFoundError as error:
         raise ValueError(
-            f"{folder} belongs to another run: {'; '.join(differences)}; give a new folder"
-        )
-    if not resume:
-        state = "a finished" if (folder / RESULT_FILE).exists() else "an unfinished"
-        raise ValueError(
-            f"{folder} holds {state} run of this very configuration; add --resume (resume=True) "
-            "to continue it, or give a new folder"
-        )
+            f"{folder / MANIFEST_FILE} is missing, so that {name} cannot be trusted; {again}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{error}, so that {name} cannot be trusted; {again}") from error
+    if name in problems:
+        raise ValueError(f"{folder / name} {problems[name]}; {again}")
+    return folder / name
 
 
-def prepare(folder: Path, wanted: Mapping[str, Any], split: Split | None = None) -> None:
-    """Writes configuration, environment and split of a run before its first checkpoint."""
-    if not _has_checkpoint(folder):
-        write_json(folder / ENVIRONMENT_FILE, environment())
-        if split is not None:
-            write_json(folder / SPLIT_FILE, split.to_json())
-        write_json(folder / CONFIG_FILE, wanted)
+def run_problems(folder: Path, names: Sequence[str] | None = None) -> list[str]:
+    """What of a finished run is damaged, each with its file; none if all is as it was written.
+
+    Args:
+        folder: of the run.
+        names: of the files to look at, where the run has them; by default all.
+    """
+    try:
+        found = seal_problems(folder)
+        if names is not None:
+            found = {name: text for name, text in found.items() if name in names}
+    except (FileNotFoundError, ValueError) as error:
+        text = str(error)
+        return [text if isinstance(error, ValueError) else f"{folder / MANIFEST_FILE} is missing"]
+    return [f"{folder / name} {problem}" for name, problem in found.items()]
 
 
 def split_of(folder: Path) -> Split:
@@ -238,15 +205,34 @@ def split_of(folder: Path) -> Split:
         ValueError: the file is damaged.
     """
     path = folder / SPLIT_FILE
-    if not path.is_file():
+    if not path.is_file() and not _is_sealed(folder, SPLIT_FILE):
         raise FileNotFoundError(
             f"the run in {folder} keeps no split (no {SPLIT_FILE}): its batches were not made by "
             "ft.loaders; say with --data what to use instead"
         )
+    if (folder / MANIFEST_FILE).exists():
+        check_sealed(folder, SPLIT_FILE)
     try:
-        return Split.from_json(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        return Split.from_json(read_json(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def kept_splits(folder: str | os.PathLike[str], source: Source) -> Splits:
+    """The split of a run, as positions in a source; for ``ft.loaders`` when the run is resumed.
+
+    Examples that are new since are in ``rest``.
+
+    Raises:
+        FileNotFoundError: the folder keeps no split.
+        ValueError: the file is damaged, or examples of the run are missing from the source.
+    """
+    return split_of(Path(folder)).positions(source)
+
+
+def _is_sealed(folder: Path, name: str) -> bool:
+    """Whether a finished run wrote this file."""
+    return (folder / MANIFEST_FILE).exists() and name in sealed(folder)
 
 
 def task_of(folder: Path) -> Task:
@@ -260,8 +246,8 @@ def task_of(folder: Path) -> Task:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder (it has no {CONFIG_FILE})")
     try:
-        return task_named(json.loads(path.read_text())["task"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        return task_named(read_json(path)["task"])
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: no readable task ({error})") from error
 
 
@@ -270,10 +256,11 @@ def weights_of(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder, or the run in it has not finished.
+        ValueError: they are damaged.
     """
     path = folder / WEIGHTS_FILE
-    if path.is_file():
-        return path
+    if path.is_file() or (folder / MANIFEST_FILE).is_file():
+        return check_sealed(folder, WEIGHTS_FILE)
     if (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"the run in {folder} has not finished (no {WEIGHTS_FILE}); "
@@ -291,21 +278,15 @@ def write_audits(folder: Path, audits: Sequence[Audit]) -> None:
     write_json(folder / AUDIT_FILE, [asdict(audit) for audit in audits])
 
 
-def read_audits(folder: Path) -> list[Audit]:
-    """The audits of the phases that have ended, in order; none for a new run."""
-    path = folder / AUDIT_FILE
-    rows = json.loads(path.read_text()) if path.exists() else []
-    return [Audit(**{**row, "moved": tuple(row["moved"])}) for row in rows]
-
-
 def finish(
     folder: Path,
     network: Classifier,
     steps: int,
     predicted: Predictions | None,
     validation: Evaluation | None,
+    damage: Sequence[str] = (),
 ) -> None:
-    """Writes the weights with their preprocessing, then the result that marks the run as done.
+    """Writes the weights with their preprocessing, the result, and the manifest that ends the run.
 
     What the network says about the validation examples stays with it: calibration, and all that
     is estimated about other images later, needs them.
@@ -317,6 +298,7 @@ def finish(
         predicted: of the validation examples, with features, which are kept in half precision;
             None where there are none.
         validation: the means over them.
+        damage: what the run lost on its way.
     """
     checkpoint = Pretrained(
         variables=jax.tree.map(np.asarray, jax.device_get(network.variables)),
@@ -334,26 +316,26 @@ def finish(
         np.savez(arrays, allow_pickle=False, **_arrays(predicted))
         with atomic_write(folder / VALIDATION_FILE) as path:
             write_file(path, arrays.getvalue())
-    measured = None if validation is None else validation.to_json()
-    write_json(folder / RESULT_FILE, {"steps": steps, "validation": measured})
+    result = {"steps": steps, "validation": None if validation is None else validation.to_json()}
+    write_json(folder / RESULT_FILE, result | ({"damage": list(damage)} if damage else {}))
+    seal_run(folder)
 
 
 def validation_of(folder: Path) -> Predictions:
     """What a finished run's network says about its validation examples.
 
-    Features are None where the run is older than they are.
-
     Raises:
-        FileNotFoundError: the run had none, or is older than this file, or has not finished.
+        FileNotFoundError: the run had none, or has not finished.
         ValueError: the file is damaged.
     """
     weights_of(folder)
     path = folder / VALIDATION_FILE
-    if not path.is_file():
+    if not path.is_file() and not _is_sealed(folder, VALIDATION_FILE):
         raise FileNotFoundError(
             f"the run in {folder} keeps no validation examples (no {VALIDATION_FILE}); train with "
             "--val-per-class or --val-fraction to have some"
         )
+    check_sealed(folder, VALIDATION_FILE)
     try:
         # From memory: numpy leaves the file of a broken archive open.
         with np.load(io.BytesIO(path.read_bytes())) as found:
@@ -364,17 +346,6 @@ def validation_of(folder: Path) -> Predictions:
         return kept
     except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader, or a killed writer, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def environment() -> dict[str, Any]:
@@ -406,7 +377,7 @@ def _arrays(validation: Predictions) -> dict[str, np.ndarray]:
     return found
 
 
-def _has_checkpoint(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
     return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
 
 
@@ -415,12 +386,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _differences(existing: Any, wanted: Any, path: str = "") -> Iterator[str]:
-    if isinstance(existing, Mapping) and isinstance(wanted, Mapping):
-        for name in [*existing, *(n for n in wanted if n not in existing)]:
-            inner = f"{path}.{name}" if path else name
-            yield from _differences(existing.get(name), wanted.get(name), inner)
-    elif existing != wanted:
-        yield f"{path} is {existing!r} there and {wanted!r} here"

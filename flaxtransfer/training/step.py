@@ -37,6 +37,8 @@ class State(NamedTuple):
         batch_stats: all BatchNorm statistics.
         opt_state: of the trainable leaves of the current phase, and of no others.
         ema: average of the trainable leaves, or an empty dict.
+        ema_stats: BatchNorm statistics of the network with the average, as they were last measured,
+            or an empty dict. Those in ``batch_stats`` are of other weights.
         key: the random key that the step's randomness is folded from.
     """
 
@@ -45,12 +47,14 @@ class State(NamedTuple):
     batch_stats: Params
     opt_state: Any
     ema: Params
+    ema_stats: Params
     key: jax.Array
 
     def variables(self) -> Variables:
-        """What evaluation uses: the average where there is one."""
-        params = merge(self.params, self.ema) if self.ema else self.params
-        return {"params": params, "batch_stats": self.batch_stats}
+        """What evaluation uses: the average, with its own statistics, where there is one."""
+        if not self.ema:
+            return {"params": self.params, "batch_stats": self.batch_stats}
+        return {"params": merge(self.params, self.ema), "batch_stats": self.ema_stats}
 
 
 def optimizer(phase: Phase) -> optax.GradientTransformation:
@@ -67,6 +71,7 @@ def start(variables: Variables, phase: Phase, seed: int) -> State:
         batch_stats=variables["batch_stats"],
         opt_state=optimizer(phase).init(moving),
         ema=_average_of(moving, phase),
+        ema_stats=_average_of(variables["batch_stats"], phase),
         key=jax.random.key(seed),
     )
 
@@ -74,26 +79,34 @@ def start(variables: Variables, phase: Phase, seed: int) -> State:
 def advance(state: State, phase: Phase) -> State:
     """The state before the first step of the next ``phase``.
 
-    An average that the last phase kept becomes the parameters: it is what was validated.
+    An average that the last phase kept becomes the parameters, and its statistics theirs: it is
+    what was validated.
     """
-    params = state.variables()["params"]
-    moving = phase.param_groups.trainable(params)
+    variables = state.variables()
+    moving = phase.param_groups.trainable(variables["params"])
     return state._replace(
-        params=params,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
         opt_state=migrate(state.opt_state, optimizer(phase).init(moving)),
         ema=_average_of(moving, phase),
+        ema_stats=_average_of(variables["batch_stats"], phase),
     )
 
 
-def with_params(state: State, params: Params, phase: Phase) -> State:
-    """The state before the first step of ``phase`` with other parameters; its average follows."""
-    moving = phase.param_groups.trainable(params)
-    return state._replace(params=params, ema=_average_of(moving, phase))
+def with_variables(state: State, variables: Variables, phase: Phase) -> State:
+    """The state before the first step of ``phase`` with other variables; its average follows."""
+    moving = phase.param_groups.trainable(variables["params"])
+    return state._replace(
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        ema=_average_of(moving, phase),
+        ema_stats=_average_of(variables["batch_stats"], phase),
+    )
 
 
-def _average_of(moving: Params, phase: Phase) -> Params:
+def _average_of(tree: Params, phase: Phase) -> Params:
     # A copy, because donated buffers may not appear twice in the state.
-    return {} if phase.ema is None else jax.tree.map(jnp.array, moving)
+    return {} if phase.ema is None else jax.tree.map(jnp.array, tree)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +232,10 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             "gradient_norm": optax.tree.norm(gradient),
         }
         params = merge(still, moved)
-        return State(state.step + 1, params, batch_stats, opt_state, ema, state.key), metrics
+        following = State(
+            state.step + 1, params, batch_stats, opt_state, ema, state.ema_stats, state.key
+        )
+        return following, metrics
 
     return jax.jit(step, donate_argnums=0)
 

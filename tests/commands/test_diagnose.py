@@ -23,7 +23,8 @@ from flaxtransfer.commands.job import trained_network
 from flaxtransfer.commands.subcommands import Diagnose
 from flaxtransfer.data import open_source, stratified_split
 from flaxtransfer.data.splits import Split
-from flaxtransfer.training.run_folder import write_json
+from flaxtransfer.files import write_json
+from flaxtransfer.training.run_folder import seal_run
 from tests.support.brightness import draw, finish_run, write
 
 SCHEMA = json.loads(
@@ -116,6 +117,7 @@ def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):
     def keep(**fractions):
         parts = stratified_split(source.labels(), **fractions)
         write_json(folder / "split.json", Split.of(source, parts).to_json())
+        seal_run(folder)
         return parts
 
     parts = keep(val_fraction=0.25, test_fraction=0.2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy.stats import norm
 
 from flaxtransfer.cli import run
 from flaxtransfer.shift.calibration import calibrate
+from flaxtransfer.training.run_folder import seal_run
 from tests.support.brightness import APART, SIZE, SPREAD, draw, finish_run, write
 
 BATCHES = ("--batch-size", "16")
@@ -137,7 +137,11 @@ def test_features_that_changed_are_missing_or_damaged_are_refused(
     assert kept["features"].dtype == np.float16
     assert len(kept["features"]) == len(kept["labels"])
     shutil.copytree(trained, tmp_path / "run")
-    write_kept = partial(np.savez, tmp_path / "run" / "validation.npz")
+
+    def write_kept(**arrays):
+        np.savez(tmp_path / "run" / "validation.npz", **arrays)
+        seal_run(tmp_path / "run")
+
     write_kept(**{**kept, "features": kept["features"] / 2})
     command = [str(tmp_path / "run"), *target[0], "--adjust-prior"]
     refused(capsys, command, "no mixture of the source's classes explains these features")
@@ -150,12 +154,15 @@ def test_features_that_changed_are_missing_or_damaged_are_refused(
 
 def test_a_run_without_validation_says_how_to_have_some(trained, target, tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
+    seal_run(tmp_path)
     text = "keeps no validation examples (no validation.npz); train with --val-per-class"
     refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], text)
     (tmp_path / "validation.npz").write_bytes((trained / "validation.npz").read_bytes()[:200])
+    seal_run(tmp_path)
     refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], "validation.npz is damaged")
     few = {"logits": np.zeros((9, 2)), "labels": np.zeros(9, int), "features": np.zeros((9, 4))}
     np.savez(tmp_path / "validation.npz", **few)
+    seal_run(tmp_path)
     refused(
         capsys,
         [str(tmp_path), target[0][0], "--prior", "0.5", "0.5"],

@@ -12,6 +12,7 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
+from flaxtransfer.training.run_folder import seal_run
 from tests.support.terminal import train
 
 
@@ -61,6 +62,9 @@ def test_images_that_a_run_tested_on_are_asked_for_by_name(script, folder, tmp_p
     assert record["test"] == [source.files[i] for i in splits.test]
     record["test"][0] = "bright/gone.png"
     (moved / "split.json").write_text(json.dumps(record))
+    assert run(["evaluate", str(moved)]) == 2
+    assert "split.json was changed since it was written" in capsys.readouterr().err
+    seal_run(moved)
     assert run(["evaluate", str(moved)]) == 2
     said = capsys.readouterr().err
     assert "1 images of the run are missing" in said

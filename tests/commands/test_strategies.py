@@ -39,7 +39,10 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
     assert "edit the file instead" in only_line(capsys)
     path.write_text(path.read_text().replace("steps: 4", "steps: 5"))
     assert run([*arguments, "--resume"]) == 2
-    assert "belongs to another run: plan is" in only_line(capsys)
+    line = only_line(capsys)
+    assert "belongs to another run: " in line
+    assert "steps is 4 there and 5 here" in line
+    assert "options.plan is " in line
 
 
 @pytest.mark.parametrize(

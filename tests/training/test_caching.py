@@ -16,8 +16,8 @@ from flaxtransfer.data.transforms import evaluation_transform, training_transfor
 from flaxtransfer.paths import flatten
 from flaxtransfer.sharding import make_mesh
 from flaxtransfer.training.cached_loader import cached_feed
+from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.prefix_cache import Cache, choose, lowest_moving
-from flaxtransfer.training.run_folder import read_metrics
 from tests.support.small import PREPROCESSING, SIZE, batch, network, two_phases
 
 

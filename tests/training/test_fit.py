@@ -16,11 +16,11 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.paths import flatten
+from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.loop import NonFiniteLoss
 from flaxtransfer.training.run_folder import (
     digest,
     finish,
-    read_metrics,
     split_of,
     task_of,
     validation_of,

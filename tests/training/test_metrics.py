@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 
 import flaxtransfer as ft
-from flaxtransfer.training.run_folder import METRICS_FILE, MetricsWriter, read_metrics
+from flaxtransfer.training.console import METRICS_FILE, MetricsWriter, read_metrics
 
 
 def test_lines_are_json_and_not_a_number_becomes_null(tmp_path):
@@ -21,12 +21,14 @@ def test_lines_are_json_and_not_a_number_becomes_null(tmp_path):
 
 def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        for step in (10, 20, 30):
+        for step in (10, 20):
             writer.write("train", step, {"loss": 1.0})
+        written = writer.written  # what a checkpoint holds of it
+        writer.write("train", 30, {"loss": 1.0})
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"kind": "train", "st')  # what a kill leaves
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
-    with MetricsWriter(tmp_path, step=20) as writer:
+    with MetricsWriter(tmp_path, written=written, step=20) as writer:
         writer.write("train", 30, {"loss": 0.5})
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [
         (10, 1.0),

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flaxtransfer as ft
+from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.plan import plan_text
-from flaxtransfer.training.run_folder import read_metrics
 from flaxtransfer.training.selection import Comparison, Progress, bits, decide, score
 from tests.support.small import PREPROCESSING, batch, feed, network
 

@@ -13,7 +13,7 @@ import flaxtransfer as ft
 from flaxtransfer.groups import trainable_mask
 from flaxtransfer.paths import flatten
 from flaxtransfer.training import loop
-from flaxtransfer.training.run_folder import read_metrics
+from flaxtransfer.training.console import read_metrics
 from tests.support.small import feed, network, progressive
 
 

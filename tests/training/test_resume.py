@@ -15,7 +15,8 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import flatten
-from flaxtransfer.training.run_folder import digest, read_metrics
+from flaxtransfer.training.console import read_metrics
+from flaxtransfer.training.run_folder import digest
 from tests.support.small import feed, network, two_phases
 
 ROOT = Path(__file__).parents[2]
