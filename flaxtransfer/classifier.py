@@ -13,7 +13,7 @@ from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.model import Model, shape_differences
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.paths import flatten, suggest, unflatten
+from flaxtransfer.paths import flatten, listing, suggest, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.naming import torchgeo
@@ -39,6 +39,7 @@ class TransferReport:
         new: leaves with none of them.
         sizes: how many numbers each leaf holds.
         input: how images of other bands reach the stem; "" where they are RGB as before.
+        head: how classes were matched with those of the pre-trained head; "" for a new one.
 
     >>> report = TransferReport("file", "resnet18", (10, 2), (), (), ("params/head/bias",),
     ...                         {"params/head/bias": 2})
@@ -55,6 +56,7 @@ class TransferReport:
     new: tuple[str, ...]
     sizes: Mapping[str, int]
     input: str = ""
+    head: str = ""
 
     def numbers(self, leaves: Iterable[str]) -> int:
         """How many numbers these leaves hold."""
@@ -64,6 +66,7 @@ class TransferReport:
         before, after = self.classes
         lines = [f"{self.model} from {self.source}, {before} -> {after} classes"]
         lines += [f"  input    {self.input}"] if self.input else []
+        lines += [f"  head     {self.head}"] if self.head else []
         by_segment: dict[str, list[str]] = {}
         for leaf in self.kept:
             by_segment.setdefault(segment_of(leaf.split("/", 1)[1]), []).append(leaf)
@@ -172,9 +175,10 @@ def transfer(
             green and blue, or as whatever bands the checkpoint says that its stem takes.
         patches: [patches, bands] of normalized training images (`band_patches`); an adapter then
             starts with their main components where photographs have theirs, by least squares.
-        head: "new" starts afresh; "keep" takes the pre-trained head, for the same classes in the
-            same order; "resize" takes its first columns, for a list of classes that was
-            lengthened or shortened at its end (further columns are zero).
+        head: "new" starts afresh; "keep" takes the pre-trained head, for the same classes;
+            "resize" takes its columns for those classes that it knows, and zero for others.
+            Columns are matched by name, in whatever order; by position only where the checkpoint
+            or ``class_names`` names no classes, and the report says so.
         seed: of a fresh head that is not zero.
         zero_head: whether a fresh head is zero, so that training starts from equal odds and the
             first gradients are the head's alone; else uniform within 1 / sqrt(features).
@@ -189,7 +193,8 @@ def transfer(
         says which leaves were kept, adapted and new.
 
     Raises:
-        ValueError: "keep" for another number of classes, an unknown `head`, classes below 1,
+        ValueError: "keep" for other classes, "resize" for none that the head knows, an unknown
+            `head`, classes below 1, another number of names than classes,
             bands, adapter, wavelengths and patches that do not fit each other or the network, or
             a checkpoint whose leaves do not form its network.
 
@@ -209,12 +214,12 @@ def transfer(
         )
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
         raise ValueError(f"classes must be a positive integer, got {classes!r}")
+    if class_names and len(class_names) != classes:
+        raise ValueError(f"class_names must be {classes} names, got {len(class_names)}")
     old = checkpoint.config.classes
-    if head == "keep" and classes != old:
-        raise ValueError(
-            f"head='keep' keeps the {old} classes of {checkpoint.source}, and classes={classes} "
-            "was asked for; use head='new', or head='resize' if the first classes are the same"
-        )
+    if head == "keep" and not class_names and checkpoint.class_names and classes == old:
+        class_names = checkpoint.class_names
+    columns = _columns(head, checkpoint, classes, tuple(class_names))
     if isinstance(wavelengths, str):
         wavelengths = torchgeo.wavelengths(wavelengths)
     leaves = flatten(checkpoint.variables)
@@ -237,9 +242,9 @@ def transfer(
         new += (bias, kernel)
         fresh = _fresh_kernel(config.features, classes, seed, zero_head)
         leaves |= {kernel: fresh, bias: jnp.zeros((classes,), jnp.float32)}
-    elif head == "resize" and classes != old:
+    elif columns != tuple(range(old)):
         adapted += (bias, kernel)
-        leaves |= {leaf: _resized(jnp.asarray(leaves[leaf]), classes) for leaf in (bias, kernel)}
+        leaves |= {leaf: _taken(jnp.asarray(leaves[leaf]), columns) for leaf in (bias, kernel)}
 
     expected = flatten(model.abstract())
     problems = shape_differences(leaves, {path: leaf.shape for path, leaf in expected.items()})
@@ -259,6 +264,7 @@ def transfer(
         new=new,
         sizes={path: array.size for path, array in arrays.items()},
         input=change.text,
+        head=_head_text(head, checkpoint, columns, tuple(class_names)),
     )
     return Classifier(
         model,
@@ -279,6 +285,53 @@ def _fresh_kernel(features: int, classes: int, seed: int, zero: bool) -> jax.Arr
     )
 
 
-def _resized(leaf: jax.Array, classes: int) -> jax.Array:
-    kept = leaf[..., :classes]
-    return jnp.pad(kept, [(0, 0)] * (leaf.ndim - 1) + [(0, classes - kept.shape[-1])])
+def _columns(
+    head: Head, checkpoint: Pretrained, classes: int, names: tuple[str, ...]
+) -> tuple[int | None, ...]:
+    """For each class, its column of the pre-trained head; None for one that it does not know."""
+    old, known = checkpoint.config.classes, checkpoint.class_names or ()
+    if head == "new":
+        return (None,) * classes
+    if not (names and known):
+        if head == "keep" and classes != old:
+            raise ValueError(
+                f"head='keep' keeps the {old} classes of {checkpoint.source}, and classes={classes}"
+                " was asked for; use head='new', or head='resize' if the first classes are the same"
+            )
+        return tuple(n if n < old else None for n in range(classes))
+    place = {name: number for number, name in enumerate(known)}
+    unknown = [name for name in names if name not in place]
+    missing = [name for name in known if name not in names]
+    if head == "keep" and (unknown or missing):
+        texts = [f"does not know {listing(map(repr, unknown))}"] if unknown else []
+        texts += [f"also has {listing(map(repr, missing))}"] if missing else []
+        raise ValueError(
+            f"head='keep' must have the classes of {checkpoint.source}, whose head "
+            f"{' and '.join(texts)}; use head='resize' to keep those of the same name, or 'new'"
+        )
+    if len(unknown) == len(names):
+        raise ValueError(
+            f"head='resize' must keep at least one class, and the head of {checkpoint.source} knows"
+            f" none of {listing(map(repr, names))}; it has {listing(map(repr, known))}; use 'new'"
+        )
+    return tuple(place.get(name) for name in names)
+
+
+def _head_text(
+    head: Head, checkpoint: Pretrained, columns: tuple[int | None, ...], names: tuple[str, ...]
+) -> str:
+    if head == "new":
+        return ""
+    if not (names and checkpoint.class_names):
+        return "classes are matched by position, for they have no names on both sides"
+    fresh = [name for name, column in zip(names, columns, strict=True) if column is None]
+    gone = [name for name in checkpoint.class_names if name not in names]
+    text = f"{len(names) - len(fresh)} classes are matched by name"
+    text += f"; new and zero: {listing(fresh)}" if fresh else ""
+    return text + (f"; left out: {listing(gone)}" if gone else "")
+
+
+def _taken(leaf: jax.Array, columns: tuple[int | None, ...]) -> jax.Array:
+    """These columns of a leaf; zero where there is none."""
+    taken = leaf[..., jnp.array([0 if column is None else column for column in columns])]
+    return jnp.where(jnp.array([column is not None for column in columns]), taken, 0)

@@ -31,17 +31,12 @@ _STYLE = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``flaxtransfer``.
-
-    Input errors print one line and exit with code 2. An interruption with a checkpoint prints one
-    line and exits with the customary code of the signal.
-    """
-    sys.exit(run(arguments))
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code."""
+    """Runs one subcommand and returns its exit code.
+
+    Input errors print one line, and the code is 2. An interruption with a checkpoint prints one
+    line, and the code is the customary one of the signal.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
         print(f"flaxtransfer {__version__}")

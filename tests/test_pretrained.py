@@ -139,7 +139,10 @@ def test_the_report_as_text(checkpoint):
     report = network.report
     lines = str(report).splitlines()
     assert lines[0].endswith("5 -> 3 classes")
-    assert [line.split()[:2] for line in lines[1:]] == [
+    assert lines[1] == (
+        "  head     classes are matched by position, for they have no names on both sides"
+    )
+    assert [line.split()[:2] for line in lines[2:]] == [
         ["kept", "stem"],
         ["kept", "layer1"],
         ["kept", "layer2"],
@@ -175,3 +178,40 @@ def test_leaves_that_are_another_network_are_listed(checkpoint):
         transfer(broken, classes=5)
     assert "missing: params/bn1/scale [4]" in str(caught.value)
     assert "unexpected: params/bn9/scale; did you mean 'params/bn1/scale'" in str(caught.value)
+
+
+def test_rows_of_a_head_follow_the_names_of_their_classes(checkpoint):
+    named = dataclasses.replace(checkpoint, class_names=("a", "b", "c", "d", "e"))
+    own = head_of(transfer(named, classes=5, head="keep").variables)
+    order = ("c", "a", "e", "b", "d")
+    kept = transfer(named, classes=5, head="keep", class_names=order)
+    for leaf, found in head_of(kept.variables).items():
+        np.testing.assert_array_equal(found, own[leaf][..., [2, 0, 4, 1, 3]])
+    resized = transfer(named, classes=3, head="resize", class_names=("e", "new", "b"))
+    kernel = head_of(resized.variables)["kernel"]
+    np.testing.assert_array_equal(kernel[:, [0, 2]], own["kernel"][:, [4, 1]])
+    assert not kernel[:, 1].any()
+    assert "2 classes are matched by name; new and zero: new; left out: a, c, d" in str(
+        resized.report
+    )
+    assert transfer(named, classes=5, head="keep").class_names == named.class_names
+
+
+@pytest.mark.parametrize(
+    ("head", "names", "message"),
+    [
+        (
+            "keep",
+            ("b", "c", "d", "e", "f"),
+            r"does not know 'f' and also has 'a'; use head='resize'",
+        ),
+        ("keep", ("a", "b"), r"also has 'c', 'd', 'e'"),
+        ("resize", ("x", "y"), r"knows none of 'x', 'y'; it has 'a', 'b'"),
+        ("new", ("x",), r"class_names must be 2 names, got 1"),
+    ],
+)
+def test_a_head_of_other_classes_is_refused(checkpoint, head, names, message):
+    named = dataclasses.replace(checkpoint, class_names=("a", "b", "c", "d", "e"))
+    classes = 2 if head == "new" else len(names)
+    with pytest.raises(ValueError, match=message):
+        transfer(named, classes=classes, head=head, class_names=names)

@@ -186,8 +186,11 @@ def _print_job(job: Job, name: str, console: Console) -> None:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
     console.print(f"{name}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
-    if job.network.report is not None and job.network.report.input:
-        console.print(job.network.report.input, highlight=False, soft_wrap=True)
+    report = job.network.report
+    if report is not None and report.input:
+        console.print(report.input, highlight=False, soft_wrap=True)
+    if report is not None and report.head:
+        console.print(f"head: {report.head}", highlight=False, soft_wrap=True, markup=False)
     if job.evidence.text:
         console.print(job.evidence.text, highlight=False, soft_wrap=True)
     console.print(plan_table(job.plan, job.network.params))

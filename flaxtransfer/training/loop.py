@@ -23,6 +23,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.data.splits import Split
 from flaxtransfer.files import folder_lock
+from flaxtransfer.paths import listing
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import identity, run_folder
 from flaxtransfer.training.cached_loader import cached_feed
@@ -302,6 +303,12 @@ def _check_data(network: Classifier, data: DataLoaders) -> None:
             f"data must be prepared for this network, whose preprocessing is "
             f"{network.preprocessing}, got {data.preprocessing}; make it with "
             "ft.loaders(source, splits, network.preprocessing, ...)"
+        )
+    if network.class_names and network.class_names != tuple(data.class_names):
+        raise ValueError(
+            "data must have the classes of the network, in its order, "
+            f"{listing(network.class_names)}; got {listing(data.class_names)}; match them by name "
+            "with ft.transfer(..., class_names=source.class_names)"
         )
     if data.examples is not None:
         classes = network.model.config.classes

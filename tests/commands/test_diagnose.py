@@ -132,7 +132,7 @@ def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):
 def test_a_data_set_of_tfds(there, tmp_path):
     open_source("digits", cache_dir=tmp_path)
     # The folder of its data sets is read when TensorFlow Datasets is imported.
-    main = (sys.executable, "-c", "from flaxtransfer.cli import main; main()")
+    main = (sys.executable, "-c", "from flaxtransfer.__main__ import main; main()")
     options = ("--run", there / "run", "--out", tmp_path / "out", *QUICK)
     command = [*main, "diagnose", "--target", "tfds:sklearn_digits:train[:60]", *options]
     environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path)}

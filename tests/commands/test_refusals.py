@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
 def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights, tmp_path, capsys):
     """A limit on the size of files stands for the full disk; the same call fails alike."""
     program = (
-        "import resource; from flaxtransfer.cli import main; "
+        "import resource; from flaxtransfer.__main__ import main; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main()"
     )
     target = tmp_path / "run"

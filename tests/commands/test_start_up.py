@@ -22,7 +22,7 @@ HEAVY = (
     "tensorflow_datasets",
     "PIL",
 )
-MAIN = "from flaxtransfer.cli import main; main()"
+MAIN = "from flaxtransfer.__main__ import main; main()"
 PROGRAM = f"""
 import atexit, sys
 names = {HEAVY!r}
