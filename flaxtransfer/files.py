@@ -33,6 +33,7 @@ __all__ = [
     "read_json",
     "refuse_link",
     "seal",
+    "seal_again",
     "seal_problems",
     "sealed",
     "sha256_of",
@@ -309,6 +310,16 @@ def seal(folder: Path, names: Iterable[str]) -> None:
     named and not believed. It is no signature: who can write files can write the manifest too.
     """
     digests = {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
+    _write_manifest(folder, digests)
+
+
+def seal_again(folder: Path, name: str) -> None:
+    """Brings the manifest of a sealed folder up to a file that was written anew."""
+    if (folder / MANIFEST_FILE).exists():
+        _write_manifest(folder, sealed(folder) | {name: sha256_of(folder / name)})
+
+
+def _write_manifest(folder: Path, digests: dict[str, str]) -> None:
     write_json(folder / MANIFEST_FILE, {"sha256": _digest_of(digests), "files": digests})
 
 

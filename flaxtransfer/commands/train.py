@@ -50,7 +50,7 @@ def train(options: Train, console: Console) -> None:
     if resumed and (folder / MANIFEST_FILE).exists() and (folder / SUMMARY_FILE).exists():
         arguments = _arguments(options, job.network, job.plan, job.data, folder)
         for note in check_same_run(**arguments):
-            console.print(note, highlight=False, markup=False)
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
         scratch = folder / SCRATCH
         problems = run_problems(folder)
         problems += run_problems(scratch) if scratch.exists() else []
@@ -58,13 +58,15 @@ def train(options: Train, console: Console) -> None:
             print_summary(read_json(folder / SUMMARY_FILE), folder, console)
             return
         for problem in problems:
-            console.print(f"{problem}; it is made again", highlight=False, markup=False)
+            console.print(
+                f"{problem}; it is made again", highlight=False, markup=False, soft_wrap=True
+            )
     _print_job(job, name, console)
     baseline = _baseline(job, console)
     fitted = _fit(options, job.network, job.plan, job.data, folder)
     rows = [_row("pre-trained", job.test(fitted.network), fitted, started)]
     for line in (*fitted.notes, *map(str, fitted.audits)):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
     few = few and options.job.strategy.strategy != "from_scratch"
     if options.run.compare == "yes" or (options.run.compare == "auto" and few):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,14 @@ from typing import Any, NamedTuple
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.data.splits import Split
-from flaxtransfer.files import MANIFEST_FILE, json_bytes, read_json, sha256_of, write_json
+from flaxtransfer.files import (
+    MANIFEST_FILE,
+    json_bytes,
+    read_json,
+    seal_again,
+    sha256_of,
+    write_json,
+)
 from flaxtransfer.paths import flatten, listing
 from flaxtransfer.training.console import METRICS_FILE
 from flaxtransfer.training.plan import Plan
@@ -32,6 +40,7 @@ from flaxtransfer.training.run_folder import (
     Audit,
     digest,
     environment,
+    frozen_file,
     has_checkpoint,
     matches,
     run_problems,
@@ -187,11 +196,14 @@ def check(
         count = record.examples - kept.examples
         notes.append(
             f"{count} new {'example belongs' if count == 1 else 'examples belong'} to no part of "
-            "the run and are left out"
+            f"the run and {'is' if count == 1 else 'are'} left out"
         )
     if kept is None or kept.address != record.address:
         examples = record.examples if kept is None else kept.examples
         write_json(folder / SPLIT_FILE, replace(record, examples=examples).to_json())
+        if kept is not None:
+            with suppress(ValueError):  # A damaged manifest is written anew when the run ends.
+                seal_again(folder, SPLIT_FILE)
     return Found(tuple(notes), tuple(damage))
 
 
@@ -219,6 +231,11 @@ def heal(folder: Path, seals: dict[str, str], audits: Sequence[Audit]) -> Iterat
         write_json(path, environment())
         seals[ENVIRONMENT_FILE] = sha256_of(path)
         yield f"{path} is damaged or missing; it now tells of today's packages and devices"
+    for number in range(len(audits)):
+        path = folder / frozen_file(number)
+        if not matches(path, seals[path.name]):
+            path.unlink(missing_ok=True)
+            yield f"{path} is damaged or missing and is not kept: its phase was audited before"
     path = folder / AUDIT_FILE
     text = json_bytes([asdict(audit) for audit in audits])
     if audits and not matches(path, hashlib.sha256(text).hexdigest()):

@@ -212,8 +212,11 @@ def fit(
                     damage=list(meta.get("damage", [])),
                     caches=dict(meta.get("caches", {})),
                 )
-                for text in (*found.damage, *skipped, metrics.damage, *_heal(run)):
-                    _say_damage(run, position, text)
+                for text in (*found.damage, *_healed(run)):
+                    log(text)
+                    run.notes.append(text)
+                for text in filter(None, (*skipped, metrics.damage)):
+                    _say_loss(run, position, text)
                 return _train(run, place_replicated(state, mesh), position)
 
 
@@ -281,19 +284,17 @@ _MANY = 20_000
 """Training examples from which reading them all takes so long that a bar is shown."""
 
 
-def _heal(run: _Run) -> Iterator[str]:
+def _healed(run: _Run) -> Iterator[str]:
     """Writes again what can be made from the checkpoint; what was damaged, for a person."""
-    if not run.audits and run.store.latest() is None:
-        return
-    yield from identity.heal(run.folder, run.sealed, run.audits)
+    if run.store.latest() is not None:
+        yield from identity.heal(run.folder, run.sealed, run.audits)
 
 
-def _say_damage(run: _Run, position: Progress, text: str) -> None:
-    """What was damaged, and what was done about it: in the result, the metrics and the log."""
-    if text:
-        log(text)
-        run.damage.append(text)
-        run.metrics.write("damage", position.step, {"text": text})
+def _say_loss(run: _Run, position: Progress, text: str) -> None:
+    """What was lost for good goes into the result, the metrics and the log."""
+    log(text)
+    run.damage.append(text)
+    run.metrics.write("damage", position.step, {"text": text})
 
 
 def _check_data(network: Classifier, data: DataLoaders) -> None:
@@ -607,7 +608,7 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
     try:
         restored = run.store.restore(_abstract_of(run.plan, state), step="best")
     except (DamagedCheckpointError, FileNotFoundError) as error:
-        _say_damage(run, position, f"{error}; the state of step {position.step} is used")
+        _say_loss(run, position, f"{error}; the state of step {position.step} is used")
         return state, replace(position, best=None, best_before=None, hits=None, hits_before=None)
     if restored.step != position.step:
         whole = restored.tree._replace(step=np.int32(position.step))
@@ -615,7 +616,7 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
     if restored.metric == position.best:
         return state, position
     reasons = "".join(f"; step {step}: {reason}" for step, reason in restored.skipped)
-    _say_damage(
+    _say_loss(
         run,
         position,
         f"the best checkpoint of the run (score {position.best:.4f}) is lost{reasons}; that of "
@@ -635,12 +636,12 @@ def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[st
     digests = run_folder.frozen_digests(state, run.plan.phases[position.phase])
     sha256 = run_folder.write_frozen(run.folder, name, digests)
     if position.phase_step > 0:
+        wrong = f"{run.folder / name} is damaged or missing"
         # Where nothing has moved, the digests of today are those of the start.
-        state_of = (
-            "is written again"
-            if sha256 == run.sealed.get(name)
-            else (f"cannot be made again: the audit of this phase begins at step {position.step}")
-        )
-        _say_damage(run, position, f"{run.folder / name} is damaged or missing and {state_of}")
+        if sha256 == run.sealed.get(name):
+            run.notes.append(f"{wrong} and is written again")
+        else:
+            since = f"the audit of this phase begins at step {position.step}"
+            _say_loss(run, position, f"{wrong}: {since}")
     run.sealed[name] = sha256
     return digests
