@@ -40,6 +40,8 @@ clean:
 # One environment serves all targets; a target adds its extra the first time it is asked for.
 # What was installed is remembered beside the interpreter's version and the two files that decide
 # it, so that a second call costs a comparison, and another PYTHON makes the environment anew.
+# --no-compile: Python compiles what it imports, and pip would compile all that is installed, which
+# takes as long as the rest.
 .PHONY: venv install-test install-dev install-parity install-parity-shift
 
 venv:
@@ -56,6 +58,7 @@ install-test install-dev install-parity install-parity-shift: install-%: venv
 	@want=$$(cat pyproject.toml constraints.txt | cksum); \
 	if [ "$$want" != "$$(cat $(VENV)/.installed-$* 2>/dev/null)" ]; then \
 	  echo "installing flaxtransfer[$*] into $(VENV)"; \
-	  PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN)python -m pip install --quiet -c constraints.txt -e '.[$*]' \
+	  PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN)python -m pip install --quiet --no-compile \
+	    -c constraints.txt -e '.[$*]' \
 	  && printf '%s\n' "$$want" > $(VENV)/.installed-$*; \
 	fi

@@ -411,3 +411,29 @@ def test_batch_norm_of_a_frozen_subtree_uses_running_statistics():
     assert "bn1" not in policy
     assert "layer1/0/bn1" in policy
     assert SIZE == 16
+
+
+def test_an_average_is_validated_with_statistics_of_its_own(tmp_path):
+    """As the same weights with measured ones; with those of the stepped weights it is useless."""
+    random, labels = np.random.default_rng(0), np.arange(96) % 3
+    noise = random.integers(0, 40, (96, SIZE, SIZE, 3))
+    images = (noise + 90 * labels[:, None, None, None]).astype(np.uint8)
+    splits = ft.data.Splits.of(range(64), range(64, 96))
+    source = ft.ArraySource(images, labels, ("dark", "gray", "bright"))
+    data = ft.loaders(source, splits, PREPROCESSING, batch_size=16)
+    model, variables = network()
+    everything = {"all": ft.everything()}
+    groups = {"all": ft.Group(optax.adamw, 1e-2)}
+    plan = ft.Plan(
+        [ft.Phase(ft.label(variables["params"], everything), groups, steps=60, ema=0.97)]
+    )
+    options = ft.FitOptions(evaluate_every=60)
+    start_from = ft.Classifier(model, variables, PREPROCESSING)
+    fitted = ft.fit(start_from, plan, data, tmp_path / "run", options=options)
+    found = flatten(fitted.variables["batch_stats"])
+    measured = flatten(ft.training.recalibrate(fitted.network, data.calibration()))
+    for path, leaf in measured.items():
+        np.testing.assert_allclose(found[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
+    chex.assert_trees_all_equal(
+        jax.device_get(fitted.variables), ft.load(tmp_path / "run/model.safetensors").variables
+    )
