@@ -21,7 +21,7 @@ import optax
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.training import recalibrate, start, train_step
+from flaxtransfer.training import make_mesh, place_replicated, recalibrate, start, train_step
 
 KINDS = ("as kept", "averaged alike", "measured", "ft.fit")
 
@@ -54,7 +54,9 @@ def accuracies(seed: int, decay: float, steps: int) -> list[float]:
     plan = ft.Plan([ft.Phase(labels, groups, steps=steps, ema=decay)])
 
     phase = plan.resolve(network.params, data.steps_per_epoch).phases[0]
-    state, step = start(network.variables, phase, seed), train_step(model, phase, data)
+    # A copy, because a step gives its buffers away.
+    state = place_replicated(start(network.variables, phase, seed), make_mesh())
+    step = train_step(model, phase, data)
     alike = jax.device_get(state.batch_stats)
     for batch in itertools.islice(data.train(0), steps):
         state, _ = step(state, {name: batch[name] for name in ("image", "label")})

@@ -80,6 +80,7 @@ def train(options: Train, console: Console) -> None:
         "options": recorded(options),
         "baseline": baseline,
         "results": rows,
+        "notes": list(fitted.notes),
     }
     _draw(rows, job.network.task.ranking, folder)
     write_json(folder / SUMMARY_FILE, summary)

@@ -316,7 +316,12 @@ def finish(
         np.savez(arrays, allow_pickle=False, **_arrays(predicted))
         with atomic_write(folder / VALIDATION_FILE) as path:
             write_file(path, arrays.getvalue())
-    result = {"steps": steps, "validation": None if validation is None else validation.to_json()}
+    result = {
+        "steps": steps,
+        "validation": None if validation is None else validation.to_json(),
+        "environment": environment(),
+        "determinism": DETERMINISM,
+    }
     write_json(folder / RESULT_FILE, result | ({"damage": list(damage)} if damage else {}))
     seal_run(folder)
 
@@ -348,8 +353,26 @@ def validation_of(folder: Path) -> Predictions:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+DETERMINISM = {
+    "same bits": [
+        "another process",
+        "interrupted and resumed",
+        "compilation cache full or empty",
+        "cached activations found or made anew",
+    ],
+    "to rounding": [
+        "number of cores",
+        "number of devices",
+        "kind of device",
+        "versions of jax and jaxlib",
+        "activations cached or not",
+    ],
+}
+"""Which changes keep the bits of a result; README says the same."""
+
+
 def environment() -> dict[str, Any]:
-    """The versions and devices that a run saw."""
+    """The versions, cores and devices that a run saw."""
     packages = (
         "flaxtransfer",
         "jax",
@@ -364,6 +387,9 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in packages},
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "devices": [str(device) for device in jax.devices()],
     }
 

@@ -94,6 +94,7 @@ def runs(place: Path) -> Iterator[tuple[str, Path, Path, bool]]:
     for seed in (0, 1):
         with suppress(OSError):
             harness.fit(place / f"unfinished-{seed}", at=2 * harness.STEPS + 3, seed=seed)
+        assert not (place / f"unfinished-{seed}/result.json").exists()
         shutil.copytree(place / f"unfinished-{seed}", place / f"finished-{seed}")
         harness.fit(place / f"finished-{seed}", seed=seed)
     yield "unfinished", place / "unfinished-0", place / "unfinished-1", False

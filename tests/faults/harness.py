@@ -1,6 +1,6 @@
 """A run of three phases to be killed and damaged, and what it must end with.
 
-Two phases train on cached activations, the third everything but the stem, with an average.
+Two phases train on cached activations, the third everything on images, with an average.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def plan(params: ft.models.Params) -> ft.Plan:
         [
             phase("head", head),
             phase("late", head | late),
-            phase("all", head | late | {"early": ft.stages(1, 2, 3)}, ema=0.9),
+            phase("all", head | late | {"early": ft.stem() | ft.stages(1, 2, 3)}, ema=0.9),
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -75,6 +76,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
         assert (one / name).read_text() == (other / name).read_text()
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_equals_undisturbed(tmp_path):
     check_kills(tmp_path, 2, "short", latest=2.0)
 
@@ -167,3 +169,15 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_is_used(tmp_path, dam
 def test_a_second_writer_is_refused(tmp_path):
     with folder_lock(tmp_path / "run"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
         run_some(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_bits_do_not_depend_on_process_or_compilation_cache(tmp_path, monkeypatch):
+    """README and ``result.json`` say so; a fresh process compiles everything, the other nothing."""
+    let_finish(tmp_path / "warm", "short")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    let_finish(tmp_path / "cold", "short")
+    assert_same_runs(tmp_path / "warm", tmp_path / "cold")
+    kept = json.loads((tmp_path / "cold/result.json").read_text())
+    assert "compilation cache full or empty" in kept["determinism"]["same bits"]
+    assert kept["environment"]["cores"] >= 1
