@@ -1,7 +1,8 @@
-"""Atomic writes and folder locks.
+"""Files that others may have made: checked reads, atomic writes and folder locks.
 
-``atomic_write`` replaces a file or folder only when it is complete. ``folder_lock`` allows one
-writer per folder: without it, two processes with one run folder would mix their checkpoints and
+``check_regular`` and ``read_json`` refuse what a file of ours never is before it can hang or fill
+memory. ``atomic_write`` replaces a file or folder only when it is complete. ``folder_lock`` allows
+one writer per folder: without it, two processes with one run folder would mix their checkpoints and
 metrics. It uses the kernel's ``flock``, which ends with the process, so that a killed writer leaves
 no lock behind.
 """
@@ -10,18 +11,148 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["LOCK_NAME", "atomic_write", "folder_lock", "write_file"]
+__all__ = [
+    "LOCK_NAME",
+    "atomic_write",
+    "check_regular",
+    "folder_lock",
+    "parse_json",
+    "read_json",
+    "refuse_link",
+    "write_file",
+]
 
 
 LOCK_NAME = ".lock"
+
+MOST_JSON_BYTES = 1 << 27
+"""The largest JSON file of ours, the split of a million images, has about 100 MB."""
+
+MOST_JSON_BRACKETS = 4_000_000
+"""An empty list of three bytes takes 64 in memory; with this many, JSON stays below 1 GB."""
+
+MOST_JSON_DEPTH = 64
+"""Files of ours are nested about ten deep; from about 1,000 on, Python cannot walk the value."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that is no regular file, before it is opened.
+
+    Opening a named pipe waits for a writer for ever, and a device may never end. Symbolic links are
+    followed: a link to a file is a file.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is a folder, named pipe, socket or device.
+
+    >>> check_regular(os.devnull)
+    Traceback (most recent call last):
+    ValueError: /dev/null must be a regular file, got a device
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise ValueError(f"{os.fspath(path)} must be a regular file, got {kind}")
+
+
+def refuse_link(path: str | os.PathLike[str]) -> None:
+    """Refuses a symbolic link where a file or folder of ours is written.
+
+    A run folder may come from a download or lie in a shared place; a link that somebody left there
+    would lead the writer out of it.
+
+    Raises:
+        ValueError: the path is a symbolic link; the text names its target.
+    """
+    if os.path.islink(path):
+        raise ValueError(
+            f"{os.fspath(path)} must not be a symbolic link, got one to {os.readlink(path)}: "
+            "writing would leave the folder; remove the link"
+        )
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file that somebody else may have made or damaged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: "<path> is damaged: ...": no regular file, no JSON, or larger or deeper nested
+            than a file of ours.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.json"
+    ...     _ = path.write_text('{"steps": 3}')
+    ...     read_json(path)
+    {'steps': 3}
+    """
+    check_regular(path)
+    size = os.stat(path).st_size
+    if size > MOST_JSON_BYTES:
+        raise ValueError(
+            f"{os.fspath(path)} is damaged: it must have at most {MOST_JSON_BYTES:,} bytes, got "
+            f"{size:,}"
+        )
+    return parse_json(Path(path).read_bytes(), os.fspath(path))
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """The value of JSON text: of a file, or of one line of it.
+
+    Args:
+        data: the text, in UTF-8.
+        name: of the file or the place in it, for errors.
+
+    Raises:
+        ValueError: "<name> is damaged: ..."; see ``read_json``.
+    """
+    try:
+        if data.count(b"[") + data.count(b"{") > MOST_JSON_BRACKETS:
+            raise ValueError(f"more than {MOST_JSON_BRACKETS:,} brackets")
+        value = json.loads(data.decode())
+        if _depth_exceeds(value, MOST_JSON_DEPTH):
+            raise RecursionError
+    except RecursionError:
+        reason = f"it must be nested at most {MOST_JSON_DEPTH} deep"
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 (byte {data[error.start]:#04x} at {error.start:,})"
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        reason = f"it is not JSON ({error.msg}, {place})" if data.strip() else "it is empty"
+    except ValueError as error:
+        # Python refuses numbers of more than 4,300 digits, and explains how to allow them.
+        reason = "it has a number of too many digits" if "digits" in str(error) else str(error)
+    else:
+        return value
+    raise ValueError(f"{name} is damaged: {reason}")
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [child for node in inner for child in node if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 @contextmanager

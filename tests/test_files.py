@@ -1,0 +1,99 @@
+"""Claims about files that somebody else made: what is refused, how soon and in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from flaxtransfer.files import check_regular, parse_json, read_json, refuse_link
+
+DEEP = b"[" * 5000
+
+HOSTILE_JSON = {
+    "empty": (b"", "it is empty"),
+    "half": (b'{"a": [1, 2', "it is not JSON"),
+    "zeros": (bytes(50), "it is not JSON"),
+    "garbage": (b"\xa7" * 9, "not UTF-8"),
+    "deep, closed": (DEEP + b"]" * 5000, "nested at most 64 deep"),
+    "deep objects": (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested at most 64 deep"),
+    "65 deep": (b"[" * 65 + b"]" * 65, "nested at most 64 deep"),
+    "long number": (b'{"a": ' + b"7" * 5000 + b"}", "too many digits"),
+    "many brackets": (b"[" + b"[]," * 4_000_001 + b"1]", "brackets"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_JSON)
+def test_hostile_json_ends_soon_in_one_short_line_that_names_the_file(tmp_path, name):
+    data, said = HOSTILE_JSON[name]
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=said) as caught:
+        read_json(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path} is damaged: ")
+    assert len(text) <= 600
+    assert "\n" not in text
+    assert "sys." not in text
+    assert time.process_time() - start < 2
+
+
+def test_a_file_of_the_disk_size_is_refused_unread(tmp_path):
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="at most 134,217,728 bytes, got 1,099,511,627,776"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": [1, 2.5, None, True, "ü\udcff"]}, [], 3, "x", json.loads("[" * 64 + "]" * 64)]
+)
+def test_sound_json_is_read(tmp_path, value):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(value))
+    assert read_json(path) == value
+    assert parse_json(json.dumps(value).encode(), "a line") == value
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def server(path):
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+KINDS = {"named pipe": pipe, "socket": server, "folder": os.mkdir}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_is_refused_unopened(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # The path of a socket must be short.
+    KINDS[kind]("x.json")
+    for read in (check_regular, read_json):
+        with pytest.raises(ValueError, match=f"x.json must be a regular file, got a {kind}"):
+            read("x.json")
+
+
+def test_a_device_is_refused_and_a_link_to_a_file_is_read(tmp_path):
+    with pytest.raises(ValueError, match="/dev/zero must be a regular file, got a device"):
+        check_regular("/dev/zero")
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "link").symlink_to("file")
+    assert read_json(tmp_path / "link") == {}
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+def test_a_link_where_we_write_is_refused_with_its_target(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("/elsewhere")
+    with pytest.raises(ValueError, match="must not be a symbolic link, got one to /elsewhere"):
+        refuse_link(tmp_path / "checkpoints")
+    refuse_link(tmp_path)
+    refuse_link(tmp_path / "none")
