@@ -164,7 +164,11 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
     Yields:
         A temporary path next to the target. When the block ends, it replaces the target; if the
-        block raises an error, the target stays as it was.
+        block raises an error, the target stays as it was. Its name cannot be predicted, so that no
+        link can be planted there; a link at the target is replaced, not followed.
+
+    Raises:
+        OSError: the folder of the target does not exist or cannot be written.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(Path(folder) / "a.txt") as path:
@@ -172,7 +176,13 @@ def atomic_write(target: Path) -> Iterator[Path]:
     ...     (Path(folder) / "a.txt").read_text()
     'done'
     """
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO).lower()
+        raise type(error)(
+            error.errno, f"{target.name} cannot be written ({reason})", str(target.parent)
+        ) from error
     made, replaced = temporary / target.name, temporary / "replaced"
     try:
         yield made
@@ -214,7 +224,8 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
         would let two later writers lock two different files of the same name.
 
     Raises:
-        ValueError: another writer holds the folder; the text names its process and machine.
+        ValueError: another writer holds the folder (the text names its process and machine), or
+            the lock file is a link, which somebody else has put there.
         OSError: the folder cannot be created or written, or its file system has no locks.
 
     >>> import tempfile
@@ -238,7 +249,11 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def _open(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if path.exists() or path.is_symlink():
+            refuse_link(path)
+            check_regular(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(path, flags, 0o644)
     except FileExistsError as error:
         raise NotADirectoryError(
             errno.ENOTDIR, "this must be a folder, but it is a file", str(path.parent)
