@@ -18,7 +18,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "refuse_link",
+    "replace_file",
     "write_file",
 ]
 
@@ -205,6 +206,24 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a small file so that a reader, or a killed writer, sees the old one or the new one.
+
+    Its temporary name is always the same, so that a killed writer leaves at most one, which the
+    next removes; a link that somebody planted under that name is removed and not followed. For one
+    writer at a time; ``atomic_write`` is for any number.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 @contextmanager

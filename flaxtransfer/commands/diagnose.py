@@ -18,7 +18,7 @@ from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_unlabeled
 from flaxtransfer.data.source import Source, UnlabeledImages
 from flaxtransfer.data.splits import subsample
-from flaxtransfer.files import atomic_write, write_file
+from flaxtransfer.files import atomic_write, check_regular, refuse_link, write_file
 from flaxtransfer.paths import suggest
 from flaxtransfer.report.shift_page import print_report
 from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
@@ -54,6 +54,8 @@ def diagnose(options: Diagnose, console: Console) -> None:
         seed=options.seed,
     )
     out = options.out or options.run / "diagnosis" / _file_name(options.target)
+    if options.out is None:
+        refuse_link(out.parent)
     write_report(out, report, source, found, run=options.run, target=options.target)
     print_report(report, console)
     console.print(f"\nwritten to {out}/", highlight=False, soft_wrap=True)
@@ -145,6 +147,7 @@ def _few_labels(
     """Positions and classes of the images in a CSV file."""
     if path is None:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    check_regular(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         headings = [heading.strip() for heading in rows.fieldnames or ()]

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,16 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
+from flaxtransfer.files import check_regular
+
 if TYPE_CHECKING:
     from PIL import Image
+
+
+MOST_PIXELS = 100_000_000
+"""Of an image, by its header: 300 MB as RGB, and twice that while it is converted.
+
+The largest cameras have 100 megapixels; a PNG of 20 kB may state 169."""
 
 
 class ImageError(ValueError):
@@ -122,6 +131,11 @@ def decode_bands(
     >>> decode_bands(file.getvalue(), name="x.tif", bands=13)[0, 0, :3].tolist()
     [0, 10, 20]
     """
+    if not isinstance(data, bytes):
+        try:
+            check_regular(data)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
     with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
         head = file.read(16)
         file.seek(0)
@@ -146,7 +160,12 @@ def _pillow(
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file, formats=(format,)) as image:
+        with warnings.catch_warnings():
+            # Pillow's own limit warns, on standard error, and refuses only twice as much.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=(format,))
+        with image:
+            _check_size(image, name)
             if bands in (1, 3):
                 return _color_pixels(image, name, bands, min_side)
             return _stacked_pages(image, name, bands)
@@ -158,6 +177,15 @@ def _pillow(
     # Pillow's parsers raise many types of error on damaged bytes, TypeError included.
     except Exception as error:
         raise ImageError(f"{name}: the image cannot be decoded ({error})") from error
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    """Refuses by the header, before a pixel is decoded."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ImageError(
+            f"{name}: an image must have at most {MOST_PIXELS:,} px, got {image.width:,} x "
+            f"{image.height:,} px; make it smaller"
+        )
 
 
 DECODERS = (
@@ -248,6 +276,7 @@ def _stacked_pages(image: Image.Image, name: str, bands: int) -> np.ndarray:
     pages: list[np.ndarray] = []
     modes: list[str] = []
     for page in ImageSequence.Iterator(image):
+        _check_size(page, name)
         pages.append(_page_pixels(page, name))
         modes.append(page.mode)
         if len(pages) > bands:  # already one too many

@@ -6,27 +6,26 @@ import hashlib
 import io
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import jax
 import numpy as np
 
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.splits import Split
-from flaxtransfer.files import atomic_write, write_file
+from flaxtransfer.files import atomic_write, check_regular, refuse_link, replace_file, write_file
 from flaxtransfer.paths import flatten
 from flaxtransfer.task import Task, task_named
 from flaxtransfer.training.evaluation import Evaluation, Predictions
 from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.training.step import State
 from flaxtransfer.weights.pretrained import Pretrained, save
+from flaxtransfer.weights.readers.archives import read_npz
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False) -> None:
         self._path = folder / METRICS_FILE
         kept = [row for row in read_metrics(folder) if _happened(row, step)]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(row) for row in kept))
-        temporary.replace(self._path)
+        replace_file(self._path, "".join(_line(row) for row in kept).encode())
         self._file = self._path.open("a")
-        self._events = _event_writer(folder / "tensorboard", step) if tensorboard else None
+        self._events = _event_writer(folder / TENSORBOARD, step) if tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends ``{"kind": ..., "step": ..., **values}``; NaN and infinities become null."""
@@ -163,6 +160,7 @@ def _event_writer(folder: Path, step: int) -> Any:
 
 CHECKPOINTS = "checkpoints"
 FEATURES = "features"
+TENSORBOARD = "tensorboard"
 CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -222,7 +220,13 @@ def check(folder: Path, wanted: Mapping[str, Any], *, resume: bool) -> None:
 
 
 def prepare(folder: Path, wanted: Mapping[str, Any], split: Split | None = None) -> None:
-    """Writes configuration, environment and split of a run before its first checkpoint."""
+    """Writes configuration, environment and split of a run before its first checkpoint.
+
+    Raises:
+        ValueError: a folder in it, such as that of the checkpoints, is a symbolic link.
+    """
+    for name in (CHECKPOINTS, FEATURES, TENSORBOARD):
+        refuse_link(folder / name)
     if not _has_checkpoint(folder):
         write_json(folder / ENVIRONMENT_FILE, environment())
         if split is not None:
@@ -355,26 +359,20 @@ def validation_of(folder: Path) -> Predictions:
             "--val-per-class or --val-fraction to have some"
         )
     try:
-        # From memory: numpy leaves the file of a broken archive open.
-        with np.load(io.BytesIO(path.read_bytes())) as found:
-            kept = Predictions(found["logits"], found["labels"], found.get("features"))
+        check_regular(path)
+        found, *_ = read_npz(path.read_bytes())
+        kept = Predictions(found["logits"], found["labels"], found.get("features"))
         rows = {len(a) for a in (kept.logits, kept.labels, kept.features) if a is not None}
         if len(rows) > 1:
             raise ValueError(f"its arrays have {', '.join(map(str, sorted(rows)))} rows")
         return kept
-    except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
+    except (KeyError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader, or a killed writer, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:

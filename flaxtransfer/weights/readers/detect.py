@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from flaxtransfer.files import check_regular
 from flaxtransfer.paths import suggest
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import (
@@ -197,7 +198,12 @@ _Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
 
 
 def _file(path: Path) -> _Read:
-    data = path.read_bytes()
+    check_regular(path)
+    try:
+        data = path.read_bytes()
+    except MemoryError as error:
+        size = path.stat().st_size
+        raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
     container, named = recognize(data, path.name)
     arrays, metadata, notes = container.read(data)
     return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]

@@ -9,6 +9,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from flaxtransfer.files import parse_json
+
 __all__ = ["read_safetensors", "write_safetensors"]
 
 
@@ -69,7 +71,7 @@ def _length(data: bytes) -> int:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(data[8 : 8 + _length(data)])
+    result: dict[str, Any] = parse_json(data[8 : 8 + _length(data)], "its header")
     return result
 
 
