@@ -32,6 +32,7 @@ __all__ = [
     "shortened",
     "suggest",
     "unflatten",
+    "visible",
 ]
 
 
@@ -210,6 +211,38 @@ def shortened(text: str, most: int = 100) -> str:
     """
     half = (most - 5) // 2
     return text if len(text) <= most else f"{text[: most - 5 - half - 1]} ... {text[-half:]}"
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff]"
+)
+"""Control characters, marks that turn the direction of text, and what stands for bytes of names
+that are not UTF-8."""
+
+
+def visible(text: Any, *, keep: str = "") -> str:
+    r"""Text of a file, folder or user as it may be printed: nothing in it acts or hides.
+
+    Every text from outside goes through it on its way to a terminal, page or figure. A terminal
+    obeys control characters, and a name of bytes that are not UTF-8 cannot be written at all.
+
+    Args:
+        text: the text.
+        keep: characters that stay as they are, such as the line feeds of a table.
+
+    >>> visible("a\x1b]0;owned\x07"), visible(b"caf\xe9".decode(errors="surrogateescape"))
+    ('a\\x1b]0;owned\\x07', 'caf\\xe9')
+    """
+
+    def code(found: re.Match[str]) -> str:
+        number = ord(found[0])
+        if found[0] in keep:
+            return found[0]
+        number -= 0xDC00 if 0xDC80 <= number <= 0xDCFF else 0
+        return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+    return _UNSEEN.sub(code, str(text))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -365,3 +365,32 @@ def test_suggestions_are_at_most_n():
 def test_listing_counts_what_it_leaves_out():
     assert listing(map(str, range(10)), most=3) == "0, 1, 2 and 7 more"
     assert listing([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("café, 猫, a b", "café, 猫, a b"),
+        ("x[/b] [red] :cat: $a$ <b>", "x[/b] [red] :cat: $a$ <b>"),
+        ("a\x1b]0;owned\x07", r"a\x1b]0;owned\x07"),
+        ("a\nb\tc\rd", r"a\x0ab\x09c\x0dd"),
+        ("\x9b31m", r"\x9b31m"),
+        ("\u202eexe.gnp", r"\u202eexe.gnp"),
+        (b"caf\xe9".decode(errors="surrogateescape"), r"caf\xe9"),
+        ("half of a pair \ud83d", r"half of a pair \ud83d"),
+    ],
+)
+def test_what_would_act_on_a_terminal_is_shown_and_all_else_stays(text, shown):
+    assert paths.visible(text) == shown
+    assert paths.visible(shown) == shown
+
+
+@given(st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp", "L"])))
+def test_visible_text_can_be_written_on_one_line(text):
+    assert len(paths.visible(text).encode().decode().splitlines()) <= 1
+
+
+@given(st.text(max_size=300), st.integers(10, 200))
+def test_shortened_text_fits_and_short_text_stays(text, most):
+    assert len(paths.shortened(text, most)) <= most
+    assert paths.shortened(text, max(len(text), 10)) == text

@@ -231,7 +231,7 @@ def _download_from_web(url: str, path: Path) -> None:
 
 def _progress() -> Progress:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
