@@ -19,7 +19,7 @@ from flaxtransfer.commands.job import kept_validation, run_bands, trained_networ
 from flaxtransfer.commands.subcommands import Predict
 from flaxtransfer.data.decode import ImageError, decode_bands
 from flaxtransfer.data.transforms import Transform, evaluation_transform
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import suggest, visible
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
 from flaxtransfer.shift.calibration import Calibration, calibrate
 from flaxtransfer.shift.prior_correction import adjust_prior, correct_prior
@@ -253,19 +253,20 @@ def _write_json_lines(rows: Iterator[dict[str, Any]], top: int, file: TextIO) ->
 
 
 def cell_text(text: str) -> str:
-    """Text as a cell of CSV that no spreadsheet takes for a formula.
+    r"""Text as a cell of CSV that neither a spreadsheet runs nor a terminal obeys.
 
     Spreadsheets run a cell that begins with one of these characters; after an apostrophe it is
     text. A number is no formula and stays one.
 
-    >>> cell_text("=HYPERLINK(A1)"), cell_text("-1"), cell_text("cat")
-    ("'=HYPERLINK(A1)", '-1', 'cat')
+    >>> cell_text("=HYPERLINK(A1)"), cell_text("-1"), cell_text("cat"), cell_text("\t=A1")
+    ("'=HYPERLINK(A1)", '-1', 'cat', "'\\x09=A1")
 
     References:
         OWASP, "CSV Injection", 2015-.
     """
     runs = text.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{text}" if runs and not _NUMBER.fullmatch(text) else text
+    shown = visible(text)
+    return f"'{shown}" if runs and not _NUMBER.fullmatch(text) else shown
 
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
