@@ -301,10 +301,13 @@ def parse(text: str) -> Mask:
     """
 
     def refuse(what: str) -> ValueError:
-        return ValueError(f"{shortened(repr(text))}: {what}")
+        return ValueError(f"{shortened(repr(text))}: {shortened(what, 450)}")
 
     def code(node: ast.expr) -> str:
-        return shortened(ast.unparse(node))
+        try:
+            return shortened(ast.unparse(node))
+        except ValueError:  # Of Python, which prints no number of more than 4,300 digits.
+            return "a number of too many digits"
 
     def value(node: ast.expr, depth: int = 0) -> Mask:
         if depth > MOST_DEPTH:

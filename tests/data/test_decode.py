@@ -2,8 +2,10 @@
 
 import io
 import os
+import re
 import struct
 import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from flaxtransfer.data import decode as decoding
 from flaxtransfer.data.decode import ImageError, decode, decode_bands, is_image
 
 RNG = np.random.default_rng(0)
@@ -232,3 +235,16 @@ def test_a_named_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(ImageError, match=r"x\.png must be a regular file, got a named pipe"):
         decode(tmp_path / "x.png", name="x.png")
+
+
+def test_pillow_does_not_write_about_damage(capfd):
+    data = encoded(Image.new("L", (13, 7)), "TIFF")
+    place = re.search(rb"\x01\x01[\3\4]\0", data).start()  # The height; its count is next.
+    damaged = data[: place + 4] + b"\xff\xff\xff\x7f" + data[place + 8 :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for _ in range(2):
+            with pytest.raises(ImageError, match=r"x\.tif"):
+                decode(damaged, name="x.tif")
+        assert warnings.filters.count(decoding._IGNORED) == 1
+    assert capfd.readouterr() == ("", "")

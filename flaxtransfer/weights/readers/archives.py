@@ -16,6 +16,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.lib import format as npy
 
+from flaxtransfer.paths import shortened
+
 __all__ = ["check", "members", "most", "names", "opened", "read", "read_npz"]
 
 
@@ -55,7 +57,8 @@ def opened(data: bytes) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         # RuntimeError: an archive with a password, or an unknown compression.
-        raise ValueError(f"incomplete or damaged zip archive: {error}") from error
+        reason = shortened(str(error), 200)
+        raise ValueError(f"incomplete or damaged zip archive: {reason}") from error
 
 
 def members(data: bytes) -> dict[str, bytes]:
@@ -123,7 +126,9 @@ def _check(archive: zipfile.ZipFile, size: int) -> None:
     for name in found:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"it holds a file whose name leads out of the archive: {name!r}")
+            raise ValueError(
+                f"it holds a file whose name leads out of the archive: {shortened(repr(name))}"
+            )
 
 
 def read_npz(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
@@ -143,7 +148,10 @@ def read_npz(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[s
             arrays[name.removesuffix(".npy")] = _array(content)
         except Exception as error:
             # The exception of numpy for a damaged header depends on the damaged byte.
-            raise ValueError(f"{name!r} in it is not a valid array: {error}") from error
+            reason = shortened(str(error), 200)
+            raise ValueError(
+                f"{shortened(repr(name))} in it is not a valid array: {reason}"
+            ) from error
     return arrays, {}, []
 
 

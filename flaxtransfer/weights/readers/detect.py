@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from flaxtransfer.files import check_regular
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import shortened, suggest
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import (
     archives,
@@ -141,7 +141,7 @@ def _kind_of_archive(names: list[str]) -> str:
         return "keras"
     if names and all(name.endswith(".npy") for name in names):
         return "npz"
-    held = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    held = shortened(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")
     raise ValueError(
         "unknown zip archive: torch's holds data.pkl, Keras' holds model.weights.h5, numpy's "
         f"holds only .npy files, got {held or 'nothing'}"

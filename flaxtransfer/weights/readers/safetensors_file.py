@@ -10,6 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from flaxtransfer.files import parse_json
+from flaxtransfer.paths import shortened
 
 __all__ = ["read_safetensors", "write_safetensors"]
 
@@ -38,11 +39,11 @@ def read_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"incomplete or damaged safetensors file ({_why(data)}): {error}"
+            f"incomplete or damaged safetensors file ({_why(data)}): {shortened(str(error), 200)}"
         ) from error
     unknown = {name: entry["dtype"] for name, entry in entries if entry["dtype"] not in _DTYPES}
     if unknown:
-        raise ValueError(f"unsupported dtypes: {unknown}")
+        raise ValueError(f"unsupported dtypes: {shortened(str(unknown), 300)}")
     arrays = {
         name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in entries

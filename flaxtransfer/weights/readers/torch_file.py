@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxtransfer.paths import shortened
 from flaxtransfer.weights.readers import archives, torch_pickle
 from flaxtransfer.weights.readers.torch_pickle import Foreign, Refused, Storage, Tensor
 
@@ -61,12 +62,11 @@ def read_torch(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list
     except (_Whole, MemoryError):
         raise
     except Refused as error:
-        raise ValueError(_refusal(error.name)) from error
+        raise ValueError(_refusal(shortened(error.name))) from error
     except Exception as error:
         # The exception for a damaged pickle depends on the damaged byte; no list is complete.
-        raise ValueError(
-            _DAMAGED + (str(error).splitlines() or [type(error).__name__])[0]
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(_DAMAGED + shortened(reason, 300)) from error
 
 
 def unwrap(content: Any) -> tuple[Mapping[Any, Any], list[str]]:
