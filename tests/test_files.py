@@ -16,6 +16,7 @@ from flaxtransfer.files import (
     parse_json,
     read_json,
     refuse_link,
+    replace_file,
 )
 
 DEEP = b"[" * 5000
@@ -153,3 +154,15 @@ def test_a_write_into_no_folder_names_file_and_folder(tmp_path):
         atomic_write(tmp_path / "missing" / "a.txt"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", [".config.json.tmp", "config.json"])
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / name).symlink_to(victim)
+    replace_file(tmp_path / "config.json", b"{}")
+    assert victim.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"victim", "config.json"}
+    assert read_json(tmp_path / "config.json") == {}
+    assert not (tmp_path / "config.json").is_symlink()

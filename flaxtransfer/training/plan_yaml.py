@@ -160,7 +160,7 @@ def plan_from_yaml(text: str, phase: type[Phase] = Phase) -> Plan:
     raise ValueError("this is not a plan: " + shortened("; ".join(problems), MOST_TEXT))
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # untyped
     """YAML without aliases, and with bounded depth and number of values.
 
     A plan needs no aliases, and 400 bytes with nine levels of them stand for 10^8 values.
