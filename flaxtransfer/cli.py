@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import operator
 import os
 import sys
@@ -19,9 +20,12 @@ import tyro
 from flaxtransfer import __version__
 from flaxtransfer.commands.options import check
 from flaxtransfer.commands.subcommands import SUBCOMMANDS, Predict
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import shortened, suggest, visible
 
 USER_ERROR = 2
+
+MOST_MESSAGE = 600
+"""Characters of an error; more is a screen of text, whose beginning nobody sees."""
 
 _STYLE = (
     tyro.conf.OmitArgPrefixes,
@@ -38,6 +42,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     line, and the code is the customary one of the signal.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may be bytes that are no text in any encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if words == ["--version"]:
         print(f"flaxtransfer {__version__}")
         return 0
@@ -53,7 +60,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"flaxtransfer: {_one_line(error)}", file=sys.stderr)
+        print(shortened(f"flaxtransfer: {_one_line(error)}", MOST_MESSAGE), file=sys.stderr)
         return USER_ERROR
 
 
@@ -101,8 +108,7 @@ def parse(words: Sequence[str]) -> Any:
 
 
 def _execute(options: Any) -> int:
-    from rich.console import Console
-
+    from flaxtransfer.overview import terminal
     from flaxtransfer.sharding import guard_cpu_thread_pool
     from flaxtransfer.training.console import Interrupted
 
@@ -110,12 +116,12 @@ def _execute(options: Any) -> int:
     name = next(name for name, kind in SUBCOMMANDS.items() if kind is type(options))
     name = name.replace("-", "_")
     command = getattr(importlib.import_module(f"flaxtransfer.commands.{name}"), name)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = terminal(stderr=True, soft_wrap=True, highlight=False)
     try:
         # Predictions are the standard output of `predict`; its notes must not mix with them.
-        command(options, errors if isinstance(options, Predict) else Console())
+        command(options, errors if isinstance(options, Predict) else terminal())
     except Interrupted as interruption:
-        errors.print(str(interruption), markup=False)
+        errors.print(str(interruption))
         return 128 + interruption.signal_number
     return 0
 
@@ -126,4 +132,4 @@ def _summary(kind: type) -> str:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines) or type(error).__name__
+    return visible(" ".join(lines)) or type(error).__name__

@@ -19,7 +19,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "refuse_link",
+    "replace_file",
     "seal",
     "seal_again",
     "seal_problems",
@@ -172,7 +173,11 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
     Yields:
         A temporary path next to the target. When the block ends, it replaces the target; if the
-        block raises an error, the target stays as it was.
+        block raises an error, the target stays as it was. Its name cannot be predicted, so that no
+        link can be planted there; a link at the target is replaced, not followed.
+
+    Raises:
+        OSError: the folder of the target does not exist or cannot be written.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(Path(folder) / "a.txt") as path:
@@ -180,7 +185,13 @@ def atomic_write(target: Path) -> Iterator[Path]:
     ...     (Path(folder) / "a.txt").read_text()
     'done'
     """
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO).lower()
+        raise type(error)(
+            error.errno, f"{target.name} cannot be written ({reason})", str(target.parent)
+        ) from error
     made, replaced = temporary / target.name, temporary / "replaced"
     try:
         yield made
@@ -205,6 +216,24 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a small file so that a reader, or a killed writer, sees the old one or the new one.
+
+    Its temporary name is always the same, so that a killed writer leaves at most one, which the
+    next removes; a link that somebody planted under that name is removed and not followed. For one
+    writer at a time; ``atomic_write`` is for any number.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Folder lock: one writer of ``folder`` during a ``with`` block.
@@ -222,7 +251,8 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
         would let two later writers lock two different files of the same name.
 
     Raises:
-        ValueError: another writer holds the folder; the text names its process and machine.
+        ValueError: another writer holds the folder (the text names its process and machine), or
+            the lock file is a link, which somebody else has put there.
         OSError: the folder cannot be created or written, or its file system has no locks.
 
     >>> import tempfile
@@ -246,7 +276,11 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def _open(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if path.exists() or path.is_symlink():
+            refuse_link(path)
+            check_regular(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(path, flags, 0o644)
     except FileExistsError as error:
         raise NotADirectoryError(
             errno.ENOTDIR, "this must be a folder, but it is a file", str(path.parent)
@@ -294,8 +328,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader, or a killed writer, sees the old file or the new one."""
-    with atomic_write(path) as temporary:
-        write_file(temporary, json_bytes(value))
+    replace_file(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:

@@ -12,13 +12,14 @@ family of networks, by its layout (``flaxtransfer.models.layout``). ``glob``, ``
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from flaxtransfer import paths
 from flaxtransfer.mask_algebra import Atom, Mask, Where, atoms, select
 from flaxtransfer.models.layout import LAYOUTS, Layout
-from flaxtransfer.paths import flatten, map_with_path, suggest
+from flaxtransfer.paths import flatten, map_with_path, shortened, suggest
 from flaxtransfer.types import PyTree
 
 __all__ = [
@@ -280,6 +281,13 @@ def to_text(mask: Mask) -> str:
     return repr(mask)
 
 
+MOST_TEXT, MOST_DEPTH, MOST_NUMBER = 20_000, 200, 10**9
+"""Limits of an expression in a file: characters, operators within operators, size of a number.
+
+A thousand globs fit in. Printing a mask takes two levels of Python's stack for each operator, of
+which there are 1,000."""
+
+
 def parse(text: str) -> Mask:
     """The mask that an expression means; ``parse(to_text(mask)) == mask``.
 
@@ -293,37 +301,47 @@ def parse(text: str) -> Mask:
     """
 
     def refuse(what: str) -> ValueError:
-        return ValueError(f"{text!r}: {what}")
+        return ValueError(f"{shortened(repr(text))}: {shortened(what, 450)}")
 
-    def value(node: ast.expr) -> Mask:
+    def code(node: ast.expr) -> str:
+        try:
+            return shortened(ast.unparse(node))
+        except ValueError:  # Of Python, which prints no number of more than 4,300 digits.
+            return "a number of too many digits"
+
+    def value(node: ast.expr, depth: int = 0) -> Mask:
+        if depth > MOST_DEPTH:
+            raise RecursionError
         match node:
             case ast.Call(ast.Name("where")):
                 raise refuse(
-                    f"{ast.unparse(node)} is a function of a program and cannot be read from text; "
+                    f"{code(node)} is a function of a program and cannot be read from text; "
                     "use glob()"
                 )
             case ast.BinOp(left, ast.BitAnd(), right):
-                return value(left) & value(right)
+                return value(left, depth + 1) & value(right, depth + 1)
             case ast.BinOp(left, ast.BitOr(), right):
-                return value(left) | value(right)
+                return value(left, depth + 1) | value(right, depth + 1)
             case ast.BinOp(left, ast.Sub(), right):
-                return value(left) - value(right)
+                return value(left, depth + 1) - value(right, depth + 1)
             case ast.UnaryOp(ast.Invert(), operand):
-                return ~value(operand)
+                return ~value(operand, depth + 1)
             case ast.Call(ast.Name(name), arguments, []):
                 return call(name, [argument(each) for each in arguments])
             case ast.Name(name):
                 raise refuse(f"{name} must be called, as in {name}()" + suggest(name, _FUNCTIONS))
         known = ", ".join(_FUNCTIONS)
-        raise refuse(f"{ast.unparse(node)!r} is none of: a call of {known}; & | - ~; brackets")
+        raise refuse(f"{code(node)!r} is none of: a call of {known}; & | - ~; brackets")
 
     def argument(node: ast.expr) -> int | str:
         match node:
             case ast.Constant(bool()):  # An int to Python, and no argument of ours.
                 pass
+            case ast.Constant(int() as number) if number > MOST_NUMBER:
+                raise refuse(f"an int must be at most {MOST_NUMBER:,}, got a larger one")
             case ast.Constant(int() | str() as constant):
                 return constant
-        raise refuse(f"arguments must be ints and strings, got {ast.unparse(node)!r}")
+        raise refuse(f"arguments must be ints and strings, got {code(node)!r}")
 
     def call(name: str, arguments: list[int | str]) -> Mask:
         if name not in _FUNCTIONS:
@@ -335,10 +353,23 @@ def parse(text: str) -> Mask:
             raise refuse(str(error)) from error
 
     if not isinstance(text, str):
-        raise ValueError(f"an expression must be a string, got {text!r}")
+        raise ValueError(f"an expression must be a string, got {shortened(repr(text))}")
+    if len(text) > MOST_TEXT:
+        raise refuse(f"it must have at most {MOST_TEXT:,} characters, got {len(text):,}")
     try:
-        return value(ast.parse(text.strip(), mode="eval").body)
-    except SyntaxError as error:
-        raise refuse(f"not an expression ({error.msg})") from error
+        with warnings.catch_warnings():
+            # Of Python's, about programs: "'int' object is not callable".
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError) as error:
+        # ValueError: a zero byte, half of a surrogate pair.
+        what = getattr(error, "msg", None) or "a character that no text has"
+        what = "a number of too many digits" if "digits" in what else what
+        raise refuse(f"not an expression ({what})") from error
     except (RecursionError, MemoryError) as error:
         raise refuse("too deeply nested to be read") from error
+    try:
+        return value(tree.body)
+    except RecursionError as error:
+        raise refuse(f"nested more than {MOST_DEPTH} deep") from error

@@ -1,12 +1,17 @@
-"""The parameter table: what moves, how fast, and how it decays, from shapes alone."""
+"""The parameter table: what moves, how fast, and how it decays, from shapes alone.
+
+Also the console and the cells that all tables have in common, in which names of files, classes and
+labels are text and never markup.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
@@ -14,15 +19,52 @@ from flaxtransfer.batchnorm import Norm, check, mode, modules, policy
 from flaxtransfer.groups import FROZEN, Group, check_groups
 from flaxtransfer.mask_algebra import select
 from flaxtransfer.models.layout import layout_of
-from flaxtransfer.paths import flatten, listing, map_with_path
+from flaxtransfer.paths import flatten, listing, map_with_path, visible
 from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.types import PyTree
 
-__all__ = ["ParameterTable", "Row", "Total", "parameter_table"]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+__all__ = ["ParameterTable", "Row", "Total", "parameter_table", "plain", "terminal"]
 
 
 _WIDTH = 120
 """Characters a line of ``str(table)``, where there is no terminal to ask."""
+
+
+def plain(text: Any) -> Text:
+    """Text from outside as a cell or line of rich: its markup and control characters are shown.
+
+    A class may be called ``[red]`` or ``x[/b]``.
+    """
+    from rich.text import Text
+
+    return Text(visible(text, keep="\n"))
+
+
+def terminal(**options: Any) -> Console:
+    """A console of rich that shows every string as it is, as ``plain`` does.
+
+    Args:
+        options: as for ``rich.console.Console``.
+    """
+    return _kind_of_console()(markup=False, emoji=False, **options)
+
+
+@functools.cache
+def _kind_of_console() -> type[Console]:
+    # Here, so that the core needs no rich until something is printed.
+    from rich.console import Console
+
+    class Terminal(Console):
+        """Every string that is printed, in cells and titles too, comes through ``render_str``."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text, keep="\n\t"), **options)
+
+    return Terminal
 
 
 @dataclass(frozen=True)
@@ -85,10 +127,8 @@ class ParameterTable:
     totals: tuple[Total, ...]
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         text = io.StringIO()
-        Console(file=text, width=_WIDTH, color_system=None).print(self)
+        terminal(file=text, width=_WIDTH, color_system=None).print(self)
         return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:
@@ -99,9 +139,9 @@ class ParameterTable:
         leaves = RichTable("path", "shape", "label", "learning rate", "decay", "trainable", "BN")
         for row in self.rows:
             leaves.add_row(
-                row.path,
+                plain(row.path),
                 " × ".join(map(str, row.shape)) or "scalar",
-                row.label,
+                plain(row.label),
                 _rate(row),
                 "–" if not row.weight_decay else f"{row.weight_decay:g}",
                 "yes" if row.trainable else "no",
@@ -119,7 +159,8 @@ class ParameterTable:
         sums = RichTable("label", "leaves", "parameters", "trainable", "MB")
         for total in self.totals:
             numbers = (total.leaves, total.parameters, total.trainable)
-            sums.add_row(total.label, *(f"{n:,}" for n in numbers), f"{total.bytes / 1e6:,.2f}")
+            megabytes = f"{total.bytes / 1e6:,.2f}"
+            sums.add_row(plain(total.label), *(f"{n:,}" for n in numbers), megabytes)
         for column in sums.columns[1:]:
             column.justify = "right"
         return sums

@@ -29,8 +29,10 @@ __all__ = [
     "match",
     "merge",
     "nearest",
+    "shortened",
     "suggest",
     "unflatten",
+    "visible",
 ]
 
 
@@ -201,6 +203,48 @@ def listing(names: Iterable[str], most: int = 6) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """Text for an error that may be as long as a file: its beginning and its end.
+
+    >>> shortened("a" * 30 + "z", most=21)
+    'aaaaaaa ... aaaaaaaz'
+    """
+    half = (most - 5) // 2
+    return text if len(text) <= most else f"{text[: most - 5 - half - 1]} ... {text[-half:]}"
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff]"
+)
+"""Control characters, marks that turn the direction of text, and what stands for bytes of names
+that are not UTF-8."""
+
+
+def visible(text: Any, *, keep: str = "") -> str:
+    r"""Text of a file, folder or user as it may be printed: nothing in it acts or hides.
+
+    Every text from outside goes through it on its way to a terminal, page or figure. A terminal
+    obeys control characters, and a name of bytes that are not UTF-8 cannot be written at all.
+
+    Args:
+        text: the text.
+        keep: characters that stay as they are, such as the line feeds of a table.
+
+    >>> visible("a\x1b]0;owned\x07"), visible(b"caf\xe9".decode(errors="surrogateescape"))
+    ('a\\x1b]0;owned\\x07', 'caf\\xe9')
+    """
+
+    def code(found: re.Match[str]) -> str:
+        number = ord(found[0])
+        if found[0] in keep:
+            return found[0]
+        number -= 0xDC00 if 0xDC80 <= number <= 0xDCFF else 0
+        return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+    return _UNSEEN.sub(code, str(text))
+
+
 def _leaves(tree: Any) -> dict[str, Any]:
     """``{path: leaf}``, checked."""
     _check_root(tree)
@@ -354,7 +398,9 @@ def _likeness(name: str, candidate: str) -> float:
 
 
 def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a.lower(), b.lower(), autojunk=False).ratio()
+    # The time grows with the square of the lengths, and a name in a file may be as long as it.
+    a, b = a[:200].lower(), b[:200].lower()
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def match(pattern: str, path: str) -> bool:
@@ -372,7 +418,7 @@ def match(pattern: str, path: str) -> bool:
     >>> match("**/norm[0-9]/{scale,bias}", "norm1/scale")
     True
     """
-    return _compiled(pattern).fullmatch(path + "/") is not None
+    return _compiled(pattern).matches(path)
 
 
 def check(pattern: str) -> None:
@@ -384,17 +430,83 @@ def check(pattern: str) -> None:
     _compiled(pattern)
 
 
+MOST_CHARACTERS, MOST_BRACES, MOST_EXPANDED = 2000, 64, 50_000
+"""Limits of a glob: characters, opened braces, and characters with all alternatives written out.
+
+Twenty pairs of braces have a million alternatives; a pattern of a person has fewer than a hundred.
+"""
+
+
+class _Glob(NamedTuple):
+    """A glob that is ready to be matched, in time linear in the path for each of its components.
+
+    Args:
+        expression: All alternatives with at most one ``**``, for paths that end with a ``/``, so
+            that each component ends alike; None where there are none.
+        walks: The other alternatives, by component; None is ``**``. A regular expression would try
+            every way to share the path out among several of them.
+    """
+
+    expression: re.Pattern[str] | None
+    walks: tuple[tuple[re.Pattern[str] | None, ...], ...]
+
+    def matches(self, path: str) -> bool:
+        if self.expression is not None and self.expression.fullmatch(path + "/"):
+            return True
+        return any(_walk(walk, path.split("/")) for walk in self.walks)
+
+
+def _walk(walk: tuple[re.Pattern[str] | None, ...], components: list[str]) -> bool:
+    """Whether components match, by the set of places in the pattern that each may stand at."""
+
+    def with_skipped(places: set[int]) -> set[int]:
+        # ``**`` may stand for none.
+        for place in range(len(walk)):
+            if place in places and walk[place] is None:
+                places.add(place + 1)
+        return places
+
+    places = with_skipped({0})
+    for component in components:
+        after = set()
+        for place in places - {len(walk)}:
+            part = walk[place]
+            if part is None:
+                after |= {place} if component else set()
+            elif part.fullmatch(component):
+                after.add(place + 1)
+        places = with_skipped(after)
+    return len(walk) in places
+
+
 @functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression for paths that end with a ``/``: so each component ends alike."""
-    alternatives = []
+def _compiled(pattern: str) -> _Glob:
+    opened = pattern.count("{")
+    if len(pattern) > MOST_CHARACTERS or opened > MOST_BRACES:
+        raise ValueError(
+            f"glob {_quoted(pattern)} must have at most {MOST_CHARACTERS:,} characters and "
+            f"{MOST_BRACES} '{{', got {len(pattern):,} and {opened}"
+        )
+    plain_ones, walks = [], []
     for plain in _expand(pattern, pattern):
         components = plain.split("/")
         if "" in components:
-            raise ValueError(f"glob {pattern!r} has an empty component")
-        translated = (_component(component, pattern) for component in components)
-        alternatives.append("".join(translated))
-    return re.compile("|".join(alternatives), re.DOTALL)
+            raise ValueError(f"glob {_quoted(pattern)} has an empty component")
+        translated = [_component(component, pattern) for component in components]
+        if components.count("**") > 1:
+            walks.append(
+                tuple(
+                    None if component == "**" else re.compile(expression.removesuffix("/"))
+                    for component, expression in zip(components, translated, strict=True)
+                )
+            )
+        else:
+            plain_ones.append("".join(translated))
+    return _Glob(re.compile("|".join(plain_ones)) if plain_ones else None, tuple(walks))
+
+
+def _quoted(pattern: str) -> str:
+    return shortened(repr(pattern))
 
 
 def _expand(text: str, pattern: str) -> list[str]:
@@ -412,16 +524,22 @@ def _expand(text: str, pattern: str) -> list[str]:
         elif text[i] == "}":
             depth -= 1
             if depth < 0:
-                raise ValueError(f"glob {pattern!r} closes a brace that it never opened")
+                raise ValueError(f"glob {_quoted(pattern)} closes a brace that it never opened")
             if depth == 0:
                 ends = [*(start - 1 for start in starts[1:]), i]
                 heads = [text[start:end] for start, end in zip(starts, ends, strict=True)]
                 tails = _expand(text[i + 1 :], pattern)
                 inner = [text[:opened] + each for head in heads for each in _expand(head, pattern)]
+                size = sum(map(len, inner)) * len(tails) + sum(map(len, tails)) * len(inner)
+                if size > MOST_EXPANDED:
+                    raise ValueError(
+                        f"glob {_quoted(pattern)} has too many alternatives: written out they must "
+                        f"have at most {MOST_EXPANDED:,} characters"
+                    )
                 return [head + tail for head in inner for tail in tails]
         i += 1
     if depth:
-        raise ValueError(f"glob {pattern!r} never closes a brace that it opened")
+        raise ValueError(f"glob {_quoted(pattern)} never closes a brace that it opened")
     return [text]
 
 
@@ -431,26 +549,36 @@ def _class_end(text: str, start: int, pattern: str) -> int:
     # Directly after the opening a "]" is a member, as in every shell.
     end = text.find("]", first + 1)
     if end < 0:
-        raise ValueError(f"glob {pattern!r} never closes a '[', or the class is empty")
+        raise ValueError(f"glob {_quoted(pattern)} never closes a '[', or the class is empty")
     return end
 
 
 def _component(component: str, pattern: str) -> str:
     if component == "**":
         return "(?:[^/]+/)*"
-    if "**" in re.sub(r"\[.*?\]", "", component):
-        raise ValueError(f"glob {pattern!r}: '**' stands for whole components, as in 'a/**/b'")
-    out, i = [], 0
+    if "**" in re.sub(r"\[.*?\]", "[]", component):
+        raise ValueError(
+            f"glob {_quoted(pattern)}: '**' stands for whole components, as in 'a/**/b'"
+        )
+    # Between two stars the first match is as good as any later one, so that it may be final, "(?>":
+    # otherwise the tries would multiply with each star.
+    chunks, chunk, i = [], "", 0
     while i < len(component):
         character = component[i]
         if character == "[":
             end = _class_end(component, i, pattern)
-            out.append(_class(component[i + 1 : end], pattern))
+            chunk += _class(component[i + 1 : end], pattern)
             i = end
+        elif character == "*":
+            chunks.append(chunk)
+            chunk = ""
         else:
-            out.append({"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character)))
+            chunk += {"?": "[^/]"}.get(character) or re.escape(character)
         i += 1
-    return "".join(out) + "/"
+    if not chunks:
+        return chunk + "/"
+    first, *middle = chunks
+    return first + "".join(f"(?>[^/]*?{each})" for each in middle) + f"[^/]*{chunk}/"
 
 
 def _class(members: str, pattern: str) -> str:
@@ -461,7 +589,7 @@ def _class(members: str, pattern: str) -> str:
         if members[i + 1 : i + 2] == "-" and i + 2 < len(members):
             low, high = members[i], members[i + 2]
             if low > high:
-                raise ValueError(f"glob {pattern!r}: the range {low}-{high} runs backwards")
+                raise ValueError(f"glob {_quoted(pattern)}: the range {low}-{high} runs backwards")
             ranges.append(f"{re.escape(low)}-{re.escape(high)}")
             i += 3
         else:

@@ -9,7 +9,15 @@ import time
 
 import pytest
 
-from flaxtransfer.files import check_regular, parse_json, read_json, refuse_link
+from flaxtransfer.files import (
+    atomic_write,
+    check_regular,
+    folder_lock,
+    parse_json,
+    read_json,
+    refuse_link,
+    replace_file,
+)
 
 DEEP = b"[" * 5000
 
@@ -97,3 +105,64 @@ def test_a_link_where_we_write_is_refused_with_its_target(tmp_path):
         refuse_link(tmp_path / "checkpoints")
     refuse_link(tmp_path)
     refuse_link(tmp_path / "none")
+
+
+def test_a_planted_lock_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for target in (victim, tmp_path / "none"):
+        run = tmp_path / f"run-{target.name}"
+        run.mkdir()
+        (run / ".lock").symlink_to(target)
+        with pytest.raises(ValueError, match=r"\.lock must not be a symbolic link"):
+            folder_lock(run).__enter__()
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    with folder_lock(tmp_path / "link"):
+        assert (tmp_path / "real" / ".lock").exists()
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_refused(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(ValueError, match="must be a regular file, got a named pipe"):
+        folder_lock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_at_the_target_of_a_write_is_replaced_and_not_followed(tmp_path, kind):
+    victim, target = tmp_path / "victim", tmp_path / "target"
+    if kind == "file":
+        victim.write_text("mine")
+    else:
+        victim.mkdir()
+        (victim / "file").write_text("mine")
+    target.symlink_to(victim)
+    with atomic_write(target) as made:
+        if kind == "file":
+            made.write_text("ours")
+        else:
+            made.mkdir()
+    assert not target.is_symlink()
+    assert (victim if kind == "file" else victim / "file").read_text() == "mine"
+
+
+def test_a_write_into_no_folder_names_file_and_folder(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match=r"a\.txt cannot be written .*missing'"),
+        atomic_write(tmp_path / "missing" / "a.txt"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", [".config.json.tmp", "config.json"])
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / name).symlink_to(victim)
+    replace_file(tmp_path / "config.json", b"{}")
+    assert victim.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"victim", "config.json"}
+    assert read_json(tmp_path / "config.json") == {}
+    assert not (tmp_path / "config.json").is_symlink()

@@ -394,7 +394,15 @@ def test_a_tree_without_leaves_or_shapes_says_so():
         ("", "not an expression"),
         ("head() |", "not an expression"),
         ("head()\0", "null bytes|not an expression"),
-        ("~" * 100_000 + "head()", "too deeply nested|not an expression"),
+        ("~" * 15_000 + "head()", "deep|not an expression"),
+        ("~" * 300 + "head()", "nested more than 200 deep"),
+        (" - ".join(["head()"] * 1000), "nested more than 200 deep"),
+        ("(" * 5000 + "head()" + ")" * 5000, "deep|not an expression"),
+        ("~" * 100_000 + "head()", "at most 20,000 characters, got 100,006"),
+        ("stage(" + "7" * 5000 + ")", "not an expression .a number of too many digits"),
+        ("stage(0x" + "f" * 5000 + ")", "an int must be at most 1,000,000,000"),
+        ("head()\udcff", "not an expression"),
+        ("1()", "is none of"),
     ],
 )
 def test_text_that_is_no_mask_is_refused(text, complaint):

@@ -1,5 +1,7 @@
 """Paths, globs, segments and did-you-mean."""
 
+import re
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -194,6 +196,7 @@ def test_flat_names_without_a_tree_are_refused(flat, text):
         ("layer[^1]", ["layer2"], ["layer1"]),
         ("a[]]", ["a]"], ["a", "a[]]"]),
         ("a[*]", ["a*"], ["ab", "a"]),
+        ("*[0-9]*", ["conv1", "1", "bn2a"], ["conv", ""]),
         ("a[{]", ["a{"], ["a"]),
         ("a[+-9]b", ["a5b", "a+b"], ["a/b"]),
         ("a[!x]b", ["ayb"], ["a/b", "axb"]),
@@ -236,6 +239,96 @@ def test_globs_outside_the_grammar_are_refused(pattern, text):
         match(pattern, "fc/kernel")
 
 
+def backtracked(pattern, path):
+    """The same grammar as one regular expression that tries everything: slow, and simple."""
+
+    def translated(component):
+        if component == "**":
+            return "(?:[^/]+/)*"
+        component = component.replace("[!", "[^").replace("[", "(?!/)[")
+        return re.sub(r"\*|\?(?!!)", lambda m: "[^/]*" if m[0] == "*" else "[^/]", component) + "/"
+
+    alternatives = ("".join(map(translated, each.split("/"))) for each in expanded(pattern))
+    return re.fullmatch("|".join(alternatives), path + "/") is not None
+
+
+def expanded(pattern):
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    parts = (
+        pattern[: found.start()] + each + pattern[found.end() :] for each in found[1].split(",")
+    )
+    return [one for part in parts for one in expanded(part)]
+
+
+components = st.one_of(
+    st.just("**"),
+    st.lists(
+        st.sampled_from(["a", "b", "?", "*", "[ab]", "[!a]", "{a,b}", "{,ab}", "{*a,b}"]),
+        min_size=1,
+        max_size=5,
+    )
+    .map("".join)
+    .filter(
+        lambda text: not any("**" in one for one in expanded(text)) and "" not in expanded(text)
+    ),
+)
+
+
+@given(
+    st.lists(components, min_size=1, max_size=6)
+    .map("/".join)
+    .filter(lambda pattern: pattern.count("{") <= 4),
+    st.lists(
+        st.lists(st.text("abc", max_size=4), max_size=5).map("/".join), min_size=1, max_size=5
+    ),
+)
+def test_globs_mean_what_trying_everything_finds(pattern, candidates):
+    for path in candidates:
+        assert match(pattern, path) == backtracked(pattern, path), (pattern, path)
+
+
+STARS = "".join(f"*{c}" for c in "ab" * 12)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [
+        (STARS + "z", "ab" * 100),
+        ("*" + "a*" * 25 + "z", "a" * 5000),
+        ("/".join(["**", "a"] * 20) + "/z", "/".join("a" * 300)),
+        ("/".join(["**", "*"] * 20) + "/z", "/".join("a" * 300)),
+        ("**/" + "/".join([STARS] * 10) + "z", "/".join(["ab" * 30] * 60)),
+        ("{" + ",".join([STARS + "z"] * 30) + "}", "ab" * 100),
+        ("?*" * 300 + "z", "a" * 2000),
+    ],
+)
+def test_many_stars_end_soon(pattern, path):
+    start = time.process_time()
+    assert not match(pattern, path)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("{a,b}" * 20, "has too many alternatives"),
+        ("{a,b}" * 65, "at most 2,000 characters and 64 '{', got 325 and 65"),
+        ("{" * 5000, "at most 2,000 characters"),
+        ("a" * 100_000, "got 100,000"),
+        ("[" * 1999, "never closes"),
+        ("{" + "a," * 900 + "}" + "{" + "b," * 50 + "}", "has too many alternatives"),
+    ],
+)
+def test_globs_of_no_person_are_refused_soon_in_few_words(pattern, text):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=text) as caught:
+        paths.check(pattern)
+    assert len(str(caught.value)) < 300
+    assert time.process_time() - start < 2
+
+
 @given(st.lists(st.text("ab1.", min_size=1, max_size=4), min_size=1, max_size=4).map("/".join))
 def test_a_plain_path_is_a_glob_for_itself_alone(path):
     assert match(path, path)
@@ -272,3 +365,32 @@ def test_suggestions_are_at_most_n():
 def test_listing_counts_what_it_leaves_out():
     assert listing(map(str, range(10)), most=3) == "0, 1, 2 and 7 more"
     assert listing([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("café, 猫, a b", "café, 猫, a b"),
+        ("x[/b] [red] :cat: $a$ <b>", "x[/b] [red] :cat: $a$ <b>"),
+        ("a\x1b]0;owned\x07", r"a\x1b]0;owned\x07"),
+        ("a\nb\tc\rd", r"a\x0ab\x09c\x0dd"),
+        ("\x9b31m", r"\x9b31m"),
+        ("\u202eexe.gnp", r"\u202eexe.gnp"),
+        (b"caf\xe9".decode(errors="surrogateescape"), r"caf\xe9"),
+        ("half of a pair \ud83d", r"half of a pair \ud83d"),
+    ],
+)
+def test_what_would_act_on_a_terminal_is_shown_and_all_else_stays(text, shown):
+    assert paths.visible(text) == shown
+    assert paths.visible(shown) == shown
+
+
+@given(st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp", "L"])))
+def test_visible_text_can_be_written_on_one_line(text):
+    assert len(paths.visible(text).encode().decode().splitlines()) <= 1
+
+
+@given(st.text(max_size=300), st.integers(10, 200))
+def test_shortened_text_fits_and_short_text_stays(text, most):
+    assert len(paths.shortened(text, most)) <= most
+    assert paths.shortened(text, max(len(text), 10)) == text

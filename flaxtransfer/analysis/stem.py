@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxtransfer.overview import terminal
 from flaxtransfer.paths import listing
 
 __all__ = ["OPPONENT", "StemReport", "stem_report"]
@@ -166,10 +167,8 @@ class StemReport:
         }
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         text = io.StringIO()
-        Console(file=text, width=_WIDTH, color_system=None).print(self)
+        terminal(file=text, width=_WIDTH, color_system=None).print(self)
         return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:

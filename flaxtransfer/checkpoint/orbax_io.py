@@ -8,9 +8,12 @@ machine.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import logging
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -58,7 +61,7 @@ def start(
     items: dict[str, Any] = {"record": ocp.args.JsonSave(record)}
     if arrays:
         items["tree"] = ocp.args.PyTreeSave(arrays)
-    writer.save(epath.Path(step), args=ocp.args.Composite(**items))
+    writer.save(_place(step), args=ocp.args.Composite(**items))
 
 
 def finish(writer: Writer) -> None:
@@ -83,7 +86,7 @@ def read_step(step: Path, paths: list[str]) -> dict[str, np.ndarray]:
         closing(_tree_handler(arrays)) as handler,
         classify_errors(step, arrays.failed, subject=f"step {step.name}", place=step.parent),
     ):
-        found: dict[str, np.ndarray] = handler.restore(epath.Path(step / "tree"), args=arguments)
+        found: dict[str, np.ndarray] = handler.restore(_place(step) / "tree", args=arguments)
         return found
 
 
@@ -98,7 +101,7 @@ def describe(folder: Path) -> Description:
         closing(_describing_handler()) as handler,
         classify_errors(folder, (), subject="it", place=folder),
     ):
-        tree = handler.metadata(epath.Path(folder)).tree
+        tree = handler.metadata(_place(folder)).tree
         leaves = named_leaves(tree)
         return Description(
             tree,
@@ -122,7 +125,7 @@ def read_tree(folder: Path, description: Description) -> dict[str, np.ndarray]:
         closing(_tree_handler(arrays)) as handler,
         classify_errors(folder, arrays.failed, subject="it", place=folder),
     ):
-        found = named_leaves(handler.restore(epath.Path(folder), args=arguments))
+        found = named_leaves(handler.restore(_place(folder), args=arguments))
         return {path: np.asarray(found[path]) for path in found if path in description.sizes}
 
 
@@ -139,6 +142,33 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(not_orbax)
+
+
+def _place(path: Path) -> epath.Path:
+    """The path as orbax can have it: its C++ takes no name of bytes that are not UTF-8."""
+    if _is_text(path):
+        return epath.Path(path)
+    # A step that is yet to be written has no folder for a link to lead to; its parent has.
+    through = path.parent if _is_text(Path(path.name)) else path
+    return epath.Path(_link_to(through) / path.relative_to(through))
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@functools.cache
+def _link_to(folder: Path) -> Path:
+    """A symbolic link of plain name to a folder, for as long as the process lives."""
+    place = Path(tempfile.mkdtemp(prefix="flaxtransfer-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    link = place / "folder"
+    link.symlink_to(folder.absolute())
+    return link
 
 
 class _DeferredArray:

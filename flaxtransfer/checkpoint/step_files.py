@@ -32,6 +32,7 @@ from flaxtransfer.checkpoint.manifest import (
     first_line,
     stored,
 )
+from flaxtransfer.files import check_regular, parse_json
 
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 # Steps that orbax has not yet renamed into place, and steps that are being removed.
@@ -77,6 +78,7 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     """
     path = folder / str(step) / "record" / "metadata"
     try:
+        check_regular(path)
         record = verify(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damage("record/metadata is missing") from error
@@ -97,6 +99,10 @@ def read_arrays(folder: Path, step: int, manifest: Manifest) -> dict[str, np.nda
     paths = stored(manifest)
     if not paths:
         return {}
+    try:
+        _check_files(folder / str(step))
+    except ValueError as error:
+        raise Damage(str(error)) from error
     arrays = orbax_io.read_step(folder / str(step), paths)
     if wrong := corrupted(manifest, arrays):
         raise Damage(f"the content differs from the checksum of {', '.join(wrong)}")
@@ -141,13 +147,22 @@ def remove_leftovers(folder: Path) -> None:
     """Removes incomplete steps that a killed writer has left."""
     for entry in folder.iterdir():
         if _LEFTOVER.fullmatch(entry.name):
-            shutil.rmtree(entry, ignore_errors=True)
+            with suppress(OSError):
+                _remove_folder(entry)
 
 
 def remove(folder: Path, step: int) -> None:
     """Removes a step."""
     # Renamed first: a kill during the removal must not leave an incomplete step under its number.
-    shutil.rmtree((folder / str(step)).rename(folder / f"{step}.deleting"))
+    _remove_folder((folder / str(step)).rename(folder / f"{step}.deleting"))
+
+
+def _remove_folder(folder: Path) -> None:
+    # A link that somebody planted there goes, and what it leads to stays.
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def quarantine(folder: Path, step: int) -> Path:
@@ -224,7 +239,7 @@ def verify(text: str) -> dict[str, Any]:
     ValueError: the record was changed after it was written: its digest does not match
     """
     try:
-        document = json.loads(text)
+        document = parse_json(text.encode(errors="surrogatepass"), "it")
         record: dict[str, Any] = document["record"]
         digest = document["sha256"]
     except (ValueError, KeyError, TypeError) as error:
@@ -316,9 +331,7 @@ def read_any_arrays(folder: str | os.PathLike[str], *, most: int) -> Arrays:
         )
     if tree is None:
         raise ValueError(f"{path} is not an orbax checkpoint")
-    linked = [inner for inner in path.rglob("*") if inner.is_symlink()]
-    if linked:
-        raise ValueError(f"a checkpoint must not hold links, got {linked[0]}")
+    _check_files(path)
     try:
         with orbax_io.quiet():
             if path.name.isdecimal() and (path / "record" / "metadata").is_file():
@@ -326,6 +339,15 @@ def read_any_arrays(folder: str | os.PathLike[str], *, most: int) -> Arrays:
             return Arrays(_read_foreign_tree(tree, most), checked=False)
     except Damage as damage:
         raise DamagedCheckpointError(f"{path} is damaged: {damage}") from damage
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses what orbax must not open: links, and named pipes, which would block it for ever."""
+    for inner in folder.rglob("*"):
+        if inner.is_symlink():
+            raise ValueError(f"a checkpoint must not hold links, got {inner}")
+        if not inner.is_dir():
+            check_regular(inner)
 
 
 def find_tree_folder(folder: str | os.PathLike[str]) -> Path | None:

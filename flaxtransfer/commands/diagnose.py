@@ -18,14 +18,17 @@ from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_unlabeled
 from flaxtransfer.data.source import Source, UnlabeledImages
 from flaxtransfer.data.splits import subsample
-from flaxtransfer.files import atomic_write, write_file
-from flaxtransfer.paths import suggest
+from flaxtransfer.files import atomic_write, check_regular, refuse_link, write_file
+from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.shift_page import print_report
 from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
 from flaxtransfer.shift.report import ShiftReport
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
+
+MOST_CSV_BYTES = 1 << 26
+"""Of a file of labels: a million images have half of it, and few labels are enough."""
 
 
 def diagnose(options: Diagnose, console: Console) -> None:
@@ -54,6 +57,8 @@ def diagnose(options: Diagnose, console: Console) -> None:
         seed=options.seed,
     )
     out = options.out or options.run / "diagnosis" / _file_name(options.target)
+    if options.out is None:
+        refuse_link(out.parent)
     write_report(out, report, source, found, run=options.run, target=options.target)
     print_report(report, console)
     console.print(f"\nwritten to {out}/", highlight=False, soft_wrap=True)
@@ -145,23 +150,32 @@ def _few_labels(
     """Positions and classes of the images in a CSV file."""
     if path is None:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        headings = [heading.strip() for heading in rows.fieldnames or ()]
-        if missing := [name for name in ("image", "label") if name not in headings]:
-            raise ValueError(
-                f"{path} has no column {' and no column '.join(missing)}; its columns are "
-                f"{', '.join(headings) or 'none'}"
-            )
-        rows.fieldnames = headings
-        given = [((row["image"] or "").strip(), (row["label"] or "").strip()) for row in rows]
+    check_regular(path)
+    size = path.stat().st_size
+    if size > MOST_CSV_BYTES:
+        raise ValueError(f"{path} must have at most {MOST_CSV_BYTES:,} bytes, got {size:,}")
+    # Names of files may be bytes that are not UTF-8, here as there.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            rows = csv.DictReader(file)
+            headings = [heading.strip() for heading in rows.fieldnames or ()]
+            if missing := [name for name in ("image", "label") if name not in headings]:
+                raise ValueError(
+                    f"{path} has no column {' and no column '.join(missing)}; its columns are "
+                    f"{listing(headings) or 'none'}"
+                )
+            rows.fieldnames = headings
+            given = [((row["image"] or "").strip(), (row["label"] or "").strip()) for row in rows]
+        except csv.Error as error:
+            raise ValueError(f"{path} is not a readable CSV file ({error})") from error
     if not given:
         raise ValueError(f"{path} has no rows below its headings")
     place = {name: number for number, name in enumerate(names)}
     unknown = sorted({label for _, label in given if label not in place})
     if unknown:
-        listed = ", ".join(f"{label!r}{suggest(label, names)}" for label in unknown)
-        raise ValueError(f"{path}: no class {listed}; the run has {', '.join(names)}")
+        listed = ", ".join(f"{each!r}{suggest(each, names)}" for each in unknown[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise ValueError(f"{path}: no class {listed}{more}; the run has {listing(names)}")
     try:
         positions = target.positions([image for image, _ in given])
     except ValueError as error:

@@ -35,7 +35,8 @@ def evaluate(options: Evaluate, console: Console) -> None:
     _check_classes(source, network.class_names)
     batches = eval_batches(source, chosen, network.preprocessing, batch_size=reading.batch_size)
     result = measure(network, batches)
-    console.print_json(json.dumps({"data": name, **result.to_json()}))
+    # In ASCII: the name of a folder may be bytes that are not UTF-8.
+    console.print_json(json.dumps({"data": name, **result.to_json()}), ensure_ascii=True)
 
 
 def _check_classes(source: Source, trained: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import Job, prepare
 from flaxtransfer.commands.subcommands import FindRate
 from flaxtransfer.groups import Group
+from flaxtransfer.overview import plain
 from flaxtransfer.paths import suggest
 from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.training.loop import fit
@@ -83,13 +84,13 @@ def _trained(job: Job, phases: int, seed: int) -> Classifier:
 
 
 def _table(phase: Phase, sweeps: dict[str, RateSweep]) -> Table:
-    table = Table(title=f"learning rates for phase '{phase.name}'")
+    table = Table(title=plain(f"learning rates for phase '{phase.name}'"))
     for column in ("group", "of the strategy", "fastest fall", "middle of the fall", "swept"):
         table.add_column(column, justify="left" if column == "group" else "right")
     for name, sweep in sweeps.items():
         end = "diverged at" if sweep.diverged else "to"
         table.add_row(
-            name,
+            plain(name),
             _planned(phase, sweep.group),
             _rate(sweep.suggestion),
             _rate(sweep.valley),

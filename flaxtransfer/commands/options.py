@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from flaxtransfer.data.open import SCHEMES, open_source
+from flaxtransfer.files import check_regular
 from flaxtransfer.models.config import Method
 from flaxtransfer.paths import suggest
 from flaxtransfer.recipes import RECIPE_NAMES
@@ -340,8 +341,10 @@ def is_file(strategy: str) -> bool:
 def strategy_problems(strategy: str) -> Iterator[str]:
     """What is wrong with the name of a recipe or the path of a plan."""
     if is_file(strategy):
-        if not Path(strategy).is_file():
+        if not Path(strategy).exists():
             yield f"--strategy: there is no plan {strategy}"
+        elif not Path(strategy).is_file():
+            yield f"--strategy: the plan {strategy} must be a regular file"
     elif strategy not in RECIPE_NAMES:
         yield (
             f"--strategy must be {RECIPES_HELP}, got {strategy!r}{suggest(strategy, RECIPE_NAMES)}"
@@ -381,6 +384,7 @@ def recorded(options: Any) -> dict[str, Any]:
             found[_key(name, notes)] = list(value) if isinstance(value, tuple) else value
     if isinstance(options, StrategyOptions) and is_file(options.strategy):
         # The content of the file decides what is learned, not its name.
+        check_regular(options.strategy)
         content = Path(options.strategy).read_bytes()
         found["plan"] = hashlib.sha256(content).hexdigest()[:12]
     return found

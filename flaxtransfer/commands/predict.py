@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from flaxtransfer.commands.job import kept_validation, run_bands, trained_networ
 from flaxtransfer.commands.subcommands import Predict
 from flaxtransfer.data.decode import ImageError, decode_bands
 from flaxtransfer.data.transforms import Transform, evaluation_transform
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import suggest, visible
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
 from flaxtransfer.shift.calibration import Calibration, calibrate
 from flaxtransfer.shift.prior_correction import adjust_prior, correct_prior
@@ -235,7 +236,7 @@ def _read_batches(
             except ImageError as error:
                 if not options.reading.skip_corrupt:
                     raise
-                console.print(f"left out: {error}", highlight=False)
+                console.print(f"left out: {error}", highlight=False, markup=False)
             else:
                 paths.append(path)
         if paths:
@@ -251,13 +252,33 @@ def _write_json_lines(rows: Iterator[dict[str, Any]], top: int, file: TextIO) ->
         print(json.dumps(line), file=file, flush=True)
 
 
+def cell_text(text: str) -> str:
+    r"""Text as a cell of CSV that neither a spreadsheet runs nor a terminal obeys.
+
+    Spreadsheets run a cell that begins with one of these characters; after an apostrophe it is
+    text. A number is no formula and stays one.
+
+    >>> cell_text("=HYPERLINK(A1)"), cell_text("-1"), cell_text("cat"), cell_text("\t=A1")
+    ("'=HYPERLINK(A1)", '-1', 'cat', "'\\x09=A1")
+
+    References:
+        OWASP, "CSV Injection", 2015-.
+    """
+    runs = text.startswith(("=", "+", "-", "@", "\t", "\r"))
+    shown = visible(text)
+    return f"'{shown}" if runs and not _NUMBER.fullmatch(text) else shown
+
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+
+
 def _write_csv(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:
     writer = csv.writer(file)
     suffixes = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     header = [f"{column}{suffix}" for suffix in suffixes for column in ("label", "probability")]
     writer.writerow(["image", *header])
     for row in rows:
-        cells: list[Any] = [row["image"]]
+        cells: list[Any] = [cell_text(row["image"])]
         for label, probability in row["ranked"][:top]:
-            cells += [label, f"{probability:.6f}"]
+            cells += [cell_text(label), f"{probability:.6f}"]
         writer.writerow(cells)

@@ -40,7 +40,7 @@ from flaxtransfer.commands.options import (
     strategy_problems,
 )
 from flaxtransfer.models.registry import ARCHITECTURES
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.figures import check_figure_path
 
 __all__ = [
@@ -306,8 +306,8 @@ class Predict:
         """Images that do not exist."""
         if not self.images:
             yield "no image was given: flaxtransfer predict <run> <image> [<image> ...]"
-        if missing := [str(path) for path in self.images if not path.is_file()]:
-            yield f"no such image: {', '.join(missing)}"
+        if missing := [str(path) for path in self.images if not path.exists()]:
+            yield f"no such image: {listing(missing)}"
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,30 @@ formats there are is one table, ``DECODERS``; a format is recognized by its firs
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import math
 import os
+import re
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
+from flaxtransfer.files import check_regular
+
 if TYPE_CHECKING:
     from PIL import Image
+
+
+MOST_PIXELS = 100_000_000
+"""Of an image, by its header: 300 MB as RGB, and twice that while it is converted.
+
+The largest cameras have 100 megapixels; a PNG of 20 kB may state 169."""
 
 
 class ImageError(ValueError):
@@ -122,6 +133,11 @@ def decode_bands(
     >>> decode_bands(file.getvalue(), name="x.tif", bands=13)[0, 0, :3].tolist()
     [0, 10, 20]
     """
+    if not isinstance(data, bytes):
+        try:
+            check_regular(data)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
     with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
         head = file.read(16)
         file.seek(0)
@@ -145,8 +161,10 @@ def _pillow(
 ) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
+    _silence()
     try:
         with Image.open(file, formats=(format,)) as image:
+            _check_size(image, name)
             if bands in (1, 3):
                 return _color_pixels(image, name, bands, min_side)
             return _stacked_pages(image, name, bands)
@@ -160,20 +178,47 @@ def _pillow(
         raise ImageError(f"{name}: the image cannot be decoded ({error})") from error
 
 
+_PILLOW = r"PIL\."
+_IGNORED = ("ignore", None, Warning, re.compile(_PILLOW), 0)
+
+
+def _silence() -> None:
+    """Keeps Pillow's log and warnings of damaged files off the terminal.
+
+    It warns of every damaged tag, and of sizes that it refuses only at twice as much; what matters
+    is an ``ImageError``. The filter stays: images are decoded in threads, and taking it back in one
+    would take it from another.
+    """
+    if _IGNORED not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW)
+    logger = logging.getLogger("PIL")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    """Refuses by the header, before a pixel is decoded."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ImageError(
+            f"{name}: an image must have at most {MOST_PIXELS:,} px, got {image.width:,} x "
+            f"{image.height:,} px; make it smaller"
+        )
+
+
 DECODERS = (
-    Decoder("PNG", _prefix(b"\x89PNG\r\n\x1a\n"), partial(_pillow, "PNG")),
-    Decoder("JPEG", _prefix(b"\xff\xd8\xff"), partial(_pillow, "JPEG")),
-    Decoder("BMP", _prefix(b"BM"), partial(_pillow, "BMP")),
-    Decoder("GIF", _prefix(b"GIF87a", b"GIF89a"), partial(_pillow, "GIF")),
+    Decoder("PNG", _prefix(b"\x89PNG\r\n\x1a\n"), functools.partial(_pillow, "PNG")),
+    Decoder("JPEG", _prefix(b"\xff\xd8\xff"), functools.partial(_pillow, "JPEG")),
+    Decoder("BMP", _prefix(b"BM"), functools.partial(_pillow, "BMP")),
+    Decoder("GIF", _prefix(b"GIF87a", b"GIF89a"), functools.partial(_pillow, "GIF")),
     Decoder(
         "TIFF",
         _prefix(b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0"),
-        partial(_pillow, "TIFF"),
+        functools.partial(_pillow, "TIFF"),
     ),
     Decoder(
         "WEBP",
         lambda head: head.startswith(b"RIFF") and head[8:12] == b"WEBP",
-        partial(_pillow, "WEBP"),
+        functools.partial(_pillow, "WEBP"),
     ),
 )
 """All formats. To add one, add a row."""
@@ -248,6 +293,7 @@ def _stacked_pages(image: Image.Image, name: str, bands: int) -> np.ndarray:
     pages: list[np.ndarray] = []
     modes: list[str] = []
     for page in ImageSequence.Iterator(image):
+        _check_size(page, name)
         pages.append(_page_pixels(page, name))
         modes.append(page.mode)
         if len(pages) > bands:  # already one too many

@@ -15,8 +15,9 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from flaxtransfer.data.decode import ImageError, decode_bands, is_image, not_an_image
+from flaxtransfer.data.decode import decode_bands, is_image, not_an_image
 from flaxtransfer.data.source import Example, UnlabeledImages, position
+from flaxtransfer.files import check_regular
 from flaxtransfer.paths import listing
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -223,6 +224,7 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _head(path: Path) -> bytes:
+    check_regular(path)
     with open(path, "rb") as file:
         return file.read(16)
 
@@ -242,7 +244,7 @@ def _unreadable_files(
                 return not_an_image(file)
             if skip_corrupt:
                 decode_bands(root / file, name=file, bands=bands, min_side=min_side or 1)
-        except ImageError as error:
+        except ValueError as error:
             return str(error)
         except OSError as error:
             return f"{file}: cannot be read ({error.strerror})"

@@ -7,7 +7,6 @@ there are is one table, ``SCHEMES``; ``open_source``, ``open_unlabeled`` and the
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxtransfer.data.source import ArraySource, Source, UnlabeledImages
+from flaxtransfer.files import check_regular
 from flaxtransfer.paths import listing, suggest
 
 __all__ = ["SCHEMES", "OpenOptions", "Scheme", "open_source", "open_unlabeled"]
@@ -171,20 +171,21 @@ _IMAGE_ARRAYS = ("image", "images")
 
 
 def _npz(rest: str, options: OpenOptions) -> UnlabeledImages:
+    from flaxtransfer.weights.readers.archives import read_npz
+
     path = Path(rest).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    check_regular(path)
     if path.suffix != ".npz":
         raise ValueError(f"the name of a file of arrays must end in .npz, got {path}")
     try:
-        # Nothing in the file is unpickled, so that nothing in it is run.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            key = next((key for key in _IMAGE_ARRAYS if key in file), None)
-            if key is None:
-                raise ValueError(f"{path} has no array 'image'; it has {listing(file.files)}")
-            images = file[key]
-    except (zipfile.BadZipFile, EOFError, TypeError) as error:
+        arrays, *_ = read_npz(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
+    images = next((arrays[key] for key in _IMAGE_ARRAYS if key in arrays), None)
+    if images is None:
+        raise ValueError(f"{path} has no array 'image'; it has {listing(arrays)}")
     return UnlabeledImages.numbered(ArraySource(images, np.zeros(len(images), np.int64), ("?",)))
 
 

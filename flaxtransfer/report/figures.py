@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from flaxtransfer.paths import visible
+
 if TYPE_CHECKING:
     from flaxtransfer.analysis.profile import Profile
     from flaxtransfer.analysis.stem import StemReport
@@ -26,6 +28,7 @@ __all__ = [
     "SERIES",
     "FigureTarget",
     "check_figure_path",
+    "figure_text",
     "legend",
     "new_figure",
     "plot_profile",
@@ -99,6 +102,7 @@ def plot_rate_sweeps(path: str | os.PathLike[str], sweeps: Mapping[str, RateSwee
         margin = 0.08 * max(high - low, 1e-3)
         panel.set_ylim(low - margin, high + margin)
         panel.set_xscale("log")
+        title = figure_text(title)
         panel.set_title(f"{title} (diverged)" if sweep.diverged else title)
         panel.set_xlabel("learning rate")
         panel.set_ylabel("training loss, nats")
@@ -174,14 +178,15 @@ def plot_training(
     losses, scores = figure.subplots(1, 2)
     for (name, rows), (color, _) in zip(runs.items(), SERIES, strict=False):
         rows = [row for row in rows if row["kind"] == "train"]
+        shown = figure_text(name)
         steps = [row["step"] for row in rows]
-        losses.plot(steps, [row["loss"] for row in rows], color=color, label=name)
+        losses.plot(steps, [row["loss"] for row in rows], color=color, label=shown)
         scores.plot(
-            steps, [100 * row[metric] for row in rows], color=color, label=f"{name}, training"
+            steps, [100 * row[metric] for row in rows], color=color, label=f"{shown}, training"
         )
         if name in tested:
             value = 100 * tested[name]
-            scores.axhline(value, color=color, linestyle=":", label=f"{name}, test: {value:.1f} %")
+            scores.axhline(value, color=color, linestyle=":", label=f"{shown}, test: {value:.1f} %")
     for axes, label in ((losses, "training loss, nats"), (scores, f"{metric}, %")):
         axes.set_xlabel("step")
         axes.set_ylabel(label)
@@ -304,7 +309,17 @@ def wrap_text(text: str, width: int, lines: int = 2) -> str:
     >>> wrap_text("a class of a long name", 8)
     'a class\nof a...'
     """
-    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder="...")) or " "
+    wrapped = textwrap.wrap(visible(text), width, max_lines=lines, placeholder="...")
+    return figure_text("\n".join(wrapped)) or " "
+
+
+def figure_text(text: str) -> str:
+    r"""Text from outside for a figure, in which matplotlib would set what is between $ as math.
+
+    >>> figure_text("$5 and $7")
+    '\\$5 and \\$7'
+    """
+    return visible(text, keep="\n").replace("$", r"\$")
 
 
 def check_figure_path(path: str | os.PathLike[str]) -> Path:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import html
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.overview import plain
+from flaxtransfer.paths import visible
 from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.report import ShiftReport
 from flaxtransfer.shift.statistics import HypothesisTest
@@ -51,7 +53,7 @@ small { color: color-mix(in srgb, currentColor 65%, transparent); display: block
 def print_report(report: ShiftReport, console: Console) -> None:
     """Print a shift report: conclusion, verdicts, tests, prevalence, accuracy, actions, limits."""
     held_out_count, count, labels = report.counts
-    console.print(f"[bold]{HEADLINES[report.conclusion]}[/bold]", highlight=False)
+    console.print(HEADLINES[report.conclusion], highlight=False, style="bold")
     console.print(
         f"{held_out_count} held-out examples of the source, {count} target images, {labels} of "
         f"them with labels; tests at level {report.level:g}\n",
@@ -61,17 +63,17 @@ def print_report(report: ShiftReport, console: Console) -> None:
     console.print(_test_table(report.tests))
     if report.prevalences:
         console.print(_prevalence_table(report.prevalences, report.class_names))
-    console.print(str(report.accuracy), highlight=False, markup=False)
-    console.print("\n[bold]What to do[/bold]")
+    console.print(plain(report.accuracy))
+    console.print("\nWhat to do", style="bold")
     for number, action in enumerate(report.actions, 1):
         text = " ".join(filter(None, (action.what, action.expected)))
-        console.print(f"{number}. {text}", highlight=False, markup=False)
-        console.print(f"   Guard: {action.guard}", highlight=False, markup=False, style="dim")
-    console.print("\n[bold]What cannot be known from these data[/bold]")
+        console.print(plain(f"{number}. {text}"))
+        console.print(plain(f"   Guard: {action.guard}"), style="dim")
+    console.print("\nWhat cannot be known from these data", style="bold")
     for text in report.not_identifiable:
-        console.print(f"- {text}", highlight=False, markup=False)
+        console.print(plain(f"- {text}"))
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, style="dim")
+        console.print(plain(f"note: {note}"), style="dim")
 
 
 def render_html(
@@ -110,10 +112,15 @@ def render_html(
     )
 
 
+def escape(text: str) -> str:
+    """Text from outside as HTML; control characters are shown, see ``visible``."""
+    return html.escape(visible(text))
+
+
 def _verdict_table(report: ShiftReport) -> Table:
     table = Table("shift", "status", "evidence", title="Kind of shift", title_justify="left")
     for verdict in report.verdicts:
-        table.add_row(verdict.kind, verdict.status, verdict.evidence)
+        table.add_row(verdict.kind, verdict.status, plain(verdict.evidence))
     return table
 
 
@@ -124,10 +131,11 @@ def _test_table(tests: Sequence[HypothesisTest]) -> Table:
     table.add_column("in")
     for test in tests:
         if test.p is None:
-            table.add_row(test.name, "", "", "", "", f"not testable: {test.not_testable}")
+            reason = plain(f"not testable: {test.not_testable}")
+            table.add_row(plain(test.name), "", "", "", "", reason)
             continue
         numbers = (test.p, test.adjusted_p, test.effect, test.minimum_detectable)
-        table.add_row(test.name, *map(_table_number, numbers), test.effect_name)
+        table.add_row(plain(test.name), *map(_table_number, numbers), test.effect_name)
     return table
 
 
@@ -138,7 +146,7 @@ def _prevalence_table(found: Sequence[Prevalence], names: Sequence[str]) -> Tabl
         table.add_column(each.method, justify="right")
     for k, name in enumerate(names):
         proportions = [f"{each.estimate[k]:.3f} {_ends(each, k)}" for each in found]
-        table.add_row(name, f"{found[0].source[k]:.3f}", *proportions)
+        table.add_row(plain(name), f"{found[0].source[k]:.3f}", *proportions)
     return table
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders, IndexedExamples
+from flaxtransfer.files import read_json
 from flaxtransfer.models.model import Model
 from flaxtransfer.sharding import map_batches, place_replicated
 from flaxtransfer.training.prefix_cache import Choice, bytes_text, prefix_digest
@@ -171,7 +172,7 @@ def _explain(folder: Path, fingerprint: Fingerprint) -> str:
     nearest: list[str] | None = None
     for path in sorted(folder.glob(f"*/{_META}")) if folder.is_dir() else []:
         try:
-            other = json.loads(path.read_text())["fingerprint"]
+            other = read_json(path)["fingerprint"]
             differs = sorted(k for k in fingerprint if other.get(k) != fingerprint[k])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
@@ -185,7 +186,7 @@ def _explain(folder: Path, fingerprint: Fingerprint) -> str:
 def _read_array(
     slot: Path, fingerprint: Fingerprint, shape: tuple[int, ...], dtype: str
 ) -> np.ndarray:
-    meta: dict[str, Any] = json.loads((slot / _META).read_text())
+    meta: dict[str, Any] = read_json(slot / _META)
     wanted = {"fingerprint": dict(fingerprint), "shape": list(shape), "dtype": dtype}
     if foreign := [name for name, value in wanted.items() if meta[name] != value]:
         raise ValueError(f"its {' and '.join(foreign)} are of something else")

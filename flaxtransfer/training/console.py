@@ -23,6 +23,8 @@ from rich.progress import (
 )
 
 from flaxtransfer.files import atomic_write, check_regular, parse_json, write_file
+from flaxtransfer.overview import terminal
+from flaxtransfer.paths import visible
 
 
 class Report(Protocol):
@@ -33,7 +35,7 @@ class Report(Protocol):
 
 def log(text: str) -> None:
     """One line for whoever watches, beside the bars and away from the results."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+    terminal(stderr=True, soft_wrap=True, highlight=False).print(text)
 
 
 @contextmanager
@@ -41,7 +43,8 @@ def progress_bar(
     name: str, total: int, *, start: int = 0, console: Console | None = None
 ) -> Iterator[Report]:
     """A bar for one phase; where the output is no terminal, a line at its end instead."""
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
+    name = visible(name)
     if not console.is_terminal:
         last = ["", start]
 
@@ -49,14 +52,16 @@ def progress_bar(
             last[:] = [text, step]
 
         yield remember
-        console.print(f"{name}: step {last[1]} of {total}  {last[0]}", highlight=False)
+        console.print(
+            f"{name}: step {last[1]} of {total}  {last[0]}", highlight=False, markup=False
+        )
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total, completed=start, text="")

@@ -21,6 +21,7 @@ from flaxtransfer.files import (
     MANIFEST_FILE,
     json_bytes,
     read_json,
+    refuse_link,
     seal_again,
     sha256_of,
     write_json,
@@ -33,8 +34,10 @@ from flaxtransfer.training.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    FEATURES,
     RESULT_FILE,
     SPLIT_FILE,
+    TENSORBOARD,
     VALIDATION_FILE,
     WEIGHTS_FILE,
     Audit,
@@ -96,8 +99,11 @@ def check_place(folder: Path) -> None:
     """Refuses a folder that holds something else than a run, before anything is written into it.
 
     Raises:
-        ValueError: see above.
+        ValueError: see above; or one of its folders, such as that of the checkpoints, is a symbolic
+            link.
     """
+    for name in (CHECKPOINTS, FEATURES, TENSORBOARD):
+        refuse_link(folder / name)
     if (folder / CONFIG_FILE).exists() or has_checkpoint(folder):
         return
     ours = {ENVIRONMENT_FILE, SPLIT_FILE, METRICS_FILE, CHECKPOINTS}

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.groups import FROZEN, Group
+from flaxtransfer.overview import terminal
 from flaxtransfer.paths import suggest
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training.plan import Phase
@@ -70,7 +71,6 @@ class RateSweep:
         return self.rates[step]
 
     def __str__(self) -> str:
-        from rich.console import Console
         from rich.table import Table
 
         table = Table("rate", "loss", "", title=f"learning rates of {self.group or 'all groups'}")
@@ -79,7 +79,7 @@ class RateSweep:
         for n in np.unique(np.linspace(0, len(self.rates) - 1, 16).astype(int)):
             bar = "█" * round(24 * min(1.0, (self.smoothed[n] - low) / max(high - low, 1e-12)))
             table.add_row(f"{self.rates[n]:.1e}", f"{self.smoothed[n]:.3f}", bar)
-        console = Console(file=io.StringIO(), width=60, color_system=None)
+        console = terminal(file=io.StringIO(), width=60, color_system=None)
         console.print(table)
         found = "the loss never fell"
         if self.suggestion is not None:

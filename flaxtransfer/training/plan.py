@@ -16,16 +16,15 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.console import Group as RichGroup
 from rich.table import Table
-from rich.text import Text
 
 from flaxtransfer.batchnorm import Norm
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.groups import Group as OptimizerGroup
 from flaxtransfer.labels import Rest, label
 from flaxtransfer.masks import Mask, as_mask, selected
+from flaxtransfer.overview import plain, terminal
 from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import flatten, listing
 from flaxtransfer.schedules import WarmupCosine
@@ -381,17 +380,17 @@ def plan_table(plan: Plan, params: Params | None = None) -> Any:
             if params is not None:
                 by_batch = len(fitted.batch_norm_policy()) if number == 0 else ""
                 cells += [f"{sizes.get(name, 0):,}", str(by_batch)]
-            table.add_row(*cells, end_section=number == len(phase.groups) - 1)
+            table.add_row(*map(plain, cells), end_section=number == len(phase.groups) - 1)
     for column in table.columns[3:]:
         column.no_wrap = True
     notes = _notes(plan) + ([] if params is None else _repeats(resolved))
-    return RichGroup(table, *(Text(note) for note in notes))
+    return RichGroup(table, *map(plain, notes))
 
 
 def plan_text(plan: Plan, params: Params | None = None) -> str:
     """``plan_table`` as plain text."""
     file = io.StringIO()
-    Console(file=file, width=_WIDTH, color_system=None).print(plan_table(plan, params))
+    terminal(file=file, width=_WIDTH, color_system=None).print(plan_table(plan, params))
     return file.getvalue().rstrip()
 
 

@@ -29,10 +29,11 @@ from typing import Any
 import optax
 import yaml
 
+from flaxtransfer.files import atomic_write, check_regular, write_file
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.labels import Rest, rest
 from flaxtransfer.masks import Mask, as_mask, to_text
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import listing, shortened, suggest
 from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.task import SmoothedCrossEntropy, cross_entropy
 from flaxtransfer.training.plan import Phase, Plan, is_default
@@ -43,6 +44,18 @@ __all__ = ["load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"]
 _GROUP = tuple(f.name for f in fields(Group))
 _PLAN = tuple(f.name for f in fields(Plan) if f.name != "phases")
 
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1 << 18, 20_000, 20
+"""Limits of a plan file: its size, its values, and values within values.
+
+A plan of ten phases with fifty groups each has 100 kB and 5,000 values, seven deep. PyYAML reads
+about 100 kB per second and two levels of Python's stack for each level of the document."""
+
+MOST_DIGITS = 60
+"""Digits of a whole number: Python refuses 4,300, and a number that long fills an error text."""
+
+MOST_TEXT = 500
+"""Characters of all that is wrong with a plan: the terminal shows 600 with the file's name."""
+
 
 def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
     """Writes a plan as YAML; a file that is there is replaced as a whole.
@@ -51,11 +64,9 @@ def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
         TypeError: something in it cannot be written; see ``plan_to_yaml``.
         OSError: the file cannot be written.
     """
-    path = Path(path)
     text = plan_to_yaml(plan)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with atomic_write(Path(path)) as made:
+        write_file(made, text.encode())
 
 
 def load_plan(path: str | os.PathLike[str], phase: type[Phase] = Phase) -> Plan:
@@ -66,15 +77,24 @@ def load_plan(path: str | os.PathLike[str], phase: type[Phase] = Phase) -> Plan:
         ValueError: it is not a plan; the text lists everything that is wrong, by place.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         beside = sorted({*path.parent.glob("*.yaml"), *path.parent.glob("*.yml")})
         raise FileNotFoundError(
             f"there is no plan {path}"
-            + (f"; beside it: {', '.join(map(str, beside))}" if beside else "")
+            + (f"; beside it: {listing(map(str, beside))}" if beside else "")
         )
+    check_regular(path)
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{path}: a plan must have at most {MOST_BYTES:,} bytes, got {size:,}")
     try:
-        return plan_from_yaml(path.read_text(), phase)
-    except (ValueError, UnicodeDecodeError) as error:
+        return plan_from_yaml(path.read_bytes().decode(), phase)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: a plan must be text in UTF-8, got the byte "
+            f"{error.object[error.start]:#04x} at {error.start:,}"
+        ) from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -122,10 +142,7 @@ def plan_from_yaml(text: str, phase: type[Phase] = Phase) -> Plan:
     Raises:
         ValueError: it is not one; the text lists everything that is wrong, by place.
     """
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"this is not YAML: {' '.join(str(error).split())}") from error
+    document = _document(text)
     problems: list[str] = []
     document = _mapping(document, "the plan", ("phases", *_PLAN), problems)
     entries: Any = document.get("phases")
@@ -140,7 +157,53 @@ def plan_from_yaml(text: str, phase: type[Phase] = Phase) -> Plan:
             return Plan(phases, **{name: document[name] for name in _PLAN if name in document})
         except (ValueError, TypeError) as error:
             problems.append(str(error))
-    raise ValueError("this is not a plan: " + "; ".join(problems))
+    raise ValueError("this is not a plan: " + shortened("; ".join(problems), MOST_TEXT))
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # untyped
+    """YAML without aliases, and with bounded depth and number of values.
+
+    A plan needs no aliases, and 400 bytes with nine levels of them stand for 10^8 values.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        place = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError(f"a plan must be without anchors (&) and aliases (*), got {place}")
+        if self._depth == MOST_DEPTH or self._values == MOST_VALUES:
+            most = (
+                f"{MOST_DEPTH} levels" if self._depth == MOST_DEPTH else f"{MOST_VALUES:,} values"
+            )
+            raise yaml.YAMLError(f"a plan must have at most {most}, got more ({place})")
+        self._depth, self._values = self._depth + 1, self._values + 1
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int":
+            digits = node.value.replace("_", "").lstrip("+-")
+            if len(digits) > MOST_DIGITS:
+                raise yaml.YAMLError(f"a whole number of {len(digits):,} digits ({place})")
+        return node
+
+
+def _document(text: str) -> Any:
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"a plan must have at most {MOST_BYTES:,} bytes, got {len(text):,}")
+    try:
+        return yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        reason = shortened(" ".join(str(error).split()), MOST_TEXT)
+        raise ValueError(f"this is not YAML: {reason}") from error
+    # A value that does not fit its tag, as in `!!int x`, raises many types of error.
+    except Exception as error:
+        reason = shortened(" ".join(str(error).split()), MOST_TEXT)
+        raise ValueError(
+            f"this is not YAML: a value does not fit its type ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _phase_out(phase: Phase, problems: list[str]) -> dict[str, Any]:
@@ -337,24 +400,31 @@ def _rule(text: Any) -> Mask | Rest:
     return as_mask(text)
 
 
-def _optimizer_in(entry: Any) -> Callable[..., Any]:
-    settings = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
-    name = settings.pop("name", None)
+@functools.cache
+def _optimizers() -> list[str]:
     # Also what optax re-exports would be called, if it took a learning rate; nothing else is.
-    optimizers = [
-        n
-        for n, function in vars(optax).items()
+    return [
+        name
+        for name, function in vars(optax).items()
         if inspect.isfunction(function)
         and "learning_rate" in inspect.signature(function).parameters
     ]
+
+
+def _optimizer_in(entry: Any) -> Callable[..., Any]:
+    settings = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+    name = settings.pop("name", None)
+    optimizers = _optimizers()
     if name not in optimizers:
-        raise ValueError(f"optax has no optimizer {name!r}{suggest(str(name), optimizers)}")
+        raise ValueError(
+            f"optax has no optimizer {shortened(repr(name))}{suggest(str(name), optimizers)}"
+        )
     function = getattr(optax, name)
     known = list(inspect.signature(function).parameters)
     if unknown := [key for key in settings if key not in known]:
         raise ValueError(
-            f"{name} takes no {', '.join(unknown)}{suggest(unknown[0], known)}; it takes "
-            f"{', '.join(known)}"
+            f"{name} takes no {listing(map(str, unknown))}{suggest(str(unknown[0]), known)}; "
+            f"it takes {', '.join(known)}"
         )
     return functools.partial(function, **settings) if settings else function
 
@@ -376,11 +446,14 @@ def _mapping(
         alternative = f", or {or_else}" if or_else else ""
         problems.append(f"{where} must be a mapping with {', '.join(known)}{alternative}")
         return {}
+    unknown = [key for key in value if key not in known]
+    # The first few: each costs a comparison with all that are known.
     problems += [
-        f"{where} has no setting {key!r}{suggest(str(key), known)}; there are {', '.join(known)}"
-        for key in value
-        if key not in known
+        f"{where} has no setting {shortened(repr(key))}{suggest(str(key), known)}; there are "
+        f"{', '.join(known)}"
+        for key in unknown[:5]
     ]
+    problems += [f"{where} has {len(unknown) - 5} more"] if len(unknown) > 5 else []
     return value
 
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from flaxtransfer.data.splits import Split, Splits
 from flaxtransfer.files import (
     MANIFEST_FILE,
     atomic_write,
+    check_regular,
     read_json,
     seal,
     seal_problems,
@@ -39,6 +39,7 @@ from flaxtransfer.training.evaluation import Evaluation, Predictions
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.training.step import State
 from flaxtransfer.weights.pretrained import Pretrained, save
+from flaxtransfer.weights.readers.archives import read_npz
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def digest(leaf: Any) -> str:
 
 CHECKPOINTS = "checkpoints"
 FEATURES = "features"
+TENSORBOARD = "tensorboard"
 CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -116,8 +118,8 @@ _SEALED = (
 """What the manifest of a finished run covers, besides the digests of frozen leaves. Checkpoints
 have checksums of their own, and seal what is written before the run has finished."""
 
-_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
-"""What ``atomic_write`` calls its temporary folders."""
+_LEFTOVER = re.compile(r"\..+\.([a-z0-9_]{8}|tmp)")
+"""What ``atomic_write`` calls its temporary folders, and ``replace_file`` its files."""
 
 
 def frozen_file(phase: int) -> str:
@@ -149,8 +151,12 @@ def read_frozen(folder: Path, name: str, sha256: str | None) -> dict[str, str] |
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed writers left half-written; only for the holder of the folder's lock."""
     for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
 
 
 def seal_run(folder: Path, *others: str) -> None:
@@ -342,14 +348,14 @@ def validation_of(folder: Path) -> Predictions:
         )
     check_sealed(folder, VALIDATION_FILE)
     try:
-        # From memory: numpy leaves the file of a broken archive open.
-        with np.load(io.BytesIO(path.read_bytes())) as found:
-            kept = Predictions(found["logits"], found["labels"], found.get("features"))
+        check_regular(path)
+        found, *_ = read_npz(path.read_bytes())
+        kept = Predictions(found["logits"], found["labels"], found.get("features"))
         rows = {len(a) for a in (kept.logits, kept.labels, kept.features) if a is not None}
         if len(rows) > 1:
             raise ValueError(f"its arrays have {', '.join(map(str, sorted(rows)))} rows")
         return kept
-    except (KeyError, OSError, ValueError, EOFError, BadZipFile) as error:
+    except (KeyError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

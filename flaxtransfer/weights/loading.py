@@ -5,7 +5,6 @@ metadata (preprocessing, class names) from the header, the files next to it, or 
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxtransfer.files import parse_json
 from flaxtransfer.models.config import BASE_FIELDS, ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES
@@ -191,7 +191,7 @@ def _network(
     """
     path, beside = file.path, file.path.with_name("config.json")
     if flax_file.MODEL in file.metadata:
-        own = ResNetConfig.from_json(json.loads(file.metadata[flax_file.MODEL]))
+        own = ResNetConfig.from_json(parse_json(file.metadata[flax_file.MODEL].encode(), str(path)))
         if leaf_shapes(own) != leaf_shapes(seen):
             raise ValueError(
                 f"{path} holds {seen.name} ({_describe(seen)}), but its run trains {own.name}"

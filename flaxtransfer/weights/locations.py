@@ -8,7 +8,6 @@ for every program that uses it (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 import hashlib
 import http.client
 import ipaddress
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from flaxtransfer.files import folder_lock
+from flaxtransfer.files import folder_lock, read_json
 from flaxtransfer.paths import suggest
 from flaxtransfer.weights.readers.detect import SUFFIXES, has_weights_name
 
@@ -66,7 +65,7 @@ def card(name: str = BUILTIN_DEFAULT) -> dict[str, Any]:
             f"unknown built-in checkpoint {name!r}{suggest(name, builtin_names())}; known: "
             f"{', '.join(builtin_names()) or 'none'}"
         )
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     missing = [field for field in CARD_FIELDS if field not in content]
     if missing:
         raise ValueError(f"the card of the built-in checkpoint {name!r} lacks {missing}: {path}")
@@ -232,7 +231,7 @@ def _download_from_web(url: str, path: Path) -> None:
 
 def _progress() -> Progress:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

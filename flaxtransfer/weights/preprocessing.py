@@ -8,12 +8,13 @@ to uint8 images on the device, inside the training step. ``measured_to_pixels`` 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from flaxtransfer.files import parse_json
 
 if TYPE_CHECKING:
     import jax
@@ -167,7 +168,7 @@ class Preprocessing:
         ValueError: a Preprocessing must have mean, std, size, resize, ...; missing: resize
         """
         if isinstance(fields, str):
-            fields = json.loads(fields)
+            fields = parse_json(fields.encode(), "a Preprocessing as JSON")
         if not isinstance(fields, Mapping):
             raise ValueError(f"a Preprocessing must be a JSON object, got {fields!r}")
         names = [field.name for field in dataclasses.fields(cls)]

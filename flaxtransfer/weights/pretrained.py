@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.files import atomic_write, write_file
+from flaxtransfer.files import atomic_write, parse_json, write_file
 from flaxtransfer.models.adapters import fold
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes, shape_differences
@@ -124,7 +124,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
     if HEADER_KEY not in metadata:
         return None
     try:
-        content: dict[str, Any] = json.loads(metadata[HEADER_KEY])
+        content: dict[str, Any] = parse_json(metadata[HEADER_KEY].encode(), "it")
         version = content["version"]
         if version != HEADER_VERSION:
             raise ValueError(

@@ -4,12 +4,12 @@ timm stores everything in ``config.json``. Hugging Face stores the graph and the
 the preprocessing in ``preprocessor_config.json``. Other JSON files with these names are ignored.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxtransfer import files
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
@@ -40,10 +40,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except ValueError as error:
+        reason = str(error).removeprefix(f"{path} is damaged: ")
         raise ValueError(
-            f"{path}, next to the weights, is not valid JSON ({error}); repair or remove it"
+            f"{path}, next to the weights, is not valid JSON ({reason}); repair or remove it"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}, next to the weights, must hold a JSON object; remove it")

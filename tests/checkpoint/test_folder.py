@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+import numpy as np
 import pytest
 
-from flaxtransfer.checkpoint import CheckpointManager
+from flaxtransfer.checkpoint import CheckpointManager, DamagedCheckpointError
 from tests.support.stored import files, names, restore_newest, tree_of
 
 
@@ -102,3 +105,27 @@ def test_a_step_that_cannot_be_written_is_one_clear_error(wait, tmp_path):
         blocker.unlink()
         store.save(2, tree_of(2))
         assert store.steps() == [1, 2]
+
+
+def test_planted_links_are_removed_and_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("1.deleting", "2.orbax-checkpoint-tmp"):
+        (folder / name).symlink_to(victim)
+    with CheckpointManager.open(folder):
+        pass
+    assert list(folder.glob("[0-9]*")) == []
+    assert (victim / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["record/metadata", "tree/_METADATA", "tree/more"])
+def test_a_named_pipe_in_a_step_is_damage_and_never_opened(tmp_path, name):
+    with CheckpointManager.open(tmp_path) as store:
+        store.save(1, {"w": np.ones(3)})
+        (tmp_path / "1" / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / "1" / name)
+        with pytest.raises(DamagedCheckpointError, match="regular file, got a named pipe"):
+            store.restore({"w": np.zeros(3)})

@@ -1,6 +1,12 @@
 """Every color mode and orientation to RGB or gray bytes; every damage to one kind of error."""
 
 import io
+import os
+import re
+import struct
+import tracemalloc
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flaxtransfer.data.decode import ImageError, decode, is_image
+from flaxtransfer.data import decode as decoding
+from flaxtransfer.data.decode import ImageError, decode, decode_bands, is_image
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -204,3 +211,40 @@ def test_damage_gives_pixels_or_an_image_error_and_nothing_else(sample, data):
     else:
         assert pixels.dtype == np.uint8
         assert pixels.shape[2] == 3
+
+
+def claiming(width, height):
+    """A PNG whose header states a size, with the pixels of a small one."""
+    data = encoded(Image.new("1", (8, 8)))
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+@pytest.mark.parametrize("size", [(13_000, 13_000), (20_000, 20_000), (100_000_001, 1)])
+@pytest.mark.parametrize("bands", [1, 3, 2])
+def test_an_image_that_would_fill_the_memory_is_refused_by_its_header(size, bands):
+    tracemalloc.start()
+    with pytest.raises(ImageError, match=r"x.png: .*(100,000,000 px|exceeds limit)") as said:
+        decode_bands(claiming(*size), name="x.png", bands=bands)
+    assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    tracemalloc.stop()
+    assert "\n" not in str(said.value)
+
+
+def test_a_named_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"x\.png must be a regular file, got a named pipe"):
+        decode(tmp_path / "x.png", name="x.png")
+
+
+def test_pillow_does_not_write_about_damage(capfd):
+    data = encoded(Image.new("L", (13, 7)), "TIFF")
+    place = re.search(rb"\x01\x01[\3\4]\0", data).start()  # The height; its count is next.
+    damaged = data[: place + 4] + b"\xff\xff\xff\x7f" + data[place + 8 :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for _ in range(2):
+            with pytest.raises(ImageError, match=r"x\.tif"):
+                decode(damaged, name="x.tif")
+        assert warnings.filters.count(decoding._IGNORED) == 1
+    assert capfd.readouterr() == ("", "")

@@ -1,5 +1,6 @@
 """Folders of images: numbering, what is ignored, and every way a folder can be wrong."""
 
+import os
 import pickle
 
 import numpy as np
@@ -165,3 +166,19 @@ def test_min_side_reaches_the_decoder(tmp_path):
     assert open_source(f"folder:{tmp_path}", min_side=16)[0]["image"].shape == (16, 32, 3)
     with pytest.raises(ValueError, match="min_side must be >= 1 px, got 0"):
         open_source(f"folder:{tmp_path}", min_side=0)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_is_no_file_in_a_class_folder_is_named_and_never_opened(tree, skip):
+    label = min(path for path in tree.iterdir() if path.is_dir() and path.name[0] != ".")
+    os.mkfifo(label / "pipe.png")
+    (label / "device.png").symlink_to("/dev/zero")
+    if skip:
+        source = open_source(f"folder:{tree}", skip_corrupt=True)
+        assert sorted(line.split(" must be ")[1] for line in source.skipped) == [
+            "a regular file, got a device",
+            "a regular file, got a named pipe",
+        ]
+    else:
+        with pytest.raises(ValueError, match=r"pipe\.png must be a regular file, got a named pipe"):
+            open_source(f"folder:{tree}")

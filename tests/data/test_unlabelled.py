@@ -77,5 +77,5 @@ def test_a_file_of_other_arrays_and_no_file_of_arrays(tmp_path):
     with pytest.raises(ValueError, match="not a readable"):
         open_unlabeled(f"npz:{tmp_path / 'broken.npz'}")
     np.savez(tmp_path / "objects.npz", image=np.array([{}], object))
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match="must be numeric, got object"):
         open_unlabeled(f"npz:{tmp_path / 'objects.npz'}")

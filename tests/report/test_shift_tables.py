@@ -4,9 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
+from rich.table import Table
 
-from flaxtransfer.report.shift_page import _prevalence_table, _test_table
+from flaxtransfer.overview import terminal
+from flaxtransfer.report.figures import wrap_text
+from flaxtransfer.report.shift_figures import plot_prevalence
+from flaxtransfer.report.shift_page import _prevalence_table, _test_table, escape
 from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.statistics import HypothesisTest
 
@@ -51,3 +55,39 @@ def test_shares_with_their_intervals_and_without():
         ["dark", "0.500", "0.250 (0.125 to 0.375)", "0.375"],
         ["bright", "0.500", "0.750 (0.625 to 0.875)", "0.625"],
     ]
+
+
+NAMES = ("x[/b]", "[red]", "a\x1b]0;owned\x07", ":cat:", "\udcff")
+
+
+@pytest.mark.parametrize("console", [Console, terminal])
+def test_names_are_text_and_never_markup(console):
+    shares = np.full(5, 0.2)
+    found = (Prevalence("one", shares, shares, shares, 0.95, shares, (9, 9)),)
+    file = io.StringIO()
+    console(file=file, width=200).print(_prevalence_table(found, NAMES))
+    for shown in ("x[/b]", "[red]", r"a\x1b]0;owned\x07", ":cat:", r"\xff"):
+        assert f"│ {shown} " in file.getvalue()
+    assert "\x1b" not in file.getvalue()
+
+
+def test_a_terminal_shows_every_string_as_it_is():
+    file = io.StringIO()
+    console = terminal(file=file, width=200)
+    table = Table("[/h]", title="[/t]", caption="[/c]")
+    table.add_row("[/cell]")
+    for each in ("x[/b]", "\x1b]0;owned\x07", table, Group("[/g]")):
+        console.print(each)
+    console.print(":cat:", style="bold")
+    for shown in ("x[/b]", r"\x1b]0;owned\x07", "[/h]", "[/t]", "[/c]", "[/cell]", "[/g]", ":cat:"):
+        assert shown in file.getvalue()
+
+
+def test_names_in_a_page_and_a_figure():
+    assert escape("<b>\x1b\udcff") == r"&lt;b&gt;\x1b\xff"
+    assert wrap_text("$x$ \udcff\x1b", 20) == r"\$x\$ \xff\x1b"
+    file = io.BytesIO()
+    shares = np.full(5, 0.2)
+    found = (Prevalence("one", shares, shares, shares, 0.95, shares, (9, 9)),)
+    plot_prevalence(file, found, class_names=("$x", "$\\frac$", "\udcff", "\x1b", "_a"))
+    assert file.getvalue().startswith(b"\x89PNG")

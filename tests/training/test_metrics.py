@@ -61,3 +61,14 @@ def test_means_agree_with_scikit_learn():
     assert result.accuracy == pytest.approx(accuracy_score(labels, logits.argmax(axis=1)))
     assert result.loss == pytest.approx(log_loss(labels, probabilities, labels=range(4)))
     assert result.examples == 50
+
+
+@pytest.mark.parametrize("name", [f".{METRICS_FILE}.tmp", METRICS_FILE])
+def test_metrics_are_not_written_through_a_planted_link(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text('{"kind": "train", "step": 1}\n')
+    (tmp_path / name).symlink_to(victim)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 10, {"loss": 0.5})
+    assert victim.read_text() == '{"kind": "train", "step": 1}\n'
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10]

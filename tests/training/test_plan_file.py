@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import time
 from dataclasses import dataclass, replace
 
 import optax
@@ -128,6 +130,77 @@ def test_all_mistakes_at_once():
     broken = GOOD.replace("head()", "hed()").replace("peak: 0.1", "peak: -1")
     with pytest.raises(ValueError, match=r"(?s)hed.*peak must be >= 0, got -1"):
         ft.training.plan_from_yaml(broken)
+
+
+ALIASES = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 10)]
+)
+ROW = "  groups: {a: {optimizer: sgd, learning_rate: 0.1}}\n"
+HOSTILE = {
+    "aliases": (ALIASES, r"without anchors \(&\) and aliases"),
+    "open brackets": ("[" * 5000, "at most 20 levels"),
+    "open braces": ("{a: " * 5000, "at most 20 levels"),
+    "deep lists": ("- " * 3000 + "x", "at most 20 levels"),
+    "digits": ("phases: " + "7" * 5000, "a whole number of 5,000 digits"),
+    "hexadecimal digits": ("phases: 0x" + "f" * 5000, "a whole number of 5,002 digits"),
+    "base 60": ("phases: " + ":".join(["1"] * 5000), "a whole number of 9,999 digits"),
+    "no integer": ("phases: !!int ''", "does not fit its type"),
+    "no date": ("phases: 2001-99-99", "does not fit its type"),
+    "no truth": ("phases: !!bool x", "does not fit its type"),
+    "python": ("phases: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+    "many values": ("phases: [" + "1," * 30_000 + "]", "at most 20,000 values"),
+    "large": ("# " + "x" * 300_000, "at most 262,144 bytes, got 300,002"),
+    "many settings": ("\n".join(f"s{n}: 1" for n in range(9_000)), "and|has 8995 more"),
+    "a long name": ("x" * 100_000 + ": 1", "this is not YAML|has no setting"),
+    "a long quoted name": ("'" + "x" * 100_000 + "': 1", "this is not YAML|has no setting"),
+    "many labels": (
+        "phases:\n- steps: 1\n" + ROW + "  labels:\n"
+        "" + "\n".join(f"    l{n}: nothing{n}()" for n in range(6_000)),
+        "no function is called 'nothing0'",
+    ),
+    "many groups": (
+        "phases:\n- steps: 1\n  labels: {a: head()}\n  groups:\n"
+        "" + "\n".join(f"    g{n}: {{optimizer: agd, learning_rate: 1}}" for n in range(3_000)),
+        "optax has no optimizer 'agd'",
+    ),
+    "long label": (f"phases:\n- steps: 1\n{ROW}  labels: {{a: '{'~' * 50_000}head()'}}", "20,000"),
+    "zero": ("phases: \0", "this is not YAML"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_plans_end_soon_in_one_short_line(name, tmp_path):
+    text, said = HOSTILE[name]
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=said) as caught:
+        ft.training.load_plan(path)
+    assert time.process_time() - start < 4
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 600
+
+
+def test_a_plan_must_be_a_file_of_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match=r"pipe.yaml must be a regular file, got a named pipe"):
+        ft.training.load_plan(tmp_path / "pipe.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"phases: \xff")
+    with pytest.raises(ValueError, match="must be text in UTF-8, got the byte 0xff at 8"):
+        ft.training.load_plan(tmp_path / "bytes.yaml")
+
+
+def test_a_plan_is_not_written_through_a_planted_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (".plan.yaml.tmp", "plan.yaml"):
+        (tmp_path / name).symlink_to(victim)
+    plan = ft.Plan([ft.Phase({"all": ft.everything()}, {"all": ft.Group(optax.sgd, 0.1)}, 5)])
+    ft.training.save_plan(tmp_path / "plan.yaml", plan)
+    assert victim.read_text() == "mine"
+    assert ft.training.load_plan(tmp_path / "plan.yaml") == plan
 
 
 def test_a_missing_file_names_those_beside_it(tmp_path):

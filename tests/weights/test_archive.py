@@ -1,6 +1,8 @@
 """Archives that strangers made."""
 
 import io
+import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -43,6 +45,29 @@ def test_a_bomb_is_not_unfolded(tmp_path, suffix):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"would unpack from .* to 268,435,456 bytes"):
         load(path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth", ".keras"])
+def test_an_entry_that_lies_about_its_size_unpacks_to_what_it_states(tmp_path, suffix):
+    name = {".npz": "a.npy", ".pth": "archive/data.pkl", ".keras": "model.weights.h5"}[suffix]
+    data = archive_of({name: bytes(600 << 20)}, zipfile.ZIP_DEFLATED)
+    # The size stands in the central directory, 24 bytes behind its mark.
+    place = data.rindex(b"PK\x01\x02") + 24
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(data[:place] + (1000).to_bytes(4, "little") + data[place + 4 :])
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(ValueError, match="Bad CRC-32"):
+        load(path)
+    assert time.process_time() - start < 2
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_that_cannot_be_bounded_is_refused(method):
+    with pytest.raises(ValueError, match="must be stored or deflated"):
+        members(archive_of({"a.npy": bytes(1000)}, method))
 
 
 def test_half_an_archive():

@@ -1,6 +1,8 @@
 """Files that are damaged, foreign, missing, or wrapped by a training script."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,47 @@ def file_of(data, name="weights.safetensors"):
     return make
 
 
+def of_type(kind, name):
+    def make(folder, whole):
+        del whole
+        kind(folder / name)
+        return folder / name
+
+    return make
+
+
+def header(text):
+    return len(text).to_bytes(8, "little") + text
+
+
 FILES = {
+    "named pipe": (of_type(os.mkfifo, "w.safetensors"), ["regular file, got a named pipe"]),
+    "named pipe in a folder": (
+        of_type(lambda path: os.mkfifo(path / "model.safetensors"), "."),
+        ["regular file, got a named pipe"],
+    ),
+    "device": (lambda folder, whole: Path("/dev/zero"), ["regular file, got a device"]),
+    "deep header": (
+        file_of(header(b'{"a":' * 5000 + b"1" + b"}" * 5000)),
+        ["incomplete or damaged safetensors file", "not valid JSON"],
+    ),
+    "long number in the header": (
+        file_of(header(b'{"a": ' + b"7" * 5000 + b"}")),
+        ["incomplete or damaged safetensors file", "not valid JSON"],
+    ),
+    "a flood of pickle opcodes": (
+        file_of(b"\x80\x02" + b"N0" * 2_000_000 + b".", "w.pth"),
+        ["a pickle of more than 300,000 instructions"],
+    ),
+    "keys of one hash": (
+        file_of(
+            b"\x80\x02}("
+            + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") for n in range(9, 99))
+            + b"u.",
+            "w.pth",
+        ),
+        ["a number that is a key must be at most"],
+    ),
     "empty": (file_of(b""), ["the file is empty"]),
     "empty torch file": (file_of(b"", "w.pth"), ["the file is empty"]),
     "half": (

@@ -16,11 +16,19 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.lib import format as npy
 
-__all__ = ["check", "members", "most", "names", "opened", "read_npz"]
+from flaxtransfer.paths import shortened
+
+__all__ = ["check", "members", "most", "names", "opened", "read", "read_npz"]
 
 
 _RATIO, _SPARE = 50, 1 << 26
 """Weights hardly compress, but zeros do; a zip bomb expands more than a thousandfold."""
+
+_PIECE = 1 << 20
+"""Bytes unpacked at a time: zipfile, asked for all, unpacks more than the entry states."""
+
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+"""What torch, numpy and Keras write; zipfile cannot unpack the others piece by piece."""
 
 
 def most(size: int) -> int:
@@ -49,7 +57,8 @@ def opened(data: bytes) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         # RuntimeError: an archive with a password, or an unknown compression.
-        raise ValueError(f"incomplete or damaged zip archive: {error}") from error
+        reason = shortened(str(error), 200)
+        raise ValueError(f"incomplete or damaged zip archive: {reason}") from error
 
 
 def members(data: bytes) -> dict[str, bytes]:
@@ -59,7 +68,20 @@ def members(data: bytes) -> dict[str, bytes]:
         ValueError: as ``opened``.
     """
     with opened(data) as archive:
-        return {name: archive.read(name) for name in _files(archive)}
+        return {name: read(archive, name) for name in _files(archive)}
+
+
+def read(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The content of one file in an opened archive, no longer than its entry states.
+
+    ``_check`` has bounded what the entries state; one that lies, and unpacks to more, is found by
+    its checksum at the stated size.
+    """
+    pieces = []
+    with archive.open(name) as file:
+        while piece := file.read(_PIECE):
+            pieces.append(piece)
+    return b"".join(pieces)
 
 
 def names(data: bytes) -> list[str]:
@@ -88,10 +110,15 @@ def _files(archive: zipfile.ZipFile) -> list[str]:
 def _check(archive: zipfile.ZipFile, size: int) -> None:
     if not all(archive.namelist()):  # `is_dir` of Python 3.11 fails for it
         raise ValueError("every file in the archive must have a name")
+    if foreign := [e for e in archive.infolist() if e.compress_type not in _METHODS]:
+        raise ValueError(
+            f"its files must be stored or deflated, got compression method "
+            f"{foreign[0].compress_type} for {foreign[0].filename[:80]!r}"
+        )
     unfolded = sum(entry.file_size for entry in archive.infolist() if not entry.is_dir())
     if unfolded > most(size):
         raise ValueError(
-            f"it would unpack from {size:,} to {unfolded:,} bytes, which weights never do"
+            f"it would unpack from {size:,} to {unfolded:,} bytes, which arrays never do"
         )
     found = _files(archive)
     if len(set(found)) != len(found):
@@ -99,7 +126,9 @@ def _check(archive: zipfile.ZipFile, size: int) -> None:
     for name in found:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"it holds a file whose name leads out of the archive: {name!r}")
+            raise ValueError(
+                f"it holds a file whose name leads out of the archive: {shortened(repr(name))}"
+            )
 
 
 def read_npz(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
@@ -119,7 +148,10 @@ def read_npz(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[s
             arrays[name.removesuffix(".npy")] = _array(content)
         except Exception as error:
             # The exception of numpy for a damaged header depends on the damaged byte.
-            raise ValueError(f"{name!r} in it is not a valid array: {error}") from error
+            reason = shortened(str(error), 200)
+            raise ValueError(
+                f"{shortened(repr(name))} in it is not a valid array: {reason}"
+            ) from error
     return arrays, {}, []
 
 

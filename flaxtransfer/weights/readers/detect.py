@@ -11,7 +11,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from flaxtransfer.paths import suggest
+from flaxtransfer.files import check_regular
+from flaxtransfer.paths import shortened, suggest
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import (
     archives,
@@ -140,7 +141,7 @@ def _kind_of_archive(names: list[str]) -> str:
         return "keras"
     if names and all(name.endswith(".npy") for name in names):
         return "npz"
-    held = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    held = shortened(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")
     raise ValueError(
         "unknown zip archive: torch's holds data.pkl, Keras' holds model.weights.h5, numpy's "
         f"holds only .npy files, got {held or 'nothing'}"
@@ -197,7 +198,12 @@ _Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
 
 
 def _file(path: Path) -> _Read:
-    data = path.read_bytes()
+    check_regular(path)
+    try:
+        data = path.read_bytes()
+    except MemoryError as error:
+        size = path.stat().st_size
+        raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
     container, named = recognize(data, path.name)
     arrays, metadata, notes = container.read(data)
     return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
+from flaxtransfer.files import read_json
 from flaxtransfer.weights.readers import archives
 
 __all__ = ["MODEL", "read_flax", "read_orbax"]
@@ -108,7 +109,7 @@ def _of_run(folder: Path) -> dict[str, str]:
     if folder.absolute().parent.name != "checkpoints" or not path.is_file():
         return {}
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = read_json(path)["model"]
     except (ValueError, KeyError, TypeError):
         return {}
     return {MODEL: json.dumps(model)}

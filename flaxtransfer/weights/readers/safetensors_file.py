@@ -9,6 +9,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from flaxtransfer.files import parse_json
+from flaxtransfer.paths import shortened
+
 __all__ = ["read_safetensors", "write_safetensors"]
 
 
@@ -36,11 +39,11 @@ def read_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"incomplete or damaged safetensors file ({_why(data)}): {error}"
+            f"incomplete or damaged safetensors file ({_why(data)}): {shortened(str(error), 200)}"
         ) from error
     unknown = {name: entry["dtype"] for name, entry in entries if entry["dtype"] not in _DTYPES}
     if unknown:
-        raise ValueError(f"unsupported dtypes: {unknown}")
+        raise ValueError(f"unsupported dtypes: {shortened(str(unknown), 300)}")
     arrays = {
         name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in entries
@@ -69,7 +72,7 @@ def _length(data: bytes) -> int:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(data[8 : 8 + _length(data)])
+    result: dict[str, Any] = parse_json(data[8 : 8 + _length(data)], "its header")
     return result
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxtransfer.paths import shortened
 from flaxtransfer.weights.readers import archives, torch_pickle
 from flaxtransfer.weights.readers.torch_pickle import Foreign, Refused, Storage, Tensor
 
@@ -61,12 +62,11 @@ def read_torch(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list
     except (_Whole, MemoryError):
         raise
     except Refused as error:
-        raise ValueError(_refusal(error.name)) from error
+        raise ValueError(_refusal(shortened(error.name))) from error
     except Exception as error:
         # The exception for a damaged pickle depends on the damaged byte; no list is complete.
-        raise ValueError(
-            _DAMAGED + (str(error).splitlines() or [type(error).__name__])[0]
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(_DAMAGED + shortened(reason, 300)) from error
 
 
 def unwrap(content: Any) -> tuple[Mapping[Any, Any], list[str]]:
@@ -112,8 +112,9 @@ def _zipped(data: bytes) -> Iterator[_Content]:
             # torch writes 0 if it computed no checksums; None makes zipfile skip the comparison.
             for entry in entries.values():
                 entry.CRC = None  # type: ignore[assignment]
-        value, _ = torch_pickle.read_pickle(io.BytesIO(file.read(pickles[0])))
-        order = file.read(root + "byteorder") if root + "byteorder" in entries else b"little"
+        value, _ = torch_pickle.read_pickle(io.BytesIO(archives.read(file, pickles[0])))
+        named = root + "byteorder"
+        order = archives.read(file, named) if named in entries else b"little"
         if order not in (b"little", b"big"):
             raise ValueError(f"byteorder must be little or big, got {order[:20]!r}")
         read_before: dict[str, bytes] = {}
@@ -123,7 +124,7 @@ def _zipped(data: bytes) -> Iterator[_Content]:
             if name not in entries:
                 raise ValueError(f"its file {name!r} is missing")
             if name not in read_before:
-                read_before[name] = file.read(name)
+                read_before[name] = archives.read(file, name)
             return read_before[name]
 
         notes = ("the archive has no checksums: damage cannot be detected",) if unchecked else ()

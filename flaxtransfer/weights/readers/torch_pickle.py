@@ -277,6 +277,8 @@ def key_of(key: Any) -> Any:
         ValueError: an invalid key.
     """
     flat = key if isinstance(key, tuple) else (key,)
+    if any(isinstance(part, int) and abs(part) > MOST_KEY for part in flat):
+        raise ValueError(f"a number that is a key must be at most {MOST_KEY:,}")
     if all(part is None or isinstance(part, str | int | float | bytes) for part in flat):
         return key
     raise ValueError(f"a key of a dictionary must not be a {type(key).__name__}")
@@ -351,9 +353,12 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-MOST_INSTRUCTIONS = 5_000_000
-"""A ResNet-152 with the state of its optimizer has 10^5. An instruction allocates about 100 bytes,
-or as much as its own length."""
+MOST_INSTRUCTIONS = 300_000
+"""A ResNet-152 with the state of its optimizer has 10^5, and 10^5 take a second. An instruction
+allocates about 100 bytes, or as much as its own length."""
+
+MOST_KEY = 2**60
+"""Whole numbers above have the hashes of smaller ones; a dictionary of such keys takes hours."""
 
 
 def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
