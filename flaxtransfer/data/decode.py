@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 MOST_PIXELS = 50_000_000
-"""Of an image, by its header: while transparency is composed over white, four pictures of four bytes
-per pixel exist, 800 MB. A PNG of 20 kB may state 169 million pixels."""
+"""Of an image, by its header: while transparency is composed over white, four pictures of four
+bytes per pixel exist, 800 MB. A PNG of 20 kB may state 169 million pixels."""
 
 
 class ImageError(ValueError):
