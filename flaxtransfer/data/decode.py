@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-MOST_PIXELS = 100_000_000
-"""Of an image, by its header: 300 MB as RGB, and twice that while it is converted.
-
-The largest cameras have 100 megapixels; a PNG of 20 kB may state 169."""
+MOST_PIXELS = 50_000_000
+"""Of an image, by its header: while transparency is composed over white, four pictures of four
+bytes per pixel exist, 800 MB. A PNG of 20 kB may state 169 million pixels."""
 
 
 class ImageError(ValueError):

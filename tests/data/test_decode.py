@@ -220,11 +220,11 @@ def claiming(width, height):
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
-@pytest.mark.parametrize("size", [(13_000, 13_000), (20_000, 20_000), (100_000_001, 1)])
+@pytest.mark.parametrize("size", [(13_000, 13_000), (20_000, 20_000), (50_000_001, 1)])
 @pytest.mark.parametrize("bands", [1, 3, 2])
 def test_an_image_that_would_fill_the_memory_is_refused_by_its_header(size, bands):
     tracemalloc.start()
-    with pytest.raises(ImageError, match=r"x.png: .*(100,000,000 px|exceeds limit)") as said:
+    with pytest.raises(ImageError, match=r"x.png: .*(50,000,000 px|exceeds limit)") as said:
         decode_bands(claiming(*size), name="x.png", bands=bands)
     assert tracemalloc.get_traced_memory()[1] < 5 << 20
     tracemalloc.stop()
