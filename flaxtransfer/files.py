@@ -18,7 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["LOCK_NAME", "atomic_write", "folder_lock", "write_file"]
+__all__ = [
+    "LOCK_NAME",
+    "atomic_write",
+    "discard_folder",
+    "folder_lock",
+    "naming",
+    "publish_folder",
+    "write_file",
+]
 
 
 LOCK_NAME = ".lock"
@@ -44,7 +52,13 @@ def atomic_write(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     made, replaced = temporary / target.name, temporary / "replaced"
     try:
-        yield made
+        try:
+            yield made
+        except OSError as error:
+            # A person knows the target, not the temporary name; a full disk gives none at all.
+            if error.errno is not None and str(error.filename or made).startswith(str(temporary)):
+                error.filename = str(target)
+            raise
         if made.is_dir() and target.is_dir():
             # A folder that is not empty cannot be the target of a rename.
             target.rename(replaced)
@@ -60,10 +74,66 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file and waits until it is on the disk (fsync)."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the name of a file into errors of the system that have none, such as of a full disk.
+
+    >>> with naming(Path("a.txt")):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+    ...
+    OSError: [Errno 28] No space left on device: 'a.txt'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def publish_folder(made: Path, target: Path) -> bool:
+    """Gives a complete folder its name, unless there is one already, which stays as it is.
+
+    Of several processes that make the same content, the first one's is kept.
+
+    Returns:
+        Whether ``made`` has become ``target``.
+    """
+    try:
+        made.rename(target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
+
+
+def discard_folder(folder: Path, opened: int, aside: Path) -> None:
+    """Removes a folder, if it still is the one that is open under the descriptor ``opened``.
+
+    Somebody else may have replaced it since it was looked at; then theirs stays.
+
+    Args:
+        folder: the name.
+        opened: descriptor of the folder that was looked at; as long as it is open, no other folder
+            can have its inode.
+        aside: a free name on the same file system, for the moment between.
+    """
+    try:
+        folder.rename(aside)
+    except OSError:
+        return  # Somebody else has removed it, or it must stay, in a folder that is read-only.
+    if not os.path.samestat(aside.stat(), os.fstat(opened)):
+        # Not what was looked at: back, unless a third one has come meanwhile.
+        publish_folder(aside, folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
