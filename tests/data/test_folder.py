@@ -1,12 +1,17 @@
 """Folders of images: numbering, what is ignored, and every way a folder can be wrong."""
 
+import os
 import pickle
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from flaxtransfer.data import ImageError, Source, open_source
+from flaxtransfer.data import ImageError, Source, folder, open_source
+from flaxtransfer.data.open import open_unlabeled
 
 
 def put(path, value=0, size=(4, 3)):
@@ -165,3 +170,75 @@ def test_min_side_reaches_the_decoder(tmp_path):
     assert open_source(f"folder:{tmp_path}", min_side=16)[0]["image"].shape == (16, 32, 3)
     with pytest.raises(ValueError, match="min_side must be >= 1 px, got 0"):
         open_source(f"folder:{tmp_path}", min_side=0)
+
+
+def by_parts(name):
+    """Natural order as a list of parts: a number before a text, the shorter list first."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part], name
+
+
+NAMES = st.lists(st.text("0019ab./-_é\x01", max_size=6), max_size=8)
+
+
+@given(NAMES)
+def test_the_key_of_natural_order_orders_as_the_parts_do(names):
+    assert sorted(names, key=folder.natural_key) == sorted(names, key=by_parts)
+
+
+@pytest.fixture
+def large(tree, monkeypatch):
+    """The tree counts as large: names of images are believed."""
+    monkeypatch.setattr(folder, "_MOST_TO_OPEN", 2)
+    return tree
+
+
+def test_in_a_large_folder_names_are_believed_until_an_image_is_decoded(large):
+    (large / "class2" / "empty.png").write_bytes(b"")
+    source = open_source(f"folder:{large}")
+    assert source.files[1] == "class2/empty.png"
+    with pytest.raises(ImageError, match=r"class2/empty\.png: not an image in PNG"):
+        source[1]
+    skipped = open_source(f"folder:{large}", skip_corrupt=True).skipped
+    assert [text.split(":")[0] for text in skipped] == ["class2/empty.png"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "Thumbs.db", "no_suffix", "png", "a.png.part"])
+def test_in_a_large_folder_what_is_not_named_as_an_image_is_opened(large, name):
+    (large / "class2" / name).write_text("x")
+    with pytest.raises(ValueError, match=rf"class2/{re.escape(name)}: not an image"):
+        open_source(f"folder:{large}")
+    (large / "class2" / "deep" / "x.tif").rename(large / "class2" / name)
+    assert f"class2/{name}" in open_source(f"folder:{large}").files
+
+
+@pytest.mark.parametrize("opened", [open_source, open_unlabeled])
+@pytest.mark.parametrize("most", [2, 2000])
+def test_a_named_pipe_is_refused_and_not_waited_for(tree, monkeypatch, most, opened):
+    monkeypatch.setattr(folder, "_MOST_TO_OPEN", most)
+    os.mkfifo(tree / "class2" / "pipe.png")
+    (tree / "README.txt").unlink()
+    with pytest.raises(ValueError, match=r"class2/pipe\.png: cannot be read \(it is no regular"):
+        opened(f"folder:{tree}")
+
+
+def test_links_to_files_are_images_and_links_to_folders_are_not_followed(tree):
+    (tree / "class2" / "linked.png").symlink_to(tree / "class10" / "b.png")
+    (tree / "class10" / "round").symlink_to(tree / "class10")
+    source = open_source(f"folder:{tree}")
+    assert "class2/linked.png" in source.files
+    assert [file for file in source.files if file.startswith("class10")] == ["class10/b.png"]
+
+
+def test_a_part_of_the_classes_can_be_opened_on_request(tree):
+    (tree / "class3").mkdir()
+    source = open_source(f"folder:{tree}", partial=True)
+    assert source.class_names == ("class2", "class10")
+    assert source.labels().tolist() == [0, 0, 0, 1]
+    (tree / "class10" / "b.png").unlink()
+    source = open_source(f"folder:{tree}", partial=True)
+    assert (source.class_names, source.labels().tolist()) == (("class2",), [0, 0, 0])
+    for file in source.files:
+        (tree / file).unlink()
+    with pytest.raises(ValueError, match=r"no image in the class folder\(s\) \['class2', 'class3'"):
+        open_source(f"folder:{tree}", partial=True)
