@@ -25,13 +25,12 @@ from flaxtransfer.paths import listing
 _SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp")
 )
-"""Of file names that say "image". A format that is not here costs time, and nothing else: what
-another suffix means is read off the first bytes."""
+"""Of file names that say "image". What another suffix means is read off the first bytes."""
 
 _MOST_TO_OPEN = 2000
 """Files of a data set that are all opened when it is listed, which takes a moment. In a larger one
-the suffixes above are believed until an image is decoded: to open 200,000 files takes seconds on a
-local disk and many minutes on a network's."""
+the suffixes above are believed until an image is decoded, and another suffix if so many of its
+files are images: to open 200,000 takes seconds on a local disk and many minutes on a network's."""
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -89,9 +88,9 @@ def open_folder(
 
     A file that is not an image, such as a stray ``Thumbs.db``, is found now and not in the middle
     of an epoch: the first bytes of every file are read. With more than 2000 files those whose
-    names end like an image's (.png, .jpg, ...) are not opened, which makes listing as fast as the
-    file system; such a file that is none is named when it is decoded, or now with
-    ``skip_corrupt``.
+    names end like an image's (.png, .jpg, ...) are not opened, nor those with another suffix if
+    2000 of that suffix, evenly spread, are images, which makes listing as fast as the file system.
+    Such a file that is none is named when it is decoded, or now with ``skip_corrupt``.
 
     Args:
         path: the folder; ``~`` is expanded.
@@ -252,7 +251,9 @@ def _class_folders(root: Path, partial: bool) -> list[str]:
 def _images(root: Path, names: Sequence[str]) -> list[str]:
     """The images among files, in natural order."""
     believed = len(names) > _MOST_TO_OPEN
-    found = (n for n in names if (believed and _named_image(n)) or is_image(_head(root / n)))
+    found = (
+        n for n in names if (believed and _suffix(n) in _SUFFIXES) or is_image(_head(root / n))
+    )
     return sorted(found, key=natural_key)
 
 
@@ -295,8 +296,23 @@ def _walk(folder: str, prefix: str, odd: list[str]) -> Iterator[str]:
         yield from _walk(f"{folder}/{name}", f"{prefix}{name}/", odd)
 
 
-def _named_image(file: str) -> bool:
-    return os.path.splitext(file)[1].lower() in _SUFFIXES
+def _suffix(file: str) -> str:
+    suffix = os.path.splitext(file)[1].lower()
+    return "" if suffix[1:].isdecimal() else suffix  # "scan.0001" and "scan.0002" are of one kind.
+
+
+def _doubtful(files: Sequence[str], odd: Collection[str]) -> tuple[list[str], list[str]]:
+    """The files to open of a large data set, and those that are believed if these are images."""
+    kinds: dict[str, list[str]] = {}
+    for file in files:
+        if (suffix := _suffix(file)) not in _SUFFIXES:
+            kinds.setdefault(suffix, []).append(file)
+    chosen, others = list(odd), []
+    for kind in kinds.values():
+        every = -(-len(kind) // _MOST_TO_OPEN)
+        chosen += kind[::every]
+        others += [file for i, file in enumerate(kind) if i % every]
+    return list(dict.fromkeys(chosen)), others
 
 
 def _head(path: str | os.PathLike[str]) -> bytes:
@@ -341,13 +357,17 @@ def _unreadable_files(
             return f"{file}: cannot be read ({error.strerror})"
         return None
 
+    def look(files: Sequence[str]) -> dict[str, str]:
+        with ThreadPoolExecutor(4) as pool:
+            reasons = pool.map(reason, files)
+            return {file: text for file, text in zip(files, reasons, strict=True) if text}
+
+    others: Sequence[str] = ()
     if len(files) > _MOST_TO_OPEN and not skip_corrupt:
-        files = [file for file in files if not _named_image(file) or file in odd]
-    if not files:
-        return {}
-    with ThreadPoolExecutor(4) as pool:
-        reasons = pool.map(reason, files)
-        found = {file: text for file, text in zip(files, reasons, strict=True) if text is not None}
+        files, others = _doubtful(files, odd)
+    found = look(files) if files else {}
+    if others and (suspect := {_suffix(file) for file in found}):
+        found |= look([file for file in others if _suffix(file) in suspect])
     if found and not skip_corrupt:
         raise ValueError(
             f"{root}: {listing(found.values(), most=5)}; remove them, or leave them out with "

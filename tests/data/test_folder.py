@@ -212,6 +212,22 @@ def test_in_a_large_folder_what_is_not_named_as_an_image_is_opened(large, name):
     assert f"class2/{name}" in open_source(f"folder:{large}").files
 
 
+@pytest.mark.parametrize("name", ["{}.scan", "scan.{}", "{}"])
+def test_in_a_large_folder_another_suffix_is_believed_if_a_sample_are_images(large, name):
+    images = [large / "class10" / name.format(number) for number in range(8)]
+    for path in images:
+        path.write_bytes((large / "class10" / "b.png").read_bytes())
+    images[3].write_text("none")  # Of 8 every fourth is opened: 0 and 4.
+    source = open_source(f"folder:{large}")
+    assert len(source) == 12
+    with pytest.raises(ImageError, match=f"{images[3].name}: not an image in PNG"):
+        source[source.files.index(f"class10/{images[3].name}")]
+    images[4].write_text("none")
+    with pytest.raises(ValueError, match="class10/") as error:
+        open_source(f"folder:{large}")
+    assert all(f"class10/{images[k].name}: not an image" in str(error.value) for k in (3, 4))
+
+
 @pytest.mark.parametrize("opened", [open_source, open_unlabeled])
 @pytest.mark.parametrize("most", [2, 2000])
 def test_a_named_pipe_is_refused_and_not_waited_for(tree, monkeypatch, most, opened):
