@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import tyro
 
 from flaxtransfer import __version__
-from flaxtransfer.commands.options import check, flags
+from flaxtransfer.commands.options import check, flags, outputs
 from flaxtransfer.commands.subcommands import SUBCOMMANDS, Predict
 from flaxtransfer.paths import nearest, suggest
 
@@ -56,6 +56,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if words in ([], ["-h"], ["--help"]):
         print(help_text(), file=sys.stdout if words else sys.stderr)
         return 0 if words else USER_ERROR
+    options = None
     try:
         options = parse(words)
         check(options)
@@ -65,7 +66,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(_one_line(error), file=sys.stderr)
+        print(_one_line(error, options), file=sys.stderr)
         return USER_ERROR
 
 
@@ -181,6 +182,10 @@ def _execute(options: Any) -> int:
     from flaxtransfer.training.console import Interrupted
 
     guard_cpu_thread_pool()
+    # For Python's process that frees the shared memory of decode workers: where they, or the run,
+    # were ended from outside, it would add two lines of its own to the one that says so.
+    if "ignore:resource_tracker" not in sys.warnoptions:
+        sys.warnoptions.append("ignore:resource_tracker")
     name = next(name for name, kind in SUBCOMMANDS.items() if kind is type(options))
     name = name.replace("-", "_")
     command = getattr(importlib.import_module(f"flaxtransfer.commands.{name}"), name)
@@ -202,12 +207,12 @@ MOST_CHARACTERS = 600
 """Of a message on the terminal: about what a person reads there."""
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, options: Any = None) -> str:
     text = str(error)
-    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and no_room and error.filename:
-        # Python's own text begins with "[Errno 28]".
-        text = f"{error.filename}: {error.strerror}; make room there, or name another place"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # Python's own text begins with "[Errno 28]", and often names no file.
+        where = error.filename or " or ".join(map(str, outputs(options))) or "the disk"
+        text = f"{where}: {error.strerror}; make room there, or name another place"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = f"flaxtransfer: {' '.join(lines) or type(error).__name__}"
     if len(line) <= MOST_CHARACTERS:

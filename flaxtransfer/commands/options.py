@@ -492,6 +492,18 @@ def flag(name: str, notes: tuple[Any, ...] = ()) -> str:
     return f"--{names[0] if names else name.replace('_', '-')}"
 
 
+def outputs(options: Any) -> Iterator[Path]:
+    """The files and folders that a subcommand may write."""
+    for name, value, _ in _entries(options) if dataclasses.is_dataclass(options) else ():
+        if dataclasses.is_dataclass(value):
+            yield from outputs(value)
+        elif isinstance(value, Path):
+            # Of "diagnose" the run folder is the place where nothing else is named.
+            into_run = isinstance(options, RunOptions) or getattr(options, "out", value) is None
+            if name in ("out", "target", "folder") or (name == "run" and into_run):
+                yield value
+
+
 def flags(kind: type) -> Iterator[str]:
     """All options of a subcommand, as they are written."""
     hints = get_type_hints(kind, include_extras=True)

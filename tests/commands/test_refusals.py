@@ -13,6 +13,7 @@ import tempfile
 import pytest
 from PIL import Image
 
+from flaxtransfer import cli
 from flaxtransfer.cli import run
 from tests.support.terminal import SIZE, only_line, train
 
@@ -136,6 +137,28 @@ def test_a_full_disk_is_named_before_and_while_something_is_written(
         f"flaxtransfer: {target}: No space left on device; make room there, or name another place"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["plan", "--out", "p.yaml"], "p.yaml"),
+        (["convert", "builtin", "x.onnx"], "x.onnx"),
+        (["train", "--run", "r", "--cache-dir", "c"], "r or c"),
+        (["diagnose", "--run", "r", "--target", "folder:x"], "r"),
+        (["evaluate", "r"], "the disk"),
+    ],
+)
+def test_an_error_of_a_full_disk_without_a_name_says_where_it_was(
+    words, place, capsys, tmp_path, monkeypatch
+):
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_execute", full)
+    assert run(words) == 2
+    assert only_line(capsys).startswith(f"flaxtransfer: {place}: No space left on device; make ro")
 
 
 def test_a_place_that_may_not_be_written_is_said(tmp_path, capsys, monkeypatch):
