@@ -137,7 +137,7 @@ def discard_folder(folder: Path, opened: int, aside: Path) -> None:
 
 
 @contextmanager
-def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def folder_lock(folder: str | os.PathLike[str], *, wait: bool = False) -> Iterator[Path]:
     """Folder lock: one writer of ``folder`` during a ``with`` block.
 
     Use it around everything that writes into a run folder. It does not block readers, and it is
@@ -147,6 +147,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         folder: the folder to write in; created, with its parents, if it does not exist.
+        wait: wait for another writer to end, in place of an error.
 
     Yields:
         The path of the lock file, ``<folder>/.lock``. The file stays after the block: removing it
@@ -164,7 +165,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(folder) / LOCK_NAME
     descriptor = _open(path)
     try:
-        _lock(descriptor, path)
+        _lock(descriptor, path, wait)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield path
@@ -189,9 +190,9 @@ def _open(path: Path) -> int:
         ) from error
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(descriptor: int, path: Path, wait: bool) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         raise ValueError(
