@@ -383,7 +383,8 @@ def output_problems(
     if path is None:
         return
     if suffixes and path.suffix.lower() not in suffixes:
-        yield f"{option}: its name must end in {', '.join(suffixes)}, got {path}"
+        named = f"{option}: its name" if option.startswith("--") else option
+        yield f"{named} must end in {', '.join(suffixes)}, got {path}"
     if folder:
         # Where the first folder that is missing will be made.
         place = next(each for each in (path, *path.parents) if each.exists() or each == each.parent)
