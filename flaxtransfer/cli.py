@@ -6,26 +6,29 @@ is imported when it runs.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import importlib
 import io
 import operator
 import os
+import re
 import sys
+import tempfile
+import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
 
 from flaxtransfer import __version__
-from flaxtransfer.commands.options import check
+from flaxtransfer.commands.options import check, flags, outputs
 from flaxtransfer.commands.subcommands import SUBCOMMANDS, Predict
-from flaxtransfer.paths import shortened, suggest, visible
+from flaxtransfer.paths import nearest, suggest, visible
 
 USER_ERROR = 2
-
-MOST_MESSAGE = 600
-"""Characters of an error; more is a screen of text, whose beginning nobody sees."""
 
 _STYLE = (
     tyro.conf.OmitArgPrefixes,
@@ -51,6 +54,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if words in ([], ["-h"], ["--help"]):
         print(help_text(), file=sys.stdout if words else sys.stderr)
         return 0 if words else USER_ERROR
+    options = None
     try:
         options = parse(words)
         check(options)
@@ -60,7 +64,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(shortened(f"flaxtransfer: {_one_line(error)}", MOST_MESSAGE), file=sys.stderr)
+        print(_one_line(error, options), file=sys.stderr)
         return USER_ERROR
 
 
@@ -86,13 +90,12 @@ def parse(words: Sequence[str]) -> Any:
     """The options of a subcommand, from the words of a command line.
 
     Raises:
-        ValueError: an unknown subcommand.
-        SystemExit: help was printed (code 0), or the options are wrong (code 2).
+        ValueError: an unknown subcommand, or wrong options.
+        SystemExit: help was printed (code 0).
     """
     name = words[0]
     if name in SUBCOMMANDS:
-        kind = SUBCOMMANDS[name]
-        return tyro.cli(kind, args=words[1:], prog=f"flaxtransfer {name}", config=_STYLE)
+        return _parsed(SUBCOMMANDS[name], words[1:], f"flaxtransfer {name}")
     if not name.startswith("-"):
         raise ValueError(
             f"the subcommand must be one of {', '.join(SUBCOMMANDS)}, got {name!r}"
@@ -103,8 +106,71 @@ def parse(words: Sequence[str]) -> Any:
         Annotated[kind, tyro.conf.subcommand(name, description=_summary(kind))]
         for name, kind in SUBCOMMANDS.items()
     )
-    every: Any = functools.reduce(operator.or_, kinds)
-    return tyro.cli(every, args=words, prog="flaxtransfer", config=_STYLE)
+    return _parsed(functools.reduce(operator.or_, kinds), words, "flaxtransfer")
+
+
+def _parsed(kind: Any, words: Sequence[str], program: str) -> Any:
+    """What tyro makes of the words; its boxes of several lines become one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found = tyro.cli(kind, args=words, prog=program, config=_STYLE)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_parse_error(said.getvalue(), kind, words, program)) from None
+    sys.stderr.write(said.getvalue())
+    return found
+
+
+_METAVARS = {"INT": "a whole number", "FLOAT": "a number", "[FLOAT [FLOAT ...]]": "numbers"}
+
+
+def _parse_error(text: str, kind: Any, words: Sequence[str], program: str) -> str:
+    """One line for what tyro says in a box: what is wrong, a rule, and the help of the option."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line.strip("│╭╮╰╯").rstrip() for line in text.splitlines()]
+    # A title; under it a rule, where the output has no boxes; what is wrong, until the next rule.
+    rules = [at for at, line in enumerate(lines) if not line.strip(" ─-")]
+    start = 2 if 1 in rules else 1
+    box = lines[start : next((at for at in rules if at > start), None)]
+    box = textwrap.dedent("\n".join(box)).splitlines()
+    wrong = " ".join(" ".join(box).split())
+    listed = f'"{program} --help" lists the options'
+    # "--name=value" is one word or two.
+    words = [part for word in words for part in word.split("=", 1 if word[:2] == "--" else 0)]
+    if wrong.startswith("Unrecognized options"):
+        known = list(flags(kind)) if isinstance(kind, type) else ["--help", "--version"]
+        unknown = [
+            word for word in words if word[:2] == "--" and word.replace("_", "-") not in known
+        ]
+        if unknown:
+            named = (f"{word}{_near(word, known)}" for word in dict.fromkeys(unknown))
+            line = f"unrecognized option {', '.join(named)}"
+            return f"{line}{' ' if line.endswith('?') else '; '}{listed}"
+        return f"unrecognized words: {wrong.partition(': ')[2]}; {listed}"
+    if wrong.startswith("Missing from"):
+        missing = [line.strip() for line in box if re.match(" {4}[^ ]", line)]
+        return f"{program} must be given {', '.join(missing)}; {listed}"
+    if found := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of (.*)", wrong):
+        choices = re.findall(r"'(.*?)'", found[3])
+        near = suggest(found[1].strip("'\""), choices)
+        return f"{found[2]} must be one of {', '.join(choices)}, got {found[1]}{near}"
+    if found := re.match(r"Missing value for argument '(.*)'", wrong):
+        return f"{found[1]} must be followed by a value, got none"
+    if found := re.match(r"Error parsing (\S+): ", wrong):
+        option = found[1]
+        helped = (line.strip() for line in lines if line.strip().startswith(option))
+        takes = next(helped, "").removeprefix(option).strip()
+        value = next((word for before, word in pairwise(words) if before == option), None)
+        if takes in _METAVARS and value is not None:
+            return f"{option} must be {_METAVARS[takes]}, got {value!r}"
+    return f"{wrong}; {listed}"
+
+
+def _near(option: str, known: Sequence[str]) -> str:
+    names = nearest(option.strip("-"), [each.strip("-") for each in known], n=1)
+    return f"; did you mean --{names[0]}?" if names else ""
 
 
 def _execute(options: Any) -> int:
@@ -113,6 +179,10 @@ def _execute(options: Any) -> int:
     from flaxtransfer.training.console import Interrupted
 
     guard_cpu_thread_pool()
+    # For Python's process that frees the shared memory of decode workers: where they, or the run,
+    # were ended from outside, it would add two lines of its own to the one that says so.
+    if "ignore:resource_tracker" not in sys.warnoptions:
+        sys.warnoptions.append("ignore:resource_tracker")
     name = next(name for name, kind in SUBCOMMANDS.items() if kind is type(options))
     name = name.replace("-", "_")
     command = getattr(importlib.import_module(f"flaxtransfer.commands.{name}"), name)
@@ -130,6 +200,24 @@ def _summary(kind: type) -> str:
     return (kind.__doc__ or "").split("\n")[0]
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return visible(" ".join(lines)) or type(error).__name__
+MOST_CHARACTERS = 600
+"""Of a message on the terminal: about what a person reads there."""
+
+
+def _one_line(error: BaseException, options: Any = None) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # Python's own text begins with "[Errno 28]", and often names no file.
+        where = error.filename or " or ".join(map(str, outputs(options))) or "the disk"
+        text = f"{where}: {error.strerror}; make room there, or name another place"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = visible(f"flaxtransfer: {' '.join(lines) or type(error).__name__}")
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    end = " ..."
+    with contextlib.suppress(OSError):  # Without room for the file the beginning has to do.
+        handle, path = tempfile.mkstemp(prefix="flaxtransfer-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{text}\n")
+        end = f" ... (all of it in {path})"
+    return line[: MOST_CHARACTERS - len(end)] + end

@@ -27,9 +27,12 @@ __all__ = [
     "LOCK_NAME",
     "atomic_write",
     "check_regular",
+    "discard_folder",
     "folder_lock",
     "json_bytes",
+    "naming",
     "parse_json",
+    "publish_folder",
     "read_json",
     "refuse_link",
     "replace_file",
@@ -194,7 +197,13 @@ def atomic_write(target: Path) -> Iterator[Path]:
         ) from error
     made, replaced = temporary / target.name, temporary / "replaced"
     try:
-        yield made
+        try:
+            yield made
+        except OSError as error:
+            # A person knows the target, not the temporary name; a full disk gives none at all.
+            if error.errno is not None and str(error.filename or made).startswith(str(temporary)):
+                error.filename = str(target)
+            raise
         if made.is_dir() and target.is_dir():
             # A folder that is not empty cannot be the target of a rename.
             target.rename(replaced)
@@ -210,7 +219,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file and waits until it is on the disk (fsync)."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -235,7 +244,63 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def naming(path: Path) -> Iterator[None]:
+    """Puts the name of a file into errors of the system that have none, such as of a full disk.
+
+    >>> with naming(Path("a.txt")):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+    ...
+    OSError: [Errno 28] No space left on device: 'a.txt'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def publish_folder(made: Path, target: Path) -> bool:
+    """Gives a complete folder its name, unless there is one already, which stays as it is.
+
+    Of several processes that make the same content, the first one's is kept.
+
+    Returns:
+        Whether ``made`` has become ``target``.
+    """
+    try:
+        made.rename(target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
+
+
+def discard_folder(folder: Path, opened: int, aside: Path) -> None:
+    """Removes a folder, if it still is the one that is open under the descriptor ``opened``.
+
+    Somebody else may have replaced it since it was looked at; then theirs stays.
+
+    Args:
+        folder: the name.
+        opened: descriptor of the folder that was looked at; as long as it is open, no other folder
+            can have its inode.
+        aside: a free name on the same file system, for the moment between.
+    """
+    try:
+        folder.rename(aside)
+    except OSError:
+        return  # Somebody else has removed it, or it must stay, in a folder that is read-only.
+    if not os.path.samestat(aside.stat(), os.fstat(opened)):
+        # Not what was looked at: back, unless a third one has come meanwhile.
+        publish_folder(aside, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def folder_lock(folder: str | os.PathLike[str], *, wait: bool = False) -> Iterator[Path]:
     """Folder lock: one writer of ``folder`` during a ``with`` block.
 
     Use it around everything that writes into a run folder. It does not block readers, and it is
@@ -245,6 +310,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         folder: the folder to write in; created, with its parents, if it does not exist.
+        wait: wait for another writer to end, in place of an error.
 
     Yields:
         The path of the lock file, ``<folder>/.lock``. The file stays after the block: removing it
@@ -263,7 +329,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(folder) / LOCK_NAME
     descriptor = _open(path)
     try:
-        _lock(descriptor, path)
+        _lock(descriptor, path, wait)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield path
@@ -292,9 +358,9 @@ def _open(path: Path) -> int:
         ) from error
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(descriptor: int, path: Path, wait: bool) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         raise ValueError(

@@ -45,8 +45,10 @@ class Job:
     plan: Plan
     evidence: Measurement
 
-    def test(self, network: Classifier) -> Evaluation:
-        """The metrics on the test images."""
+    def test(self, network: Classifier) -> Evaluation | None:
+        """The metrics on the test images; None where there are none."""
+        if not len(self.splits.test):
+            return None
         batches = eval_batches(self.source, self.splits.test, network.preprocessing)
         return evaluate(network, batches)
 

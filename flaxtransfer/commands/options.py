@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -72,6 +74,10 @@ FORMATS_HELP = ", ".join(FORMATS)
 SENSORS_HELP = ", ".join(SENSORS)
 FORMS = [scheme.form for scheme in SCHEMES.values() if scheme.labeled]
 SCHEMES_HELP = " or ".join((", ".join(FORMS[:-1]), FORMS[-1]))
+
+
+PLAN_SUFFIXES = (".yaml", ".yml")
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo")
 
 
 @dataclass(frozen=True)
@@ -335,7 +341,7 @@ def data_problems(option: str, name: str) -> Iterator[str]:
 
 def is_file(strategy: str) -> bool:
     """Whether a strategy is the path of a plan, rather than the name of a recipe."""
-    return strategy.endswith((".yaml", ".yml"))
+    return strategy.endswith(PLAN_SUFFIXES)
 
 
 def strategy_problems(strategy: str) -> Iterator[str]:
@@ -348,6 +354,69 @@ def strategy_problems(strategy: str) -> Iterator[str]:
     elif strategy not in RECIPE_NAMES:
         yield (
             f"--strategy must be {RECIPES_HELP}, got {strategy!r}{suggest(strategy, RECIPE_NAMES)}"
+        )
+
+
+_LEAST_ROOM = 2**14
+"""Bytes; less than any picture, report or run takes."""
+
+
+def output_problems(
+    option: str,
+    path: Path | None,
+    *,
+    suffixes: Sequence[str] = (),
+    folder: bool = False,
+    either: bool = False,
+    needs: int = _LEAST_ROOM,
+) -> Iterator[str]:
+    """Why something cannot be written, said before anything is computed for it.
+
+    Args:
+        option: that named the path, for the text.
+        path: of the file or folder; None where none is asked for.
+        suffixes: that the name may end in; () for any.
+        folder: whether it is a folder, which is made with its parents.
+        either: whether it may be a folder that is made without them.
+        needs: bytes that it will take, where that is known.
+
+    >>> list(output_problems("--out", Path("no/plan.yaml"), suffixes=PLAN_SUFFIXES))
+    ['--out: the folder no for plan.yaml does not exist; make it, or name another']
+    """
+    if path is None:
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        named = f"{option}: its name" if option.startswith("--") else option
+        yield f"{named} must end in {', '.join(suffixes)}, got {path}"
+    if folder:
+        # Where the first folder that is missing will be made.
+        place = next(each for each in (path, *path.parents) if each.exists() or each == each.parent)
+        if not place.is_dir():
+            yield f"{option} must be a folder, got {path}, and {place} is a file"
+            return
+    else:
+        place = path.parent
+        if not place.is_dir():
+            yield (
+                f"{option}: the folder {place} for {path.name} does not exist; make it, or name "
+                "another"
+            )
+            return
+        if path.is_dir() and not either:
+            yield f"{option} must be a file, got the folder {path}"
+            return
+    try:
+        # By trying, which knows about every kind of permission, and leaves nothing behind.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+        total, _, free = shutil.disk_usage(place)
+    except OSError as error:
+        yield f"{option}: nothing can be written in {place} ({error.strerror}); name another place"
+        return
+    if total and needs > free:
+        yield (
+            f"{option}: {path} needs {needs:,} bytes, and {free:,} are free in {place}; make "
+            "room, or name another place"
         )
 
 
@@ -426,6 +495,30 @@ def flag(name: str, notes: tuple[Any, ...] = ()) -> str:
     """
     names = [note.name for note in notes if getattr(note, "name", None)]
     return f"--{names[0] if names else name.replace('_', '-')}"
+
+
+def outputs(options: Any) -> Iterator[Path]:
+    """The files and folders that a subcommand may write."""
+    for name, value, _ in _entries(options) if dataclasses.is_dataclass(options) else ():
+        if dataclasses.is_dataclass(value):
+            yield from outputs(value)
+        elif isinstance(value, Path):
+            # Of "diagnose" the run folder is the place where nothing else is named.
+            into_run = isinstance(options, RunOptions) or getattr(options, "out", value) is None
+            if name in ("out", "target", "folder") or (name == "run" and into_run):
+                yield value
+
+
+def flags(kind: type) -> Iterator[str]:
+    """All options of a subcommand, as they are written."""
+    hints = get_type_hints(kind, include_extras=True)
+    for entry in dataclasses.fields(kind):
+        hint = hints[entry.name]
+        inner = getattr(hint, "__origin__", hint)
+        if dataclasses.is_dataclass(inner):
+            yield from flags(inner)  # type: ignore[arg-type]
+        else:
+            yield flag(entry.name, getattr(hint, "__metadata__", ()))
 
 
 def _problems(options: Any) -> Iterator[str]:

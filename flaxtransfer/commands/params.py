@@ -10,7 +10,7 @@ import optax
 from rich.console import Console
 
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.commands.subcommands import Params, named_values
+from flaxtransfer.commands.subcommands import RATES, Params, named_values, rate_problems
 from flaxtransfer.groups import FROZEN, Frozen, Group, trainable_mask
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
@@ -43,4 +43,12 @@ def _labels_and_groups(
         name: Group(optax.adamw, rates[name], options.weight_decay) if name in rates else FROZEN
         for name in rules
     }
-    return label(parameters, masks), groups
+    problems = [] if options.rates == RATES else list(rate_problems(rates, rules))
+    try:
+        labels = label(parameters, masks)
+    except ValueError as error:
+        given = ", ".join(f"{name}={text}" for name, text in rules.items())
+        problems.insert(0, f"{error}\nthe rules are {given}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return labels, groups

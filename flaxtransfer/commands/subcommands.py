@@ -6,7 +6,7 @@ then. This module imports no jax.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,9 +20,11 @@ from flaxtransfer.commands.options import (
     FORMATS_HELP,
     LEVEL,
     NOT_NEGATIVE,
+    PLAN_SUFFIXES,
     RECIPES_HELP,
     SCHEMES_HELP,
     SENSORS_HELP,
+    WEIGHT_SUFFIXES,
     CacheOptions,
     Count,
     DataOptions,
@@ -37,11 +39,12 @@ from flaxtransfer.commands.options import (
     data_problems,
     default,
     described,
+    output_problems,
     strategy_problems,
 )
 from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import listing, suggest
-from flaxtransfer.report.figures import check_figure_path
+from flaxtransfer.report.figures import FIGURE_SUFFIXES
 
 __all__ = [
     "SUBCOMMANDS",
@@ -57,6 +60,7 @@ __all__ = [
     "Stem",
     "Train",
     "named_values",
+    "rate_problems",
 ]
 
 
@@ -75,6 +79,11 @@ class Train:
     job: Annotated[JobOptions, tyro.conf.arg(name="")] = field(default_factory=JobOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+
+    def problems(self) -> Iterator[str]:
+        """Folders that cannot be written."""
+        yield from output_problems("--run", self.run.run or Path("runs"), folder=True)
+        yield from output_problems("--cache-dir", self.cache.folder, folder=True)
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,10 @@ class Plan:
     out: Annotated[Path | None, default("none")] = None
 
     def problems(self) -> Iterator[str]:
-        """An unknown strategy or architecture."""
+        """An unknown strategy or architecture, and a file that cannot be written."""
         yield from strategy_problems(self.strategy)
         yield from _model_problems(self.model)
+        yield from output_problems("--out", self.out, suffixes=PLAN_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,10 @@ class Models:
     ] = "family"
 
 
+RULES, RATES = ("head=head()", "frozen=rest()"), ("head=1e-3",)
+"""Of ``params``, where none are given."""
+
+
 @dataclass(frozen=True)
 class Params:
     """Print each parameter with its label and learning rate.
@@ -229,8 +243,8 @@ class Params:
     model: str = "resnet18"
     width: Annotated[int | None, AT_LEAST_1, default("the architecture's")] = None
     classes: Count = 1000
-    rules: tuple[str, ...] = ("head=head()", "frozen=rest()")
-    rates: tuple[str, ...] = ("head=1e-3",)
+    rules: tuple[str, ...] = RULES
+    rates: tuple[str, ...] = RATES
     weight_decay: float = 0.0
     layerwise_decay: Annotated[float | None, default("none")] = None
 
@@ -245,20 +259,20 @@ class Params:
         for name, text in rates.items():
             if not _is_number(text):
                 yield f"--rates: the rate of {name!r} must be a number, got {text!r}"
-        unknown = [f"{name!r}{suggest(name, rules)}" for name in rates if name not in rules]
-        if unknown and self.layerwise_decay is None:
-            yield (
-                f"--rates has names without a rule: {', '.join(unknown)}; the rules are "
-                f"{', '.join(rules)}"
-            )
+        # With other rules, what they do not take may be why: the command says both.
+        if self.layerwise_decay is None and self.rules == RULES:
+            yield from rate_problems(rates, rules)
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Print accuracy and loss of a finished run, as JSON.
 
+    Classes are matched by name; those of the run without an image are listed.
+
     Args:
         run: Run folder.
+        skip_unknown_classes: Leave out images of classes that the run does not know.
     """
 
     run: tyro.conf.Positional[Path]
@@ -266,6 +280,7 @@ class Evaluate:
         str | None,
         described(f"Data set: {SCHEMES_HELP}.", default="the test images of the run"),
     ] = None
+    skip_unknown_classes: Flag = False
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def problems(self) -> Iterator[str]:
@@ -344,9 +359,17 @@ class Diagnose:
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def problems(self) -> Iterator[str]:
-        """An unknown data source."""
+        """An unknown data source, and a folder that cannot be written."""
         if not self.target.startswith("npz:"):
             yield from data_problems("--target", self.target)
+        out = self.run / "diagnosis" if self.out is None else self.out
+        yield from output_problems("--out", out, folder=True)
+        # The report replaces the folder as a whole.
+        if self.out is not None and self.out.is_dir() and not _holds(self.out, "report.json"):
+            yield (
+                f"--out must be a new folder, or that of an earlier report, got {self.out}, which "
+                "holds other files"
+            )
 
 
 @dataclass(frozen=True)
@@ -385,6 +408,16 @@ class Convert:
     dtype: Literal["float32", "float16"] = "float32"
     adapter: Literal["fold", "keep"] = "fold"
 
+    def problems(self) -> Iterator[str]:
+        """A target that cannot be written, or has no room for the weights."""
+        yield from output_problems(
+            "the target",
+            self.target,
+            suffixes=WEIGHT_SUFFIXES if self.to is None else (),
+            either=self.to in ("timm", "huggingface"),
+            needs=_bytes_of(self.source) // (2 if self.dtype == "float16" else 1),
+        )
+
 
 SUBCOMMANDS: dict[str, type] = {
     "train": Train,
@@ -417,6 +450,27 @@ def named_values(texts: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
+def rate_problems(rates: Iterable[str], rules: Iterable[str]) -> Iterator[str]:
+    """Labels with a rate and without a rule."""
+    known = list(rules)
+    if unknown := [f"{name!r}{suggest(name, known)}" for name in rates if name not in known]:
+        yield (
+            f"--rates has names without a rule: {', '.join(unknown)}; the rules are "
+            f"{', '.join(known)}"
+        )
+
+
+def _holds(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name, or is empty."""
+    return (folder / name).is_file() or not any(folder.iterdir())
+
+
+def _bytes_of(source: str) -> int:
+    """Bytes of weights that are a file; 0 where that is not known."""
+    path = Path(source)
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -434,8 +488,4 @@ def _model_problems(name: str) -> Iterator[str]:
 
 
 def _picture_problems(path: Path | None) -> Iterator[str]:
-    if path is not None:
-        try:
-            check_figure_path(path)
-        except (ValueError, OSError) as error:
-            yield f"--out: {error}"
+    yield from output_problems("--out", path, suffixes=FIGURE_SUFFIXES)

@@ -108,11 +108,14 @@ def print_summary(summary: dict[str, Any], folder: Path, console: Console) -> No
             row["start"],
             str(row["steps"]),
             f"{row['seconds']:.0f}",
-            f"{row['loss']:.3f}",
-            f"{100 * row['accuracy']:.1f} %",
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %",
         )
     console.print(results)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    if not summary["test_images"]:
+        console.print("nothing was tested: the run has no test images (--test-fraction)")
+        return
     console.print(
         f"test accuracy: {100 * summary['results'][0]['accuracy']:.2f} % of "
         f"{summary['test_images']} images that were not trained on",
@@ -175,9 +178,15 @@ def _arguments(
     }
 
 
-def _row(start: str, result: Evaluation, fitted: FitResult, started: float) -> dict[str, Any]:
+def _row(
+    start: str, result: Evaluation | None, fitted: FitResult, started: float
+) -> dict[str, Any]:
     seconds = round(time.monotonic() - started, 1)
-    return {"start": start, "steps": fitted.steps, "seconds": seconds, **result.to_json()}
+    row = {"start": start, "steps": fitted.steps, "seconds": seconds}
+    if result is None:
+        nothing = dict.fromkeys((fitted.network.task.ranking, "loss"))
+        return {**row, **nothing, "examples": 0}
+    return {**row, **result.to_json()}
 
 
 def _print_job(job: Job, name: str, console: Console) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from flaxtransfer.data.source import ArraySource
+from flaxtransfer.files import discard_folder, publish_folder
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # untyped library
@@ -105,29 +106,37 @@ def open_digits(cache_dir: str | os.PathLike[str] | None = None) -> ArraySource:
     root = cache_root(cache_dir)
     folder = root / "sklearn_digits" / "1.0.0"
     problem = ""
-    for attempt in range(_ATTEMPTS):
-        if attempt or not folder.exists():
-            try:
+    for _ in range(_ATTEMPTS):
+        try:
+            if not folder.exists():
                 _prepare(root, folder)
-            except OSError as error:
-                reason = os.strerror(error.errno or errno.EIO).lower()
-                raise type(error)(
-                    error.errno,
-                    f"the digits cannot be prepared ({reason}); choose a writable folder with "
-                    "cache_dir or FLAXTRANSFER_CACHE",
-                    str(root),
-                ) from error
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # Another process has found it damaged.
+        except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO).lower()
+            raise type(error)(
+                error.errno,
+                f"the digits cannot be prepared ({reason}); choose a writable folder with "
+                "cache_dir or FLAXTRANSFER_CACHE",
+                str(root),
+            ) from error
+        problem = ""
         try:
             images, labels = _read(folder)
+            found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+            if found == SHA256:
+                names = tuple(str(digit) for digit in range(10))
+                return ArraySource(images, labels, names, address="digits")
+            problem = f"{len(images)} examples with checksum {found}"
         # Whatever error a damaged folder raises, preparing it again is the fix.
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-            continue
-        found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-        if found == SHA256:
-            names = tuple(str(digit) for digit in range(10))
-            return ArraySource(images, labels, names, address="digits")
-        problem = f"{len(images)} examples with checksum {found}"
+        finally:
+            # Here only if it is damaged; another process may have put a good one there meanwhile.
+            if problem:
+                discard_folder(folder, opened, root / f".damaged-{uuid.uuid4().hex}")
+            os.close(opened)
     raise ValueError(
         f"the digits prepared from scikit-learn in {folder} must be {EXAMPLES} examples with "
         f"checksum {SHA256}, got {problem}"
@@ -151,7 +160,7 @@ def _read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _prepare(root: Path, folder: Path) -> None:
-    """Prepares the data set in a temporary folder, then replaces ``folder`` with the result."""
+    """Prepares the data set in a temporary folder, and then gives it its name."""
     import tensorflow_datasets as tfds
 
     root.mkdir(parents=True, exist_ok=True)
@@ -164,14 +173,7 @@ def _prepare(root: Path, folder: Path) -> None:
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Called for a missing or a damaged folder only. If another process has put a good one there
-        # meanwhile, both hold the same bytes, so it does not matter whose stays.
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, work / "damaged")
-        try:
-            os.rename(builder.data_path, folder)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
+        # If another process has put a good one there meanwhile, both hold the same bytes.
+        publish_folder(Path(builder.data_path), folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -17,8 +20,17 @@ import numpy as np
 
 from flaxtransfer.data.decode import decode_bands, is_image, not_an_image
 from flaxtransfer.data.source import Example, UnlabeledImages, position
-from flaxtransfer.files import check_regular
 from flaxtransfer.paths import listing
+
+_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp")
+)
+"""Of file names that say "image". What another suffix means is read off the first bytes."""
+
+_MOST_TO_OPEN = 2000
+"""Files of a data set that are all opened when it is listed, which takes a moment. In a larger one
+the suffixes above are believed until an image is decoded, and another suffix if so many of its
+files are images: to open 200,000 takes seconds on a local disk and many minutes on a network's."""
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -66,13 +78,19 @@ def open_folder(
     skip_corrupt: bool = False,
     min_side: int | None = None,
     bands: int = 3,
+    partial: bool = False,
 ) -> FolderSource:
     """Opens a folder with one sub-folder per class, ``path/<class>/**/<image>``.
 
     The classes are the sub-folders in natural order (``img2`` before ``img10``). The images of a
     class are its files at any depth, in the same order, so that the numbering depends on the names
-    alone. Hidden files and folders (a leading dot) are ignored. The first bytes of every file are
-    read, so that a stray ``Thumbs.db`` is found now and not in the middle of an epoch.
+    alone. Hidden files and folders (a leading dot) are ignored.
+
+    A file that is not an image, such as a stray ``Thumbs.db``, is found now and not in the middle
+    of an epoch: the first bytes of every file are read. With more than 2000 files those whose
+    names end like an image's (.png, .jpg, ...) are not opened, nor those with another suffix if
+    2000 of that suffix, evenly spread, are images, which makes listing as fast as the file system.
+    Such a file that is none is named when it is decoded, or now with ``skip_corrupt``.
 
     Args:
         path: the folder; ``~`` is expanded.
@@ -80,6 +98,8 @@ def open_folder(
             ``skipped`` with the reason. It decodes every file once.
         min_side: see ``open_source``.
         bands: channels of the images; see ``decode_bands``.
+        partial: allow one class alone, and leave out classes without an image; to evaluate on
+            whatever there is.
 
     Returns:
         The source; images are uint8, and RGB as ``decode`` converts them where bands is 3.
@@ -92,27 +112,34 @@ def open_folder(
     if min_side is not None and min_side < 1:
         raise ValueError(f"min_side must be >= 1 px, got {min_side}")
     root = _checked_root(path, bands)
-    names = _class_folders(root)
-    files = [
-        (f"{name}/{file}", label)
-        for label, name in enumerate(names)
-        for file in _files_below(root / name)
-    ]
-    skipped = _unreadable_files(root, [file for file, _ in files], skip_corrupt, min_side, bands)
-    files = [(file, label) for file, label in files if file not in skipped]
-    targets = np.array([label for _, label in files], np.int64)
-    empty = sorted(set(range(len(names))) - set(targets.tolist()))
-    if empty:
+    names = _class_folders(root, partial)
+    parts, odd = [], set()
+    for name in names:
+        unlike: list[str] = []
+        parts.append([f"{name}/{file}" for file in _files_below(root / name, unlike)])
+        odd |= {f"{name}/{file}" for file in unlike}
+    files = list(chain.from_iterable(parts))
+    targets = np.repeat(np.arange(len(names)), [len(part) for part in parts])
+    skipped = _unreadable_files(root, files, odd, skip_corrupt, min_side, bands)
+    if skipped:
+        kept = [i for i, file in enumerate(files) if file not in skipped]
+        files, targets = [files[i] for i in kept], targets[kept]
+    counts = np.bincount(targets, minlength=len(names))
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty and not (partial and files):
         raise ValueError(
             f"{root}: no {'readable ' if skipped else ''}image in the class folder(s) "
-            f"{[names[label] for label in empty]}; add images or remove the folder(s)"
+            f"{empty}; add images or remove the folder(s)"
             + (f" (left out: {listing(skipped.values())})" if skipped else "")
         )
+    if empty:
+        names = [name for name, count in zip(names, counts, strict=True) if count]
+        targets = (np.cumsum(counts > 0) - 1)[targets]
     return FolderSource(
         root=root,
         class_names=tuple(names),
-        files=tuple(file for file, _ in files),
-        targets=targets,
+        files=tuple(files),
+        targets=targets.astype(np.int64),
         skipped=tuple(skipped.values()),
         min_side=min_side,
         bands=bands,
@@ -134,9 +161,10 @@ def open_unlabeled_folder(
         ValueError: no image in it, or files that are not an image.
     """
     root = _checked_root(path, bands)
-    files = _files_below(root)
-    skipped = _unreadable_files(root, files, skip_corrupt, None, bands)
-    files = [file for file in files if file not in skipped]
+    odd: list[str] = []
+    files = _files_below(root, odd)
+    skipped = _unreadable_files(root, files, odd, skip_corrupt, None, bands)
+    files = [file for file in files if file not in skipped] if skipped else files
     if not files:
         raise ValueError(f"{root}: there is no image in this folder or below it")
     reasons = tuple(skipped.values())
@@ -156,14 +184,26 @@ def _checked_root(path: str | os.PathLike[str], bands: int) -> Path:
     return root
 
 
-def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
+_NUMBER = re.compile("0*([0-9]+)")
+
+
+def natural_key(name: str) -> str:
     """Sort key for natural order: numbers inside names count by their value.
+
+    It is one text, because texts are compared many times faster than lists of parts.
 
     >>> sorted(["img10", "img2", "a"], key=natural_key)
     ['a', 'img2', 'img10']
     """
-    parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part], name
+    # No name holds "\0", which ends a text before any character. After it comes "\0" for the end
+    # of the name, and "\1" for a number, of which fewer digits are less. The name itself decides
+    # between those that are alike, such as "1" and "01".
+    return f"{_NUMBER.sub(_ranked, name)}\0\0{name}"
+
+
+def _ranked(number: re.Match[str]) -> str:
+    digits = number[1]
+    return f"\0\1{chr(len(digits))}{digits}"
 
 
 def _missing_folder(root: Path) -> str:
@@ -184,53 +224,120 @@ def _visible(name: str) -> bool:
     return not name.startswith(".")
 
 
-def _class_folders(root: Path) -> list[str]:
-    entries = [entry for entry in root.iterdir() if _visible(entry.name)]
-    names = sorted((entry.name for entry in entries if entry.is_dir()), key=natural_key)
-    loose = sorted(
-        (entry.name for entry in entries if entry.is_file() and is_image(_head(entry))),
-        key=natural_key,
-    )
+def _class_folders(root: Path, partial: bool) -> list[str]:
+    with os.scandir(root) as entries:
+        visible = [entry for entry in entries if _visible(entry.name)]
+    names = sorted((entry.name for entry in visible if entry.is_dir()), key=natural_key)
+    others = [entry.name for entry in visible if entry.is_file()]
+    loose = _images(root, others)
     layout = f"the layout must be {root}/<class>/<image>"
     if not names:
         found = f"only images: {listing(loose)}" if loose else "nothing that could be a class"
         raise ValueError(f"{root} has no class folders ({found}); {layout}")
     if loose:
         raise ValueError(f"{root}: images outside the class folders: {listing(loose)}; {layout}")
-    inside = [entry for name in names for entry in (root / name).iterdir() if _visible(entry.name)]
-    if {name.lower() for name in names} <= _SPLIT_NAMES and inside and all(map(_is_dir, inside)):
+    if {name.lower() for name in names} <= _SPLIT_NAMES and _all_folders(root, names):
         raise ValueError(
             f"{root} holds splits, {names}, not classes; open one of them: "
             f"'folder:{root}/{names[0]}'"
         )
-    if len(names) == 1:
+    if len(names) == 1 and not partial:
         raise ValueError(
             f"{root} has one class folder, {names[0]!r}; a classifier needs at least 2 ({layout})"
         )
     return names
 
 
-def _is_dir(entry: Path) -> bool:
-    return entry.is_dir()
-
-
-def _files_below(folder: Path) -> list[str]:
-    found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = filter(_visible, folders)
-        base = Path(here).relative_to(folder)
-        found += [(base / file).as_posix() for file in files if _visible(file)]
+def _images(root: Path, names: Sequence[str]) -> list[str]:
+    """The images among files, in natural order."""
+    believed = len(names) > _MOST_TO_OPEN
+    found = (
+        n for n in names if (believed and _suffix(n) in _SUFFIXES) or is_image(_head(root / n))
+    )
     return sorted(found, key=natural_key)
 
 
-def _head(path: Path) -> bytes:
-    check_regular(path)
-    with open(path, "rb") as file:
-        return file.read(16)
+def _all_folders(root: Path, names: Sequence[str]) -> bool:
+    """Whether in these folders there are folders and nothing else."""
+    inside = False
+    for name in names:
+        with os.scandir(root / name) as entries:
+            for entry in entries:
+                if _visible(entry.name):
+                    inside = True
+                    if not entry.is_dir():
+                        return False
+    return inside
+
+
+def _files_below(folder: Path, odd: list[str]) -> list[str]:
+    """Files at any depth, by their paths below the folder; links to folders are not followed.
+
+    Those that are no regular files, such as named pipes, are put into ``odd`` as well.
+    """
+    return sorted(_walk(os.fspath(folder), "", odd), key=natural_key)
+
+
+def _walk(folder: str, prefix: str, odd: list[str]) -> Iterator[str]:
+    below = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":
+                continue
+            if entry.is_file():
+                yield prefix + name
+            elif not entry.is_dir():
+                odd.append(prefix + name)
+                yield prefix + name
+            elif not entry.is_symlink():
+                below.append(name)
+    for name in below:
+        yield from _walk(f"{folder}/{name}", f"{prefix}{name}/", odd)
+
+
+def _suffix(file: str) -> str:
+    suffix = os.path.splitext(file)[1].lower()
+    return "" if suffix[1:].isdecimal() else suffix  # "scan.0001" and "scan.0002" are of one kind.
+
+
+def _doubtful(files: Sequence[str], odd: Collection[str]) -> tuple[list[str], list[str]]:
+    """The files to open of a large data set, and those that are believed if these are images."""
+    kinds: dict[str, list[str]] = {}
+    for file in files:
+        if (suffix := _suffix(file)) not in _SUFFIXES:
+            kinds.setdefault(suffix, []).append(file)
+    chosen, others = list(odd), []
+    for kind in kinds.values():
+        every = -(-len(kind) // _MOST_TO_OPEN)
+        chosen += kind[::every]
+        others += [file for i, file in enumerate(kind) if i % every]
+    return list(dict.fromkeys(chosen)), others
+
+
+def _head(path: str | os.PathLike[str]) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which might give its bytes to nobody
+            else, or make the reader wait for ever.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise OSError(None, "it is no regular file", os.fspath(path))
+        return os.read(opened, 16)
+    finally:
+        os.close(opened)
 
 
 def _unreadable_files(
-    root: Path, files: list[str], skip_corrupt: bool, min_side: int | None, bands: int
+    root: Path,
+    files: Sequence[str],
+    odd: Collection[str],
+    skip_corrupt: bool,
+    min_side: int | None,
+    bands: int,
 ) -> dict[str, str]:
     """``{file: "file: reason"}`` for those to skip; with ``skip_corrupt`` every file is decoded.
 
@@ -240,7 +347,7 @@ def _unreadable_files(
 
     def reason(file: str) -> str | None:
         try:
-            if not is_image(_head(root / file)):
+            if not is_image(_head(f"{root}/{file}")):
                 return not_an_image(file)
             if skip_corrupt:
                 decode_bands(root / file, name=file, bands=bands, min_side=min_side or 1)
@@ -250,9 +357,17 @@ def _unreadable_files(
             return f"{file}: cannot be read ({error.strerror})"
         return None
 
-    with ThreadPoolExecutor(4) as pool:
-        reasons = pool.map(reason, files)
-        found = {file: text for file, text in zip(files, reasons, strict=True) if text is not None}
+    def look(files: Sequence[str]) -> dict[str, str]:
+        with ThreadPoolExecutor(4) as pool:
+            reasons = pool.map(reason, files)
+            return {file: text for file, text in zip(files, reasons, strict=True) if text}
+
+    others: Sequence[str] = ()
+    if len(files) > _MOST_TO_OPEN and not skip_corrupt:
+        files, others = _doubtful(files, odd)
+    found = look(files) if files else {}
+    if others and (suspect := {_suffix(file) for file in found}):
+        found |= look([file for file in others if _suffix(file) in suspect])
     if found and not skip_corrupt:
         raise ValueError(
             f"{root}: {listing(found.values(), most=5)}; remove them, or leave them out with "

@@ -29,6 +29,7 @@ class OpenOptions:
     skip_corrupt: bool = False
     min_side: int | None = None
     bands: int | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def open_source(
     skip_corrupt: bool = False,
     min_side: int | None = None,
     bands: int | None = None,
+    partial: bool = False,
 ) -> Source:
     """Opens a labeled data set by name.
 
@@ -85,6 +87,8 @@ def open_source(
             differs slightly from resizing the full image.
         bands: channels to read from the files of a ``folder:``; default RGB. Other sources have
             a fixed number of channels.
+        partial: for ``folder:``, allow one class alone, and leave out classes without an image; to
+            evaluate on whatever there is.
 
     Returns:
         The source.
@@ -98,7 +102,7 @@ def open_source(
     ...
     ValueError: unknown data source 'digit'; did you mean 'digits'? known: 'digits', ...
     """
-    options = OpenOptions(cache_dir, download, skip_corrupt, min_side, bands)
+    options = OpenOptions(cache_dir, download, skip_corrupt, min_side, bands, partial)
     scheme, rest = _scheme_of(spec, labeled=True)
     if scheme.labeled is None:
         raise ValueError(f"{spec!r} has no labels; {scheme.form!r} is for unlabeled images")
@@ -154,6 +158,7 @@ def _folder(rest: str, options: OpenOptions) -> Source:
         skip_corrupt=options.skip_corrupt,
         min_side=options.min_side,
         bands=3 if options.bands is None else options.bands,
+        partial=options.partial,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
@@ -73,6 +74,7 @@ def train_batches(
 
     Raises:
         ValueError: numbers out of range (all are listed), or images that do not fit together.
+        ChildProcessError: a worker was killed.
         TypeError: the transform does not return uint8 ``[height, width, channels]``.
     """
     _check(source, indices, batch_size, shard, seed, start_step, num_threads, workers)
@@ -181,6 +183,14 @@ def _closing(batches: grain.IterDataset) -> Iterator[Batch]:
     iterator = iter(batches)
     try:
         yield from iterator
+    except RuntimeError as error:
+        ended = re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))
+        if ended is None:
+            raise
+        raise ChildProcessError(
+            f"a process that decodes images (--workers) has ended with code {ended[1]}, as when "
+            "it is killed for want of memory; use fewer workers, or 0 for threads"
+        ) from error
     finally:
         iterator.close()
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLUE",
+    "FIGURE_SUFFIXES",
     "RED",
     "SERIES",
     "FigureTarget",
@@ -55,7 +56,7 @@ SERIES = ((BLUE, "o"), (RED, "s"), (_GREEN, "^"), (_PINK, "D"), (_ORANGE, "v"), 
 FigureTarget = str | os.PathLike[str] | BinaryIO
 """The path of a .png, .pdf or .svg, replaced if it exists; or an open binary file, for a PNG."""
 
-_SUFFIXES = (".png", ".pdf", ".svg")
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 _RATE_PANELS_ACROSS = 3
 """Panels per row."""
@@ -157,7 +158,7 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
 def plot_training(
     path: str | os.PathLike[str],
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
-    tested: Mapping[str, float],
+    tested: Mapping[str, float | None],
     *,
     metric: str = "accuracy",
 ) -> None:
@@ -166,7 +167,8 @@ def plot_training(
     Args:
         path: A .png, .pdf or .svg, replaced if it exists.
         runs: Rows of ``read_metrics`` by the name of the run.
-        tested: For the same names, the metric on the test images, drawn as a dotted line.
+        tested: For the same names, the metric on the test images, drawn as a dotted line; None
+            where there are no test images.
         metric: The metric of the second panel, a fraction.
 
     Raises:
@@ -184,9 +186,9 @@ def plot_training(
         scores.plot(
             steps, [100 * row[metric] for row in rows], color=color, label=f"{shown}, training"
         )
-        if name in tested:
-            value = 100 * tested[name]
-            scores.axhline(value, color=color, linestyle=":", label=f"{shown}, test: {value:.1f} %")
+        if (value := tested.get(name)) is not None:
+            label = f"{shown}, test: {100 * value:.1f} %"
+            scores.axhline(100 * value, color=color, linestyle=":", label=label)
     for axes, label in ((losses, "training loss, nats"), (scores, f"{metric}, %")):
         axes.set_xlabel("step")
         axes.set_ylabel(label)
@@ -330,8 +332,8 @@ def check_figure_path(path: str | os.PathLike[str]) -> Path:
         FileNotFoundError: The folder does not exist.
     """
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"a figure's name must end in {', '.join(_SUFFIXES)}, got {path}")
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ValueError(f"a figure's name must end in {', '.join(FIGURE_SUFFIXES)}, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} for {path.name} does not exist")
     return path

@@ -7,6 +7,7 @@ what it was made from.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import os
 import platform
 import shutil
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +28,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders, IndexedExamples
-from flaxtransfer.files import read_json
+from flaxtransfer.files import (
+    MOST_JSON_BYTES,
+    discard_folder,
+    naming,
+    parse_json,
+    publish_folder,
+    read_json,
+    write_file,
+)
 from flaxtransfer.models.model import Model
 from flaxtransfer.sharding import map_batches, place_replicated
 from flaxtransfer.training.prefix_cache import Choice, bytes_text, prefix_digest
@@ -53,6 +63,12 @@ _VALUES, _META = "features.npy", "features.json"
 _CHUNK = 2**24
 """Bytes read at a time."""
 
+_DAMAGE = (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError)
+"""What reading an array raises that is not whole."""
+
+_ATTEMPTS = 5
+"""How often an array is looked for while other processes remove and replace it."""
+
 
 class OutOfRange(ValueError):
     """A number is too large for the dtype that was to hold it."""
@@ -66,7 +82,8 @@ def _name(fingerprint: Fingerprint) -> str:
 def evict(folder: Path, wanted: int, budget: int) -> list[str]:
     """Removes what was not used for longest until ``wanted`` more bytes fit the budget.
 
-    What a killed process of this machine has left half-written goes as well.
+    What a killed process of this machine has left half-written goes as well. A process that has
+    mapped an array keeps it until it ends.
 
     Returns:
         The names of the arrays that were removed.
@@ -75,19 +92,22 @@ def evict(folder: Path, wanted: int, budget: int) -> list[str]:
         return []
     for path in folder.glob(".*@*:*"):
         host, _, process = path.name.rpartition("@")[2].partition(":")
-        if host == platform.node() and process.isdecimal() and not _alive(int(process)):
+        if host == platform.node() and process.isdecimal() and not _written(path, int(process)):
             shutil.rmtree(path, ignore_errors=True)
-    slots = sorted(
-        (path.parent for path in folder.glob(f"*/{_META}")), key=lambda slot: slot.stat().st_mtime
-    )
-    sizes = {slot: sum(file.stat().st_size for file in slot.iterdir()) for slot in slots}
-    removed = []
-    for slot in slots:
-        if sum(sizes.values()) + wanted <= budget:
+    found = []
+    for meta in _finished(folder):
+        # Another process may remove it at any moment.
+        with contextlib.suppress(OSError):
+            size = sum(file.stat().st_size for file in meta.parent.iterdir())
+            found.append((meta.parent.stat().st_mtime, size, meta.parent))
+    total, removed = sum(size for _, size, _ in found), []
+    for _, size, slot in sorted(found):
+        if total + wanted <= budget:
             break
-        shutil.rmtree(slot, ignore_errors=True)
-        del sizes[slot]
-        removed.append(slot.name)
+        with contextlib.suppress(OSError), _opened(slot) as opened:
+            discard_folder(slot, opened, _private(slot))
+            removed.append(slot.name)
+        total -= size
     return removed
 
 
@@ -115,35 +135,58 @@ def write_array(
 ) -> np.ndarray:
     """The parts, one after the other, as one array on disk, mapped into memory.
 
-    It lies in a folder of its own, which appears under its name only when it is complete.
+    It lies in a folder of its own, which appears under its name only when it is complete. If
+    another process has put the same array there meanwhile, that one stays and is returned.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
         OutOfRange, ValueError: as ``keep``.
     """
-    name = _name(fingerprint)
-    partial, final = folder / f".{name}@{platform.node()}:{os.getpid()}", folder / name
+    final = folder / _name(fingerprint)
+    partial = _private(final)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        checksum = 0
-        # Plain writes: a full disk under a mapped file would end the process by a signal.
-        with (partial / _VALUES).open("wb") as file:
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in _narrow(parts, shape, dtype):
-                data = memoryview(np.ascontiguousarray(part)).cast("B")
+        partial.mkdir(parents=True)
+        with _opened(partial) as opened:
+            # Until the block ends, so that nobody takes it for what a killed process left.
+            with contextlib.suppress(OSError):  # A file system without locks.
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            values = _write_parts(partial, fingerprint, shape, dtype, parts)
+            for _ in range(_ATTEMPTS):
+                if publish_folder(partial, final):
+                    return values
+                kept, _ = get(folder, fingerprint, shape, dtype)
+                if kept is not None:
+                    return kept
+        # What is there can be neither read nor removed: the own array, whose file has no name.
+        return values
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_parts(
+    partial: Path,
+    fingerprint: Fingerprint,
+    shape: tuple[int, ...],
+    dtype: str,
+    parts: Iterable[np.ndarray],
+) -> np.ndarray:
+    path, checksum = partial / _VALUES, 0
+    # Plain writes: a full disk under a mapped file would end the process by a signal.
+    with path.open("wb") as file:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in _narrow(parts, shape, dtype):
+            data = memoryview(np.ascontiguousarray(part)).cast("B")
+            with naming(path):
                 file.write(data)
-                checksum = zlib.crc32(data, checksum)
+            checksum = zlib.crc32(data, checksum)
+        with naming(path):
             file.flush()
             os.fsync(file.fileno())
-        meta = {"fingerprint": dict(fingerprint), "shape": shape, "dtype": dtype, "crc32": checksum}
-        (partial / _META).write_text(json.dumps(meta, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    values: np.ndarray = np.load(final / _VALUES, mmap_mode="r")
+    meta = {"fingerprint": dict(fingerprint), "shape": shape, "dtype": dtype, "crc32": checksum}
+    write_file(partial / _META, (json.dumps(meta, indent=2) + "\n").encode())
+    # Mapped before it has its name: afterwards another process may remove it.
+    values: np.ndarray = np.load(path, mmap_mode="r")
     return values
 
 
@@ -154,23 +197,59 @@ def get(
 
     Returns:
         The array mapped into memory, or None; and why not, for a person. What is damaged is
-        removed.
+        removed, unless another process has replaced it meanwhile.
     """
     slot = folder / _name(fingerprint)
-    if not slot.is_dir():
-        return None, _explain(folder, fingerprint)
+    for _ in range(_ATTEMPTS):
+        try:
+            with _opened(slot) as opened:
+                try:
+                    return _read_array(opened, fingerprint, shape, dtype), ""
+                except _DAMAGE as error:
+                    if not _is_still(slot, opened):
+                        continue  # It was removed while it was read: another one may be there now.
+                    discard_folder(slot, opened, _private(slot))
+                    return None, f"the one in {slot} is damaged ({error}) and is made anew"
+        except FileNotFoundError:
+            break
+        except OSError as error:
+            # Not a reason to remove what may be whole: another user's, or too many open files.
+            return None, f"the one in {slot} cannot be read ({error.strerror or error})"
+    return None, _explain(folder, fingerprint)
+
+
+def _finished(folder: Path) -> Iterator[Path]:
+    """The descriptions of all arrays that are complete; what is being written begins with "."."""
+    return folder.glob(f"[!.]*/{_META}")
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder, by which its files are reached whatever happens to its name."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        values = _read_array(slot, fingerprint, shape, dtype)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        shutil.rmtree(slot, ignore_errors=True)
-        return None, f"the one in {slot} is damaged ({error}) and is made anew"
-    return values, ""
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_still(slot: Path, opened: int) -> bool:
+    try:
+        return os.path.samestat(slot.stat(), os.fstat(opened))
+    except OSError:
+        return False
+
+
+def _private(slot: Path) -> Path:
+    """A free name beside an array, which says whose it is, so that the dead's are cleared away."""
+    owner = f"{platform.node()}:{os.getpid()}"
+    return slot.with_name(f".{slot.name}.{uuid.uuid4().hex[:8]}@{owner}")
 
 
 def _explain(folder: Path, fingerprint: Fingerprint) -> str:
     """How the nearest of the arrays that lie there differs from what is wanted; "" if none does."""
     nearest: list[str] | None = None
-    for path in sorted(folder.glob(f"*/{_META}")) if folder.is_dir() else []:
+    for path in sorted(_finished(folder)):
         try:
             other = read_json(path)["fingerprint"]
             differs = sorted(k for k in fingerprint if other.get(k) != fingerprint[k])
@@ -184,13 +263,18 @@ def _explain(folder: Path, fingerprint: Fingerprint) -> str:
 
 
 def _read_array(
-    slot: Path, fingerprint: Fingerprint, shape: tuple[int, ...], dtype: str
+    slot: int, fingerprint: Fingerprint, shape: tuple[int, ...], dtype: str
 ) -> np.ndarray:
-    meta: dict[str, Any] = read_json(slot / _META)
+    def opener(name: str, flags: int) -> int:
+        # A named pipe in the place of the file would wait for a writer for ever.
+        return os.open(name, flags | os.O_NONBLOCK, dir_fd=slot)
+
+    with open(_META, "rb", opener=opener) as text:
+        meta: dict[str, Any] = parse_json(text.read(MOST_JSON_BYTES), _META)
     wanted = {"fingerprint": dict(fingerprint), "shape": list(shape), "dtype": dtype}
     if foreign := [name for name, value in wanted.items() if meta[name] != value]:
         raise ValueError(f"its {' and '.join(foreign)} are of something else")
-    with (slot / _VALUES).open("rb") as file:
+    with open(_VALUES, "rb", opener=opener) as file:
         version = np.lib.format.read_magic(file)
         if version != (1, 0) or np.lib.format.read_array_header_1_0(file) != (
             shape,
@@ -205,11 +289,11 @@ def _read_array(
         checksum = 0
         while data := file.read(_CHUNK):
             checksum = zlib.crc32(data, checksum)
-    if checksum != meta["crc32"]:
-        raise ValueError("its checksum is another")
+        if checksum != meta["crc32"]:
+            raise ValueError("its checksum is another")
+        values = np.memmap(file, np.dtype(dtype), "r", start, shape)
     with contextlib.suppress(OSError):  # A folder that may only be read is as good.
         os.utime(slot)  # For whoever clears away what was not used for long.
-    values: np.ndarray = np.load(slot / _VALUES, mmap_mode="r")
     return values
 
 
@@ -230,14 +314,28 @@ def _narrow(
         raise ValueError(f"{count} rows do not make up {shape}")
 
 
-def _alive(process: int) -> bool:
+def _written(partial: Path, process: int) -> bool:
+    """Whether a process is still at work on what it has not finished.
+
+    Its number alone does not say: another process may have it by now, and one in a container is
+    not seen from outside. The kernel's lock is the second witness.
+    """
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
+        pass
     except PermissionError:
         return True
-    return True
+    else:
+        return True
+    try:
+        with _opened(partial) as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # Gone, or a file system without locks.
+    return False
 
 
 Say = Callable[[str], None]

@@ -613,7 +613,7 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
     if restored.step != position.step:
         whole = restored.tree._replace(step=np.int32(position.step))
         state = place_replicated(whole, run.mesh)
-    if restored.metric == position.best:
+    if restored.metric == position.best and not restored.skipped:
         return state, position
     reasons = "".join(f"; step {step}: {reason}" for step, reason in restored.skipped)
     _say_loss(

@@ -218,10 +218,11 @@ def split_of(folder: Path) -> Split:
         )
     if (folder / MANIFEST_FILE).exists():
         check_sealed(folder, SPLIT_FILE)
+    value = read_json(path)
     try:
-        return Split.from_json(read_json(path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
+        return Split.from_json(value)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: it is no record of a split ({error!r})") from error
 
 
 def kept_splits(folder: str | os.PathLike[str], source: Source) -> Splits:
@@ -251,10 +252,11 @@ def task_of(folder: Path) -> Task:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder (it has no {CONFIG_FILE})")
-    try:
-        return task_named(read_json(path)["task"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: no readable task ({error})") from error
+    config = read_json(path)
+    name = config.get("task") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{path} is damaged: it names no task")
+    return task_named(name)
 
 
 def weights_of(folder: Path) -> Path:

@@ -147,12 +147,14 @@ def fetch_from_web(url: str) -> tuple[str, Path, list[str]]:
                 f"{url} is not in the cache ({cache_folder()}), and an environment variable "
                 "(FLAXTRANSFER_OFFLINE or HF_HUB_OFFLINE) forbids downloads"
             )
-        with folder_lock(folder):
-            _download_from_web(url, path)
+        # Of runs that start at once, the first downloads, and the others wait for its file.
+        with folder_lock(folder, wait=True):
+            if not path.is_file():
+                _download_from_web(url, path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if not sha256.startswith(digits):
-        path.unlink()
+        path.unlink(missing_ok=True)
         raise ValueError(
             f"{url} is damaged or another file: its sha256 must start with {digits}, as its name "
             f"states, got {sha256[: len(digits)]}; it was removed"

@@ -87,7 +87,8 @@ def test_a_run_without_features_is_refused(there, tmp_path, capsys):
 def test_a_report_is_replaced_whole(there, tmp_path, capsys):
     out = tmp_path / "report"
     out.mkdir()
-    (out / "old.txt").write_text("of an earlier report")
+    for name in ("old.txt", "report.json"):
+        (out / name).write_text("of an earlier report")
     # Of either side 40 are looked at, those with labels among them.
     few = ("--target-labels", str(there / "few.csv"), "--most-images", "40")
     assert diagnosed(there, "--out", str(out), *few) == 0

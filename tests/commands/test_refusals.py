@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from PIL import Image
 
+from flaxtransfer import cli
 from flaxtransfer.cli import run
 from tests.support.terminal import SIZE, only_line, train
 
@@ -51,6 +56,36 @@ ERRORS = [
     (["find-rate", "--lowest", "0", "--steps", "2"], "--lowest must be > 0, got 0.0; --steps must"),
     (["find-rate", "--lowest", "nan"], "--lowest must be > 0, got nan"),
     (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
+    (["convert", "nowhere.pth", "x.xyz"], "must end in .safetensors, .onnx, .stablehlo, got x.xyz"),
+    (["convert", "nowhere.pth", "no/x.onnx"], "the folder no for x.onnx does not exist"),
+    (["stem", "--out", "x.xyz"], "--out: its name must end in .png, .pdf, .svg, got x.xyz"),
+    (["plan", "--out", "missing/p.yaml"], "the folder missing for p.yaml does not exist; make it"),
+    (["plan", "--out", "p.txt"], "--out: its name must end in .yaml, .yml, got p.txt"),
+    (["plan", "--out", "/dev/null/p.yaml"], "the folder /dev/null for p.yaml does not exist"),
+    (["train", "--run", "/dev/null/run"], "--run must be a folder, got /dev/null/run, and /dev/nu"),
+    (["train", "--cache-dir", "/dev/null"], "--cache-dir must be a folder, got /dev/null"),
+    (["params", "--rules", "new=head()"], "no label takes 60 leaves: bn1/bias"),
+    (["params", "--rules", "new=head()"], "the rules are new=head()"),
+    (["params", "--rules", "new=head()", "--rates", "old=1"], "no label takes 60 leaves: bn1/bias"),
+    (["params", "--rules", "new=head()", "--rates", "old=1"], "names without a rule: 'old'"),
+    (
+        ["train", "--dat", "digits"],
+        'unrecognized option --dat; did you mean --data? "flaxtransfer ',
+    ),
+    (
+        ["train", "--xyz"],
+        'unrecognized option --xyz; "flaxtransfer train --help" lists the options',
+    ),
+    (["train", "scans"], 'unrecognized words: scans; "flaxtransfer train --help" lists'),
+    (["train", "--data"], "--data must be followed by a value, got none"),
+    (["train", "--batch-size", "x"], "--batch-size must be a whole number, got 'x'"),
+    (["train", "--learning-rate=x"], "--learning-rate must be a number, got 'x'"),
+    (
+        ["train", "--head", "kep"],
+        "--head must be one of new, keep, resize, got 'kep'; did you mean",
+    ),
+    (["diagnose", "--run", "nowhere"], "flaxtransfer diagnose must be given --target STR; "),
+    (["convert"], "flaxtransfer convert must be given SOURCE, TARGET; "),
 ]
 
 
@@ -60,6 +95,87 @@ def test_errors_are_one_line_with_exit_code_2(arguments, text, capsys, tmp_path,
     assert run(arguments) == 2
     assert text in only_line(capsys)
     assert list(tmp_path.iterdir()) == []  # nothing half-made
+
+
+def test_a_long_message_is_cut_and_the_whole_is_in_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    images = [f"image-{number:03d}.png" for number in range(200)]
+    assert run(["predict", "nowhere", *images]) == 2
+    line = only_line(capsys)
+    assert len(line) == 600
+    assert line.startswith("flaxtransfer: no such image: image-000.png, image-001.png")
+    (file,) = tmp_path.iterdir()
+    assert line.endswith(f" ... (all of it in {file})")
+    assert file.read_text() == f"no such image: {', '.join(images)}\n"
+
+
+def test_a_long_message_is_cut_where_there_is_no_room_for_the_whole(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert run(["predict", "nowhere", *map(str, range(1000))]) == 2
+    line = only_line(capsys)
+    assert (len(line), line[-4:]) == (600, " ...")
+
+
+def test_a_full_disk_is_named_before_and_while_something_is_written(
+    weights, tmp_path, capsys, monkeypatch
+):
+    target = tmp_path / "new.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: (10**9, 10**9, 3))
+        assert run(["convert", str(weights), str(target)]) == 2
+        line = only_line(capsys)
+        assert f"{target} needs {weights.stat().st_size:,} bytes, and 3 are free in" in line
+        assert "make room" in line
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run(["convert", str(weights), str(target)]) == 2
+    assert only_line(capsys) == (
+        f"flaxtransfer: {target}: No space left on device; make room there, or name another place"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["plan", "--out", "p.yaml"], "p.yaml"),
+        (["convert", "builtin", "x.onnx"], "x.onnx"),
+        (["train", "--run", "r", "--cache-dir", "c"], "r or c"),
+        (["diagnose", "--run", "r", "--target", "folder:x"], "r"),
+        (["evaluate", "r"], "the disk"),
+    ],
+)
+def test_an_error_of_a_full_disk_without_a_name_says_where_it_was(
+    words, place, capsys, tmp_path, monkeypatch
+):
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_execute", full)
+    assert run(words) == 2
+    assert only_line(capsys).startswith(f"flaxtransfer: {place}: No space left on device; make ro")
+
+
+def test_a_place_that_may_not_be_written_is_said(tmp_path, capsys, monkeypatch):
+    def refuse(**settings):
+        raise PermissionError(13, "Permission denied", settings["dir"])
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert run(["plan", "--out", str(tmp_path / "p.yaml")]) == 2
+    assert f"nothing can be written in {tmp_path} (Permission denied)" in only_line(capsys)
+
+
+def test_a_report_does_not_replace_a_folder_of_other_files(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("not a report")
+    words = ["diagnose", "--run", "nowhere", "--target", "folder:x", "--out", str(tmp_path)]
+    assert run(words) == 2
+    assert "--out must be a new folder, or that of an earlier report" in only_line(capsys)
+    assert (tmp_path / "mine.txt").read_text() == "not a report"
 
 
 def test_a_group_under_a_new_head_has_no_rate_to_find(folder, weights, capsys):
@@ -106,16 +222,22 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
 
 
 def test_no_space_is_one_line_and_the_run_goes_on_once_there_is(folder, weights, tmp_path, capsys):
-    """A limit on the size of files stands for the full disk; the same call fails alike."""
+    """A limit on the size of files stands for the full disk; the same call fails alike.
+
+    It is above the size of a compiled program, which would be damaged in the cache for all others.
+    """
     program = (
         "import resource; from flaxtransfer.__main__ import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main()"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); main()"
     )
     target = tmp_path / "run"
     few = ("--labels-per-class", 4, "--batch-size", 8, "--strategy", "full_fine_tuning")
     arguments = train(folder, weights, target, *few, "--steps", 2, "--resume")
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,6 +80,99 @@ def test_evaluate_repeats_what_training_reported(finished, capsys):
     trained = json.loads((finished / "summary.json").read_text())["results"][0]
     assert result["accuracy"] == trained["accuracy"]
     assert result["examples"] == 8
+
+
+@pytest.fixture
+def other(folder, tmp_path):
+    """The images of the run's classes, to be changed."""
+    shutil.copytree(folder, tmp_path / "other")
+    return tmp_path / "other"
+
+
+def evaluated(capsys, run_folder, images, *options):
+    assert run(["evaluate", str(run_folder), "--data", f"folder:{images}", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_evaluate_says_which_classes_a_folder_lacks(finished, other, capsys, empty):
+    whole = evaluated(capsys, finished, other)
+    assert "classes_not_seen" not in whole
+    right = {}
+    for name in ("dark", "bright"):
+        part = other.with_name(name)
+        shutil.copytree(other, part)
+        missing = {"dark": "bright", "bright": "dark"}[name]
+        shutil.rmtree(part / missing)
+        if empty:
+            (part / missing).mkdir()
+        found = evaluated(capsys, finished, part)
+        assert (found["examples"], found["classes_not_seen"]) == (8, [missing])
+        right[name] = 8 * found["accuracy"]
+    # Labels are matched by name: alone, "dark" is the first class of its folder, not of the run.
+    assert sum(right.values()) == pytest.approx(16 * whole["accuracy"])
+
+
+def test_evaluate_refuses_unknown_classes_by_name_or_leaves_them_out(finished, other, capsys):
+    whole = evaluated(capsys, finished, other)
+    shutil.copytree(other / "dark", other / "a_darkk")
+    assert run(["evaluate", str(finished), "--data", f"folder:{other}"]) == 2
+    said = capsys.readouterr().err
+    assert "got 'a_darkk' (8 images); did you mean 'dark'?" in said
+    assert "--skip-unknown-classes" in said
+    found = evaluated(capsys, finished, other, "--skip-unknown-classes")
+    assert found.pop("classes_left_out") == {"a_darkk": 8}
+    assert found == whole
+    for name in ("dark", "bright"):
+        shutil.rmtree(other / name)
+    arguments = ["evaluate", str(finished), "--data", f"folder:{other}", "--skip-unknown-classes"]
+    assert run(arguments) == 2
+    assert "nothing is left" in capsys.readouterr().err
+
+
+def test_a_run_without_test_images_is_complete_and_says_so(folder, weights, tmp_path, capsys):
+    few = ("--strategy", "feature_extraction", "--steps", 1, "--batch-size", 8)
+    arguments = train(folder, weights, tmp_path / "run", *few, "--test-fraction", 0)
+    for words in (arguments, [*arguments, "--resume"]):
+        assert run(words) == 0
+        shown = capsys.readouterr().out
+        assert "nothing was tested" in shown
+        assert "test accuracy:" not in shown
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test_images"] == 0
+    (row,) = summary["results"]
+    assert (row["accuracy"], row["loss"], row["examples"]) == (None, None, 0)
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_batches_that_the_devices_do_not_divide_are_padded(folder, weights, finished, tmp_path):
+    """Three devices, and batches of 256 and 64: training, evaluation, probes and predictions."""
+    target = tmp_path / "run"
+    small = ("--strategy", "feature_extraction", "--steps", 2, "--batch-size", 6)
+    data = ("--data", f"folder:{folder}")
+    commands = [
+        train(folder, weights, target, *small),
+        ["evaluate", str(target)],
+        ["evaluate", str(finished), "--batch-size", "7"],
+        ["predict", str(finished), *map(str, sorted(folder.rglob("*.png"))[:7])],
+        ["probe", *data, "--weights", str(weights)],
+    ]
+    program = (
+        "import json, sys; from flaxtransfer.cli import run\n"
+        "print([run(words) for words in json.loads(sys.argv[1])])"
+    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=3"
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags},
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1:] == ["[0, 0, 0, 0, 0]"], done.stderr
+    assert json.loads((target / "summary.json").read_text())["test_images"] == 4
+    devices = json.loads((target / "environment.json").read_text())["devices"]
+    assert len(devices) == 3
 
 
 def test_predict_writes_json_lines_and_csv(finished, folder, capsys):

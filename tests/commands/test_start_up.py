@@ -45,6 +45,10 @@ ERRORS = [
     ["plan", "--model", "resnet5"],
     ["find-rate", "--out", "rates.txt"],
     ["find-rate", "--lowest", "2"],
+    ["probe", "--out", "x.xyz"],
+    ["plan", "--out", "missing/p.yaml"],
+    ["diagnose", "--run", "nowhere", "--target", "folder:x", "--out", "/dev/null/report"],
+    ["convert", "nowhere.pth", "x.xyz"],
     ["params", "--rates", "hed=1"],
     ["predict", "nowhere", "image.png"],
     ["diagnose", "--run", "nowhere"],
@@ -65,6 +69,8 @@ def test_help_and_wrong_options_are_answered_before_jax_is_imported(words, code)
         check=False,
     )
     assert done.returncode == code, done.stderr
+    if words:
+        assert len(done.stderr.splitlines()) == (2 if code else 1)  # "heavy:" is one of them
     assert done.stderr.splitlines()[-1] == "heavy:"
     assert "Traceback" not in done.stderr
     assert bool(done.stdout) == (code == 0)

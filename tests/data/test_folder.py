@@ -2,12 +2,16 @@
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from flaxtransfer.data import ImageError, Source, open_source
+from flaxtransfer.data import ImageError, Source, folder, open_source
+from flaxtransfer.data.open import open_unlabeled
 
 
 def put(path, value=0, size=(4, 3)):
@@ -175,10 +179,97 @@ def test_what_is_no_file_in_a_class_folder_is_named_and_never_opened(tree, skip)
     (label / "device.png").symlink_to("/dev/zero")
     if skip:
         source = open_source(f"folder:{tree}", skip_corrupt=True)
-        assert sorted(line.split(" must be ")[1] for line in source.skipped) == [
-            "a regular file, got a device",
-            "a regular file, got a named pipe",
-        ]
+        assert [line.split(": ")[1] for line in source.skipped] == [
+            "cannot be read (it is no regular file)"
+        ] * 2
     else:
-        with pytest.raises(ValueError, match=r"pipe\.png must be a regular file, got a named pipe"):
+        with pytest.raises(ValueError, match=r"pipe\.png: cannot be read \(it is no reg"):
             open_source(f"folder:{tree}")
+
+
+def by_parts(name):
+    """Natural order as a list of parts: a number before a text, the shorter list first."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part], name
+
+
+NAMES = st.lists(st.text("0019ab./-_é\x01", max_size=6), max_size=8)
+
+
+@given(NAMES)
+def test_the_key_of_natural_order_orders_as_the_parts_do(names):
+    assert sorted(names, key=folder.natural_key) == sorted(names, key=by_parts)
+
+
+@pytest.fixture
+def large(tree, monkeypatch):
+    """The tree counts as large: names of images are believed."""
+    monkeypatch.setattr(folder, "_MOST_TO_OPEN", 2)
+    return tree
+
+
+def test_in_a_large_folder_names_are_believed_until_an_image_is_decoded(large):
+    (large / "class2" / "empty.png").write_bytes(b"")
+    source = open_source(f"folder:{large}")
+    assert source.files[1] == "class2/empty.png"
+    with pytest.raises(ImageError, match=r"class2/empty\.png: not an image in PNG"):
+        source[1]
+    skipped = open_source(f"folder:{large}", skip_corrupt=True).skipped
+    assert [text.split(":")[0] for text in skipped] == ["class2/empty.png"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "Thumbs.db", "no_suffix", "png", "a.png.part"])
+def test_in_a_large_folder_what_is_not_named_as_an_image_is_opened(large, name):
+    (large / "class2" / name).write_text("x")
+    with pytest.raises(ValueError, match=rf"class2/{re.escape(name)}: not an image"):
+        open_source(f"folder:{large}")
+    (large / "class2" / "deep" / "x.tif").rename(large / "class2" / name)
+    assert f"class2/{name}" in open_source(f"folder:{large}").files
+
+
+@pytest.mark.parametrize("name", ["{}.scan", "scan.{}", "{}"])
+def test_in_a_large_folder_another_suffix_is_believed_if_a_sample_are_images(large, name):
+    images = [large / "class10" / name.format(number) for number in range(8)]
+    for path in images:
+        path.write_bytes((large / "class10" / "b.png").read_bytes())
+    images[3].write_text("none")  # Of 8 every fourth is opened: 0 and 4.
+    source = open_source(f"folder:{large}")
+    assert len(source) == 12
+    with pytest.raises(ImageError, match=f"{images[3].name}: not an image in PNG"):
+        source[source.files.index(f"class10/{images[3].name}")]
+    images[4].write_text("none")
+    with pytest.raises(ValueError, match="class10/") as error:
+        open_source(f"folder:{large}")
+    assert all(f"class10/{images[k].name}: not an image" in str(error.value) for k in (3, 4))
+
+
+@pytest.mark.parametrize("opened", [open_source, open_unlabeled])
+@pytest.mark.parametrize("most", [2, 2000])
+def test_a_named_pipe_is_refused_and_not_waited_for(tree, monkeypatch, most, opened):
+    monkeypatch.setattr(folder, "_MOST_TO_OPEN", most)
+    os.mkfifo(tree / "class2" / "pipe.png")
+    (tree / "README.txt").unlink()
+    with pytest.raises(ValueError, match=r"class2/pipe\.png: cannot be read \(it is no regular"):
+        opened(f"folder:{tree}")
+
+
+def test_links_to_files_are_images_and_links_to_folders_are_not_followed(tree):
+    (tree / "class2" / "linked.png").symlink_to(tree / "class10" / "b.png")
+    (tree / "class10" / "round").symlink_to(tree / "class10")
+    source = open_source(f"folder:{tree}")
+    assert "class2/linked.png" in source.files
+    assert [file for file in source.files if file.startswith("class10")] == ["class10/b.png"]
+
+
+def test_a_part_of_the_classes_can_be_opened_on_request(tree):
+    (tree / "class3").mkdir()
+    source = open_source(f"folder:{tree}", partial=True)
+    assert source.class_names == ("class2", "class10")
+    assert source.labels().tolist() == [0, 0, 0, 1]
+    (tree / "class10" / "b.png").unlink()
+    source = open_source(f"folder:{tree}", partial=True)
+    assert (source.class_names, source.labels().tolist()) == (("class2",), [0, 0, 0])
+    for file in source.files:
+        (tree / file).unlink()
+    with pytest.raises(ValueError, match=r"no image in the class folder\(s\) \['class2', 'class3'"):
+        open_source(f"folder:{tree}", partial=True)

@@ -26,7 +26,7 @@ from flaxtransfer.data import (
     train_dataset,
     training_transform,
 )
-from flaxtransfer.data.pipeline import permutation
+from flaxtransfer.data.pipeline import _closing, permutation
 
 PREPROCESSING = SimpleNamespace(size=12, resize=12, interpolation="bilinear")
 AUGMENT = training_transform(PREPROCESSING, flip=True, jitter=True)
@@ -385,3 +385,32 @@ def test_images_of_different_sizes_are_named():
     assert (
         len(list(batches_in_order(Sizes(), [0, 5], batch_size=2, transform=ResizeCrop(9, 9)))) == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (
+            "Worker process was terminated unexpectedly with exit code -9. Search the logs above.",
+            ChildProcessError,
+            r"a process that decodes images \(--workers\) has ended with code -9.* use fewer",
+        ),
+        ("another one", RuntimeError, "another one"),
+    ],
+)
+def test_a_worker_that_was_killed_is_said_in_one_line(error, kind, text):
+    closed = []
+
+    class Killed:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise RuntimeError(error)
+
+        def close(self):
+            closed.append(True)
+
+    with pytest.raises(kind, match=text):
+        next(_closing(Killed()))
+    assert closed == [True]

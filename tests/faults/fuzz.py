@@ -41,7 +41,7 @@ from flaxtransfer.data.folder import natural_key
 from flaxtransfer.overview import plain, terminal
 from flaxtransfer.report.figures import wrap_text
 from flaxtransfer.report.shift_page import escape
-from flaxtransfer.training import run_folder
+from flaxtransfer.training import console, run_folder
 from flaxtransfer.training.plan_yaml import plan_from_yaml
 from flaxtransfer.weights.readers import detect, safetensors_file
 
@@ -303,9 +303,9 @@ PLACE = Path(tempfile.gettempdir()) / f"flaxtransfer-fuzz-{os.getpid()}"
 READERS: dict[str, Callable[[Path], Any]] = {
     run_folder.CONFIG_FILE: run_folder.task_of,
     run_folder.SPLIT_FILE: run_folder.split_of,
-    run_folder.AUDIT_FILE: run_folder.read_audits,
-    run_folder.METRICS_FILE: run_folder.read_metrics,
-    run_folder.VALIDATION_FILE: lambda folder: run_folder.validation_of(folder),
+    console.METRICS_FILE: console.read_metrics,
+    run_folder.VALIDATION_FILE: run_folder.validation_of,
+    files.MANIFEST_FILE: files.sealed,
 }
 
 
@@ -316,6 +316,8 @@ def run_files(draw: random.Random) -> Made:
     PLACE.mkdir(exist_ok=True)
     (PLACE / run_folder.WEIGHTS_FILE).touch()
     (PLACE / name).write_bytes(data)
+    if name != files.MANIFEST_FILE:
+        files.seal(PLACE, [name, run_folder.WEIGHTS_FILE])
     return (name, data), lambda: READERS[name](PLACE)
 
 

@@ -8,11 +8,8 @@ import pytest
 
 from tests.faults import fuzz
 
-# A file of a run folder is read by many; they are tried by the command.
-SAMPLED = [kind for kind in fuzz.KINDS if kind != "run"]
 
-
-@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_no_input_hangs_fills_memory_or_ends_in_a_traceback(kind):
     inputs = 40 if kind in ("plan", "name") else 150
     found = fuzz.fuzz(kind, inputs, seed=1)

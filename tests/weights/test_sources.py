@@ -405,3 +405,30 @@ def test_in_the_terminal(server, tmp_path, capsys):
     assert run(["convert", f"hf://{REPOSITORY}", target]) == 0
     assert run(["convert", "hf://nobody/nothing", target]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_of_two_at_once_one_downloads_and_the_other_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(locations, "cache_folder", lambda: tmp_path)
+    begun, go_on, calls = threading.Event(), threading.Event(), []
+
+    def download(url, path):
+        calls.append(url)
+        begun.set()
+        go_on.wait()
+        path.write_bytes(b"weights")
+
+    monkeypatch.setattr(locations, "_download_from_web", download)
+    found = []
+
+    def fetch():
+        found.append(locations.fetch_from_web("https://there/net.safetensors")[1].read_bytes())
+
+    pair = [threading.Thread(target=fetch) for _ in range(2)]
+    pair[0].start()
+    begun.wait()
+    pair[1].start()
+    go_on.set()
+    for thread in pair:
+        thread.join()
+    assert found == [b"weights"] * 2
+    assert len(calls) == 1
