@@ -53,8 +53,8 @@ about 100 kB per second and two levels of Python's stack for each level of the d
 MOST_DIGITS = 60
 """Digits of a whole number: Python refuses 4,300, and a number that long fills an error text."""
 
-MOST_TEXT = 500
-"""Characters of all that is wrong with a plan: the terminal shows 600 with the file's name."""
+MOST_TEXT = 440
+"""Characters of all that is wrong with a plan: the terminal shows 600 with the file's path."""
 
 
 def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
