@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
@@ -21,9 +24,21 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # the level that users have, and XLA_FLAGS=--xla_backend_optimization_level=3 does so for all tests.
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in _FLAGS:
-    os.environ["XLA_FLAGS"] = (
-        f"{_FLAGS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    ).strip()
+    quick = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    if version("jaxlib") < "0.11":
+        # Later releases have but the one way to emit fusions, and end at an unknown flag. A program
+        # in pieces is compiled on several threads, and the other cores are busy.
+        quick += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ["XLA_FLAGS"] = " ".join([_FLAGS, *quick]).strip()
+
+# Nobody reads where in the source an operation comes from, and tracing makes much short garbage.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+gc.set_threshold(200_000, 50, 1000)
+
+# Checkpoints wait for the disk, which in memory takes no time.
+_MEMORY = Path("/dev/shm")
+if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 # Most of the suite's time would go to compiling the same small networks again in every file,
 # worker and fresh process. The first process of a run makes a cache; the others inherit its name.

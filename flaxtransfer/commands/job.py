@@ -20,14 +20,21 @@ from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
-from flaxtransfer.files import read_json
+from flaxtransfer.files import MANIFEST_FILE, read_json
 from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import MEASURED, MOST_IMAGES, Measurement, measure
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.plan import Plan
-from flaxtransfer.training.run_folder import SPLIT_FILE, split_of, validation_of, weights_of
+from flaxtransfer.training.run_folder import (
+    SPLIT_FILE,
+    WEIGHTS_FILE,
+    check_sealed,
+    split_of,
+    validation_of,
+    weights_of,
+)
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -124,7 +131,14 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
 
 
 def load_weights(options: WeightsOptions) -> Pretrained:
-    """The checkpoint that the options name."""
+    """The checkpoint that the options name.
+
+    Raises:
+        ValueError: weights of a run that were changed since the run wrote them; see ``load``.
+    """
+    path = Path(options.weights)
+    if path.name == WEIGHTS_FILE and (path.parent / MANIFEST_FILE).is_file():
+        check_sealed(path.parent, path.name)
     return load(options.weights, model=options.model, format=options.format, sensor=options.sensor)
 
 

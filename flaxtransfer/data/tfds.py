@@ -57,6 +57,11 @@ class TfdsSource:
         )
         return {"image": image, "label": int(example[self.label_key])}
 
+    def content(self, index: SupportsIndex, /) -> bytes:
+        """The bytes that the image is decoded from, for digests, and how they are read."""
+        example = self.data[position(index, len(self.data))]
+        return f"{self.min_side}, {self.channels}\0".encode() + bytes(example[self.image_key])
+
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[examples]``; reads every record once, decodes none."""
         return self._labels.copy()

@@ -208,7 +208,7 @@ def fit(
                     request,
                     sealed=dict(meta.get("sealed") or identity.seals_at_start(folder, wanted)),
                     audits=[run_folder.Audit.from_json(row) for row in meta.get("audits", [])],
-                    notes=[*meta.get("notes", []), *found.notes],
+                    notes=list(dict.fromkeys([*meta.get("notes", []), *found.notes])),
                     damage=list(meta.get("damage", [])),
                     caches=dict(meta.get("caches", {})),
                 )
@@ -321,7 +321,8 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
     kept = "with a checkpoint; --resume continues"
     while True:
         phase = run.plan.phases[position.phase]
-        with run.request.at_once(f"before step {position.step + 1}, {kept}"):
+        where = f"at step {position.step}, {kept}" if position.step else "before the first step"
+        with run.request.at_once(where):
             if position.phase_step == 0 and phase.recalibrate is not None:
                 state = _recalibrate(run, phase, state)
             if position.phase_step == 0 and phase.probe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 import flaxtransfer as ft
+from flaxtransfer.data.splits import Split
 from tests.support.small import CONFIG, PREPROCESSING, SIZE
 
 CLASSES = (("b_dark", 20), ("c_mid", 110), ("d_light", 200))
@@ -178,3 +180,33 @@ def test_a_feed_that_cannot_tell_its_examples_apart_is_resumed_on_trust(tmp_path
             resume=True,
         )
     assert any("not compared with those of the interrupted run" in note for note in fitted.notes)
+
+
+def record(labels, names):
+    """The record of six examples in memory, of which one validates and one tests."""
+    source = ft.ArraySource(np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4), labels, names)
+    splits = ft.data.Splits.of(range(4), [4], [5])
+    return Split.of(source, splits, read=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "text"),
+    [
+        (
+            (0, 1, 0, 1, 0, 1),
+            ("b", "a"),
+            "the classes are in another order: a, b there and b, a here",
+        ),
+        ((0, 1, 0, 0, 0, 1), ("a", "b"), r"1 example is relabeled: example 3 \(b, now a\)"),
+        ((0, 1, 0, 1, 0, 1), ("a", "c"), "the run has the classes b, which the data lack and the"),
+        ((0, 1, 0, 1, 0, 1), ("a", "b"), None),
+    ],
+)
+def test_labels_and_classes_are_part_of_the_record(labels, names, text):
+    kept = record((0, 1, 0, 1, 0, 1), ("a", "b"))
+    assert Split.from_json(kept.to_json()).identity() == kept.identity()
+    now = record(labels, names)
+    found = kept.differences(now)
+    assert (kept.identity() == now.identity()) == (text is None) == (found == [])
+    if text is not None:
+        assert re.search(text, found[0])
