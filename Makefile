@@ -1,12 +1,13 @@
 # make demo    install, then adapt the built-in network to handwritten digits
 # make test    install, then run the tests
+# make faults  kill, damage, race and fuzz whole (tests/faults/); about an hour
 # Any target takes PYTHON=python3.12 (the interpreter) and VENV=folder (where to install).
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo test test-slow check parity parity-shift benchmarks clean
+.PHONY: demo test test-slow check faults parity parity-shift benchmarks clean
 
 demo: install-test
 	$(RUN)flaxtransfer train --resume
@@ -21,6 +22,13 @@ check: install-dev
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
+
+faults: install-test
+	$(RUN)python -m tests.faults.kills
+	$(RUN)python -m tests.faults.kills --signal TERM
+	$(RUN)python -m tests.faults.damage
+	$(RUN)python -m tests.faults.cache_race --rounds 1000
+	$(RUN)python -m tests.faults.fuzz --rounds 13000
 
 parity: install-parity
 	$(RUN)python -m pytest -n 2 --dist worksteal -m parity tests/parity $(ARGS)

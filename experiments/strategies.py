@@ -29,7 +29,7 @@ import tyro
 
 import flaxtransfer as ft
 from flaxtransfer.data import subsample
-from flaxtransfer.paths import flatten
+from flaxtransfer.models import flatten
 from flaxtransfer.recipes import MOST_IMAGES, measure
 from workers import append_row, compile_once, read_rows, share
 

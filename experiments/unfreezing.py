@@ -34,8 +34,7 @@ import numpy as np
 import tyro
 
 import flaxtransfer as ft
-from flaxtransfer.masks import selected
-from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.models import flatten, selected, unflatten
 from flaxtransfer.training import read_metrics
 from flaxtransfer.weights import normalize
 

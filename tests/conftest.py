@@ -25,7 +25,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in _FLAGS:
     quick = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if version("jaxlib") < "0.11":
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
         # Later releases have but the one way to emit fusions, and end at an unknown flag. A program
         # in pieces is compiled on several threads, and the other cores are busy.
         quick += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]

@@ -1,5 +1,6 @@
 """Public names: each room lists its own once, and each can be used."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -69,3 +70,18 @@ def test_every_top_level_name_is_used_in_the_readme_or_an_experiment():
     text += "".join(path.read_text() for path in (root / "experiments").rglob("*.py"))
     words = set(re.findall(r"\w+", text))
     assert [name for name in ft.__all__ if name not in words] == []
+
+
+def test_experiments_import_public_names_alone():
+    rooms = {room.__name__: set(room.__all__) for room in ROOMS}
+    wrong = []
+    for path in (Path(__file__).parents[1] / "experiments").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flaxtransfer"):
+                public = rooms.get(node.module, set())
+                wrong += [
+                    f"{path.name}: {node.module}.{name.name}"
+                    for name in node.names
+                    if name.name not in public
+                ]
+    assert wrong == []

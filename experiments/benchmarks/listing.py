@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from flaxtransfer.data.folder import open_folder, open_unlabeled_folder
+from flaxtransfer.data import open_source, open_unlabeled
 
 FIRST_BYTES = b"\x89PNG\r\n\x1a\n" + bytes(8)
 NAMES = {
@@ -49,7 +49,7 @@ class Listing:
 
 def main() -> None:
     options = tyro.cli(Listing)
-    print("| names | scandir and stat | open_folder | ratio | open_unlabeled_folder | ratio |")
+    print("| names | scandir and stat | open_source | ratio | open_unlabeled | ratio |")
     print("|---|---|---|---|---|---|")
     for kind in options.names:
         with tempfile.TemporaryDirectory() as name:
@@ -57,8 +57,8 @@ def main() -> None:
             make(root, options, NAMES[kind])
             turns: list[Callable[[], int]] = [
                 lambda root=root: bare(root),
-                lambda root=root: len(open_folder(root)),
-                lambda root=root: len(open_unlabeled_folder(root).names),
+                lambda root=root: len(open_source(f"folder:{root}")),
+                lambda root=root: len(open_unlabeled(f"folder:{root}").names),
             ]
             best = [float("inf")] * len(turns)
             for _ in range(options.rounds):

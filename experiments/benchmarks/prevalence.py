@@ -30,7 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flaxtransfer.shift.likelihood import likelihood_pass, maximize
+from flaxtransfer.shift import likelihood_pass, maximize_likelihood
 
 PEER = "quapy is not installed: python -m pip install quapy==0.2.3, or --no-peer"
 
@@ -112,7 +112,7 @@ def compare(options: Prevalence, separation: float) -> dict[str, Any]:
         options.examples, options.classes, separation, options.seed, np.float64
     )
     row: dict[str, Any] = {"separation": separation}
-    ours = maximize(found, prior, tolerance=options.tolerance)
+    ours = maximize_likelihood(found, prior, tolerance=options.tolerance)
     row |= {"passes": ours.passes, "gap": ours.gap}
     if options.peer:
         from quapy.method.aggregative import EMQ
@@ -122,7 +122,7 @@ def compare(options: Prevalence, separation: float) -> dict[str, Any]:
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(options.rounds):
         start = time.perf_counter()
-        maximize(found, prior, tolerance=options.tolerance)
+        maximize_likelihood(found, prior, tolerance=options.tolerance)
         seconds[0].append(time.perf_counter() - start)
         if options.peer:
             start = time.perf_counter()

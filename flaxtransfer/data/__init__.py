@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flaxtransfer.data.loader import eval_batches as eval_batches
     from flaxtransfer.data.loader import loaders as loaders
     from flaxtransfer.data.open import open_source as open_source
+    from flaxtransfer.data.open import open_unlabeled as open_unlabeled
     from flaxtransfer.data.pipeline import Batch as Batch
     from flaxtransfer.data.pipeline import FixedView as FixedView
     from flaxtransfer.data.pipeline import batches_in_order as batches_in_order

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
+    from flaxtransfer.masks import selected as selected
     from flaxtransfer.models import adapters as adapters
     from flaxtransfer.models import nnx as nnx
     from flaxtransfer.models.config import Adapter as Adapter
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from flaxtransfer.models.model import leaf_shapes as leaf_shapes
     from flaxtransfer.models.registry import ARCHITECTURES as ARCHITECTURES
     from flaxtransfer.models.registry import RESNETS as RESNETS
+    from flaxtransfer.paths import flatten as flatten
+    from flaxtransfer.paths import unflatten as unflatten
     from flaxtransfer.types import Params as Params
     from flaxtransfer.types import Variables as Variables
 

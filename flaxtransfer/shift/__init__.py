@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from flaxtransfer.shift.diagnosis import diagnose as diagnose
     from flaxtransfer.shift.label_shift import prior_test as prior_test
     from flaxtransfer.shift.label_shift import residual_test as residual_test
+    from flaxtransfer.shift.likelihood import likelihood_pass as likelihood_pass
+    from flaxtransfer.shift.likelihood import maximize_likelihood as maximize_likelihood
     from flaxtransfer.shift.marginals import kolmogorov_smirnov_test as kolmogorov_smirnov_test
     from flaxtransfer.shift.marginals import predicted_label_test as predicted_label_test
     from flaxtransfer.shift.prevalence import Prevalence as Prevalence

@@ -2,7 +2,7 @@
 
 Under label shift a target row has density proportional to ``sum_k q_k f_k / p_k``: f its calibrated
 probabilities, p the source prior, q the target prevalence. Its logarithm is concave in q.
-``maximize`` solves one large target and certifies the optimum; ``maximize_resampled`` solves
+``maximize_likelihood`` solves one large target and certifies the optimum; ``maximize_resampled`` solves
 hundreds of resampled targets at once, for tests and intervals. ``estimate_prevalence`` is the
 public entry point. Rows are processed in blocks and never copied as a whole.
 """
@@ -20,7 +20,7 @@ __all__ = [
     "LikelihoodMaximum",
     "information",
     "likelihood_pass",
-    "maximize",
+    "maximize_likelihood",
     "maximize_resampled",
     "row_blocks",
 ]
@@ -43,7 +43,7 @@ _CHUNK_SIZE = 2_000_000
 _MAX_STEP_LENGTH = 1000.0
 
 
-def maximize(
+def maximize_likelihood(
     probabilities: np.ndarray,
     prior: np.ndarray,
     *,
@@ -72,7 +72,7 @@ def maximize(
         The maximum, with its certificate.
 
     >>> probabilities = np.array([[0.8, 0.2], [0.8, 0.2], [0.2, 0.8]])
-    >>> maximize(probabilities, np.array([0.5, 0.5]), tolerance=1e-10).estimate.round(6)
+    >>> maximize_likelihood(probabilities, np.array([0.5, 0.5]), tolerance=1e-10).estimate.round(6)
     array([0.777778, 0.222222])
 
     References:

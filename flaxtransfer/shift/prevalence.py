@@ -16,7 +16,7 @@ import numpy as np
 from flaxtransfer.shift import confusion, uncertainty
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_labels, as_probability_rows, same_width
-from flaxtransfer.shift.likelihood import maximize, row_blocks
+from flaxtransfer.shift.likelihood import maximize_likelihood, row_blocks
 from flaxtransfer.shift.prevalence_intervals import score_intervals
 from flaxtransfer.shift.uncertainty import (
     Sample,
@@ -242,7 +242,7 @@ def likelihood_prevalence(
 ) -> Prevalence:
     """Maximum likelihood, or maximum a posteriori for a sample with pseudo-counts."""
     found, source, prior = sample.probabilities, sample.source, bool(sample.pseudo.any())
-    maximum = maximize(
+    maximum = maximize_likelihood(
         found, source.prior, counts=sample.counts, weights=sample.weights, tolerance=tolerance
     )
     if maximum.gap > tolerance:

@@ -16,7 +16,12 @@ import numpy as np
 
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.confusion import joint_confusion, mean_prediction, prediction_rows
-from flaxtransfer.shift.likelihood import LikelihoodMaximum, information, maximize, row_blocks
+from flaxtransfer.shift.likelihood import (
+    LikelihoodMaximum,
+    information,
+    maximize_likelihood,
+    row_blocks,
+)
 from flaxtransfer.shift.optimize import nonnegative_quadratic
 
 __all__ = [
@@ -498,7 +503,7 @@ def _solve(
         q[active] = mixed / mixed.sum(1, keepdims=True)
     for number in active.tolist():
         prior = np.where(np.isfinite(divisor), divisor, 0) / factors[number]
-        q[number] = maximize(
+        q[number] = maximize_likelihood(
             sample.probabilities,
             prior,
             counts=counts[number],

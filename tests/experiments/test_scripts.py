@@ -231,13 +231,6 @@ def test_the_prior_is_corrected_under_label_shift_and_not_under_blur(tmp_path):
     assert images["without"]["prior, EM"] < images["as is"] == images["with"]["prior, EM"]
 
 
-@pytest.mark.slow
-def test_damaged_weights_are_refused_and_nothing_else():
-    table = run("fuzz_readers.py", "--minutes", "0.2")
-    assert "| safetensors |" in table
-    assert "| h5 |" in table
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
 def test_what_a_script_imports_is_there(name):
     importlib.import_module(name)

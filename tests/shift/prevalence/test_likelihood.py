@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import softmax
 
-from flaxtransfer.shift.likelihood import information, likelihood_pass, maximize
+from flaxtransfer.shift.likelihood import information, likelihood_pass, maximize_likelihood
 from flaxtransfer.shift.optimize import nonnegative_quadratic, simplex_least_squares
 
 # python -c "import numpy as np; from quapy.method.aggregative import EMQ; EMQ.MAX_ITER = 10**6;
@@ -30,14 +30,14 @@ def draw(count, classes, separation, seed):
 
 
 def test_certain_posteriors_give_the_histogram_at_once():
-    found = maximize(np.eye(3)[[0, 0, 1, 2, 2, 2]], np.array([0.2, 0.5, 0.3]))
+    found = maximize_likelihood(np.eye(3)[[0, 0, 1, 2, 2, 2]], np.array([0.2, 0.5, 0.3]))
     np.testing.assert_allclose(found.estimate, [2 / 6, 1 / 6, 3 / 6], atol=1e-15)
     assert (found.passes, found.gap) == (2, pytest.approx(0, abs=1e-15))
 
 
 def test_the_source_has_its_own_prior_at_once():
     probabilities, _ = draw(200, 4, 1.0, 0)
-    found = maximize(probabilities, probabilities.mean(0))
+    found = maximize_likelihood(probabilities, probabilities.mean(0))
     np.testing.assert_allclose(found.estimate, probabilities.mean(0), atol=1e-15)
     assert found.passes == 1
     assert found.log_likelihood == 0
@@ -50,7 +50,7 @@ def test_two_classes_are_a_bisection_of_the_score():
     def score(share):
         return ((ratios[:, 0] - ratios[:, 1]) / (ratios @ [share, 1 - share])).sum()
 
-    found = maximize(probabilities, prior, tolerance=1e-10)
+    found = maximize_likelihood(probabilities, prior, tolerance=1e-10)
     assert found.estimate[0] == pytest.approx(brentq(score, 1e-9, 1 - 1e-9, xtol=1e-14), abs=1e-8)
 
 
@@ -58,7 +58,7 @@ def test_the_maximum_is_quapys():
     numbers = [[(i * j + i * i) % 11 + 1 for j in (1, 3, 4)] for i in range(1, 15)]
     probabilities = np.array(numbers, float)
     probabilities /= probabilities.sum(1, keepdims=True)
-    found = maximize(probabilities, np.array([0.3, 0.3, 0.4]), tolerance=1e-10)
+    found = maximize_likelihood(probabilities, np.array([0.3, 0.3, 0.4]), tolerance=1e-10)
     np.testing.assert_allclose(found.estimate, QUAPY, atol=1e-7)
 
 
@@ -66,12 +66,12 @@ def test_the_maximum_is_quapys():
 @pytest.mark.parametrize("classes", [3, 20, 60])
 def test_a_dozen_passes_are_enough_and_the_certificate_bounds_what_is_left(classes, separation):
     probabilities, prior = draw(400, classes, separation, classes)
-    best = maximize(probabilities, prior, tolerance=1e-10)
+    best = maximize_likelihood(probabilities, prior, tolerance=1e-10)
     assert best.gap <= 1e-10
     assert best.passes <= 14
     before = 0.0
     for passes in range(1, best.passes):
-        early = maximize(probabilities, prior, max_passes=passes)
+        early = maximize_likelihood(probabilities, prior, max_passes=passes)
         left = best.log_likelihood - early.log_likelihood
         assert -1e-12 <= left <= early.gap + 1e-12
         assert early.log_likelihood >= before - 1e-12
@@ -84,7 +84,7 @@ def test_weak_classifiers_are_where_the_usual_rule_stops_early():
     while moved > 1e-4:
         slopes = likelihood_pass(probabilities, q / prior)[1] / prior / 400
         q, moved = q * slopes, float(np.abs(q * slopes - q).mean())
-    best = maximize(probabilities, prior, tolerance=1e-10)
+    best = maximize_likelihood(probabilities, prior, tolerance=1e-10)
     assert np.abs(q - best.estimate).sum() > 0.03
     assert best.gap <= 1e-10
 
@@ -94,8 +94,10 @@ def test_weak_classifiers_are_where_the_usual_rule_stops_early():
 def test_the_order_of_classes_and_the_scale_of_rows_do_not_matter(seed, order):
     probabilities, prior = draw(60, 5, 0.8, seed)
     scale = np.random.default_rng(seed).uniform(0.1, 9, size=(60, 1))
-    found = maximize(probabilities, prior, tolerance=1e-10)
-    other = maximize((probabilities * scale)[:, order], prior[list(order)], tolerance=1e-10)
+    found = maximize_likelihood(probabilities, prior, tolerance=1e-10)
+    other = maximize_likelihood(
+        (probabilities * scale)[:, order], prior[list(order)], tolerance=1e-10
+    )
     ratios = found.estimate / prior
     there = np.zeros(5)
     there[list(order)] = other.estimate / prior[list(order)]
@@ -106,30 +108,32 @@ def test_the_order_of_classes_and_the_scale_of_rows_do_not_matter(seed, order):
 def test_weights_are_rows_and_counts_are_labels():
     probabilities, prior = draw(50, 3, 0.7, 2)
     weights = np.random.default_rng(0).integers(0, 4, 50)
-    whole = maximize(np.repeat(probabilities, weights, axis=0), prior, tolerance=1e-10)
-    same = maximize(probabilities, prior, weights=weights.astype(float), tolerance=1e-10)
+    whole = maximize_likelihood(np.repeat(probabilities, weights, axis=0), prior, tolerance=1e-10)
+    same = maximize_likelihood(probabilities, prior, weights=weights.astype(float), tolerance=1e-10)
     np.testing.assert_allclose(same.estimate, whole.estimate, atol=1e-6)
     # A label is a row that is certain.
     counts = np.array([2.0, 0.0, 5.0])
     rows = np.concatenate([probabilities, np.eye(3)[[0, 0, 2, 2, 2, 2, 2]]])
-    whole = maximize(rows, prior, tolerance=1e-10)
-    same = maximize(probabilities, prior, counts=counts, tolerance=1e-10)
+    whole = maximize_likelihood(rows, prior, tolerance=1e-10)
+    same = maximize_likelihood(probabilities, prior, counts=counts, tolerance=1e-10)
     np.testing.assert_allclose(same.estimate, whole.estimate, atol=1e-6)
 
 
 def test_single_precision_loses_nothing_but_its_rounding():
     probabilities, prior = draw(3000, 10, 0.5, 4)
-    single = maximize(probabilities.astype(np.float32), prior, tolerance=1e-10)
+    single = maximize_likelihood(probabilities.astype(np.float32), prior, tolerance=1e-10)
     assert single.gap <= 1e-10
     np.testing.assert_allclose(
-        single.estimate, maximize(probabilities, prior, tolerance=1e-10).estimate, atol=1e-5
+        single.estimate,
+        maximize_likelihood(probabilities, prior, tolerance=1e-10).estimate,
+        atol=1e-5,
     )
 
 
 def test_a_class_without_prior_plays_no_part():
     probabilities = np.array([[0.6, 0.3, 0.1], [0.2, 0.8, 0.0]])
-    found = maximize(probabilities, np.array([0.5, 0.5, 0.0]), tolerance=1e-10)
-    other = maximize(probabilities[:, :2], np.array([0.5, 0.5]), tolerance=1e-10)
+    found = maximize_likelihood(probabilities, np.array([0.5, 0.5, 0.0]), tolerance=1e-10)
+    other = maximize_likelihood(probabilities[:, :2], np.array([0.5, 0.5]), tolerance=1e-10)
     np.testing.assert_allclose(found.estimate, [*other.estimate, 0], atol=1e-9)
 
 

@@ -5,7 +5,7 @@ come out is a checkpoint or a ValueError (a FileNotFoundError from a folder that
 anything else, a file opened for writing, a process or a connection ends the run with the seed of
 the case. Prints a table of what happened.
 
-    python experiments/fuzz_readers.py --minutes 10
+    python -m tests.faults.readers --minutes 10
 """
 
 from __future__ import annotations
