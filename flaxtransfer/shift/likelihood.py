@@ -2,9 +2,9 @@
 
 Under label shift a target row has density proportional to ``sum_k q_k f_k / p_k``: f its calibrated
 probabilities, p the source prior, q the target prevalence. Its logarithm is concave in q.
-``maximize_likelihood`` solves one large target and certifies the optimum; ``maximize_resampled`` solves
-hundreds of resampled targets at once, for tests and intervals. ``estimate_prevalence`` is the
-public entry point. Rows are processed in blocks and never copied as a whole.
+``maximize_likelihood`` solves one large target and certifies the optimum; ``maximize_resampled``
+solves hundreds of resampled targets at once, for tests and intervals. ``estimate_prevalence`` is
+what most want. Rows are processed in blocks and never copied as a whole.
 """
 
 from __future__ import annotations
