@@ -21,6 +21,8 @@ import pytest
 from flaxtransfer.checkpoint import CheckpointManager
 from tests.support.stored import names, same
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PRELUDE = """

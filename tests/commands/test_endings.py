@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 PROGRAM = """
 import os, signal, sys
 def hook(event, arguments):

@@ -10,6 +10,8 @@ import pytest
 
 from flaxtransfer.commands.subcommands import SUBCOMMANDS
 
+pytestmark = pytest.mark.once
+
 HEAVY = (
     "jax",
     "flax",

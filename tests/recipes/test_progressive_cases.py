@@ -7,13 +7,15 @@ import pytest
 from unfreezing import PHASES, TARGETS, case, reached, unfreeze
 
 # Fewer steps than in the experiment, whose table has the rates over seeds.
-QUICK = [("nothing", 0, 50)]
-SLOW = [("layer4", 0, 80), *((name, seed, 150) for name in TARGETS for seed in (1, 2))]
+CASES = [
+    ("nothing", 0, 50),
+    ("layer4", 0, 80),
+    *((name, seed, 150) for name in TARGETS for seed in (1, 2)),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "seed", "steps"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "seed", "steps"), CASES)
 def test_it_stops_where_it_should(name, seed, steps, tmp_path):
     right = TARGETS[name].keeps
     decisions = unfreeze(case(name, seed, 3000), tmp_path / "run", steps=steps, min_z=2.0)

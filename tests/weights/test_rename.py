@@ -14,6 +14,8 @@ from flaxtransfer.weights.naming import huggingface, timm, torchvision
 from flaxtransfer.weights.naming.key_map import CONV, Rule, leaf_of, to_keys, to_leaves
 from flaxtransfer.weights.naming.timm import table_for
 
+pytestmark = pytest.mark.once
+
 TABLES = {"torchvision": torchvision.TABLE, "huggingface": huggingface.TABLE}
 TINY = ResNetConfig("bottleneck", (2, 1, 1, 1), width=4, classes=3)
 
