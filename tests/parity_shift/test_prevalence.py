@@ -14,7 +14,7 @@ from flaxtransfer.shift.confusion import (
     regularized_weights,
     solve_confusion,
 )
-from flaxtransfer.shift.likelihood import maximize
+from flaxtransfer.shift.likelihood import maximize_likelihood
 
 with warnings.catch_warnings():
     # abstention imports scipy.misc, and quapy what it finds.
@@ -53,7 +53,7 @@ def test_maximum_likelihood_is_quapys(case, monkeypatch):
     validation, _, target = problem(*case)
     monkeypatch.setattr(EMQ, "MAX_ITER", 100_000)
     theirs, _ = EMQ.EM(validation.mean(0), target, epsilon=1e-12)
-    ours = maximize(target, validation.mean(0), tolerance=1e-10)
+    ours = maximize_likelihood(target, validation.mean(0), tolerance=1e-10)
     assert ours.gap <= 1e-10
     np.testing.assert_allclose(ours.estimate, theirs, atol=1e-6)
 
@@ -63,7 +63,7 @@ def test_maximum_likelihood_is_abstentions_without_a_factory(case):
     validation, _, target = problem(*case)
     adapter = EMImbalanceAdapter(max_iterations=20_000, tolerance=1e-12)
     theirs = adapter(tofit_initial_posterior_probs=target, valid_posterior_probs=validation)
-    ours = maximize(target, validation.mean(0), tolerance=1e-10)
+    ours = maximize_likelihood(target, validation.mean(0), tolerance=1e-10)
     np.testing.assert_allclose(ours.estimate, theirs.multipliers * validation.mean(0), atol=1e-6)
 
 

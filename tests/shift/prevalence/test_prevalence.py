@@ -11,7 +11,7 @@ from scipy.stats import power_divergence
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.checks import as_probability_rows
 from flaxtransfer.shift.confusion import joint_confusion, regularized_weights, solve_confusion
-from flaxtransfer.shift.likelihood import maximize
+from flaxtransfer.shift.likelihood import maximize_likelihood
 from flaxtransfer.shift.prevalence import METHODS, Prevalence, estimate_prevalence
 from flaxtransfer.shift.uncertainty import Sample, confusion_replicates, weakest_direction
 
@@ -174,7 +174,7 @@ def test_labels_determine_what_a_model_cannot():
 def test_labeled_rows_count_once():
     found = estimate_prevalence(TARGET, SOURCE, labeled=(np.arange(50), LABELS[:50]))
     counts = np.bincount(LABELS[:50], minlength=3).astype(float)
-    other = maximize(TARGET[50:], SOURCE.prior, counts=counts)
+    other = maximize_likelihood(TARGET[50:], SOURCE.prior, counts=counts)
     np.testing.assert_allclose(found.estimate, other.estimate, atol=1e-5)
 
 
@@ -372,7 +372,9 @@ def test_labels_alone_have_the_standard_error_of_a_share():
     source = source_of(np.full((20, 2), 0.5), np.arange(20) % 2)
     labeled = np.array([60.0, 20.0])
     sample = Sample(np.full((100, 2), 0.5), source, labeled, np.zeros(2))
-    maximum = maximize(sample.probabilities, source.prior, counts=labeled, tolerance=1e-10)
+    maximum = maximize_likelihood(
+        sample.probabilities, source.prior, counts=labeled, tolerance=1e-10
+    )
     error, direction = weakest_direction(sample, maximum)
     assert error == pytest.approx(np.sqrt(2 * 0.75 * 0.25 / 80), rel=1e-4)
     np.testing.assert_allclose(np.abs(direction), np.sqrt(0.5))

@@ -7,7 +7,7 @@ from scipy.special import softmax
 from scipy.stats import norm
 
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.likelihood import maximize
+from flaxtransfer.shift.likelihood import maximize_likelihood
 from flaxtransfer.shift.prevalence_intervals import profile_likelihood
 from flaxtransfer.shift.uncertainty import Sample
 
@@ -22,7 +22,7 @@ def sample_of(target, validation, labeled=(0.0, 0.0), weights=None):
 
 
 def along(sample):
-    maximum = maximize(
+    maximum = maximize_likelihood(
         sample.probabilities, sample.source.prior, counts=sample.counts, weights=sample.weights
     )
     return maximum, profile_likelihood(sample, maximum, UP)

@@ -8,7 +8,7 @@ from scipy.stats import binom, binomtest, norm
 
 from flaxtransfer.shift import uncertainty
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.likelihood import maximize
+from flaxtransfer.shift.likelihood import maximize_likelihood
 from flaxtransfer.shift.prevalence import estimate_prevalence
 from flaxtransfer.shift.prevalence_intervals import critical_values
 from flaxtransfer.shift.uncertainty import (
@@ -138,7 +138,7 @@ def test_intervals_of_a_rare_share_cover_it():
 def test_the_variance_of_the_target_is_the_inverse_of_the_information():
     source = source_of()
     sample = sample_of(source, [0.2, 0.3, 0.5], 2000)
-    maximum = maximize(sample.probabilities, source.prior, tolerance=1e-10)
+    maximum = maximize_likelihood(sample.probabilities, source.prior, tolerance=1e-10)
     precise = precision(sample, maximum, observed_information(sample, maximum))
     scores = sample.probabilities / source.prior
     scores = scores / (scores @ maximum.estimate)[:, None]
@@ -154,7 +154,7 @@ def test_an_influence_is_a_derivative_of_the_whole_estimate(method):
     source = source_of(method, 60)
     given, _ = logits([0.2, 0.3, 0.5], 400, 1)
     sample = sample_of(source, [0.2, 0.3, 0.5], 400)
-    maximum = maximize(sample.probabilities, source.prior, tolerance=1e-11)
+    maximum = maximize_likelihood(sample.probabilities, source.prior, tolerance=1e-11)
     precise = precision(sample, maximum, observed_information(sample, maximum))
     validation_logits, labels = logits(PRIOR, 60, 0)
 
@@ -165,7 +165,7 @@ def test_an_influence_is_a_derivative_of_the_whole_estimate(method):
         validation = softmax(validation_logits * scale + bias, axis=1)
         prior = weights @ validation / weights.sum()
         target = softmax(given * scale + bias, axis=1)
-        return maximize(target, prior, tolerance=1e-11).estimate
+        return maximize_likelihood(target, prior, tolerance=1e-11).estimate
 
     step, squares = 1e-3, np.zeros(3)
     some = range(0, 60, 5)
@@ -205,7 +205,9 @@ def test_what_cannot_be_told_apart_is_the_weakest_direction():
     validation = source.probabilities[:, [0, 1, 2, 2]] * [1, 1, 0.5, 0.5]
     twins = Calibration("none", np.ones(4), np.zeros(4), validation, source.labels)
     sample = Sample(halves, twins, np.zeros(4), np.zeros(4))
-    error, way = weakest_direction(sample, maximize(halves, twins.prior, tolerance=1e-10))
+    error, way = weakest_direction(
+        sample, maximize_likelihood(halves, twins.prior, tolerance=1e-10)
+    )
     assert error > 1e3
     np.testing.assert_allclose(np.abs(way), [0, 0, np.sqrt(0.5), np.sqrt(0.5)], atol=1e-6)
 
@@ -225,7 +227,9 @@ def test_a_bootstrap_replicate_is_the_maximum_of_its_rows(labeled, monkeypatch):
     source = source_of()
     sample = sample_of(source, [0.05, 0.15, 0.8], 150)
     sample = Sample(sample.probabilities, source, np.array(labeled, float), np.zeros(3))
-    maximum = maximize(sample.probabilities, source.prior, counts=sample.counts, tolerance=1e-10)
+    maximum = maximize_likelihood(
+        sample.probabilities, source.prior, counts=sample.counts, tolerance=1e-10
+    )
     kept = {}
 
     def remember(*given):
@@ -238,7 +242,7 @@ def test_a_bootstrap_replicate_is_the_maximum_of_its_rows(labeled, monkeypatch):
     _, _, weights, factors, pushes, counts = kept["given"]
     assert not pushes.any()
     for number in range(40):
-        best = maximize(
+        best = maximize_likelihood(
             sample.probabilities,
             source.prior / factors[number],
             counts=counts[number],
