@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,3 +192,26 @@ def eval_batches(
     """Every example at ``positions`` once, prepared as the weights want it; for ``evaluate``."""
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     return batches_in_order(source, positions, batch_size=batch_size, transform=transform)
+
+
+@contextmanager
+def reading(feed: DataLoaders, step: int) -> Iterator[Iterator[Batch]]:
+    """Batches from ``step`` on; ends the threads that read ahead, where there are any."""
+    batches = feed.train(step)
+    try:
+        yield batches
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+@contextmanager
+def sample(feed: DataLoaders) -> Iterator[Iterable[Batch]]:
+    """Training images for statistics: a fixed sample, or else the first batches."""
+    passes = feed.calibration_sample or feed.calibration
+    if passes is not None:
+        yield passes()
+        return
+    with reading(feed, 0) as batches:
+        yield itertools.islice(batches, feed.steps_per_epoch)

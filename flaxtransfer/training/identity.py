@@ -27,7 +27,7 @@ from flaxtransfer.files import (
     write_json,
 )
 from flaxtransfer.paths import flatten, listing
-from flaxtransfer.training.console import METRICS_FILE
+from flaxtransfer.training.console import METRICS_FILE, progress_bar
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.training.run_folder import (
     AUDIT_FILE,
@@ -52,6 +52,21 @@ from flaxtransfer.training.run_folder import (
 
 _BY_CONTENT = {"options": ("data", "weights")}
 """Settings that are kept for people: what they name is compared by content."""
+
+
+def record_of(data: DataLoaders) -> Split | None:
+    """The record of the examples, each of which is read; None for a feed that has none."""
+    if data.record is None:
+        return None
+    count = 0 if data.examples is None else len(data.examples.labels)
+    if count < _MANY:
+        return data.record(None)
+    with progress_bar("examples read", count) as show:
+        return data.record(lambda done: show(done, ""))
+
+
+_MANY = 20_000
+"""Training examples from which reading them all takes so long that a bar is shown."""
 
 
 def identity_of(
@@ -293,11 +308,6 @@ def _data_differences(kept: Split | None, record: Split | None, problem: str) ->
     if kept is None:
         return [f"the data are not those of the run, and {problem}"]
     return kept.differences(record) or ["the data are not those of the run"]
-
-
-def _examples(kept: Split | None, record: Split) -> int:
-    """Examples of the source when the run was started, as far as they are known."""
-    return record.examples if kept is None else kept.examples
 
 
 def prepare(folder: Path, wanted: Mapping[str, Any], record: Split | None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from flaxtransfer.batchnorm import modules
 from flaxtransfer.checkpoint.manager import CheckpointManager
 from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.data.loader import Batch, DataLoaders
+from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
 from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import listing
@@ -260,28 +259,13 @@ def _identity(
     cache: Cache,
 ) -> tuple[dict[str, Any], Split | None]:
     """What makes this run this run, and the record of its examples, each of which is read."""
-    record = _record(data)
+    record = identity.record_of(data)
     settings = {"evaluate_every": options.evaluate_every, **cache.identity(), **(config or {})}
     return identity.identity_of(network, plan, seed, data, record, settings), record
 
 
 def _checkpoints(folder: Path, options: FitOptions) -> AbstractContextManager[CheckpointManager]:
     return CheckpointManager.open(folder / run_folder.CHECKPOINTS, keep_best=options.keep_best)
-
-
-def _record(data: DataLoaders) -> Split | None:
-    """The record of the examples, each of which is read; None for a feed that has none."""
-    if data.record is None:
-        return None
-    count = 0 if data.examples is None else len(data.examples.labels)
-    if count < _MANY:
-        return data.record(None)
-    with progress_bar("examples read", count) as show:
-        return data.record(lambda done: show(done, ""))
-
-
-_MANY = 20_000
-"""Training examples from which reading them all takes so long that a bar is shown."""
 
 
 def _healed(run: _Run) -> Iterator[str]:
@@ -383,21 +367,10 @@ def _with_statistics_of_average(run: _Run, phase: Phase, state: State) -> State:
     moving = frozenset(modules(state.params)) if policy == "batch" else policy
     if phase.ema is None or moving == "running" or not moving:
         return state
-    with _sample(run.feed) as batches:
+    with sample(run.feed) as batches:
         found = measure_moments(run.with_state(state), batches, moving, mesh=run.mesh)
     measured = with_statistics(state.batch_stats, found)
     return state._replace(ema_stats=place_replicated(measured, run.mesh))
-
-
-@contextmanager
-def _sample(feed: DataLoaders) -> Iterator[Iterable[Batch]]:
-    """Training images for statistics: a fixed sample, or else the first batches."""
-    passes = feed.calibration_sample or feed.calibration
-    if passes is not None:
-        yield passes()
-        return
-    with _reading(feed, 0) as batches:
-        yield itertools.islice(batches, feed.steps_per_epoch)
 
 
 def _probe(run: _Run, phase: Phase, state: State) -> State:
@@ -432,7 +405,7 @@ def _run_phase(
     pending: list[tuple[int, Metrics]] = []
     text = ""
     with (
-        _reading(feed, position.step) as batches,
+        reading(feed, position.step) as batches,
         progress_bar(phase.name, total, start=position.phase_step) as show,
     ):
         while position.phase_step < total and not position.out_of_patience(phase):
@@ -494,18 +467,6 @@ def _feed_of(run: _Run, phase: Phase, state: State, position: Progress) -> DataL
     log(cached.text)
     run.metrics.write("cache", position.step, {"phase": phase.name, **cached.facts})
     return cached.feed
-
-
-@contextmanager
-def _reading(feed: DataLoaders, step: int) -> Iterator[Iterator[Batch]]:
-    """Batches from ``step`` on; ends the threads that read ahead, where there are any."""
-    batches = feed.train(step)
-    try:
-        yield batches
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
 
 
 def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.data.loader import DataLoaders
+from flaxtransfer.data.loader import DataLoaders, reading
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import suggest
@@ -149,8 +149,7 @@ def find_learning_rate(
     losses: list[float] = []
     smoothed: list[float] = []
     average, diverged = 0.0, False
-    batches = feed.train(0)
-    try:
+    with reading(feed, 0) as batches:
         for number in range(steps):
             batch = next(batches)
             placed = place_batch({k: batch[k] for k in ("image", "label")}, mesh)
@@ -170,10 +169,6 @@ def find_learning_rate(
             if smoothed[-1] > _DIVERGED * min(smoothed):
                 diverged = True
                 break
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
     if not losses:
         raise ValueError(
             "the loss is not finite before any step; the weights or the images are not sound"
