@@ -73,12 +73,24 @@ class FitOptions:
             chosen, so that a resumed run must have the same.
         keep_best: how many of the best validated checkpoints are kept besides the latest.
         tensorboard: also write TensorBoard events (extra ``tb``).
+
+    Raises:
+        ValueError: numbers below 1; all in one text.
     """
 
     log_every: int = 10
     evaluate_every: int | None = None
     keep_best: int = 1
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = {"log_every": self.log_every, "evaluate_every": self.evaluate_every}
+        numbers["keep_best"] = self.keep_best
+        small = [
+            f"{k} must be >= 1, got {v}" for k, v in numbers.items() if v is not None and v < 1
+        ]
+        if small:
+            raise ValueError("; ".join(small))
 
 
 @dataclass(frozen=True)
@@ -571,11 +583,13 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
         restored = run.store.restore(_abstract_of(run.plan, state), step="best")
     except (DamagedCheckpointError, FileNotFoundError) as error:
         _say_loss(run, position, f"{error}; the state of step {position.step} is used")
-        return state, replace(position, best=None, best_before=None, hits=None, hits_before=None)
+        return state, replace(
+            position, best=None, best_step=None, best_before=None, hits=None, hits_before=None
+        )
     if restored.step != position.step:
         whole = restored.tree._replace(step=np.int32(position.step))
         state = place_replicated(whole, run.mesh)
-    if restored.metric == position.best and not restored.skipped:
+    if restored.step == position.best_step and restored.metric == position.best:
         return state, position
     reasons = "".join(f"; step {step}: {reason}" for step, reason in restored.skipped)
     _say_loss(
@@ -585,7 +599,9 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
         f"step {restored.step} takes its place (score {restored.metric})",
     )
     hits = restored.meta["position"]["hits"]
-    return state, replace(position, best=restored.metric, best_before=None, hits=hits)
+    return state, replace(
+        position, best=restored.metric, best_step=restored.step, best_before=None, hits=hits
+    )
 
 
 def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[str, str]:

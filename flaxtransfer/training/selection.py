@@ -26,6 +26,7 @@ class Progress:
         phase_start: step of the run at which the phase began.
         phase_step: steps done in the phase.
         best: best validation score of the run so far, or None before any.
+        best_step: the step that had it first.
         without_improvement: validations of this phase since its own best.
         phase_best: best validation score of this phase, or None.
         best_before: ``best`` when the phase began.
@@ -39,6 +40,7 @@ class Progress:
     phase_start: int = 0
     phase_step: int = 0
     best: float | None = None
+    best_step: int | None = None
     without_improvement: int = 0
     phase_best: float | None = None
     best_before: float | None = None
@@ -69,6 +71,7 @@ class Progress:
             phase=self.phase + 1,
             phase_start=self.step,
             best=self.best,
+            best_step=self.best_step,
             best_before=self.best,
             unhelpful=0 if self.helped else self.unhelpful + 1,
             examples=self.examples,
@@ -78,9 +81,11 @@ class Progress:
     def validated(self, score: float, correct: np.ndarray) -> Progress:
         """The position after a validation: its score, and bool [examples], what it got right."""
         improved = self.phase_best is None or score > self.phase_best
+        first = self.best is None or score > self.best
         return replace(
             self,
-            best=score if self.best is None else max(self.best, score),
+            best=score if first else self.best,
+            best_step=self.step if first else self.best_step,
             phase_best=score if improved else self.phase_best,
             examples=len(correct),
             hits=bits(correct) if improved else self.hits,
