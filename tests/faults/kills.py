@@ -84,7 +84,10 @@ def tried(place: Path, whole: dict[str, str], at: int, number: int) -> str:
     ended = start(folder, at, number)
     if number == signal.SIGKILL and ended != "killed":
         return f"was not killed: {ended}"
-    if number == signal.SIGTERM and not ("finished" in ended or "Interrupted" in ended):
+    # Before training begins, SIGTERM does in a script what it does by default.
+    if number == signal.SIGTERM and not any(
+        word in ended for word in ("finished", "Interrupted", "killed")
+    ):
         return f"SIGTERM: {ended}"
     ended = start(folder)
     if "finished" not in ended:
