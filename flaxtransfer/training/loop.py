@@ -595,8 +595,9 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
     _say_loss(
         run,
         position,
-        f"the best checkpoint of the run (score {position.best:.4f}) is lost{reasons}; that of "
-        f"step {restored.step} takes its place (score {restored.metric})",
+        f"the best checkpoint of the run, that of step {position.best_step} (score "
+        f"{position.best:.4f}), is lost{reasons}; that of step {restored.step} takes its place "
+        f"(score {restored.metric})",
     )
     hits = restored.meta["position"]["hits"]
     return state, replace(
