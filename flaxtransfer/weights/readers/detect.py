@@ -1,7 +1,7 @@
 """Detect the container format of a weight file, and read its arrays by key.
 
-The content of a file decides, not its name. ``read_tensors`` also reads folders and removes the
-prefixes that data parallelism, compilation and self-supervised training put before the keys.
+The content of a file decides, not its name. ``read_tensors`` also reads folders and checkpoints in
+several files, and finds the network among the keys.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from flaxtransfer.weights.readers import (
     hdf5_file,
     safetensors_file,
     torch_file,
+    torch_pickle,
 )
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "has_weights_name",
     "read_tensors",
     "recognize",
-    "strip",
 ]
 
 
@@ -42,11 +42,13 @@ class Container:
         text: the name for a person.
         suffixes: under which such files are published.
         read: converts the bytes of a file to arrays, metadata and notes.
+        nested: whether ``read`` also takes a function that says which arrays are wanted.
     """
 
     text: str
     suffixes: tuple[str, ...]
-    read: Callable[[bytes], tuple[dict[str, np.ndarray], dict[str, str], list[str]]]
+    read: Callable[..., tuple[dict[str, np.ndarray], dict[str, str], list[str]]]
+    nested: bool = False
 
 
 CONTAINERS: dict[str, Container] = {
@@ -54,7 +56,10 @@ CONTAINERS: dict[str, Container] = {
         "a safetensors file", (".safetensors",), safetensors_file.read_safetensors
     ),
     "torch": Container(
-        "a file of torch.save", (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), torch_file.read_torch
+        "a file of torch.save",
+        (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"),
+        torch_file.read_torch,
+        nested=True,
     ),
     "npz": Container("an archive of numpy's", (".npz",), archives.read_npz),
     "hdf5": Container("an HDF5 file", (".h5", ".hdf5"), hdf5_file.read_hdf5),
@@ -149,7 +154,6 @@ def _kind_of_archive(names: list[str]) -> str:
 
 
 IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
-PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,6 +166,8 @@ class Tensors:
         metadata: text by name, as in a safetensors header.
         sha256: of the bytes, in hexadecimal.
         notes: what was removed or converted.
+        beside: arrays around the network, by key; its head may be there.
+        place: the names in the file that lead to the network.
     """
 
     path: Path
@@ -169,35 +175,67 @@ class Tensors:
     metadata: Mapping[str, str]
     sha256: str
     notes: tuple[str, ...]
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    place: tuple[str, ...] = ()
 
 
-def read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path, key: str | None = None) -> Tensors:
     """Reads a weight file or folder once, with the checksum of the bytes that were read.
 
     Args:
         path: a file, a folder with one (Hugging Face's layout), or a folder of orbax.
+        key: the place of the network in it; None goes by the rules of ``native.find``.
 
     Raises:
         FileNotFoundError: the file does not exist; the text names the nearest in the folder.
-        ValueError: a file that is empty, damaged, unsafe or of another kind.
+        ValueError: a file that is empty, damaged, unsafe or of another kind; or several networks
+            of which ``key`` must name one.
     """
     path = _found(path)
+    search = _Search(key)
     try:
-        arrays, metadata, sha256, told = _folder(path) if path.is_dir() else _file(path)
+        read = _folder(path) if path.is_dir() else _file(path, search.wanted)
+        arrays, metadata, sha256, told = read
+        found = search.found or native.find(arrays, key)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     if not arrays:
         raise ValueError(f"{path} holds no arrays")
-    arrays, removed = strip(arrays)
-    prefixes = [f"the prefix {prefix!r} was removed from the keys" for prefix in removed]
-    arrays, left_out = native.encoder_of(arrays)
-    return Tensors(path, arrays, metadata, sha256, (*told, *prefixes, *left_out))
+    return Tensors(
+        path,
+        {short: arrays[name] for name, short in found.keys.items()},
+        metadata,
+        sha256,
+        (*told, *found.notes),
+        {short: arrays[name] for name, short in found.beside.items()},
+        found.place,
+    )
+
+
+class _Search:
+    """Finds the network before any array is read."""
+
+    def __init__(self, key: str | None) -> None:
+        self.key = key
+        self.found: native.Found | None = None
+
+    def wanted(self, tensors: Mapping[str, torch_pickle.Tensor]) -> list[str]:
+        """The names of the network's tensors and of those around it."""
+        try:
+            self.found = native.find(tensors, self.key, _alike)
+        except ValueError as error:
+            raise torch_file.Undamaged(str(error)) from error
+        return [*self.found.keys, *self.found.beside]
+
+
+def _alike(ours: torch_pickle.Tensor, theirs: torch_pickle.Tensor) -> bool:
+    return dataclasses.astuple(ours) == dataclasses.astuple(theirs)
 
 
 _Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
 
 
-def _file(path: Path) -> _Read:
+def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
     check_regular(path)
     try:
         data = path.read_bytes()
@@ -205,7 +243,8 @@ def _file(path: Path) -> _Read:
         size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
     container, named = recognize(data, path.name)
-    arrays, metadata, notes = container.read(data)
+    more = (wanted,) if container.nested else ()
+    arrays, metadata, notes = container.read(data, *more)
     return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
 
 
@@ -226,28 +265,6 @@ def _folder(path: Path) -> _Read:
         checksum.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
         checksum.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return arrays, metadata, checksum.hexdigest(), notes
-
-
-def strip(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Removes the prefixes that data parallelism and compilation put before each key.
-
-    Raises:
-        ValueError: two keys become equal.
-
-    >>> strip({"module._orig_mod.fc.bias": 0})
-    ({'fc.bias': 0}, ['module.', '_orig_mod.'])
-    """
-    stripped: dict[str, np.ndarray] = {}
-    removed: list[str] = []
-    for key, array in arrays.items():
-        short = key
-        while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
-            short = short.removeprefix(prefix)
-            removed += [] if prefix in removed else [prefix]
-        if short in stripped:
-            raise ValueError(f"two keys become {short!r} after the prefixes {removed} are removed")
-        stripped[short] = array
-    return stripped, removed
 
 
 def _found(path: Path) -> Path:
