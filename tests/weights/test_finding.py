@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from flaxtransfer.classifier import transfer
+from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load
+from tests.support.terminal import only_line
 from tests.support.torch_files import save_torch
 
 RANDOM = np.random.default_rng(0)
@@ -149,14 +151,26 @@ SEVERAL = {
 def test_of_several_networks_one_is_named(basic, plain, tmp_path, case):
     content, places, key = SEVERAL[case]
     path = save_torch(content(basic), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="`key` must name one of the") as caught:
+    with pytest.raises(ValueError, match=r"`key` \(--weights-key\) must name one of") as caught:
         load(path)
     text = str(caught.value)
     assert [place for place in places if repr(place) not in text] == []
     assert len(text.splitlines()) == 1
+    assert len(text.removeprefix(str(path))) < 600
     assert same(load(path, key=key), plain)
-    with pytest.raises(ValueError, match=rf"`key` must be a place .*got '{places[-1]}x'; did you"):
+    with pytest.raises(
+        ValueError, match=rf"`key` .* must be a place .*got '{places[-1]}x'; did you"
+    ):
         load(path, key=f"{places[-1]}x")
+
+
+def test_the_command_line_names_one(basic, plain, tmp_path, capsys):
+    path = save_torch({"teacher": other(basic), "student": basic}, tmp_path / "w.pth")
+    target = tmp_path / "out.safetensors"
+    assert run(["convert", str(path), str(target)]) == 2
+    assert "'teacher', 'student'" in only_line(capsys)
+    assert run(["convert", str(path), str(target), "--weights-key", "student"]) == 0
+    assert same(load(target), plain)
 
 
 def test_the_plain_network_beside_an_average(basic, plain, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.paths import shortened, suggest
+from flaxtransfer.paths import listing, shortened, suggest
 from flaxtransfer.weights.naming import timm
 from flaxtransfer.weights.naming.key_map import Rule, Table
 
@@ -239,10 +239,10 @@ def _chosen(
         fitting = [place for place in places if f"{_spelled(place)}.".startswith(f"{wanted}.")]
         exact = [place for place in places if _spelled(place) == wanted]
         if not fitting:
-            known = [_shown(place) for place in places]
+            known, given = [_shown(place) for place in places], shortened(key, 60)
             raise ValueError(
-                f"`key` must be a place of a network in the file ({_listed(places)}), got "
-                f"{shortened(key, 60)!r}{suggest(key, known)}"
+                f"`key` (--weights-key) must be a place of a network in the file "
+                f"({_listed(places)}), got {given!r}{suggest(given, known)}"
             )
         places = exact or fitting
     shapes = {
@@ -286,7 +286,7 @@ def _preferred(places: list[str], shapes: Mapping[str, set[Any]]) -> str:
             if len(ours) == len(theirs) == 1 and ours != theirs and not classify:
                 return ours[0]
     raise ValueError(
-        f"`key` must name one of the {len(places)} networks in the file, got none; their places: "
+        f"`key` (--weights-key) must name one of {len(places)} networks, got none; their places: "
         f"{_listed(places)}"
     )
 
@@ -353,7 +353,7 @@ def _subtree(arrays: Mapping[str, Any], key: str | None) -> Found:
     if not keys:
         tops = {name.split("/")[0] for name in arrays}
         raise ValueError(
-            f"`key` must be a place in the file ({shortened(', '.join(sorted(tops)), 200)}), got "
-            f"{shortened(key, 60)!r}{suggest(key, tops)}"
+            f"`key` (--weights-key) must be a place in the file ({listing(sorted(tops))}), got "
+            f"{shortened(key, 60)!r}{suggest(shortened(key, 60), tops)}"
         )
     return Found(keys, {}, (key,), (f"the weights are those under {key!r}, as requested",))
