@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from flaxtransfer.classifier import transfer
 from flaxtransfer.cli import run
@@ -41,6 +42,22 @@ def inside(names, arrays):
     return short
 
 
+def renamed(old, new, arrays):
+    return {
+        new + key.removeprefix(old) if key.startswith(old) else key: array
+        for key, array in arrays.items()
+    }
+
+
+NUMBERS = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+
+
+def numbered(arrays):
+    """As nn.Sequential(*network.children()) names layers; without a head."""
+    parts = ((key.partition("."), array) for key, array in body(arrays).items())
+    return {f"{NUMBERS[first]}.{rest}": array for (first, _, rest), array in parts}
+
+
 def body(arrays):
     return {key: array for key, array in arrays.items() if not key.startswith("fc.")}
 
@@ -71,6 +88,9 @@ FILES = {
         inside({"layer1": "_fsdp_wrapped_module", "layer2.0": "_checkpoint_wrapped_module"}, a),
     ),
     "compiled parts": lambda a: inside({"layer1.0": "_orig_mod", "layer3.0.conv1": "module"}, a),
+    "a sequence with its head": lambda a: (
+        numbered(a) | {"10.weight": a["fc.weight"], "10.bias": a["fc.bias"]}
+    ),
     "a list": lambda a: {"nets": [a, {"temperature": COUNT}]},
     "a record": lambda a: {"state": Namespace(weights=a, epoch=3)},
     "average and plain": lambda a: {"model": other(a), "model_ema": a},
@@ -189,13 +209,6 @@ def test_the_teacher_of_self_supervised_training_is_an_average(basic, tmp_path):
     )
 
 
-def renamed(old, new, arrays):
-    return {
-        new + key.removeprefix(old) if key.startswith(old) else key: array
-        for key, array in arrays.items()
-    }
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -214,6 +227,16 @@ def test_keys_that_merge_are_refused(basic, write):
     arrays = basic | {"module.layer1.0.conv1.weight": basic["layer1.0.conv1.weight"]}
     with pytest.raises(ValueError, match=r"places: '\.', 'module'|two keys become"):
         load(write(arrays | {"layer1.module.0.conv1.weight": basic["conv1.weight"]}))
+
+
+@pytest.mark.parametrize("change", [lambda k: k, lambda k: k.removeprefix("resnet.")])
+@pytest.mark.parametrize("prefix", ["", "model.", "state_dict/net._orig_mod."])
+def test_hugging_faces_names(golden, tmp_path, change, prefix):
+    plain = load(golden / "huggingface_basic")
+    arrays = load_file(golden / "huggingface_basic" / "model.safetensors")
+    arrays = under(prefix, {change(key): array for key, array in arrays.items()})
+    found = load(save_torch(arrays, tmp_path / "w.pth"))
+    assert same(found, plain)
 
 
 def matrix(*shape):
@@ -312,6 +335,33 @@ def test_no_other_head_stops_a_load(basic, plain, write, case):
 def test_layers_beside_a_backbone_that_are_no_head(basic, write, beside, why):
     found = load(write(under("backbone.", body(basic)) | beside))
     assert why in found.no_head
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        numbered,
+        lambda a: under("state_dict.encoder.", numbered(a)),
+        # fastai's: a body and a head of several layers.
+        lambda a: (
+            under("0.", numbered(a))
+            | {"1.2.weight": matrix(64), "1.4.weight": matrix(8, 64), "1.8.weight": matrix(7, 8)}
+        ),
+    ],
+)
+def test_numbered_layers_are_named_by_their_order(basic, plain, write, arrays):
+    found = load(write(arrays(basic)))
+    ours, theirs = flatten(found.variables), flatten(plain.variables)
+    assert all(np.array_equal(ours[p], theirs[p]) for p in theirs if "/fc/" not in p)
+    assert found.no_head
+    said = "numbers: 0 as conv1, 1 as bn1, 4 as layer1, 5 as layer2, 6 as layer3, 7 as layer4"
+    assert any(said in note for note in found.notes)
+
+
+def test_a_sequence_that_lacks_a_layer_is_refused(basic, write):
+    arrays = {key: a for key, a in numbered(basic).items() if not key.startswith("1.")}
+    with pytest.raises(ValueError, match=r"missing: bn1\.weight"):
+        load(write(arrays))
 
 
 def test_layers_that_are_no_head_are_refused(basic, write):

@@ -91,7 +91,9 @@ _PLACES = (
     _anchor("layer1", "0", "conv1", ""),
     _anchor("stages", "0", "blocks", "0", "conv1", ""),
     rf"(?:resnet\.{_W})?"
-    + _anchor(*["encoder", "stages", "0", "layers", "0", "layer", "0", "convolution", "weight"]),
+    + _anchor("encoder", "stages", "0", "layers", "0", "layer", "0", "convolution", ""),
+    # The stages of nn.Sequential(*network.children()), of which each has a first block.
+    rf"(?P<stage>\d{{1,3}})\.{_W}" + _anchor("0", "conv1", ""),
 )
 _ANCHOR = re.compile(rf"(|.*?[./])(?:{'|'.join(_PLACES)})(?:weight|parametrizations\.)[^/]*")
 _WRAPPER = re.compile(rf"(?:^|(?<=\.))({'|'.join(WRAPPERS)})\.")
@@ -152,13 +154,12 @@ def find(
     >>> list(found.keys.values()), list(found.beside.values())
     (['layer1.0.conv1.weight'], ['head.weight'])
     """
-    places = list(
-        dict.fromkeys(
-            found[1]
-            for name in arrays
-            if ("conv1." in name or "convolution." in name) and (found := _ANCHOR.fullmatch(name))
-        )
-    )
+    stages: dict[str, set[str | None]] = {}
+    for name in arrays:
+        # The pattern is slow, and most keys are others.
+        if ("conv1." in name or "convolution." in name) and (found := _ANCHOR.fullmatch(name)):
+            stages.setdefault(found[1], set()).add(found["stage"])
+    places = [place for place, numbers in stages.items() if None in numbers or len(numbers) == 4]
     if not places:
         return _subtree(arrays, key)
     networks = {place: _own(arrays, place, places) for place in places}
@@ -223,7 +224,36 @@ def _own(arrays: Mapping[str, Any], place: str, places: list[str]) -> dict[str, 
             raise ValueError(f"two keys become {short!r} after the names of wrappers are removed")
         taken.add(short)
         keys[name] = short
-    return keys
+    numbered = _numbered({short: arrays[name].shape for name, short in keys.items()})
+    return {name: _renamed(short, numbered) for name, short in keys.items()}
+
+
+def _numbered(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names of the layers of a sequence, by their numbers; empty for other networks.
+
+    >>> stages = {f"{n}.0.conv1.weight": (4, 4, 3, 3) for n in (4, 5, 6, 7)}
+    >>> _numbered({"0.weight": (4, 3, 7, 7), "1.weight": (4,), **stages})
+    {'4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4', '0': 'conv1', '1': 'bn1'}
+    """
+    stages = sorted(
+        int(found[1])
+        for key in shapes
+        if (found := re.fullmatch(r"(\d{1,3})\.0\.conv1\.weight", key))
+    )
+    names = {str(number): f"layer{stage}" for stage, number in enumerate(stages, 1)}
+    if len(names) != 4:
+        return {}
+    for number in range(stages[0]):
+        ranks = {len(shape) for key, shape in shapes.items() if key.startswith(f"{number}.")}
+        name = "conv1" if 4 in ranks else "bn1"
+        if ranks and name not in names.values():
+            names[str(number)] = name
+    return names
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    first, dot, rest = key.partition(".")
+    return names.get(first, first) + dot + rest
 
 
 def _chosen(
@@ -341,7 +371,14 @@ def _said(arrays: Mapping[str, Any], place: str, keys: Mapping[str, str]) -> lis
         f"{what}{wrapper + '.'!r} was removed from the keys" for wrapper, what in removed.items()
     ]
     plain = _plain(inner)
-    return notes + ([f"the network is under {plain!r}"] if plain else [])
+    notes += [f"the network is under {plain!r}"] if plain else []
+    pairs = {
+        (_plain(name[len(place) :]).split(".")[0], short.split(".")[0])
+        for name, short in keys.items()
+    }
+    told = sorted((int(old), new) for old, new in pairs if old.isdigit() and old != new)
+    text = ", ".join(f"{number} as {name}" for number, name in told)
+    return notes + ([f"the layers have numbers: {text}"] if text else [])
 
 
 def _subtree(arrays: Mapping[str, Any], key: str | None) -> Found:
