@@ -26,12 +26,15 @@ from flaxtransfer.weights.readers import (
 
 __all__ = [
     "CONTAINERS",
+    "INDEX",
+    "IN_A_FOLDER",
     "SUFFIXES",
     "Container",
     "Tensors",
     "has_weights_name",
     "read_tensors",
     "recognize",
+    "weight_map",
 ]
 
 
@@ -270,23 +273,29 @@ def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
     return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
 
 
-def _parts(index: Path) -> _Read:
-    """Reads the files that an index names; the checksum is that of their checksums, in order."""
-    check_regular(index)
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each array, by the array's key, as an index states it.
+
+    Raises:
+        ValueError: no index, or one that names files outside its folder.
+    """
     content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if (
-        not places
-        or not isinstance(places, dict)
-        or not all(isinstance(p, str) for p in places.values())
-    ):
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    places = found if isinstance(found, dict) else {}
+    if not places or not all(isinstance(place, str) for place in places.values()):
         raise ValueError("an index must have a weight_map with the file of each array")
-    names = sorted(set(places.values()))
-    strange = [name for name in names if not _PART_NAME.fullmatch(name)]
+    strange = [name for name in places.values() if not _PART_NAME.fullmatch(name)]
     if strange:
         raise ValueError(
             f"an index must name files in its own folder, got {shortened(repr(strange[0]), 100)}"
         )
+    return places
+
+
+def _parts(index: Path) -> _Read:
+    """Reads the files that an index names; the checksum is that of their checksums, in order."""
+    places = weight_map(index)
+    names = sorted(set(places.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(
