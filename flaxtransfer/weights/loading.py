@@ -18,7 +18,7 @@ from flaxtransfer.files import parse_json
 from flaxtransfer.models.config import BASE_FIELDS, ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES
-from flaxtransfer.paths import suggest, unflatten
+from flaxtransfer.paths import shortened, suggest, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.weights import locations, pretrained, sidecar
 from flaxtransfer.weights.infer import UNSEEN, infer, with_unseen
@@ -186,7 +186,7 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     hint = f"; format={likely!r} fits better" if asked and likely != asked else ""
     return (
         f"{file.path} has no ResNet with the keys of {asked or ' or '.join(FORMATS)}{hint}; "
-        f"its {len(file.arrays)} keys are like {', '.join(list(file.arrays)[:3])}"
+        f"its {len(file.arrays)} keys are like {shortened(', '.join(list(file.arrays)[:3]), 200)}"
         f"{_relatives(file.arrays)}"
     )
 

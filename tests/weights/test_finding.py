@@ -223,6 +223,12 @@ def test_layers_that_are_not_plain_are_refused_by_name(basic, write, old, new):
         load(write(renamed(old, new, basic)))
 
 
+def test_there_is_an_end_to_networks(write):
+    arrays = {f"n{n}.layer1.0.conv1.weight": np.zeros(1, np.float32) for n in range(101)}
+    with pytest.raises(ValueError, match="must hold at most 100 networks, got 101"):
+        load(write(arrays))
+
+
 def test_keys_that_merge_are_refused(basic, write):
     arrays = basic | {"module.layer1.0.conv1.weight": basic["layer1.0.conv1.weight"]}
     with pytest.raises(ValueError, match=r"places: '\.', 'module'|two keys become"):
@@ -257,6 +263,9 @@ KEPT = {
         | renamed("fc.", "net.head.fc.", {k: x for k, x in a.items() if k.startswith("fc.")})
     ),
     "of the backbone itself": lambda a: under("backbone.", a),
+    "with a loss and a metric": lambda a: (
+        a | {"criterion.weight": matrix(7), "val_metrics.confmat": matrix(7, 7), "mean": matrix(3)}
+    ),
     "with a projector": lambda a: a | {"projector.0.weight": matrix(8, 32)},
 }
 
@@ -299,6 +308,15 @@ LEFT = {
     "a bias alone": (
         lambda: {"fc.bias": matrix(7)},
         "the head fc is not one linear map: it has fc.bias",
+    ),
+    "parametrized": (
+        lambda: {f"fc.parametrizations.weight.original{n}": matrix(7, n or 32) for n in (0, 1)},
+        "the head fc is not one linear map: it has fc.parametrizations.weight.original0, "
+        "fc.parametrizations.weight.original1",
+    ),
+    "quantized": (
+        lambda: {"fc.scale": matrix(1), "fc.zero_point": matrix(1)},
+        "the head fc is not one linear map: it has fc.scale, fc.zero_point",
     ),
     "weight-normalized": (
         lambda: {"fc.weight_u": matrix(7), "fc.weight": matrix(7, 32)},

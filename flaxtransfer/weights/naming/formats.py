@@ -148,7 +148,7 @@ def with_head(
     }
     rooms = {key.split(".")[0] for key in body}
     inside = _groups({k: a for k, a in arrays.items() if k.split(".")[0] not in rooms})
-    inside = {name: group for name, group in inside.items() if _is_head(name, group, features)}
+    inside = {name: group for name, group in inside.items() if _excused(name, group, features)}
     outside = _groups(beside)
     kept = {key: a for key, a in arrays.items() if key.split(".")[0] not in inside}
     groups = [*inside.items(), *outside.items()]
@@ -194,10 +194,10 @@ def _groups(arrays: Arrays) -> dict[str, dict[str, np.ndarray]]:
     return groups
 
 
-def _is_head(name: str, group: Arrays, features: int) -> bool:
-    """Whether layers beside the body take its features, or are called like a head."""
+def _excused(name: str, group: Arrays, features: int) -> bool:
+    """Whether layers beside the body take its features, or are called like a head or a loss."""
     takes = any(key.endswith(".weight") and a.shape[1:] == (features,) for key, a in group.items())
-    return takes or _HEAD.fullmatch(name) is not None
+    return takes or any(names.fullmatch(name) for names in (_HEAD, _NO_LAYER))
 
 
 def _linear(group: Arrays, features: int) -> tuple[str, np.ndarray, np.ndarray | None] | str:
@@ -209,7 +209,7 @@ def _linear(group: Arrays, features: int) -> tuple[str, np.ndarray, np.ndarray |
     weight, bias = group.get(f"{module}.weight"), group.get(f"{module}.bias")
     others = [key for key in group if key not in (f"{module}.weight", f"{module}.bias")]
     if weight is None or others:
-        return f"it has {shortened(', '.join(others or group), 100)}"
+        return f"it has {shortened(', '.join(sorted(others or group)), 100)}"
     # A convolution of 1x1 pixels and the average over pixels can change places.
     if weight.ndim < 2 or weight.shape[1:] not in ((features,), (features, 1, 1)):
         return f"{module}.weight must be [classes, {features}], got {list(weight.shape)}"

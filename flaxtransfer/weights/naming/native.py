@@ -96,6 +96,7 @@ _PLACES = (
     rf"(?P<stage>\d{{1,3}})\.{_W}" + _anchor("0", "conv1", ""),
 )
 _ANCHOR = re.compile(rf"(|.*?[./])(?:{'|'.join(_PLACES)})(?:weight|parametrizations\.)[^/]*")
+_LONGEST, _MOST = 2000, 100
 _WRAPPER = re.compile(rf"(?:^|(?<=\.))({'|'.join(WRAPPERS)})\.")
 
 _AVERAGE = re.compile(r"(?i)(^|.*_)(ema|swa|avg|averaged?|shadow)(_.*|\d*)$")
@@ -110,6 +111,7 @@ _RIVALS = (
 SELF_SUPERVISED = frozenset(name for pair in _RIVALS[:3] for name in pair)
 """Names of encoders that are trained without labels: what follows them is no classifier."""
 
+_BODY = re.compile(r"(conv1|bn1|layer\d|maxpool|stem|stages|norm|resnet)\.")
 _STUBS = re.compile(
     r"(.*\.)?(parametrizations\..*|weight_(orig|mask|g|v)|weight_fake_quant\..*|"
     r"activation_post_process\..*|_packed_params.*|zero_point)"
@@ -156,10 +158,13 @@ def find(
     """
     stages: dict[str, set[str | None]] = {}
     for name in arrays:
-        # The pattern is slow, and most keys are others.
-        if ("conv1." in name or "convolution." in name) and (found := _ANCHOR.fullmatch(name)):
+        # The pattern is slow, above all in long names, and most keys are others.
+        likely = len(name) <= _LONGEST and ("conv1." in name or "convolution." in name)
+        if likely and (found := _ANCHOR.fullmatch(name)):
             stages.setdefault(found[1], set()).add(found["stage"])
     places = [place for place, numbers in stages.items() if None in numbers or len(numbers) == 4]
+    if len(places) > _MOST:
+        raise ValueError(f"it must hold at most {_MOST} networks, got {len(places):,}")
     if not places:
         return _subtree(arrays, key)
     networks = {place: _own(arrays, place, places) for place in places}
@@ -185,10 +190,11 @@ def find(
             left_out.append(rest[0])
         else:
             beside[name] = ".".join(rest)
-    stub = next((name for name in keys.values() if _STUBS.fullmatch(name)), None)
-    if stub is not None:
+    stubs = [name for name in keys.values() if _BODY.match(name) and _STUBS.fullmatch(name)]
+    if stubs:
+        first = shortened(stubs[0], 100)
         raise ValueError(
-            f"its layers must be plain, got {shortened(stub, 100)!r}, which a parametrization, a "
+            f"its layers must be plain, got {first!r}, which a parametrization, a "
             "pruning mask or quantization leaves; remove it in torch (parametrize."
             "remove_parametrizations, prune.remove, the float network) and save the weights again"
         )
@@ -243,8 +249,11 @@ def _numbered(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     names = {str(number): f"layer{stage}" for stage, number in enumerate(stages, 1)}
     if len(names) != 4:
         return {}
+    found_ranks: dict[str, set[int]] = {}
+    for key, shape in shapes.items():
+        found_ranks.setdefault(key.split(".")[0], set()).add(len(shape))
     for number in range(stages[0]):
-        ranks = {len(shape) for key, shape in shapes.items() if key.startswith(f"{number}.")}
+        ranks = found_ranks.get(str(number), set())
         name = "conv1" if 4 in ranks else "bn1"
         if ranks and name not in names.values():
             names[str(number)] = name
