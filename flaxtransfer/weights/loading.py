@@ -18,12 +18,12 @@ from flaxtransfer.files import parse_json
 from flaxtransfer.models.config import BASE_FIELDS, ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES
-from flaxtransfer.paths import suggest, unflatten
+from flaxtransfer.paths import shortened, suggest, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.weights import locations, pretrained, sidecar
 from flaxtransfer.weights.infer import UNSEEN, infer, with_unseen
 from flaxtransfer.weights.naming import huggingface, key_map, torchgeo, torchvision
-from flaxtransfer.weights.naming.formats import FORMATS, detect_naming
+from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import detect, flax_file
@@ -44,6 +44,7 @@ def load(
     model: str | ResNetConfig | None = None,
     format: str | None = None,
     sensor: str | None = None,
+    key: str | None = None,
 ) -> Pretrained:
     """Loads a pre-trained ResNet from a file, strictly.
 
@@ -57,7 +58,8 @@ def load(
     Args:
         source: a file of safetensors, of ``torch.save`` (torch is not needed), of flax's msgpack,
             BiT's ``.npz``, or Keras' ``.h5`` or ``.keras`` (needs the extra ``keras``); its content
-            decides, not its name. Or a folder with such a file, or a folder that orbax wrote with
+            decides, not its name. Or the index of several files, a folder with one of these (of
+            several checkpoints the best or the newest by name), or a folder that orbax wrote with
             ``{"params": ..., "batch_stats": ...}``, such as a step of a run. Or an address:
             ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
             with the JSON files next to it; ``https://.../name-<first digits of sha256>.pth``, which
@@ -73,6 +75,8 @@ def load(
         sensor: the sensor whose bands the stem takes, a name in ``torchgeo.SENSORS`` such as
             "sentinel2_all" or "landsat_tm_toa", for weights whose file name does not state it. The
             number of bands must fit. It provides names, wavelengths and scale of the bands.
+        key: the place of the network in the file, such as "teacher" or "state_dict/student", where
+            it holds several. By default, averages are taken before plain weights.
 
     Returns:
         A ``Pretrained`` with float32 numpy arrays.
@@ -96,22 +100,20 @@ def load(
     if sensor is not None:
         torchgeo.note(sensor)  # a wrong name is refused before a download
     name, path, arrived = _locate(source)
-    file = detect.read_tensors(path)
+    file = detect.read_tensors(path, key)
     chosen = format or detect_naming(file.arrays)
     try:
         arrays, done = FORMATS[chosen].prepare(file.arrays)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
-    shapes = dict(
-        found
-        for key, array in arrays.items()
-        if (found := key_map.leaf_of(table, key, array.shape)) is not None
-    )
+    shapes = _shapes(table, arrays)
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise ValueError(_no_resnet(file, format))
-    headless = not any(leaf.startswith("params/fc/") for leaf in shapes)
     try:
+        head = with_head(table, arrays, file.beside, infer(shapes).features, file.place)
+        arrays, headless = dict(head.arrays), bool(head.missing)
+        shapes = _shapes(table, arrays)
         seen = FORMATS[chosen].implied(infer(shapes))
     except ValueError as error:
         raise ValueError(f"{file.path} holds leaves that do not form a network: {error}") from None
@@ -119,20 +121,20 @@ def load(
         seen = dataclasses.replace(seen, classes=1)
     config = _network(model, seen, file)
     wanted = leaf_shapes(config)
-    head = {leaf: shape for leaf, shape in wanted.items() if leaf.startswith("params/fc/")}
+    zeros = {leaf: shape for leaf, shape in wanted.items() if leaf.startswith("params/fc/")}
     try:
         leaves = key_map.to_leaves(
             table,
             arrays,
-            {leaf: wanted[leaf] for leaf in wanted if not headless or leaf not in head},
+            {leaf: wanted[leaf] for leaf in wanted if not headless or leaf not in zeros},
             what=f"{file.path} does not fit {config.name} under {chosen}'s names",
         )
     except ValueError as error:
         raise ValueError(f"{error}{_relatives(file.arrays)}") from None
     leaves, notes = _as_float32(leaves, file.path)
     if headless:
-        leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in head.items()}
-        notes.append("the file has no head: one output that is always 0 replaces it")
+        leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in zeros.items()}
+        notes.append(f"{head.missing}: one output that is always 0 replaces it")
     metadata = collect_metadata(file, config, chosen, headless=headless, sensor=sensor, source=name)
     hidden = [name for name in UNSEEN if getattr(metadata.config, name) != getattr(config, name)]
     if model is not None and hidden:
@@ -146,7 +148,8 @@ def load(
         sha256=file.sha256,
         class_names=metadata.class_names,
         task=metadata.task,
-        notes=(*arrived, *file.notes, *done, *notes, *metadata.notes),
+        notes=(*arrived, *file.notes, *head.notes, *done, *notes, *metadata.notes),
+        no_head=head.missing,
     )
 
 
@@ -169,12 +172,21 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
     return text, Path(text), []
 
 
+def _shapes(table: key_map.Table, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the leaves whose keys the table knows."""
+    return dict(
+        found
+        for key, array in arrays.items()
+        if (found := key_map.leaf_of(table, key, array.shape)) is not None
+    )
+
+
 def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     likely = detect_naming(file.arrays)
     hint = f"; format={likely!r} fits better" if asked and likely != asked else ""
     return (
         f"{file.path} has no ResNet with the keys of {asked or ' or '.join(FORMATS)}{hint}; "
-        f"its {len(file.arrays)} keys are like {', '.join(list(file.arrays)[:3])}"
+        f"its {len(file.arrays)} keys are like {shortened(', '.join(list(file.arrays)[:3]), 200)}"
         f"{_relatives(file.arrays)}"
     )
 

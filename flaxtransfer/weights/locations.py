@@ -23,7 +23,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from flaxtransfer.files import folder_lock, read_json
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights.readers.detect import SUFFIXES, has_weights_name
+from flaxtransfer.weights.readers.detect import (
+    IN_A_FOLDER,
+    INDEX,
+    SUFFIXES,
+    has_weights_name,
+    weight_map,
+)
 
 __all__ = [
     "BUILTIN_DEFAULT",
@@ -247,7 +253,6 @@ def _check_room(expected: int | None, there: int, path: Path) -> None:
 
 HUB_PREFIX = "hf://"
 BESIDE = ("config.json", "preprocessor_config.json")
-PREFERRED = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 _ADDRESS = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?::(?P<file>[\w./ -]+))?"
 )
@@ -317,6 +322,11 @@ def fetch_from_hub(text: str) -> tuple[str, Path, list[str]]:
     notes = []
     try:
         path = Path(_download_from_hub(api, address, name, info.sha))
+        for part in sorted(set(weight_map(path).values())) if name.endswith(INDEX) else ():
+            whole = str(Path(name).with_name(part))
+            held = Path(_download_from_hub(api, address, whole, info.sha))
+            if whole in siblings and (digest := getattr(siblings[whole].lfs, "sha256", None)):
+                _verify(held, digest, where)
         for beside in BESIDE:
             companion = str(Path(name).with_name(beside))
             if companion in siblings:
@@ -388,8 +398,8 @@ def _chosen(address: Address, files: Mapping[str, Any]) -> str:
             f"{address.repository} has no file {address.file!r}{suggest(address.file, files)}; "
             f"weights there: {', '.join(readable) or 'none'}"
         )
-    preferred = [name for name in PREFERRED if name in files] or readable
-    if len(preferred) == 1 or preferred[:1] == [PREFERRED[0]]:
+    preferred = [name for name in IN_A_FOLDER if name in files] or readable
+    if len(preferred) == 1 or set(preferred[:1]) & set(IN_A_FOLDER[:2]):
         return preferred[0]
     raise FileNotFoundError(
         f"{address.repository} has {len(readable)} weight files, name one after a colon: "

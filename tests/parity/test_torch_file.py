@@ -36,6 +36,8 @@ def same_as_torch(torch, files, data, key=None):
     theirs = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     theirs = theirs[key] if key else theirs
     ours, _, _ = read_torch(data)
+    if key:
+        ours = {n.removeprefix(f"{key}/"): a for n, a in ours.items() if n.startswith(f"{key}/")}
     assert list(ours) == list(theirs)
     for name, tensor in theirs.items():
         array = ours[name].view("u2") if tensor.dtype == torch.bfloat16 else ours[name]

@@ -14,6 +14,7 @@ import pytest
 from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load, locations
+from flaxtransfer.weights.readers.safetensors_file import read_safetensors, write_safetensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "timm/tiny.in1k"
@@ -201,6 +202,22 @@ def test_a_repository_with_what_lies_beside_the_weights(server, golden):
     resolved = [path for _, path, _ in server.asked if "/resolve/" in path]
     assert resolved
     assert all(f"/resolve/{COMMIT}/" in path for path in resolved)
+
+
+def test_a_repository_with_parts(server, monkeypatch):
+    arrays = read_safetensors(server.files.pop("model.safetensors"))[0]
+    keys = list(arrays)
+    halves = {"a-1-of-2.safetensors": keys[::2], "a-2-of-2.safetensors": keys[1::2]}
+    for name, held in halves.items():
+        server.files[name] = write_safetensors({key: arrays[key] for key in held}, {})
+    places = {key: name for name, held in halves.items() for key in held}
+    index = json.dumps({"weight_map": places}).encode()
+    server.files["model.safetensors.index.json"] = index
+    found = load(f"hf://{REPOSITORY}")
+    assert "read from 2 files" in found.notes
+    assert found.source.endswith(":model.safetensors.index.json")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load(f"hf://{REPOSITORY}@{COMMIT}").sha256 == found.sha256
 
 
 def test_offline_the_cache_serves(server, monkeypatch):
