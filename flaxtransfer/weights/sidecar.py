@@ -11,9 +11,12 @@ from typing import Any
 
 from flaxtransfer import files
 from flaxtransfer.weights.preprocessing import Preprocessing
+from flaxtransfer.weights.pretrained import HEADER_KEY
+from flaxtransfer.weights.readers.detect import Tensors
 
 __all__ = [
     "RESAMPLE",
+    "beside",
     "hf_class_names",
     "hf_preprocessing",
     "read_json",
@@ -49,6 +52,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}, next to the weights, must hold a JSON object; remove it")
     return content
+
+
+def beside(file: Tensors) -> dict[str, Any]:
+    """The ``config.json`` next to a file; empty for ours, whose header states everything."""
+    own = HEADER_KEY in file.metadata
+    return {} if own else read_json(file.path.with_name("config.json"))
 
 
 def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:

@@ -184,10 +184,10 @@ DAMAGES = {
     attention: ["under timm's names", "missing: layer1.0.se.fc2.weight"],
     half_a_head: ["1 missing", "missing: fc.bias"],
     other_network: [
-        "has no ResNet with the keys of torchvision or timm or timm-v2",
+        "holds a VGG or AlexNet",
         "features.0.weight",
     ],
-    pre_activation: ["under timm-v2's names", "missing: norm.weight"],
+    pre_activation: ["under timm-v2's names", "missing: stem.conv.weight"],
 }
 
 
