@@ -246,7 +246,7 @@ def _network(
     if settings.get("model_type") == "resnet":
         seen = huggingface.with_strides(seen, settings)
     elif "pretrained_cfg" in settings:
-        problems = timm.other_graph(settings)
+        problems = timm.other_graph(settings, seen)
         if problems:
             raise _unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
         seen = timm.with_arguments(seen, settings)

@@ -1,5 +1,6 @@
 """What a file is, if it is no ResNet of ours; and what no leaf shows, which is said or refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
-from flaxtransfer.paths import flatten
-from flaxtransfer.weights import load
+from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.weights import IMAGENET, Pretrained, export, load
 from flaxtransfer.weights.naming import timm
 from flaxtransfer.weights.naming.formats import family_text
 from flaxtransfer.weights.naming.key_map import to_keys
@@ -240,3 +242,31 @@ def test_the_pooling_that_timm_records_of_a_network_counts(write):
     said = {"architecture": "mine", "pretrained_cfg": {}, "global_pool": "catavgmax"}
     path.with_name("config.json").write_text(json.dumps(said))
     assert "global_pool must be" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50d", "resnet18t", "resnetaa50", "resnet50_gn", "resnetv2_50", "resnetv2_50d"]
+)
+def test_what_is_exported_to_timm_is_not_refused(tmp_path, name):
+    known = ARCHITECTURES.get(name, ARCHITECTURES["resnet26t"])
+    config = dataclasses.replace(known, depths=(1, 1, 1, 1), width=64, classes=2)
+    leaves = {
+        path: np.full(shape, path.endswith("/var"), np.float32)
+        for path, shape in leaf_shapes(config).items()
+    }
+    variables = {"batch_stats": {}, **unflatten(leaves)}
+    export(Pretrained(variables, config, IMAGENET), tmp_path / "net", to="timm")
+    assert load(tmp_path / "net").config == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"stem_type": "same"}, "stem_type must be"),
+        ({"avg_down": True}, "avg_down must be False with such a stem, got True"),
+    ],
+)
+def test_a_pre_activation_network_with_another_graph_is_refused(arguments, text):
+    said = {"architecture": "resnetv2_50", "pretrained_cfg": {}, "model_args": arguments}
+    (problem,) = timm.other_graph(said, ARCHITECTURES["resnetv2_50"])
+    assert text in problem

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.weights.naming import torchvision
 from flaxtransfer.weights.naming.key_map import CONV, DENSE, Rule, Table, batch_norm
 from flaxtransfer.weights.preprocessing import Preprocessing
@@ -153,11 +154,9 @@ _SHOWN = {
     *("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"),
     *("zero_init_last", "block", "layers", "channels", "cardinality", "base_width"),
     *("stem_width", "down_kernel_size", "block_reduce_first", "replace_stem_pool"),
-    *("width_factor", "stem_chs", "bottle_ratio", "basic", "attn_layer", "rd_ratio"),
+    *("width_factor", "stem_chs", "bottle_ratio", "basic", "attn_layer", "rd_ratio", "avg_down"),
 }
 """Arguments that the leaves show, or that only training knows."""
-_SHOWN_FIRST = {"stem_type", "avg_down"}
-"""Arguments that the leaves show in networks whose norms come after the convolutions."""
 _ANTI_ALIAS: dict[str, Literal["average", "blur"]] = {
     **dict.fromkeys(("avg", "avgpool"), "average"),
     **dict.fromkeys(("blur", "blurpool"), "blur"),
@@ -168,6 +167,7 @@ _GRAPH: dict[str, tuple[Any, ...]] = {
     "global_pool": ("avg", "fast", "fastavg", ""),
     "norm_layer": ("batchnorm", "batchnorm2d", "frozenbatchnorm2d", "groupnorm"),
     "aa_layer": (*_ANTI_ALIAS, ""),
+    "stem_type": ("deep", "deeptiered", "tiered", ""),
 }
 """The values that are supported of arguments that no leaf shows."""
 
@@ -186,21 +186,28 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def other_graph(config: Mapping[str, Any]) -> list[str]:
+def other_graph(config: Mapping[str, Any], seen: ResNetConfig) -> list[str]:
     """The arguments in a ``config.json`` that ask for a network that is not supported.
 
-    >>> other_graph({"architecture": "resnet50", "model_args": {"act_layer": "silu"}})
+    >>> config = {"architecture": "resnet50", "model_args": {"act_layer": "silu"}}
+    >>> other_graph(config, ResNetConfig())
     ["act_layer must be 'relu', got 'silu'"]
     """
-    second = str(config.get("architecture", "")).startswith("resnetv2")
-    shown = _SHOWN if second else _SHOWN | _SHOWN_FIRST
     problems = []
-    for name, value in _arguments(config).items():
+    arguments = _arguments(config)
+    for name, value in arguments.items():
         if name in _GRAPH and value not in _GRAPH[name]:
             known = " or ".join(repr(each) for each in _GRAPH[name] if each != "")
             problems.append(f"{name} must be {known}, got {value!r}")
-        elif name not in _GRAPH and name not in shown:
+        elif name not in _GRAPH and name not in _SHOWN:
             problems.append(f"{name} must not be given, as it is not known here, got {value!r}")
+    stated = ARCHITECTURES.get(str(config.get("architecture")))
+    if seen.preactivation and stated is not None:
+        # No leaf shows it: `v2_table_of` goes by the stem.
+        pooled = seen.shortcut == "average"
+        asked = bool(arguments.get("avg_down", stated.shortcut == "average"))
+        if asked != pooled:
+            problems.append(f"avg_down must be {pooled} with such a stem, got {asked}")
     return problems
 
 
