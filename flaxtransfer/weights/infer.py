@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
@@ -27,6 +28,7 @@ __all__ = [
     "assumptions",
     "infer",
     "statistics_problem",
+    "unfit",
     "with_placeholders",
     "with_unseen",
 ]
@@ -153,6 +155,24 @@ def with_placeholders(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.nd
         found[norm + "running_mean"] = np.zeros(size, np.float32)
         found[norm + "running_var"] = np.ones(size, np.float32)
     return found, len(lacking)
+
+
+def unfit(file: Tensors, problem: str) -> ValueError:
+    """The error for a file that is no network of ours: what it is, or what is wrong with it."""
+    family = sidecar.family_text(file.arrays, sidecar.beside(file))
+    if family:
+        return ValueError(f"{shortened(str(file.path), 150)} {family}")
+    first, *lines = problem.splitlines()
+    text, room = shortened(first, 450), 560
+    # One of each kind in turn, so that a long list of one kind does not hide the others.
+    kinds: dict[str, list[str]] = {}
+    for line in map(str.strip, lines):
+        kinds.setdefault(line.split(":")[0], []).append(shortened(line, 150))
+    turns = [line for turn in itertools.zip_longest(*kinds.values()) for line in turn if line]
+    told = 0
+    while told < len(turns) and len(text) + len(turns[told]) + 2 <= room:
+        text, told = f"{text}; {turns[told]}", told + 1
+    return ValueError(text + (f"; and {len(turns) - told} more" if told < len(turns) else ""))
 
 
 def statistics_problem(

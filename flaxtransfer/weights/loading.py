@@ -5,7 +5,6 @@ metadata (preprocessing, class names) from the header, the files next to it, or 
 """
 
 import dataclasses
-import itertools
 import os
 import re
 from collections import Counter
@@ -27,11 +26,12 @@ from flaxtransfer.weights.infer import (
     assumptions,
     infer,
     statistics_problem,
+    unfit,
     with_placeholders,
     with_unseen,
 )
 from flaxtransfer.weights.naming import huggingface, key_map, timm, torchgeo, torchvision
-from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, family_text
+from flaxtransfer.weights.naming.formats import FORMATS, detect_naming
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import detect, flax_file
@@ -121,15 +121,15 @@ def load(
         if (found := key_map.leaf_of(table, key, array.shape)) is not None
     )
     if not any(leaf.startswith("params/layer") for leaf in shapes):
-        raise _unfit(file, _no_resnet(file, format))
+        raise unfit(file, _no_resnet(file, format))
     if problem := statistics_problem(model, shapes, chosen, file):
-        raise _unfit(file, problem)
+        raise unfit(file, problem)
     headless = not any(leaf.startswith("params/fc/") for leaf in shapes)
     try:
         seen = FORMATS[chosen].implied(infer(shapes))
     except ValueError as error:
         problem = f"{file.path} holds leaves that do not form a network: {error}"
-        raise _unfit(file, problem) from None
+        raise unfit(file, problem) from None
     if headless:
         seen = dataclasses.replace(seen, classes=1)
     config = _network(model, seen, file)
@@ -143,7 +143,7 @@ def load(
             what=f"{file.path} does not fit {config.name} under {chosen}'s names",
         )
     except ValueError as error:
-        raise _unfit(file, str(error)) from None
+        raise unfit(file, str(error)) from None
     leaves, notes = _as_float32(leaves, file.path)
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in head.items()}
@@ -204,24 +204,6 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     )
 
 
-def _unfit(file: detect.Tensors, problem: str) -> ValueError:
-    """The error for a file that is no network of ours: what it is, or what is wrong with it."""
-    family = family_text(file.arrays, sidecar.beside(file))
-    if family:
-        return ValueError(f"{shortened(str(file.path), 150)} {family}")
-    first, *lines = problem.splitlines()
-    text, room = shortened(first, 450), 560
-    # One of each kind in turn, so that a long list of one kind does not hide the others.
-    kinds: dict[str, list[str]] = {}
-    for line in map(str.strip, lines):
-        kinds.setdefault(line.split(":")[0], []).append(shortened(line, 150))
-    turns = [line for turn in itertools.zip_longest(*kinds.values()) for line in turn if line]
-    told = 0
-    while told < len(turns) and len(text) + len(turns[told]) + 2 <= room:
-        text, told = f"{text}; {turns[told]}", told + 1
-    return ValueError(text + (f"; and {len(turns) - told} more" if told < len(turns) else ""))
-
-
 def _network(
     model: str | ResNetConfig | None, seen: ResNetConfig, file: detect.Tensors
 ) -> ResNetConfig:
@@ -248,7 +230,7 @@ def _network(
     elif "pretrained_cfg" in settings:
         problems = timm.other_graph(settings, seen)
         if problems:
-            raise _unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
+            raise unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
         seen = timm.with_arguments(seen, settings)
     if model is None:
         architecture, altered = sidecar.timm_architecture(settings)

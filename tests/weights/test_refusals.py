@@ -12,8 +12,8 @@ from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import IMAGENET, Pretrained, export, load
 from flaxtransfer.weights.naming import timm
-from flaxtransfer.weights.naming.formats import family_text
 from flaxtransfer.weights.naming.key_map import to_keys
+from flaxtransfer.weights.sidecar import family_text
 
 
 def refusal(path, **settings):
