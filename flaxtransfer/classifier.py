@@ -194,10 +194,10 @@ def transfer(
         says which leaves were kept, adapted and new.
 
     Raises:
-        ValueError: "keep" for other classes, "resize" for none that the head knows, an unknown
-            `head`, classes below 1, another number of names than classes,
-            bands, adapter, wavelengths and patches that do not fit each other or the network, or
-            a checkpoint whose leaves do not form its network.
+        ValueError: "keep" for other classes, "resize" for none that the head knows, either where
+            the file has no head that is one linear map, an unknown `head`, classes below 1,
+            another number of names than classes, bands, adapter, wavelengths and patches that do
+            not fit each other or the network, or a checkpoint whose leaves do not form its network.
 
     >>> import numpy as np
     >>> from flaxtransfer.models.config import ResNetConfig
@@ -294,6 +294,10 @@ def _columns(
     old, known = checkpoint.config.classes, checkpoint.class_names or ()
     if head == "new":
         return (None,) * classes
+    if checkpoint.no_head:
+        raise ValueError(
+            f"head must be 'new' for {checkpoint.source}, got {head!r}: {checkpoint.no_head}"
+        )
     if not (names and known):
         if head == "keep" and classes != old:
             raise ValueError(

@@ -13,7 +13,9 @@ from flaxtransfer.weights.pretrained import fold_adapter
 
 def convert(options: Convert, console: Console) -> None:
     """Runs ``flaxtransfer convert``."""
-    checkpoint = load(options.source, format=options.format, sensor=options.sensor)
+    checkpoint = load(
+        options.source, format=options.format, sensor=options.sensor, key=options.weights_key
+    )
     plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
     if plain and options.adapter == "fold":
         try:

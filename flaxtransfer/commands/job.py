@@ -139,7 +139,13 @@ def load_weights(options: WeightsOptions) -> Pretrained:
     path = Path(options.weights)
     if path.name == WEIGHTS_FILE and (path.parent / MANIFEST_FILE).is_file():
         check_sealed(path.parent, path.name)
-    return load(options.weights, model=options.model, format=options.format, sensor=options.sensor)
+    return load(
+        options.weights,
+        model=options.model,
+        format=options.format,
+        sensor=options.sensor,
+        key=options.weights_key,
+    )
 
 
 class Kept(NamedTuple):

@@ -140,6 +140,13 @@ class WeightsOptions:
     """
 
     weights: str = "builtin"
+    weights_key: Annotated[
+        str | None,
+        described(
+            "Place of the network in a file that holds several, such as student.",
+            default="an average before plain weights",
+        ),
+    ] = None
     format: Annotated[
         str | None,
         described(f"Naming of the weights: {FORMATS_HELP}.", default="read off the file"),

@@ -391,6 +391,13 @@ class Convert:
 
     source: tyro.conf.Positional[str]
     target: tyro.conf.Positional[Path]
+    weights_key: Annotated[
+        str | None,
+        described(
+            "Place of the network in a source that holds several, such as student.",
+            default="an average before plain weights",
+        ),
+    ] = None
     format: Annotated[
         str | None, described(f"Naming of the source: {FORMATS_HELP}.", default="read off the file")
     ] = None

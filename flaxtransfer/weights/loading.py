@@ -31,7 +31,7 @@ from flaxtransfer.weights.infer import (
     with_unseen,
 )
 from flaxtransfer.weights.naming import huggingface, key_map, timm, torchgeo, torchvision
-from flaxtransfer.weights.naming.formats import FORMATS, detect_naming
+from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import detect, flax_file
@@ -46,6 +46,7 @@ def load(
     model: str | ResNetConfig | None = None,
     format: str | None = None,
     sensor: str | None = None,
+    key: str | None = None,
     statistics: Literal["measure"] | None = None,
 ) -> Pretrained:
     """Loads a pre-trained ResNet from a file, strictly.
@@ -76,6 +77,8 @@ def load(
         sensor: the sensor whose bands the stem takes, a name in ``torchgeo.SENSORS`` such as
             "sentinel2_all" or "landsat_tm_toa", for weights whose file name does not state it. The
             number of bands must fit. It provides names, wavelengths and scale of the bands.
+        key: the place of the network in the file, such as "teacher" or "state_dict/student", where
+            it holds several. By default, averages are taken before plain weights.
         statistics: "measure" for a file whose BatchNorms have no running statistics, which is
             refused otherwise: they start as mean 0 and variance 1, and are of no use before
             ``training.recalibrate`` has measured them on your images.
@@ -104,7 +107,7 @@ def load(
     if statistics not in (None, "measure"):
         raise ValueError(f"`statistics` must be None or 'measure', got {statistics!r}")
     name, path, arrived = _locate(source)
-    file = detect.read_tensors(path)
+    file = detect.read_tensors(path, key)
     placed = 0
     if statistics == "measure":
         filled, placed = with_placeholders(file.arrays)
@@ -115,17 +118,15 @@ def load(
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
-    shapes = dict(
-        found
-        for key, array in arrays.items()
-        if (found := key_map.leaf_of(table, key, array.shape)) is not None
-    )
+    shapes = _shapes(table, arrays)
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise unfit(file, _no_resnet(file, format))
     if problem := statistics_problem(model, shapes, chosen, file):
         raise unfit(file, problem)
-    headless = not any(leaf.startswith("params/fc/") for leaf in shapes)
     try:
+        head = with_head(table, arrays, file.beside, infer(shapes).features, file.place)
+        arrays, headless = dict(head.arrays), bool(head.missing)
+        shapes = _shapes(table, arrays)
         seen = FORMATS[chosen].implied(infer(shapes))
     except ValueError as error:
         problem = f"{file.path} holds leaves that do not form a network: {error}"
@@ -134,20 +135,20 @@ def load(
         seen = dataclasses.replace(seen, classes=1)
     config = _network(model, seen, file)
     wanted = leaf_shapes(config)
-    head = {leaf: shape for leaf, shape in wanted.items() if leaf.startswith("params/fc/")}
+    zeros = {leaf: shape for leaf, shape in wanted.items() if leaf.startswith("params/fc/")}
     try:
         leaves = key_map.to_leaves(
             table,
             arrays,
-            {leaf: wanted[leaf] for leaf in wanted if not headless or leaf not in head},
+            {leaf: wanted[leaf] for leaf in wanted if not headless or leaf not in zeros},
             what=f"{file.path} does not fit {config.name} under {chosen}'s names",
         )
     except ValueError as error:
         raise unfit(file, str(error)) from None
     leaves, notes = _as_float32(leaves, file.path)
     if headless:
-        leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in head.items()}
-        notes.append("the file has no head: one output that is always 0 replaces it")
+        leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in zeros.items()}
+        notes.append(f"{head.missing}: one output that is always 0 replaces it")
     if placed:
         notes.append(
             f"{placed} norms have no running statistics: measure them with training.recalibrate"
@@ -166,9 +167,10 @@ def load(
         class_names=metadata.class_names,
         task=metadata.task,
         notes=(
-            *(*arrived, *file.notes, *done, *notes, *metadata.notes),
+            *(*arrived, *file.notes, *head.notes, *done, *notes, *metadata.notes),
             *assumptions(file, metadata.config, chosen, model, name),
         ),
+        no_head=head.missing,
     )
 
 
@@ -189,6 +191,15 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
             f"{locations.HUB_PREFIX}organization/name and https://"
         )
     return text, Path(text), []
+
+
+def _shapes(table: key_map.Table, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the leaves whose keys the table knows."""
+    return dict(
+        found
+        for key, array in arrays.items()
+        if (found := key_map.leaf_of(table, key, array.shape)) is not None
+    )
 
 
 def _no_resnet(file: detect.Tensors, asked: str | None) -> str:

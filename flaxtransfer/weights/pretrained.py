@@ -51,6 +51,7 @@ class Pretrained:
         class_names: a name per output of the head; None if unknown.
         task: what the outputs of the head mean; one class per image where no file says it.
         notes: what was changed or assumed (conversions, prefixes, preprocessing).
+        no_head: why the head is one output that is always 0; "" for a head from the file.
 
     Raises:
         ValueError: class names or preprocessing that do not fit the config.
@@ -65,6 +66,7 @@ class Pretrained:
     class_names: tuple[str, ...] | None = None
     task: Task = SINGLE_LABEL
     notes: tuple[str, ...] = ()
+    no_head: str = ""
 
     def __post_init__(self) -> None:
         if self.class_names is not None:

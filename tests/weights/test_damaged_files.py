@@ -141,27 +141,6 @@ def test_a_source_that_is_no_path(source, text):
         load(source)
 
 
-@pytest.mark.parametrize(
-    ("content", "weights", "note"),
-    [
-        ({"state_dict": {"a": 1}, "epoch": 3}, {"a": 1}, "'state_dict'"),
-        ({"model": {"a": 1}}, {"a": 1}, "'model'"),
-        ({"model": {"state_dict": {"a": 1}}}, {"a": 1}, "'state_dict'"),
-        (
-            {"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}},
-            {"a": 2},
-            "'state_dict_ema' (not those under 'state_dict')",
-        ),
-        ({"model": {"a": 1}, "model_ema": {"a": 2}}, {"a": 2}, "(not those under 'model')"),
-        ({"model": 5, "a": 1}, {"model": 5, "a": 1}, ""),
-    ],
-)
-def test_wrappers_of_training_scripts(content, weights, note):
-    found, notes = torch_file.unwrap(content)
-    assert found == weights
-    assert note in " ".join(notes)
-
-
 def test_a_file_that_is_no_mapping_is_refused():
     with pytest.raises(ValueError, match="must hold tensors by name, got a list"):
-        torch_file.unwrap([1, 2])
+        torch_file.tensors([1, 2])

@@ -43,13 +43,14 @@ def refusal(path, **settings):
         ("conv_stem.weight bn1.weight blocks.0.0.se.conv_reduce.weight", "an EfficientNet"),
         ("features.0.0.weight features.1.0.block.0.0.weight", "an EfficientNet"),
         ("stem.conv.weight s1.b1.conv1.conv.weight", "a RegNet"),
+        ("encoder.stages.0.layers.0.layer.2.attention.0.weight", "a RegNet"),
         ("features.conv0.weight features.denseblock1.denselayer1.conv1.weight", "a DenseNet"),
         ("conv_stem.weight bn1.weight blocks.0.0.conv_dw.weight conv_head.bias", "a MobileNet"),
         ("features.0.0.weight features.1.conv.0.0.weight", "a MobileNet"),
         ("conv1.weight bn1.weight layer1.0.conv1.paths.0.conv.weight fc.weight", "an SKResNet"),
         ("conv1.weight bn1.weight layer1.0.convs.0.weight fc.weight", "a Res2Net"),
         ("conv1.0.weight layer1.0.conv2.conv.weight layer1.0.conv2.fc1.weight", "a ResNeSt"),
-        ("backbone.body.layer1.0.conv1.weight rpn.head.conv.0.0.weight", "a detection model"),
+        ("rpn.head.conv.0.0.weight roi_heads.box_head.fc6.weight", "a detection model"),
         ("features.0.weight classifier.4.weight", "a VGG"),
     ],
 )
@@ -84,10 +85,11 @@ def test_videos_have_kernels_with_five_axes(write):
     assert "a three-dimensional ResNet" in refusal(write({"layer1.0.conv1.0.weight": kernel}))
 
 
-def test_the_part_that_can_be_taken_is_named(write):
-    one = np.zeros((1, 1, 1, 1), np.float32)
+def test_the_part_that_can_be_taken_is_named():
     keys = ("backbone.body.layer1.0.conv1.weight", "roi_heads.box_predictor.bbox_pred.weight")
-    assert "its part under 'backbone.body.' is a ResNet" in refusal(write(dict.fromkeys(keys, one)))
+    text = family_text(dict.fromkeys(keys, np.zeros((1, 1, 1, 1))), {})
+    assert "holds a detection model" in text
+    assert "its part under 'backbone.body.' is a ResNet" in text
 
 
 @pytest.mark.parametrize("config", ["resnet", "resnet50", "se_resnext50", ""])

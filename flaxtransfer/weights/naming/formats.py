@@ -1,15 +1,21 @@
-"""Weight formats: one table row per naming, and the properties that a table cannot state."""
+"""Weight formats: one table row per naming, and the properties that a table cannot state.
+
+A user's head has any name and any number of layers. ``with_head`` gives it the name of the format
+where it is one linear map, and leaves it out elsewhere.
+"""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.paths import shortened
 from flaxtransfer.weights.naming import huggingface, keras, key_map, native, timm, torchvision
 from flaxtransfer.weights.preprocessing import Preprocessing
 
-__all__ = ["FORMATS", "Format", "detect_naming"]
+__all__ = ["FORMATS", "Format", "Head", "detect_naming", "with_head"]
 
 
 Arrays = Mapping[str, np.ndarray]
@@ -88,3 +94,129 @@ def _statistic_of(leaf: str) -> str | None:
     if not leaf.endswith("/scale") or "/gn" in leaf:
         return None
     return leaf.replace("params/", "batch_stats/").removesuffix("scale") + "mean"
+
+
+_HEAD = re.compile(
+    r"(?i)(\w+_)?(fc|head|heads|classifier|cls|linear|logits?|out|output|dense|top|mlp|"
+    r"projector|projection|predictor|prototypes)\d*(_\w+)?"
+)
+_PROJECTION = re.compile(r"(?i)(.*_)?(projector|projection|predictor|prototypes|contrastive)(_.*)?")
+_NO_LAYER = re.compile(r"(?i)(.*_)?(loss|criterion|metrics?|mean|std|n_averaged|queue)(_.*)?\d*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The arrays of a file with its head under the format's keys, or without one.
+
+    Args:
+        arrays: of the network, by key.
+        missing: why there is no head; "" if there is one.
+        notes: where the head was found, and what was left out.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    missing: str
+    notes: tuple[str, ...]
+
+
+def with_head(
+    table: key_map.Table, arrays: Arrays, beside: Arrays, features: int, place: Collection[str] = ()
+) -> Head:
+    """Finds the head: the only layer that is no part of the body, if it is one linear map.
+
+    Dropout has no arrays and does nothing at inference, so ``fc.1`` behind it is a linear map. A
+    head that is left out stops no load.
+
+    Args:
+        table: the naming of the body.
+        arrays: of the network; groups that are neither body nor head stay, to be refused by name.
+        beside: arrays around the network, as of ``self.backbone = resnet50()``.
+        features: inputs of a linear head.
+        place: names that lead to the network; some say that no classifier follows.
+
+    >>> from flaxtransfer.weights.naming import torchvision
+    >>> head = with_head(torchvision.TABLE, {"fc.1.weight": np.ones((3, 8))}, {}, 8)
+    >>> [(key, array.shape) for key, array in head.arrays.items()], head.notes[0]
+    ([('fc.weight', (3, 8)), ('fc.bias', (3,))], "the head is the linear layer 'fc.1'")
+    """
+    rules = {rule.leaf: rule for rule in table if rule.leaf.startswith("params/fc/")}
+    kernel, bias = rules["params/fc/kernel"], rules["params/fc/bias"]
+    if "/" in kernel.key:
+        # These projects' own names; a user's layers are not written beside them.
+        has_head = any(rule.key in arrays for rule in (kernel, bias))
+        return Head(arrays, "" if has_head else _NONE, ())
+    body = {
+        key
+        for key, array in arrays.items()
+        if (found := key_map.leaf_of(table, key, array.shape)) and "/fc/" not in found[0]
+    }
+    rooms = {key.split(".")[0] for key in body}
+    inside = _groups({k: a for k, a in arrays.items() if k.split(".")[0] not in rooms})
+    inside = {name: group for name, group in inside.items() if _is_head(name, group, features)}
+    outside = _groups(beside)
+    kept = {key: a for key, a in arrays.items() if key.split(".")[0] not in inside}
+    groups = [*inside.items(), *outside.items()]
+    layers = [
+        (name, group)
+        for name, group in groups
+        if not _PROJECTION.fullmatch(name) and not _NO_LAYER.fullmatch(name)
+    ]
+    missing, notes = _NONE, []
+    named = shortened(", ".join(sorted({name for name, _ in layers})), 150)
+    if layers and not native.SELF_SUPERVISED.isdisjoint(place):
+        missing = f"{named} follows an encoder of self-supervised training and is no classifier"
+    elif len(layers) > 1:
+        missing = f"the head is not one linear map, but has the parts {named}"
+    elif layers:
+        ((_, group),) = layers
+        linear = _linear(group, features)
+        if isinstance(linear, str):
+            missing = f"the head {named} is not one linear map: {linear}"
+        else:
+            module, weight, added = linear
+            missing = ""
+            kept[kernel.key] = kernel.to_key(weight.T)
+            kept[bias.key] = np.zeros(len(weight), np.float32) if added is None else added
+            if f"{module}.weight" != kernel.key:
+                notes.append(f"the head is the linear layer {module!r}")
+            if added is None:
+                notes.append("the head has no bias: zeros replace it")
+    used = [] if missing else [group for _, group in layers]
+    left_out = sorted({name for name, group in groups if not any(group is u for u in used)})
+    if left_out:
+        notes.append(f"left out: {shortened(', '.join(left_out), 200)}")
+    return Head(kept, missing, tuple(notes))
+
+
+_NONE = "the file has no head"
+
+
+def _groups(arrays: Arrays) -> dict[str, dict[str, np.ndarray]]:
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        groups.setdefault(key.split(".")[0], {})[key] = array
+    return groups
+
+
+def _is_head(name: str, group: Arrays, features: int) -> bool:
+    """Whether layers beside the body take its features, or are called like a head."""
+    takes = any(key.endswith(".weight") and a.shape[1:] == (features,) for key, a in group.items())
+    return takes or _HEAD.fullmatch(name) is not None
+
+
+def _linear(group: Arrays, features: int) -> tuple[str, np.ndarray, np.ndarray | None] | str:
+    """Name, kernel and bias of the only linear layer of a group, or why it is none."""
+    modules = sorted({key.rpartition(".")[0] for key in group})
+    if len(modules) > 1:
+        return f"it has the layers {shortened(', '.join(modules), 100)}"
+    (module,) = modules
+    weight, bias = group.get(f"{module}.weight"), group.get(f"{module}.bias")
+    others = [key for key in group if key not in (f"{module}.weight", f"{module}.bias")]
+    if weight is None or others:
+        return f"it has {shortened(', '.join(others or group), 100)}"
+    # A convolution of 1x1 pixels and the average over pixels can change places.
+    if weight.ndim < 2 or weight.shape[1:] not in ((features,), (features, 1, 1)):
+        return f"{module}.weight must be [classes, {features}], got {list(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"{module}.bias must be {list(weight.shape[:1])}, got {list(bias.shape)}"
+    return module, weight.reshape(weight.shape[:2]), bias

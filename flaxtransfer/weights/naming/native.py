@@ -1,18 +1,24 @@
-"""Keys of this package, and encoders inside self-supervised training states.
+"""Keys of this package, and the network among the keys of a file.
 
-MoCo stores two encoders and a queue; DINO a student and a teacher; SimCLR, BYOL, SwAV, Barlow Twins
-and VICReg a backbone with a projector. Only the encoder is kept, and a note lists what is omitted.
+Training scripts store a network under any name, beside averages, teachers, optimizers and heads,
+and wrappers put names of their own into its keys. ``find`` looks for the first convolution of the
+first block, whose key each project spells in its own way. What stands before it is the place of the
+network. MoCo stores two encoders and a queue; DINO a student and a teacher; SimCLR, BYOL, SwAV,
+Barlow Twins and VICReg a backbone with a projector: rules say which of several networks is meant.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
+from flaxtransfer.paths import listing, shortened, suggest
 from flaxtransfer.weights.naming import timm
 from flaxtransfer.weights.naming.key_map import Rule, Table
 
-__all__ = ["PREFIXES", "TABLE", "encoder_of", "prepared"]
+__all__ = ["SELF_SUPERVISED", "TABLE", "WRAPPERS", "Found", "find", "prepared"]
 
 
 _LEAVES = dict.fromkeys(
@@ -65,41 +71,326 @@ seed, step"])
     return kept | averages, [note for note in (text, averaged) if note]
 
 
-PREFIXES = (
-    "encoder_q.",  # MoCo, the encoder that learns
-    "base_encoder.",  # MoCo v3
-    "online_encoder.",  # BYOL
-    "backbone.",  # DINO, SwAV, Barlow Twins, VICReg
-    "encoder.",  # SimCLR
-    "encoder_k.",
-    "momentum_encoder.",
+WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_checkpoint_wrapped_module",
 )
-"""Prefixes of the keys of an encoder; the first one that is present is used."""
+"""Names that data parallelism, compilation, sharding and checkpointing put into keys."""
 
-_FIRST = ("conv1.weight", "conv1.0.weight", "stem.conv.weight")
-_HEADS = ("fc.", "head.", "projector.", "projection_head.", "contrastive_head.")
+_W = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
 
 
-def encoder_of(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of the encoder without their prefix, and notes; other files unchanged.
+def _anchor(*names: str) -> str:
+    return rf"\.{_W}".join(map(re.escape, names))
 
-    >>> keys = ["encoder_q.conv1.weight", "encoder_q.fc.0.weight", "encoder_k.conv1.weight"]
-    >>> encoder_of(dict.fromkeys(keys, 0))[0]
-    {'conv1.weight': 0}
+
+_PLACES = (
+    _anchor("layer1", "0", "conv1", ""),
+    _anchor("stages", "0", "blocks", "0", "conv1", ""),
+    rf"(?:resnet\.{_W})?"
+    + _anchor("encoder", "stages", "0", "layers", "0", "layer", "0", "convolution", ""),
+    # The stages of nn.Sequential(*network.children()), of which each has a first block.
+    rf"(?P<stage>\d{{1,3}})\.{_W}" + _anchor("0", "conv1", ""),
+)
+_ANCHOR = re.compile(rf"(|.*?[./])(?:{'|'.join(_PLACES)})(?:weight|parametrizations\.)[^/]*")
+_WRAPPER = re.compile(rf"(?:^|(?<=\.))({'|'.join(WRAPPERS)})\.")
+
+_AVERAGE = re.compile(r"(?i)(^|.*_)(ema|swa|avg|averaged?|shadow)(_.*|\d*)$")
+_RIVALS = (
+    ("encoder_q", "encoder_k"),  # MoCo: the encoder that learns
+    ("base_encoder", "momentum_encoder"),  # MoCo v3
+    ("online_encoder", "target_encoder"),  # BYOL
+    ("teacher", "student"),  # DINO: the teacher is an average
+)
+"""Names in self-supervised training, the preferred one first."""
+
+SELF_SUPERVISED = frozenset(name for pair in _RIVALS[:3] for name in pair)
+"""Names of encoders that are trained without labels: what follows them is no classifier."""
+
+_STUBS = re.compile(
+    r"(.*\.)?(parametrizations\..*|weight_(orig|mask|g|v)|weight_fake_quant\..*|"
+    r"activation_post_process\..*|_packed_params.*|zero_point)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The network in a file.
+
+    Args:
+        keys: the key of each of its arrays, by the file's key.
+        beside: the key of each array that stands around it, by the file's key; a head may be there.
+        place: the names that lead to the network, without those of wrappers.
+        notes: where it was found, and what was left out.
     """
-    if any(key in arrays for key in _FIRST):
-        return dict(arrays), []
-    for prefix in PREFIXES:
-        if any(prefix + key in arrays for key in _FIRST):
-            break
-    else:
-        return dict(arrays), []
-    own = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
-    encoder = {key: array for key, array in own.items() if not key.startswith(_HEADS)}
-    others = sorted({key.split(".")[0] for key in arrays if not key.startswith(prefix)})
-    heads = sorted({key.split(".")[0] for key in own if key not in encoder})
-    left_out = [*others, *(prefix + name for name in heads)]
-    return encoder, [
-        f"the network is under {prefix!r}"
-        + (f"; left out: {', '.join(left_out)}" if left_out else "")
+
+    keys: Mapping[str, str]
+    beside: Mapping[str, str]
+    place: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def find(
+    arrays: Mapping[str, Any],
+    key: str | None = None,
+    same: Callable[[Any, Any], bool] = np.array_equal,
+) -> Found:
+    """Finds the network among the keys of a file; all keys where none is recognized.
+
+    Args:
+        arrays: anything with a shape, by key; "/" separates containers, "." modules.
+        key: the place of the network, where the file holds several; None goes by rules.
+        same: whether two of the arrays hold the same numbers.
+
+    Raises:
+        ValueError: several networks and no rule, with their places; an unknown ``key``; layers in
+            the form that parametrizations and quantization leave; or keys that become equal.
+
+    >>> keys = ["state_dict/net.layer1.0.conv1.weight", "state_dict/head.weight", "optimizer/0"]
+    >>> found = find(dict.fromkeys(keys, np.zeros(1)))
+    >>> list(found.keys.values()), list(found.beside.values())
+    (['layer1.0.conv1.weight'], ['head.weight'])
+    """
+    stages: dict[str, set[str | None]] = {}
+    for name in arrays:
+        # The pattern is slow, and most keys are others.
+        if ("conv1." in name or "convolution." in name) and (found := _ANCHOR.fullmatch(name)):
+            stages.setdefault(found[1], set()).add(found["stage"])
+    places = [place for place, numbers in stages.items() if None in numbers or len(numbers) == 4]
+    if not places:
+        return _subtree(arrays, key)
+    networks = {place: _own(arrays, place, places) for place in places}
+    place, notes = _chosen(arrays, networks, key, same)
+    keys = networks[place]
+    container = place[: place.rfind("/") + 1]
+    inner = place.removeprefix(container)
+    others = [other for other in places if other != place]
+    beside: dict[str, str] = {}
+    left_out: list[str] = []
+    for name in arrays:
+        if name in keys:
+            continue
+        path = name.removeprefix(container)
+        if not name.startswith(container) or "/" in path:
+            left_out.append(name.split("/")[0])
+            continue
+        short = _plain(path)
+        ahead, rest = _plain(inner).split("."), short.split(".")
+        while len(rest) > 1 and ahead and rest[0] == ahead[0]:
+            ahead, rest = ahead[1:], rest[1:]
+        if any(name.startswith(other) for other in others if other not in container):
+            left_out.append(rest[0])
+        else:
+            beside[name] = ".".join(rest)
+    stub = next((name for name in keys.values() if _STUBS.fullmatch(name)), None)
+    if stub is not None:
+        raise ValueError(
+            f"its layers must be plain, got {shortened(stub, 100)!r}, which a parametrization, a "
+            "pruning mask or quantization leaves; remove it in torch (parametrize."
+            "remove_parametrizations, prune.remove, the float network) and save the weights again"
+        )
+    named = tuple(name for name in re.split(r"[./]", _plain(inner)) if name)
+    notes = [*_said(arrays, place, keys), *notes]
+    named = (*filter(None, container.split("/")), *named)
+    return Found(keys, beside, named, (*notes, *_left_out(left_out)))
+
+
+def _left_out(names: list[str]) -> list[str]:
+    text = shortened(", ".join(sorted(set(names))), 200)
+    return [f"beside the network, left out: {text}"] if names else []
+
+
+def _plain(path: str) -> str:
+    return _WRAPPER.sub("", path)
+
+
+def _own(arrays: Mapping[str, Any], place: str, places: list[str]) -> dict[str, str]:
+    """The keys of the network at a place, without the names of wrappers."""
+    inner = [other for other in places if other.startswith(place) and other != place]
+    keys: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in arrays:
+        path = name[len(place) :]
+        if not name.startswith(place) or "/" in path or any(map(name.startswith, inner)):
+            continue
+        short = _plain(path)
+        # Hugging Face's network without a head has no "resnet." before its keys.
+        if short.startswith(("embedder.embedder.", "encoder.stages.")):
+            short = f"resnet.{short}"
+        if short in taken:
+            raise ValueError(f"two keys become {short!r} after the names of wrappers are removed")
+        taken.add(short)
+        keys[name] = short
+    numbered = _numbered({short: arrays[name].shape for name, short in keys.items()})
+    return {name: _renamed(short, numbered) for name, short in keys.items()}
+
+
+def _numbered(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names of the layers of a sequence, by their numbers; empty for other networks.
+
+    >>> stages = {f"{n}.0.conv1.weight": (4, 4, 3, 3) for n in (4, 5, 6, 7)}
+    >>> _numbered({"0.weight": (4, 3, 7, 7), "1.weight": (4,), **stages})
+    {'4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4', '0': 'conv1', '1': 'bn1'}
+    """
+    stages = sorted(
+        int(found[1])
+        for key in shapes
+        if (found := re.fullmatch(r"(\d{1,3})\.0\.conv1\.weight", key))
+    )
+    names = {str(number): f"layer{stage}" for stage, number in enumerate(stages, 1)}
+    if len(names) != 4:
+        return {}
+    for number in range(stages[0]):
+        ranks = {len(shape) for key, shape in shapes.items() if key.startswith(f"{number}.")}
+        name = "conv1" if 4 in ranks else "bn1"
+        if ranks and name not in names.values():
+            names[str(number)] = name
+    return names
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    first, dot, rest = key.partition(".")
+    return names.get(first, first) + dot + rest
+
+
+def _chosen(
+    arrays: Mapping[str, Any],
+    networks: Mapping[str, dict[str, str]],
+    key: str | None,
+    same: Callable[[Any, Any], bool],
+) -> tuple[str, list[str]]:
+    """The place of the network that is meant, and a note where there are several."""
+    places = list(networks)
+    if key is not None:
+        wanted = _spelled(key)
+        fitting = [place for place in places if f"{_spelled(place)}.".startswith(f"{wanted}.")]
+        exact = [place for place in places if _spelled(place) == wanted]
+        if not fitting:
+            known, given = [_shown(place) for place in places], shortened(key, 60)
+            raise ValueError(
+                f"`key` (--weights-key) must be a place of a network in the file "
+                f"({_listed(places)}), got {given!r}{suggest(given, known)}"
+            )
+        places = exact or fitting
+    shapes = {
+        place: {(short, arrays[name].shape) for name, short in networks[place].items()}
+        for place in places
+    }
+    # The state of an optimizer, by name, has no running statistics.
+    whole = [
+        place
+        for place in places
+        if _averaged(place)
+        or any(short.endswith("running_var") for short, _ in shapes[place])
+        or not any(shapes[place] < shapes[other] for other in places)
     ]
+    distinct: list[str] = []
+    for place in whole:
+        if not any(_equal(arrays, networks[place], networks[q], same) for q in distinct):
+            distinct.append(place)
+    place = distinct[0] if len(distinct) == 1 else _preferred(distinct, shapes)
+    others = [other for other in places if other != place]
+    if key is not None or not others:
+        return place, []
+    return place, [f"the file holds several networks; not those under {_listed(others)}"]
+
+
+def _preferred(places: list[str], shapes: Mapping[str, set[Any]]) -> str:
+    """The average or the preferred of two rivals.
+
+    Raises:
+        ValueError: no rule says which network is meant.
+    """
+    averages = [place for place in places if _averaged(place)]
+    plain = [place for place in places if place not in averages]
+    if len(averages) == len(plain) == 1 and not shapes[averages[0]] < shapes[plain[0]]:
+        return averages[0]
+    if len(places) == 2:
+        for first, second in _RIVALS:
+            ours, theirs = ([p for p in places if name in _names(p)] for name in (first, second))
+            # A teacher with a classifier may be another network, not an average of the student.
+            classify = first == "teacher" and any(_classifies(shapes[p]) for p in places)
+            if len(ours) == len(theirs) == 1 and ours != theirs and not classify:
+                return ours[0]
+    raise ValueError(
+        f"`key` (--weights-key) must name one of {len(places)} networks, got none; their places: "
+        f"{_listed(places)}"
+    )
+
+
+def _classifies(shapes: set[Any]) -> bool:
+    return any(len(shape) == 2 for _, shape in shapes)
+
+
+def _equal(
+    arrays: Mapping[str, Any],
+    ours: dict[str, str],
+    theirs: dict[str, str],
+    same: Callable[[Any, Any], bool],
+) -> bool:
+    others = {short: name for name, short in theirs.items()}
+    return others.keys() == set(ours.values()) and all(
+        same(arrays[name], arrays[others[short]]) for name, short in ours.items()
+    )
+
+
+def _names(place: str) -> list[str]:
+    return [name for name in re.split(r"[./]", place) if name]
+
+
+def _averaged(place: str) -> bool:
+    return any(map(_AVERAGE.fullmatch, _names(place)))
+
+
+def _spelled(place: str) -> str:
+    return ".".join(_names(place))
+
+
+def _shown(place: str) -> str:
+    return place.rstrip("./") or "."
+
+
+def _listed(places: list[str]) -> str:
+    return shortened(", ".join(repr(_shown(place)) for place in places), 300)
+
+
+def _said(arrays: Mapping[str, Any], place: str, keys: Mapping[str, str]) -> list[str]:
+    """Notes on how the network was found."""
+    container, _, inner = place.rpartition("/")
+    notes = [f"the weights are those under {container!r}"] if container else []
+    removed: dict[str, str] = {}
+    for name in keys:
+        path = name[len(container) + bool(container) :]
+        for found in _WRAPPER.finditer(path):
+            start = _plain(path[: found.start()]) == ""
+            removed.setdefault(found[1], "the prefix " if start else "")
+    notes += [
+        f"{what}{wrapper + '.'!r} was removed from the keys" for wrapper, what in removed.items()
+    ]
+    plain = _plain(inner)
+    notes += [f"the network is under {plain!r}"] if plain else []
+    pairs = {
+        (_plain(name[len(place) :]).split(".")[0], short.split(".")[0])
+        for name, short in keys.items()
+    }
+    told = sorted((int(old), new) for old, new in pairs if old.isdigit() and old != new)
+    text = ", ".join(f"{number} as {name}" for number, name in told)
+    return notes + ([f"the layers have numbers: {text}"] if text else [])
+
+
+def _subtree(arrays: Mapping[str, Any], key: str | None) -> Found:
+    """The keys below ``key``, or all; no network was recognized."""
+    if key is None:
+        return Found({name: name for name in arrays}, {}, (), ())
+    below = f"{key.rstrip('./')}/"
+    keys = {name: name.removeprefix(below) for name in arrays if name.startswith(below)}
+    if not keys:
+        tops = {name.split("/")[0] for name in arrays}
+        raise ValueError(
+            f"`key` (--weights-key) must be a place in the file ({listing(sorted(tops))}), got "
+            f"{shortened(key, 60)!r}{suggest(shortened(key, 60), tops)}"
+        )
+    return Found(keys, {}, (key,), (f"the weights are those under {key!r}, as requested",))

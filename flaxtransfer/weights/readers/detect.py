@@ -1,17 +1,18 @@
 """Detect the container format of a weight file, and read its arrays by key.
 
-The content of a file decides, not its name. ``read_tensors`` also reads folders and removes the
-prefixes that data parallelism, compilation and self-supervised training put before the keys.
+The content of a file decides, not its name. ``read_tensors`` also reads folders and checkpoints in
+several files, and finds the network among the keys.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
 
-from flaxtransfer.files import check_regular
+from flaxtransfer.files import check_regular, read_json
 from flaxtransfer.paths import shortened, suggest
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import (
@@ -20,6 +21,7 @@ from flaxtransfer.weights.readers import (
     hdf5_file,
     safetensors_file,
     torch_file,
+    torch_pickle,
 )
 
 __all__ = [
@@ -30,7 +32,6 @@ __all__ = [
     "has_weights_name",
     "read_tensors",
     "recognize",
-    "strip",
 ]
 
 
@@ -42,11 +43,13 @@ class Container:
         text: the name for a person.
         suffixes: under which such files are published.
         read: converts the bytes of a file to arrays, metadata and notes.
+        nested: whether ``read`` also takes a function that says which arrays are wanted.
     """
 
     text: str
     suffixes: tuple[str, ...]
-    read: Callable[[bytes], tuple[dict[str, np.ndarray], dict[str, str], list[str]]]
+    read: Callable[..., tuple[dict[str, np.ndarray], dict[str, str], list[str]]]
+    nested: bool = False
 
 
 CONTAINERS: dict[str, Container] = {
@@ -54,7 +57,10 @@ CONTAINERS: dict[str, Container] = {
         "a safetensors file", (".safetensors",), safetensors_file.read_safetensors
     ),
     "torch": Container(
-        "a file of torch.save", (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), torch_file.read_torch
+        "a file of torch.save",
+        (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"),
+        torch_file.read_torch,
+        nested=True,
     ),
     "npz": Container("an archive of numpy's", (".npz",), archives.read_npz),
     "hdf5": Container("an HDF5 file", (".h5", ".hdf5"), hdf5_file.read_hdf5),
@@ -166,8 +172,22 @@ def _kind_of_archive(names: list[str]) -> str:
     )
 
 
-IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
-PREFIXES = ("module.", "_orig_mod.")
+INDEX = ".index.json"
+"""End of the name of a file that says in which files the arrays are."""
+
+IN_A_FOLDER = (
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+    "flax_model.msgpack",
+)
+_PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
+_COUNTED = re.compile(
+    r"(?i)(?<![a-z])(epoch|ep|steps?|iter|iteration|checkpoint|ckpt|model)[-_=]?(\d+)(?![a-z])"
+)
+_PART_NAME = re.compile(r"(?!\.)[\w.+ -]+")
+_BEST = re.compile(r"(?i)(?<![a-z])best(?![a-z])")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,6 +200,8 @@ class Tensors:
         metadata: text by name, as in a safetensors header.
         sha256: of the bytes, in hexadecimal.
         notes: what was removed or converted.
+        beside: arrays around the network, by key; its head may be there.
+        place: the names in the file that lead to the network.
     """
 
     path: Path
@@ -187,35 +209,73 @@ class Tensors:
     metadata: Mapping[str, str]
     sha256: str
     notes: tuple[str, ...]
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    place: tuple[str, ...] = ()
 
 
-def read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path, key: str | None = None) -> Tensors:
     """Reads a weight file or folder once, with the checksum of the bytes that were read.
 
     Args:
-        path: a file, a folder with one (Hugging Face's layout), or a folder of orbax.
+        path: a file, the index of several, a folder with one of them (Hugging Face's layout), or
+            a folder of orbax.
+        key: the place of the network in it; None goes by the rules of ``native.find``.
 
     Raises:
         FileNotFoundError: the file does not exist; the text names the nearest in the folder.
-        ValueError: a file that is empty, damaged, unsafe or of another kind.
+        ValueError: a file that is empty, damaged, unsafe or of another kind; or several networks
+            of which ``key`` must name one.
     """
-    path = _found(path)
+    path, chosen = _found(path)
+    search = _Search(key)
     try:
-        arrays, metadata, sha256, told = _folder(path) if path.is_dir() else _file(path)
+        if path.is_dir():
+            read = _folder(path)
+        elif path.name.endswith(INDEX):
+            read = _parts(path)
+        else:
+            read = _file(path, search.wanted)
+        arrays, metadata, sha256, told = read
+        found = search.found or native.find(arrays, key)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     if not arrays:
         raise ValueError(f"{path} holds no arrays")
-    arrays, removed = strip(arrays)
-    prefixes = [f"the prefix {prefix!r} was removed from the keys" for prefix in removed]
-    arrays, left_out = native.encoder_of(arrays)
-    return Tensors(path, arrays, metadata, sha256, (*told, *prefixes, *left_out))
+    return Tensors(
+        path,
+        {short: arrays[name] for name, short in found.keys.items()},
+        metadata,
+        sha256,
+        (*chosen, *told, *found.notes),
+        {short: arrays[name] for name, short in found.beside.items()},
+        found.place,
+    )
+
+
+class _Search:
+    """Finds the network before any array is read."""
+
+    def __init__(self, key: str | None) -> None:
+        self.key = key
+        self.found: native.Found | None = None
+
+    def wanted(self, tensors: Mapping[str, torch_pickle.Tensor]) -> list[str]:
+        """The names of the network's tensors and of those around it."""
+        try:
+            self.found = native.find(tensors, self.key, _alike)
+        except ValueError as error:
+            raise torch_file.Undamaged(str(error)) from error
+        return [*self.found.keys, *self.found.beside]
+
+
+def _alike(ours: torch_pickle.Tensor, theirs: torch_pickle.Tensor) -> bool:
+    return dataclasses.astuple(ours) == dataclasses.astuple(theirs)
 
 
 _Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
 
 
-def _file(path: Path) -> _Read:
+def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
     check_regular(path)
     try:
         data = path.read_bytes()
@@ -223,8 +283,51 @@ def _file(path: Path) -> _Read:
         size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
     container, named = recognize(data, path.name)
-    arrays, metadata, notes = container.read(data)
+    more = (wanted,) if container.nested else ()
+    arrays, metadata, notes = container.read(data, *more)
     return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
+
+
+def _parts(index: Path) -> _Read:
+    """Reads the files that an index names; the checksum is that of their checksums, in order."""
+    check_regular(index)
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not places
+        or not isinstance(places, dict)
+        or not all(isinstance(p, str) for p in places.values())
+    ):
+        raise ValueError("an index must have a weight_map with the file of each array")
+    names = sorted(set(places.values()))
+    strange = [name for name in names if not _PART_NAME.fullmatch(name)]
+    if strange:
+        raise ValueError(
+            f"an index must name files in its own folder, got {shortened(repr(strange[0]), 100)}"
+        )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index} needs {len(names)} files, and {len(missing)} of them are not in the folder: "
+            f"{shortened(', '.join(missing), 300)}"
+        )
+    arrays: dict[str, np.ndarray] = {}
+    metadata: dict[str, str] = {}
+    checksum = hashlib.sha256()
+    notes = [f"read from {len(names)} files"]
+    for name in names:
+        held, more, sha256, told = _file(index.parent / name)
+        expected = {key for key, place in places.items() if place == name}
+        if odd := sorted(expected ^ held.keys()):
+            raise ValueError(
+                f"{name} must hold what the index says, but {len(odd)} keys differ: "
+                f"{shortened(', '.join(odd), 200)}"
+            )
+        arrays |= held
+        metadata |= more
+        notes += [note for note in told if note not in notes]
+        checksum.update(bytes.fromhex(sha256))
+    return arrays, metadata, checksum.hexdigest(), notes
 
 
 def _folder(path: Path) -> _Read:
@@ -246,39 +349,25 @@ def _folder(path: Path) -> _Read:
     return arrays, metadata, checksum.hexdigest(), notes
 
 
-def strip(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Removes the prefixes that data parallelism and compilation put before each key.
-
-    Raises:
-        ValueError: two keys become equal.
-
-    >>> strip({"module._orig_mod.fc.bias": 0})
-    ({'fc.bias': 0}, ['module.', '_orig_mod.'])
-    """
-    stripped: dict[str, np.ndarray] = {}
-    removed: list[str] = []
-    for key, array in arrays.items():
-        short = key
-        while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
-            short = short.removeprefix(prefix)
-            removed += [] if prefix in removed else [prefix]
-        if short in stripped:
-            raise ValueError(f"two keys become {short!r} after the prefixes {removed} are removed")
-        stripped[short] = array
-    return stripped, removed
-
-
-def _found(path: Path) -> Path:
+def _found(path: Path) -> tuple[Path, list[str]]:
+    """The file that a path means, and a note where a folder holds several."""
     if path.is_dir():
         files = _weights_in(path)
         if not files:
-            return path
+            return _in_steps(path)
         preferred = [name for name in IN_A_FOLDER if name in files] or files
-        if len(preferred) != 1 and preferred[:1] != [IN_A_FOLDER[0]]:
+        # Other programs keep old formats beside safetensors.
+        if preferred[0] in IN_A_FOLDER[:2]:
+            return path / preferred[0], []
+        if len(preferred) == 1:
+            return path / preferred[0], []
+        name, why = _outstanding(preferred)
+        if name is None:
             raise FileNotFoundError(
-                f"the folder {path} holds {len(files)} checkpoints, name one: {', '.join(files)}"
+                f"the folder {path} holds {len(files)} checkpoints, name one: "
+                f"{shortened(', '.join(files), 400)}"
             )
-        return path / preferred[0]
+        return path / name, [f"{name} is {why} of {len(files)} checkpoints in the folder, by name"]
     if not path.exists():
         folder = path.parent
         if not folder.is_dir():
@@ -289,8 +378,64 @@ def _found(path: Path) -> Path:
             f"no file {path.name!r} in {folder.resolve()}"
             + (nearest or f"; checkpoints there: {', '.join(_weights_in(folder)) or 'none'}")
         )
-    return path
+    part = _PART.fullmatch(path.name)
+    if part and int(part[3]) > 1:
+        index = f"{part[1]}{part[4]}{INDEX}"
+        raise ValueError(
+            f"{path} must be a whole checkpoint, got one of {int(part[3])} parts"
+            + (f"; did you mean {index!r}?" if path.with_name(index).is_file() else "")
+        )
+    return path, []
+
+
+def _in_steps(folder: Path) -> tuple[Path, list[str]]:
+    """The newest of the folders of steps, such as "checkpoint-500"; the folder if it has none."""
+    steps = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and _COUNTED.fullmatch(entry.name) and _weights_in(entry)
+    ]
+    if not steps:
+        return folder, []
+    name = max(steps, key=lambda step: [int(count) for _, count in _COUNTED.findall(step)])
+    path, notes = _found(folder / name)
+    return path, [f"{name} is the newest of {len(steps)} steps in the folder, by name", *notes]
+
+
+def _outstanding(names: Sequence[str]) -> tuple[str | None, str]:
+    """The best or the newest of several checkpoints by their names; None if no name says it.
+
+    >>> _outstanding(["last.pth.tar", "model_best.pth.tar"])
+    ('model_best.pth.tar', 'the best')
+    >>> _outstanding(["epoch=9-step=90.ckpt", "epoch=10-step=100.ckpt"])
+    ('epoch=10-step=100.ckpt', 'the newest')
+    >>> _outstanding(["resnet18.pth", "resnet50.pth"])
+    (None, '')
+    """
+    best = [name for name in names if _BEST.search(name)]
+    if len(best) == 1:
+        return best[0], "the best"
+    names = best or names
+    counts = {name: [int(count) for _, count in _COUNTED.findall(name)] for name in names}
+    alike = {re.sub(r"\d+(\.\d+)?", "#", name) for name in names}
+    if len(alike) > 1 or not all(counts.values()):
+        return None, ""
+    newest = max(names, key=lambda name: counts[name])
+    return newest, "the newest"
 
 
 def _weights_in(folder: Path) -> list[str]:
-    return sorted(e.name for e in folder.iterdir() if has_weights_name(e.name))
+    """The names of checkpoints in a folder; the parts of one with an index are left out."""
+    names = [entry.name for entry in folder.iterdir()]
+    indices = [
+        name
+        for name in names
+        if name.removesuffix(INDEX).endswith(SUFFIXES) and name.endswith(INDEX)
+    ]
+    whole = {name.removesuffix(INDEX) for name in indices}
+    files = [
+        name
+        for name in filter(has_weights_name, names)
+        if not ((part := _PART.fullmatch(name)) and f"{part[1]}{part[4]}" in whole)
+    ]
+    return sorted([*files, *indices])

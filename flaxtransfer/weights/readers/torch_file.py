@@ -10,7 +10,7 @@ Reference: PyTorch contributors, "torch/serialization.py", 2016-.
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +18,13 @@ import numpy as np
 
 from flaxtransfer.paths import shortened
 from flaxtransfer.weights.readers import archives, torch_pickle
-from flaxtransfer.weights.readers.torch_pickle import Foreign, Refused, Storage, Tensor
+from flaxtransfer.weights.readers.torch_pickle import NOT_DENSE, Foreign, Refused, Storage, Tensor
 
-__all__ = ["read_torch", "unwrap"]
+__all__ = ["Choice", "Undamaged", "read_torch", "tensors"]
 
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student")
-"""Keys under which training scripts store weights, best first: averages before raw weights."""
-
-_DEEPEST = 8
+_DEEPEST = 16
+_LONGEST = 500
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DAMAGED = "it is truncated, damaged or not a torch checkpoint: "
 
@@ -41,25 +39,45 @@ class _Content:
     notes: tuple[str, ...] = ()
 
 
-def read_torch(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+Choice = Callable[[Mapping[str, Tensor]], Collection[str]]
+"""Says by which of these names arrays are wanted."""
+
+
+def read_torch(
+    data: bytes, choose: Choice = list
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the bytes of a torch file: arrays, no metadata, and notes.
+
+    Containers in containers give names such as "state_dict/model.conv1.weight".
+
+    Args:
+        data: the bytes of the file.
+        choose: says which tensors are wanted; only their storages are read.
 
     Raises:
         ValueError: a file that would run code, is damaged, or does not hold named tensors.
     """
     try:
         with _zipped(data) if data.startswith(b"PK") else _streamed(data) as content:
-            weights, notes = unwrap(content.value)
-            _require_tensors(weights)
+            named = tensors(content.value)
+            sound = {name: each for name, each in named.items() if isinstance(each, Tensor)}
+            wanted = choose(sound)
+            # A tensor that is not dense is refused where its neighbors are wanted.
+            near = {name.rpartition("/")[0] for name in wanted}
+            dense = [n for n in named if n in sound or n.rpartition("/")[0] not in near]
+            if len(dense) < len(named):
+                odd = [f"{name[:80]} ({NOT_DENSE})" for name in named if name not in dense]
+                raise Undamaged(f"it holds other things than tensors by name: {', '.join(odd[:5])}")
+            weights = {name: sound[name] for name in wanted}
             room = archives.most(len(data))
             unfolded = sum(math.prod(t.shape) * t.dtype.itemsize for t in weights.values())
             if unfolded > room:
-                raise _Whole(
+                raise Undamaged(
                     f"its tensors would unpack to {unfolded:,} bytes, which weights never do"
                 )
             arrays = {key: _array(tensor, content) for key, tensor in weights.items()}
-            return arrays, {}, [*content.notes, *notes]
-    except (_Whole, MemoryError):
+            return arrays, {}, list(content.notes)
+    except (Undamaged, MemoryError):
         raise
     except Refused as error:
         raise ValueError(_refusal(shortened(error.name))) from error
@@ -69,28 +87,49 @@ def read_torch(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list
         raise ValueError(_DAMAGED + shortened(reason, 300)) from error
 
 
-def unwrap(content: Any) -> tuple[Mapping[Any, Any], list[str]]:
-    """Finds the weights in what a training script saved, with a note on which were taken.
+def tensors(content: Any) -> dict[str, Tensor | Foreign]:
+    """All tensors with a name in what a training script saved, and marks of those not dense.
+
+    Names of containers are separated by "/". Other entries (epoch, options) are passed over. A
+    container that occurs twice is visited once.
 
     Raises:
-        ValueError: the content is not a mapping.
+        ValueError: no tensor has a name.
 
-    >>> unwrap({"epoch": 3, "model": {"fc.bias": 0}})
-    ({'fc.bias': 0}, ["the weights are those under 'model'"])
+    >>> fc = Tensor(Storage("0", np.dtype("f4"), 1), np.dtype("f4"), 0, (1,), (1,))
+    >>> list(tensors({"epoch": 3, "nets": [{"fc.bias": fc}], "args": Foreign("Namespace")}))
+    ['nets/0/fc.bias']
     """
-    notes: list[str] = []
-    while isinstance(content, Mapping) and len(notes) < _DEEPEST:
-        present = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not present:
-            return content, notes
-        others = f" (not those under {', '.join(map(repr, present[1:]))})" if present[1:] else ""
-        notes.append(f"the weights are those under {present[0]!r}{others}")
-        content = content[present[0]]
-    what = content.what if isinstance(content, Foreign) else type(content).__name__
-    raise _Whole(f"it must hold tensors by name, got a {what}")
+    found: dict[str, Tensor | Foreign] = {}
+    seen: set[int] = set()
+    left = [("", content, 0)]
+    while left:
+        path, value, depth = left.pop()
+        if isinstance(value, Tensor) or (isinstance(value, Foreign) and value.what == NOT_DENSE):
+            found.setdefault(path, value)
+            continue
+        held = value.held if isinstance(value, Foreign) else value
+        if isinstance(held, list | tuple):
+            held = {
+                n: e for n, e in enumerate(held) if isinstance(e, dict | list | tuple | Foreign)
+            }
+        deep = depth == _DEEPEST or len(path) > _LONGEST
+        if not isinstance(held, Mapping) or id(value) in seen or deep:
+            continue
+        seen.add(id(value))
+        below = f"{path}/" if path else ""
+        inner = [(f"{below}{str(k)[:_LONGEST]}", each, depth + 1) for k, each in held.items()]
+        left += reversed(inner)
+    if not any(isinstance(each, Tensor) for each in found.values()):
+        what = content.what if isinstance(content, Foreign) else type(content).__name__
+        held = list(found) or (list(map(str, content)) if isinstance(content, Mapping) else [])
+        of = f" of {shortened(', '.join(held), 200)}" if held else ""
+        why = f" ({NOT_DENSE})" if found else ""
+        raise Undamaged(f"it must hold tensors by name, got a {what}{of}{why}")
+    return found
 
 
-class _Whole(ValueError):
+class Undamaged(ValueError):
     """The error of an undamaged file, whose text is passed on unchanged."""
 
 
@@ -103,7 +142,7 @@ def _zipped(data: bytes) -> Iterator[_Content]:
             raise ValueError(f"an archive must hold one data.pkl, got {len(pickles)}")
         root = pickles[0].removesuffix("data.pkl")
         if root + "constants.pkl" in entries:
-            raise _Whole(
+            raise Undamaged(
                 "it is a TorchScript program, which includes code; load it in torch with "
                 "torch.jit.load and save its state_dict(), preferably as .safetensors"
             )
@@ -165,17 +204,6 @@ def _streamed(data: bytes) -> Iterator[_Content]:
     if at != len(data):
         raise ValueError(f"{len(data) - at:,} bytes follow the last storage")
     yield _Content(value, lambda storage: spans[storage.key])
-
-
-def _require_tensors(weights: Mapping[Any, Any]) -> None:
-    foreign = [
-        f"{str(key)[:80]} ({value.what if isinstance(value, Foreign) else type(value).__name__})"
-        for key, value in weights.items()
-        if not isinstance(key, str) or not isinstance(value, Tensor)
-    ]
-    if foreign:
-        more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""
-        raise _Whole(f"it holds other things than tensors by name: {', '.join(foreign[:10])}{more}")
 
 
 def _array(tensor: Tensor, content: _Content) -> np.ndarray:

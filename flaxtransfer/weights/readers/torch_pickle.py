@@ -10,6 +10,7 @@ instructions and allocates no more than the file holds.
 Reference: A. Pitrou, "Pickle protocol 5 with out-of-band data", PEP 574, 2018.
 """
 
+import contextlib
 import dataclasses
 import pickletools
 from collections.abc import Callable
@@ -151,9 +152,10 @@ class Name:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """The mark of a value that was not built."""
+    """The mark of a value that was not built, with the attributes or entries of a plain record."""
 
     what: str
+    held: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -443,10 +445,13 @@ class _Machine:
         self.push(made(called, given))
 
     def build(self) -> None:
-        """Drops the state of marks, and the ``_metadata`` of torch's dictionaries."""
-        self.last(1)
-        if not isinstance(self.stack[-1], dict | Foreign | Tensor):
-            raise ValueError(f"a {type(self.stack[-1]).__name__} cannot have a state")
+        """Keeps the attributes of marks, and drops the ``_metadata`` of torch's dictionaries."""
+        (state,) = self.last(1)
+        target = self.stack[-1]
+        if not isinstance(target, dict | Foreign | Tensor):
+            raise ValueError(f"a {type(target).__name__} cannot have a state")
+        if isinstance(target, Foreign) and isinstance(state, dict):
+            target.held.update(state)
 
     def extend(self, values: list[Any]) -> None:
         """Adds to the list on top of the stack."""
@@ -461,7 +466,11 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, dict):
             target.update(_pairs(items))
-        elif not isinstance(target, Foreign):
+        elif isinstance(target, Foreign):
+            # The entries of a counter or a set of options may have keys of any kind.
+            with contextlib.suppress(ValueError):
+                target.held.update(_pairs(items))
+        else:
             raise ValueError(f"a {type(target).__name__} cannot be extended like a dictionary")
 
     def storage(self) -> None:
