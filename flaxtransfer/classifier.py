@@ -158,8 +158,9 @@ def transfer(
     What becomes of the head is said, and not read off whether shapes happen to fit: ten new
     classes are not the ten old ones.
 
-    Images of n bands come normalized band by band, by their own statistics
-    (`band_preprocessing`), except where a gray image is replicated.
+    Images of n bands come as `band_preprocessing` makes them, centered and in the scale of the
+    checkpoint's preprocessing, except where a gray image is replicated. What enters the stem then
+    has the contrast that a replicated gray image has, and by `patches` that of photographs.
 
     Args:
         checkpoint: from `load`.
@@ -231,6 +232,7 @@ def transfer(
         wavelengths=wavelengths,
         patches=patches,
         stem_wavelengths=checkpoint.preprocessing.wavelengths,
+        stem_std=checkpoint.preprocessing.std,
     )
     leaves |= {**change.adapted, **change.new}
     config = dataclasses.replace(change.config, classes=classes)

@@ -10,12 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
 from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
-from flaxtransfer.models.band_init import by_wavelength, least_squares
+from flaxtransfer.models import adapters
+from flaxtransfer.models.band_init import (
+    RGB_CORRELATION,
+    RGB_DEVIATIONS,
+    by_wavelength,
+    channel_gains,
+    common_scale,
+    least_squares,
+)
+from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.paths import flatten
 from tests.support.terminal import train
 
@@ -66,11 +77,105 @@ def test_a_gray_adapter_begins_as_replication():
     network = ft.transfer(checkpoint(), classes=2, head="new", zero_head=False)
     plain, variables = network.model, network.variables
     gray = RANDOM.normal(size=(3, 16, 16, 1))
-    wanted = logits(plain, variables, np.repeat(gray, 3, axis=-1))
+    std = np.array(PREPROCESSING.std)
+    wanted = logits(plain, variables, gray * common_scale(std) / std)
     for adapter in ("linear", "curves", "sum"):
         network = ft.transfer(checkpoint(), classes=2, bands=1, adapter=adapter, zero_head=False)
         model, start = network.model, network.variables
         np.testing.assert_allclose(logits(model, start, gray), wanted, rtol=1e-4, atol=1e-5)
+
+
+def of_std(std, mean=(0.5,) * 3):
+    return dataclasses.replace(PREPROCESSING, mean=mean, std=std)
+
+
+PRESETS = [
+    of_std((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)),
+    of_std((1 / 255,) * 3, (0.48, 0.46, 0.41)),  # Keras' first ResNets
+    of_std((0.5,) * 3),
+    of_std((1 / 2048,) * 3),  # torchxrayvision
+    of_std((1.0,) * 3, (0.0,) * 3),
+]
+DEVIATIONS = st.floats(-3.5, 1.0).map(lambda exponent: 10.0**exponent)
+RANDOM_PREPROCESSINGS = st.builds(
+    of_std, st.tuples(*[DEVIATIONS] * 3), st.tuples(*[st.floats(0, 1)] * 3)
+)
+# One gray picture in every band, as bright and as contrasty as it happens to be.
+GRAY = np.random.default_rng(7).integers(40, 150, (6, 16, 16, 1)).astype(np.uint8)
+CENTERS = {1: [560.0], 3: [660.0, 560.0, 490.0], 4: [490.0, 560.0, 665.0, 842.0]}
+
+
+def entering(preprocessing, bands, start):
+    """What enters the stem at the start, and what a stem of ones makes of it, per channel."""
+    source = ft.ArraySource(np.repeat(GRAY, bands, axis=-1), np.arange(6) % 2)
+    own = band_preprocessing(preprocessing, source, np.arange(6), bands)
+    pixels = (source.images / 255 - own.mean) / own.std
+    given = {"method": "linear" if start in ("mean", "wavelengths", "patches") else start}
+    if start == "wavelengths":
+        given["wavelengths"] = CENTERS[bands]
+    if start == "patches":
+        given["patches"] = pixels.reshape(-1, bands)
+    stem = np.zeros((1, 1, 3, 3), np.float32)
+    stem[0, 0] = np.eye(3)
+    change = change_input(TINY, stem, bands=bands, stem_std=preprocessing.std, **given)
+    if change.config.adapter is None:
+        return np.einsum("bhwn,nr->bhwr", pixels, change.adapted["params/conv1/kernel"][0, 0])
+    params = {path.split("/")[-1]: leaf for path, leaf in change.new.items()}
+    return np.asarray(adapters.apply(change.config.adapter, params, jnp.asarray(pixels)))
+
+
+@pytest.mark.parametrize(
+    ("bands", "start"),
+    [
+        *[(n, start) for n in (1, 3, 4) for start in ("mean", "wavelengths", "average")],
+        (1, "curves"),
+        (1, "sum"),
+        (1, "repeat"),
+    ],
+)
+@given(preprocessing=st.sampled_from(PRESETS) | RANDOM_PREPROCESSINGS)
+@settings(deadline=None, max_examples=25)
+def test_what_enters_the_stem_has_the_contrast_of_replication(bands, start, preprocessing):
+    replicated = (GRAY / 255 - preprocessing.mean) / preprocessing.std
+    found = entering(preprocessing, bands, start)
+    wanted = replicated.std(axis=(0, 1, 2))
+    np.testing.assert_allclose(found.std(axis=(0, 1, 2)), wanted, rtol=1e-3)
+    # Centered: the adapter has no bias, and one mean cannot serve three channels.
+    np.testing.assert_allclose(found.mean(axis=(0, 1, 2)) / wanted, 0, atol=1e-3)
+
+
+@given(preprocessing=st.sampled_from(PRESETS) | RANDOM_PREPROCESSINGS)
+@settings(deadline=None, max_examples=25)
+def test_bands_repeated_over_the_channels_have_together_the_contrast_of_replication(preprocessing):
+    replicated = (GRAY / 255 - preprocessing.mean) / preprocessing.std
+    found = entering(preprocessing, 6, "repeat")
+    np.testing.assert_allclose(found.std(axis=(0, 1, 2)), replicated.std(axis=(0, 1, 2)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+@given(preprocessing=st.sampled_from(PRESETS) | RANDOM_PREPROCESSINGS)
+@settings(deadline=None, max_examples=25)
+def test_least_squares_gives_the_contrast_of_photographs(bands, preprocessing):
+    found = entering(preprocessing, bands, "patches").std(axis=(0, 1, 2))
+    np.testing.assert_allclose(found, np.divide(RGB_DEVIATIONS, preprocessing.std), rtol=1e-3)
+
+
+def test_bands_of_any_range_are_equally_loud():
+    pixels = RANDOM.integers(0, 200, (4, 16, 16, 3)) // [1, 10, 50]
+    source = ft.ArraySource(pixels.astype(np.uint8), [0, 1, 0, 1])
+    own = band_preprocessing(PRESETS[1], source, np.arange(4), 3)
+    deviations = ((source.images / 255 - own.mean) / own.std).std(axis=(0, 1, 2))
+    contrast = np.sqrt(np.square(source.images.std(axis=(0, 1, 2))).mean())
+    np.testing.assert_allclose(deviations, contrast, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("std", "span"),
+    [((0.229, 0.224, 0.225), (-2.2, 2.7)), ((1 / 255,) * 3, (-126.78, 155.594))],
+)
+def test_tone_curves_span_the_pixels_of_photographs(std, span):
+    change = change_input(TINY, np.ones((7, 7, 3, 4)), bands=1, method="curves", stem_std=std)
+    np.testing.assert_allclose(change.config.adapter.span, span, rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", ["average", "repeat"])
@@ -87,13 +192,16 @@ def test_where_an_adapter_starts():
     network = ft.transfer(checkpoint(), classes=2, bands=5, wavelengths=centers)
     variables = network.variables
     kernel = variables["params"]["adapter"]["kernel"]
-    np.testing.assert_allclose(kernel, by_wavelength(centers), rtol=1e-6)
+    gains = channel_gains(PREPROCESSING.std)
+    np.testing.assert_allclose(kernel, by_wavelength(centers) * gains, rtol=1e-6)
     patches = RANDOM.normal(size=(80, 5))
     patches -= patches.mean(axis=0)
     network = ft.transfer(checkpoint(), classes=2, bands=5, patches=patches)
     variables = network.variables
     kernel = variables["params"]["adapter"]["kernel"]
-    np.testing.assert_allclose(kernel, least_squares(patches), rtol=1e-4, atol=1e-6)
+    photographs = np.divide(RGB_DEVIATIONS, PREPROCESSING.std)
+    wanted = least_squares(patches, RGB_CORRELATION * np.outer(photographs, photographs))
+    np.testing.assert_allclose(kernel, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +234,9 @@ def test_statistics_of_bands_are_numpys():
     found = band_preprocessing(PREPROCESSING, source, np.arange(12), 4)
     pixels = source.images / 255
     np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(found.std, pixels.std(axis=(0, 1, 2)), rtol=1e-6)
+    std = pixels.std(axis=(0, 1, 2))
+    scale = common_scale(PREPROCESSING.std) / np.sqrt(np.square(std).mean())
+    np.testing.assert_allclose(found.std, std * scale, rtol=1e-6)
     patches = band_patches(found, source, np.arange(12))
     assert patches.shape == (12 * 16, 4)
     np.testing.assert_allclose(patches.mean(axis=0), 0, atol=1e-6)

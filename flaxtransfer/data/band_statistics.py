@@ -12,6 +12,7 @@ from flaxtransfer.data.pipeline import batches_in_order
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import subsample
 from flaxtransfer.data.transforms import evaluation_transform
+from flaxtransfer.models.band_init import common_scale
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = ["band_patches", "band_preprocessing"]
@@ -26,12 +27,14 @@ _BATCH = 64
 def band_preprocessing(
     preprocessing: Preprocessing, source: Source, positions: np.ndarray, bands: int
 ) -> Preprocessing:
-    """The weights' preprocessing with the mean and standard deviation of each band of the data.
+    """The weights' preprocessing for the bands of the data, in the scale that the stem expects.
 
     The statistics of the weights are those of red, green and blue in photographs; other bands have
-    none. Over all pixels of the training images, each band gets mean 0 and standard deviation 1.
-    That comes before the adapter, which therefore folds exactly into the stem. A constant band is
-    only centered.
+    none. Over all pixels of the training images, each band gets mean 0, and all bands get the same
+    contrast: the root mean square of their deviations, divided by the ``common_scale`` of the
+    weights' own std. One gray band is therefore divided by that scale and nothing else, as in
+    replication; ``transfer`` adds what is left per channel of the stem. All of that comes before
+    the adapter, which therefore folds exactly into the stem. A constant band is only centered.
 
     Args:
         preprocessing: of the weights; size, resize and interpolation are kept.
@@ -48,7 +51,7 @@ def band_preprocessing(
     >>> plain = Preprocessing((0.5,) * 3, (0.25,) * 3, 8, 8)
     >>> found = band_preprocessing(plain, source, np.arange(4), 2)
     >>> [round(value, 3) for value in (*found.mean, *found.std)]
-    [0.2, 0.5, 1.0, 0.29]
+    [0.2, 0.5, 0.25, 0.25]
     """
     counts = np.zeros((bands, 256), np.int64)
     transform = evaluation_transform(preprocessing, channels=bands)
@@ -63,8 +66,10 @@ def band_preprocessing(
     fractions = counts / counts.sum(axis=1, keepdims=True)
     mean = fractions @ values
     std = np.sqrt(np.maximum((fractions * np.square(values - mean[:, None])).sum(axis=1), 0))
-    std[std < 1e-9] = 1.0
-    return preprocessing.of_other_bands(mean.tolist(), std.tolist())
+    varied, scale = std >= 1e-9, common_scale(preprocessing.std)
+    contrast = np.sqrt(np.square(std[varied]).mean()) if varied.any() else 1.0
+    divisors = np.where(varied, std * (scale / contrast), scale)
+    return preprocessing.of_other_bands(mean.tolist(), divisors.tolist())
 
 
 def band_patches(

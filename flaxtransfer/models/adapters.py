@@ -3,7 +3,7 @@
 An adapter is a 1×1 convolution without bias, optionally with tone curves, and takes normalized
 images. Its parameters are at the path ``adapter`` of a model's parameters. The initial kernel
 ``[1, 1, bands, 3]`` comes from ``luminance``, ``by_wavelength`` or ``least_squares`` in
-``models.band_init``.
+``models.band_init``, times the gain of each channel.
 """
 
 from collections.abc import Mapping

@@ -17,9 +17,12 @@ import numpy as np
 __all__ = [
     "RGB_CENTERS_NM",
     "RGB_CORRELATION",
+    "RGB_DEVIATIONS",
     "average_kernels",
     "by_wavelength",
+    "channel_gains",
     "checked_stem",
+    "common_scale",
     "least_squares",
     "luminance",
     "repeat_kernels",
@@ -31,8 +34,46 @@ __all__ = [
 RGB_CENTERS_NM = (660.0, 560.0, 490.0)
 """Red, green and blue, rounded from Landsat 8 (655, 561, 482) and Sentinel-2 (665, 560, 490)."""
 
+RGB_DEVIATIONS = (0.229, 0.224, 0.225)
+"""Standard deviations of R, G and B over ImageNet's pixels, which are 0 to 1."""
+
 _VISIBLE_NM = (380.0, 780.0)
 """The range of wavelengths of the CIE's color-matching functions at 5 nm."""
+
+
+def common_scale(std: Sequence[float]) -> float:
+    """One divisor for the pixels of all bands: the geometric mean of the channels' divisors.
+
+    Args:
+        std: by which the checkpoint divides each of its channels.
+
+    >>> round(common_scale((0.1, 0.2, 0.4)), 3)
+    0.2
+    """
+    return math.exp(sum(map(math.log, std)) / len(std))
+
+
+def channel_gains(std: Sequence[float]) -> np.ndarray:
+    """What turns bands in the ``common_scale`` into the stem's three channels.
+
+    A stem expects (pixel - mean) / std with a std per channel, and a band has one scale only. The
+    rest of the way is a factor per channel, whose geometric mean is 1.
+
+    Args:
+        std: of the stem's three channels; () for equal ones.
+
+    Returns:
+        float64 ``[3]``.
+
+    Raises:
+        ValueError: another number of channels.
+
+    >>> channel_gains((0.1, 0.2, 0.4)).round(3).tolist()
+    [2.0, 1.0, 0.5]
+    """
+    if len(std) not in (0, 3):
+        raise ValueError(f"std must have three values, one per channel, got {len(std)}")
+    return common_scale(std) / np.asarray(std, np.float64) if std else np.ones(3)
 
 
 def replicate(images: jax.Array) -> jax.Array:
@@ -269,7 +310,8 @@ def least_squares(
     Args:
         patches: ``[patches, bands]``, pixels or means of small patches, of normalized images.
         rgb_covariance: ``[3, 3]`` of the pre-training's normalized inputs; by default ImageNet's
-            correlation, which gives channels of variance 1.
+            correlation, which gives channels of variance 1. ``change_input`` gives the covariance
+            of photographs under the checkpoint's own preprocessing.
         towards: kernel ``[1, 1, bands, 3]``, such as the result of ``by_wavelength``.
 
     Returns:

@@ -16,8 +16,13 @@ import numpy as np
 from flaxtransfer.models import adapters
 from flaxtransfer.models.band_init import (
     RGB_CENTERS_NM,
+    RGB_CORRELATION,
+    RGB_DEVIATIONS,
     average_kernels,
     by_wavelength,
+    channel_gains,
+    checked_stem,
+    common_scale,
     least_squares,
     luminance,
     repeat_kernels,
@@ -55,6 +60,7 @@ def change_input(
     wavelengths: Sequence[float] | None = None,
     patches: Any = None,
     stem_wavelengths: Sequence[float] = (),
+    stem_std: Sequence[float] = (),
 ) -> InputChange:
     """Changes the input of a network to images with another number of bands.
 
@@ -66,6 +72,11 @@ def change_input(
     An adapter is initialized from the bands' statistics if ``patches`` are given, else from their
     ``wavelengths``, else every channel starts as the mean of all bands.
 
+    Bands come in the scale of ``data.band_preprocessing``: centered, with the contrast of the
+    images over the common scale of ``stem_std``. What reaches each channel of the stem then has the
+    contrast that replication of a gray image with that preprocessing has, whatever the
+    preprocessing; by least squares, it has that of photographs.
+
     Args:
         config: of the network before the change.
         stem_kernel: ``[height, width, in, filters]``.
@@ -76,6 +87,8 @@ def change_input(
             ``band_init.least_squares``.
         stem_wavelengths: center of each of the stem's channels in nm, if they are not the red,
             green and blue of photographs.
+        stem_std: by which the checkpoint's preprocessing divides each of the stem's channels; ()
+            for ImageNet's correlation and equal channels.
 
     Raises:
         ValueError: numbers of bands that contradict each other, or a method that does not fit the
@@ -116,24 +129,44 @@ def change_input(
         )
     _check_bands(bands, kind, method, wavelengths, patches)
     if kind in ("linear", "curves"):
-        adapter = method if isinstance(method, Adapter) else Adapter(bands, kind)
+        adapter = method if isinstance(method, Adapter) else _adapter(bands, kind, stem_std)
         kernel = None if wavelengths is None else _by_wavelength(wavelengths, stem_wavelengths)
-        return _with_adapter(config, adapter, kernel, patches)
-    return _without(config, stem_kernel, bands, kind)
+        return _with_adapter(config, adapter, kernel, patches, stem_std)
+    return _without(config, stem_kernel, bands, kind, stem_std)
+
+
+def _adapter(bands: int, kind: Any, std: Sequence[float]) -> Adapter:
+    """The default adapter; its curves span what photographs cover in the scale of the bands."""
+    adapter = Adapter(bands, kind)
+    if kind == "linear" or not std:
+        return adapter
+    gain = common_scale(RGB_DEVIATIONS) / common_scale(std)
+    low, high = (float(f"{end * gain:.6g}") for end in adapter.span)
+    return replace(adapter, span=(low, high))
 
 
 def _with_adapter(
-    config: ResNetConfig, adapter: Adapter, towards: np.ndarray | None, patches: Any
+    config: ResNetConfig,
+    adapter: Adapter,
+    towards: np.ndarray | None,
+    patches: Any,
+    std: Sequence[float],
 ) -> InputChange:
+    gains = channel_gains(std)
     if patches is not None:
-        kernel = least_squares(patches, towards=towards)
+        photographs = np.divide(RGB_DEVIATIONS, std) if std else np.ones(3)
+        kernel = least_squares(
+            patches,
+            RGB_CORRELATION * np.outer(photographs, photographs),
+            towards=None if towards is None else towards * gains,
+        )
         start = f"least squares on {len(np.asarray(patches)):,} patches" + (
             " toward the wavelengths" if towards is not None else ""
         )
     elif towards is not None:
-        kernel, start = towards, "the wavelengths"
+        kernel, start = towards * gains, "the wavelengths"
     else:
-        kernel = luminance(adapter.bands)
+        kernel = luminance(adapter.bands) * gains
         start = "the mean of the bands in each channel"
     if adapter.bands == 1 and towards is None and patches is None:
         start = "replication"
@@ -149,16 +182,20 @@ def _by_wavelength(wavelengths: Sequence[float], channels: Sequence[float]) -> n
     return by_wavelength(wavelengths, channels_nm=tuple(channels) or RGB_CENTERS_NM)
 
 
-def _without(config: ResNetConfig, stem_kernel: Any, bands: int, kind: str) -> InputChange:
+def _without(
+    config: ResNetConfig, stem_kernel: Any, bands: int, kind: str, std: Sequence[float]
+) -> InputChange:
     if kind == "replicate":
         return InputChange(config, {}, {}, "1 band, replicated to the three channels of the stem")
+    scaled = checked_stem(stem_kernel)
+    scaled = scaled * channel_gains(std).astype(scaled.dtype)[:, None]
     if kind == "sum":
-        kernel, text = sum_kernels(stem_kernel), "the stem's kernel summed over R, G and B"
+        kernel, text = sum_kernels(scaled), "the stem's kernel summed over R, G and B"
     elif kind == "average":
-        kernel = average_kernels(stem_kernel, bands)
+        kernel = average_kernels(scaled, bands)
         text = "the stem's kernel averaged over R, G and B"
     else:
-        kernel = repeat_kernels(stem_kernel, bands)
+        kernel = repeat_kernels(scaled, bands)
         text = "the stem's kernels of R, G and B in turn"
     changed = {f"params/{config.first_kernel}": kernel}
     return InputChange(replace(config, in_channels=bands), changed, {}, f"{_bands(bands)}, {text}")

@@ -5,15 +5,33 @@
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flaxtransfer.models.config import Adapter, ResNetConfig, squeezed
+import numpy as np
 
-__all__ = ["UNSEEN", "infer", "with_unseen"]
+from flaxtransfer.models.config import Adapter, ResNetConfig, squeezed
+from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.paths import shortened
+from flaxtransfer.weights import pretrained, sidecar
+from flaxtransfer.weights.naming import timm, torchgeo, torchvision
+from flaxtransfer.weights.naming.formats import FORMATS
+from flaxtransfer.weights.readers import flax_file
+from flaxtransfer.weights.readers.detect import Tensors
+
+__all__ = [
+    "UNSEEN",
+    "assumptions",
+    "infer",
+    "statistics_problem",
+    "unfit",
+    "with_placeholders",
+    "with_unseen",
+]
 
 
 UNSEEN = ("anti_alias", "stride_in", "stride_at", "stem_pool", "standardized", "epsilon")
@@ -81,6 +99,148 @@ def with_unseen(config: ResNetConfig, other: ResNetConfig) -> ResNetConfig:
     parts = {name: getattr(other, name) for name in UNSEEN}
     own = {name: part for name, part in parts.items() if part != getattr(plain, name)}
     return dataclasses.replace(config, **own)
+
+
+def _assumed(config: ResNetConfig, told: bool) -> str:
+    """What is assumed of a network because no leaf shows it; "" for nothing.
+
+    Args:
+        config: the network.
+        told: whether the caller or a file said which network it is.
+
+    >>> _assumed(ResNetConfig(norm="group"), told=True)
+    'assumed 32 groups in each GroupNorm, which no leaf shows'
+    """
+    groups = "32 groups in each GroupNorm" if config.norm == "group" else ""
+    if told:
+        return f"assumed {groups}, which no leaf shows" if groups else ""
+    deep = config.block == "bottleneck"
+    parts = [
+        *([groups] if groups else []),
+        *(["strides in the 3x3 convolutions"] if deep else []),
+        "no dilation (backbones of segmentation often have it)",
+        "no anti-aliasing",
+        "ReLU",
+    ]
+    others = ["'resnet50_v1'"] if deep else []
+    return (
+        f"assumed, as no leaf shows it and no file says it: {', '.join(parts)}; say otherwise "
+        f"with model=, such as {' or '.join([*others, repr('resnetaa50')])}"
+    )
+
+
+def _lacks_statistics(shapes: Mapping[str, Shape]) -> bool:
+    """Whether no norm has running statistics: GroupNorms, or BatchNorms that lost them."""
+    norms = any(re.search(r"/gn\d*/scale$", path) for path in shapes)
+    return norms and not any(path.startswith("batch_stats/") for path in shapes)
+
+
+def with_placeholders(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    """Arrays under torch's names with mean 0 and variance 1 for each norm that has neither.
+
+    >>> scale = np.ones(3, np.float32)
+    >>> list(with_placeholders({"bn1.weight": scale, "bn1.bias": scale})[0])[2:]
+    ['bn1.running_mean', 'bn1.running_var']
+    """
+    norms = [
+        key.removesuffix("weight")
+        for key, array in arrays.items()
+        if key.endswith(".weight") and array.ndim == 1 and key[:-6] + "bias" in arrays
+    ]
+    ends = ("running_mean", "running_var")
+    lacking = [norm for norm in norms if not any(norm + end in arrays for end in ends)]
+    found = dict(arrays)
+    for norm in lacking:
+        size = arrays[norm + "weight"].size
+        found[norm + "running_mean"] = np.zeros(size, np.float32)
+        found[norm + "running_var"] = np.ones(size, np.float32)
+    return found, len(lacking)
+
+
+def unfit(file: Tensors, problem: str) -> ValueError:
+    """The error for a file that is no network of ours: what it is, or what is wrong with it."""
+    family = sidecar.family_text(file.arrays, sidecar.beside(file))
+    if family:
+        return ValueError(f"{shortened(str(file.path), 150)} {family}")
+    first, *lines = problem.splitlines()
+    text, room = shortened(first, 450), 560
+    # One of each kind in turn, so that a long list of one kind does not hide the others.
+    kinds: dict[str, list[str]] = {}
+    for line in map(str.strip, lines):
+        kinds.setdefault(line.split(":")[0], []).append(shortened(line, 150))
+    turns = [line for turn in itertools.zip_longest(*kinds.values()) for line in turn if line]
+    told = 0
+    while told < len(turns) and len(text) + len(turns[told]) + 2 <= room:
+        text, told = f"{text}; {turns[told]}", told + 1
+    return ValueError(text + (f"; and {len(turns) - told} more" if told < len(turns) else ""))
+
+
+def statistics_problem(
+    model: str | ResNetConfig | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    format: str,
+    file: Tensors,
+) -> str:
+    """What is wrong with norms that have no running statistics; "" where they are GroupNorms.
+
+    Args:
+        model: what the caller expects.
+        shapes: of the leaves, by path.
+        format: the naming of the file.
+        file: the weights' file.
+    """
+    # In other formats the names of GroupNorms are their own.
+    if format not in ("torchvision", "timm", "timm-v2") or not _lacks_statistics(shapes):
+        return ""
+    counted = any(key.endswith(".num_batches_tracked") for key in file.arrays)
+    if not counted and _says_groups(model, file):
+        return ""
+    way = "" if counted else ", or say model='resnet50_gn' where the norms are GroupNorms"
+    return (
+        f"{shortened(str(file.path), 150)} must have the running statistics of its norms "
+        "(running_mean, running_var), got none: without them BatchNorm and GroupNorm look the "
+        "same; save the whole state_dict(), not parameters() alone"
+        f"{way}, or load with statistics='measure' and call training.recalibrate with your images"
+    )
+
+
+def _says_groups(model: str | ResNetConfig | None, file: Tensors) -> bool:
+    if isinstance(model, ResNetConfig):
+        return model.norm == "group"
+    if model is not None:
+        known = ARCHITECTURES.get(re.sub(r"w\d+$", "", model))
+        return "_gn" in model if known is None else known.norm == "group"
+    own = pretrained.read_header(file.metadata)
+    if own is not None:
+        return own.config.norm == "group"
+    settings = sidecar.beside(file)
+    architecture, _ = sidecar.timm_architecture(settings)
+    stated = ARCHITECTURES.get(architecture or "")
+    return timm.has_groups(settings) or (stated is not None and stated.norm == "group")
+
+
+def assumptions(
+    file: Tensors,
+    config: ResNetConfig,
+    format: str,
+    model: str | ResNetConfig | None,
+    source: str,
+) -> list[str]:
+    """What was assumed of a network because neither a leaf nor a file shows it."""
+    headers = (pretrained.HEADER_KEY, flax_file.MODEL)
+    if not FORMATS[format].variants or any(key in file.metadata for key in headers):
+        return []
+    settings, name = sidecar.beside(file), file.path.name
+    told = (
+        model is not None
+        or settings.get("model_type") == "resnet"
+        or sidecar.timm_architecture(settings)[0] in ARCHITECTURES
+        or torchvision.is_published(name)
+        or torchvision.published(name, file.sha256) is not None
+        or torchgeo.published(name, source) is not None
+    )
+    text = _assumed(config, told)
+    return [text] if text else []
 
 
 def _stem(shapes: Mapping[str, Shape]) -> dict[str, Any]:

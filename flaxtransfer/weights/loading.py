@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,8 +21,16 @@ from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import shortened, suggest, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.weights import locations, pretrained, sidecar
-from flaxtransfer.weights.infer import UNSEEN, infer, with_unseen
-from flaxtransfer.weights.naming import huggingface, key_map, torchgeo, torchvision
+from flaxtransfer.weights.infer import (
+    UNSEEN,
+    assumptions,
+    infer,
+    statistics_problem,
+    unfit,
+    with_placeholders,
+    with_unseen,
+)
+from flaxtransfer.weights.naming import huggingface, key_map, timm, torchgeo, torchvision
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -32,12 +40,6 @@ from flaxtransfer.weights.readers.detect import Tensors
 __all__ = ["Metadata", "collect_metadata", "load"]
 
 
-_RELATIVES = {
-    r"features\.denseblock.*": "a DenseNet",
-}
-"""Related but unsupported networks, by the pattern of their keys."""
-
-
 def load(
     source: str | os.PathLike[str],
     *,
@@ -45,6 +47,7 @@ def load(
     format: str | None = None,
     sensor: str | None = None,
     key: str | None = None,
+    statistics: Literal["measure"] | None = None,
 ) -> Pretrained:
     """Loads a pre-trained ResNet from a file, strictly.
 
@@ -77,6 +80,9 @@ def load(
             number of bands must fit. It provides names, wavelengths and scale of the bands.
         key: the place of the network in the file, such as "teacher" or "state_dict/student", where
             it holds several. By default, averages are taken before plain weights.
+        statistics: "measure" for a file whose BatchNorms have no running statistics, which is
+            refused otherwise: they start as mean 0 and variance 1, and are of no use before
+            ``training.recalibrate`` has measured them on your images.
 
     Returns:
         A ``Pretrained`` with float32 numpy arrays.
@@ -99,8 +105,14 @@ def load(
         )
     if sensor is not None:
         torchgeo.note(sensor)  # a wrong name is refused before a download
+    if statistics not in (None, "measure"):
+        raise ValueError(f"`statistics` must be None or 'measure', got {statistics!r}")
     name, path, arrived = _locate(source)
     file = detect.read_tensors(path, key)
+    placed = 0
+    if statistics == "measure":
+        filled, placed = with_placeholders(file.arrays)
+        file = dataclasses.replace(file, arrays=filled)
     chosen = format or detect_naming(file.arrays)
     try:
         arrays, done = FORMATS[chosen].prepare(file.arrays)
@@ -109,14 +121,17 @@ def load(
     table = FORMATS[chosen].table(arrays)
     shapes = _shapes(table, arrays)
     if not any(leaf.startswith("params/layer") for leaf in shapes):
-        raise ValueError(_no_resnet(file, format))
+        raise unfit(file, _no_resnet(file, format))
+    if problem := statistics_problem(model, shapes, chosen, file):
+        raise unfit(file, problem)
     try:
         head = with_head(table, arrays, file.beside, infer(shapes).features, file.place)
         arrays, headless = dict(head.arrays), bool(head.missing)
         shapes = _shapes(table, arrays)
         seen = FORMATS[chosen].implied(infer(shapes))
     except ValueError as error:
-        raise ValueError(f"{file.path} holds leaves that do not form a network: {error}") from None
+        problem = f"{file.path} holds leaves that do not form a network: {error}"
+        raise unfit(file, problem) from None
     if headless:
         seen = dataclasses.replace(seen, classes=1)
     config = _network(model, seen, file)
@@ -130,11 +145,15 @@ def load(
             what=f"{file.path} does not fit {config.name} under {chosen}'s names",
         )
     except ValueError as error:
-        raise ValueError(f"{error}{_relatives(file.arrays)}") from None
+        raise unfit(file, str(error)) from None
     leaves, notes = _as_float32(leaves, file.path)
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in zeros.items()}
         notes.append(f"{head.missing}: one output that is always 0 replaces it")
+    if placed:
+        notes.append(
+            f"{placed} norms have no running statistics: measure them with training.recalibrate"
+        )
     metadata = collect_metadata(file, config, chosen, headless=headless, sensor=sensor, source=name)
     hidden = [name for name in UNSEEN if getattr(metadata.config, name) != getattr(config, name)]
     if model is not None and hidden:
@@ -148,7 +167,10 @@ def load(
         sha256=file.sha256,
         class_names=metadata.class_names,
         task=metadata.task,
-        notes=(*arrived, *file.notes, *head.notes, *done, *notes, *metadata.notes),
+        notes=(
+            *(*arrived, *file.notes, *head.notes, *done, *notes, *metadata.notes),
+            *assumptions(file, metadata.config, chosen, model, name),
+        ),
         no_head=head.missing,
     )
 
@@ -184,10 +206,13 @@ def _shapes(table: key_map.Table, arrays: Mapping[str, np.ndarray]) -> dict[str,
 def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     likely = detect_naming(file.arrays)
     hint = f"; format={likely!r} fits better" if asked and likely != asked else ""
+    settings = sidecar.beside(file)
+    stated = settings.get("architecture") or settings.get("model_type")
     return (
         f"{file.path} has no ResNet with the keys of {asked or ' or '.join(FORMATS)}{hint}; "
-        f"its {len(file.arrays)} keys are like {shortened(', '.join(list(file.arrays)[:3]), 200)}"
-        f"{_relatives(file.arrays)}"
+        f"its {len(file.arrays)} keys are like "
+        f"{shortened(', '.join(list(file.arrays)[:3]), 150)}{_relatives(file.arrays)}"
+        + (f"; config.json next to it states {shortened(str(stated), 40)!r}" if stated else "")
     )
 
 
@@ -211,12 +236,14 @@ def _network(
         # Without an expected model, the run states what no leaf shows.
         if model is None:
             return own
-    settings = sidecar.read_json(beside)
-    # Files of this package state everything in their header.
-    if pretrained.HEADER_KEY in file.metadata:
-        settings = {}
+    settings = sidecar.beside(file)
     if settings.get("model_type") == "resnet":
         seen = huggingface.with_strides(seen, settings)
+    elif "pretrained_cfg" in settings:
+        problems = timm.other_graph(settings, seen)
+        if problems:
+            raise unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
+        seen = timm.with_arguments(seen, settings)
     if model is None:
         architecture, altered = sidecar.timm_architecture(settings)
         if architecture not in ARCHITECTURES:
@@ -224,7 +251,7 @@ def _network(
         said, asked = ARCHITECTURES[architecture], f"{architecture}, as {beside.name} states"
         said = with_unseen(said, seen)
         if altered:
-            return with_unseen(seen, said)
+            return timm.with_arguments(with_unseen(seen, said), settings)
     elif isinstance(model, ResNetConfig):
         said, asked = model, f"{model.name} ({_describe(model)})"
     else:
@@ -234,17 +261,30 @@ def _network(
     return _like(said, seen)
 
 
+_ENDINGS: dict[str, dict[str, Any]] = {
+    "_last": {"stride_at": "last"},
+    "_v1": {"stride_in": "1x1"},
+    "_gn": {"norm": "group"},
+}
+"""Endings of names, from the last one on, and their fields."""
+
+
 def _by_name(name: str, seen: ResNetConfig) -> ResNetConfig:
     if name == seen.name:
         return seen
     scaled = re.fullmatch(r"(.+)w(\d+)", name)
     plain = scaled[1] if scaled else name
+    parts: dict[str, Any] = {}
+    for ending, field in _ENDINGS.items():
+        if plain not in ARCHITECTURES and plain.endswith(ending):
+            plain = plain.removesuffix(ending)
+            parts |= field
     if plain not in ARCHITECTURES:
         raise ValueError(
             f"unknown model {name!r}{suggest(name, ARCHITECTURES)}; known: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    config = ARCHITECTURES[plain]
+    config = dataclasses.replace(ARCHITECTURES[plain], **parts)
     return dataclasses.replace(config, width=int(scaled[2])) if scaled else config
 
 
@@ -304,17 +344,6 @@ def _as_float32(
 
 def _count(array: np.ndarray) -> int:
     return int(array.size - np.isfinite(array).sum())
-
-
-def _relatives(keys: Mapping[str, np.ndarray]) -> str:
-    found = [
-        what
-        for pattern, what in _RELATIVES.items()
-        if any(re.fullmatch(pattern, key) for key in keys)
-    ]
-    return (
-        f"\n  the keys are those of {' and '.join(found)}, which is not supported" if found else ""
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,10 +168,10 @@ DAMAGES = {
     deep_stem: ["under timm's names", "missing: conv1.3.weight", "missing: conv1.6.weight"],
     attention: ["under timm's names", "missing: layer1.0.se.fc2.weight"],
     other_network: [
-        "has no ResNet with the keys of torchvision or timm or timm-v2",
+        "holds a VGG or AlexNet",
         "features.0.weight",
     ],
-    pre_activation: ["under timm-v2's names", "missing: norm.weight"],
+    pre_activation: ["under timm-v2's names", "missing: stem.conv.weight"],
 }
 
 

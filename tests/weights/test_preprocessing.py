@@ -230,4 +230,7 @@ def test_what_is_assumed_is_said(golden):
         "huggingface_basic": "from preprocessor_config.json next to the file",
     }
     for name, note in notes.items():
-        assert load(golden / name).notes == (f"preprocessing: {note}",)
+        preprocessing, *others = load(golden / name).notes
+        assert preprocessing == f"preprocessing: {note}"
+        # Where no file says which network it is.
+        assert [other[:7] for other in others] == ["assumed"] * name.startswith("torchvision")

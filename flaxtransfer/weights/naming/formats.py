@@ -36,20 +36,24 @@ class Format:
             must return them unchanged.
         implied: sets the fields of the configuration that the format implies and no leaf shows.
         preprocessing: of a network if none is recorded; None if ImageNet's is assumed.
+        variants: whether its files have networks that differ in what no leaf shows.
     """
 
     table: Callable[[Collection[str]], key_map.Table]
     prepare: Callable[[Arrays], tuple[dict[str, np.ndarray], list[str]]] = _unchanged
     implied: Callable[[ResNetConfig], ResNetConfig] = lambda config: config
     preprocessing: Callable[[ResNetConfig], Preprocessing | None] = lambda config: None
+    variants: bool = False
 
 
 FORMATS: dict[str, Format] = {
-    "torchvision": Format(lambda keys: torchvision.TABLE, prepare=timm.narrowed),
-    "timm": Format(timm.table_of, prepare=timm.narrowed),
-    "timm-v2": Format(timm.v2_table_of, implied=timm.with_big_transfer),
-    "huggingface": Format(lambda keys: huggingface.TABLE),
-    "huggingface-flax": Format(lambda keys: huggingface.FLAX, prepare=huggingface.in_flax),
+    "torchvision": Format(lambda keys: torchvision.TABLE, prepare=timm.narrowed, variants=True),
+    "timm": Format(timm.table_of, prepare=timm.narrowed, variants=True),
+    "timm-v2": Format(timm.v2_table_of, implied=timm.with_big_transfer, variants=True),
+    "huggingface": Format(lambda keys: huggingface.TABLE, variants=True),
+    "huggingface-flax": Format(
+        lambda keys: huggingface.FLAX, prepare=huggingface.in_flax, variants=True
+    ),
     "bit": Format(
         lambda keys: timm.BIT_TABLE,
         prepare=timm.unnumbered,

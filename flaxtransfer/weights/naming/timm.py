@@ -17,10 +17,12 @@ Representation Learning", 2020.
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.weights.naming import torchvision
 from flaxtransfer.weights.naming.key_map import CONV, DENSE, Rule, Table, batch_norm
 from flaxtransfer.weights.preprocessing import Preprocessing
@@ -30,14 +32,17 @@ __all__ = [
     "BIT_TABLE",
     "STEM_WIDTH",
     "TABLE",
+    "has_groups",
     "narrowed",
     "of_groups",
     "of_pooled_shortcuts",
+    "other_graph",
     "table_for",
     "table_of",
     "unnumbered",
     "v2_table_of",
     "widened",
+    "with_arguments",
     "with_big_transfer",
     "with_standardized_weights",
 ]
@@ -143,6 +148,84 @@ def with_big_transfer(config: ResNetConfig) -> ResNetConfig:
     if config.norm == "group" and config.stem == "plain":
         return dataclasses.replace(config, standardized=V2_EPSILON, stem_pool="zero-padded")
     return config
+
+
+_SHOWN = {
+    *("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"),
+    *("zero_init_last", "block", "layers", "channels", "cardinality", "base_width"),
+    *("stem_width", "down_kernel_size", "block_reduce_first", "replace_stem_pool"),
+    *("width_factor", "stem_chs", "bottle_ratio", "basic", "attn_layer", "rd_ratio", "avg_down"),
+}
+"""Arguments that the leaves show, or that only training knows."""
+_ANTI_ALIAS: dict[str, Literal["average", "blur"]] = {
+    **dict.fromkeys(("avg", "avgpool"), "average"),
+    **dict.fromkeys(("blur", "blurpool"), "blur"),
+}
+_GRAPH: dict[str, tuple[Any, ...]] = {
+    "act_layer": ("relu",),
+    "output_stride": (32,),
+    "global_pool": ("avg", "fast", "fastavg", ""),
+    "norm_layer": ("batchnorm", "batchnorm2d", "frozenbatchnorm2d", "groupnorm"),
+    "aa_layer": (*_ANTI_ALIAS, ""),
+    "stem_type": ("deep", "deeptiered", "tiered", ""),
+}
+"""The values that are supported of arguments that no leaf shows."""
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a network in a ``config.json``, nested ones too, without None."""
+    own = config.get("model_args")
+    stated = {"global_pool": config.get("global_pool")} | (dict(own) if own else {})
+    for group in ("block_args", "attn_kwargs"):
+        inner = stated.pop(group, None)
+        stated |= inner if isinstance(inner, Mapping) else {group: inner}
+    return {
+        name: value.lower().replace("_", "") if isinstance(value, str) else value
+        for name, value in stated.items()
+        if value is not None
+    }
+
+
+def other_graph(config: Mapping[str, Any], seen: ResNetConfig) -> list[str]:
+    """The arguments in a ``config.json`` that ask for a network that is not supported.
+
+    >>> config = {"architecture": "resnet50", "model_args": {"act_layer": "silu"}}
+    >>> other_graph(config, ResNetConfig())
+    ["act_layer must be 'relu', got 'silu'"]
+    """
+    problems = []
+    arguments = _arguments(config)
+    for name, value in arguments.items():
+        if name in _GRAPH and value not in _GRAPH[name]:
+            known = " or ".join(repr(each) for each in _GRAPH[name] if each != "")
+            problems.append(f"{name} must be {known}, got {value!r}")
+        elif name not in _GRAPH and name not in _SHOWN:
+            problems.append(f"{name} must not be given, as it is not known here, got {value!r}")
+    stated = ARCHITECTURES.get(str(config.get("architecture")))
+    if seen.preactivation and stated is not None:
+        # No leaf shows it: `v2_table_of` goes by the stem.
+        pooled = seen.shortcut == "average"
+        asked = bool(arguments.get("avg_down", stated.shortcut == "average"))
+        if asked != pooled:
+            problems.append(f"avg_down must be {pooled} with such a stem, got {asked}")
+    return problems
+
+
+def has_groups(config: Mapping[str, Any]) -> bool:
+    """Whether the arguments in a ``config.json`` ask for GroupNorms."""
+    return _arguments(config).get("norm_layer") == "groupnorm"
+
+
+def with_arguments(seen: ResNetConfig, config: Mapping[str, Any]) -> ResNetConfig:
+    """The configuration with the anti-aliasing that the arguments in a ``config.json`` ask for.
+
+    >>> with_arguments(ResNetConfig(), {"model_args": {"aa_layer": "blur"}}).anti_alias
+    'blur'
+    """
+    asked = _arguments(config).get("aa_layer")
+    if asked is None:
+        return seen
+    return dataclasses.replace(seen, anti_alias=_ANTI_ALIAS.get(asked))
 
 
 STEM_WIDTH = 64

@@ -135,11 +135,29 @@ def _kind(data: bytes, name: str) -> str:
     key = {0xDE: 3, 0xDF: 5}.get(data[0], 1)
     if (0x80 < data[0] < 0x90 or key > 1) and data[key : key + 1] > b"\x9f":
         return "msgpack"
+    if foreign := _foreign(data, name):
+        raise ValueError(f"the file is {foreign}")
     # Truncated or damaged: the reader reports by how much.
     if name.endswith(".safetensors") and (len(data) < 9 or data[4:8] == bytes(4)):
         return "safetensors"
     kinds = "; ".join(f"{c.text} ({', '.join(c.suffixes)})" for c in CONTAINERS.values())
     raise ValueError(f"unknown format: the first bytes are {data[:8]!r}; known: {kinds}")
+
+
+def _foreign(data: bytes, name: str) -> str:
+    """What a file is that is known and not read, and what to do instead; "" for others."""
+    # A protobuf with the version of its format first, and the producer or the graph second.
+    onnx = data[:1] == b"\x08" and 0 < data[1] < 32 and data[2:3] in (b"\x12", b"\x3a", b"\x42")
+    if onnx or (name.endswith(".onnx") and data[:1] in (b"\x08", b"\x0a", b"\x12", b"\x3a")):
+        return (
+            "an ONNX model, a program with its weights, which is written (--to onnx) and not read; "
+            "give the weights that it was exported from"
+        )
+    if data.startswith(b"GGUF"):
+        return "a GGUF file of a language model; ResNets come as safetensors or .pth"
+    if data[4:8] == b"TFL3":
+        return "a TensorFlow Lite model, which is not read; give the Keras weights it was made from"
+    return ""
 
 
 def _kind_of_archive(names: list[str]) -> str:
