@@ -49,7 +49,7 @@ def refusal(path, **settings):
         ("conv1.weight bn1.weight layer1.0.conv1.paths.0.conv.weight fc.weight", "an SKResNet"),
         ("conv1.weight bn1.weight layer1.0.convs.0.weight fc.weight", "a Res2Net"),
         ("conv1.0.weight layer1.0.conv2.conv.weight layer1.0.conv2.fc1.weight", "a ResNeSt"),
-        ("backbone.body.layer1.0.conv1.weight rpn.head.conv.0.0.weight", "a detection model"),
+        ("rpn.head.conv.0.0.weight roi_heads.box_head.fc6.weight", "a detection model"),
         ("features.0.weight classifier.4.weight", "a VGG"),
     ],
 )
@@ -84,10 +84,11 @@ def test_videos_have_kernels_with_five_axes(write):
     assert "a three-dimensional ResNet" in refusal(write({"layer1.0.conv1.0.weight": kernel}))
 
 
-def test_the_part_that_can_be_taken_is_named(write):
-    one = np.zeros((1, 1, 1, 1), np.float32)
+def test_the_part_that_can_be_taken_is_named():
     keys = ("backbone.body.layer1.0.conv1.weight", "roi_heads.box_predictor.bbox_pred.weight")
-    assert "its part under 'backbone.body.' is a ResNet" in refusal(write(dict.fromkeys(keys, one)))
+    text = family_text(dict.fromkeys(keys, np.zeros((1, 1, 1, 1))), {})
+    assert "holds a detection model" in text
+    assert "its part under 'backbone.body.' is a ResNet" in text
 
 
 @pytest.mark.parametrize("config", ["resnet", "resnet50", "se_resnext50", ""])
