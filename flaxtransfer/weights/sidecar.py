@@ -245,7 +245,11 @@ FAMILIES: tuple[Family, ...] = (
         r"^convnext(v2)?\.|stages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv)\.|"
         r"^features\.\d+\.\d+\.layer_scale$",
     ),
-    Family("a RegNet", "regnet", r"^s1\.b1\.conv1\.|^regnet\.|^trunk_output\.block1\."),
+    Family(
+        "a RegNet",
+        "regnet",
+        r"^s1\.b1\.conv1\.|^regnet\.|^trunk_output\.block1\.|\.layer\.2\.attention\.\d\.",
+    ),
     Family("a DenseNet", "densenet", r"denseblock1\."),
     Family("a GhostNet", "ghostnet", r"\.ghost1\."),
     Family(

@@ -43,6 +43,7 @@ def refusal(path, **settings):
         ("conv_stem.weight bn1.weight blocks.0.0.se.conv_reduce.weight", "an EfficientNet"),
         ("features.0.0.weight features.1.0.block.0.0.weight", "an EfficientNet"),
         ("stem.conv.weight s1.b1.conv1.conv.weight", "a RegNet"),
+        ("encoder.stages.0.layers.0.layer.2.attention.0.weight", "a RegNet"),
         ("features.conv0.weight features.denseblock1.denselayer1.conv1.weight", "a DenseNet"),
         ("conv_stem.weight bn1.weight blocks.0.0.conv_dw.weight conv_head.bias", "a MobileNet"),
         ("features.0.0.weight features.1.conv.0.0.weight", "a MobileNet"),
