@@ -211,7 +211,7 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     return (
         f"{file.path} has no ResNet with the keys of {asked or ' or '.join(FORMATS)}{hint}; "
         f"its {len(file.arrays)} keys are like "
-        f"{shortened(', '.join(list(file.arrays)[:3]), 150)}{_relatives(file.arrays)}"
+        f"{shortened(', '.join(list(file.arrays)[:3]), 150)}"
         + (f"; config.json next to it states {shortened(str(stated), 40)!r}" if stated else "")
     )
 
