@@ -185,7 +185,7 @@ def train_step(
     again as soon as a norm over all gradients is logged.) Clipping, decay, the average and the
     logged norms therefore see trainable leaves only.
 
-    Equal phases of equal models share a program (`training/program.py`), so that the second run of
+    Equal phases of equal models share a program (``CompileKey``), so that the second run of
     a plan, on other data or from another seed, neither traces nor compiles.
 
     Returns:
