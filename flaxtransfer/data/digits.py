@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from flaxtransfer.data.source import ArraySource
-from flaxtransfer.files import discard_folder, publish_folder
+from flaxtransfer.files import discard_folder, folder_lock, publish_folder
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # untyped library
@@ -71,6 +71,7 @@ EXAMPLES = 1797
 # Of the pixels and labels as prepared; it detects a damaged copy and a change in scikit-learn.
 SHA256 = "0b7e9c3202d7bcd255d6a19a238d3743bf5e320ba74812a6679958a017c55382"
 _ATTEMPTS = 5
+_PREPARING = ".preparing-"
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -88,9 +89,9 @@ def open_digits(cache_dir: str | os.PathLike[str] | None = None) -> ArraySource:
 
     They are stored as a TensorFlow Datasets data set (array_record, no TensorFlow, no internet)
     in ``<cache>/sklearn_digits/1.0.0``. It is prepared in a temporary folder and renamed into
-    place, so that several processes can prepare it at once, and a killed one leaves nothing that
-    could be mistaken for the data set. A folder that is incomplete or whose checksum differs is
-    prepared again.
+    place. Of several processes one prepares it and the others wait; what a killed one leaves could
+    not be mistaken for the data set, and the next one removes it. A folder that is incomplete or
+    whose checksum differs is prepared again.
 
     Args:
         cache_dir: see ``cache_root``.
@@ -163,17 +164,22 @@ def _prepare(root: Path, folder: Path) -> None:
     """Prepares the data set in a temporary folder, and then gives it its name."""
     import tensorflow_datasets as tfds
 
-    root.mkdir(parents=True, exist_ok=True)
-    work = root / f".preparing-{uuid.uuid4().hex}"
-    try:
-        # It announces a download that does not happen.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder = SklearnDigits(data_dir=str(work), file_format="array_record")
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # If another process has put a good one there meanwhile, both hold the same bytes.
-        publish_folder(Path(builder.data_path), folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with folder_lock(folder.parent, wait=True):
+        if folder.exists():
+            return  # Another process has prepared it meanwhile.
+        for left in root.glob(f"{_PREPARING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        work = root / f"{_PREPARING}{uuid.uuid4().hex}"
+        try:
+            # It announces a download that does not happen.
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                builder = SklearnDigits(data_dir=str(work), file_format="array_record")
+                builder.download_and_prepare(
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+                )
+            publish_folder(Path(builder.data_path), folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)

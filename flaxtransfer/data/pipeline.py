@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
@@ -175,8 +177,26 @@ def _iterate(dataset: grain.MapDataset, num_threads: int, workers: int) -> Itera
         # Grain reads its flags in the workers; without absl's own main they are not parsed.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        processes = grain.MultiprocessingOptions(num_workers=workers)
+        batches = batches.mp_prefetch(processes, worker_init_fn=_end_with_parent)
     return _closing(batches)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Ends a worker as soon as its parent has ended, even if that was killed.
+
+    Grain tells its workers to end; a parent that is killed tells nobody, and they would wait and
+    hold their memory for ever.
+    """
+    del index, count
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # A worker has one.
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _closing(batches: grain.IterDataset) -> Iterator[Batch]:

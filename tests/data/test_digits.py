@@ -141,6 +141,7 @@ o('digits', cache_dir=sys.argv[1])
     assert process.returncode == 9
     assert not (tmp_path / DATA_SET).exists()
     assert len(open_source("digits", cache_dir=tmp_path)) == 1797
+    assert [path.name for path in tmp_path.iterdir()] == ["sklearn_digits"]
 
 
 def test_preparing_says_nothing(tmp_path, capfd):

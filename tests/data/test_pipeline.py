@@ -141,6 +141,44 @@ def test_any_batch_can_be_asked_for_alone():
     assert digest([batches[far]]) == digest(train(1, start_step=far))
 
 
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {folders!r}
+import test_pipeline as t
+if __name__ == "__main__":
+    batches = t.train_batches(t.SOURCE, range(23), batch_size=8, transform=t.AUGMENT, seed=0, workers=2)
+    next(batches)
+    own = os.getpid()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[1] == str(own):
+            print(pid, flush=True)
+    os.kill(own, signal.SIGKILL)
+"""
+
+
+@pytest.mark.once
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    here, package = Path(__file__).parent, Path(flaxtransfer.data.__file__).parents[2]
+    script.write_text(KILLED.format(folders=[str(here), str(package)]))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == -9
+    children = done.stdout.split()
+    assert len(children) >= 2
+    limit = time.monotonic() + 30
+    while any(map(alive, children)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not list(filter(alive, children))
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 RESUME = """
 import sys
 sys.path[:0] = {folders!r}
