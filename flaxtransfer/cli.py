@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import textwrap
+import traceback
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ import tyro
 from flaxtransfer import __version__
 from flaxtransfer.commands.options import check, flags, outputs
 from flaxtransfer.commands.subcommands import SUBCOMMANDS, Predict
-from flaxtransfer.paths import nearest, suggest, visible
+from flaxtransfer.paths import nearest, shortened, suggest, visible
 
 USER_ERROR = 2
 
@@ -41,8 +42,9 @@ _STYLE = (
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code.
 
-    Input errors print one line, and the code is 2. An interruption with a checkpoint prints one
-    line, and the code is the customary one of the signal.
+    Errors print one line, and the code is 2; the traceback of one that nobody foresaw goes to a
+    file. An interruption with a checkpoint prints one line, and the code is the customary one of
+    the signal.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -63,8 +65,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader of the output, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(_one_line(error, options), file=sys.stderr)
+    except Exception as error:
+        if _was_ended(error):
+            raise
+        known = isinstance(error, (ValueError, TypeError, OSError, ImportError))
+        print(_one_line(error if known else _unforeseen(error), options), file=sys.stderr)
         return USER_ERROR
 
 
@@ -214,10 +219,40 @@ def _one_line(error: BaseException, options: Any = None) -> str:
     line = visible(f"flaxtransfer: {' '.join(lines) or type(error).__name__}")
     if len(line) <= MOST_CHARACTERS:
         return line
-    end = " ..."
-    with contextlib.suppress(OSError):  # Without room for the file the beginning has to do.
+    path = _in_a_file(text)
+    end = f" ... (all of it in {path})" if path else " ..."
+    return line[: MOST_CHARACTERS - len(end)] + end
+
+
+def _was_ended(error: BaseException) -> bool:
+    """Whether a signal is behind an error: libraries wrap what is raised within them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, (Exception, SystemExit)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _unforeseen(error: Exception) -> Exception:
+    """What to say of an error that is not about the input."""
+    text = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return MemoryError(
+            f"out of memory ({text}); smaller batches (--batch-size) or smaller images need less"
+        )
+    path = _in_a_file("".join(traceback.format_exception(error)))
+    return RuntimeError(
+        f"{text}; this is a fault of flaxtransfer, not of what was asked"
+        + (f"; the traceback is in {path}" if path else "")
+    )
+
+
+def _in_a_file(text: str) -> str:
+    """The path of a new file with the text; "" where there is no room for one."""
+    with contextlib.suppress(OSError):
         handle, path = tempfile.mkstemp(prefix="flaxtransfer-", suffix=".txt")
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{text}\n")
-        end = f" ... (all of it in {path})"
-    return line[: MOST_CHARACTERS - len(end)] + end
+        return path
+    return ""

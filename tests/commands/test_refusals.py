@@ -97,6 +97,48 @@ def test_errors_are_one_line_with_exit_code_2(arguments, text, capsys, tmp_path,
     assert list(tmp_path.iterdir()) == []  # nothing half-made
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (KeyError("layer9"), "KeyError: 'layer9'; this is a fault of flaxtransfer, not of what"),
+        (RecursionError("deep"), "RecursionError: deep; this is a fault of flaxtransfer"),
+        (MemoryError("Unable to allocate 9 TiB"), "out of memory (MemoryError: Unable to "),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
+            "out of memory (RuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating); smaller "
+            "batches (--batch-size)",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_nobody_foresaw_is_one_line_too(error, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("flaxtransfer.cli.check", fail)
+    assert run(["stem"]) == 2
+    line = only_line(capsys)
+    assert line.startswith(f"flaxtransfer: {text}")
+    files = list(tmp_path.iterdir())
+    assert [line.endswith(f"; the traceback is in {file}") for file in files] == [True] * len(files)
+    assert all(file.read_text().startswith("Traceback") for file in files)
+    assert bool(files) == ("fault" in line)
+
+
+def test_a_signal_that_a_library_wrapped_is_no_error(monkeypatch):
+    def fail(options):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemError("initialization failed") from None
+
+    monkeypatch.setattr("flaxtransfer.cli.check", fail)
+    with pytest.raises(SystemError):
+        run(["stem"])
+
+
 def test_a_long_message_is_cut_and_the_whole_is_in_a_file(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     name = "x" * 900

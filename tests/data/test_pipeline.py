@@ -146,7 +146,8 @@ import os, signal, sys
 sys.path[:0] = {folders!r}
 import test_pipeline as t
 if __name__ == "__main__":
-    batches = t.train_batches(t.SOURCE, range(23), batch_size=8, transform=t.AUGMENT, seed=0, workers=2)
+    options = {{"batch_size": 8, "transform": t.AUGMENT, "seed": 0, "workers": 2}}
+    batches = t.train_batches(t.SOURCE, range(23), **options)
     next(batches)
     own = os.getpid()
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -161,7 +162,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "killed.py"
     here, package = Path(__file__).parent, Path(flaxtransfer.data.__file__).parents[2]
     script.write_text(KILLED.format(folders=[str(here), str(package)]))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == -9
     children = done.stdout.split()
     assert len(children) >= 2
