@@ -92,8 +92,8 @@ def load(
         OSError: an address from which nothing, or not everything, could be downloaded.
         ImportError: the file needs h5py.
         ValueError: a file that is damaged, unsafe or of another kind; keys that are missing,
-            unexpected or of another shape, all in one text; numbers that are not finite; or a
-            network other than ``model``.
+            unexpected or of another shape, all in one text; numbers that are not finite; a
+            network other than ``model``; or weights of a run that were changed since it wrote them.
 
     >>> load("resnet50.onnx")
     Traceback (most recent call last):

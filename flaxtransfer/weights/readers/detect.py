@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from flaxtransfer.files import check_regular, read_json
+from flaxtransfer.files import check_regular, check_seal, read_json
 from flaxtransfer.paths import shortened, suggest
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import (
@@ -285,10 +285,12 @@ def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
     except MemoryError as error:
         size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    check_seal(path, sha256)
     container, named = recognize(data, path.name)
     more = (wanted,) if container.nested else ()
     arrays, metadata, notes = container.read(data, *more)
-    return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
+    return arrays, metadata, sha256, [*named, *notes]
 
 
 def weight_map(index: Path) -> dict[str, str]:
