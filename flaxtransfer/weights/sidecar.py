@@ -203,7 +203,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "a detection model",
         "detr|rcnn|retinanet|yolo|detection",
-        r"^roi_heads\.|^rpn\.|^head\.(classification|regression)_head\.|bbox_(embed|pred)|"
+        r"^roi_heads\.|\bbackbone\.bottom_up\.|^rpn\.|^head\.(classification|regression)_head\.|bbox_(embed|pred)|"
         r"^(model\.)?decoder\.layers\.\d+\.encoder_attn\.|^(model\.)+\d+\.cv1\.",
     ),
     Family("a SqueezeNet", "squeezenet", r"\.squeeze\.weight$"),

@@ -105,6 +105,7 @@ _RIVALS = (
     ("base_encoder", "momentum_encoder"),  # MoCo v3
     ("online_encoder", "target_encoder"),  # BYOL
     ("teacher", "student"),  # DINO: the teacher is an average
+    ("state_dict", "current_model_state"),  # Lightning's WeightAveraging: the first is the average
 )
 """Names in self-supervised training, the preferred one first."""
 
@@ -112,6 +113,7 @@ SELF_SUPERVISED = frozenset(name for pair in _RIVALS[:3] for name in pair)
 """Names of encoders that are trained without labels: what follows them is no classifier."""
 
 _BODY = re.compile(r"(conv1|bn1|layer\d|maxpool|stem|stages|norm|resnet)\.")
+_STAGE = re.compile(r"layer[1-4]\.")
 _STUBS = re.compile(
     r"(.*\.)?(parametrizations\..*|weight_(orig|mask|g|v)|weight_fake_quant\..*|"
     r"activation_post_process\..*|_packed_params.*|zero_point)"
@@ -190,6 +192,8 @@ def find(
             left_out.append(rest[0])
         else:
             beside[name] = ".".join(rest)
+    keys, stem = _with_stem(arrays, keys, beside)
+    beside = {name: short for name, short in beside.items() if name not in keys}
     stubs = [name for name in keys.values() if _BODY.match(name) and _STUBS.fullmatch(name)]
     if stubs:
         first = shortened(stubs[0], 100)
@@ -198,10 +202,51 @@ def find(
             "pruning mask or quantization leaves; remove it in torch (parametrize."
             "remove_parametrizations, prune.remove, the float network) and save the weights again"
         )
+    if any(arrays[name].shape == (0,) for name in keys):
+        raise ValueError(
+            "its arrays are empty, as where DeepSpeed keeps them in parts; its own "
+            "zero_to_fp32.py, which lies beside them, makes one file of the parts"
+        )
     named = tuple(name for name in re.split(r"[./]", _plain(inner)) if name)
     notes = [*_said(arrays, place, keys), *notes]
     named = (*filter(None, container.split("/")), *named)
-    return Found(keys, beside, named, (*notes, *_left_out(left_out)))
+    return Found(keys, beside, named, (*notes, *stem, *_left_out(left_out)))
+
+
+def _with_stem(
+    arrays: Mapping[str, Any], keys: dict[str, str], beside: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The keys with those of a stem that is a sequence of its own, such as ``layer0``, and a note.
+
+    It is the only group of layers with one convolution into the first block, and its norm.
+    """
+    shapes = {short: arrays[name].shape for name, short in keys.items()}
+    first = shapes.get("layer1.0.conv1.weight", ())
+    if len(first) != 4 or any(re.match(r"(conv1|stem)\.", short) for short in shapes):
+        return keys, []
+    groups: dict[str, dict[str, str]] = {}
+    for name, short in (*keys.items(), *beside.items()):
+        if not _STAGE.match(short):
+            groups.setdefault(short.split(".")[0], {})[name] = short
+    found = []
+    for group, names in groups.items():
+        layers: dict[str, set[tuple[int, ...]]] = {}
+        for name, short in names.items():
+            layers.setdefault(short.rpartition(".")[0], set()).add(arrays[name].shape)
+        kernels = [layer for layer, held in layers.items() if any(len(s) == 4 for s in held)]
+        norms = [layer for layer, held in layers.items() if held <= {(first[1],), ()}]
+        into = {s[0] for layer in kernels for s in layers[layer] if len(s) == 4}
+        if len(kernels) == len(norms) == 1 and len(layers) == 2 and into == {first[1]}:
+            found.append((group, {kernels[0]: "conv1", norms[0]: "bn1"}))
+    if len(found) != 1:
+        return keys, []
+    ((group, layers_of),) = found
+    stem = {
+        name: f"{layers_of[layer]}.{leaf}"
+        for name, short in groups[group].items()
+        for layer, _, leaf in [short.rpartition(".")]
+    }
+    return keys | stem, [f"the stem is {group!r}, of one convolution and its norm"]
 
 
 def _left_out(names: list[str]) -> list[str]:
