@@ -278,6 +278,16 @@ FAMILIES: tuple[Family, ...] = (
         "^(gc|bat|ha|bo|lambda_)resne|_clip",
         r"\.conv1_1x1\.conv\.weight$",
     ),
+    Family(
+        "a ResNet of flax's examples, whose convolutions pad otherwise (SAME)",
+        r"(?!)",
+        r"(^|/)conv_init/kernel$|(^|/)(Bottleneck)?ResNetBlock_\d+/",
+    ),
+    Family(
+        "a ResNet of haiku, whose convolutions pad otherwise (SAME)",
+        r"(?!)",
+        r"(^|/)~/initial_conv/w$|/~/block_group_0/~/block_0/",
+    ),
     Family("an HRNet", "hrnet", r"^stage4\.0\.branches\."),
     Family("a ShuffleNet", "shufflenet", r"^stage2\.0\.branch1\."),
     Family("an Inception network", "inception|googlenet|xception", r"^Mixed_5b\.|^inception3a\."),

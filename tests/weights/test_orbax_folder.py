@@ -100,8 +100,13 @@ def test_another_network_is_refused(tmp_path):
         load(tmp_path / "c")
     leaves = leaves_of()
     standard(tmp_path / "two", {"a": unflatten(leaves), "b": unflatten(leaves)})
-    with pytest.raises(ValueError, match="got several under 'a/', 'b/'"):
-        load(tmp_path / "two", format="flaxtransfer")
+    assert same(load(tmp_path / "two"), leaves)
+    apart = {**unflatten(leaves), "opt_state": {"mu": {"x": np.ones(1, np.float32)}}}
+    for name, part in apart.items():
+        standard(tmp_path / "items" / name, part)
+    found = load(tmp_path / "items")
+    assert same(found, leaves)
+    assert "left out: opt_state" in found.notes
 
 
 def test_of_steps_the_newest_and_of_several_trees_none(tmp_path):
