@@ -26,7 +26,7 @@ import tyro
 
 from flaxtransfer import __version__
 from flaxtransfer.commands.options import check, flags, outputs
-from flaxtransfer.commands.subcommands import SUBCOMMANDS, Predict
+from flaxtransfer.commands.subcommands import FILES, SUBCOMMANDS, Predict
 from flaxtransfer.paths import nearest, shortened, suggest, visible
 
 USER_ERROR = 2
@@ -190,7 +190,8 @@ def _execute(options: Any) -> int:
         sys.warnoptions.append("ignore:resource_tracker")
     name = next(name for name, kind in SUBCOMMANDS.items() if kind is type(options))
     name = name.replace("-", "_")
-    command = getattr(importlib.import_module(f"flaxtransfer.commands.{name}"), name)
+    file = importlib.import_module(f"flaxtransfer.commands.{FILES.get(name, name)}")
+    command = getattr(file, name)
     errors = terminal(stderr=True, soft_wrap=True, highlight=False)
     try:
         # Predictions are the standard output of `predict`; its notes must not mix with them.

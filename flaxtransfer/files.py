@@ -25,8 +25,10 @@ from typing import Any
 
 __all__ = [
     "LOCK_NAME",
+    "MAKE_AGAIN",
     "atomic_write",
     "check_regular",
+    "check_seal",
     "discard_folder",
     "folder_lock",
     "json_bytes",
@@ -471,6 +473,30 @@ def seal_problems(folder: Path, names: Iterable[str] | None = None) -> dict[str,
         except ValueError as error:
             problems[name] = str(error)
     return problems
+
+
+MAKE_AGAIN = "flaxtransfer train --resume (fit(resume=True)) makes it again from checkpoints"
+"""What helps against a damaged file of a finished run."""
+
+
+def check_seal(path: Path, sha256: str) -> None:
+    """Refuses a file that is not what the manifest beside it says; other files pass.
+
+    Args:
+        path: of the file; a ``manifest.json`` of another program beside it says nothing.
+        sha256: of the bytes that were read.
+
+    Raises:
+        ValueError: the file, or the manifest that tells, was damaged or changed.
+    """
+    manifest = path.with_name(MANIFEST_FILE)
+    if not manifest.is_file():
+        return
+    content = read_json(manifest)
+    if not isinstance(content, dict) or not {"sha256", "files"} <= content.keys():
+        return
+    if sealed(path.parent).get(path.name, sha256) != sha256:
+        raise ValueError(f"it was changed since the run wrote it; {MAKE_AGAIN}")
 
 
 def _digest_of(digests: Any) -> str:

@@ -20,7 +20,7 @@ from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
-from flaxtransfer.files import MANIFEST_FILE, read_json
+from flaxtransfer.files import read_json
 from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
@@ -29,8 +29,6 @@ from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.training.run_folder import (
     SPLIT_FILE,
-    WEIGHTS_FILE,
-    check_sealed,
     split_of,
     validation_of,
     weights_of,
@@ -131,14 +129,7 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
 
 
 def load_weights(options: WeightsOptions) -> Pretrained:
-    """The checkpoint that the options name.
-
-    Raises:
-        ValueError: weights of a run that were changed since the run wrote them; see ``load``.
-    """
-    path = Path(options.weights)
-    if path.name == WEIGHTS_FILE and (path.parent / MANIFEST_FILE).is_file():
-        check_sealed(path.parent, path.name)
+    """The checkpoint that the options name; errors as in ``load``."""
     return load(
         options.weights,
         model=options.model,

@@ -1,7 +1,7 @@
 """The subcommands: name and options of each.
 
-A subcommand is run by the function of its name, in the file of its name, which is imported only
-then. This module imports no jax.
+A subcommand is run by the function of its name, in the file of its name (or of ``FILES``), which is
+imported only then. This module imports no jax.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.figures import FIGURE_SUFFIXES
 
 __all__ = [
+    "FILES",
     "SUBCOMMANDS",
     "Convert",
     "Diagnose",
@@ -440,6 +441,9 @@ SUBCOMMANDS: dict[str, type] = {
     "convert": Convert,
 }
 """The options of each subcommand, in the order of ``flaxtransfer --help``."""
+
+FILES = dict.fromkeys(("stem", "models", "params"), "inspect")
+"""The file of a subcommand's function, where it has not its name."""
 
 
 def named_values(texts: tuple[str, ...]) -> dict[str, str]:

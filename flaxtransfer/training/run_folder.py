@@ -21,6 +21,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits
 from flaxtransfer.files import (
+    MAKE_AGAIN,
     MANIFEST_FILE,
     atomic_write,
     check_regular,
@@ -172,18 +173,22 @@ def check_sealed(folder: Path, name: str) -> Path:
         FileNotFoundError: the file is missing.
         ValueError: it, or the manifest that tells, was damaged or changed.
     """
-    again = f"flaxtransfer train --resume (fit(resume=True)) makes it again from {CHECKPOINTS}"
+    _manifest_for(folder, name)
+    if problems := seal_problems(folder, [name]):
+        raise ValueError(f"{folder / name} {problems[name]}; {MAKE_AGAIN}")
+    return folder / name
+
+
+def _manifest_for(folder: Path, name: str) -> dict[str, str]:
+    """The digests of a run's files, of which one is to be read."""
     try:
-        problems = seal_problems(folder, [name])
+        return sealed(folder)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{folder / MANIFEST_FILE} is missing, so that {name} cannot be trusted; {again}"
+            f"{folder / MANIFEST_FILE} is missing, so that {name} cannot be trusted; {MAKE_AGAIN}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{error}, so that {name} cannot be trusted; {again}") from error
-    if name in problems:
-        raise ValueError(f"{folder / name} {problems[name]}; {again}")
-    return folder / name
+        raise ValueError(f"{error}, so that {name} cannot be trusted; {MAKE_AGAIN}") from error
 
 
 def run_problems(folder: Path, names: Sequence[str] | None = None) -> list[str]:
@@ -260,15 +265,19 @@ def task_of(folder: Path) -> Task:
 
 
 def weights_of(folder: Path) -> Path:
-    """The weights of a finished run.
+    """The weights of a finished run; ``load`` compares them with the manifest.
 
     Raises:
         FileNotFoundError: there is no such folder, or the run in it has not finished.
-        ValueError: they are damaged.
+        ValueError: they are missing from a finished run, or its manifest is damaged.
     """
     path = folder / WEIGHTS_FILE
     if path.is_file() or (folder / MANIFEST_FILE).is_file():
-        return check_sealed(folder, WEIGHTS_FILE)
+        if WEIGHTS_FILE not in _manifest_for(folder, WEIGHTS_FILE):
+            raise ValueError(f"{path} is not in the manifest; {MAKE_AGAIN}")
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; {MAKE_AGAIN}")
+        return path
     if (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"the run in {folder} has not finished (no {WEIGHTS_FILE}); "

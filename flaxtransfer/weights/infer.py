@@ -136,7 +136,7 @@ def _lacks_statistics(shapes: Mapping[str, Shape]) -> bool:
 
 
 def with_placeholders(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
-    """Arrays under torch's names with mean 0 and variance 1 for each norm that has neither.
+    """Arrays under torch's or flax's names, with mean 0 and variance 1 for norms without both.
 
     >>> scale = np.ones(3, np.float32)
     >>> list(with_placeholders({"bn1.weight": scale, "bn1.bias": scale})[0])[2:]
@@ -154,7 +154,18 @@ def with_placeholders(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.nd
         size = arrays[norm + "weight"].size
         found[norm + "running_mean"] = np.zeros(size, np.float32)
         found[norm + "running_var"] = np.ones(size, np.float32)
+    for path in [key for key in arrays if _of_batch_norm(key)]:
+        norm = f"batch_stats/{path.removeprefix('params/').removesuffix('scale')}"
+        if norm + "mean" not in arrays and norm + "var" not in arrays:
+            lacking.append(norm)
+            found[norm + "mean"] = np.zeros(arrays[path].size, np.float32)
+            found[norm + "var"] = np.ones(arrays[path].size, np.float32)
     return found, len(lacking)
+
+
+def _of_batch_norm(path: str) -> bool:
+    """Whether a leaf under flax's names is the scale of a BatchNorm."""
+    return path.startswith("params/") and path.endswith("/scale") and "/gn" not in path
 
 
 def unfit(file: Tensors, problem: str) -> ValueError:
@@ -189,6 +200,12 @@ def statistics_problem(
         format: the naming of the file.
         file: the weights' file.
     """
+    if any(map(_of_batch_norm, file.arrays)) and not any("batch_stats/" in p for p in shapes):
+        return (
+            f"{shortened(str(file.path), 150)} must have the statistics of its BatchNorms "
+            "(batch_stats), got parameters alone; save both collections, or load with "
+            "statistics='measure' and call training.recalibrate with your images"
+        )
     # In other formats the names of GroupNorms are their own.
     if format not in ("torchvision", "timm", "timm-v2") or not _lacks_statistics(shapes):
         return ""

@@ -4,7 +4,9 @@
 metadata (preprocessing, class names) from the header, the files next to it, or its published name.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 from collections import Counter
@@ -36,6 +38,7 @@ from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import detect, flax_file
 from flaxtransfer.weights.readers.detect import Tensors
+from flaxtransfer.weights.readers.torch_file import NAMES, names_of
 
 __all__ = ["Metadata", "collect_metadata", "load"]
 
@@ -92,8 +95,8 @@ def load(
         OSError: an address from which nothing, or not everything, could be downloaded.
         ImportError: the file needs h5py.
         ValueError: a file that is damaged, unsafe or of another kind; keys that are missing,
-            unexpected or of another shape, all in one text; numbers that are not finite; or a
-            network other than ``model``.
+            unexpected or of another shape, all in one text; numbers that are not finite; a
+            network other than ``model``; or weights of a run that were changed since it wrote them.
 
     >>> load("resnet50.onnx")
     Traceback (most recent call last):
@@ -405,8 +408,11 @@ def collect_metadata(
         names = sidecar.timm_class_names(settings)
     if names is None and torchvision.is_published(file.path.name):
         names = torchvision.CLASS_NAMES
+    told: list[str] = []
+    if names is None:
+        names, told = _class_names(file, config.classes)
     if headless:
-        names = None
+        names, told = None, []
     if names is not None and len(names) != config.classes:
         raise ValueError(
             f"{beside} names {len(names)} classes, but the head of {file.path} has {config.classes}"
@@ -416,7 +422,26 @@ def collect_metadata(
     if found is None and usual is not None and len(usual.mean) == config.bands:
         found, notes = usual, [f"preprocessing: not recorded, that of {format} is assumed"]
     preprocessing, notes = _fitted(found, notes, config, file)
-    return Metadata(config, preprocessing, names, tuple(notes))
+    return Metadata(config, preprocessing, names, (*notes, *told))
+
+
+def _class_names(file: Tensors, classes: int) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The class names that a file carries, where they fit the head, and a note."""
+    found: dict[str, list[str]] = json.loads(file.metadata.get(NAMES, "{}"))
+    for key, text in file.metadata.items():
+        with contextlib.suppress(ValueError):
+            if names := names_of(key, parse_json(text.encode(), key)):
+                found[key] = names
+    fitting = {place: names for place, names in found.items() if len(names) == classes}
+    places = shortened(", ".join(map(repr, fitting or found)), 150)
+    if len({tuple(names) for names in fitting.values()}) > 1:
+        return None, [f"class names: those under {places} differ, and none are taken"]
+    for names in fitting.values():
+        return tuple(names), [f"class names: those under {places}"]
+    counts = " or ".join(map(str, sorted({len(names) for names in found.values()})))
+    return None, [
+        f"class names: not those under {places}, which are {counts} for {classes} outputs"
+    ] if found else []
 
 
 def _of_sensor(sensor: str, config: ResNetConfig, file: Tensors) -> tuple[Preprocessing, list[str]]:

@@ -23,13 +23,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from flaxtransfer.files import folder_lock, read_json
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights.readers.detect import (
-    IN_A_FOLDER,
-    INDEX,
-    SUFFIXES,
-    has_weights_name,
-    weight_map,
-)
+from flaxtransfer.weights.readers.detect import SUFFIXES, has_weights_name
+from flaxtransfer.weights.readers.folders import IN_A_FOLDER, INDEX, weight_map
 
 __all__ = [
     "BUILTIN_DEFAULT",

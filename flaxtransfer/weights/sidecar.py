@@ -203,7 +203,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "a detection model",
         "detr|rcnn|retinanet|yolo|detection",
-        r"^roi_heads\.|^rpn\.|^head\.(classification|regression)_head\.|bbox_(embed|pred)|"
+        r"^roi_heads\.|\bbackbone\.bottom_up\.|^rpn\.|^head\.(classification|regression)_head\.|bbox_(embed|pred)|"
         r"^(model\.)?decoder\.layers\.\d+\.encoder_attn\.|^(model\.)+\d+\.cv1\.",
     ),
     Family("a SqueezeNet", "squeezenet", r"\.squeeze\.weight$"),
@@ -277,6 +277,16 @@ FAMILIES: tuple[Family, ...] = (
         "a network of timm's byobnet (CLIP, GC, bottleneck attention)",
         "^(gc|bat|ha|bo|lambda_)resne|_clip",
         r"\.conv1_1x1\.conv\.weight$",
+    ),
+    Family(
+        "a ResNet of flax's examples, whose convolutions pad otherwise (SAME)",
+        r"(?!)",
+        r"(^|/)conv_init/kernel$|(^|/)(Bottleneck)?ResNetBlock_\d+/",
+    ),
+    Family(
+        "a ResNet of haiku, whose convolutions pad otherwise (SAME)",
+        r"(?!)",
+        r"(^|/)~/initial_conv/w$|/~/block_group_0/~/block_0/",
     ),
     Family("an HRNet", "hrnet", r"^stage4\.0\.branches\."),
     Family("a ShuffleNet", "shufflenet", r"^stage2\.0\.branch1\."),

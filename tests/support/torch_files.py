@@ -6,11 +6,17 @@ from argparse import Namespace
 
 import numpy as np
 
-_KINDS = {"float32": "Float", "float16": "Half", "float64": "Double", "int64": "Long"}
+_KINDS = {
+    "float32": "Float",
+    "float16": "Half",
+    "float64": "Double",
+    "int64": "Long",
+    "bool": "Bool",
+}
 
 
 def save_torch(content, path):
-    """Writes dictionaries, lists, namespaces, numbers, text and arrays as torch.save does."""
+    """Writes containers, namespaces, numbers, text and arrays as torch.save does."""
     storages = []
     pickled = b"\x80\x02" + _pickled(content, storages) + b"."
     with zipfile.ZipFile(path, "w") as archive:
@@ -26,6 +32,8 @@ def _pickled(value, storages):
         return b"}(" + b"".join(items) + b"u"
     if isinstance(value, list):
         return b"](" + b"".join(_pickled(each, storages) for each in value) + b"e"
+    if isinstance(value, tuple):
+        return b"(" + b"".join(_pickled(each, storages) for each in value) + b"t"
     if isinstance(value, Namespace):
         return b"cargparse\nNamespace\n)\x81" + _pickled(vars(value), storages) + b"b"
     if isinstance(value, str):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flaxtransfer import files
 from flaxtransfer.weights import load
 from flaxtransfer.weights.readers import safetensors_file, torch_file
 
@@ -144,3 +145,21 @@ def test_a_source_that_is_no_path(source, text):
 def test_a_file_that_is_no_mapping_is_refused():
     with pytest.raises(ValueError, match="must hold tensors by name, got a list"):
         torch_file.tensors([1, 2])
+
+
+def test_a_sealed_file_is_what_its_manifest_says(basic, write, tmp_path):
+    """A manifest of another program, or one that does not name the file, says nothing."""
+    path = write(basic, "model.safetensors")
+    files.seal(tmp_path, ["model.safetensors"])
+    wanted = load(path).sha256
+    write(basic | {"fc.bias": basic["fc.bias"] + 1}, "model.safetensors")
+    for source in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"model\.safetensors: it was changed since the run w"):
+            load(source)
+    assert load(write(basic, "other.safetensors")).sha256 == wanted
+    manifest = tmp_path / files.MANIFEST_FILE
+    manifest.write_text(manifest.read_text().replace(wanted, wanted[::-1]))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: its checksum does not match"):
+        load(path)
+    manifest.write_text('{"name": "another program"}')
+    assert load(path).class_names is None

@@ -58,6 +58,14 @@ def numbered(arrays):
     return {f"{NUMBERS[first]}.{rest}": array for (first, _, rest), array in parts}
 
 
+def under_stages(prefix, arrays):
+    """The stages counted from 0 under a prefix, and 0 and 1, the stem, with a dot before them."""
+    return {
+        f"{prefix}{int(key[0]) - 4}{key[1:]}" if key[0] in "4567" else f"{key[0]}.{key}": array
+        for key, array in arrays.items()
+    }
+
+
 def body(arrays):
     return {key: array for key, array in arrays.items() if not key.startswith("fc.")}
 
@@ -106,6 +114,25 @@ FILES = {
     },
     "twice the same": lambda a: {"state_dict": under("model.", a) | under("backbone.", a)},
     "momenta by name": lambda a: {"model": a, "momentum": by_name(a)},
+    "Lightning's WeightAveraging": lambda a: {
+        "state_dict": under("model.", a),
+        "current_model_state": under("model.", other(a)),
+        "averaging_state": {"n_averaged": COUNT},
+    },
+    "a counted wrapper of an average": lambda a: {
+        **under("online_model.", other(a)),
+        **under("ema_model.", a),
+        "initted": np.array(True),
+        "step": COUNT,
+    },
+    "a stem of its own": lambda a: renamed("bn1.", "layer0.1.", renamed("conv1.", "layer0.0.", a)),
+    "two sequences": lambda a: (
+        {
+            "stem" + key[1:] if key[0] in "01" else key: array
+            for key, array in under_stages("layers.", numbered(a)).items()
+        }
+        | {key: array for key, array in a.items() if key.startswith("fc.")}
+    ),
     "counted average": lambda a: {"n_averaged": COUNT, **under("module.", a)},
     "a plain network beside others": lambda a: {**a, "optimizer": optimizer(a), "epoch": 3},
 }
@@ -233,6 +260,54 @@ def test_keys_that_merge_are_refused(basic, write):
     arrays = basic | {"module.layer1.0.conv1.weight": basic["layer1.0.conv1.weight"]}
     with pytest.raises(ValueError, match=r"places: '\.', 'module'|two keys become"):
         load(write(arrays | {"layer1.module.0.conv1.weight": basic["conv1.weight"]}))
+
+
+NAMES = tuple("abcdefg")
+NAMED = {
+    "meta/CLASSES": {"meta": {"CLASSES": NAMES, "epoch": 3}},
+    "meta/dataset_meta/classes": {"meta": {"dataset_meta": {"classes": list(NAMES)}}},
+    "class_names": {"class_names": list(NAMES)},
+    "class_to_idx": {"class_to_idx": {name: n for n, name in reversed(list(enumerate(NAMES)))}},
+    "idx_to_class": {"idx_to_class": dict(enumerate(NAMES))},
+    "hyper_parameters/id2label": {
+        "hyper_parameters": {"id2label": {str(n): name for n, name in enumerate(NAMES)}}
+    },
+    "args/labels": {"args": Namespace(labels=list(NAMES), classes=7)},
+    "vocab": {"vocab": list(NAMES), "classes": NAMES[:3]},
+}
+
+
+@pytest.mark.parametrize("place", NAMED)
+def test_class_names_come_along(basic, tmp_path, place):
+    found = load(save_torch({"model": basic, **NAMED[place]}, tmp_path / "w.pth"))
+    assert found.class_names == NAMES
+    assert f"class names: those under {place!r}" in found.notes
+
+
+def test_class_names_that_do_not_fit_are_left(basic, tmp_path):
+    for more, note in (
+        ({"classes": NAMES[:5]}, "not those under 'classes', which are 5 for 7 outputs"),
+        (
+            {"classes": NAMES, "vocab": NAMES[::-1]},
+            "those under 'classes', 'vocab' differ, and none are taken",
+        ),
+    ):
+        found = load(save_torch({"model": basic, **more}, tmp_path / "w.pth"))
+        assert found.class_names is None
+        assert f"class names: {note}" in found.notes
+    headless = load(save_torch({"model": body(basic), "classes": NAMES}, tmp_path / "w.pth"))
+    assert headless.class_names is None
+
+
+def test_class_names_in_a_header(basic, write):
+    path = write(basic, metadata={"format": "pt", "classes": '["a", "b", "c", "d", "e", "f", "g"]'})
+    assert load(path).class_names == NAMES
+
+
+def test_parts_of_deepspeed_are_said_to_be_parts(basic, tmp_path):
+    empty = {key: np.zeros(0, np.float32) for key in basic}
+    with pytest.raises(ValueError, match=r"arrays are empty.*DeepSpeed.*zero_to_fp32\.py"):
+        load(save_torch({"module": empty}, tmp_path / "w.pt"))
 
 
 @pytest.mark.parametrize("change", [lambda k: k, lambda k: k.removeprefix("resnet.")])

@@ -100,14 +100,22 @@ def test_another_network_is_refused(tmp_path):
         load(tmp_path / "c")
     leaves = leaves_of()
     standard(tmp_path / "two", {"a": unflatten(leaves), "b": unflatten(leaves)})
-    with pytest.raises(ValueError, match="got several under 'a/', 'b/'"):
-        load(tmp_path / "two", format="flaxtransfer")
+    assert same(load(tmp_path / "two"), leaves)
+    apart = {**unflatten(leaves), "opt_state": {"mu": {"x": np.ones(1, np.float32)}}}
+    for name, part in apart.items():
+        standard(tmp_path / "items" / name, part)
+    found = load(tmp_path / "items")
+    assert same(found, leaves)
+    assert "left out: opt_state" in found.notes
 
 
-def test_a_folder_of_steps_or_of_several_trees_names_them(tmp_path):
-    managed(tmp_path / "steps" / "5", unflatten(leaves_of()))
-    with pytest.raises(ValueError, match=r"several steps, give one of them: \S+/steps/5$"):
-        load(tmp_path / "steps")
+def test_of_steps_the_newest_and_of_several_trees_none(tmp_path):
+    leaves = leaves_of()
+    standard(tmp_path / "steps" / "5" / "default", {"x": np.ones(1)})
+    managed(tmp_path / "steps" / "10", unflatten(leaves))
+    found = load(tmp_path / "steps")
+    assert same(found, leaves)
+    assert "10 is the newest of 2 steps in the folder, by name" in found.notes
     for name in ("a", "b"):
         standard(tmp_path / "both" / name, {"x": np.ones(1)})
     with pytest.raises(ValueError, match=r"several trees, give one of them: \S+both/a, \S+both/b"):

@@ -117,6 +117,11 @@ def test_one_part_alone(split):
         (["best-epoch=2.ckpt", "best-epoch=11.ckpt", "last.ckpt"], 1, "newest of 3"),
         (["checkpoint-500/model.safetensors", "checkpoint-1000/model.safetensors"], 1, "newest"),
         (["checkpoint-5/model.safetensors"], 0, "newest of 1 steps"),
+        (["epoch=9-step=90.ckpt", "last.ckpt"], 1, "newest of 2"),
+        (["model.pth", "other.pth", "optimizer.pth"], 0, "the model of 2"),
+        (["model.pth", "best.pth"], 1, "best of 2"),
+        (["checkpoints/epoch=3-step=40.ckpt", "checkpoints/epoch=1-step=20.ckpt"], 0, "newest"),
+        (["global_step5/mp_rank_00_model_states.pt", "x/y"], 0, "newest of 1 steps"),
     ],
 )
 def test_the_best_or_newest_of_a_folder(plain, tmp_path, names, taken, why):
@@ -136,7 +141,8 @@ def test_the_best_or_newest_of_a_folder(plain, tmp_path, names, taken, why):
     "names",
     [
         ["resnet18.pth", "resnet50.pth"],
-        ["epoch=9.ckpt", "last.ckpt"],
+        ["resnet18.ckpt", "last.ckpt"],
+        ["a_last.ckpt", "b_last.ckpt"],
         ["a.pth", "b.safetensors"],
         ["best_a.pth", "best_b.pth"],
     ],
@@ -144,5 +150,53 @@ def test_the_best_or_newest_of_a_folder(plain, tmp_path, names, taken, why):
 def test_a_folder_where_no_name_says_it(tmp_path, names):
     for name in names:
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=f"2 checkpoints, name one: {', '.join(names)}"):
+    with pytest.raises(
+        FileNotFoundError, match=f"2 checkpoints, name one: {', '.join(sorted(names))}"
+    ):
+        load(tmp_path)
+
+
+def test_what_training_saves_beside_a_network_is_no_checkpoint(plain, tmp_path):
+    """Names as Hugging Face's trainer, accelerate and DeepSpeed write them."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in (
+        *("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "scaler.pt"),
+        *("training_args.bin", "random_states_0.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    ):
+        (folder / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="holds 0 checkpoints"):
+        load(folder)
+    shutil.copy(tmp_path / "plain.safetensors", folder / "net.safetensors")
+    assert same(load(folder), plain)
+
+
+def test_the_best_step_is_the_one_that_the_trainer_states(plain, tmp_path):
+    for step in (500, 1000):
+        folder = tmp_path / f"out/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        shutil.copy(tmp_path / "plain.safetensors", folder / "model.safetensors")
+    assert (
+        "checkpoint-1000 is the newest of 2 steps in the folder, by name"
+        in load(tmp_path / "out").notes
+    )
+    state = {"best_model_checkpoint": "/elsewhere/out/checkpoint-500"}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    said = "checkpoint-500 is the best of 2 steps in the folder, as trainer_state.json says"
+    assert said in load(tmp_path / "out").notes
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("saved_model.pb", "is TensorFlow's SavedModel"),
+        (".metadata", "is a distributed checkpoint of torch; convert it with dcp_to_torch_save"),
+        ("a/version_0/x.ckpt", "folders below with some: a/version_0"),
+    ],
+)
+def test_a_folder_of_something_else_says_what_it_is(tmp_path, name, said):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=said):
         load(tmp_path)

@@ -173,7 +173,7 @@ NAMED = {
     "getattr": b"\x80\x02cbuiltins\ngetattr\n.",
     "a list's neighbor": b"\x80\x02cargparse\nArgumentParser\n.",
     "deeper": b"\x80\x04" + text("torch") + text("serialization.os.system") + b"\x93.",
-    "numpy's own pickles": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n.",
+    "a reader of numpy's": b"\x80\x02cnumpy.core.multiarray\nfromfile\n.",
 }
 
 
@@ -349,3 +349,18 @@ def test_values_beside_weights_leave_a_mark():
             assert found == {**plain, "c": plain}
     with pytest.raises(Refused, match=r"posix\.DirEntry|nt\.DirEntry"):
         torch_pickle.read_pickle(io.BytesIO(pickle.dumps(os.DirEntry)))
+
+
+@pytest.mark.parametrize("layout", [zipped, legacy], ids=["zip", "legacy"])
+def test_states_and_options_of_other_libraries_are_passed_over(layout):
+    """As fastai's ``Learner.save``, mmengine, omegaconf and numpy's random states pickle them."""
+    names = [
+        *("fastcore.foundation\nL", "mmengine.logging.history_buffer\nHistoryBuffer"),
+        *("omegaconf.dictconfig\nDictConfig", "functools\npartial", "datetime\ndatetime"),
+        *("numpy\nndarray", "torch.optim.adamw\nAdamW", "torch\nqint8"),
+    ]
+    state = b"}(" + text("a") + b"K\x01u"
+    marks = (b"c" + name.encode() + b"\n)\x81" + state + b"b" for name in names)
+    content = dictionary(**{f"n{n}": mark for n, mark in enumerate(marks)})
+    with pytest.raises(ValueError, match=r"must hold tensors by name, got a dict of n0, n1, n2,"):
+        read_torch(layout(content))

@@ -159,7 +159,8 @@ def with_head(
     layers = [
         (name, group)
         for name, group in groups
-        if not _PROJECTION.fullmatch(name) and not _NO_LAYER.fullmatch(name)
+        if not any(names.fullmatch(name) for names in (_PROJECTION, _NO_LAYER))
+        and not (name in group and np.ndim(group[name]) == 0)  # a counter of a wrapper
     ]
     missing, notes = _NONE, []
     named = shortened(", ".join(sorted({name for name, _ in layers})), 150)

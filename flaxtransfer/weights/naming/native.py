@@ -31,44 +31,34 @@ _LEAVES = dict.fromkeys(
 TABLE: Table = tuple(Rule(leaf, leaf) for leaf in _LEAVES)
 """Each leaf under its own path, such as "params/layer1/0/conv1/kernel"."""
 
-_FIRST_KERNEL = re.compile(r"(|.*/)params/layer1/0/conv1/kernel")
-_WEIGHTS = ("params/", "batch_stats/")
+_AVERAGES = ("ema", "ema_params", "params_ema", "average_params", "avg_params", "swa_params")
+"""Names of averages of parameters; the first is that of our runs."""
 
 
 def prepared(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Parameters and statistics without other state of a run, and notes; other files unchanged.
-
-    Averages of parameters, which our runs store under "ema", replace the parameters.
+    """Parameters and statistics, averages in the place of parameters, and notes; others unchanged.
 
     Raises:
-        ValueError: the file holds several networks.
+        ValueError: averages of parameters that are not there.
 
-    >>> layer = "params/layer1/0/conv1/kernel"
-    >>> prepared({f"state/{layer}": 1, "state/step": 2, "seed": 3})
-    ({'params/layer1/0/conv1/kernel': 1}, ["the network is under 'state/'; left out: \
-seed, step"])
+    >>> prepared({"params/layer1/0/conv1/kernel": 1, "ema/layer1/0/conv1/kernel": 2})
+    ({'params/layer1/0/conv1/kernel': 2}, ['1 leaves are averages over steps'])
     """
-    places = sorted(found[1] for key in arrays if (found := _FIRST_KERNEL.fullmatch(key)))
-    if not places:
+    if "params/layer1/0/conv1/kernel" not in arrays:
         return dict(arrays), []
-    if len(places) > 1:
-        raise ValueError(
-            f"it must hold one network, got several under {', '.join(map(repr, places))}"
-        )
-    (place,) = places
-    own = {key.removeprefix(place): a for key, a in arrays.items() if key.startswith(place)}
-    kept = {key: array for key, array in own.items() if key.startswith(_WEIGHTS)}
-    averages = {f"params/{k[4:]}": a for k, a in own.items() if k.startswith("ema/")}
-    strange = [key for key in averages if key not in kept]
+    averages = {
+        f"params/{key.partition('/')[2]}": array
+        for key, array in arrays.items()
+        if key.partition("/")[0] in _AVERAGES
+    }
+    strange = [key for key in averages if key not in arrays]
     if strange:
-        raise ValueError(f"it holds averages of unknown parameters: {', '.join(strange)}")
-    left_out = {key.split("/")[0] for key in own if key not in kept and not key.startswith("ema/")}
-    left_out |= {key.split("/")[0] for key in arrays if not key.startswith(place)}
-    notes = [f"the network is under {place!r}"] if place else []
-    omitted = f"left out: {', '.join(sorted(left_out))}" if left_out else ""
-    text = "; ".join(filter(None, (*notes, omitted)))
-    averaged = f"{len(averages)} leaves are averages over steps" if averages else ""
-    return kept | averages, [note for note in (text, averaged) if note]
+        raise ValueError(
+            f"it holds averages of unknown parameters: {shortened(', '.join(strange), 300)}"
+        )
+    kept = {key: a for key, a in arrays.items() if key.partition("/")[0] not in _AVERAGES}
+    notes = [f"{len(averages)} leaves are averages over steps"] if averages else []
+    return kept | averages, notes
 
 
 WRAPPERS = (
@@ -105,6 +95,7 @@ _RIVALS = (
     ("base_encoder", "momentum_encoder"),  # MoCo v3
     ("online_encoder", "target_encoder"),  # BYOL
     ("teacher", "student"),  # DINO: the teacher is an average
+    ("state_dict", "current_model_state"),  # Lightning's WeightAveraging: the first is the average
 )
 """Names in self-supervised training, the preferred one first."""
 
@@ -112,6 +103,7 @@ SELF_SUPERVISED = frozenset(name for pair in _RIVALS[:3] for name in pair)
 """Names of encoders that are trained without labels: what follows them is no classifier."""
 
 _BODY = re.compile(r"(conv1|bn1|layer\d|maxpool|stem|stages|norm|resnet)\.")
+_STAGE = re.compile(r"layer[1-4]\.")
 _STUBS = re.compile(
     r"(.*\.)?(parametrizations\..*|weight_(orig|mask|g|v)|weight_fake_quant\..*|"
     r"activation_post_process\..*|_packed_params.*|zero_point)"
@@ -155,6 +147,10 @@ def find(
     >>> found = find(dict.fromkeys(keys, np.zeros(1)))
     >>> list(found.keys.values()), list(found.beside.values())
     (['layer1.0.conv1.weight'], ['head.weight'])
+    >>> keys = ["state/params/layer1/0/conv1/kernel", "state/step", "seed"]
+    >>> found = find(dict.fromkeys(keys, np.zeros(1)))
+    >>> list(found.keys.values()), found.notes
+    (['params/layer1/0/conv1/kernel'], ("the network is under 'state/'; left out: seed, step",))
     """
     stages: dict[str, set[str | None]] = {}
     for name in arrays:
@@ -166,7 +162,7 @@ def find(
     if len(places) > _MOST:
         raise ValueError(f"it must hold at most {_MOST} networks, got {len(places):,}")
     if not places:
-        return _subtree(arrays, key)
+        return _tree(arrays, key, same) or _subtree(arrays, key)
     networks = {place: _own(arrays, place, places) for place in places}
     place, notes = _chosen(arrays, networks, key, same)
     keys = networks[place]
@@ -190,6 +186,8 @@ def find(
             left_out.append(rest[0])
         else:
             beside[name] = ".".join(rest)
+    keys, stem = _with_stem(arrays, keys, beside)
+    beside = {name: short for name, short in beside.items() if name not in keys}
     stubs = [name for name in keys.values() if _BODY.match(name) and _STUBS.fullmatch(name)]
     if stubs:
         first = shortened(stubs[0], 100)
@@ -198,10 +196,110 @@ def find(
             "pruning mask or quantization leaves; remove it in torch (parametrize."
             "remove_parametrizations, prune.remove, the float network) and save the weights again"
         )
+    if any(arrays[name].shape == (0,) for name in keys):
+        raise ValueError(
+            "its arrays are empty, as where DeepSpeed keeps them in parts; its own "
+            "zero_to_fp32.py, which lies beside them, makes one file of the parts"
+        )
     named = tuple(name for name in re.split(r"[./]", _plain(inner)) if name)
     notes = [*_said(arrays, place, keys), *notes]
     named = (*filter(None, container.split("/")), *named)
-    return Found(keys, beside, named, (*notes, *_left_out(left_out)))
+    return Found(keys, beside, named, (*notes, *stem, *_left_out(left_out)))
+
+
+_LEAF = re.compile(
+    r"(|.*/)(?:layer1/0/conv1|resnet/encoder/stages/0/layers/0/layer/(?:layer_)?0/convolution)"
+    r"/kernel(/value)?"
+)
+_MOMENTS = re.compile(r"(.*/)?(opt_state|optimizer|opt|mu|nu|trace)/.*")
+
+
+def _tree(
+    arrays: Mapping[str, Any], key: str | None, same: Callable[[Any, Any], bool]
+) -> Found | None:
+    """The network in the tree of a JAX program, such as a train state; None for other files.
+
+    Parameters and statistics are collections ("params", "batch_stats"), or one tree as in NNX,
+    whose leaves may have a "value". The state of an optimizer is no network.
+    """
+    paths = {name: name if "/" in name else name.replace(".", "/") for name in arrays}
+    places: dict[str, bool] = {}
+    for path in paths.values():
+        found = _LEAF.fullmatch(path) if len(path) <= _LONGEST else None
+        if found is None or _MOMENTS.fullmatch(path):
+            continue
+        *above, last = ("/" + found[1]).rstrip("/").split("/")
+        if last in ("params", *_AVERAGES):
+            places["".join(f"{name}/" for name in above if name)] = True
+        else:
+            places.setdefault(found[1], False)
+    if not places:
+        return None
+    networks = {
+        place: _leaves(paths, place, [p for p in places if p != place], apart)
+        for place, apart in places.items()
+    }
+    place, notes = _chosen(arrays, networks, key, same)
+    keys = networks[place]
+    inside = (path for name, path in paths.items() if name not in keys)
+    left_out = {path.removeprefix(place).split("/")[0] for path in inside}
+    said = [f"the network is under {place!r}"] if place else []
+    said += [f"left out: {shortened(', '.join(sorted(left_out)), 200)}"] if left_out else []
+    named = tuple(name for name in place.split("/") if name)
+    return Found(keys, {}, named, (*(["; ".join(said)] if said else []), *notes))
+
+
+def _leaves(paths: Mapping[str, str], place: str, others: list[str], apart: bool) -> dict[str, str]:
+    """The keys of the network at a place of a tree, under the names of collections."""
+    inner = tuple(other for other in others if other.startswith(place) and other != place)
+    collections = ("params", "batch_stats", *_AVERAGES)
+    keys: dict[str, str] = {}
+    for name, path in paths.items():
+        if not path.startswith(place) or (inner and path.startswith(inner)):
+            continue
+        short = path.removeprefix(place).removesuffix("/value")
+        if apart and short.split("/")[0] in collections:
+            keys[name] = short
+        elif not apart and not _MOMENTS.fullmatch(path):
+            statistic = short.endswith(("/mean", "/var"))
+            keys[name] = f"{'batch_stats' if statistic else 'params'}/{short}"
+    return keys
+
+
+def _with_stem(
+    arrays: Mapping[str, Any], keys: dict[str, str], beside: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The keys with those of a stem that is a sequence of its own, such as ``layer0``, and a note.
+
+    It is the only group of layers with one convolution into the first block, and its norm.
+    """
+    shapes = {short: arrays[name].shape for name, short in keys.items()}
+    first = shapes.get("layer1.0.conv1.weight", ())
+    if len(first) != 4 or any(re.match(r"(conv1|stem)\.", short) for short in shapes):
+        return keys, []
+    groups: dict[str, dict[str, str]] = {}
+    for name, short in (*keys.items(), *beside.items()):
+        if not _STAGE.match(short):
+            groups.setdefault(short.split(".")[0], {})[name] = short
+    found = []
+    for group, names in groups.items():
+        layers: dict[str, set[tuple[int, ...]]] = {}
+        for name, short in names.items():
+            layers.setdefault(short.rpartition(".")[0], set()).add(arrays[name].shape)
+        kernels = [layer for layer, held in layers.items() if any(len(s) == 4 for s in held)]
+        norms = [layer for layer, held in layers.items() if held <= {(first[1],), ()}]
+        into = {s[0] for layer in kernels for s in layers[layer] if len(s) == 4}
+        if len(kernels) == len(norms) == 1 and len(layers) == 2 and into == {first[1]}:
+            found.append((group, {kernels[0]: "conv1", norms[0]: "bn1"}))
+    if len(found) != 1:
+        return keys, []
+    ((group, layers_of),) = found
+    stem = {
+        name: f"{layers_of[layer]}.{leaf}"
+        for name, short in groups[group].items()
+        for layer, _, leaf in [short.rpartition(".")]
+    }
+    return keys | stem, [f"the stem is {group!r}, of one convolution and its norm"]
 
 
 def _left_out(names: list[str]) -> list[str]:
@@ -293,7 +391,7 @@ def _chosen(
         place
         for place in places
         if _averaged(place)
-        or any(short.endswith("running_var") for short, _ in shapes[place])
+        or any(short.endswith(("running_var", "/var")) for short, _ in shapes[place])
         or not any(shapes[place] < shapes[other] for other in places)
     ]
     distinct: list[str] = []

@@ -6,18 +6,18 @@ several files, and finds the network among the keys.
 
 import dataclasses
 import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
 import numpy as np
 
-from flaxtransfer.files import check_regular, read_json
-from flaxtransfer.paths import shortened, suggest
+from flaxtransfer.files import check_regular, check_seal
+from flaxtransfer.paths import shortened
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import (
     archives,
     flax_file,
+    folders,
     hdf5_file,
     safetensors_file,
     torch_file,
@@ -26,15 +26,12 @@ from flaxtransfer.weights.readers import (
 
 __all__ = [
     "CONTAINERS",
-    "INDEX",
-    "IN_A_FOLDER",
     "SUFFIXES",
     "Container",
     "Tensors",
     "has_weights_name",
     "read_tensors",
     "recognize",
-    "weight_map",
 ]
 
 
@@ -168,29 +165,16 @@ def _kind_of_archive(names: list[str]) -> str:
         return "keras"
     if names and all(name.endswith(".npy") for name in names):
         return "npz"
+    if {"archive_format", "serialized_exported_program.json"} & last:
+        raise ValueError(
+            "the file is a program of torch.export; load it in torch with torch.export.load and "
+            "save its state_dict, preferably as .safetensors"
+        )
     held = shortened(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")
     raise ValueError(
         "unknown zip archive: torch's holds data.pkl, Keras' holds model.weights.h5, numpy's "
         f"holds only .npy files, got {held or 'nothing'}"
     )
-
-
-INDEX = ".index.json"
-"""End of the name of a file that says in which files the arrays are."""
-
-IN_A_FOLDER = (
-    "model.safetensors",
-    f"model.safetensors{INDEX}",
-    "pytorch_model.bin",
-    f"pytorch_model.bin{INDEX}",
-    "flax_model.msgpack",
-)
-_PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
-_COUNTED = re.compile(
-    r"(?i)(?<![a-z])(epoch|ep|steps?|iter|iteration|checkpoint|ckpt|model)[-_=]?(\d+)(?![a-z])"
-)
-_PART_NAME = re.compile(r"(?!\.)[\w.+ -]+")
-_BEST = re.compile(r"(?i)(?<![a-z])best(?![a-z])")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,12 +213,12 @@ def read_tensors(path: Path, key: str | None = None) -> Tensors:
         ValueError: a file that is empty, damaged, unsafe or of another kind; or several networks
             of which ``key`` must name one.
     """
-    path, chosen = _found(path)
+    path, chosen = folders.find(path, SUFFIXES)
     search = _Search(key)
     try:
         if path.is_dir():
             read = _folder(path)
-        elif path.name.endswith(INDEX):
+        elif path.name.endswith(folders.INDEX):
             read = _parts(path)
         else:
             read = _file(path, search.wanted)
@@ -285,34 +269,17 @@ def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
     except MemoryError as error:
         size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    check_seal(path, sha256)
     container, named = recognize(data, path.name)
     more = (wanted,) if container.nested else ()
     arrays, metadata, notes = container.read(data, *more)
-    return arrays, metadata, hashlib.sha256(data).hexdigest(), [*named, *notes]
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """The file of each array, by the array's key, as an index states it.
-
-    Raises:
-        ValueError: no index, or one that names files outside its folder.
-    """
-    content = read_json(index)
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    places = found if isinstance(found, dict) else {}
-    if not places or not all(isinstance(place, str) for place in places.values()):
-        raise ValueError("an index must have a weight_map with the file of each array")
-    strange = [name for name in places.values() if not _PART_NAME.fullmatch(name)]
-    if strange:
-        raise ValueError(
-            f"an index must name files in its own folder, got {shortened(repr(strange[0]), 100)}"
-        )
-    return places
+    return arrays, metadata, sha256, [*named, *notes]
 
 
 def _parts(index: Path) -> _Read:
     """Reads the files that an index names; the checksum is that of their checksums, in order."""
-    places = weight_map(index)
+    places = folders.weight_map(index)
     names = sorted(set(places.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -343,12 +310,7 @@ def _folder(path: Path) -> _Read:
     """Reads a tree of orbax; the checksum is that of its leaves, sorted by path."""
     found = flax_file.read_orbax(path)
     if found is None:
-        steps = sorted(map(str, path.glob("checkpoints/[0-9]*")))
-        raise FileNotFoundError(
-            f"the folder {path} holds 0 checkpoints: no {', '.join(SUFFIXES)} file, and nothing "
-            "that orbax wrote"
-            + (f"; the steps of an unfinished run are {', '.join(steps)}" if steps else "")
-        )
+        raise FileNotFoundError(folders.nothing_in(path, SUFFIXES))
     arrays, metadata, notes = found
     checksum = hashlib.sha256()
     for name in sorted(arrays):
@@ -356,95 +318,3 @@ def _folder(path: Path) -> _Read:
         checksum.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
         checksum.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return arrays, metadata, checksum.hexdigest(), notes
-
-
-def _found(path: Path) -> tuple[Path, list[str]]:
-    """The file that a path means, and a note where a folder holds several."""
-    if path.is_dir():
-        files = _weights_in(path)
-        if not files:
-            return _in_steps(path)
-        preferred = [name for name in IN_A_FOLDER if name in files] or files
-        # Other programs keep old formats beside safetensors.
-        if preferred[0] in IN_A_FOLDER[:2]:
-            return path / preferred[0], []
-        if len(preferred) == 1:
-            return path / preferred[0], []
-        name, why = _outstanding(preferred)
-        if name is None:
-            raise FileNotFoundError(
-                f"the folder {path} holds {len(files)} checkpoints, name one: "
-                f"{shortened(', '.join(files), 400)}"
-            )
-        return path / name, [f"{name} is {why} of {len(files)} checkpoints in the folder, by name"]
-    if not path.exists():
-        folder = path.parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no file {path}: the folder {folder} does not exist")
-        names = sorted(entry.name for entry in folder.iterdir())
-        nearest = suggest(path.name, names)
-        raise FileNotFoundError(
-            f"no file {path.name!r} in {folder.resolve()}"
-            + (nearest or f"; checkpoints there: {', '.join(_weights_in(folder)) or 'none'}")
-        )
-    part = _PART.fullmatch(path.name)
-    if part and int(part[3]) > 1:
-        index = f"{part[1]}{part[4]}{INDEX}"
-        raise ValueError(
-            f"{path} must be a whole checkpoint, got one of {int(part[3])} parts"
-            + (f"; did you mean {index!r}?" if path.with_name(index).is_file() else "")
-        )
-    return path, []
-
-
-def _in_steps(folder: Path) -> tuple[Path, list[str]]:
-    """The newest of the folders of steps, such as "checkpoint-500"; the folder if it has none."""
-    steps = [
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and _COUNTED.fullmatch(entry.name) and _weights_in(entry)
-    ]
-    if not steps:
-        return folder, []
-    name = max(steps, key=lambda step: [int(count) for _, count in _COUNTED.findall(step)])
-    path, notes = _found(folder / name)
-    return path, [f"{name} is the newest of {len(steps)} steps in the folder, by name", *notes]
-
-
-def _outstanding(names: Sequence[str]) -> tuple[str | None, str]:
-    """The best or the newest of several checkpoints by their names; None if no name says it.
-
-    >>> _outstanding(["last.pth.tar", "model_best.pth.tar"])
-    ('model_best.pth.tar', 'the best')
-    >>> _outstanding(["epoch=9-step=90.ckpt", "epoch=10-step=100.ckpt"])
-    ('epoch=10-step=100.ckpt', 'the newest')
-    >>> _outstanding(["resnet18.pth", "resnet50.pth"])
-    (None, '')
-    """
-    best = [name for name in names if _BEST.search(name)]
-    if len(best) == 1:
-        return best[0], "the best"
-    names = best or names
-    counts = {name: [int(count) for _, count in _COUNTED.findall(name)] for name in names}
-    alike = {re.sub(r"\d+(\.\d+)?", "#", name) for name in names}
-    if len(alike) > 1 or not all(counts.values()):
-        return None, ""
-    newest = max(names, key=lambda name: counts[name])
-    return newest, "the newest"
-
-
-def _weights_in(folder: Path) -> list[str]:
-    """The names of checkpoints in a folder; the parts of one with an index are left out."""
-    names = [entry.name for entry in folder.iterdir()]
-    indices = [
-        name
-        for name in names
-        if name.removesuffix(INDEX).endswith(SUFFIXES) and name.endswith(INDEX)
-    ]
-    whole = {name.removesuffix(INDEX) for name in indices}
-    files = [
-        name
-        for name in filter(has_weights_name, names)
-        if not ((part := _PART.fullmatch(name)) and f"{part[1]}{part[4]}" in whole)
-    ]
-    return sorted([*files, *indices])

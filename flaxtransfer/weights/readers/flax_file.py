@@ -19,17 +19,22 @@ from flaxtransfer.weights.readers import archives
 __all__ = ["MODEL", "read_flax", "read_orbax"]
 
 
-_ARRAY = 1
-"""The msgpack extension type of arrays in flax: shape, dtype and bytes."""
+_ARRAY, _SCALAR = 1, 3
+"""The msgpack extension types of arrays and of numpy's scalars in flax: shape, dtype, bytes."""
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool")
+_DTYPES = (
+    *("float16", "bfloat16", "float32", "float64", "bool"),
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+)
 
 
 def read_flax(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the bytes of a flax file: arrays by path ("params/fc/bias"), no metadata, no notes.
 
+    Numbers and text, such as the step of a train state, are passed over.
+
     Raises:
-        ValueError: an incomplete or damaged file, or one that holds other things than arrays.
+        ValueError: an incomplete or damaged file, or one that holds other things.
 
     >>> packed = msgpack.packb([[2], "float32", bytes(8)])
     >>> read_flax(msgpack.packb({"params": {"bias": msgpack.ExtType(1, packed)}}))[0]
@@ -56,13 +61,16 @@ def _collect(part: Mapping[Any, Any], path: str, arrays: dict[str, np.ndarray]) 
             _collect(value, f"{below}/", arrays)
         elif isinstance(value, np.ndarray):
             arrays[below] = value
-        else:
+        elif value is not None and not isinstance(value, bool | int | float | str):
             raise ValueError(f"{below} must be an array, got a {type(value).__name__}")
 
 
 def _array(kind: int, data: bytes) -> np.ndarray:
-    if kind != _ARRAY:
-        raise ValueError(f"msgpack extensions must have type {_ARRAY} (arrays), got {kind}")
+    if kind not in (_ARRAY, _SCALAR):
+        raise ValueError(
+            f"msgpack extensions must have type {_ARRAY} (arrays) or {_SCALAR} (scalars), "
+            f"got {kind}"
+        )
     packed = msgpack.unpackb(data, raw=False)
     if not isinstance(packed, list) or len(packed) != 3:
         raise ValueError("an array must consist of shape, dtype and bytes")
@@ -76,6 +84,9 @@ def _array(kind: int, data: bytes) -> np.ndarray:
         raise ValueError(f"the bytes of an array must fit {name}{shape}, got {len(content):,}")
     return np.frombuffer(content, dtype).reshape(shape)
 
+
+_COLLECTIONS = ("params", "batch_stats")
+"""Trees of one network that a program may have saved as items of their own."""
 
 MODEL = "model of the run"
 """Key of the metadata with the network that a run trains, as JSON."""
@@ -96,11 +107,24 @@ def read_orbax(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str], lis
     from flaxtransfer.checkpoint.step_files import read_any_arrays
 
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    found = read_any_arrays(folder, most=archives.most(size) // 4)
+    most = archives.most(size) // 4
+    apart = [name for name in _COLLECTIONS if (folder / name / "_METADATA").is_file()]
+    if apart == list(_COLLECTIONS):
+        arrays = {
+            f"{name}/{path}": array
+            for name in apart
+            for path, array in read_any_arrays(folder / name, most=most).by_path.items()
+        }
+        checked, others = False, sorted(each.parent.name for each in folder.glob("*/_METADATA"))
+        left = [name for name in others if name not in apart]
+    else:
+        found = read_any_arrays(folder, most=most)
+        arrays, checked, left = found.by_path, found.checked, []
     notes = ["a folder of orbax"]
-    if not found.checked:
+    if not checked:
         notes = ["a folder of orbax without checksums: damage to numbers cannot be detected"]
-    return found.by_path, _of_run(folder), notes
+    notes += [f"left out: {', '.join(left)}"] if left else []
+    return arrays, _of_run(folder), notes
 
 
 def _of_run(folder: Path) -> dict[str, str]:

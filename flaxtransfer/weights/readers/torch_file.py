@@ -9,6 +9,7 @@ Reference: PyTorch contributors, "torch/serialization.py", 2016-.
 
 import dataclasses
 import io
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from flaxtransfer.paths import shortened
 from flaxtransfer.weights.readers import archives, torch_pickle
 from flaxtransfer.weights.readers.torch_pickle import NOT_DENSE, Foreign, Refused, Storage, Tensor
 
-__all__ = ["Choice", "Undamaged", "read_torch", "tensors"]
+__all__ = ["NAMES", "Choice", "Undamaged", "class_names", "names_of", "read_torch", "tensors"]
 
 
 _DEEPEST = 16
@@ -46,7 +47,7 @@ Choice = Callable[[Mapping[str, Tensor]], Collection[str]]
 def read_torch(
     data: bytes, choose: Choice = list
 ) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Reads the bytes of a torch file: arrays, no metadata, and notes.
+    """Reads the bytes of a torch file: arrays, class names as metadata, and notes.
 
     Containers in containers give names such as "state_dict/model.conv1.weight".
 
@@ -76,7 +77,8 @@ def read_torch(
                     f"its tensors would unpack to {unfolded:,} bytes, which weights never do"
                 )
             arrays = {key: _array(tensor, content) for key, tensor in weights.items()}
-            return arrays, {}, list(content.notes)
+            names = class_names(content.value)
+            return arrays, {NAMES: json.dumps(names)} if names else {}, list(content.notes)
     except (Undamaged, MemoryError):
         raise
     except Refused as error:
@@ -101,13 +103,25 @@ def tensors(content: Any) -> dict[str, Tensor | Foreign]:
     ['nets/0/fc.bias']
     """
     found: dict[str, Tensor | Foreign] = {}
+    for path, value in _walk(content):
+        if isinstance(value, Tensor) or (isinstance(value, Foreign) and value.what == NOT_DENSE):
+            found.setdefault(path, value)
+    if not any(isinstance(each, Tensor) for each in found.values()):
+        what = content.what if isinstance(content, Foreign) else type(content).__name__
+        held = list(found) or (list(map(str, content)) if isinstance(content, Mapping) else [])
+        of = f" of {shortened(', '.join(held), 200)}" if held else ""
+        why = f" ({NOT_DENSE})" if found else ""
+        raise Undamaged(f"it must hold tensors by name, got a {what}{of}{why}")
+    return found
+
+
+def _walk(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every value with a name, with its path; what containers hold comes after them."""
     seen: set[int] = set()
     left = [("", content, 0)]
     while left:
         path, value, depth = left.pop()
-        if isinstance(value, Tensor) or (isinstance(value, Foreign) and value.what == NOT_DENSE):
-            found.setdefault(path, value)
-            continue
+        yield path, value
         held = value.held if isinstance(value, Foreign) else value
         if isinstance(held, list | tuple):
             held = {
@@ -120,13 +134,56 @@ def tensors(content: Any) -> dict[str, Tensor | Foreign]:
         below = f"{path}/" if path else ""
         inner = [(f"{below}{str(k)[:_LONGEST]}", each, depth + 1) for k, each in held.items()]
         left += reversed(inner)
-    if not any(isinstance(each, Tensor) for each in found.values()):
-        what = content.what if isinstance(content, Foreign) else type(content).__name__
-        held = list(found) or (list(map(str, content)) if isinstance(content, Mapping) else [])
-        of = f" of {shortened(', '.join(held), 200)}" if held else ""
-        why = f" ({NOT_DENSE})" if found else ""
-        raise Undamaged(f"it must hold tensors by name, got a {what}{of}{why}")
+
+
+NAMES = "class names"
+"""Key of the metadata with the class names in a file by their places, as JSON."""
+
+_NAMED = {
+    *("classes", "classnames", "classlabels", "labels", "labelnames", "categories", "vocab"),
+    *("categorynames", "targetnames", "classtoidx", "classtoindex", "class2idx", "class2id"),
+    *("idxtoclass", "indextoclass", "idx2class", "id2class", "idx2label", "idxtolabel"),
+    *("id2label", "label2id", "label2idx", "labeltoidx"),
+}
+"""Under which training scripts keep class names, in lower case without "_"."""
+_MOST_NAMES, _MOST_LISTS = 100_000, 20
+
+
+def class_names(content: Any) -> dict[str, list[str]]:
+    """The class names in what a training script saved, by their places.
+
+    >>> class_names({"meta": {"CLASSES": ("cat", "dog")}, "args": {"classes": 2}})
+    {'meta/CLASSES': ['cat', 'dog']}
+    """
+    found: dict[str, list[str]] = {}
+    for path, value in _walk(content):
+        names = names_of(path.rpartition("/")[2], value)
+        if names is not None and len(found) < _MOST_LISTS:
+            found[path] = names
     return found
+
+
+def names_of(key: str, value: Any) -> list[str] | None:
+    """The class names under a key: a list, numbers by name or names by number; None for others.
+
+    >>> names_of("class_to_idx", {"dog": 1, "cat": 0}), names_of("labels", ["LABEL_0"])
+    (['cat', 'dog'], None)
+    """
+    if key.lower().replace("_", "") not in _NAMED or not value:
+        return None
+    if isinstance(value, Mapping) and len(value) <= _MOST_NAMES:
+        pairs = [(k, v) if isinstance(v, str) else (v, k) for k, v in value.items()]
+        whole = [(int(n), name) for n, name in pairs if str(n).isdecimal() and len(str(n)) < 9]
+        whole.sort(key=lambda pair: pair[0])
+        if [n for n, _ in whole] != list(range(len(value))):
+            return None
+        value = [name for _, name in whole]
+    if not isinstance(value, list | tuple) or len(value) > _MOST_NAMES:
+        return None
+    if not all(isinstance(name, str) for name in value):
+        return None
+    unnamed = all(name == f"LABEL_{n}" for n, name in enumerate(value))
+    return None if unnamed else list(value)
 
 
 class Undamaged(ValueError):
@@ -235,7 +292,10 @@ def _array(tensor: Tensor, content: _Content) -> np.ndarray:
 
 
 def _refusal(name: str) -> str:
-    networks = ("torch.nn.modules.", "torchvision.models.", "timm.models.", "a class with")
+    networks = (
+        *("torch.nn.modules.", "torchvision.models.", "timm.models.", "fastai.", "a class with"),
+        *("transformers.models.", "mmpretrain.models.", "mmcls.models.", "torch.fx.", "__main__."),
+    )
     whole = "it is a whole network, pickled with its code: " if name.startswith(networks) else ""
     return (
         f"{whole}it is refused, and no code in it was run, because it calls {name}; weights must "

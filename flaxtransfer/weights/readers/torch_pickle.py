@@ -86,7 +86,18 @@ INERT = {
     *(
         f"{module}.{name}"
         for module in ("builtins", "__builtin__")
-        for name in ("bytearray", "complex", "set", "frozenset", "list", "dict", "int", "float")
+        for name in (
+            "bytearray",
+            "complex",
+            "set",
+            "frozenset",
+            "list",
+            "dict",
+            "int",
+            "float",
+            "long",
+            "str",
+        )
     ),
     "_codecs.encode",
     "argparse.Namespace",
@@ -96,8 +107,45 @@ INERT = {
     "numpy.dtype",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
+    # Random states and histories are arrays of numpy's.
+    *(
+        f"numpy.{module}.{name}"
+        for module in ("core", "_core")
+        for name in ("multiarray._reconstruct", "numeric._frombuffer")
+    ),
+    "numpy.ndarray",
+    *(f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")),
+    "functools.partial",
+    "pathlib.Path",
     "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
+    "types.SimpleNamespace",
+    "typing.Any",
+    # Options and states of other libraries' training.
+    "easydict.EasyDict",
+    "fastcore.foundation.L",
+    "mmcv.utils.config.ConfigDict",
+    "mmengine.config.config.ConfigDict",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
+    "yacs.config.CfgNode",
+    *(f"torch.optim.{name}" for name in ("adam.Adam", "adamw.AdamW", "rmsprop.RMSprop", "sgd.SGD")),
+    *(
+        f"torch.optim.lr_scheduler.{name}"
+        for name in (
+            "CosineAnnealingLR",
+            "MultiStepLR",
+            "OneCycleLR",
+            "ReduceLROnPlateau",
+            "StepLR",
+        )
+    ),
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict",
@@ -109,6 +157,9 @@ INERT = {
     "torch.nn.parameter.Parameter",
     "torch.nn.parameter.Buffer",
     "torch.serialization._get_layout",
+    "torch.qint8",
+    "torch.quint8",
+    "torch.qint32",
     "torch.per_tensor_affine",
     "torch.per_tensor_symmetric",
     "torch.per_channel_affine",
@@ -116,7 +167,7 @@ INERT = {
     "torch.per_channel_affine_float_qparams",
     *_QUANTISED,
 }
-"""Script arguments, counters and positions; they are replaced by a ``Foreign`` mark."""
+"""Script arguments, options, histories and positions; a ``Foreign`` mark replaces each."""
 
 _NOT_DENSE = {
     f"torch._utils._rebuild_{kind}"
