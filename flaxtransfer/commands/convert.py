@@ -14,7 +14,11 @@ from flaxtransfer.weights.pretrained import fold_adapter
 def convert(options: Convert, console: Console) -> None:
     """Runs ``flaxtransfer convert``."""
     checkpoint = load(
-        options.source, format=options.format, sensor=options.sensor, key=options.weights_key
+        options.source,
+        model=options.model,
+        format=options.format,
+        sensor=options.sensor,
+        key=options.weights_key,
     )
     plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
     if plain and options.adapter == "fold":

@@ -26,7 +26,7 @@ from flaxtransfer.groups import FROZEN, Frozen, Group, trainable_mask
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.registry import ARCHITECTURES, costs, resnet
+from flaxtransfer.models.registry import ARCHITECTURES, costs, named, resnet
 from flaxtransfer.optimizers import layerwise_decay
 from flaxtransfer.overview import parameter_table
 from flaxtransfer.paths import flatten, match, suggest
@@ -37,7 +37,7 @@ from flaxtransfer.weights.loading import load
 def stem(options: Stem, console: Console) -> None:
     """Runs ``flaxtransfer stem``."""
     run = Path(options.source)
-    checkpoint = load(weights_of(run) if run.is_dir() else options.source)
+    checkpoint = load(weights_of(run) if run.is_dir() else options.source, model=options.model)
     params = checkpoint.variables["params"]
     kernel = flatten(params)[checkpoint.config.first_kernel]
     before, after = stem_report(kernel), None
@@ -105,7 +105,7 @@ def _natural(name: str) -> list[tuple[str, int]]:
 
 def params(options: Params, console: Console) -> None:
     """Runs ``flaxtransfer params``."""
-    config = replace(ARCHITECTURES[options.model], classes=options.classes)
+    config = replace(named(options.model, "--model"), classes=options.classes)
     if options.width is not None:
         config = replace(config, width=options.width)
     variables = resnet(config).abstract()

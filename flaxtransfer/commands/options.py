@@ -21,6 +21,7 @@ import tyro
 from flaxtransfer.data.open import SCHEMES, open_source
 from flaxtransfer.files import check_regular
 from flaxtransfer.models.config import Method
+from flaxtransfer.models.registry import named
 from flaxtransfer.paths import suggest
 from flaxtransfer.recipes import RECIPE_NAMES
 from flaxtransfer.weights.naming.formats import FORMATS
@@ -136,7 +137,8 @@ class WeightsOptions:
     Args:
         weights: Weights of a ResNet: builtin, a file (.safetensors, .pth, .npz, .h5, .keras), a
             folder with one, hf://organization/name[@revision] or https://.
-        model: Architecture that the weights must have, such as resnet50.
+        model: Network that the weights must be, by name, such as resnet50_v1: it also says what no
+            weights show, here the stride in the first convolution.
     """
 
     weights: str = "builtin"
@@ -159,6 +161,19 @@ class WeightsOptions:
             default="read off the name of the weights",
         ),
     ] = None
+
+    def problems(self) -> Iterator[str]:
+        """An unknown network."""
+        yield from model_problems(self.model)
+
+
+def model_problems(name: str | None) -> Iterator[str]:
+    """What is wrong with ``--model``; None is no name."""
+    try:
+        if name is not None:
+            named(name, "--model")
+    except ValueError as error:
+        yield str(error)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
 """Architecture configurations: frozen values without arrays and without a framework.
 
 A ``ResNetConfig`` describes a network of the ResNet family, and an ``Adapter`` describes the layer
-that maps images with n bands to the three input channels of an RGB stem. ``ResNetConfig.name``
-composes the name that torchvision or timm uses for the network.
+that maps images with n bands to the three input channels of an RGB stem. ``name_of`` composes the
+name that torchvision or timm uses for a network, and ``config_of`` reads it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import shortened, suggest
 
 __all__ = [
     "BASE_FIELDS",
@@ -24,6 +25,7 @@ __all__ = [
     "Adapter",
     "Method",
     "ResNetConfig",
+    "config_of",
     "eca_size",
     "name_of",
     "squeezed",
@@ -108,20 +110,22 @@ class ResNetConfig:
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, and 1x1 with four times the
             planes).
         depths: blocks per stage, layer1 to layer4.
-        width: channels of the stem and planes of layer1; layer N has ``width * 2**(N-1)`` planes.
+        width: planes of layer1; layer N has ``width * 2**(N-1)`` planes.
         base_width: the 3x3 convolution of a bottleneck has ``int(planes * base_width / 64) *
             groups`` channels. A basic block only supports 64.
         groups: groups of the 3x3 convolution of a bottleneck. A basic block only supports 1.
         classes: outputs of the head.
         in_channels: input channels of the stem: those of the image unless there is an adapter.
         adapter: maps an image's bands to the stem's three channels; None without an adapter.
-        stem: "plain" (one 7x7 convolution with ``width`` channels), "deep" (three 3x3 convolutions
-            with ``stem_width``, ``stem_width`` and ``2 * stem_width`` channels), or "tiered" (like
-            "deep", but the first has 3/4 of ``stem_width``).
-        stem_width: of a deep or tiered stem; None for a plain stem.
+        stem: "plain" (one 7x7 convolution with ``stem_width`` channels), "deep" (three 3x3
+            convolutions with ``stem_width``, ``stem_width`` and ``2 * stem_width`` channels), or
+            "tiered" (like "deep", but the first has 3/4 of ``stem_width``).
+        stem_width: channels of the stem. None, for a plain stem only, is those of layer1; an equal
+            number is stored as None.
         stem_pool: "max"; "zero-padded" (max-pooling padded with 0 instead of -inf, which matters
-            where no activation precedes it: BiT, Keras); or "convolution" (a 3x3 convolution with
-            stride 2 and its norm: ResNet-RS).
+            where no activation precedes it: BiT, Keras); "ceil" (without padding, but with a last
+            window that reaches over the edge: Caffe, ``ceil_mode`` in torch); or "convolution" (a
+            3x3 convolution with stride 2 and its norm: ResNet-RS).
         shortcut: "convolution" (1x1 with the block's stride), or "average" (2x2 average-pooling
             with the stride, then a 1x1 convolution with stride 1).
         shortcut_kernel: 1, or 3 for 3x3 convolutions in shortcuts with a stride (SENet-154).
@@ -163,6 +167,8 @@ class ResNetConfig:
     'resnet50'
     >>> ResNetConfig("basic", (2, 2, 2, 2), width=32, classes=10).name
     'resnet18w32'
+    >>> ResNetConfig("bottleneck", (3, 4, 6, 3), 32, stem_width=64, stride_in="1x1").name
+    'resnet50w32s64_v1'
     >>> ResNetConfig("bottleneck", (3, 4, 6, 3), base_width=128).name
     'wide_resnet50_2'
     >>> ResNetConfig("bottleneck", (3, 4, 6, 3)).features
@@ -182,7 +188,7 @@ class ResNetConfig:
     adapter: Adapter | None = None
     stem: Literal["plain", "deep", "tiered"] = "plain"
     stem_width: int | None = None
-    stem_pool: Literal["max", "zero-padded", "convolution"] = "max"
+    stem_pool: Literal["max", "zero-padded", "ceil", "convolution"] = "max"
     shortcut: Literal["convolution", "average"] = "convolution"
     shortcut_kernel: Literal[1, 3] = 1
     reduce_first: int = 1
@@ -201,6 +207,8 @@ class ResNetConfig:
         object.__setattr__(self, "depths", tuple(self.depths))
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
             raise TypeError(f"adapter must be an Adapter or None, got {self.adapter!r}")
+        if self.stem == "plain" and self.stem_width == self.width:
+            object.__setattr__(self, "stem_width", None)
         # Combinations are only meaningful for fields that are valid by themselves.
         if problems := self._field_problems() or self._combination_problems():
             raise ValueError("invalid ResNetConfig: " + "; ".join(problems))
@@ -219,8 +227,11 @@ class ResNetConfig:
         ]
         if len(self.depths) != 4 or not all(_at_least(depth, 1) for depth in self.depths):
             problems.append(f"depths must be 4 integers >= 1, got {self.depths!r}")
-        if self.stem_width is not None and not _at_least(self.stem_width, 4):
-            problems.append(f"stem_width must be an integer >= 4 or None, got {self.stem_width!r}")
+        least = 1 if self.stem == "plain" else 4
+        if self.stem_width is not None and not _at_least(self.stem_width, least):
+            problems.append(
+                f"stem_width must be an integer >= {least} or None, got {self.stem_width!r}"
+            )
         if not 0 < self.se_ratio <= 1:
             problems.append(f"se_ratio must be > 0 and <= 1, got {self.se_ratio!r}")
         problems += [
@@ -233,8 +244,12 @@ class ResNetConfig:
 
     def _combination_problems(self) -> list[str]:
         plain_stem, basic = self.stem == "plain", self.block == "basic"
-        first = self.inner(1) // self.reduce_first
-        uneven = [n for n in (self.stem_channels[0], first, self.width) if n % GROUPS]
+        if self.stem_width is None and not plain_stem:
+            return [f"stem_width must be an integer >= 4 for a {self.stem} stem, got None"]
+        inner = [self.inner(stage) for stage in (1, 2, 3, 4)]
+        first = inner[0] // self.reduce_first
+        firsts = [channels // self.reduce_first for channels in inner]
+        uneven = [n for n in (*self.stem_channels, *inner, *firsts, self.width) if n % GROUPS]
         rules = (
             (
                 basic and (self.base_width, self.groups) != (64, 1),
@@ -251,17 +266,18 @@ class ResNetConfig:
                 f"reduce_first {self.reduce_first} leaves the first convolution no channels",
             ),
             (
-                plain_stem != (self.stem_width is None),
-                "stem_width must be None for a plain stem and an integer for a deep or tiered "
-                f"stem, got stem={self.stem!r} with stem_width={self.stem_width!r}",
+                first >= 1 and any(channels % self.groups for channels in firsts),
+                f"the first convolutions must have a multiple of {self.groups} channels with "
+                f"groups={self.groups}, got {firsts}",
             ),
             (
                 self.stem_bias and not plain_stem,
                 f"stem_bias requires stem='plain', got {self.stem!r}",
             ),
             (
-                self.stem_pool == "convolution" and self.anti_alias is not None,
-                f"anti_alias must be None with stem_pool='convolution', got {self.anti_alias!r}",
+                self.stem_pool != "max" and self.anti_alias is not None,
+                f"anti_alias must be None with stem_pool={self.stem_pool!r}, got "
+                f"{self.anti_alias!r}",
             ),
             (
                 self.stride_in == "1x1" and (basic or self.anti_alias is not None),
@@ -308,9 +324,13 @@ class ResNetConfig:
 
     @property
     def stem_channels(self) -> tuple[int, ...]:
-        """Output channels of the stem's convolutions, in order."""
-        if self.stem_width is None:
-            return (self.width,)
+        """Output channels of the stem's convolutions, in order.
+
+        >>> ResNetConfig(width=32).stem_channels, ResNetConfig(stem_width=48).stem_channels
+        ((32,), (48,))
+        """
+        if self.stem == "plain" or self.stem_width is None:
+            return (self.stem_width or self.width,)
         first = 3 * (self.stem_width // 4) if self.stem == "tiered" else self.stem_width
         return (first, self.stem_width, 2 * self.stem_width)
 
@@ -340,7 +360,7 @@ class ResNetConfig:
 
     @property
     def name(self) -> str:
-        """The name in torchvision or timm ("resnet50"); "w32" is appended for another width."""
+        """The name in torchvision or timm, with widths and endings: see ``name_of``."""
         return name_of(self)
 
     def stride(self, stage: int, block: int) -> int:
@@ -358,7 +378,9 @@ class ResNetConfig:
         if block > 0:
             return False
         wider = stage > 1 or self.stem_channels[-1] != self.width * self.expansion
-        return wider or self.stride(stage, block) != 1
+        # timm and Keras project at the head of every stage of pre-activation bottlenecks.
+        always = self.preactivation and self.block == "bottleneck"
+        return wider or always or self.stride(stage, block) != 1
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a dictionary for ``json``: those in ``BASE_FIELDS`` and non-default ones.
@@ -396,7 +418,7 @@ _COUNTS = ("width", "base_width", "groups", "classes", "in_channels", "reduce_fi
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "block": ("basic", "bottleneck"),
     "stem": ("plain", "deep", "tiered"),
-    "stem_pool": ("max", "zero-padded", "convolution"),
+    "stem_pool": ("max", "zero-padded", "ceil", "convolution"),
     "shortcut": ("convolution", "average"),
     "shortcut_kernel": (1, 3),
     "attention": (None, "se", "eca"),
@@ -469,9 +491,40 @@ _ALIASES = {
 }
 """Established names by the composed ones."""
 
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "aa": {"anti_alias": "average"},
+    "blur": {"anti_alias": "blur"},
+    "v2_": {"preactivation": True},
+    "rs": {"stem_pool": "convolution", "attention": "se", "se_ratio": 1 / 4},
+}
+"""Fields by what follows "resnet" in a name; the stem of "rs" is that of "d" without a letter."""
+
+_BIT = {"norm": "group", "standardized": 1e-10, "stem_pool": "zero-padded"}
+
+_ENDINGS: dict[str, dict[str, Any]] = {
+    "bit": _BIT,
+    "gn": {"norm": "group"},
+    "ws": {"standardized": 1e-10},
+    "v1": {"stride_in": "1x1"},
+    "last": {"stride_at": "last"},
+    "bias": {"stem_bias": True},
+    "zeropool": {"stem_pool": "zero-padded"},
+    "ceilpool": {"stem_pool": "ceil"},
+    "convpool": {"stem_pool": "convolution"},
+}
+"""Fields by the words at the end of a name, each after "_"."""
+
 
 def name_of(config: ResNetConfig) -> str:
-    """The name of a network in torchvision or timm; "w32" is appended for another width.
+    """The name of a network in torchvision or timm, with other widths and endings where they lack.
+
+    "w32" is another width of the stages, "s64" another one of a plain stem; then follow ``_gn``
+    (GroupNorm), ``_ws`` (weight standardization), ``_bit`` (both, and a zero-padded pool), ``_v1``
+    (stride in the first convolution), ``_last`` (stride in the last block), ``_bias`` (of the
+    stem), ``_zeropool``, ``_ceilpool`` and ``_convpool`` (the stem's pool), and ``_ratio0.5``
+    (hidden channels of squeeze-and-excitation). A name does not carry classes, image channels,
+    adapter, and the numbers ``epsilon`` and ``standardized``. ``config_of`` reads names.
 
     >>> from flaxtransfer.models.config import ResNetConfig
     >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), groups=32, base_width=4))
@@ -480,36 +533,154 @@ def name_of(config: ResNetConfig) -> str:
     >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), 192, stem_pool="zero-padded", **big))
     'resnetv2_50x3_bit'
     """
-    shape = (config.block, config.depths)
-    number = next((str(depth) for depth, known in DEPTHS.items() if known == shape), None)
-    if number is None:
-        number = f"-{config.block}-" + "-".join(map(str, config.depths))
-    stem = {name: getattr(config, name) for name in ("stem", "stem_width", "shortcut")}
-    letter = next((letter for letter, known in STEM_LETTERS.items() if known == stem), None)
-    if letter is None:
-        letter = f"-{config.stem}{config.stem_width or ''}-{config.shortcut}"
+    attention, pool, ratio = config.attention, config.stem_pool, config.se_ratio
     variant = {"average": "aa", "blur": "blur", None: ""}[config.anti_alias]
-    if config.stem_pool == "convolution":
-        variant, letter = "rs", "" if letter == "d" else letter
     if config.preactivation:
         variant = "v2_"
-    prefix = "" if variant == "rs" and config.attention == "se" else config.attention or ""
-    big = config.stem_pool == "zero-padded" and config.norm == "group" and config.standardized
-    if config.groups != 1:
-        name = f"{prefix}resnext{variant}{number}{letter}_{config.groups}x{config.base_width}d"
+    elif (attention, pool) == ("se", "convolution"):
+        variant = "rs"
+    core = f"resnet{variant}{_number(config)}"
+    grouped = config.groups != 1
+    big = (
+        config.preactivation
+        and (config.norm, pool, config.groups, config.base_width) == ("group", "zero-padded", 1, 64)
+        and config.standardized is not None
+        and config.width % 64 == 0
+    )
+    if big:
+        core += f"x{config.width // 64}"
+    core += _letter(config, variant)
+    if grouped:
+        core = f"{core.replace('resnet', 'resnext', 1)}_{config.groups}x{config.base_width}d"
     elif config.base_width != 64 and config.base_width % 64 == 0:
-        name = f"{prefix}wide_resnet{variant}{number}{letter}_{config.base_width // 64}"
+        core = f"wide_{core}_{config.base_width // 64}"
     elif config.base_width != 64:
-        name = f"{prefix}resnet{variant}{number}{letter}b{config.base_width}"
-    elif big and variant == "v2_" and config.width % 64 == 0:
-        return f"resnetv2_{number}x{config.width // 64}{letter}_bit"
-    else:
-        name = f"{prefix}resnet{variant}{number}{letter}"
+        core += f"b{config.base_width}"
+    core = ("" if variant == "rs" else attention or "") + core
     if (config.reduce_first, config.shortcut_kernel) != (1, 1):
-        name += f"_first{config.reduce_first}_down{config.shortcut_kernel}"
-    name += "_gn" if config.norm == "group" else ""
-    name += "_ws" if config.standardized else ""
-    name += "_v1" if config.stride_in == "1x1" else ""
-    name += "_last" if config.stride_at == "last" else ""
-    name = _ALIASES.get(name, name)
-    return name if config.width == 64 else f"{name}w{config.width}"
+        core += f"_first{config.reduce_first}_down{config.shortcut_kernel}"
+    core = _ALIASES.get(core, core)
+    if config.width != 64 and not big:
+        core += f"w{config.width}"
+    if config.stem == "plain" and config.stem_width is not None:
+        core += f"s{config.stem_width}"
+    implied = {**_VARIANTS[variant], **(_BIT if big else {})}
+    told = [*(["bit"] if big else [])]
+    for word, fields in _ENDINGS.items():
+        ((field, value), *more) = fields.items()
+        given = getattr(config, field)
+        same = given is not None if field == "standardized" else given == value
+        if same and not more and field not in implied:
+            told.append(word)
+    if attention == "se" and ratio != implied.get("se_ratio", 1 / 16):
+        told.append(f"ratio{ratio!r}")
+    return "_".join((core, *told))
+
+
+def _number(config: ResNetConfig) -> str:
+    shape = (config.block, config.depths)
+    found = (str(depth) for depth, known in DEPTHS.items() if known == shape)
+    return next(found, f"-{config.block}-" + "-".join(map(str, config.depths)))
+
+
+def _letter(config: ResNetConfig, variant: str) -> str:
+    width = None if config.stem == "plain" else config.stem_width
+    stem = {"stem": config.stem, "stem_width": width, "shortcut": config.shortcut}
+    found = (letter for letter, known in STEM_LETTERS.items() if known == stem)
+    letter = next(found, f"-{config.stem}{width or ''}-{config.shortcut}")
+    if variant != "rs":
+        return letter
+    return {"": "-plain-convolution", "d": ""}.get(letter, letter)
+
+
+_COUNT = r"[1-9]\d{0,8}"
+_NAME = re.compile(
+    r"(?P<attention>se|eca|)(?P<kind>wide_resnet|resnext|resnet)(?P<variant>aa|blur|rs|v2_|)"
+    rf"(?P<depth>{_COUNT}|-(?:basic|bottleneck)(?:-{_COUNT}){{4}})(?:x(?P<times>{_COUNT}))?"
+    rf"(?P<letter>[cdet]|s(?!\d)|-(?:plain|(?:deep|tiered){_COUNT})-(?:convolution|average)|)"
+    rf"(?:_(?P<groups>{_COUNT})x(?P<per>{_COUNT})d|_(?P<wide>{_COUNT})|b(?P<base>{_COUNT})|)"
+    r"(?P<rest>.*)"
+)
+_REST = re.compile(
+    rf"w(?P<width>{_COUNT})|s(?P<stem>{_COUNT})|_first(?P<first>{_COUNT})|_down(?P<down>[13])|"
+    rf"_ratio(?P<ratio>\d+(?:\.\d+)?(?:e-\d+)?)|_(?P<word>{'|'.join(_ENDINGS)})(?=_|[ws]\d|$)"
+)
+
+
+def config_of(name: str) -> ResNetConfig:
+    """The configuration of a name that ``name_of`` composes; its head has 1000 classes.
+
+    Endings may stand in any order.
+
+    Raises:
+        ValueError: another name; the text says what of it is unknown.
+
+    >>> config_of("resnet50w32s64_v1") == ResNetConfig(
+    ...     "bottleneck", (3, 4, 6, 3), width=32, stem_width=64, stride_in="1x1")
+    True
+    """
+    composed = name
+    for long, short in _ALIASES.items():
+        composed = re.sub(rf"^{short}(?=_|[ws]\d|$)", long, composed)
+    found = _NAME.fullmatch(composed)
+    if found is None:
+        raise ValueError(f"no network is called {shortened(name, 100)!r}")
+    block, depths = _depths(found["depth"])
+    variant, letter = found["variant"], found["letter"]
+    fields: dict[str, Any] = {"block": block, "depths": depths, **_VARIANTS[variant]}
+    fields |= _stem(letter if letter or variant != "rs" else "d")
+    if found["attention"]:
+        fields["attention"] = found["attention"]
+    grouped, wide = found["groups"] is not None, found["wide"] is not None
+    if grouped != (found["kind"] == "resnext") or wide != (found["kind"] == "wide_resnet"):
+        raise ValueError("a resnext has groups, as in _32x4d, and a wide_resnet a factor, as in _2")
+    if grouped:
+        fields |= {"groups": int(found["groups"]), "base_width": int(found["per"])}
+    elif wide or found["base"]:
+        fields["base_width"] = int(found["base"] or 64 * int(found["wide"]))
+    if found["times"]:
+        fields["width"] = 64 * int(found["times"])
+    fields |= _told(found["rest"])
+    return ResNetConfig(**fields)
+
+
+def _depths(text: str) -> tuple[str, tuple[int, ...]]:
+    if not text.startswith("-"):
+        if int(text) not in DEPTHS:
+            raise ValueError(f"the depth must be one of {', '.join(map(str, DEPTHS))}, got {text}")
+        return DEPTHS[int(text)]
+    _, block, *depths = text.split("-")
+    return block, tuple(map(int, depths))
+
+
+def _stem(text: str) -> dict[str, Any]:
+    if not text.startswith("-"):
+        return STEM_LETTERS[text]
+    _, stem, shortcut = text.split("-")
+    kind = stem.rstrip("0123456789")
+    width = int(stem.removeprefix(kind)) if kind != stem else None
+    return {"stem": kind, "stem_width": width, "shortcut": shortcut}
+
+
+def _told(text: str) -> dict[str, Any]:
+    """The fields of the widths and endings of a name."""
+    names = {"width": "width", "stem": "stem_width", "first": "reduce_first"}
+    names |= {"down": "shortcut_kernel"}
+    fields: dict[str, Any] = {}
+    while text:
+        found = _REST.match(text)
+        if found is None:
+            endings = ", ".join(f"_{word}" for word in _ENDINGS)
+            raise ValueError(f"{shortened(text, 60)!r} must be one of w32, s64, {endings}")
+        kind = found.lastgroup or ""
+        if kind == "word":
+            new = _ENDINGS[found["word"]]
+        elif kind == "ratio":
+            new = {"se_ratio": float(found["ratio"])}
+        else:
+            new = {names[kind]: int(found[kind])}
+        if again := [field for field in new if field in fields]:
+            raise ValueError(f"{shortened(text, 60)!r} sets {again[0]} a second time")
+        fields |= new
+        text = text[found.end() :]
+    return fields
