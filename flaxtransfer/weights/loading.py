@@ -374,8 +374,8 @@ def collect_metadata(
         preprocessing, notes = asked or recorded
         if own.no_head:
             notes = [*notes, f"{own.no_head}: one output that is always 0 replaces it"]
-        told = (tuple(notes), own.task, own.no_head)
-        return Metadata(own.config, preprocessing, own.class_names, *told)
+        rest = (tuple(notes), own.task, own.no_head)
+        return Metadata(own.config, preprocessing, own.class_names, *rest)
     beside = file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
     if format.startswith("huggingface"):
