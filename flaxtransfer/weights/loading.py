@@ -32,7 +32,7 @@ from flaxtransfer.weights.infer import (
     with_placeholders,
     with_unseen,
 )
-from flaxtransfer.weights.naming import huggingface, key_map, timm, torchgeo, torchvision
+from flaxtransfer.weights.naming import huggingface, keras, key_map, timm, torchgeo, torchvision
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -118,7 +118,12 @@ def load(
         file = dataclasses.replace(file, arrays=filled)
     chosen = format or detect_naming(file.arrays)
     try:
-        arrays, done = FORMATS[chosen].prepare(file.arrays)
+        outside = keras.around(file.metadata, file.arrays, file.beside)
+        arrays, done = (
+            FORMATS[chosen].prepare(file.arrays)
+            if outside is None
+            else keras.prepared(file.arrays, outside)
+        )
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
@@ -128,7 +133,8 @@ def load(
     if problem := statistics_problem(model, shapes, chosen, file):
         raise unfit(file, problem)
     try:
-        head = with_head(table, arrays, file.beside, infer(shapes).features, file.place)
+        features = infer(shapes).features
+        head = with_head(table, arrays, file.beside, features, file.place, outside)
         arrays, headless = dict(head.arrays), bool(head.missing)
         shapes = _shapes(table, arrays)
         seen = FORMATS[chosen].implied(infer(shapes))
@@ -157,7 +163,15 @@ def load(
         notes.append(
             f"{placed} norms have no running statistics: measure them with training.recalibrate"
         )
-    metadata = collect_metadata(file, config, chosen, headless=headless, sensor=sensor, source=name)
+    metadata = collect_metadata(
+        file,
+        config,
+        chosen,
+        headless=headless,
+        sensor=sensor,
+        source=name,
+        own=None if outside is None else outside.preprocessing,
+    )
     hidden = [name for name in UNSEEN if getattr(metadata.config, name) != getattr(config, name)]
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {metadata.config.name}, not {config.name}")
@@ -172,6 +186,7 @@ def load(
         task=metadata.task,
         notes=(
             *(*arrived, *file.notes, *head.notes, *done, *notes, *metadata.notes),
+            *(outside.notes if outside else ()),
             *assumptions(file, metadata.config, chosen, model, name),
         ),
         no_head=head.missing,
@@ -372,6 +387,7 @@ def collect_metadata(
     headless: bool = False,
     sensor: str | None = None,
     source: str = "",
+    own: Preprocessing | None = None,
 ) -> Metadata:
     """Collects the metadata of a weight file from the most trustworthy record.
 
@@ -384,19 +400,20 @@ def collect_metadata(
         headless: whether the file has no head, and class names do not apply.
         sensor: a name in ``torchgeo.SENSORS``; None if the caller gives none.
         source: where the file came from; its name may be a published one.
+        own: what layers of the model itself do to images; None if there are none.
 
     Raises:
         ValueError: a record that contradicts the weights or cannot be read.
     """
     asked = None if sensor is None else _of_sensor(sensor, config, file)
-    own = pretrained.read_header(file.metadata)
-    if own is not None:
+    header = pretrained.read_header(file.metadata)
+    if header is not None:
         # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
-        if leaf_shapes(own.config) != leaf_shapes(config):
-            raise ValueError(f"{file.path} holds {config}, but its header states {own.config}")
-        recorded = (own.preprocessing, ["preprocessing: from the file's header"])
+        if leaf_shapes(header.config) != leaf_shapes(config):
+            raise ValueError(f"{file.path} holds {config}, but its header states {header.config}")
+        recorded = (header.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded
-        return Metadata(own.config, preprocessing, own.class_names, tuple(notes), own.task)
+        return Metadata(header.config, preprocessing, header.class_names, tuple(notes), header.task)
     beside = file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
     if format.startswith("huggingface"):
@@ -417,7 +434,8 @@ def collect_metadata(
         raise ValueError(
             f"{beside} names {len(names)} classes, but the head of {file.path} has {config.classes}"
         )
-    found, notes = asked or _preprocessing(file, settings, config, source)
+    inside = None if own is None else (own, ["preprocessing: from layers of the model"])
+    found, notes = asked or inside or _preprocessing(file, settings, config, source)
     usual = FORMATS[format].preprocessing(config)
     if found is None and usual is not None and len(usual.mean) == config.bands:
         found, notes = usual, [f"preprocessing: not recorded, that of {format} is assumed"]

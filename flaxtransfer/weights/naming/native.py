@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.paths import listing, shortened, suggest
-from flaxtransfer.weights.naming import timm
+from flaxtransfer.weights.naming import keras, timm
 from flaxtransfer.weights.naming.key_map import Rule, Table
 
 __all__ = ["SELF_SUPERVISED", "TABLE", "WRAPPERS", "Found", "find", "prepared"]
@@ -162,6 +162,8 @@ def find(
     if len(places) > _MOST:
         raise ValueError(f"it must hold at most {_MOST} networks, got {len(places):,}")
     if not places:
+        if key is None and (parts := keras.split(arrays)):
+            return Found(*parts, (), ())
         return _tree(arrays, key, same) or _subtree(arrays, key)
     networks = {place: _own(arrays, place, places) for place in places}
     place, notes = _chosen(arrays, networks, key, same)
