@@ -40,7 +40,7 @@ from flaxtransfer.weights.readers import detect, flax_file
 from flaxtransfer.weights.readers.detect import Tensors
 from flaxtransfer.weights.readers.torch_file import NAMES, names_of
 
-__all__ = ["Metadata", "collect_metadata", "load"]
+__all__ = ["Metadata", "collect_metadata", "described", "load", "locate"]
 
 
 def load(
@@ -110,7 +110,7 @@ def load(
         torchgeo.note(sensor)  # a wrong name is refused before a download
     if statistics not in (None, "measure"):
         raise ValueError(f"`statistics` must be None or 'measure', got {statistics!r}")
-    name, path, arrived = _locate(source)
+    name, path, arrived = locate(source)
     file = detect.read_tensors(path, key)
     placed = 0
     if statistics == "measure":
@@ -193,7 +193,7 @@ def load(
     )
 
 
-def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
+def locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
     """The source for a person to read, the file, and notes on where it was found."""
     text = os.fspath(source)
     if not text:
@@ -249,7 +249,7 @@ def _network(
         own = ResNetConfig.from_json(parse_json(file.metadata[flax_file.MODEL].encode(), str(path)))
         if leaf_shapes(own) != leaf_shapes(seen):
             raise ValueError(
-                f"{path} holds {seen.name} ({_describe(seen)}), but its run trains {own.name}"
+                f"{path} holds {seen.name} ({described(seen)}), but its run trains {own.name}"
             )
         # Without an expected model, the run states what no leaf shows.
         if model is None:
@@ -271,11 +271,11 @@ def _network(
         if altered:
             return timm.with_arguments(with_unseen(seen, said), settings)
     elif isinstance(model, ResNetConfig):
-        said, asked = model, f"{model.name} ({_describe(model)})"
+        said, asked = model, f"{model.name} ({described(model)})"
     else:
         said, asked = with_unseen(_by_name(model, seen), seen), model
     if leaf_shapes(_like(said, seen)) != leaf_shapes(seen):
-        raise ValueError(f"{path} holds {seen.name} ({_describe(seen)}), not {asked}")
+        raise ValueError(f"{path} holds {seen.name} ({described(seen)}), not {asked}")
     return _like(said, seen)
 
 
@@ -312,7 +312,8 @@ def _like(config: ResNetConfig, seen: ResNetConfig) -> ResNetConfig:
     return dataclasses.replace(config, **own)
 
 
-def _describe(config: ResNetConfig) -> str:
+def described(config: ResNetConfig) -> str:
+    """The fields of a network that make it another one, for a person."""
     common = {*BASE_FIELDS, "adapter"}
     parts = {name: value for name, value in config.to_json().items() if name not in common}
     return (
