@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -28,10 +32,15 @@ from flaxtransfer.masks import parse
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES, costs, named, resnet
 from flaxtransfer.optimizers import layerwise_decay
-from flaxtransfer.overview import parameter_table
-from flaxtransfer.paths import flatten, match, suggest
+from flaxtransfer.overview import parameter_table, plain
+from flaxtransfer.paths import flatten, match, shortened, suggest
 from flaxtransfer.training.run_folder import weights_of
-from flaxtransfer.weights.loading import load
+from flaxtransfer.weights.loading import described, load, locate
+from flaxtransfer.weights.locations import BUILTIN_PREFIX, HUB_PREFIX
+from flaxtransfer.weights.naming.native import candidates
+from flaxtransfer.weights.pretrained import Pretrained
+from flaxtransfer.weights.readers.detect import SUFFIXES, Listing, has_weights_name, list_arrays
+from flaxtransfer.weights.readers.folders import find, weights_in
 
 
 def stem(options: Stem, console: Console) -> None:
@@ -55,7 +64,164 @@ def stem(options: Stem, console: Console) -> None:
 
 
 def models(options: Models, console: Console) -> None:
-    """Runs ``flaxtransfer models``."""
+    """Runs ``flaxtransfer models``: of a file, what it holds; otherwise the architectures."""
+    if _names_file(options.names):
+        _inspect(options, console)
+    else:
+        _list(options, console)
+
+
+def _names_file(text: str) -> bool:
+    """Whether a word is the place of weights, and no part of the name of an architecture."""
+    address = text.startswith((BUILTIN_PREFIX, HUB_PREFIX, "https://", "http://"))
+    return address or os.sep in text or has_weights_name(text) or Path(text).exists()
+
+
+_ROWS, _TRIED = 12, 8
+"""The most parts of a file that are listed, and the most networks that are tried."""
+
+
+def _inspect(options: Models, console: Console) -> None:
+    """Prints how a file is built, the networks in it, and what ``load`` makes of it."""
+    name, path, _ = locate(options.names)
+    if path.is_dir() and not _inspect_folder(path, console):
+        return
+    listing = list_arrays(path)
+    kinds = Counter(array.dtype.name for array in listing.arrays.values())
+    counted = ", ".join(f"{count:,} of {kind}" for kind, count in kinds.items())
+    facts = [
+        ("file", str(listing.path) if path.is_dir() else name),
+        ("container", f"{listing.container}, {listing.size:,} bytes"),
+        ("arrays", f"{len(listing.arrays):,}: {counted}" if counted else "none"),
+        *(("", note) for note in listing.notes),
+    ]
+    _print_facts(facts, console)
+    console.print(_parts_of(listing))
+    found = candidates(listing.arrays)
+    taken = _tried(listing.path, options.weights_key, options.model)
+    if len(found) > 1:
+        console.print(_networks(listing.path, found, options, taken))
+    _print_facts(_outcome(taken, found, options), console)
+
+
+def _inspect_folder(folder: Path, console: Console) -> bool:
+    """Lists the checkpoints of a folder; whether one of them is taken."""
+    names = weights_in(folder, SUFFIXES)
+    if len(names) > 1:
+        table = Table("checkpoints in the folder", "bytes")
+        table.columns[1].justify = "right"
+        for name in names[:_ROWS]:
+            table.add_row(name, f"{(folder / name).stat().st_size:,}")
+        console.print(table)
+        if len(names) > _ROWS:
+            console.print(f"and {len(names) - _ROWS} more", highlight=False)
+    try:
+        find(folder, SUFFIXES)
+    except FileNotFoundError:
+        if not names:
+            raise
+        told = f"no name says which is meant: flaxtransfer models {folder / names[-1]}"
+        console.print(told, highlight=False, soft_wrap=True)
+        return False
+    return True
+
+
+def _parts_of(listing: Listing) -> Table:
+    """The arrays by the first names of their keys: containers, or modules."""
+    groups: dict[str, list[str]] = {}
+    for key in listing.arrays:
+        groups.setdefault(key.split("/" if "/" in key else ".")[0], []).append(key)
+    table = Table("part", "arrays", "numbers", "such as")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for part, keys in list(groups.items())[:_ROWS]:
+        numbers = sum(math.prod(listing.arrays[key].shape) for key in keys)
+        inner = keys[0].removeprefix(part).lstrip("/.")
+        such = f"{shortened(inner or part, 40)} {list(listing.arrays[keys[0]].shape)}"
+        table.add_row(shortened(part, 30), f"{len(keys):,}", f"{numbers:,}", such)
+    if len(groups) > _ROWS:
+        table.add_row(f"and {len(groups) - _ROWS} more", "", "", "")
+    return table
+
+
+def _tried(path: Path, key: str | None, model: str | None) -> Pretrained | str:
+    """What ``load`` makes of a file, or why it refuses."""
+    try:
+        return load(path, key=key, model=model)
+    except (ValueError, FileNotFoundError) as error:
+        return " ".join(str(error).split()).removeprefix(str(path)).lstrip(": ")
+
+
+def _networks(
+    path: Path, found: Mapping[str, int], options: Models, taken: Pretrained | str
+) -> Table:
+    """The networks of a file that holds several, each as it would be loaded."""
+    table = Table("--weights-key", "arrays", "network", "")
+    table.columns[1].justify = "right"
+    for place, count in list(found.items())[:_TRIED]:
+        tried = _tried(path, place, options.model)
+        if isinstance(tried, str):
+            table.add_row(place, f"{count:,}", shortened(tried, 100), "")
+            continue
+        head = "no head" if tried.no_head else f"{tried.config.classes} classes"
+        same = not isinstance(taken, str) and _same(tried, taken)
+        table.add_row(place, f"{count:,}", f"{tried.config.name}, {head}", "taken" * same)
+    if len(found) > _TRIED:
+        table.add_row(f"and {len(found) - _TRIED} more", "", "", "")
+    return table
+
+
+def _same(ours: Pretrained, theirs: Pretrained) -> bool:
+    ours_leaves, leaves = flatten(ours.variables), flatten(theirs.variables)
+    return ours_leaves.keys() == leaves.keys() and all(
+        np.array_equal(ours_leaves[path], leaves[path]) for path in leaves
+    )
+
+
+def _outcome(
+    taken: Pretrained | str, found: Mapping[str, int], options: Models
+) -> list[tuple[str, str]]:
+    """What is taken, with everything that is said of it; or why nothing is."""
+    if isinstance(taken, str):
+        facts = [("cannot be loaded", taken)]
+    else:
+        config, pre = taken.config, taken.preprocessing
+        leaves = sum(np.size(leaf) for leaf in flatten(taken.variables["params"]).values())
+        names = ", ".join(taken.class_names or ())
+        head = taken.no_head or f"{config.features} features to {config.classes} classes" + (
+            f": {shortened(names, 200)}" if names else ", without names"
+        )
+        means, deviations = (
+            ", ".join(f"{number:.4g}" for number in numbers[:4]) + (", ..." if numbers[4:] else "")
+            for numbers in (pre.mean, pre.std)
+        )
+        facts = [
+            ("network", f"{config.name}: {described(config)}"),
+            ("parameters", f"{leaves:,}, under the names of {taken.format}"),
+            ("head", f"none: {head}" if taken.no_head else head),
+            (
+                "images",
+                f"{config.bands} channels, {pre.size} px, from a shorter side of {pre.resize} px "
+                f"({pre.interpolation}); mean {means}; deviation {deviations}",
+            ),
+            *(("note" if number == 0 else "", text) for number, text in enumerate(taken.notes)),
+        ]
+    place = f", under {next(iter(found))!r}" if len(found) == 1 and "." not in found else ""
+    count = f"{len(found)} found{place}" if found else "none found by their keys"
+    choice = "; choose with --weights-key" if len(found) > 1 else ""
+    return [("networks", count + choice), *facts]
+
+
+def _print_facts(facts: list[tuple[str, str]], console: Console) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts:
+        table.add_row(name, plain(text))
+    console.print(table, highlight=False)
+
+
+def _list(options: Models, console: Console) -> None:
     rows, unfit = [], []
     for name, config in _chosen(options.names).items():
         parameters = costs(config, 32).parameters

@@ -201,14 +201,21 @@ class Stem:
 
 @dataclass(frozen=True)
 class Models:
-    """Print the architectures, with parameters and multiply-adds.
+    """List the architectures, or inspect a weights file.
+
+    Of a file: what it holds, the networks in it, and what would be taken and left out.
 
     Example: flaxtransfer models "se*50*" --sort macs
 
+    Example: flaxtransfer models checkpoint.pth --weights-key model_ema
+
     Args:
-        names: Part of the name, or a pattern of the whole name, such as "se*50*".
+        names: Part of a name, or a pattern of the whole name, such as "se*50*"; or a weights file,
+            a folder or an address to inspect.
         size: Height and width of the images in pixels.
         sort: Order of the table: family (the order of the catalog), name, parameters or macs.
+        weights_key: Place of the network to inspect in a file that holds several.
+        model: Architecture to try on a file, such as resnet50.
     """
 
     names: Annotated[tyro.conf.Positional[str], default("all")] = "*"
@@ -216,6 +223,8 @@ class Models:
     sort: Annotated[
         Literal["family", "name", "parameters", "macs"], tyro.conf.arg(metavar="ORDER")
     ] = "family"
+    weights_key: Annotated[str | None, default("that which is loaded")] = None
+    model: Annotated[str | None, default("that of the file")] = None
 
 
 RULES, RATES = ("head=head()", "frozen=rest()"), ("head=1e-3",)

@@ -31,7 +31,7 @@ from flaxtransfer.weights.infer import (
     with_placeholders,
     with_unseen,
 )
-from flaxtransfer.weights.naming import huggingface, key_map, timm, torchgeo, torchvision
+from flaxtransfer.weights.naming import huggingface, keras, key_map, timm, torchgeo, torchvision
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -39,7 +39,7 @@ from flaxtransfer.weights.readers import detect, flax_file
 from flaxtransfer.weights.readers.detect import Tensors
 from flaxtransfer.weights.readers.torch_file import NAMES, names_of
 
-__all__ = ["Metadata", "collect_metadata", "load"]
+__all__ = ["Metadata", "collect_metadata", "described", "load", "locate"]
 
 
 def load(
@@ -111,7 +111,7 @@ def load(
         torchgeo.note(sensor)  # a wrong name is refused before a download
     if statistics not in (None, "measure"):
         raise ValueError(f"`statistics` must be None or 'measure', got {statistics!r}")
-    name, path, arrived = _locate(source)
+    name, path, arrived = locate(source)
     file = detect.read_tensors(path, key)
     placed = 0
     if statistics == "measure":
@@ -119,7 +119,12 @@ def load(
         file = dataclasses.replace(file, arrays=filled)
     chosen = format or detect_naming(file.arrays)
     try:
-        arrays, done = FORMATS[chosen].prepare(file.arrays)
+        outside = keras.around(file.metadata, file.arrays, file.beside)
+        arrays, done = (
+            FORMATS[chosen].prepare(file.arrays)
+            if outside is None
+            else keras.prepared(file.arrays, outside)
+        )
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
@@ -129,7 +134,8 @@ def load(
     if problem := statistics_problem(model, shapes, chosen, file):
         raise unfit(file, problem)
     try:
-        head = with_head(table, arrays, file.beside, infer(shapes).features, file.place)
+        features = infer(shapes).features
+        head = with_head(table, arrays, file.beside, features, file.place, outside)
         arrays, headless = dict(head.arrays), bool(head.missing)
         shapes = _shapes(table, arrays)
         seen = FORMATS[chosen].implied(infer(shapes))
@@ -158,7 +164,15 @@ def load(
         notes.append(
             f"{placed} norms have no running statistics: measure them with training.recalibrate"
         )
-    metadata = collect_metadata(file, config, chosen, headless=headless, sensor=sensor, source=name)
+    metadata = collect_metadata(
+        file,
+        config,
+        chosen,
+        headless=headless,
+        sensor=sensor,
+        source=name,
+        own=None if outside is None else outside.preprocessing,
+    )
     hidden = [name for name in UNSEEN if getattr(metadata.config, name) != getattr(config, name)]
     if model is not None and hidden:
         raise ValueError(f"{file.path} holds {metadata.config.name}, not {config.name}")
@@ -173,13 +187,14 @@ def load(
         task=metadata.task,
         notes=(
             *(*arrived, *file.notes, *head.notes, *done, *notes, *metadata.notes),
+            *(outside.notes if outside else ()),
             *assumptions(file, metadata.config, chosen, model, name),
         ),
         no_head=head.missing or metadata.no_head,
     )
 
 
-def _locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
+def locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
     """The source for a person to read, the file, and notes on where it was found."""
     text = os.fspath(source)
     if not text:
@@ -235,7 +250,7 @@ def _network(
         own = ResNetConfig.from_json(parse_json(file.metadata[flax_file.MODEL].encode(), str(path)))
         if leaf_shapes(own) != leaf_shapes(seen):
             raise ValueError(
-                f"{path} holds {seen.name} ({_describe(seen)}), but its run trains {own.name}"
+                f"{path} holds {seen.name} ({described(seen)}), but its run trains {own.name}"
             )
         # Without an expected model, the run states what no leaf shows.
         if model is None:
@@ -257,12 +272,12 @@ def _network(
         if altered:
             return timm.with_arguments(with_unseen(seen, said), settings)
     elif isinstance(model, ResNetConfig):
-        said, asked = model, f"{model.name} ({_describe(model)})"
+        said, asked = model, f"{model.name} ({described(model)})"
     else:
         known = seen if model == seen.name else named(model, "`model` (--model)")
         said, asked = with_unseen(known, seen), model
     if leaf_shapes(_like(said, seen)) != leaf_shapes(seen):
-        raise ValueError(f"{path} holds {seen.name} ({_describe(seen)}), not {asked}")
+        raise ValueError(f"{path} holds {seen.name} ({described(seen)}), not {asked}")
     return _like(said, seen)
 
 
@@ -272,7 +287,8 @@ def _like(config: ResNetConfig, seen: ResNetConfig) -> ResNetConfig:
     return dataclasses.replace(config, **own)
 
 
-def _describe(config: ResNetConfig) -> str:
+def described(config: ResNetConfig) -> str:
+    """The fields of a network that make it another one, for a person."""
     common = {*BASE_FIELDS, "adapter"}
     parts = {name: value for name, value in config.to_json().items() if name not in common}
     return (
@@ -348,6 +364,7 @@ def collect_metadata(
     headless: bool = False,
     sensor: str | None = None,
     source: str = "",
+    own: Preprocessing | None = None,
 ) -> Metadata:
     """Collects the metadata of a weight file from the most trustworthy record.
 
@@ -360,22 +377,23 @@ def collect_metadata(
         headless: whether the file has no head, and class names do not apply.
         sensor: a name in ``torchgeo.SENSORS``; None if the caller gives none.
         source: where the file came from; its name may be a published one.
+        own: what layers of the model itself do to images; None if there are none.
 
     Raises:
         ValueError: a record that contradicts the weights or cannot be read.
     """
     asked = None if sensor is None else _of_sensor(sensor, config, file)
-    own = pretrained.read_header(file.metadata)
-    if own is not None:
+    header = pretrained.read_header(file.metadata)
+    if header is not None:
         # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
-        if leaf_shapes(own.config) != leaf_shapes(config):
-            raise ValueError(f"{file.path} holds {config}, but its header states {own.config}")
-        recorded = (own.preprocessing, ["preprocessing: from the file's header"])
+        if leaf_shapes(header.config) != leaf_shapes(config):
+            raise ValueError(f"{file.path} holds {config}, but its header states {header.config}")
+        recorded = (header.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded
-        if own.no_head:
-            notes = [*notes, f"{own.no_head}: one output that is always 0 replaces it"]
-        rest = (tuple(notes), own.task, own.no_head)
-        return Metadata(own.config, preprocessing, own.class_names, *rest)
+        if header.no_head:
+            notes = [*notes, f"{header.no_head}: one output that is always 0 replaces it"]
+        rest = (tuple(notes), header.task, header.no_head)
+        return Metadata(header.config, preprocessing, header.class_names, *rest)
     beside = file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
     if format.startswith("huggingface"):
@@ -396,7 +414,8 @@ def collect_metadata(
         raise ValueError(
             f"{beside} names {len(names)} classes, but the head of {file.path} has {config.classes}"
         )
-    found, notes = asked or _preprocessing(file, settings, config, source)
+    inside = None if own is None else (own, ["preprocessing: from layers of the model"])
+    found, notes = asked or inside or _preprocessing(file, settings, config, source)
     usual = FORMATS[format].preprocessing(config)
     if found is None and usual is not None and len(usual.mean) == config.bands:
         found, notes = usual, [f"preprocessing: not recorded, that of {format} is assumed"]

@@ -160,3 +160,76 @@ def test_gradients_in_float64(record_property, keras, tmp_path, monkeypatch, nam
         worst = max(worst, float(np.abs(leaf - array).max() / np.abs(array).max()))
     record_property("gradients", worst)
     assert worst <= 1e-10
+
+
+def small(keras, preactivation, **more):
+    """A ResNet of Keras' own blocks, with as few as its names allow, and no head."""
+    from keras.src.applications import resnet as peer
+
+    stacked = peer.stack_residual_blocks_v2 if preactivation else peer.stack_residual_blocks_v1
+    blocks = 2 if preactivation else 1
+
+    def stack(x):
+        for stage, planes in enumerate((64, 128, 256, 512), 2):
+            stride = 1 if stage == (5 if preactivation else 2) else 2
+            x = stacked(x, planes, blocks, stride1=stride, name=f"conv{stage}")
+        return x
+
+    options = {"include_top": False, "weights": None, "input_shape": (64, 64, 3), **more}
+    return peer.ResNet(stack, preactivation, True, name="base", weights_name="base", **options)
+
+
+def before(keras):
+    """Layers before a network, and whether the network is of the first version."""
+    layers, apps = keras.layers, keras.applications
+    return {
+        "rescaling": (True, lambda x: layers.Rescaling(1 / 127.5, offset=-1)(x)),
+        "rescaling, first version": (False, lambda x: layers.Rescaling(1 / 255)(x)),
+        "normalization": (
+            True,
+            lambda x: layers.Normalization(mean=[120, 110, 100], variance=[2500, 2000, 1500])(x),
+        ),
+        "preprocess_input": (False, apps.resnet.preprocess_input),
+        "preprocess_input, second version": (True, apps.resnet_v2.preprocess_input),
+        "augmentation": (
+            True,
+            lambda x: layers.Rescaling(1 / 127.5, -1)(
+                keras.Sequential([layers.RandomFlip(), layers.RandomRotation(0.1)])(x)
+            ),
+        ),
+    }
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+@pytest.mark.parametrize("case", range(6))
+def test_a_model_around_a_network(agree, keras, tmp_path, case, suffix):
+    preactivation, prepared = list(before(keras).values())[case]
+    keras.utils.clear_session()
+    inputs = keras.Input((64, 64, 3))
+    features = small(keras, preactivation)(prepared(inputs), training=False)
+    pooled = keras.layers.Dropout(0.3)(keras.layers.GlobalAveragePooling2D()(features))
+    model = keras.Model(inputs, keras.layers.Dense(CLASSES, name="species")(pooled))
+    draw_all(model)
+    shown = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3)).astype(np.float32)
+    logits = np.asarray(model(shown, training=False).detach())
+    path = tmp_path / f"net{suffix}"
+    model.save(path)
+    checkpoint = load(path)
+    pre = checkpoint.preprocessing
+    images = ((shown / 255 - np.float32(pre.mean)) / np.float32(pre.std)).astype(np.float32)
+    net = resnet(checkpoint.config)
+    run = jax.jit(lambda variables, images: net.apply(variables, images)[0])
+    agree(run(checkpoint.variables, images), logits, LIMIT)
+    assert "the head is the linear layer 'species'" in checkpoint.notes
+
+
+def draw_all(model):
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        kind, shape = variable.name, variable.shape
+        if kind == "kernel":
+            variable.assign(rng.normal(0, np.sqrt(1 / np.prod(shape[:-1])), shape))
+        elif kind in ("gamma", "moving_variance"):
+            variable.assign(rng.uniform(0.5, 1.5, shape))
+        elif kind in ("bias", "beta", "moving_mean"):
+            variable.assign(rng.normal(0, 0.3, shape))

@@ -120,7 +120,12 @@ class Head:
 
 
 def with_head(
-    table: key_map.Table, arrays: Arrays, beside: Arrays, features: int, place: Collection[str] = ()
+    table: key_map.Table,
+    arrays: Arrays,
+    beside: Arrays,
+    features: int,
+    place: Collection[str] = (),
+    outside: keras.Around | None = None,
 ) -> Head:
     """Finds the head: the only layer that is no part of the body, if it is one linear map.
 
@@ -133,6 +138,7 @@ def with_head(
         beside: arrays around the network, as of ``self.backbone = resnet50()``.
         features: inputs of a linear head.
         place: names that lead to the network; some say that no classifier follows.
+        outside: what the layers around a Keras network are.
 
     >>> from flaxtransfer.weights.naming import torchvision
     >>> head = with_head(torchvision.TABLE, {"fc.1.weight": np.ones((3, 8))}, {}, 8)
@@ -142,9 +148,22 @@ def with_head(
     rules = {rule.leaf: rule for rule in table if rule.leaf.startswith("params/fc/")}
     kernel, bias = rules["params/fc/kernel"], rules["params/fc/bias"]
     if "/" in kernel.key:
-        # These projects' own names; a user's layers are not written beside them.
+        # These projects' own names; a user's layers stand only around a Keras network.
         has_head = any(rule.key in arrays for rule in (kernel, bias))
-        return Head(arrays, "" if has_head else _NONE, ())
+        named = outside.dense if outside else ""
+        missing = outside.no_head if outside else ""
+        if not named and not missing:
+            return Head(arrays, "" if has_head else _NONE, ())
+        left = {key: a for key, a in arrays.items() if key not in (kernel.key, bias.key)}
+        layer = keras.head(beside, named, features) if named else missing
+        if isinstance(layer, str):
+            parts = {
+                key.rpartition("/")[0] for key in (*beside, *([kernel.key] if has_head else []))
+            }
+            text = shortened(", ".join(sorted(parts)), 200)
+            return Head(left, layer, (f"left out: {text}",) if parts else ())
+        note = f"the head is the linear layer {named!r}"
+        return Head(left | dict(zip((kernel.key, bias.key), layer, strict=True)), "", (note,))
     body = {
         key
         for key, array in arrays.items()
@@ -153,9 +172,9 @@ def with_head(
     rooms = {key.split(".")[0] for key in body}
     inside = _groups({k: a for k, a in arrays.items() if k.split(".")[0] not in rooms})
     inside = {name: group for name, group in inside.items() if _excused(name, group, features)}
-    outside = _groups(beside)
+    others = _groups(beside)
     kept = {key: a for key, a in arrays.items() if key.split(".")[0] not in inside}
-    groups = [*inside.items(), *outside.items()]
+    groups = [*inside.items(), *others.items()]
     layers = [
         (name, group)
         for name, group in groups

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.paths import listing, shortened, suggest
-from flaxtransfer.weights.naming import timm
+from flaxtransfer.weights.naming import keras, timm
 from flaxtransfer.weights.naming.key_map import Rule, Table
 
-__all__ = ["SELF_SUPERVISED", "TABLE", "WRAPPERS", "Found", "find", "prepared"]
+__all__ = ["SELF_SUPERVISED", "TABLE", "WRAPPERS", "Found", "candidates", "find", "prepared"]
 
 
 _LEAVES = dict.fromkeys(
@@ -152,16 +152,10 @@ def find(
     >>> list(found.keys.values()), found.notes
     (['params/layer1/0/conv1/kernel'], ("the network is under 'state/'; left out: seed, step",))
     """
-    stages: dict[str, set[str | None]] = {}
-    for name in arrays:
-        # The pattern is slow, above all in long names, and most keys are others.
-        likely = len(name) <= _LONGEST and ("conv1." in name or "convolution." in name)
-        if likely and (found := _ANCHOR.fullmatch(name)):
-            stages.setdefault(found[1], set()).add(found["stage"])
-    places = [place for place, numbers in stages.items() if None in numbers or len(numbers) == 4]
-    if len(places) > _MOST:
-        raise ValueError(f"it must hold at most {_MOST} networks, got {len(places):,}")
+    places = _places(arrays)
     if not places:
+        if key is None and (parts := keras.split(arrays)):
+            return Found(*parts, (), ())
         return _tree(arrays, key, same) or _subtree(arrays, key)
     networks = {place: _own(arrays, place, places) for place in places}
     place, notes = _chosen(arrays, networks, key, same)
@@ -222,7 +216,30 @@ def _tree(
     Parameters and statistics are collections ("params", "batch_stats"), or one tree as in NNX,
     whose leaves may have a "value". The state of an optimizer is no network.
     """
-    paths = {name: name if "/" in name else name.replace(".", "/") for name in arrays}
+    networks = _trees(arrays)
+    if not networks:
+        return None
+    place, notes = _chosen(arrays, networks, key, same)
+    keys = networks[place]
+    left_out = {
+        path.removeprefix(place).split("/")[0]
+        for name, path in _paths(arrays).items()
+        if name not in keys
+    }
+    said = [f"the network is under {place!r}"] if place else []
+    said += [f"left out: {shortened(', '.join(sorted(left_out)), 200)}"] if left_out else []
+    named = tuple(name for name in place.split("/") if name)
+    return Found(keys, {}, named, (*(["; ".join(said)] if said else []), *notes))
+
+
+def _paths(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """The path of each array in the tree; some programs join names by dots."""
+    return {name: name if "/" in name else name.replace(".", "/") for name in arrays}
+
+
+def _trees(arrays: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The keys of each network in a tree, by its place."""
+    paths = _paths(arrays)
     places: dict[str, bool] = {}
     for path in paths.values():
         found = _LEAF.fullmatch(path) if len(path) <= _LONGEST else None
@@ -233,20 +250,12 @@ def _tree(
             places["".join(f"{name}/" for name in above if name)] = True
         else:
             places.setdefault(found[1], False)
-    if not places:
-        return None
-    networks = {
+    if len(places) > _MOST:
+        raise ValueError(f"it must hold at most {_MOST} networks, got {len(places):,}")
+    return {
         place: _leaves(paths, place, [p for p in places if p != place], apart)
         for place, apart in places.items()
     }
-    place, notes = _chosen(arrays, networks, key, same)
-    keys = networks[place]
-    inside = (path for name, path in paths.items() if name not in keys)
-    left_out = {path.removeprefix(place).split("/")[0] for path in inside}
-    said = [f"the network is under {place!r}"] if place else []
-    said += [f"left out: {shortened(', '.join(sorted(left_out)), 200)}"] if left_out else []
-    named = tuple(name for name in place.split("/") if name)
-    return Found(keys, {}, named, (*(["; ".join(said)] if said else []), *notes))
 
 
 def _leaves(paths: Mapping[str, str], place: str, others: list[str], apart: bool) -> dict[str, str]:
@@ -264,6 +273,34 @@ def _leaves(paths: Mapping[str, str], place: str, others: list[str], apart: bool
             statistic = short.endswith(("/mean", "/var"))
             keys[name] = f"{'batch_stats' if statistic else 'params'}/{short}"
     return keys
+
+
+def candidates(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """The networks in a file: the number of their arrays, by the place that ``key`` takes.
+
+    >>> kernels = ("teacher/layer1.0.conv1.weight", "student/layer1.0.conv1.weight")
+    >>> candidates(dict.fromkeys(kernels, np.zeros(1)))
+    {'teacher': 1, 'student': 1}
+    """
+    if places := _places(arrays):
+        return {_shown(place): len(_own(arrays, place, places)) for place in places}
+    if parts := keras.split(arrays):
+        return {".": len(parts[0])}
+    return {_shown(place): len(keys) for place, keys in _trees(arrays).items()}
+
+
+def _places(arrays: Mapping[str, Any]) -> list[str]:
+    """The places of networks under names of torch's programs."""
+    stages: dict[str, set[str | None]] = {}
+    for name in arrays:
+        # The pattern is slow, above all in long names, and most keys are others.
+        likely = len(name) <= _LONGEST and ("conv1." in name or "convolution." in name)
+        if likely and (found := _ANCHOR.fullmatch(name)):
+            stages.setdefault(found[1], set()).add(found["stage"])
+    places = [place for place, numbers in stages.items() if None in numbers or len(numbers) == 4]
+    if len(places) > _MOST:
+        raise ValueError(f"it must hold at most {_MOST} networks, got {len(places):,}")
+    return places
 
 
 def _with_stem(

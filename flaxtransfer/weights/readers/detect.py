@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +29,10 @@ __all__ = [
     "CONTAINERS",
     "SUFFIXES",
     "Container",
+    "Listing",
     "Tensors",
     "has_weights_name",
+    "list_arrays",
     "read_tensors",
     "recognize",
 ]
@@ -262,7 +265,59 @@ def _alike(ours: torch_pickle.Tensor, theirs: torch_pickle.Tensor) -> bool:
 _Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
 
 
-def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What a file holds, whether or not it is a network.
+
+    Args:
+        path: where it was read.
+        container: how it is packed, for a person.
+        size: in bytes.
+        arrays: by key; of torch's files what stands for them, with shape and dtype.
+        notes: which of several files it is, and what its name says.
+    """
+
+    path: Path
+    container: str
+    size: int
+    arrays: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def list_arrays(path: Path) -> Listing:
+    """Lists the arrays of a weight file or folder; of torch's files no numbers are read.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_tensors``, but for what is no network.
+    """
+    path, chosen = folders.find(path, SUFFIXES)
+    listed: dict[str, Any] = {}
+
+    def note(tensors: Mapping[str, torch_pickle.Tensor]) -> list[str]:
+        listed.update(tensors)
+        return []
+
+    try:
+        if path.is_dir():
+            container, (arrays, _, _, told) = "a folder of orbax", _folder(path)
+            size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+        elif path.name.endswith(folders.INDEX):
+            parts = sorted(set(folders.weight_map(path).values()))
+            container, (arrays, _, _, told) = f"{len(parts)} files and their index", _parts(path)
+            size = sum(path.with_name(part).stat().st_size for part in parts)
+        else:
+            data, _ = _bytes_of(path)
+            kind, told = recognize(data, path.name)
+            container, size = kind.text, len(data)
+            arrays, *_ = kind.read(data, *((note,) if kind.nested else ()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error.__cause__
+    listed.update(arrays)
+    return Listing(path, container, size, listed, (*chosen, *told))
+
+
+def _bytes_of(path: Path) -> tuple[bytes, str]:
+    """The bytes of a file, and their checksum."""
     check_regular(path)
     try:
         data = path.read_bytes()
@@ -271,6 +326,11 @@ def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
     sha256 = hashlib.sha256(data).hexdigest()
     check_seal(path, sha256)
+    return data, sha256
+
+
+def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
+    data, sha256 = _bytes_of(path)
     container, named = recognize(data, path.name)
     more = (wanted,) if container.nested else ()
     arrays, metadata, notes = container.read(data, *more)

@@ -10,14 +10,20 @@ import numpy as np
 
 from flaxtransfer.weights.readers import archives
 
-__all__ = ["read_hdf5", "read_keras_archive"]
+__all__ = ["CONFIG", "LAYERS", "read_hdf5", "read_keras_archive"]
 
 
-_DEEPEST = 32
+CONFIG = "configuration of the Keras model"
+"""Key of the metadata with the layers of a model, as JSON."""
+LAYERS = "layers of the Keras model"
+"""Key of the metadata with the names of layers without arrays too, by lines; without settings."""
+_BODY = ("conv", "stack", "post_bn/", "predictions/")
+"""How the names of layers of ResNets start, of which a file can hold one."""
+_DEEPEST, _MOST_LAYERS = 32, 10_000
 
 
 def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Reads the bytes of an ``.h5`` file: arrays by "layer/variable", no metadata, and notes.
+    """Reads the bytes of an ``.h5`` file: arrays by "layer/variable", metadata and notes.
 
     The state of the optimizer is omitted. Keras 3 numbers the variables of a layer
     ("conv1_conv/0"), earlier versions name them ("conv1_conv/kernel").
@@ -39,6 +45,7 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
         with h5py.File(io.BytesIO(data), "r") as file:
             left_out = [name for name in file if name.startswith("optimizer")]
             seen: set[Any] = set()
+            config, layers = file.attrs.get("model_config"), _layers(file, h5py)
             for name in file:
                 if name not in left_out:
                     _collect(file, name, "", arrays, h5py, seen, archives.most(len(data)))
@@ -49,15 +56,45 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
         raise ValueError(
             f"incomplete or damaged HDF5 file: {type(error).__name__} {error}"
         ) from error
-    return arrays, {}, ["the optimizer's state was left out"] if left_out else []
+    if isinstance(config, bytes):
+        config = config.decode("utf-8", "replace")
+    metadata = {LAYERS: "\n".join(layers)}
+    if isinstance(config, str):
+        metadata[CONFIG] = config
+    return arrays, metadata, ["the optimizer's state was left out"] if left_out else []
 
 
 def read_keras_archive(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Reads the HDF5 file with the weights in the bytes of a ``.keras`` archive."""
+    """Reads the HDF5 file with the weights, and the configuration, of a ``.keras`` archive."""
     files = archives.members(data)
     if "model.weights.h5" not in files:
         raise ValueError(f"a .keras archive must hold model.weights.h5, got {sorted(files)}")
-    return read_hdf5(files["model.weights.h5"])
+    arrays, metadata, notes = read_hdf5(files["model.weights.h5"])
+    if "config.json" in files:
+        metadata[CONFIG] = files["config.json"].decode("utf-8", "replace")
+    return arrays, metadata, notes
+
+
+def _layers(file: Any, h5py: Any) -> list[str]:
+    """The names of the layers of a model: in its attributes, or as groups, in models in it too."""
+    stated = [
+        name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+        for name in file.attrs.get("layer_names", ())
+    ]
+    groups: list[tuple[Any, int]] = [(file, 0)]
+    found: list[str] = []
+    while groups:
+        group, depth = groups.pop()
+        held = group.get("layers", getlink=True)
+        if not isinstance(held, h5py.HardLink) or not isinstance(group["layers"], h5py.Group):
+            continue
+        for name in group["layers"]:
+            link = group["layers"].get(name, getlink=True)
+            if isinstance(link, h5py.HardLink) and depth < _DEEPEST and len(found) < _MOST_LAYERS:
+                found.append(name)
+                if isinstance(group["layers"][name], h5py.Group):
+                    groups.append((group["layers"][name], depth + 1))
+    return [*stated, *found]
 
 
 def _collect(
@@ -83,6 +120,9 @@ def _collect(
             _collect(entry, inner, below, arrays, h5py, seen, room)
     elif isinstance(entry, h5py.Dataset):
         key = _key(group, name)
+        if key in arrays and not key.startswith(_BODY):
+            # Layers of different models may have the same name.
+            key = f"{below.strip('/').replace('/', ':')}/{name}"
         if key in arrays:
             raise ValueError(f"two arrays have the name {key!r}")
         used = sum(array.nbytes for array in arrays.values())
