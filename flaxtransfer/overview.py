@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax.numpy as jnp
 
 from flaxtransfer.batchnorm import Norm, check, mode, modules, policy
-from flaxtransfer.groups import FROZEN, Group, check_groups
+from flaxtransfer.groups import FROZEN, Group, WarmupCosine, check_groups
 from flaxtransfer.mask_algebra import select
 from flaxtransfer.models.layout import layout_of
 from flaxtransfer.paths import flatten, listing, map_with_path, visible
-from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.types import PyTree
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "flaxtransfer"
 
 FLOORS = (
     ("lazy", "types", "models.layout"),
-    ("paths", "files", "schedules", "shift"),
+    ("paths", "files", "shift"),
     ("mask_algebra",),
     ("masks",),
     ("groups", "batchnorm", "optimizer_state"),

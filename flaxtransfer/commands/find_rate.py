@@ -12,10 +12,9 @@ from rich.table import Table
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import Job, prepare
 from flaxtransfer.commands.subcommands import FindRate
-from flaxtransfer.groups import Group
+from flaxtransfer.groups import Group, WarmupCosine
 from flaxtransfer.overview import plain
 from flaxtransfer.paths import suggest
-from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.training.loop import fit
 from flaxtransfer.training.lr_finder import (
     RateSweep,

@@ -8,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 import optax
 
-from flaxtransfer.groups import FROZEN, Frozen, Group
+from flaxtransfer.groups import FROZEN, Frozen, Group, WarmupCosine
 from flaxtransfer.masks import Mask, adapter, as_mask, glob, head, selected, stage, stem
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import by_parts, scaled
 from flaxtransfer.paths import listing, suggest
-from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.types import Params
 
 __all__ = [

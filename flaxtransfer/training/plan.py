@@ -20,14 +20,13 @@ from rich.console import Group as RichGroup
 from rich.table import Table
 
 from flaxtransfer.batchnorm import Norm
-from flaxtransfer.groups import FROZEN, Group
+from flaxtransfer.groups import FROZEN, Group, WarmupCosine
 from flaxtransfer.groups import Group as OptimizerGroup
 from flaxtransfer.labels import Rest, label
 from flaxtransfer.masks import Mask, as_mask, selected
 from flaxtransfer.overview import plain, terminal
 from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import flatten, listing
-from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.task import Loss, cross_entropy
 from flaxtransfer.types import Params
 

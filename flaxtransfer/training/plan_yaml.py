@@ -30,11 +30,10 @@ import optax
 import yaml
 
 from flaxtransfer.files import atomic_write, check_regular, write_file
-from flaxtransfer.groups import FROZEN, Group
+from flaxtransfer.groups import FROZEN, Group, WarmupCosine
 from flaxtransfer.labels import Rest, rest
 from flaxtransfer.masks import Mask, as_mask, to_text
 from flaxtransfer.paths import listing, shortened, suggest
-from flaxtransfer.schedules import WarmupCosine
 from flaxtransfer.task import SmoothedCrossEntropy, cross_entropy
 from flaxtransfer.training.plan import Phase, Plan, is_default
 

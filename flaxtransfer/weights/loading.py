@@ -31,7 +31,15 @@ from flaxtransfer.weights.infer import (
     with_placeholders,
     with_unseen,
 )
-from flaxtransfer.weights.naming import huggingface, keras, key_map, timm, torchgeo, torchvision
+from flaxtransfer.weights.naming import (
+    huggingface,
+    keras,
+    key_map,
+    onnx,
+    timm,
+    torchgeo,
+    torchvision,
+)
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -139,12 +147,19 @@ def load(
         arrays, headless = dict(head.arrays), bool(head.missing)
         shapes = _shapes(table, arrays)
         seen = FORMATS[chosen].implied(infer(shapes))
+        graph = onnx.stated(file.metadata)
+        seen = seen if graph is None else graph.of(seen)
     except ValueError as error:
         problem = f"{file.path} holds leaves that do not form a network: {error}"
         raise unfit(file, problem) from None
     if headless:
         seen = dataclasses.replace(seen, classes=1)
     config = _network(model, seen, file)
+    other = [name for name in UNSEEN if getattr(config, name) != getattr(seen, name)]
+    if graph is not None and other:
+        raise ValueError(
+            f"{file.path} holds {seen.name}, not {config.name}: {_graph_says(seen, other)}"
+        )
     wanted = leaf_shapes(config)
     zeros = {leaf: shape for leaf, shape in wanted.items() if leaf.startswith("params/fc/")}
     try:
@@ -157,9 +172,10 @@ def load(
     except ValueError as error:
         raise unfit(file, str(error)) from None
     leaves, notes = _as_float32(leaves, file.path)
+    missing = (graph.no_head if graph is not None else "") or head.missing
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in zeros.items()}
-        notes.append(f"{head.missing}: one output that is always 0 replaces it")
+        notes.append(f"{missing}: one output that is always 0 replaces it")
     if placed:
         notes.append(
             f"{placed} norms have no running statistics: measure them with training.recalibrate"
@@ -190,7 +206,7 @@ def load(
             *(outside.notes if outside else ()),
             *assumptions(file, metadata.config, chosen, model, name),
         ),
-        no_head=head.missing or metadata.no_head,
+        no_head=missing or metadata.no_head,
     )
 
 
@@ -211,6 +227,10 @@ def locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
             f"{locations.HUB_PREFIX}organization/name and https://"
         )
     return text, Path(text), []
+
+
+def _graph_says(seen: ResNetConfig, names: list[str]) -> str:
+    return "; ".join(f"its graph has {name} {getattr(seen, name)!r}" for name in names)
 
 
 def _shapes(table: key_map.Table, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -453,6 +473,11 @@ def _of_sensor(sensor: str, config: ResNetConfig, file: Tensors) -> tuple[Prepro
 def _preprocessing(
     file: Tensors, settings: dict[str, Any], config: ResNetConfig, source: str
 ) -> tuple[Preprocessing | None, list[str]]:
+    graph = onnx.stated(file.metadata)
+    if graph is not None and graph.mean:
+        usual = graph.sized(IMAGENET)
+        found = dataclasses.replace(usual, mean=tuple(graph.mean), std=tuple(graph.std))
+        return found, ["preprocessing: mean and std from the graph; size and resize are assumed"]
     timm = sidecar.timm_preprocessing(settings)
     if timm is not None:
         return timm[0], ["preprocessing: from config.json next to the file", *timm[1]]
@@ -493,12 +518,13 @@ def _fitted(
     preprocessing: Preprocessing | None, notes: list[str], config: ResNetConfig, file: Tensors
 ) -> tuple[Preprocessing, list[str]]:
     """One mean and std for each channel of the network."""
-    channels = config.bands
+    channels, graph = config.bands, onnx.stated(file.metadata)
+    usual = IMAGENET if graph is None else graph.sized(IMAGENET)
     if preprocessing is None and channels == len(IMAGENET.mean):
-        return IMAGENET, ["preprocessing: not recorded, ImageNet's is assumed"]
+        return usual, ["preprocessing: not recorded, ImageNet's is assumed"]
     if preprocessing is None:
         # Guessed statistics of unknown bands would be a silent error.
-        assumed = dataclasses.replace(IMAGENET, mean=(0.0,) * channels, std=(1.0,) * channels)
+        assumed = dataclasses.replace(usual, mean=(0.0,) * channels, std=(1.0,) * channels)
         return assumed, [
             f"preprocessing: not recorded for {channels} channels, which stay in 0..1"
             + _sensors(channels)

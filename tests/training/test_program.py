@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.schedules import WarmupCosine
+from flaxtransfer.groups import WarmupCosine
 from flaxtransfer.task import SmoothedCrossEntropy, cross_entropy
 from flaxtransfer.training import step as training_step
 from flaxtransfer.training.step import train_step

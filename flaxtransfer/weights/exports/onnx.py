@@ -1,9 +1,12 @@
 """Export to ONNX: the network as a graph of operators, and the file with weights and metadata.
 
-The graph follows ``models/resnet.py`` node by node.
+The graph follows ``models/resnet.py`` node by node, as inference uses it: BatchNorm is folded into
+the convolution before it, or is a factor and a summand where none is. Per-channel quantization then
+needs no preparation. In float16 everything between the images and the pooling is float16; images,
+pooling, head and logits are float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +16,11 @@ from flaxtransfer.models.config import GROUPS, Adapter, ResNetConfig
 from flaxtransfer.models.layers import standardize
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights.exports.prepare import export_metadata
-from flaxtransfer.weights.pretrained import Pretrained
+from flaxtransfer.weights.pretrained import HEADER_KEY, Pretrained, write_header
+from flaxtransfer.weights.readers import onnx_file
+from flaxtransfer.weights.readers.onnx_file import Node, serialize
 
-__all__ = ["OPSET", "Graph", "logits", "model_bytes", "network"]
+__all__ = ["OPSET", "Graph", "model_bytes", "network", "runner"]
 
 
 _BINOMIAL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]).astype(np.float32)
@@ -27,37 +32,74 @@ class Graph:
     Args:
         leaves: arrays by path, as ``flatten`` gives those of a checkpoint's variables.
         config: of the network.
-        helper: ``onnx.helper``.
+        dtype: of the weights and of the computation: float32 or float16.
     """
 
-    def __init__(self, leaves: Mapping[str, Any], config: ResNetConfig, helper: Any) -> None:
+    def __init__(self, leaves: Mapping[str, Any], config: ResNetConfig, dtype: Any) -> None:
         self.leaves = {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
         self.config = config
-        self.helper = helper
-        self.nodes: list[Any] = []
+        self.dtype = np.dtype(dtype)
+        self.nodes: list[Node] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
+    def node(self, kind: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:
         """Adds an operator."""
-        name = f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(self.helper.make_node(kind, list(inputs), [name], name, **attributes))
+        name = name or f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(Node(kind, tuple(inputs), (name,), attributes, name))
         return name
 
     def constant(self, name: str, array: Any) -> str:
         """Adds an array, once per name."""
-        self.constants[name] = np.ascontiguousarray(array)
+        self.constants[name] = np.asarray(array)
         return name
 
-    def convolve(self, path: str, x: str, stride: int = 1, groups: int = 1) -> str:
-        """Adds the convolution with the leaves under a path."""
-        kernel = self.leaves[f"params/{path}/kernel"]
+    def weight(self, name: str, array: np.ndarray) -> str:
+        """Adds an array of numbers in the graph's dtype, once per name.
+
+        Raises:
+            ValueError: numbers beyond the dtype's range.
+        """
+        with np.errstate(over="ignore"):
+            converted = array.astype(self.dtype)
+        if not np.isfinite(converted).all():
+            most = np.abs(array).max()
+            raise ValueError(
+                f"weights must be below {np.finfo(self.dtype).max:.3g} for {self.dtype.name}, got "
+                f"{most:.3g} in {name}"
+            )
+        return self.constant(name, converted)
+
+    def cast(self, x: str, dtype: Any) -> str:
+        """Converts a tensor between float32 and the graph's dtype, where they differ."""
+        if self.dtype == np.float32:
+            return x
+        return self.node("Cast", [x], to=1 if np.dtype(dtype) == np.float32 else 10)
+
+    def layer(self, path: str, norm: str | None, x: str, stride: int = 1, groups: int = 1) -> str:
+        """Adds the convolution under a path and the norm that follows it.
+
+        Args:
+            path: of the convolution.
+            norm: path of its norm; None where none follows.
+            x: the input.
+            stride: in pixels.
+            groups: of channels.
+        """
+        kernel = self.leaves[f"params/{path}/kernel"].astype(np.float64)
         if self.config.standardized is not None:
-            kernel = np.asarray(standardize(jnp.asarray(kernel), self.config.standardized))
-        inputs = [x, self.constant(f"{path}/kernel", kernel.transpose(3, 2, 0, 1))]
-        if f"params/{path}/bias" in self.leaves:
-            inputs.append(self.constant(f"{path}/bias", self.leaves[f"params/{path}/bias"]))
+            standard = standardize(jnp.asarray(kernel, jnp.float32), self.config.standardized)
+            kernel = np.asarray(standard, np.float64)
+        bias = self.leaves.get(f"params/{path}/bias")
+        batch = norm is not None and self.config.norm == "batch"
+        if batch:
+            scale, shift = self.affine(f"{norm}")
+            kernel = kernel * scale
+            bias = shift if bias is None else bias * scale + shift
+        inputs = [x, self.weight(f"{path}/kernel", kernel.transpose(3, 2, 0, 1))]
+        if bias is not None:
+            inputs.append(self.weight(f"{path}/bias", bias))
         half, side = kernel.shape[0] // 2, kernel.shape[0]
-        return self.node(
+        x = self.node(
             "Conv",
             inputs,
             kernel_shape=[side, side],
@@ -65,29 +107,45 @@ class Graph:
             strides=[stride] * 2,
             group=groups,
         )
+        return x if batch or norm is None else self.normalize(norm, x)
+
+    def affine(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and summand of the BatchNorm under a path, with running statistics."""
+        scale, bias, mean, var = (
+            self.leaves[f"{root}/{path}/{leaf}"].astype(np.float64)
+            for root, leaf in (
+                ("params", "scale"),
+                ("params", "bias"),
+                ("batch_stats", "mean"),
+                ("batch_stats", "var"),
+            )
+        )
+        factor = scale / np.sqrt(var + self.config.epsilon)
+        return factor, bias - mean * factor
 
     def normalize(self, path: str, x: str) -> str:
-        """Adds the BatchNorm (with running statistics) or GroupNorm under a path."""
-        own = {leaf: self.leaves[f"params/{path}/{leaf}"] for leaf in ("scale", "bias")}
+        """Adds the norm under a path that no convolution precedes, or a GroupNorm."""
         if self.config.norm == "group":
+            own = {leaf: self.leaves[f"params/{path}/{leaf}"] for leaf in ("scale", "bias")}
             return self._group_norm(path, x, own)
-        own |= {leaf: self.leaves[f"batch_stats/{path}/{leaf}"] for leaf in ("mean", "var")}
-        inputs = [x, *(self.constant(f"{path}/{leaf}", array) for leaf, array in own.items())]
-        return self.node("BatchNormalization", inputs, epsilon=self.config.epsilon)
+        factor, summand = self.affine(path)
+        return self._scaled(path, x, factor, summand)
+
+    def _scaled(self, path: str, x: str, scale: np.ndarray, bias: np.ndarray) -> str:
+        by = self.weight(f"{path}/scale", scale[:, None, None])
+        plus = self.weight(f"{path}/bias", bias[:, None, None])
+        return self.node("Add", [self.node("Mul", [x, by]), plus])
 
     def _group_norm(self, path: str, x: str, own: Mapping[str, np.ndarray]) -> str:
         # InstanceNormalization is supported by all versions; GroupNormalization is new and changed.
         grouped = self.node("Reshape", [x, self.constant("groups", np.array([0, GROUPS, -1]))])
-        ones = self.constant("ones", np.ones(GROUPS, np.float32))
-        zeros = self.constant("zeros", np.zeros(GROUPS, np.float32))
+        ones = self.weight("ones", np.ones(GROUPS))
+        zeros = self.weight("zeros", np.zeros(GROUPS))
         normal = self.node(
             "InstanceNormalization", [grouped, ones, zeros], epsilon=self.config.epsilon
         )
         x = self.node("Reshape", [normal, self.node("Shape", [x])])
-        scale, bias = (
-            self.constant(f"{path}/{leaf}", own[leaf][:, None, None]) for leaf in ("scale", "bias")
-        )
-        return self.node("Add", [self.node("Mul", [x, scale]), bias])
+        return self._scaled(path, x, own["scale"], own["bias"])
 
     def relu(self, x: str) -> str:
         """max(x, 0)."""
@@ -119,7 +177,7 @@ class Graph:
         kernel = np.broadcast_to(_BINOMIAL, (channels, 1, 3, 3))
         return self.node(
             "Conv",
-            [self.pad(x, "reflect"), self.constant(f"blur_{channels}", kernel)],
+            [self.pad(x, "reflect"), self.weight(f"blur_{channels}", kernel)],
             kernel_shape=[3, 3],
             strides=[2, 2],
             group=channels,
@@ -145,19 +203,18 @@ def network(graph: Graph, images: str) -> str:
     config, x = graph.config, images
     if config.adapter is not None:
         x = _adapter(graph, config.adapter, x)
-    x = _stem(graph, x)
+    x = _stem(graph, graph.cast(x, graph.dtype))
     for stage, depth in enumerate(config.depths, start=1):
         for index in range(depth):
             block = _preactivated if config.preactivation else _block
             x = block(graph, x, stage, index)
     if config.preactivation:
         x = graph.relu(graph.normalize(f"layer4/{_norm(config, 1)}", x))
+    x = graph.cast(x, np.float32)
     x = graph.node("Flatten", [graph.node("GlobalAveragePool", [x])])
-    kernel, bias = (
-        graph.constant(f"fc/{leaf}", graph.leaves[f"params/fc/{leaf}"])
-        for leaf in ("kernel", "bias")
-    )
-    return graph.node("Gemm", [x, kernel, bias])
+    kernel, bias = (graph.leaves[f"params/fc/{leaf}"] for leaf in ("kernel", "bias"))
+    weights = [graph.constant("fc/kernel", kernel.T), graph.constant("fc/bias", bias)]
+    return graph.node("Gemm", [x, *weights], "logits", transB=1)
 
 
 def _norm(config: ResNetConfig, number: int) -> str:
@@ -198,23 +255,21 @@ def _adapter(graph: Graph, adapter: Adapter, x: str) -> str:
 
 def _stem(graph: Graph, x: str) -> str:
     config = graph.config
+    first, norm = _norm(config, 1), None if config.preactivation else _norm(config, 1)
     if config.stem == "plain":
-        x = graph.convolve("conv1", x, 2)
+        x = graph.layer("conv1", norm, x, 2)
     else:
-        x = graph.convolve("conv1/0", x, 2)
-        x = graph.relu(graph.normalize(f"conv1/{_norm(config, 1)}", x))
-        x = graph.convolve("conv1/3", x)
-        x = graph.relu(graph.normalize(f"conv1/{_norm(config, 4)}", x))
-        x = graph.convolve("conv1/6", x)
+        x = graph.relu(graph.layer("conv1/0", f"conv1/{first}", x, 2))
+        x = graph.relu(graph.layer("conv1/3", f"conv1/{_norm(config, 4)}", x))
+        x = graph.layer("conv1/6", norm, x)
     if not config.preactivation:
-        x = graph.relu(graph.normalize(_norm(config, 1), x))
+        x = graph.relu(x)
     if config.stem_pool == "zero-padded":
         return graph.max_pool(graph.pad(x, "constant"), before=0, after=0)
     if config.stem_pool == "ceil":
         return graph.max_pool(x, before=0)
     if config.stem_pool == "convolution":
-        x = graph.convolve("maxpool/0", x, 2)
-        return graph.relu(graph.normalize(f"maxpool/{_norm(config, 1)}", x))
+        return graph.relu(graph.layer("maxpool/0", f"maxpool/{first}", x, 2))
     if config.anti_alias == "average":
         return graph.average_pool(x)
     if config.anti_alias == "blur":
@@ -230,11 +285,9 @@ def _downsample(graph: Graph, x: str, stage: int, index: int) -> str:
         number = 1
         x = graph.average_pool(x, padded=True) if stride != 1 else x
         stride = 1
-    x = graph.convolve(f"{path}/{number}", x, stride)
-    if config.preactivation:
-        return x
     after = f"gn{number + 1}" if config.norm == "group" else str(number + 1)
-    return graph.normalize(f"{path}/{after}", x)
+    norm = None if config.preactivation else f"{path}/{after}"
+    return graph.layer(f"{path}/{number}", norm, x, stride)
 
 
 def _block(graph: Graph, x: str, stage: int, index: int) -> str:
@@ -243,8 +296,8 @@ def _block(graph: Graph, x: str, stage: int, index: int) -> str:
     convolved = 1 if config.anti_alias else stride
 
     def layer(number: int, y: str, stride: int = 1, groups: int = 1) -> str:
-        y = graph.convolve(f"{path}/conv{number}", y, stride, groups)
-        return graph.normalize(f"{path}/{_norm(config, number)}", y)
+        norm = f"{path}/{_norm(config, number)}"
+        return graph.layer(f"{path}/conv{number}", norm, y, stride, groups)
 
     def lower(y: str, channels: int) -> str:
         return graph.anti_aliased(y, channels) if config.anti_alias and stride != 1 else y
@@ -267,17 +320,19 @@ def _block(graph: Graph, x: str, stage: int, index: int) -> str:
 def _preactivated(graph: Graph, x: str, stage: int, index: int) -> str:
     config, path = graph.config, f"layer{stage}/{index}"
     stride = config.stride(stage, index)
-    strided = 1 if config.block == "basic" else 2
+    basic = config.block == "basic"
+    strided, last = (1, 2) if basic else (2, 3)
     y = graph.relu(graph.normalize(f"{path}/{_norm(config, 1)}", x))
     if config.has_shortcut(stage, index):
         x = _downsample(graph, y, stage, index)
     elif stride != 1:
         x = graph.node("MaxPool", [x], kernel_shape=[1, 1], strides=[stride] * 2)
-    for number in range(1, 3 if config.block == "basic" else 4):
-        if number > 1:
-            y = graph.relu(graph.normalize(f"{path}/{_norm(config, number)}", y))
-        groups = config.groups if config.block == "bottleneck" and number == 2 else 1
-        y = graph.convolve(f"{path}/conv{number}", y, stride if number == strided else 1, groups)
+    for number in range(1, last + 1):
+        norm = f"{path}/{_norm(config, number + 1)}" if number < last else None
+        groups = config.groups if not basic and number == 2 else 1
+        own = stride if number == strided else 1
+        y = graph.layer(f"{path}/conv{number}", norm, y, own, groups)
+        y = graph.relu(y) if number < last else y
     return graph.node("Add", [x, y])
 
 
@@ -286,7 +341,7 @@ def _attention(graph: Graph, y: str, path: str) -> str:
     if graph.config.attention == "eca":
         kernel = graph.leaves[f"params/{path}/se/conv/kernel"]
         row = graph.node("Reshape", [means, graph.constant("a_row", np.array([0, 1, -1]))])
-        weight = graph.constant(f"{path}/se/conv/kernel", kernel.transpose(2, 1, 0))
+        weight = graph.weight(f"{path}/se/conv/kernel", kernel.transpose(2, 1, 0))
         half = kernel.shape[0] // 2
         row = graph.node("Conv", [row, weight], kernel_shape=[kernel.shape[0]], pads=[half, half])
         gate = graph.node("Reshape", [row, graph.constant("a_map", np.array([0, -1, 1, 1]))])
@@ -298,83 +353,65 @@ def _attention(graph: Graph, y: str, path: str) -> str:
 
 def _dense(graph: Graph, path: str, x: str) -> str:
     kernel, bias = (graph.leaves[f"params/{path}/{leaf}"] for leaf in ("kernel", "bias"))
-    inputs = [
-        x,
-        graph.constant(f"{path}/kernel", kernel.transpose(3, 2, 0, 1)),
-        graph.constant(f"{path}/bias", bias),
-    ]
+    weight = graph.weight(f"{path}/kernel", kernel.transpose(3, 2, 0, 1))
+    inputs = [x, weight, graph.weight(f"{path}/bias", bias)]
     return graph.node("Conv", inputs, kernel_shape=[1, 1])
 
 
 OPSET = 17
 """Supported by onnxruntime since 1.12 (2022); a ResNet needs nothing newer."""
-IR_VERSION = 8
 LARGEST = 2_000_000_000
 """Maximum number of bytes of one protocol buffer file."""
 
 
-def model_bytes(checkpoint: Pretrained) -> bytes:
+def model_bytes(checkpoint: Pretrained, dtype: Any = np.float32) -> bytes:
     """The bytes of the file; batch size, height and width are free.
 
+    Args:
+        checkpoint: the network.
+        dtype: of the weights and the computation, float32 or float16; images and logits are
+            float32.
+
     Raises:
-        ImportError: onnx is not installed.
-        ValueError: the weights have more than 2 GB.
+        ValueError: the weights have more than 2 GB, or are too large for float16.
     """
-    onnx = _onnx()
     config = checkpoint.config
-    graph = Graph(flatten(checkpoint.variables), config, onnx.helper)
-    output = network(graph, "images")
+    graph = Graph(flatten(checkpoint.variables), config, dtype)
+    network(graph, "images")
     size = sum(array.nbytes for array in graph.constants.values())
     if size > LARGEST:
         raise ValueError(
             f"the weights of an .onnx file must have <= 2 GB, got {size:,} bytes for {config.name}"
         )
-    float32 = onnx.TensorProto.FLOAT
-    shape = ["batch", config.bands, "height", "width"]
-    graph.nodes.append(onnx.helper.make_node("Identity", [output], ["logits"], "logits"))
-    proto = onnx.helper.make_model(
-        onnx.helper.make_graph(
-            graph.nodes,
+    metadata = export_metadata(checkpoint, "[batch, bands, height, width]")
+    metadata["computation"] = graph.dtype.name
+    metadata[HEADER_KEY] = write_header(checkpoint)[HEADER_KEY]
+    return serialize(
+        onnx_file.Graph(
+            tuple(graph.nodes),
+            graph.constants,
+            {"images": ("batch", config.bands, "height", "width")},
+            {"logits": ("batch", config.classes)},
+            metadata,
             config.name,
-            [onnx.helper.make_tensor_value_info("images", float32, shape)],
-            [onnx.helper.make_tensor_value_info("logits", float32, ["batch", config.classes])],
-            [onnx.numpy_helper.from_array(array, name) for name, array in graph.constants.items()],
         ),
-        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
-        producer_name="flaxtransfer",
-        ir_version=IR_VERSION,
+        OPSET,
     )
-    onnx.helper.set_model_props(proto, export_metadata(checkpoint, "[batch, bands, height, width]"))
-    onnx.checker.check_model(proto, full_check=True)
-    result: bytes = proto.SerializeToString()
-    return result
 
 
-def logits(data: bytes, images: np.ndarray) -> np.ndarray:
-    """Runs the file on images ``[batch, height, width, bands]``.
+def runner(data: bytes) -> Callable[[np.ndarray], np.ndarray] | None:
+    """A function from images ``[batch, height, width, bands]`` to the logits of onnxruntime.
 
-    It uses onnxruntime if it is installed, otherwise onnx's reference evaluator.
+    None where onnxruntime is not installed.
     """
-    fed = {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
     try:
         import onnxruntime
     except ImportError:
-        from onnx.reference import ReferenceEvaluator
-
-        outputs: Any = ReferenceEvaluator(_onnx().load_from_string(data)).run(None, fed)
-        return np.asarray(outputs[0])
+        return None
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, fed)[0])
 
+    def run(images: np.ndarray) -> np.ndarray:
+        fed = {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+        return np.asarray(session.run(None, fed)[0])
 
-def _onnx() -> Any:
-    try:
-        import onnx
-        import onnx.checker
-        import onnx.helper
-        import onnx.numpy_helper
-    except ImportError as error:
-        raise ImportError(
-            "writing .onnx files needs onnx: pip install 'flaxtransfer[onnx]'"
-        ) from error
-    return onnx
+    return run

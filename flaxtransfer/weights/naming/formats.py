@@ -12,7 +12,7 @@ import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import shortened
-from flaxtransfer.weights.naming import huggingface, keras, key_map, native, timm, torchvision
+from flaxtransfer.weights.naming import huggingface, keras, key_map, native, onnx, timm, torchvision
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = ["FORMATS", "Format", "Head", "detect_naming", "with_head"]
@@ -68,6 +68,7 @@ FORMATS: dict[str, Format] = {
     ),
     "keras-hub": Format(keras.hub_table, prepare=keras.prepared),
     "flaxtransfer": Format(lambda keys: native.TABLE, prepare=native.prepared),
+    "onnx": Format(lambda keys: onnx.TABLE),
 }
 
 

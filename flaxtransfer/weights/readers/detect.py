@@ -14,7 +14,7 @@ import numpy as np
 
 from flaxtransfer.files import check_regular, check_seal
 from flaxtransfer.paths import shortened
-from flaxtransfer.weights.naming import native
+from flaxtransfer.weights.naming import native, onnx
 from flaxtransfer.weights.readers import (
     archives,
     flax_file,
@@ -47,12 +47,14 @@ class Container:
         suffixes: under which such files are published.
         read: converts the bytes of a file to arrays, metadata and notes.
         nested: whether ``read`` also takes a function that says which arrays are wanted.
+        spread: whether ``read`` also takes a function that reads other files of the folder.
     """
 
     text: str
     suffixes: tuple[str, ...]
     read: Callable[..., tuple[dict[str, np.ndarray], dict[str, str], list[str]]]
     nested: bool = False
+    spread: bool = False
 
 
 CONTAINERS: dict[str, Container] = {
@@ -69,6 +71,7 @@ CONTAINERS: dict[str, Container] = {
     "hdf5": Container("an HDF5 file", (".h5", ".hdf5"), hdf5_file.read_hdf5),
     "keras": Container("an archive of Keras'", (".keras",), hdf5_file.read_keras_archive),
     "msgpack": Container("a msgpack of flax's", (".msgpack",), flax_file.read_flax),
+    "onnx": Container("an ONNX model", (".onnx",), onnx.read_onnx, spread=True),
 }
 
 SUFFIXES = tuple(suffix for container in CONTAINERS.values() for suffix in container.suffixes)
@@ -135,7 +138,13 @@ def _kind(data: bytes, name: str) -> str:
     key = {0xDE: 3, 0xDF: 5}.get(data[0], 1)
     if (0x80 < data[0] < 0x90 or key > 1) and data[key : key + 1] > b"\x9f":
         return "msgpack"
-    if foreign := _foreign(data, name):
+    # A protobuf with the version of its format first, and the producer or the graph second.
+    versioned = (
+        data[:1] == b"\x08" and 0 < data[1] < 32 and data[2:3] in (b"\x12", b"\x3a", b"\x42")
+    )
+    if versioned or (name.endswith(".onnx") and data[:1] in (b"\x08", b"\x0a", b"\x12", b"\x3a")):
+        return "onnx"
+    if foreign := _foreign(data):
         raise ValueError(f"the file is {foreign}")
     # Truncated or damaged: the reader reports by how much.
     if name.endswith(".safetensors") and (len(data) < 9 or data[4:8] == bytes(4)):
@@ -144,17 +153,12 @@ def _kind(data: bytes, name: str) -> str:
     raise ValueError(f"unknown format: the first bytes are {data[:8]!r}; known: {kinds}")
 
 
-def _foreign(data: bytes, name: str) -> str:
+def _foreign(data: bytes) -> str:
     """What a file is that is known and not read, and what to do instead; "" for others."""
-    # A protobuf with the version of its format first, and the producer or the graph second.
-    onnx = data[:1] == b"\x08" and 0 < data[1] < 32 and data[2:3] in (b"\x12", b"\x3a", b"\x42")
-    if onnx or (name.endswith(".onnx") and data[:1] in (b"\x08", b"\x0a", b"\x12", b"\x3a")):
-        return (
-            "an ONNX model, a program with its weights, which is written (--to onnx) and not read; "
-            "give the weights that it was exported from"
-        )
     if data.startswith(b"GGUF"):
         return "a GGUF file of a language model; ResNets come as safetensors or .pth"
+    if data[4:8] == b"ORTM":
+        return "a model of onnxruntime's own format, which is not read; give the .onnx file"
     if data[4:8] == b"TFL3":
         return "a TensorFlow Lite model, which is not read; give the Keras weights it was made from"
     return ""
@@ -306,35 +310,64 @@ def list_arrays(path: Path) -> Listing:
             container, (arrays, _, _, told) = f"{len(parts)} files and their index", _parts(path)
             size = sum(path.with_name(part).stat().st_size for part in parts)
         else:
-            data, _ = _bytes_of(path)
-            kind, told = recognize(data, path.name)
+            data, checksum = _bytes_of(path)
+            kind, named = recognize(data, path.name)
             container, size = kind.text, len(data)
-            arrays, *_ = kind.read(data, *((note,) if kind.nested else ()))
+            arrays, _, _, told = _unpacked(path, data, checksum, kind, note)
+            told = [*named, *told]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     listed.update(arrays)
     return Listing(path, container, size, listed, (*chosen, *told))
 
 
-def _bytes_of(path: Path) -> tuple[bytes, str]:
-    """The bytes of a file, and their checksum."""
+def _bytes_of(path: Path) -> tuple[bytes, Any]:
+    """The bytes of a file, and their checksum, to which more can be added."""
     check_regular(path)
     try:
         data = path.read_bytes()
     except MemoryError as error:
         size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    check_seal(path, sha256)
-    return data, sha256
+    checksum = hashlib.sha256(data)
+    check_seal(path, checksum.hexdigest())
+    return data, checksum
 
 
 def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
-    data, sha256 = _bytes_of(path)
+    data, checksum = _bytes_of(path)
     container, named = recognize(data, path.name)
-    more = (wanted,) if container.nested else ()
-    arrays, metadata, notes = container.read(data, *more)
+    arrays, metadata, sha256, notes = _unpacked(path, data, checksum, container, wanted)
     return arrays, metadata, sha256, [*named, *notes]
+
+
+def _unpacked(
+    path: Path, data: bytes, checksum: Any, container: Container, wanted: torch_file.Choice
+) -> _Read:
+    """The arrays of a container, with those that it keeps in other files of its folder."""
+    read: dict[str, bytes] = {}
+
+    def beside(name: str) -> bytes:
+        if name not in read:
+            read[name] = _neighbor(path, name)
+            checksum.update(read[name])
+        return read[name]
+
+    more = ([wanted] if container.nested else []) + ([beside] if container.spread else [])
+    arrays, metadata, notes = container.read(data, *more)
+    if read:
+        notes = [f"arrays were read from {', '.join(sorted(read))} next to the file", *notes]
+    return arrays, metadata, checksum.hexdigest(), notes
+
+
+def _neighbor(path: Path, name: str) -> bytes:
+    """The bytes of another file in the folder of a file that names it."""
+    if not folders.PART_NAME.fullmatch(name):
+        raise ValueError(f"it must name files in its own folder, got {shortened(repr(name), 100)}")
+    other = path.with_name(name)
+    if not other.exists():
+        raise ValueError(f"it needs {name!r} in the same folder, which is not there")
+    return _bytes_of(other)[0]
 
 
 def _parts(index: Path) -> _Read:

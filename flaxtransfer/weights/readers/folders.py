@@ -14,7 +14,7 @@ from typing import Any
 from flaxtransfer.files import read_json
 from flaxtransfer.paths import shortened, suggest
 
-__all__ = ["INDEX", "IN_A_FOLDER", "find", "nothing_in", "weight_map", "weights_in"]
+__all__ = ["INDEX", "IN_A_FOLDER", "PART_NAME", "find", "nothing_in", "weight_map", "weights_in"]
 
 
 INDEX = ".index.json"
@@ -32,7 +32,8 @@ _COUNTED = re.compile(
     r"(?i)(?<![a-z])(epoch|ep|steps?|iter|iteration|checkpoint|ckpt|model)[-_=]?(\d+)(?![a-z])"
 )
 _STEP = re.compile(r"(?i)((global_)?(epoch|ep|steps?|iter|iteration|checkpoint|ckpt)[-_=]?)?\d+")
-_PART_NAME = re.compile(r"(?!\.)[\w.+ -]+")
+PART_NAME = re.compile(r"(?!\.)[\w.+ -]+")
+"""Names of files that stay in their folder."""
 _BEST = re.compile(r"(?i)(?<![a-z])best(?![a-z])")
 _LAST = re.compile(r"(?i)(?<![a-z])(last|latest|final)(?![a-z])")
 _NO_NETWORK = re.compile(
@@ -58,7 +59,7 @@ def weight_map(index: Path) -> dict[str, str]:
     places = found if isinstance(found, dict) else {}
     if not places or not all(isinstance(place, str) for place in places.values()):
         raise ValueError("an index must have a weight_map with the file of each array")
-    strange = [name for name in places.values() if not _PART_NAME.fullmatch(name)]
+    strange = [name for name in places.values() if not PART_NAME.fullmatch(name)]
     if strange:
         raise ValueError(
             f"an index must name files in its own folder, got {shortened(repr(strange[0]), 100)}"
