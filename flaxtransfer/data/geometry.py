@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flaxtransfer.paths import suggest
+from flaxtransfer.weights.preprocessing import INTERPOLATIONS
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
 def check_interpolation(name: str) -> None:
@@ -50,23 +49,84 @@ def resized_shape(height: int, width: int, shortest: int) -> tuple[int, int]:
     return int(shortest * height / width), shortest
 
 
-def center_offset(length: int, size: int) -> int:
-    """Start of a centered window of ``size``; halves round to even, as in torchvision."""
-    return round((length - size) / 2)
+def center_offset(length: int, size: int, processor: str = "torchvision") -> int:
+    """Start of a centered window of ``size``.
+
+    torchvision and timm round half a pixel to even, Hugging Face rounds it down.
+
+    >>> center_offset(427, 100), center_offset(427, 100, "huggingface")
+    (164, 163)
+    """
+    return (length - size) // 2 if processor == "huggingface" else round((length - size) / 2)
 
 
-def resize_crop(image: np.ndarray, size: int, resize: int, interpolation: str) -> np.ndarray:
-    """Resizes the shortest side to ``resize`` px (antialiased), then crops the center.
+@dataclass(frozen=True)
+class Window:
+    """The size that an image is resized to, and the corner of the crop in it, in px."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
+def window(
+    image: np.ndarray,
+    size: int,
+    resize: int,
+    crop_mode: str = "center",
+    processor: str = "torchvision",
+) -> Window:
+    """Where the evaluation crop of an image lies; the words are those of ``Preprocessing``.
+
+    >>> window(np.zeros((300, 400, 3)), 128, 150)
+    Window(height=150, width=200, top=11, left=36)
+    >>> window(np.zeros((300, 400, 3)), 128, 150, "squash")
+    Window(height=150, width=150, top=11, left=11)
+    """
+    height, width = resized_shape(image.shape[0], image.shape[1], resize)
+    if crop_mode == "squash":
+        height = width = resize
+    top, left = (center_offset(side, size, processor) for side in (height, width))
+    return Window(height, width, top, left)
+
+
+def resize_crop(
+    image: np.ndarray,
+    size: int,
+    resize: int,
+    interpolation: str,
+    crop_mode: str = "center",
+    processor: str = "torchvision",
+) -> np.ndarray:
+    """Resizes an image to ``resize`` px (antialiased), then crops the center.
+
+    Args:
+        image: uint8 ``[height, width, channels]``.
+        size: side of the result in px.
+        resize: what the shortest side is resized to, in px; with "squash" both sides.
+        interpolation: of the resizing.
+        crop_mode: "center" or "squash".
+        processor: "torchvision" or "huggingface".
+
+    Returns:
+        uint8 ``[size, size, channels]``.
 
     >>> resize_crop(np.zeros((8, 8, 1), np.uint8), 48, 48, "bilinear").shape
     (48, 48, 1)
     """
     check_image(image)
-    height, width = resized_shape(image.shape[0], image.shape[1], resize)
-    top, left = center_offset(height, size), center_offset(width, size)
-    box = (left, top, left + size, top + size)
+    found = window(image, size, resize, crop_mode, processor)
+    box = (found.left, found.top, found.left + size, found.top + size)
     method = _resampling(interpolation)
-    return _apply_by_band(image, lambda p: p.resize((width, height), method).crop(box))
+
+    def apply(picture: Image.Image) -> Image.Image:
+        if processor == "huggingface" and crop_mode == "squash":
+            # torch always begins with the width, Pillow from version 13 on with the longer side.
+            picture = picture.resize((found.width, picture.height), method)
+        return picture.resize((found.width, found.height), method).crop(box)
+
+    return _apply_by_band(image, apply)
 
 
 def resize_box(
@@ -94,6 +154,8 @@ def affine(
     shear: float = 0.0,
     interpolation: str = "bilinear",
     fill: int = 0,
+    crop_mode: str = "center",
+    processor: str = "torchvision",
 ) -> np.ndarray:
     """``resize_crop`` followed by an affine map about the center, resampled once where possible.
 
@@ -111,6 +173,8 @@ def affine(
         shear: in degrees; the lower half moves to the right.
         interpolation: of the resizing.
         fill: value of pixels that lie outside the image, 0 to 255.
+        crop_mode: see ``resize_crop``.
+        processor: see ``resize_crop``.
 
     Returns:
         uint8 ``[size, size, channels]``.
@@ -121,8 +185,8 @@ def affine(
     from PIL import Image
 
     check_image(image)
-    height, width = resized_shape(image.shape[0], image.shape[1], resize)
-    left, top = center_offset(width, size), center_offset(height, size)
+    found = window(image, size, resize, crop_mode, processor)
+    height, width, top, left = found.height, found.width, found.top, found.left
     angle, slant = math.radians(degrees), math.tan(math.radians(shear))
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     # Pillow wants the map from a pixel of the result to its origin: the inverse of

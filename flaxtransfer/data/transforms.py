@@ -22,6 +22,7 @@ from flaxtransfer.data.geometry import (
     resize_crop,
 )
 from flaxtransfer.paths import suggest
+from flaxtransfer.weights.preprocessing import CROP_MODES, PROCESSORS
 
 
 class Transform(Protocol):
@@ -89,11 +90,16 @@ class Channels:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-    """Resizes the shortest side to ``resize`` px, then crops the central square of ``size`` px."""
+    """Resizes the shortest side to ``resize`` px, then crops the central square of ``size`` px.
+
+    ``crop_mode`` and ``processor`` are those of ``weights.Preprocessing``.
+    """
 
     size: int
     resize: int
     interpolation: str = "bilinear"
+    crop_mode: str = "center"
+    processor: str = "torchvision"
 
     random: ClassVar[bool] = False
 
@@ -102,7 +108,9 @@ class ResizeCrop:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
         del rng  # evaluation draws nothing
-        return resize_crop(image, self.size, self.resize, self.interpolation)
+        return resize_crop(
+            image, self.size, self.resize, self.interpolation, self.crop_mode, self.processor
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,8 @@ class RandomAffine:
     scale: tuple[float, float] = (0.9, 1.1)
     shear: float = 0.0
     fill: int = 0
+    crop_mode: str = "center"
+    processor: str = "torchvision"
 
     random: ClassVar[bool] = True
 
@@ -156,6 +166,8 @@ class RandomAffine:
             shear=self.shear * (2 * slant - 1),
             interpolation=self.interpolation,
             fill=self.fill,
+            crop_mode=self.crop_mode,
+            processor=self.processor,
         )
 
 
@@ -273,20 +285,29 @@ class Geometry(Protocol):
         """Name of the resampling."""
         ...
 
+    @property
+    def crop_mode(self) -> str:
+        """Whether the proportions of the image are kept: "center" or "squash"."""
+        ...
+
+    @property
+    def processor(self) -> str:
+        """Whose rules hold in the details: "torchvision" or "huggingface"."""
+        ...
+
 
 def evaluation_transform(preprocessing: Geometry, *, channels: int = 3) -> Compose:
     """The evaluation transform of the weights: deterministic resize and central crop.
 
     Args:
-        preprocessing: a checkpoint's ``Preprocessing``, or anything with its ``size``, ``resize``
-            and ``interpolation``.
+        preprocessing: a checkpoint's ``Preprocessing``, or anything with its ``size``, ``resize``,
+            ``interpolation``, ``crop_mode`` and ``processor``.
         channels: of the network's input.
 
     Returns:
         Maps any image to uint8 ``[size, size, channels]``.
     """
-    p = preprocessing
-    return Compose((ResizeCrop(p.size, p.resize, p.interpolation), Channels(channels)))
+    return Compose((_resize_crop(preprocessing), Channels(channels)))
 
 
 def training_transform(
@@ -314,9 +335,11 @@ def training_transform(
     """
     p = preprocessing
     choices: dict[str, Transform] = {
-        "affine": RandomAffine(p.size, p.resize, p.interpolation),
+        "affine": RandomAffine(
+            p.size, p.resize, p.interpolation, crop_mode=p.crop_mode, processor=p.processor
+        ),
         "crop": RandomResizedCrop(p.size, p.interpolation),
-        "none": ResizeCrop(p.size, p.resize, p.interpolation),
+        "none": _resize_crop(p),
     }
     if geometry not in choices:
         raise ValueError(
@@ -330,6 +353,10 @@ def training_transform(
         steps.append(Jitter())
     # Replication comes last, so that gray is processed as one channel.
     return Compose((*steps, Channels(channels)))
+
+
+def _resize_crop(p: Geometry) -> ResizeCrop:
+    return ResizeCrop(p.size, p.resize, p.interpolation, p.crop_mode, p.processor)
 
 
 _SIDES = re.compile(r"(?i)(^|[^a-z])(left|right|clockwise|counterclockwise)([^a-z]|$)")
@@ -361,6 +388,9 @@ def check_sizes(step: object, problems: Sequence[str] = ()) -> None:
         problems.append(f"size must be >= 1 px, got {size}")
     if resize is not None and resize < size:
         problems.append(f"resize must be >= size ({size} px), got {resize} px")
+    for name, known in (("crop_mode", CROP_MODES), ("processor", PROCESSORS)):
+        if (value := getattr(step, name, known[0])) not in known:
+            problems.append(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
     if problems:
         raise ValueError(f"{type(step).__name__}: " + "; ".join(problems))
     check_interpolation(getattr(step, "interpolation", "bilinear"))

@@ -25,8 +25,11 @@ __all__ = ["IMAGENET", "Preprocessing", "measured_to_pixels", "normalize", "norm
 REQUIRED = ("mean", "std", "size", "resize")
 OF_BANDS = ("bands", "wavelengths", "black", "white")
 """Fields that describe the channels of a sensor; photographs have none of them."""
+_CROPS = ("crop_mode", "processor")
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash")
+PROCESSORS = ("torchvision", "huggingface")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -46,6 +49,10 @@ class Preprocessing:
         size: side of the square input of the network, in pixels.
         resize: shorter side of the image before the center crop, in pixels.
         interpolation: filter of the resize: nearest, bilinear, bicubic, lanczos, box or hamming.
+        crop_mode: "center" keeps the proportions of the image; "squash" resizes both sides to
+            ``resize``, so that the center crop loses nothing where it equals ``size``.
+        processor: whose rules hold in the details, "torchvision" (and timm) or "huggingface". The
+            latter rounds down where half a pixel would be cut away, and squashes the width first.
         bands: the sensor's name of each channel; () if unknown.
         wavelengths: center of each band in nm; () if unknown, or if the bands are not light.
         black: measurement of each band that becomes pixel 0; () for photographs.
@@ -65,6 +72,8 @@ class Preprocessing:
     size: int
     resize: int
     interpolation: str = "bilinear"
+    crop_mode: str = "center"
+    processor: str = "torchvision"
     bands: tuple[str, ...] = ()
     wavelengths: tuple[float, ...] = ()
     black: tuple[float, ...] = ()
@@ -80,7 +89,7 @@ class Preprocessing:
                 object.__setattr__(self, field, int(value))
         problems = self._problems()
         if problems:
-            raise ValueError("invalid Preprocessing:\n  " + "\n  ".join(problems))
+            raise ValueError("invalid Preprocessing: " + "; ".join(problems))
 
     def _problems(self) -> list[str]:
         problems = []
@@ -99,11 +108,12 @@ class Preprocessing:
             problems.append(
                 f"resize must be an integer >= size, {self.size} pixels, got {self.resize!r}"
             )
-        if self.interpolation not in INTERPOLATIONS:
-            problems.append(
-                f"interpolation must be one of {', '.join(INTERPOLATIONS)}, "
-                f"got {self.interpolation!r}"
-            )
+        choices = (INTERPOLATIONS, CROP_MODES, PROCESSORS)
+        problems += [
+            f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+            for name, known in zip(("interpolation", *_CROPS), choices, strict=True)
+            if getattr(self, name) not in known
+        ]
         return problems + self._problems_of_bands()
 
     def _problems_of_bands(self) -> list[str]:
@@ -133,15 +143,16 @@ class Preprocessing:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _stated(self) -> dict[str, Any]:
-        """All fields except empty ones that describe bands."""
+        """All fields except those of crops and bands that have their defaults."""
         return {
             field.name: value
             for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) != () or field.name not in OF_BANDS
+            if (value := getattr(self, field.name)) != field.default
+            or field.name not in (*_CROPS, *OF_BANDS)
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a dictionary for ``json``, without empty ones that describe bands."""
+        """The fields as a dictionary for ``json``, without defaults of crops and bands."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in self._stated().items()
@@ -177,7 +188,7 @@ class Preprocessing:
         if missing or unknown:
             raise ValueError(
                 f"a Preprocessing must have {', '.join(names[:5])}, and may have "
-                f"{', '.join(OF_BANDS)}"
+                f"{', '.join(names[5:])}"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
                 + (f"; unknown: {', '.join(map(str, unknown))}" if unknown else "")
             )

@@ -8,7 +8,7 @@ the preprocessing in ``preprocessor_config.json``. Other JSON files with these n
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ import numpy as np
 
 from flaxtransfer import files
 from flaxtransfer.paths import shortened
-from flaxtransfer.weights.preprocessing import Preprocessing
+from flaxtransfer.weights.preprocessing import (
+    CROP_MODES,
+    IMAGENET,
+    INTERPOLATIONS,
+    Preprocessing,
+)
 from flaxtransfer.weights.pretrained import HEADER_KEY
 from flaxtransfer.weights.readers.detect import Tensors
 
@@ -39,6 +44,15 @@ __all__ = [
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # From this side on, a ConvNext processor warps the image to a square without a crop.
 _CONVNEXT_WARPS = 384
+_TIMM = {
+    "input_size": [3, 224, 224],
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+    "mean": list(IMAGENET.mean),
+    "std": list(IMAGENET.std),
+}
+"""timm's defaults."""
 # Arguments of timm's networks that do not change the backbone in evaluation.
 _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"}
 
@@ -72,24 +86,45 @@ def beside(file: Tensors) -> dict[str, Any]:
 def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
     """The preprocessing in timm's ``config.json``, and notes; None for other files.
 
+    It is that of ``timm.data.resolve_model_data_config``, with timm's defaults for absent fields.
+
+    Raises:
+        ValueError: fields that ask for pixels other than ours; all of them in one line.
+
     >>> timm_preprocessing({"pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.95,
     ...     "interpolation": "bicubic", "mean": [0.5], "std": [0.5]}})[0].resize
     235
     """
-    fields = config.get("pretrained_cfg")
-    if not isinstance(fields, Mapping) or "mean" not in fields:
+    stated = config.get("pretrained_cfg")
+    names = ("mean", "std", "input_size", "interpolation", "crop_pct")
+    if not isinstance(stated, Mapping) or all(stated.get(name) is None for name in names):
         return None
-    _require(fields, ("input_size", "mean", "std"), "timm's pretrained_cfg")
-    size = fields["input_size"][-1]
+    fields = _TIMM | {name: value for name, value in stated.items() if value is not None}
+    size, crop = fields["input_size"], fields["crop_pct"]
+    square = isinstance(size, list | tuple) and len(size) == 3 and size[1] == size[2]
+    side, std = _pixels(size[1]) if square else 0, _listed(fields["std"])
+    checks = (
+        ("input_size", bool(side), "[channels, side, side] of a square"),
+        ("crop_pct", _number(crop) and 0 < crop <= 1, "above 0 and at most 1"),
+        ("crop_mode", fields["crop_mode"] in CROP_MODES, " or ".join(CROP_MODES)),
+        ("interpolation", fields["interpolation"] in INTERPOLATIONS, ", ".join(INTERPOLATIONS)),
+        ("mean", _channels(fields["mean"]), "one number per channel"),
+        ("std", _channels(std) and min(std) > 0, "one number above 0 per channel"),
+    )
+    _refuse(fields, checks, "config.json")
     notes = []
-    if fields.get("crop_mode", "center") != "center":
-        notes.append(f"timm's crop_mode {fields['crop_mode']!r} is replaced by a center crop")
+    if absent := [name for name in names if stated.get(name) is None]:
+        notes.append(f"timm's default {', '.join(absent)}, as config.json states none")
+    if test := [name for name in ("test_input_size", "test_crop_pct") if fields.get(name)]:
+        told = " and ".join(f"{name} {fields[name]}" for name in test)
+        notes.append(f"timm's {told} are for evaluation on request (use_test_size) and unused")
     return Preprocessing(
-        fields["mean"],
-        fields["std"],
-        size=size,
-        resize=max(size, math.floor(size / fields.get("crop_pct", 0.875))),
-        interpolation=fields.get("interpolation", "bicubic"),
+        _listed(fields["mean"]),
+        std,
+        size=side,
+        resize=math.floor(side / crop),
+        interpolation=fields["interpolation"],
+        crop_mode=fields["crop_mode"],
     ), notes
 
 
@@ -113,34 +148,170 @@ def timm_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if names else None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Processor:
+    """What an image processor of Hugging Face does where its file does not say it.
+
+    Args:
+        square: whether a size that is one number stands for both sides.
+        crop: whether the center is cropped.
+        resample: Pillow's number of the filter.
+    """
+
+    square: bool
+    crop: bool
+    resample: int = 3
+
+
+_PROCESSORS = {
+    "convnext": _Processor(square=False, crop=False),
+    "bit": _Processor(square=False, crop=True),
+    "clip": _Processor(square=False, crop=True),
+    "mobilenetv1": _Processor(square=False, crop=True, resample=2),
+    "mobilenetv2": _Processor(square=False, crop=True, resample=2),
+    "vit": _Processor(square=True, crop=False, resample=2),
+    "deit": _Processor(square=True, crop=True),
+    "beit": _Processor(square=True, crop=False),
+}
+"""By the name of the class, without its ending."""
+
+_PIXELS = {
+    *("size", "image_mean", "image_std", "crop_size", "crop_pct", "rescale_factor", "resample"),
+    *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square"),
+}
+"""Fields of an image processor that are honored."""
+_NO_PIXELS = {
+    *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map"),
+    *("do_convert_rgb", "do_reduce_labels", "data_format", "input_data_format", "num_channels"),
+    *("return_tensors", "device", "disable_grouping", "transformers_version", "include_top"),
+    "_valid_processor_keys",
+}
+"""Fields that change no pixel of an RGB image."""
+
+
 def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
     """The preprocessing in Hugging Face's ``preprocessor_config.json``, and notes; None if absent.
 
+    Raises:
+        ValueError: fields that ask for pixels other than ours; all of them in one line.
+
     >>> hf_preprocessing({"image_mean": [0.5], "image_std": [0.5], "crop_pct": 0.875,
-    ...     "size": {"shortest_edge": 224}, "resample": 3})[0]
-    Preprocessing(mean=(0.5,), std=(0.5,), size=224, resize=256, interpolation='bicubic')
+    ...     "size": {"shortest_edge": 224}, "resample": 3})[0].resize
+    256
     """
     if "image_mean" not in config and "size" not in config:
         return None
     _require(config, ("size", "image_mean", "image_std"), "preprocessor_config.json")
-    notes = []
-    shortest = _side(config["size"])
-    if config.get("do_center_crop") and "crop_size" in config:
-        size, resize = _side(config["crop_size"]), shortest
-    elif shortest < _CONVNEXT_WARPS:
-        # Without crop_pct the processor uses this default.
-        size = shortest
-        resize = int(shortest / (config.get("crop_pct") or 224 / 256))
-    else:
-        size = resize = shortest
-        notes.append("the image processor's warp to a square is replaced by a center crop")
-    mean, std = config["image_mean"], config["image_std"]
-    if not config.get("do_normalize", True):
-        mean, std = [0.0] * len(mean), [1.0] * len(std)
-    resample = config.get("resample", 3)
+    fields = {name: value for name, value in config.items() if value is not None}
+    name, notes = _processor_name(fields)
+    usual, convnext = _PROCESSORS.get(name, _PROCESSORS["bit"]), name == "convnext"
+    side, squash = _side(fields["size"], fields.get("default_to_square", usual.square))
+    cropped = bool(fields.get("do_center_crop", usual.crop))
+    size = _side(fields.get("crop_size", side if convnext else 224), True)[0] if cropped else side
+    resize, crop_pct = side, fields.get("crop_pct", 224 / 256)
+    good_pct = not convnext or (_number(crop_pct) and 0 < crop_pct <= 1)
+    if convnext:
+        squash = side >= _CONVNEXT_WARPS
+        resize = side if squash or not good_pct else int(side / crop_pct)
+    factor = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0
+    resample = fields.get("resample", usual.resample)
+    interpolation = RESAMPLE.get(resample, "") if isinstance(resample, int) else resample
+    good_side = bool(side) and not (convnext and _is_square(fields["size"]))
+    std = _listed(fields["image_std"])
+    checks = (
+        ("image_processor_type", name in _PROCESSORS, f"that of {', '.join(_PROCESSORS)}"),
+        ("do_resize", fields.get("do_resize", True) is True, "true"),
+        ("size", good_side, "a shortest_edge" + (", or a square" if not convnext else "")),
+        ("do_center_crop", cropped or squash or convnext, "true where size is no square"),
+        # ConvNext has cropped before; a second crop would round twice.
+        ("crop_size", 0 < size <= side and (not convnext or size == side), "a square within size"),
+        ("crop_pct", good_pct, "above 0 and at most 1"),
+        ("rescale_factor", _number(factor) and factor > 0, "above 0"),
+        ("resample", interpolation in INTERPOLATIONS, f"one of {RESAMPLE}"),
+        ("image_mean", _channels(fields["image_mean"]), "one number per channel"),
+        ("image_std", _channels(std) and min(std) > 0, "one number above 0 per channel"),
+        *(
+            (field, not value, "false or absent")
+            for field, value in fields.items()
+            if field not in _PIXELS | _NO_PIXELS
+            and (field.startswith("do_") or field in ("rescale_offset", "offset", "size_divisor"))
+        ),
+    )
+    _refuse(fields, checks, "preprocessor_config.json")
+    unused = sorted(
+        field
+        for field, value in fields.items()
+        if (field not in _PIXELS | _NO_PIXELS or (field == "crop_pct" and not convnext))
+        and value is not False
+    )
+    if unused:
+        notes.append(f"fields of preprocessor_config.json were not used: {_brief(unused)}")
+    mean = _listed(fields["image_mean"])
+    if not fields.get("do_normalize", True):
+        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+    # Our pixels are 0 to 1.
+    scale = factor * 255
     return Preprocessing(
-        mean, std, size=size, resize=resize, interpolation=RESAMPLE.get(resample, str(resample))
+        tuple(value / scale for value in mean),
+        tuple(value / scale for value in std),
+        size=size,
+        resize=resize,
+        interpolation=interpolation,
+        crop_mode="squash" if squash else "center",
+        processor="huggingface",
     ), notes
+
+
+def _processor_name(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The row of ``_PROCESSORS`` for a file; the nearest one, with a note, if it names none."""
+    stated = fields.get("image_processor_type") or fields.get("feature_extractor_type")
+    if stated is not None:
+        return re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(stated)).lower(), []
+    cropped = "crop_size" in fields and fields.get("do_center_crop")
+    name = "bit" if cropped else "vit" if _is_square(fields["size"]) else "convnext"
+    text = "preprocessor_config.json names no image_processor_type; that of"
+    return name, [f"{text} {name} is assumed"]
+
+
+def _refuse(fields: Mapping[str, Any], checks: Iterable[tuple[str, bool, str]], file: str) -> None:
+    """Raises ValueError for the fields whose check failed.
+
+    Args:
+        fields: of the record, by name.
+        checks: name of a field, whether it is good, and what it must be.
+        file: name of the file.
+    """
+    problems = [
+        f"{name} must be {wanted}, got {shortened(repr(fields.get(name)), 60)}"
+        for name, good, wanted in checks
+        if not good
+    ]
+    if problems:
+        raise ValueError(
+            f"{file} next to the weights asks for pixels that are not supported: "
+            f"{shortened('; '.join(problems), 380)}; edit or remove it, and check the result's "
+            "preprocessing"
+        )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return _number(value) and value == int(value) and value >= 1
+
+
+def _listed(value: Any) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _channels(value: Any) -> bool:
+    return bool(_listed(value)) and all(map(_number, _listed(value)))
+
+
+def _brief(names: Iterable[str]) -> str:
+    return shortened(", ".join(names), 150)
 
 
 def hf_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -166,16 +337,26 @@ def hf_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(ordered[number] for number in range(len(ordered)))
 
 
-def _side(size: Any) -> int:
-    """The side in pixels, in any of the forms of ``size``."""
+def _side(size: Any, square: bool) -> tuple[int, bool]:
+    """The side of a ``size`` in any of its forms, and whether both sides have it; 0 if unclear."""
     if isinstance(size, Mapping):
-        for name in ("shortest_edge", "height"):
-            if name in size:
-                return int(size[name])
-        raise ValueError(
-            f"size in preprocessor_config.json must have shortest_edge or height, got {dict(size)}"
-        )
-    return int(size)
+        size = {name: value for name, value in size.items() if value is not None}
+        if set(size) == {"shortest_edge"}:
+            return _pixels(size["shortest_edge"]), False
+        if set(size) == {"height", "width"} and size["height"] == size["width"]:
+            return _pixels(size["height"]), True
+        return 0, False
+    if isinstance(size, list | tuple):
+        return (_pixels(size[0]), True) if size and size[0] == size[-1] else (0, False)
+    return _pixels(size), square
+
+
+def _pixels(value: Any) -> int:
+    return int(value) if _whole(value) else 0
+
+
+def _is_square(size: Any) -> bool:
+    return _side(size, False)[1]
 
 
 def _require(fields: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:

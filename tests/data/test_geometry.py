@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
-from flaxtransfer.data.geometry import affine, resize_box, resize_crop, resized_shape
+from flaxtransfer.data.geometry import affine, center_offset, resize_box, resize_crop, resized_shape
 
 RNG = np.random.default_rng(0)
 SMALL = RNG.integers(0, 256, (8, 8, 1), dtype=np.uint8)
@@ -26,6 +26,22 @@ WIDE = RNG.integers(0, 256, (30, 50, 3), dtype=np.uint8)
 )
 def test_the_shorter_side_is_given_and_the_longer_one_cut(height, width, shortest, wanted):
     assert resized_shape(height, width, shortest) == wanted
+
+
+# transformers' int((side - size) / 2) and torchvision's int(round((side - size) / 2.0)).
+@pytest.mark.parametrize("side", range(20, 32))
+def test_crops_begin_where_the_peers_begin(side):
+    assert center_offset(side, 17) == int(round((side - 17) / 2.0))  # noqa: RUF046
+    assert center_offset(side, 17, "huggingface") == int((side - 17) / 2)
+
+
+def test_a_squash_resizes_both_sides():
+    whole = Image.fromarray(WIDE).resize((24, WIDE.shape[0]), Image.Resampling.BICUBIC)
+    whole = np.asarray(whole.resize((24, 24), Image.Resampling.BICUBIC))
+    found = resize_crop(WIDE, 20, 24, "bicubic", "squash", "huggingface")
+    np.testing.assert_array_equal(found, whole[2:22, 2:22])
+    plain = np.asarray(Image.fromarray(WIDE).resize((24, 24), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(resize_crop(WIDE, 20, 24, "bicubic", "squash"), plain[2:22, 2:22])
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest", "box"])
@@ -152,6 +168,6 @@ def test_what_is_no_image_is_refused(image, text):
 
 def test_an_unknown_interpolation_names_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"'bilinaer'; did you mean 'bilinear'.*known: nearest, bo"
+        ValueError, match=r"'bilinaer'; did you mean 'bilinear'.*known: nearest, bilinear"
     ):
         resize_crop(SMALL, 4, 4, "bilinaer")

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,8 +26,9 @@ from flaxtransfer.data import (
     training_transform,
 )
 from flaxtransfer.data.pipeline import _closing, permutation
+from flaxtransfer.weights import Preprocessing
 
-PREPROCESSING = SimpleNamespace(size=12, resize=12, interpolation="bilinear")
+PREPROCESSING = Preprocessing((0.5,), (0.25,), size=12, resize=12, interpolation="bilinear")
 AUGMENT = training_transform(PREPROCESSING, flip=True, jitter=True)
 PLAIN = evaluation_transform(PREPROCESSING)
 SOURCE = ArraySource(
@@ -236,7 +236,7 @@ def test_any_shard_of_any_step_is_its_rows(examples, count, rows, seed, step):
 
 def test_a_few_small_images_come_faster_than_two_thousand_a_second(digits):
     # Five labels a class: the case in which Grain's own shuffle takes over a millisecond each.
-    weights = SimpleNamespace(size=48, resize=48, interpolation="bilinear")
+    weights = Preprocessing((0.5,), (0.25,), size=48, resize=48, interpolation="bilinear")
     batches = train_dataset(
         digits, range(50), batch_size=64, transform=training_transform(weights), seed=0
     )

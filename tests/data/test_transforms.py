@@ -2,7 +2,6 @@
 
 import pickle
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +22,9 @@ from flaxtransfer.data import (
 )
 from flaxtransfer.data.geometry import affine, resize_crop
 from flaxtransfer.data.transforms import is_random
+from flaxtransfer.weights import Preprocessing
 
-PREPROCESSING = SimpleNamespace(size=48, resize=48, interpolation="bilinear")
+PREPROCESSING = Preprocessing((0.5,), (0.25,), size=48, resize=48, interpolation="bilinear")
 GRAY = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)
 PHOTO = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 RANDOM = [
@@ -145,7 +145,7 @@ def test_gray_is_replicated_and_nothing_else():
 
 
 def test_the_recipes_end_in_the_networks_size_and_channels():
-    weights = SimpleNamespace(size=24, resize=28, interpolation="bicubic")
+    weights = Preprocessing((0.5,), (0.25,), size=24, resize=28, interpolation="bicubic")
     for image in (GRAY, PHOTO):
         plain = evaluation_transform(weights)(image, rng())
         np.testing.assert_array_equal(
@@ -217,7 +217,7 @@ def test_wrong_settings_are_refused_when_they_are_made(make, text):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_small_images_are_augmented_faster_than_two_thousand_a_second(interpolation):
-    weights = SimpleNamespace(size=48, resize=48, interpolation=interpolation)
+    weights = Preprocessing((0.5,), (0.25,), size=48, resize=48, interpolation=interpolation)
     transform = training_transform(weights)
     generator = rng()
     seconds = []

@@ -46,13 +46,13 @@ EXPECTED = {
     "huggingface_basic": (
         ResNetConfig("basic", (1, 1, 2, 1), 4, classes=3),
         "huggingface",
-        BICUBIC,
+        dataclasses.replace(BICUBIC, processor="huggingface"),
         LABELS,
     ),
     "huggingface_bottleneck": (
         ResNetConfig("bottleneck", (1, 2, 1, 1), 4, classes=3),
         "huggingface",
-        BICUBIC,
+        dataclasses.replace(BICUBIC, processor="huggingface"),
         LABELS,
     ),
 }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flaxtransfer.weights import IMAGENET, Preprocessing, load, sidecar
 from flaxtransfer.weights.naming import torchvision
-from flaxtransfer.weights.preprocessing import INTERPOLATIONS
+from flaxtransfer.weights.preprocessing import CROP_MODES, INTERPOLATIONS, PROCESSORS
 
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -19,11 +19,11 @@ HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
     st.lists(st.tuples(st.floats(-10, 10), st.floats(1e-3, 10)), min_size=1, max_size=13),
     st.integers(1, 1024),
     st.integers(0, 200),
-    st.sampled_from(INTERPOLATIONS),
+    st.tuples(*map(st.sampled_from, (INTERPOLATIONS, CROP_MODES, PROCESSORS))),
 )
-def test_json_keeps_every_bit(channels, size, border, interpolation):
+def test_json_keeps_every_bit(channels, size, border, words):
     mean, std = zip(*channels, strict=True)
-    value = Preprocessing(mean, std, size, size + border, interpolation)
+    value = Preprocessing(mean, std, size, size + border, *words)
     assert Preprocessing.from_json(json.dumps(value.to_json())) == value
     assert Preprocessing.from_json(value.to_json()) == value
     assert hash(Preprocessing.from_json(value.to_json())) == hash(value)
@@ -40,6 +40,8 @@ def test_json_keeps_every_bit(channels, size, border, interpolation):
         ({"size": 224.5}, "size must be an integer >= 1"),
         ({"resize": 223}, "resize must be an integer >= size, 224 pixels, got 223"),
         ({"interpolation": "cubic"}, "bilinear, bicubic, .* got 'cubic'"),
+        ({"crop_mode": "border"}, "crop_mode must be one of center, squash, got 'border'"),
+        ({"processor": "timm"}, "processor must be one of torchvision, huggingface, got 'timm'"),
         ({"bands": ("B1", "B2")}, "bands must have one value per channel, 3, or none, got 2"),
         ({"bands": ("B1", "B2", "B1")}, "bands must have different names"),
         ({"bands": (1, 2, 3)}, "bands must be names"),
@@ -70,7 +72,8 @@ def test_json_keeps_what_is_known_of_the_bands():
 def test_all_problems_are_listed_at_once():
     with pytest.raises(ValueError, match="invalid Preprocessing") as caught:
         Preprocessing((0.0,), (-1.0,), 0, 0, "none")
-    assert len(str(caught.value).splitlines()) == 4
+    assert str(caught.value).count("; ") == 2
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -86,102 +89,165 @@ def test_foreign_json_is_refused(text, part):
         Preprocessing.from_json(text)
 
 
-# Resize sides as timm computes them (floor(size / crop_pct)) and as torchvision publishes them.
+FULL = {"input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"} | HALF
+
+
+# Sides as timm computes them (floor(size / crop_pct)) and as torchvision publishes them; defaults
+# are those of timm.data.resolve_data_config.
 @pytest.mark.parametrize(
-    ("fields", "size", "resize", "interpolation"),
+    ("fields", "expected"),
     [
-        (
-            {"input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"},
-            224,
-            256,
-            "bilinear",
-        ),
-        (
-            {"input_size": [3, 224, 224], "crop_pct": 0.95, "interpolation": "bicubic"},
-            224,
-            235,
-            "bicubic",
-        ),
-        (
-            {"input_size": [3, 224, 224], "crop_pct": 0.965, "interpolation": "bilinear"},
-            224,
-            232,
-            "bilinear",
-        ),
-        ({"input_size": [3, 176, 176], "crop_pct": 0.9}, 176, 195, "bicubic"),
-        ({"input_size": [3, 160, 160], "crop_pct": 1.0}, 160, 160, "bicubic"),
-        ({"input_size": [3, 224, 224]}, 224, 256, "bicubic"),
+        ({}, (224, 256, "bilinear")),
+        ({"crop_pct": 0.95, "interpolation": "bicubic"}, (224, 235, "bicubic")),
+        ({"crop_pct": 0.965}, (224, 232, "bilinear")),
+        ({"input_size": [3, 160, 160], "crop_pct": 1.0}, (160, 160, "bilinear")),
+        ({"crop_mode": "squash", "crop_pct": 1.0}, (224, 224, "bilinear", "squash")),
     ],
 )
-def test_timm(fields, size, resize, interpolation):
-    found, notes = sidecar.timm_preprocessing({"pretrained_cfg": HALF | fields})
-    assert found == Preprocessing((0.5,) * 3, (0.5,) * 3, size, resize, interpolation)
+def test_timm(fields, expected):
+    found, notes = sidecar.timm_preprocessing({"pretrained_cfg": FULL | fields})
+    assert found == Preprocessing((0.5,) * 3, (0.5,) * 3, *expected)
     assert notes == []
 
 
-def test_timm_crop_modes_that_are_not_ours_are_said():
-    fields = HALF | {"input_size": [3, 8, 8], "crop_mode": "squash"}
-    assert "'squash'" in sidecar.timm_preprocessing({"pretrained_cfg": fields})[1][0]
-
-
-# Sides as transformers' ConvNextImageProcessor computes them; older files write the size as a
-# number, and leave crop_pct out.
 @pytest.mark.parametrize(
-    ("fields", "size", "resize", "interpolation"),
+    ("fields", "note"),
     [
-        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3}, 224, 256, "bicubic"),
-        ({"size": 224, "crop_pct": None, "resample": 2}, 224, 256, "bilinear"),
-        ({"size": {"shortest_edge": 288}, "crop_pct": 0.95}, 288, 303, "bicubic"),
-        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, 384, 384, "bicubic"),
-        (
-            {
-                "size": {"shortest_edge": 256},
-                "do_center_crop": True,
-                "crop_size": {"height": 224, "width": 224},
-                "resample": 2,
-            },
-            224,
-            256,
-            "bilinear",
-        ),
-        ({"size": {"height": 96, "width": 96}, "crop_pct": 1.0, "resample": 0}, 96, 96, "nearest"),
+        ({"interpolation": None}, "timm's default interpolation"),
+        ({"mean": None, "std": None}, "timm's default mean, std"),
+        ({"test_input_size": [3, 288, 288], "test_crop_pct": 1.0}, "use_test_size"),
     ],
 )
-def test_hugging_face(fields, size, resize, interpolation):
-    found, _ = sidecar.hf_preprocessing({"image_mean": [0.5], "image_std": [0.5]} | fields)
-    assert found == Preprocessing((0.5,), (0.5,), size, resize, interpolation)
+def test_what_timms_record_leaves_open_is_said(fields, note):
+    found, (text,) = sidecar.timm_preprocessing({"pretrained_cfg": FULL | fields})
+    assert note in text
+    assert (found.size, found.resize) == (224, 256)
+    if "mean" in fields:
+        assert found.mean == IMAGENET.mean
+    if "interpolation" in fields:
+        assert found.interpolation == "bicubic"
 
 
-def test_hugging_face_without_normalization():
-    fields = {"size": 8, "image_mean": [0.5], "image_std": [0.5], "do_normalize": False}
-    found, _ = sidecar.hf_preprocessing(fields)
-    assert (found.mean, found.std) == ((0.0,), (1.0,))
+def processor(name, **fields):
+    usual = {"image_processor_type": f"{name}ImageProcessor", "resample": 3}
+    return usual | {"image_mean": [0.5], "image_std": [0.5]} | fields
 
 
+SHORTEST, SQUARE = {"shortest_edge": 224}, {"height": 256, "width": 256}
+
+
+# Sides as transformers' processors compute them; older files write the size as a number, and leave
+# crop_pct out.
 @pytest.mark.parametrize(
-    ("read", "fields", "text"),
+    ("fields", "expected"),
     [
+        (processor("ConvNext", size=SHORTEST, crop_pct=0.875), (224, 256, "bicubic")),
+        (processor("ConvNext", size=224, resample=2), (224, 256, "bilinear")),
+        (processor("ConvNext", size={"shortest_edge": 288}, crop_pct=0.95), (288, 303, "bicubic")),
+        (processor("ConvNext", size={"shortest_edge": 384}), (384, 384, "bicubic", "squash")),
+        (processor("Bit", size={"shortest_edge": 256}, crop_size=224), (224, 256, "bicubic")),
+        (processor("Bit", size=SHORTEST, resample="box"), (224, 224, "box")),
+        (processor("Bit", size=SQUARE), (224, 256, "bicubic", "squash")),
+        (processor("ViT", size=96, resample=0), (96, 96, "nearest", "squash")),
+        (processor("DeiT", size=256, crop_size=SQUARE), (256, 256, "bicubic", "squash")),
+        (processor("CLIP", size=[256, 256]), (224, 256, "bicubic", "squash")),
         (
-            sidecar.timm_preprocessing,
-            {"pretrained_cfg": {"mean": [0.5], "std": None}},
-            "pretrained_cfg next to the weights lacks input_size, std",
-        ),
-        (sidecar.hf_preprocessing, {"size": 224}, "lacks image_mean, image_std"),
-        (
-            sidecar.hf_preprocessing,
-            {"size": {"longest_edge": 3}, "image_mean": [0], "image_std": [1]},
-            "must have shortest_edge or height",
-        ),
-        (
-            sidecar.hf_preprocessing,
-            {"size": 8, "image_mean": [0], "image_std": [1], "resample": 9},
-            "interpolation must be one of .* got '9'",
+            processor("ViT", size=9, default_to_square=False, do_center_crop=True, crop_size=8),
+            (8, 9, "bicubic"),
         ),
     ],
 )
-def test_half_a_record_is_refused(read, fields, text):
-    with pytest.raises(ValueError, match=text):
-        read(fields)
+def test_hugging_face(fields, expected):
+    found, notes = sidecar.hf_preprocessing(fields)
+    assert found == Preprocessing((0.5,), (0.5,), *expected, processor="huggingface")
+    assert notes == []
+
+
+def test_the_processor_of_older_files_is_assumed_and_said():
+    plain = {"image_mean": [0.5], "image_std": [0.5]}
+    for fields, name in (
+        ({"size": 224, "crop_pct": None, "resample": 2}, "convnext"),
+        ({"size": 224, "do_center_crop": True, "crop_size": 224}, "bit"),
+        ({"size": {"height": 224, "width": 224}}, "vit"),
+    ):
+        (note,) = sidecar.hf_preprocessing(plain | fields)[1]
+        assert f"that of {name} is assumed" in note
+    assert sidecar.hf_preprocessing(
+        plain | {"size": 224, "feature_extractor_type": "ConvNextFeatureExtractor"}
+    ) == (Preprocessing((0.5,), (0.5,), 224, 256, "bicubic", processor="huggingface"), [])
+
+
+# What reaches the network is (pixel * factor - mean) / std.
+@pytest.mark.parametrize(
+    ("fields", "mean", "std"),
+    [
+        ({"do_normalize": False}, 0, 1),
+        ({"rescale_factor": 1 / 128}, 0.5 * 128 / 255, 0.5 * 128 / 255),
+        ({"do_rescale": False}, 0.5 / 255, 0.5 / 255),
+        ({"do_rescale": False, "do_normalize": False}, 0, 1 / 255),
+        ({"rescale_factor": 2 / 255, "do_normalize": False}, 0, 0.5),
+    ],
+)
+def test_hugging_faces_scale_is_that_of_mean_and_std(fields, mean, std):
+    found, _ = sidecar.hf_preprocessing(processor("ViT", size=8, **fields))
+    assert (found.mean, found.std) == (pytest.approx((mean,)), pytest.approx((std,)))
+
+
+def test_fields_of_a_processor_that_were_not_used_are_said():
+    _, (note,) = sidecar.hf_preprocessing(processor("ViT", size=8, crop_pct=0.9, mine=[1]))
+    assert note == "fields of preprocessor_config.json were not used: crop_pct, mine"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"mean": [0.5], "std": ["a"]}, "std must be one number above 0 per channel, got"),
+        ({"std": [0.5, 0.0]}, "std must be one number above 0 per channel"),
+        ({"input_size": [3, 224, 288]}, r"input_size must be .* a square, got \[3, 224, 288\]"),
+        ({"input_size": 224}, "input_size must be .* got 224"),
+        ({"crop_mode": "border"}, "crop_mode must be center or squash, got 'border'"),
+        ({"crop_pct": 1.1}, "crop_pct must be above 0 and at most 1, got 1.1"),
+        ({"interpolation": "random"}, "interpolation must be nearest, .* got 'random'"),
+        ({"crop_pct": 0, "mean": []}, "crop_pct .*; mean must be"),
+    ],
+)
+def test_a_timm_record_of_other_pixels_is_refused_by_field(fields, text):
+    with pytest.raises(ValueError, match=rf"^config\.json next to the weights .*{text}") as caught:
+        sidecar.timm_preprocessing({"pretrained_cfg": FULL | fields})
+    assert len(str(caught.value)) <= 600
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (processor("Bit", size=None), "lacks size"),
+        ({"size": 224}, "lacks image_mean, image_std"),
+        (processor("Levit", size=224), "image_processor_type must be that of .* 'LevitImage"),
+        (processor("Bit", size={"longest_edge": 3}), "size must be a shortest_edge, or a square"),
+        (processor("Bit", size=SHORTEST | {"longest_edge": 300}), "size must be"),
+        (processor("Bit", size={"height": 3, "width": 4}), "size must be"),
+        (processor("ConvNext", size=SQUARE), "size must be a shortest_edge, got"),
+        (processor("Bit", size=224, crop_size={"height": 3, "width": 4}), "crop_size must be"),
+        (processor("Bit", size=200), "crop_size must be a square within size"),
+        (processor("ConvNext", size=224, do_center_crop=True, crop_size=192), "crop_size must be"),
+        (processor("Bit", size=224, do_center_crop=False), "do_center_crop must be true where"),
+        (processor("Bit", size=224, do_resize=False), "do_resize must be true, got False"),
+        (processor("Bit", size=224, do_pad=True), "do_pad must be false or absent, got True"),
+        (processor("Bit", size=224, do_flip_channel_order=True), "do_flip_channel_order must"),
+        (processor("ViT", size=224, rescale_offset=True), "rescale_offset must be false"),
+        (processor("ViT", size=224, rescale_factor=0), "rescale_factor must be above 0, got 0"),
+        (processor("ViT", size=224, resample=9), "resample must be one of .* got 9"),
+        (processor("ViT", size=224, resample=[3]), "resample must be one of"),
+        (processor("ViT", size=224, image_std=[0.5, 0]), "image_std must be one number above 0"),
+        (processor("ViT", size=224, image_mean="x"), "image_mean must be one number per channel"),
+        (processor("ConvNext", size=224, crop_pct=1.5), "crop_pct must be above 0 and at most 1"),
+    ],
+)
+def test_a_processor_of_other_pixels_is_refused_by_field(fields, text):
+    with pytest.raises(ValueError, match=rf"^preprocessor_config\.json next to .*{text}") as caught:
+        sidecar.hf_preprocessing(fields)
+    assert len(str(caught.value)) <= 600
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("read", [sidecar.timm_preprocessing, sidecar.hf_preprocessing])
@@ -210,7 +276,9 @@ def test_one_value_stands_for_all_channels(basic, write):
     path = write(basic)
     record = {"size": 64, "image_mean": [0.25], "image_std": [0.5], "resample": 2}
     (path.parent / "preprocessor_config.json").write_text(json.dumps(record))
-    assert load(path).preprocessing == Preprocessing((0.25,) * 3, (0.5,) * 3, 64, 73)
+    assert load(path).preprocessing == Preprocessing(
+        (0.25,) * 3, (0.5,) * 3, 64, 73, processor="huggingface"
+    )
 
 
 def test_a_record_for_other_channels_is_refused(basic, write):
@@ -232,5 +300,6 @@ def test_what_is_assumed_is_said(golden):
     for name, note in notes.items():
         preprocessing, *others = load(golden / name).notes
         assert preprocessing == f"preprocessing: {note}"
-        # Where no file says which network it is.
-        assert [other[:7] for other in others] == ["assumed"] * name.startswith("torchvision")
+        # Where no file says which network it is; timm's has sizes for evaluation on request.
+        expected = {"timm": ["timm's "], "huggingface_basic": []}
+        assert [other[:7] for other in others] == expected.get(name, ["assumed"])

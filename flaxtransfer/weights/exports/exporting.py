@@ -175,9 +175,15 @@ def _left_behind(checkpoint: Pretrained, layout: str) -> list[str]:
     """The metadata that the other program's files cannot hold."""
     fields = checkpoint.preprocessing.to_json()
     lost = [f"{name} {fields[name]}" for name in OF_BANDS if name in fields]
-    return (
-        [f"{layout} cannot store the description of the bands: {'; '.join(lost)}"] if lost else []
+    notes = []
+    if lost:
+        notes.append(f"{layout} cannot store the description of the bands: {'; '.join(lost)}")
+    theirs, rule = (
+        ("huggingface", "down") if layout == "huggingface" else ("torchvision", "to even")
     )
+    if checkpoint.preprocessing.processor != theirs:
+        notes.append(f"{layout} rounds crops {rule}: some images are shifted by one pixel")
+    return notes
 
 
 def _check_torchvision(config: ResNetConfig) -> None:

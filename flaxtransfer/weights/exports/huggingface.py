@@ -81,10 +81,12 @@ def _processor(preprocessing: Preprocessing) -> dict[str, Any]:
     # BiT's processor equals a `Preprocessing`. ConvNext's, which the published ResNets use, warps
     # images from 384 px on.
     numbers = {name: number for number, name in RESAMPLE.items()}
+    resize = preprocessing.resize
+    squash = preprocessing.crop_mode == "squash"
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": preprocessing.resize},
+        "size": {"height": resize, "width": resize} if squash else {"shortest_edge": resize},
         "resample": numbers[preprocessing.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": preprocessing.size, "width": preprocessing.size},

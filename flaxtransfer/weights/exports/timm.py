@@ -59,7 +59,7 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
             "input_size": [config.in_channels, preprocessing.size, preprocessing.size],
             "pool_size": [math.ceil(preprocessing.size / 32)] * 2,
             "crop_pct": _crop(preprocessing),
-            "crop_mode": "center",
+            "crop_mode": preprocessing.crop_mode,
             "interpolation": preprocessing.interpolation,
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
