@@ -1,4 +1,4 @@
-"""``flaxtransfer find-rate``: the order of magnitude of learning rates, from short sweeps."""
+"""``flaxtransfer probe`` and ``find-rate``: what is measured before a network is trained."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import Job, prepare
-from flaxtransfer.commands.subcommands import FindRate
+from flaxtransfer.analysis.profile import probe_profile
+from flaxtransfer.classifier import Classifier, transfer
+from flaxtransfer.commands.job import Job, load_weights, prepare, split
+from flaxtransfer.commands.subcommands import FindRate, Probe
+from flaxtransfer.data.loader import eval_batches
+from flaxtransfer.data.open import open_source
+from flaxtransfer.data.splits import subsample
+from flaxtransfer.features.extract import segment_features
 from flaxtransfer.groups import Group, WarmupCosine
 from flaxtransfer.overview import plain
 from flaxtransfer.paths import suggest
@@ -23,6 +28,36 @@ from flaxtransfer.training.lr_finder import (
     find_learning_rates,
 )
 from flaxtransfer.training.plan import Phase, Plan
+
+
+def probe(options: Probe, console: Console) -> None:
+    """Runs ``flaxtransfer probe``."""
+    data = options.data
+    checkpoint = load_weights(options.weights)
+    source = open_source(
+        data.name,
+        download=data.download,
+        skip_corrupt=data.skip_corrupt,
+        bands=checkpoint.config.bands,
+    )
+    training = split(source, data.name, options.split).train
+    positions = subsample(training, options.most_images, source.labels())
+    classes = len(source.class_names)
+    network = transfer(checkpoint, classes=classes)
+    batches = eval_batches(source, positions, network.preprocessing)
+    features, labels = segment_features(network, batches)
+    profile = probe_profile(features, labels, kind=options.kind, classes=classes)
+    console.print(
+        f"{data.name}: {len(positions)} training images, {classes} classes; {checkpoint!r}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(str(profile), highlight=False)
+    if options.out is not None:
+        from flaxtransfer.report.figures import plot_profile
+
+        plot_profile(profile, options.out)
+        console.print(f"drawn in {options.out}", highlight=False, soft_wrap=True)
 
 
 def find_rate(options: FindRate, console: Console) -> None:
