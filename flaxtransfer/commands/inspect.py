@@ -120,8 +120,8 @@ def _inspect_folder(folder: Path, console: Console) -> bool:
     except FileNotFoundError:
         if not names:
             raise
-        told = f"no name says which is meant: flaxtransfer models {folder / names[-1]}"
-        console.print(told, highlight=False, soft_wrap=True)
+        told = f"no name says which is meant; one is flaxtransfer models {folder / names[-1]}"
+        console.print(told, highlight=False, overflow="fold")
         return False
     return True
 

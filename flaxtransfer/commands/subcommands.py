@@ -203,7 +203,7 @@ class Stem:
 class Models:
     """List the architectures, or inspect a weights file.
 
-    Of a file: what it holds, the networks in it, and what would be taken and left out.
+    Of a file: what it holds, which networks are in it, and what is taken.
 
     Example: flaxtransfer models "se*50*" --sort macs
 
