@@ -28,6 +28,7 @@ from flaxtransfer.weights.readers.detect import (
     INDEX,
     SUFFIXES,
     has_weights_name,
+    preferred_names,
     weight_map,
 )
 
@@ -390,7 +391,7 @@ def _cached(address: Address, why: str) -> tuple[str, Path, list[str]]:
 
 def _chosen(address: Address, files: Mapping[str, Any]) -> str:
     """The weight file that the address selects."""
-    readable = sorted(filter(has_weights_name, files))
+    readable = preferred_names(files)
     if address.file is not None:
         if address.file in files:
             return address.file

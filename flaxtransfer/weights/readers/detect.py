@@ -7,7 +7,7 @@ several files, and finds the network among the keys.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
     "Container",
     "Tensors",
     "has_weights_name",
+    "preferred_names",
     "read_tensors",
     "recognize",
     "weight_map",
@@ -89,6 +90,18 @@ def has_weights_name(name: str) -> bool:
     return PurePath(name).name.endswith(SUFFIXES)
 
 
+def preferred_names(names: Iterable[str]) -> list[str]:
+    """The names of weight files, sorted; ONNX models only where there is nothing else.
+
+    They are exports of the other files, with less in them.
+
+    >>> preferred_names(["net.onnx", "net.pth", "notes.txt"])
+    ['net.pth']
+    """
+    found = sorted(filter(has_weights_name, names))
+    return [name for name in found if not name.endswith(".onnx")] or found
+
+
 def recognize(data: bytes, name: str) -> tuple[Container, list[str]]:
     r"""Detects the container of a file; with a note if its name states another one or none.
 
@@ -139,9 +152,8 @@ def _kind(data: bytes, name: str) -> str:
     if (0x80 < data[0] < 0x90 or key > 1) and data[key : key + 1] > b"\x9f":
         return "msgpack"
     # A protobuf with the version of its format first, and the producer or the graph second.
-    versioned = (
-        data[:1] == b"\x08" and 0 < data[1] < 32 and data[2:3] in (b"\x12", b"\x3a", b"\x42")
-    )
+    versioned = data[:1] == b"\x08" and b"\0" < data[1:2] < b"\x20"
+    versioned = versioned and data[2:3] in (b"\x12", b"\x3a", b"\x42")
     if versioned or (name.endswith(".onnx") and data[:1] in (b"\x08", b"\x0a", b"\x12", b"\x3a")):
         return "onnx"
     if foreign := _foreign(data):
@@ -470,7 +482,7 @@ def _weights_in(folder: Path) -> list[str]:
     whole = {name.removesuffix(INDEX) for name in indices}
     files = [
         name
-        for name in filter(has_weights_name, names)
+        for name in preferred_names(names)
         if not ((part := _PART.fullmatch(name)) and f"{part[1]}{part[4]}" in whole)
     ]
     return sorted([*files, *indices])
