@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from flaxtransfer.files import folder_lock, read_json
 from flaxtransfer.paths import suggest
 from flaxtransfer.weights.readers.detect import SUFFIXES, has_weights_name
-from flaxtransfer.weights.readers.folders import IN_A_FOLDER, INDEX, weight_map
+from flaxtransfer.weights.readers.folders import IN_A_FOLDER, INDEX, originals, weight_map
 
 __all__ = [
     "BUILTIN_DEFAULT",
@@ -385,7 +385,7 @@ def _cached(address: Address, why: str) -> tuple[str, Path, list[str]]:
 
 def _chosen(address: Address, files: Mapping[str, Any]) -> str:
     """The weight file that the address selects."""
-    readable = sorted(filter(has_weights_name, files))
+    readable = originals(filter(has_weights_name, files))
     if address.file is not None:
         if address.file in files:
             return address.file

@@ -44,6 +44,7 @@ from flaxtransfer.report.shift_page import escape
 from flaxtransfer.training import console, run_folder
 from flaxtransfer.training.plan_yaml import plan_from_yaml
 from flaxtransfer.weights.readers import detect, safetensors_file
+from tests.faults.readers import single_files
 
 MOST_SECONDS, MOST_BYTES, MOST_TEXT = 5.0, 1 << 30, 600
 
@@ -413,12 +414,33 @@ def some_archive(draw: random.Random) -> bytes:
 SAFETENSORS = safetensors_file.write_safetensors(
     {"fc.weight": np.ones((3, 2), np.float32), "fc.bias": np.ones(3, np.float32)}, {"format": "pt"}
 )
+ONNX = single_files()["onnx"][1]
+ONNX_WORDS = (
+    *(
+        b"Conv",
+        b"Relu",
+        b"Add",
+        b"Loop",
+        b"Identity",
+        b"Constant",
+        b"Reshape",
+        b"BatchNormalization",
+    ),
+    *(
+        b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+        b"\x0a\x00" * 40_000,
+        b"\x22" * 3000,
+        b"\x72\x01",
+    ),
+)
 OPCODES = b"(N0]})l}u\x85\x86\x87\x94h\0q\0K\1JKKKKcos\nsystem\n\x93RbXaaaa2t."
 
 
 def weights(draw: random.Random) -> Made:
-    """The bytes of a file of weights, in four formats."""
-    match draw.randrange(4):
+    """The bytes of a file of weights, in five formats."""
+    match draw.randrange(5):
+        case 4:
+            data = changed(draw, ONNX, ONNX_WORDS)
         case 0:
             data = changed(draw, SAFETENSORS, (*JSON_WORDS, b"data_offsets", b"F64", b"shape"))
         case 1:

@@ -33,7 +33,8 @@ from flax import serialization
 from flaxtransfer.checkpoint import CheckpointManager
 from flaxtransfer.models import ResNetConfig, leaf_shapes
 from flaxtransfer.paths import unflatten
-from flaxtransfer.weights import load
+from flaxtransfer.weights import Preprocessing, Pretrained, load
+from flaxtransfer.weights.exports import onnx
 from flaxtransfer.weights.naming import huggingface, keras, key_map, timm
 from flaxtransfer.weights.readers import safetensors_file
 
@@ -139,6 +140,8 @@ def single_files() -> dict[str, tuple[str, bytes]]:
     found["keras"] = (".keras", with_config.getvalue())
     flax_keys = key_map.to_keys(huggingface.FLAX, leaves(TINY))
     found["flax"] = (".msgpack", serialization.msgpack_serialize(unflatten(flax_keys)))
+    plain = Preprocessing((0.5,) * 3, (0.5,) * 3, size=32, resize=32)
+    found["onnx"] = (".onnx", onnx.model_bytes(Pretrained(unflatten(leaves(TINY)), TINY, plain)))
     try:
         import torch
     except ImportError:

@@ -99,7 +99,6 @@ def test_a_blob_of_the_hubs_cache(golden, tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\n", "w.pth", "Git LFS pointer"),
         (b"\n <!DOCTYPE html>", "w.h5", "a web page"),
         (b"hello, this is text", "w.pth", "unknown format: the first bytes are b'hello, t'"),
-        (b"\x08\x07\x12\x07pytorch", "w.onnx", "the file is an ONNX model"),
         (b"PK\x03\x04 and more", "w.safetensors", "incomplete or damaged zip archive"),
         (b"PK\x05\x06" + bytes(18), "w.pth", "unknown format"),
         (b"\x80\x00" + bytes(20), "w.pth", "unknown format"),

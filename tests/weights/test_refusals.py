@@ -106,9 +106,7 @@ def test_a_long_list_of_differences_is_cut_and_counted(basic, write):
 @pytest.mark.parametrize(
     ("name", "data", "kind"),
     [
-        ("net.onnx", b"\x08\x08\x12\x07pytorch\x1a\x052.1.0", "an ONNX model"),
-        ("renamed.bin", b"\x08\x0a:\xd1\x1f\n", "an ONNX model"),
-        ("net.onnx", b"\x0a\x00\x00\x00", "an ONNX model"),
+        ("net.ort", b"\x1c\x00\x00\x00ORTM\x00\x00", "a model of onnxruntime's own format"),
         ("net.gguf", b"GGUF\x03\x00\x00\x00\x00\x00", "a GGUF file"),
         ("net.tflite", b"\x1c\x00\x00\x00TFL3\x14\x00", "a TensorFlow Lite model"),
     ],

@@ -1,29 +1,45 @@
 """Export weights to other programs, verified before they replace anything.
 
 ``export`` writes a file or folder, reads it again, compares the logits, and only then gives it its
-final name.
+final name. StableHLO, which ``jax.export`` reads without this package, is written here.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import export as jax_export
 
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.convolution import lax_conv
 from flaxtransfer.models.registry import RESNETS, resnet
 from flaxtransfer.paths import suggest
-from flaxtransfer.weights.exports import huggingface, onnx, stablehlo, timm
-from flaxtransfer.weights.exports.prepare import canonicalize, check_file, check_folder
+from flaxtransfer.weights.exports import huggingface, onnx, timm
+from flaxtransfer.weights.exports.prepare import (
+    canonicalize,
+    check_file,
+    check_folder,
+    export_metadata,
+)
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import OF_BANDS
 from flaxtransfer.weights.pretrained import Pretrained, save
 
-__all__ = ["LAYOUTS", "Exported", "export"]
+__all__ = [
+    "LAYOUTS",
+    "Exported",
+    "export",
+    "stablehlo_bytes",
+    "stablehlo_logits",
+    "stablehlo_metadata",
+]
 
 
 LAYOUTS = ("safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo")
@@ -141,11 +157,11 @@ def _export_file(
             difference = _difference(checkpoint, run or _loaded(made), limit)
             notes = (*notes, *_about_onnx(dtype, ran=run is not None))
         else:
-            data = stablehlo.artifact(checkpoint)
-            difference = _difference(checkpoint, lambda images: stablehlo.logits(data, images))
+            data = stablehlo_bytes(checkpoint)
+            difference = _difference(checkpoint, lambda images: stablehlo_logits(data, images))
             write_file(made, data)
             with atomic_write(target.with_name(f"{target.name}.json")) as sidecar:
-                write_file(sidecar, stablehlo.metadata(checkpoint))
+                write_file(sidecar, stablehlo_metadata(checkpoint))
     return Exported(target, layout, difference, notes)
 
 
@@ -184,6 +200,47 @@ def _left_behind(checkpoint: Pretrained, layout: str) -> list[str]:
     if checkpoint.preprocessing.processor != theirs:
         notes.append(f"{layout} rounds crops {rule}: some images are shifted by one pixel")
     return notes
+
+
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def stablehlo_bytes(checkpoint: Pretrained) -> bytes:
+    """The serialized function from images ``[batch, size, size, bands]`` to logits, weights inside.
+
+    The batch size is free; height and width are those of the preprocessing.
+    """
+    # `conv` is tuned for the current CPU; the artifact runs on any platform.
+    model = resnet(checkpoint.config, convolution=lax_conv)
+    variables = jax.tree.map(jnp.asarray, checkpoint.variables)
+
+    def network(images: jax.Array) -> jax.Array:
+        return model.apply(variables, images)[0]
+
+    (batch,) = jax_export.symbolic_shape("batch")
+    size = checkpoint.preprocessing.size
+    images = jax.ShapeDtypeStruct((batch, size, size, checkpoint.config.bands), jnp.float32)  # type: ignore[no-untyped-call]
+    return bytes(jax_export.export(jax.jit(network), platforms=_PLATFORMS)(images).serialize())
+
+
+def stablehlo_metadata(checkpoint: Pretrained) -> bytes:
+    """The JSON file next to it, because StableHLO holds no metadata."""
+    size = checkpoint.preprocessing.size
+    content = {
+        **export_metadata(checkpoint, f"[batch, {size}, {size}, bands]"),
+        "preprocessing": checkpoint.preprocessing.to_json(),
+        "class_names": checkpoint.class_names,
+        "config": checkpoint.config.to_json(),
+        "platforms": _PLATFORMS,
+        "jax": jax.__version__,
+        "use": "jax.export.deserialize(bytearray(open(path, 'rb').read())).call(images)",
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def stablehlo_logits(data: bytes, images: np.ndarray) -> np.ndarray:
+    """Runs it on images ``[batch, size, size, bands]``."""
+    return np.asarray(jax_export.deserialize(bytearray(data)).call(images))  # type: ignore[no-untyped-call]
 
 
 def _check_torchvision(config: ResNetConfig) -> None:

@@ -73,6 +73,9 @@ class Flow:
     def _constant(self, node: Node) -> bool:
         """Computes a node whose inputs are constant, if that is cheap."""
         inputs = [self.arrays[name] for name in node.inputs if name in self.arrays]
+        if node.kind == "CastLike" and inputs and node.inputs[0] in self.arrays:
+            self.arrays[node.output] = inputs[0]
+            return True
         if len(inputs) < len([name for name in node.inputs if name]) or not node.outputs:
             return False
         try:
@@ -201,6 +204,10 @@ def _viewed(node: Node, inputs: list[np.ndarray]) -> np.ndarray | None:
     x, small = inputs[0], sum(array.size for array in inputs) <= _SMALL
     if kind == "Identity" or (kind == "Cast" and x.dtype.kind in "fV"):
         return x
+    if kind == "Shape":
+        return np.array(x.shape[attributes.get("start", 0) : attributes.get("end")], np.int64)
+    if kind == "Expand" and np.prod(inputs[1], dtype=np.float64) <= _SMALL:
+        return np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(inputs[1])))
     if kind == "Transpose":
         return np.transpose(x, attributes.get("perm"))
     if kind == "Unsqueeze":
@@ -487,8 +494,11 @@ class Layers(Flow):
         attributes = node.attributes
         if node.kind == "AveragePool":
             stride, sides, pads = self.window(node)
-            counted = attributes.get("ceil_mode", 0) and attributes.get("count_include_pad", 0)
-            if tuple(sides) != (2, 2) or stride != 2 or set(pads) != {0} or counted:
+            # What is beyond the image must not count, so that odd sides end with a smaller average.
+            beyond = attributes.get("ceil_mode", 0) or any(pads)
+            counted = beyond and attributes.get("count_include_pad", 0)
+            sound = pads in ((0, 0, 0, 0), (0, 0, 1, 1)) and not counted
+            if tuple(sides) != (2, 2) or stride != 2 or not sound:
                 raise unfit(node, "must average 2x2 pixels with stride 2")
             return "average", node.output
         if node.kind != "Pad":

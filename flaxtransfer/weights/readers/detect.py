@@ -139,9 +139,8 @@ def _kind(data: bytes, name: str) -> str:
     if (0x80 < data[0] < 0x90 or key > 1) and data[key : key + 1] > b"\x9f":
         return "msgpack"
     # A protobuf with the version of its format first, and the producer or the graph second.
-    versioned = (
-        data[:1] == b"\x08" and 0 < data[1] < 32 and data[2:3] in (b"\x12", b"\x3a", b"\x42")
-    )
+    versioned = data[:1] == b"\x08" and b"\0" < data[1:2] < b"\x20"
+    versioned = versioned and data[2:3] in (b"\x12", b"\x3a", b"\x42")
     if versioned or (name.endswith(".onnx") and data[:1] in (b"\x08", b"\x0a", b"\x12", b"\x3a")):
         return "onnx"
     if foreign := _foreign(data):

@@ -7,14 +7,23 @@ network is taken, or the best (``best`` in its name), or the one called ``model`
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxtransfer.files import read_json
 from flaxtransfer.paths import shortened, suggest
 
-__all__ = ["INDEX", "IN_A_FOLDER", "PART_NAME", "find", "nothing_in", "weight_map", "weights_in"]
+__all__ = [
+    "INDEX",
+    "IN_A_FOLDER",
+    "PART_NAME",
+    "find",
+    "nothing_in",
+    "originals",
+    "weight_map",
+    "weights_in",
+]
 
 
 INDEX = ".index.json"
@@ -192,6 +201,18 @@ def _outstanding(names: Sequence[str]) -> tuple[str | None, str]:
     return max(names, key=lambda name: counts[name]), "the newest"
 
 
+def originals(names: Iterable[str]) -> list[str]:
+    """The names of weight files, sorted; ONNX models only where there is nothing else.
+
+    They are exports of the other files, with less in them.
+
+    >>> originals(["net.onnx", "net.pth"])
+    ['net.pth']
+    """
+    found = sorted(names)
+    return [name for name in found if not name.endswith(".onnx")] or found
+
+
 def weights_in(folder: Path, suffixes: Suffixes) -> list[str]:
     """The names of checkpoints in a folder; the parts of one with an index are left out.
 
@@ -211,7 +232,7 @@ def weights_in(folder: Path, suffixes: Suffixes) -> list[str]:
         if (name.endswith(suffixes) or ("." not in name and _COUNTED.fullmatch(name)))
         and not ((part := _PART.fullmatch(name)) and f"{part[1]}{part[4]}" in whole)
     ]
-    return sorted([*files, *indices])
+    return originals([*files, *indices])
 
 
 _FOREIGN = (

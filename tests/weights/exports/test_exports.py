@@ -113,8 +113,8 @@ def test_what_computes_something_else_does_not_appear(tiny, tmp_path, monkeypatc
         del data
         return np.ones((len(images), 2), np.float32)
 
-    monkeypatch.setattr(exporting.stablehlo, "logits", other)
-    monkeypatch.setattr(exporting.stablehlo, "artifact", lambda checkpoint: b"other")
+    monkeypatch.setattr(exporting, "stablehlo_logits", other)
+    monkeypatch.setattr(exporting, "stablehlo_bytes", lambda checkpoint: b"other")
     with pytest.raises(ValueError, match="logits of the export must be within 1e-05"):
         exporting.export(tiny, tmp_path / "net.stablehlo")
     assert entries(tmp_path) == []
