@@ -1,4 +1,7 @@
-"""Keys of ``keras.applications`` and of Keras Hub's ResNets.
+"""Keys of ``keras.applications`` and of Keras Hub's ResNets, and the graph that a file states.
+
+A ``.keras`` or whole ``.h5`` file has the graph of its layers as JSON. ``stated`` compares it with
+the network that the weights' names imply; nothing in it is run.
 
 References: F. Chollet et al., "Keras", 2015-, ``keras/src/applications/resnet.py``; the Keras team,
 "KerasHub", 2024-, ``keras_hub/src/models/resnet/resnet_backbone.py``.
@@ -6,15 +9,26 @@ References: F. Chollet et al., "Keras", 2015-, ``keras/src/applications/resnet.p
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.paths import shortened
 from flaxtransfer.weights.naming.key_map import Rule, Table
 from flaxtransfer.weights.preprocessing import Preprocessing
 
-__all__ = ["CAFFE", "TF", "first_version", "hub_table", "prepared", "second_version", "table"]
+__all__ = [
+    "CAFFE",
+    "TF",
+    "first_version",
+    "hub_table",
+    "prepared",
+    "second_version",
+    "stated",
+    "table",
+]
 
 
 CAFFE = Preprocessing(
@@ -101,6 +115,98 @@ def first_version(config: ResNetConfig) -> ResNetConfig:
 def second_version(config: ResNetConfig) -> ResNetConfig:
     """Sets what ``keras.applications.ResNet50V2`` and similar imply and no leaf shows."""
     return dataclasses.replace(config, stride_at="last", stem_pool="zero-padded", epsilon=EPSILON)
+
+
+_HARMLESS = re.compile(r"InputLayer|ZeroPadding2D|Random\w+|.*Dropout\w*|GaussianNoise")
+"""Classes of layers that change nothing at inference, and the padding before the stem."""
+_OF_BLOCKS = ("Conv2D", "BatchNormalization", "Activation", "ReLU", "Add", "MaxPooling2D")
+
+
+def stated(graph: Any, config: ResNetConfig) -> tuple[ResNetConfig, list[str]]:
+    """The configuration with what a graph states, and what it states that is not supported.
+
+    Args:
+        graph: Keras' JSON, a model with its layers.
+        config: of the network, by the names and shapes of its weights.
+
+    >>> relu6 = {"class_name": "ReLU", "config": {"name": "conv1_relu", "max_value": 6}}
+    >>> stem = {"class_name": "Conv2D", "config": {"name": "conv1_conv", "strides": [2, 2]}}
+    >>> stated({"config": {"layers": [stem, relu6]}}, ResNetConfig("bottleneck"))[1]
+    ["conv1_relu must be a plain ReLU, got {'max_value': 6}"]
+    """
+    layers = list(_layers(graph))
+    names = [fields["name"] for _, fields in layers]
+    if "conv1_conv" not in names:
+        return config, []
+    start = names.index("conv1_conv")
+    body = [n for n, name in enumerate(names) if re.match(r"conv\d|pool1|post_", name)]
+    problems = [
+        f"{fields['name']} must not be in front of the network (save the base alone), got a {kind}"
+        for kind, fields in layers[:start]
+        if not _HARMLESS.fullmatch(kind)
+    ]
+    inside = layers[start : body[-1] + 1]
+    for kind, fields in inside:
+        problems += _problem(kind, fields)
+    strided = {f["name"] for kind, f in inside if kind == "Conv2D" and _most(f, "strides") > 1}
+    if odd := (strided ^ _strided(config)) & set(names):
+        listed = ", ".join(sorted(odd))
+        problems.append(f"strides must be those of keras.applications, got others in {listed}")
+    epsilons = {f.get("epsilon") for kind, f in inside if kind == "BatchNormalization"}
+    if len(epsilons) > 1:
+        problems.append(
+            f"epsilon must be one number for all norms, got {sorted(epsilons, key=str)}"
+        )
+    elif epsilons and isinstance(epsilon := epsilons.pop(), float):
+        config = dataclasses.replace(config, epsilon=epsilon)
+    pooled = any(kind.startswith("GlobalMax") for kind, _ in layers[start:])
+    if pooled and "predictions" in names:
+        problems.append("pooling must be 'avg', got 'max'")
+    return config, problems
+
+
+def _layers(graph: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Class and settings of each named layer, in order, those of inner models as well."""
+    inner = graph.get("config") if isinstance(graph, dict) else None
+    layers = inner.get("layers") if isinstance(inner, dict) else inner
+    for layer in layers if isinstance(layers, list) else []:
+        fields = layer.get("config") if isinstance(layer, dict) else None
+        if not isinstance(fields, dict):
+            continue
+        if "layers" in fields:
+            yield from _layers(layer)
+        elif isinstance(fields.get("name"), str):
+            yield str(layer.get("class_name")), fields
+
+
+def _problem(kind: str, fields: Mapping[str, Any]) -> list[str]:
+    """What a layer of the network's body does that ours do not."""
+    name = fields["name"]
+    if kind == "Conv2D" and _most(fields, "dilation_rate") > 1:
+        return [f"{name} must not have a dilation_rate, got {fields['dilation_rate']}"]
+    asked = fields.get("activation", "linear")
+    if asked != ("relu" if kind == "Activation" else "linear"):
+        return [f"{name} must have the activation 'relu', got {shortened(repr(asked), 60)}"]
+    slopes = ("max_value", "negative_slope", "threshold")
+    if kind == "ReLU" and (own := {n: fields[n] for n in slopes if fields.get(n)}):
+        return [f"{name} must be a plain ReLU, got {own}"]
+    if kind in _OF_BLOCKS or _HARMLESS.fullmatch(kind):
+        return []
+    return [f"{name} must be a layer of keras.applications, got a {shortened(kind, 60)}"]
+
+
+def _most(fields: Mapping[str, Any], name: str) -> int:
+    values = fields.get(name)
+    numbers = values if isinstance(values, list) else [values]
+    return max((n for n in numbers if isinstance(n, int)), default=1)
+
+
+def _strided(config: ResNetConfig) -> set[str]:
+    """The convolutions with a stride in ``keras.applications``."""
+    if config.stride_at == "last":
+        last = zip(range(2, 5), config.depths, strict=False)
+        return {"conv1_conv", *(f"conv{s}_block{depth}_2_conv" for s, depth in last)}
+    return {"conv1_conv", *(f"conv{s}_block1_{k}_conv" for s in (3, 4, 5) for k in (0, 1))}
 
 
 def prepared(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:

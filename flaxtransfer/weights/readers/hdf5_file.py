@@ -10,14 +10,18 @@ import numpy as np
 
 from flaxtransfer.weights.readers import archives
 
-__all__ = ["read_hdf5", "read_keras_archive"]
+__all__ = ["GRAPH", "read_hdf5", "read_keras_archive"]
+
+
+GRAPH = "keras"
+"""Name of the metadata with the JSON text of Keras' graph."""
 
 
 _DEEPEST = 32
 
 
 def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Reads the bytes of an ``.h5`` file: arrays by "layer/variable", no metadata, and notes.
+    """Reads the bytes of an ``.h5`` file: arrays by "layer/variable", Keras' graph, and notes.
 
     The state of the optimizer is omitted. Keras 3 numbers the variables of a layer
     ("conv1_conv/0"), earlier versions name them ("conv1_conv/kernel").
@@ -37,6 +41,7 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
     arrays: dict[str, np.ndarray] = {}
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
+            graph = file.attrs.get("model_config")
             left_out = [name for name in file if name.startswith("optimizer")]
             seen: set[Any] = set()
             for name in file:
@@ -49,15 +54,20 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
         raise ValueError(
             f"incomplete or damaged HDF5 file: {type(error).__name__} {error}"
         ) from error
-    return arrays, {}, ["the optimizer's state was left out"] if left_out else []
+    text = graph.decode(errors="replace") if isinstance(graph, bytes) else graph
+    metadata = {GRAPH: text} if isinstance(text, str) else {}
+    return arrays, metadata, ["the optimizer's state was left out"] if left_out else []
 
 
 def read_keras_archive(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Reads the HDF5 file with the weights in the bytes of a ``.keras`` archive."""
+    """Reads the weights and the graph in the bytes of a ``.keras`` archive."""
     files = archives.members(data)
     if "model.weights.h5" not in files:
         raise ValueError(f"a .keras archive must hold model.weights.h5, got {sorted(files)}")
-    return read_hdf5(files["model.weights.h5"])
+    arrays, metadata, notes = read_hdf5(files["model.weights.h5"])
+    if "config.json" in files:
+        metadata[GRAPH] = files["config.json"].decode(errors="replace")
+    return arrays, metadata, notes
 
 
 def _collect(
