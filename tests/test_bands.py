@@ -92,6 +92,7 @@ def of_std(std, mean=(0.5,) * 3):
 PRESETS = [
     of_std((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)),
     of_std((1 / 255,) * 3, (0.48, 0.46, 0.41)),  # Keras' first ResNets
+    of_std((0.269, 0.261, 0.276), (0.481, 0.458, 0.408)),  # CLIP
     of_std((0.5,) * 3),
     of_std((1 / 2048,) * 3),  # torchxrayvision
     of_std((1.0,) * 3, (0.0,) * 3),
@@ -124,40 +125,51 @@ def entering(preprocessing, bands, start):
     return np.asarray(adapters.apply(change.config.adapter, params, jnp.asarray(pixels)))
 
 
-@pytest.mark.parametrize(
-    ("bands", "start"),
-    [
-        *[(n, start) for n in (1, 3, 4) for start in ("mean", "wavelengths", "average")],
-        (1, "curves"),
-        (1, "sum"),
-        (1, "repeat"),
-    ],
-)
+STARTS = [
+    *[(n, start) for n in (1, 3, 4) for start in ("mean", "wavelengths", "average")],
+    (1, "curves"),
+    (1, "sum"),
+    (1, "repeat"),
+    (6, "repeat"),
+    (1, "patches"),
+    (3, "patches"),
+]
+
+
+def off_by(preprocessing, bands, start):
+    """How far the contrast of each channel is from what it must be, and its mean from 0.
+
+    That is the contrast of replication, and with least squares that of photographs. The bands are
+    centered: the adapter has no bias, and one mean cannot serve three channels.
+    """
+    found = entering(preprocessing, bands, start)
+    replicated = (GRAY / 255 - preprocessing.mean) / preprocessing.std
+    wanted = replicated.std(axis=(0, 1, 2))
+    if start == "patches":
+        wanted = np.divide(RGB_DEVIATIONS, preprocessing.std)
+    contrast = np.abs(found.std(axis=(0, 1, 2)) / wanted - 1).max()
+    center = np.abs(found.mean(axis=(0, 1, 2)) / wanted).max()
+    return float(contrast), float(center)
+
+
+@pytest.mark.parametrize(("bands", "start"), STARTS)
 @given(preprocessing=st.sampled_from(PRESETS) | RANDOM_PREPROCESSINGS)
 @settings(deadline=None, max_examples=25)
 def test_what_enters_the_stem_has_the_contrast_of_replication(bands, start, preprocessing):
-    replicated = (GRAY / 255 - preprocessing.mean) / preprocessing.std
-    found = entering(preprocessing, bands, start)
-    wanted = replicated.std(axis=(0, 1, 2))
-    np.testing.assert_allclose(found.std(axis=(0, 1, 2)), wanted, rtol=1e-3)
-    # Centered: the adapter has no bias, and one mean cannot serve three channels.
-    np.testing.assert_allclose(found.mean(axis=(0, 1, 2)) / wanted, 0, atol=1e-3)
+    assert max(off_by(preprocessing, bands, start)) <= 1e-3
 
 
-@given(preprocessing=st.sampled_from(PRESETS) | RANDOM_PREPROCESSINGS)
-@settings(deadline=None, max_examples=25)
-def test_bands_repeated_over_the_channels_have_together_the_contrast_of_replication(preprocessing):
-    replicated = (GRAY / 255 - preprocessing.mean) / preprocessing.std
-    found = entering(preprocessing, 6, "repeat")
-    np.testing.assert_allclose(found.std(axis=(0, 1, 2)), replicated.std(axis=(0, 1, 2)), rtol=1e-3)
-
-
-@pytest.mark.parametrize("bands", [1, 3])
-@given(preprocessing=st.sampled_from(PRESETS) | RANDOM_PREPROCESSINGS)
-@settings(deadline=None, max_examples=25)
-def test_least_squares_gives_the_contrast_of_photographs(bands, preprocessing):
-    found = entering(preprocessing, bands, "patches").std(axis=(0, 1, 2))
-    np.testing.assert_allclose(found, np.divide(RGB_DEVIATIONS, preprocessing.std), rtol=1e-3)
+@pytest.mark.slow
+@pytest.mark.parametrize(("bands", "start"), STARTS)
+def test_so_it_has_under_a_thousand_preprocessings(bands, start, record_property):
+    rng = np.random.default_rng(bands)
+    drawn = [
+        of_std(tuple(10.0 ** rng.uniform(-3.5, 1, 3)), tuple(rng.uniform(0, 1, 3)))
+        for _ in range(1000 - len(PRESETS))
+    ]
+    worst = max(max(off_by(preprocessing, bands, start)) for preprocessing in (*PRESETS, *drawn))
+    record_property("worst", worst)
+    assert worst <= 1e-3
 
 
 def test_bands_of_any_range_are_equally_loud():

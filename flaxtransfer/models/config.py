@@ -468,6 +468,7 @@ DEPTHS: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
     101: ("bottleneck", (3, 4, 23, 3)),
     152: ("bottleneck", (3, 8, 36, 3)),
     200: ("bottleneck", (3, 24, 36, 3)),
+    201: ("bottleneck", (3, 24, 36, 4)),
     269: ("bottleneck", (3, 30, 48, 8)),
     270: ("bottleneck", (4, 29, 53, 4)),
     350: ("bottleneck", (4, 36, 72, 4)),
@@ -487,6 +488,7 @@ STEM_LETTERS: dict[str, dict[str, Any]] = {
 
 _ALIASES = {
     "seresnext152s_64x4d_first2_down3": "senet154",
+    "seresnextaa201e_32x8d": "seresnextaa201d_32x8d",
     "ecaresnet-bottleneck-1-1-11-3-plain-average": "ecaresnetlight",
 }
 """Established names by the composed ones."""

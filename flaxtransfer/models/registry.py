@@ -77,6 +77,7 @@ _VARIANTS: tuple[ResNetConfig, ...] = (
     *(_variant(depth, "d", anti_alias="average") for depth in ("34", "50", "101")),
     _variant("50", "d", anti_alias="average", attention="se"),
     _variant("101", "d", "32x8d", anti_alias="average", attention="se"),
+    _variant("201", "e", "32x8d", anti_alias="average", attention="se"),
     *(_variant(depth, "d", **_RS) for depth in ("50", "101", "152", "200", "270", "350", "420")),
     *(_variant(depth, **_V2) for depth in ("18", "34", "50", "101", "152")),
     *(_variant(depth, "d", **_V2) for depth in ("18", "34", "50", "101", "152")),

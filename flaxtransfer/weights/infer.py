@@ -252,15 +252,19 @@ def assumptions(
     if not FORMATS[format].variants or any(key in file.metadata for key in headers):
         return []
     settings, name = sidecar.beside(file), file.path.name
+    architecture = sidecar.timm_architecture(settings)[0]
     told = (
         model is not None
         or settings.get("model_type") == "resnet"
-        or sidecar.timm_architecture(settings)[0] in ARCHITECTURES
+        or (format.startswith("huggingface") and "downsample_in_bottleneck" in settings)
+        or architecture in ARCHITECTURES
         or torchvision.is_published(name)
         or torchvision.published(name, file.sha256) is not None
         or torchgeo.published(name, source) is not None
     )
     text = _assumed(config, told)
+    if text and architecture and architecture not in ARCHITECTURES:
+        text += f"; config.json states {shortened(architecture, 40)!r}, which is not known here"
     return [text] if text else []
 
 

@@ -34,6 +34,7 @@ from flaxtransfer.weights.infer import (
 from flaxtransfer.weights.naming import (
     huggingface,
     keras,
+    keras_model,
     key_map,
     onnx,
     timm,
@@ -43,7 +44,7 @@ from flaxtransfer.weights.naming import (
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
-from flaxtransfer.weights.readers import detect, flax_file
+from flaxtransfer.weights.readers import detect, flax_file, hdf5_file
 from flaxtransfer.weights.readers.detect import Tensors
 from flaxtransfer.weights.readers.torch_file import NAMES, names_of
 
@@ -127,11 +128,11 @@ def load(
         file = dataclasses.replace(file, arrays=filled)
     chosen = format or detect_naming(file.arrays)
     try:
-        outside = keras.around(file.metadata, file.arrays, file.beside)
+        outside = keras_model.around(file.metadata, file.arrays, file.beside)
         arrays, done = (
             FORMATS[chosen].prepare(file.arrays)
             if outside is None
-            else keras.prepared(file.arrays, outside)
+            else keras.prepared(file.arrays, outside.reversed)
         )
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
@@ -139,6 +140,7 @@ def load(
     shapes = _shapes(table, arrays)
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise unfit(file, _no_resnet(file, format))
+    _check_graph(file, chosen)
     if problem := statistics_problem(model, shapes, chosen, file):
         raise unfit(file, problem)
     try:
@@ -154,7 +156,7 @@ def load(
         raise unfit(file, problem) from None
     if headless:
         seen = dataclasses.replace(seen, classes=1)
-    config = _network(model, seen, file)
+    config = _network(model, seen, file, chosen)
     other = [name for name in UNSEEN if getattr(config, name) != getattr(seen, name)]
     if graph is not None and other:
         raise ValueError(
@@ -255,8 +257,21 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     )
 
 
+def _check_graph(file: Tensors, format: str, seen: ResNetConfig | None = None) -> None:
+    """Refuses a file whose ``config.json`` asks for another graph than that of our networks."""
+    settings = sidecar.beside(file)
+    problems: list[str] = []
+    if format.startswith("huggingface") or settings.get("model_type") == "resnet":
+        problems = huggingface.other_graph(settings)
+    elif "pretrained_cfg" in settings:
+        problems = timm.other_graph(settings, seen)
+    if problems:
+        beside = file.path.with_name("config.json")
+        raise unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
+
+
 def _network(
-    model: str | ResNetConfig | None, seen: ResNetConfig, file: detect.Tensors
+    model: str | ResNetConfig | None, seen: ResNetConfig, file: detect.Tensors, format: str
 ) -> ResNetConfig:
     """The network of the leaves, with the fields that no leaf shows.
 
@@ -264,6 +279,7 @@ def _network(
         model: the network that the caller expects; None uses the files next to the weights.
         seen: the network inferred from the leaves.
         file: the weights' file.
+        format: its naming.
     """
     path, beside = file.path, file.path.with_name("config.json")
     if flax_file.MODEL in file.metadata:
@@ -276,12 +292,15 @@ def _network(
         if model is None:
             return own
     settings = sidecar.beside(file)
-    if settings.get("model_type") == "resnet":
+    _check_graph(file, format, seen)
+    if format == "keras" and hdf5_file.CONFIG in file.metadata:
+        text = file.metadata[hdf5_file.CONFIG].encode()
+        seen, odd = keras_model.stated(parse_json(text, f"the graph in {path}"), seen)
+        if odd:
+            raise unfit(file, f"{path} states another network: {'; '.join(odd)}")
+    if format.startswith("huggingface") or settings.get("model_type") == "resnet":
         seen = huggingface.with_strides(seen, settings)
     elif "pretrained_cfg" in settings:
-        problems = timm.other_graph(settings, seen)
-        if problems:
-            raise unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
         seen = timm.with_arguments(seen, settings)
     if model is None:
         architecture, altered = sidecar.timm_architecture(settings)
@@ -417,9 +436,6 @@ def collect_metadata(
     beside = file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
     if format.startswith("huggingface"):
-        problems = huggingface.other_graph(settings)
-        if problems:
-            raise ValueError(f"{beside} describes another network: {'; '.join(problems)}")
         names = sidecar.hf_class_names(settings)
     else:
         names = sidecar.timm_class_names(settings)

@@ -84,6 +84,74 @@ def test_logits_in_each_layout(agree, version, tmp_path, suffix):
     agree(run(checkpoint.variables, images.astype(np.float32)), theirs, LIMIT)
 
 
+def other(keras, changes, name="ResNet50"):
+    """The network with settings of its layers changed, as a user's clone of it."""
+
+    def clone(layer):
+        fields = layer.get_config()
+        for kind, field, value in changes:
+            if isinstance(layer, getattr(keras.layers, kind)) and field in fields:
+                fields[field] = value
+        return layer.__class__.from_config(fields)
+
+    plain = network(keras, name)
+    model = keras.models.clone_model(plain, clone_function=clone)
+    model.set_weights(plain.get_weights())
+    return model
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ([("BatchNormalization", "epsilon", 1e-3)], ""),
+        ([("Activation", "activation", "silu")], "activation 'relu', got 'silu'"),
+        ([("Activation", "activation", "relu6")], "activation 'relu', got 'relu6'"),
+        ([("Conv2D", "dilation_rate", [2, 2]), ("Conv2D", "strides", [1, 1])], "dilation_rate"),
+        ([("Conv2D", "strides", [1, 1])], "strides must be those of keras.applications"),
+    ],
+)
+def test_the_graph_that_a_file_states(agree, keras, tmp_path, suffix, changes, text):
+    model = other(keras, changes)
+    model.save(tmp_path / f"net{suffix}")
+    if text:
+        with pytest.raises(ValueError, match=text) as caught:
+            load(tmp_path / f"net{suffix}")
+        assert len(str(caught.value)) <= 600
+        return
+    checkpoint = load(tmp_path / f"net{suffix}")
+    assert checkpoint.config.epsilon == changes[0][2]
+    images = (pictures() / 255 - np.float32(checkpoint.preprocessing.mean)) * 255
+    theirs = model(keras.applications.resnet.preprocess_input(pictures().copy()))
+    run = jax.jit(lambda variables, images: resnet(checkpoint.config).apply(variables, images)[0])
+    agree(run(checkpoint.variables, images), np.asarray(theirs.detach()), LIMIT)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+@pytest.mark.parametrize(("pooling", "kind"), [("avg", ""), ("max", "pooling must be 'avg'")])
+def test_the_pooling_before_a_head_of_ones_own(keras, tmp_path, suffix, pooling, kind):
+    base = keras.applications.ResNet50(
+        weights=None, include_top=False, pooling=pooling, input_shape=(75, 75, 3)
+    )
+    outputs = keras.layers.Dense(3, name="predictions")(base.output)
+    keras.Model(base.input, outputs).save(tmp_path / f"net{suffix}")
+    if kind:
+        with pytest.raises(ValueError, match=kind):
+            load(tmp_path / f"net{suffix}")
+    else:
+        assert load(tmp_path / f"net{suffix}").config.classes == 3
+
+
+def test_layers_in_front_of_the_network_are_refused_by_name(keras, tmp_path):
+    inputs = keras.Input((75, 75, 3))
+    base = keras.applications.ResNet50V2(
+        weights=None, classes=3, input_tensor=keras.layers.Rescaling(1 / 127.5, -1)(inputs)
+    )
+    keras.Model(inputs, base.output).save(tmp_path / "net.keras")
+    with pytest.raises(ValueError, match=r"must not be in front of the network .* Rescaling"):
+        load(tmp_path / "net.keras")
+
+
 @pytest.mark.parametrize("name", ["ResNet101", "ResNet152", "ResNet101V2", "ResNet152V2"])
 def test_deeper_ones_have_the_same_leaves(keras, tmp_path, name):
     model = getattr(keras.applications, name)(

@@ -12,7 +12,16 @@ import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import shortened
-from flaxtransfer.weights.naming import huggingface, keras, key_map, native, onnx, timm, torchvision
+from flaxtransfer.weights.naming import (
+    huggingface,
+    keras,
+    keras_model,
+    key_map,
+    native,
+    onnx,
+    timm,
+    torchvision,
+)
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = ["FORMATS", "Format", "Head", "detect_naming", "with_head"]
@@ -126,7 +135,7 @@ def with_head(
     beside: Arrays,
     features: int,
     place: Collection[str] = (),
-    outside: keras.Around | None = None,
+    outside: keras_model.Around | None = None,
 ) -> Head:
     """Finds the head: the only layer that is no part of the body, if it is one linear map.
 
@@ -156,7 +165,7 @@ def with_head(
         if not named and not missing:
             return Head(arrays, "" if has_head else _NONE, ())
         left = {key: a for key, a in arrays.items() if key not in (kernel.key, bias.key)}
-        layer = keras.head(beside, named, features) if named else missing
+        layer = keras_model.head(beside, named, features) if named else missing
         if isinstance(layer, str):
             parts = {
                 key.rpartition("/")[0] for key in (*beside, *([kernel.key] if has_head else []))

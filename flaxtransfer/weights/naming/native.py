@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.paths import listing, shortened, suggest
-from flaxtransfer.weights.naming import keras, timm
+from flaxtransfer.weights.naming import keras_model, timm
 from flaxtransfer.weights.naming.key_map import Rule, Table
 
 __all__ = ["SELF_SUPERVISED", "TABLE", "WRAPPERS", "Found", "candidates", "find", "prepared"]
@@ -154,7 +154,7 @@ def find(
     """
     places = _places(arrays)
     if not places:
-        if key is None and (parts := keras.split(arrays)):
+        if key is None and (parts := keras_model.split(arrays)):
             return Found(*parts, (), ())
         return _tree(arrays, key, same) or _subtree(arrays, key)
     networks = {place: _own(arrays, place, places) for place in places}
@@ -284,7 +284,7 @@ def candidates(arrays: Mapping[str, Any]) -> dict[str, int]:
     """
     if places := _places(arrays):
         return {_shown(place): len(_own(arrays, place, places)) for place in places}
-    if parts := keras.split(arrays):
+    if parts := keras_model.split(arrays):
         return {".": len(parts[0])}
     return {_shown(place): len(keys) for place, keys in _trees(arrays).items()}
 

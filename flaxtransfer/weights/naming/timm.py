@@ -154,7 +154,7 @@ _SHOWN = {
     *("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"),
     *("zero_init_last", "block", "layers", "channels", "cardinality", "base_width"),
     *("stem_width", "down_kernel_size", "block_reduce_first", "replace_stem_pool"),
-    *("width_factor", "stem_chs", "bottle_ratio", "basic", "attn_layer", "rd_ratio", "avg_down"),
+    *("width_factor", "stem_chs", "bottle_ratio", "basic", "rd_ratio", "avg_down"),
 }
 """Arguments that the leaves show, or that only training knows."""
 _ANTI_ALIAS: dict[str, Literal["average", "blur"]] = {
@@ -168,6 +168,7 @@ _GRAPH: dict[str, tuple[Any, ...]] = {
     "norm_layer": ("batchnorm", "batchnorm2d", "frozenbatchnorm2d", "groupnorm"),
     "aa_layer": (*_ANTI_ALIAS, ""),
     "stem_type": ("deep", "deeptiered", "tiered", "fixed", "deepfixed", ""),
+    "attn_layer": ("se", "eca", ""),
 }
 """The values that are supported of arguments that no leaf shows."""
 
@@ -186,8 +187,12 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def other_graph(config: Mapping[str, Any], seen: ResNetConfig) -> list[str]:
+def other_graph(config: Mapping[str, Any], seen: ResNetConfig | None = None) -> list[str]:
     """The arguments in a ``config.json`` that ask for a network that is not supported.
+
+    Args:
+        config: the file's content.
+        seen: the network of the leaves, for combinations of both; None if it is unclear.
 
     >>> config = {"architecture": "resnet50", "model_args": {"act_layer": "silu"}}
     >>> other_graph(config, ResNetConfig())
@@ -201,6 +206,11 @@ def other_graph(config: Mapping[str, Any], seen: ResNetConfig) -> list[str]:
             problems.append(f"{name} must be {known}, got {value!r}")
         elif name not in _GRAPH and name not in _SHOWN:
             problems.append(f"{name} must not be given, as it is not known here, got {value!r}")
+    if seen is None:
+        return problems
+    if seen.stem_pool == "convolution" and arguments.get("aa_layer"):
+        asked = arguments["aa_layer"]
+        problems.append(f"aa_layer must not be given with replace_stem_pool, got {asked!r}")
     stated = ARCHITECTURES.get(str(config.get("architecture")))
     if seen.preactivation and stated is not None:
         # No leaf shows it: `v2_table_of` goes by the stem.
