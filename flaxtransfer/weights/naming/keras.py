@@ -353,7 +353,7 @@ def _check_body(layers: list[dict[str, Any]]) -> None:
             elif set(strides) != {1} and not re.fullmatch(f"conv1_conv|{halving}", name):
                 wrong = f"strides must be 1, got {shortened(str(strides), 40)}"
         if wrong:
-            raise ValueError(f"its layer {name!r} is another one: {wrong}")
+            raise ValueError(f"its layer {shortened(name, 60)!r} is another one: {wrong}")
 
 
 def _behind(layers: list[dict[str, Any]], own_head: bool) -> tuple[str, str, list[str]]:

@@ -21,7 +21,16 @@ from flaxtransfer.paths import shortened
 from flaxtransfer.weights.readers import archives, torch_pickle
 from flaxtransfer.weights.readers.torch_pickle import NOT_DENSE, Foreign, Refused, Storage, Tensor
 
-__all__ = ["NAMES", "Choice", "Undamaged", "class_names", "names_of", "read_torch", "tensors"]
+__all__ = [
+    "NAMES",
+    "Choice",
+    "Undamaged",
+    "class_names",
+    "names_of",
+    "read_torch",
+    "tells_names",
+    "tensors",
+]
 
 
 _DEEPEST = 16
@@ -163,13 +172,18 @@ def class_names(content: Any) -> dict[str, list[str]]:
     return found
 
 
+def tells_names(key: str) -> bool:
+    """Whether training scripts keep class names under this key."""
+    return key.lower().replace("_", "") in _NAMED
+
+
 def names_of(key: str, value: Any) -> list[str] | None:
     """The class names under a key: a list, numbers by name or names by number; None for others.
 
     >>> names_of("class_to_idx", {"dog": 1, "cat": 0}), names_of("labels", ["LABEL_0"])
     (['cat', 'dog'], None)
     """
-    if key.lower().replace("_", "") not in _NAMED or not value:
+    if not tells_names(key) or not value:
         return None
     if isinstance(value, Mapping) and len(value) <= _MOST_NAMES:
         pairs = [(k, v) if isinstance(v, str) else (v, k) for k, v in value.items()]
