@@ -6,7 +6,9 @@ several files, and finds the network among the keys.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -306,35 +308,42 @@ def list_arrays(path: Path) -> Listing:
             container, (arrays, _, _, told) = f"{len(parts)} files and their index", _parts(path)
             size = sum(path.with_name(part).stat().st_size for part in parts)
         else:
-            data, _ = _bytes_of(path)
-            kind, told = recognize(data, path.name)
-            container, size = kind.text, len(data)
-            arrays, *_ = kind.read(data, *((note,) if kind.nested else ()))
+            with _opened(path) as (data, _):
+                kind, told = recognize(data, path.name)
+                container, size = kind.text, len(data)
+                arrays, *_ = kind.read(data, *((note,) if kind.nested else ()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     listed.update(arrays)
     return Listing(path, container, size, listed, (*chosen, *told))
 
 
-def _bytes_of(path: Path) -> tuple[bytes, str]:
-    """The bytes of a file, and their checksum."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[bytes, Future[str]]]:
+    """The bytes of a file and their checksum, which is computed while they are read.
+
+    That a file is not what its run wrote is said before what else is wrong with it.
+    """
     check_regular(path)
     try:
         data = path.read_bytes()
     except MemoryError as error:
         size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    check_seal(path, sha256)
-    return data, sha256
+    with ThreadPoolExecutor(1) as thread:
+        sha256 = thread.submit(lambda: hashlib.sha256(data).hexdigest())
+        try:
+            yield data, sha256
+        finally:
+            check_seal(path, sha256.result())
 
 
 def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
-    data, sha256 = _bytes_of(path)
-    container, named = recognize(data, path.name)
-    more = (wanted,) if container.nested else ()
-    arrays, metadata, notes = container.read(data, *more)
-    return arrays, metadata, sha256, [*named, *notes]
+    with _opened(path) as (data, sha256):
+        container, named = recognize(data, path.name)
+        more = (wanted,) if container.nested else ()
+        arrays, metadata, notes = container.read(data, *more)
+    return arrays, metadata, sha256.result(), [*named, *notes]
 
 
 def _parts(index: Path) -> _Read:
