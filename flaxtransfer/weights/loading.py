@@ -46,7 +46,7 @@ from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import detect, flax_file, hdf5_file
 from flaxtransfer.weights.readers.detect import Tensors
-from flaxtransfer.weights.readers.torch_file import NAMES, names_of
+from flaxtransfer.weights.readers.torch_file import NAMES, names_of, tells_names
 
 __all__ = ["Metadata", "collect_metadata", "described", "load", "locate"]
 
@@ -464,6 +464,8 @@ def _class_names(file: Tensors, classes: int) -> tuple[tuple[str, ...] | None, l
     found: dict[str, list[str]] = json.loads(file.metadata.get(NAMES, "{}"))
     for key, text in file.metadata.items():
         with contextlib.suppress(ValueError):
+            if not tells_names(key):
+                continue
             if names := names_of(key, parse_json(text.encode(), key)):
                 found[key] = names
     fitting = {place: names for place, names in found.items() if len(names) == classes}

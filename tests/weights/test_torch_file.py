@@ -153,6 +153,22 @@ def test_a_flipped_bit_is_found():
         read_torch(bytes(data))
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_most_of_a_file_is_read_in_place(compression):
+    """Where the weights are most of the file, what is stored is not copied."""
+    many = np.arange(5000, dtype=np.float32)
+    content = dictionary(a=tensor(count=5000, shape=(5000,)))
+    data = zipped(content, compression, data_0=many.tobytes())
+    arrays, _, _ = read_torch(data)
+    assert np.array_equal(arrays["a"], many)
+    plain = compression == zipfile.ZIP_STORED
+    assert np.shares_memory(arrays["a"], np.frombuffer(data, "u1")) == plain
+    if plain:
+        broken = data.replace(many.tobytes(), many[::-1].tobytes())
+        with pytest.raises(ValueError, match="Bad CRC-32 for file 'archive/data/0'"):
+            read_torch(broken)
+
+
 def test_views_of_the_former_layout():
     view = b"(" + text("1") + number(1) + number(2) + b"t"
     content = dictionary(a=tensor(shape=(2,), view=view), b=tensor(offset=1, shape=(3,)))

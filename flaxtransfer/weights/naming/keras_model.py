@@ -207,7 +207,7 @@ def stated(graph: Any, config: ResNetConfig) -> tuple[ResNetConfig, list[str]]:
 
 def _problem(kind: str, fields: Mapping[str, Any]) -> list[str]:
     """What a layer of the network's body does that ours do not."""
-    name = fields["name"]
+    name = shortened(fields["name"], 60)
     if kind == "Conv2D" and _most(fields, "dilation_rate") > 1:
         return [f"{name} must not have a dilation_rate, got {fields['dilation_rate']}"]
     asked = fields.get("activation", "linear")

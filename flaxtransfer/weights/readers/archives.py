@@ -18,7 +18,7 @@ from numpy.lib import format as npy
 
 from flaxtransfer.paths import shortened
 
-__all__ = ["check", "members", "most", "names", "opened", "read", "read_npz"]
+__all__ = ["check", "members", "most", "names", "opened", "read", "read_npz", "stored"]
 
 
 _RATIO, _SPARE = 50, 1 << 26
@@ -82,6 +82,27 @@ def read(archive: zipfile.ZipFile, name: str) -> bytes:
         while piece := file.read(_PIECE):
             pieces.append(piece)
     return b"".join(pieces)
+
+
+def stored(archive: zipfile.ZipFile, name: str, data: bytes) -> memoryview | None:
+    """The content of a file that is not compressed, in the bytes of its archive, without a copy.
+
+    Returns:
+        A part of ``data``, which lives as long as the part; None for a compressed file.
+    """
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        return None
+    with archive.open(name):  # checks the file's own header, behind which its name and extras are
+        before = data[entry.header_offset + 26 : entry.header_offset + 30]
+    lengths = int.from_bytes(before[:2], "little") + int.from_bytes(before[2:], "little")
+    start = entry.header_offset + 30 + lengths
+    found = memoryview(data)[start : start + entry.file_size]
+    if len(found) != entry.file_size:
+        raise EOFError(f"the file {name!r} ends early")
+    if entry.CRC is not None and zlib.crc32(found) != entry.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {name!r}")
+    return found
 
 
 def names(data: bytes) -> list[str]:

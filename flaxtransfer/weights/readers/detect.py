@@ -6,7 +6,9 @@ several files, and finds the network among the keys.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -309,64 +311,75 @@ def list_arrays(path: Path) -> Listing:
             container, (arrays, _, _, told) = f"{len(parts)} files and their index", _parts(path)
             size = sum(path.with_name(part).stat().st_size for part in parts)
         else:
-            data, checksum = _bytes_of(path)
-            kind, named = recognize(data, path.name)
-            container, size = kind.text, len(data)
-            arrays, _, _, told = _unpacked(path, data, checksum, kind, note)
-            told = [*named, *told]
+            with _opened(path) as (data, _):
+                kind, named = recognize(data, path.name)
+                container, size = kind.text, len(data)
+                arrays, _, told, _ = _unpacked(path, data, kind, note)
+                told = [*named, *told]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     listed.update(arrays)
     return Listing(path, container, size, listed, (*chosen, *told))
 
 
-def _bytes_of(path: Path) -> tuple[bytes, Any]:
-    """The bytes of a file, and their checksum, to which more can be added."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[bytes, Future[str]]]:
+    """The bytes of a file and their checksum, which is computed while they are read.
+
+    That a file is not what its run wrote is said before what else is wrong with it.
+    """
     check_regular(path)
     try:
         data = path.read_bytes()
     except MemoryError as error:
         size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
-    checksum = hashlib.sha256(data)
-    check_seal(path, checksum.hexdigest())
-    return data, checksum
+    with ThreadPoolExecutor(1) as thread:
+        sha256 = thread.submit(lambda: hashlib.sha256(data).hexdigest())
+        try:
+            yield data, sha256
+        finally:
+            check_seal(path, sha256.result())
 
 
 def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
-    data, checksum = _bytes_of(path)
-    container, named = recognize(data, path.name)
-    arrays, metadata, sha256, notes = _unpacked(path, data, checksum, container, wanted)
+    with _opened(path) as (data, own):
+        container, named = recognize(data, path.name)
+        arrays, metadata, notes, others = _unpacked(path, data, container, wanted)
+    sha256 = own.result()
+    if others:
+        # As of a checkpoint in parts: the checksum of their checksums.
+        sha256 = hashlib.sha256(b"".join(map(bytes.fromhex, (sha256, *others)))).hexdigest()
     return arrays, metadata, sha256, [*named, *notes]
 
 
 def _unpacked(
-    path: Path, data: bytes, checksum: Any, container: Container, wanted: torch_file.Choice
-) -> _Read:
-    """The arrays of a container, with those that it keeps in other files of its folder."""
-    read: dict[str, bytes] = {}
+    path: Path, data: bytes, container: Container, wanted: torch_file.Choice
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str], list[str]]:
+    """Arrays, metadata and notes of a container; checksums of other files that it keeps some in."""
+    read: dict[str, tuple[bytes, str]] = {}
 
     def beside(name: str) -> bytes:
         if name not in read:
             read[name] = _neighbor(path, name)
-            checksum.update(read[name])
-        return read[name]
+        return read[name][0]
 
     more = ([wanted] if container.nested else []) + ([beside] if container.spread else [])
     arrays, metadata, notes = container.read(data, *more)
     if read:
         notes = [f"arrays were read from {', '.join(sorted(read))} next to the file", *notes]
-    return arrays, metadata, checksum.hexdigest(), notes
+    return arrays, metadata, notes, [read[name][1] for name in sorted(read)]
 
 
-def _neighbor(path: Path, name: str) -> bytes:
-    """The bytes of another file in the folder of a file that names it."""
+def _neighbor(path: Path, name: str) -> tuple[bytes, str]:
+    """The bytes of another file in the folder of a file that names it, and their checksum."""
     if not folders.PART_NAME.fullmatch(name):
         raise ValueError(f"it must name files in its own folder, got {shortened(repr(name), 100)}")
     other = path.with_name(name)
     if not other.exists():
         raise ValueError(f"it needs {name!r} in the same folder, which is not there")
-    return _bytes_of(other)[0]
+    with _opened(other) as (data, sha256):
+        return data, sha256.result()
 
 
 def _parts(index: Path) -> _Read:

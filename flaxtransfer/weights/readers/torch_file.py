@@ -21,7 +21,16 @@ from flaxtransfer.paths import shortened
 from flaxtransfer.weights.readers import archives, torch_pickle
 from flaxtransfer.weights.readers.torch_pickle import NOT_DENSE, Foreign, Refused, Storage, Tensor
 
-__all__ = ["NAMES", "Choice", "Undamaged", "class_names", "names_of", "read_torch", "tensors"]
+__all__ = [
+    "NAMES",
+    "Choice",
+    "Undamaged",
+    "class_names",
+    "names_of",
+    "read_torch",
+    "tells_names",
+    "tensors",
+]
 
 
 _DEEPEST = 16
@@ -32,10 +41,10 @@ _DAMAGED = "it is truncated, damaged or not a torch checkpoint: "
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """The value of the pickle, and access to the bytes of its storages."""
+    """The value of the pickle, and access to the bytes of its storages: copied, or in place."""
 
     value: Any
-    bytes_of: Callable[[Storage], bytes | memoryview]
+    bytes_of: Callable[[Storage, bool], bytes | memoryview]
     swapped: bool = False
     notes: tuple[str, ...] = ()
 
@@ -76,7 +85,9 @@ def read_torch(
                 raise Undamaged(
                     f"its tensors would unpack to {unfolded:,} bytes, which weights never do"
                 )
-            arrays = {key: _array(tensor, content) for key, tensor in weights.items()}
+            # Arrays in place keep all bytes of the file, those of an optimizer too.
+            most = 2 * unfolded > len(data)
+            arrays = {key: _array(tensor, content, most) for key, tensor in weights.items()}
             names = class_names(content.value)
             return arrays, {NAMES: json.dumps(names)} if names else {}, list(content.notes)
     except (Undamaged, MemoryError):
@@ -163,13 +174,18 @@ def class_names(content: Any) -> dict[str, list[str]]:
     return found
 
 
+def tells_names(key: str) -> bool:
+    """Whether training scripts keep class names under this key."""
+    return key.lower().replace("_", "") in _NAMED
+
+
 def names_of(key: str, value: Any) -> list[str] | None:
     """The class names under a key: a list, numbers by name or names by number; None for others.
 
     >>> names_of("class_to_idx", {"dog": 1, "cat": 0}), names_of("labels", ["LABEL_0"])
     (['cat', 'dog'], None)
     """
-    if key.lower().replace("_", "") not in _NAMED or not value:
+    if not tells_names(key) or not value:
         return None
     if isinstance(value, Mapping) and len(value) <= _MOST_NAMES:
         pairs = [(k, v) if isinstance(v, str) else (v, k) for k, v in value.items()]
@@ -213,14 +229,15 @@ def _zipped(data: bytes) -> Iterator[_Content]:
         order = archives.read(file, named) if named in entries else b"little"
         if order not in (b"little", b"big"):
             raise ValueError(f"byteorder must be little or big, got {order[:20]!r}")
-        read_before: dict[str, bytes] = {}
+        read_before: dict[str, bytes | memoryview] = {}
 
-        def bytes_of(storage: Storage) -> bytes:
+        def bytes_of(storage: Storage, in_place: bool) -> bytes | memoryview:
             name = f"{root}data/{storage.key}"
             if name not in entries:
                 raise ValueError(f"its file {name!r} is missing")
             if name not in read_before:
-                read_before[name] = archives.read(file, name)
+                held = archives.stored(file, name, data) if in_place else None
+                read_before[name] = archives.read(file, name) if held is None else held
             return read_before[name]
 
         notes = ("the archive has no checksums: damage cannot be detected",) if unchecked else ()
@@ -260,13 +277,13 @@ def _streamed(data: bytes) -> Iterator[_Content]:
         at += 8 + size
     if at != len(data):
         raise ValueError(f"{len(data) - at:,} bytes follow the last storage")
-    yield _Content(value, lambda storage: spans[storage.key])
+    yield _Content(value, lambda storage, in_place: spans[storage.key])
 
 
-def _array(tensor: Tensor, content: _Content) -> np.ndarray:
+def _array(tensor: Tensor, content: _Content, in_place: bool) -> np.ndarray:
     """A view of the storage's bytes; its bounds are checked here, because numpy does not."""
     storage, kind = tensor.storage, tensor.dtype
-    data = content.bytes_of(storage)
+    data = content.bytes_of(storage, in_place)
     size = storage.count * (1 if storage.dtype is None else storage.dtype.itemsize)
     if len(data) != size:
         raise ValueError(f"a storage must have {size:,} bytes, got {len(data):,}")
