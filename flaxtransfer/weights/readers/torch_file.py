@@ -115,7 +115,8 @@ def tensors(content: Any) -> dict[str, Tensor | Foreign]:
     """
     found: dict[str, Tensor | Foreign] = {}
     for path, value in _walk(content):
-        if isinstance(value, Tensor) or (isinstance(value, Foreign) and value.what == NOT_DENSE):
+        odd = isinstance(value, Foreign) and value.what == NOT_DENSE
+        if path and (isinstance(value, Tensor) or odd):
             found.setdefault(path, value)
     if not any(isinstance(each, Tensor) for each in found.values()):
         what = content.what if isinstance(content, Foreign) else type(content).__name__
