@@ -300,13 +300,13 @@ def test_norms_of_every_form_are_computed():
     leaves, metadata, notes = read_onnx(data_of(with_norms(graph)))
     bias, four = graph.arrays["conv1/bias"], np.arange(1, 5)
     assert '"epsilon": 0.001' in metadata["graph of the file"]
-    np.testing.assert_allclose(leaves["bn1/mean"], four + 2 - bias, rtol=1e-6)
-    np.testing.assert_array_equal(leaves["bn1/scale"], four)
-    np.testing.assert_array_equal(leaves["bn1/var"], four + 3)
+    np.testing.assert_allclose(leaves["onnx:bn1/mean"], four + 2 - bias, rtol=1e-6)
+    np.testing.assert_array_equal(leaves["onnx:bn1/scale"], four)
+    np.testing.assert_array_equal(leaves["onnx:bn1/var"], four + 3)
     # factor * (x - mean) + mean
-    np.testing.assert_allclose(leaves["layer1/0/bn1/scale"], four / 8, rtol=1e-6)
-    np.testing.assert_allclose(leaves["layer1/0/bn1/bias"], four - four / 8 * four, rtol=1e-6)
-    np.testing.assert_allclose(leaves["layer1/0/bn2/var"], 1 - 1e-3, rtol=1e-6)
+    np.testing.assert_allclose(leaves["onnx:layer1/0/bn1/scale"], four / 8, rtol=1e-6)
+    np.testing.assert_allclose(leaves["onnx:layer1/0/bn1/bias"], four - four / 8 * four, rtol=1e-6)
+    np.testing.assert_allclose(leaves["onnx:layer1/0/bn2/var"], 1 - 1e-3, rtol=1e-6)
     assert "1 biases of convolutions were folded into running means" in notes
 
 

@@ -29,11 +29,9 @@ from flaxtransfer.weights.readers.onnx_file import Node
 __all__ = ["TABLE", "Stated", "read_onnx", "stated"]
 
 
-TABLE: Table = (
-    *(Rule(rule.leaf.split("/", 1)[1], rule.leaf) for rule in native.TABLE),
-    Rule("conv1/bias", "params/conv1/bias"),
-)
-"""The names that ``read_onnx`` gives: our paths without "params" and "batch_stats"."""
+_OWN = "onnx:"
+TABLE: Table = tuple(Rule(_OWN + rule.leaf.split("/", 1)[1], rule.leaf) for rule in native.TABLE)
+"""The names that ``read_onnx`` gives: our paths without "params" and "batch_stats", marked."""
 
 _GRAPH = "graph of the file"
 """Key of the metadata with what the graph shows beyond its arrays, as JSON."""
@@ -115,7 +113,7 @@ def read_onnx(
     metadata[_GRAPH] = json.dumps(dataclasses.asdict(said))
     if len(graph.outputs) > 1:
         network.told.append(f"{len(graph.outputs)} outputs: all but those of the head are left out")
-    return leaves, metadata, network.notes()
+    return {_OWN + path: leaf for path, leaf in leaves.items()}, metadata, network.notes()
 
 
 def _with_fields(header: str, fields: Mapping[str, Any]) -> str:
