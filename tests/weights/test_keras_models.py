@@ -213,17 +213,20 @@ REFUSED = {
     "no square": ([INPUT, layer("Resizing", height=8, width=9), BASE], "must make squares"),
     "an activation": (
         [INPUT, *BODY[:1], layer("Activation", "conv1_relu", activation="silu"), *BODY[2:]],
-        "'conv1_relu' is another one: activation must be 'relu', got 'silu'",
+        "conv1_relu must have the activation 'relu', got 'silu'",
     ),
     "a stride": (
         [INPUT, *BODY, layer("Conv2D", "conv2_block1_0_conv", strides=[2, 2])],
-        r"'conv2_block1_0_conv' is another one: strides must be 1, got \[2, 2\]",
+        r"strides must be those of keras.applications, got others in conv2_block1_0_conv",
     ),
     "a dilation": (
         [INPUT, *BODY, layer("Conv2D", "conv5_block1_2_conv", dilation_rate=[2, 2])],
-        r"dilation_rate must be 1, got \[2, 2\]",
+        r"conv5_block1_2_conv must not have a dilation_rate, got \[2, 2\]",
     ),
-    "a layer inside": ([INPUT, BODY[0], layer("Dense"), *BODY[1:]], "must not stand inside"),
+    "a layer inside": (
+        [INPUT, BODY[0], layer("Dense"), *BODY[1:]],
+        "must not stand inside the netw",
+    ),
 }
 
 

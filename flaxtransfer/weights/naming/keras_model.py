@@ -218,7 +218,7 @@ def _problem(kind: str, fields: Mapping[str, Any]) -> list[str]:
         return [f"{name} must be a plain ReLU, got {own}"]
     if kind in (*_OF_BLOCKS, "ZeroPadding2D") or _IDLE.fullmatch(kind):
         return []
-    return [f"{name} must be a layer of keras.applications, got a {shortened(kind, 60)}"]
+    return [f"{name}, a {shortened(kind, 60)}, must not stand inside the network"]
 
 
 def _most(fields: Mapping[str, Any], name: str) -> int:
