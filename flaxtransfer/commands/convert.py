@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Console
 
+from flaxtransfer.commands.job import normalizing
 from flaxtransfer.commands.subcommands import Convert
 from flaxtransfer.weights.exports.exporting import export
 from flaxtransfer.weights.loading import load
@@ -20,6 +21,7 @@ def convert(options: Convert, console: Console) -> None:
         sensor=options.sensor,
         key=options.weights_key,
     )
+    checkpoint = normalizing(checkpoint, mean=options.mean, std=options.std)
     plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
     if plain and options.adapter == "fold":
         try:

@@ -39,6 +39,7 @@ from flaxtransfer.commands.options import (
     data_problems,
     default,
     described,
+    fraction_problems,
     model_problems,
     output_problems,
     strategy_problems,
@@ -399,6 +400,9 @@ class Convert:
             huggingface.
         model: Network that the source must be, by name, such as resnet50_v1: it also says what no
             weights show.
+        mean: Mean that the network subtracts from each channel, for pixels from 0 to 1: one number
+            for all or one per channel, such as 0.5 or 123/255.
+        std: Standard deviation that it then divides by, likewise.
         to: Format of the target.
         dtype: Number type in a .safetensors file.
         adapter: In a .safetensors file, fold a linear input adapter into the stem, so that other
@@ -408,6 +412,8 @@ class Convert:
     source: tyro.conf.Positional[str]
     target: tyro.conf.Positional[Path]
     model: Annotated[str | None, default("that of the source")] = None
+    mean: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
+    std: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
     weights_key: Annotated[
         str | None,
         described(
@@ -435,6 +441,7 @@ class Convert:
     def problems(self) -> Iterator[str]:
         """An unknown network, and a target that cannot be written or has no room."""
         yield from model_problems(self.model)
+        yield from fraction_problems(("--mean", self.mean), ("--std", self.std))
         yield from output_problems(
             "the target",
             self.target,

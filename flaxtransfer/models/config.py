@@ -1,33 +1,30 @@
 """Architecture configurations: frozen values without arrays and without a framework.
 
 A ``ResNetConfig`` describes a network of the ResNet family, and an ``Adapter`` describes the layer
-that maps images with n bands to the three input channels of an RGB stem. ``name_of`` composes the
-name that torchvision or timm uses for a network, and ``config_of`` reads it.
+that maps images with n bands to the three input channels of an RGB stem. Its ``name`` is composed
+by ``layout.name_of``, and ``config_of`` reads such a name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from flaxtransfer.paths import shortened, suggest
+from flaxtransfer.models.layout import fields_of, name_of
+from flaxtransfer.paths import suggest
 
 __all__ = [
     "BASE_FIELDS",
-    "DEPTHS",
     "GROUPS",
     "KINDS",
     "METHODS",
-    "STEM_LETTERS",
     "Adapter",
     "Method",
     "ResNetConfig",
     "config_of",
     "eca_size",
-    "name_of",
     "squeezed",
 ]
 
@@ -458,161 +455,11 @@ def eca_size(channels: int) -> int:
     return max(3, size if size % 2 else size + 1)
 
 
-DEPTHS: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
-    10: ("basic", (1, 1, 1, 1)),
-    14: ("bottleneck", (1, 1, 1, 1)),
-    18: ("basic", (2, 2, 2, 2)),
-    26: ("bottleneck", (2, 2, 2, 2)),
-    34: ("basic", (3, 4, 6, 3)),
-    50: ("bottleneck", (3, 4, 6, 3)),
-    101: ("bottleneck", (3, 4, 23, 3)),
-    152: ("bottleneck", (3, 8, 36, 3)),
-    200: ("bottleneck", (3, 24, 36, 3)),
-    201: ("bottleneck", (3, 24, 36, 4)),
-    269: ("bottleneck", (3, 30, 48, 8)),
-    270: ("bottleneck", (4, 29, 53, 4)),
-    350: ("bottleneck", (4, 36, 72, 4)),
-    420: ("bottleneck", (4, 44, 87, 4)),
-}
-"""Block and depths by the number in a network's name."""
-
-STEM_LETTERS: dict[str, dict[str, Any]] = {
-    "": {"stem": "plain", "stem_width": None, "shortcut": "convolution"},
-    "c": {"stem": "deep", "stem_width": 32, "shortcut": "convolution"},
-    "d": {"stem": "deep", "stem_width": 32, "shortcut": "average"},
-    "e": {"stem": "deep", "stem_width": 64, "shortcut": "average"},
-    "s": {"stem": "deep", "stem_width": 64, "shortcut": "convolution"},
-    "t": {"stem": "tiered", "stem_width": 32, "shortcut": "average"},
-}
-"""Stem and shortcut by the letter after the number in a network's name."""
-
-_ALIASES = {
-    "seresnext152s_64x4d_first2_down3": "senet154",
-    "seresnextaa201e_32x8d": "seresnextaa201d_32x8d",
-    "ecaresnet-bottleneck-1-1-11-3-plain-average": "ecaresnetlight",
-}
-"""Established names by the composed ones."""
-
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "aa": {"anti_alias": "average"},
-    "blur": {"anti_alias": "blur"},
-    "v2_": {"preactivation": True},
-    "rs": {"stem_pool": "convolution", "attention": "se", "se_ratio": 1 / 4},
-}
-"""Fields by what follows "resnet" in a name; the stem of "rs" is that of "d" without a letter."""
-
-_BIT = {"norm": "group", "standardized": 1e-10, "stem_pool": "zero-padded"}
-
-_ENDINGS: dict[str, dict[str, Any]] = {
-    "bit": _BIT,
-    "gn": {"norm": "group"},
-    "ws": {"standardized": 1e-10},
-    "v1": {"stride_in": "1x1"},
-    "last": {"stride_at": "last"},
-    "bias": {"stem_bias": True},
-    "zeropool": {"stem_pool": "zero-padded"},
-    "ceilpool": {"stem_pool": "ceil"},
-    "convpool": {"stem_pool": "convolution"},
-}
-"""Fields by the words at the end of a name, each after "_"."""
-
-
-def name_of(config: ResNetConfig) -> str:
-    """The name of a network in torchvision or timm, with other widths and endings where they lack.
-
-    "w32" is another width of the stages, "s64" another one of a plain stem; then follow ``_gn``
-    (GroupNorm), ``_ws`` (weight standardization), ``_bit`` (both, and a zero-padded pool), ``_v1``
-    (stride in the first convolution), ``_last`` (stride in the last block), ``_bias`` (of the
-    stem), ``_zeropool``, ``_ceilpool`` and ``_convpool`` (the stem's pool), and ``_ratio0.5``
-    (hidden channels of squeeze-and-excitation). A name does not carry classes, image channels,
-    adapter, and the numbers ``epsilon`` and ``standardized``. ``config_of`` reads names.
-
-    >>> from flaxtransfer.models.config import ResNetConfig
-    >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), groups=32, base_width=4))
-    'resnext50_32x4d'
-    >>> big = {"preactivation": True, "norm": "group", "standardized": 1e-10}
-    >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), 192, stem_pool="zero-padded", **big))
-    'resnetv2_50x3_bit'
-    """
-    attention, pool, ratio = config.attention, config.stem_pool, config.se_ratio
-    variant = {"average": "aa", "blur": "blur", None: ""}[config.anti_alias]
-    if config.preactivation:
-        variant = "v2_"
-    elif (attention, pool) == ("se", "convolution"):
-        variant = "rs"
-    core = f"resnet{variant}{_number(config)}"
-    grouped = config.groups != 1
-    big = (
-        config.preactivation
-        and (config.norm, pool, config.groups, config.base_width) == ("group", "zero-padded", 1, 64)
-        and config.standardized is not None
-        and config.width % 64 == 0
-    )
-    if big:
-        core += f"x{config.width // 64}"
-    core += _letter(config, variant)
-    if grouped:
-        core = f"{core.replace('resnet', 'resnext', 1)}_{config.groups}x{config.base_width}d"
-    elif config.base_width != 64 and config.base_width % 64 == 0:
-        core = f"wide_{core}_{config.base_width // 64}"
-    elif config.base_width != 64:
-        core += f"b{config.base_width}"
-    core = ("" if variant == "rs" else attention or "") + core
-    if (config.reduce_first, config.shortcut_kernel) != (1, 1):
-        core += f"_first{config.reduce_first}_down{config.shortcut_kernel}"
-    core = _ALIASES.get(core, core)
-    if config.width != 64 and not big:
-        core += f"w{config.width}"
-    if config.stem == "plain" and config.stem_width is not None:
-        core += f"s{config.stem_width}"
-    implied = {**_VARIANTS[variant], **(_BIT if big else {})}
-    told = [*(["bit"] if big else [])]
-    for word, fields in _ENDINGS.items():
-        ((field, value), *more) = fields.items()
-        given = getattr(config, field)
-        same = given is not None if field == "standardized" else given == value
-        if same and not more and field not in implied:
-            told.append(word)
-    if attention == "se" and ratio != implied.get("se_ratio", 1 / 16):
-        told.append(f"ratio{ratio!r}")
-    return "_".join((core, *told))
-
-
-def _number(config: ResNetConfig) -> str:
-    shape = (config.block, config.depths)
-    found = (str(depth) for depth, known in DEPTHS.items() if known == shape)
-    return next(found, f"-{config.block}-" + "-".join(map(str, config.depths)))
-
-
-def _letter(config: ResNetConfig, variant: str) -> str:
-    width = None if config.stem == "plain" else config.stem_width
-    stem = {"stem": config.stem, "stem_width": width, "shortcut": config.shortcut}
-    found = (letter for letter, known in STEM_LETTERS.items() if known == stem)
-    letter = next(found, f"-{config.stem}{width or ''}-{config.shortcut}")
-    if variant != "rs":
-        return letter
-    return {"": "-plain-convolution", "d": ""}.get(letter, letter)
-
-
-_COUNT = r"[1-9]\d{0,8}"
-_NAME = re.compile(
-    r"(?P<attention>se|eca|)(?P<kind>wide_resnet|resnext|resnet)(?P<variant>aa|blur|rs|v2_|)"
-    rf"(?P<depth>{_COUNT}|-(?:basic|bottleneck)(?:-{_COUNT}){{4}})(?:x(?P<times>{_COUNT}))?"
-    rf"(?P<letter>[cdet]|s(?!\d)|-(?:plain|(?:deep|tiered){_COUNT})-(?:convolution|average)|)"
-    rf"(?:_(?P<groups>{_COUNT})x(?P<per>{_COUNT})d|_(?P<wide>{_COUNT})|b(?P<base>{_COUNT})|)"
-    r"(?P<rest>.*)"
-)
-_REST = re.compile(
-    rf"w(?P<width>{_COUNT})|s(?P<stem>{_COUNT})|_first(?P<first>{_COUNT})|_down(?P<down>[13])|"
-    rf"_ratio(?P<ratio>\d+(?:\.\d+)?(?:e-\d+)?)|_(?P<word>{'|'.join(_ENDINGS)})(?=_|[ws]\d|$)"
-)
-
-
 def config_of(name: str) -> ResNetConfig:
-    """The configuration of a name that ``name_of`` composes; its head has 1000 classes.
+    """The configuration with a name; its head has 1000 classes.
 
-    Endings may stand in any order.
+    Args:
+        name: as ``ResNetConfig.name`` gives it; widths and endings may stand in any order.
 
     Raises:
         ValueError: another name; the text says what of it is unknown.
@@ -621,68 +468,4 @@ def config_of(name: str) -> ResNetConfig:
     ...     "bottleneck", (3, 4, 6, 3), width=32, stem_width=64, stride_in="1x1")
     True
     """
-    composed = name
-    for long, short in _ALIASES.items():
-        composed = re.sub(rf"^{short}(?=_|[ws]\d|$)", long, composed)
-    found = _NAME.fullmatch(composed)
-    if found is None:
-        raise ValueError(f"no network is called {shortened(name, 100)!r}")
-    block, depths = _depths(found["depth"])
-    variant, letter = found["variant"], found["letter"]
-    fields: dict[str, Any] = {"block": block, "depths": depths, **_VARIANTS[variant]}
-    fields |= _stem(letter if letter or variant != "rs" else "d")
-    if found["attention"]:
-        fields["attention"] = found["attention"]
-    grouped, wide = found["groups"] is not None, found["wide"] is not None
-    if grouped != (found["kind"] == "resnext") or wide != (found["kind"] == "wide_resnet"):
-        raise ValueError("a resnext has groups, as in _32x4d, and a wide_resnet a factor, as in _2")
-    if grouped:
-        fields |= {"groups": int(found["groups"]), "base_width": int(found["per"])}
-    elif wide or found["base"]:
-        fields["base_width"] = int(found["base"] or 64 * int(found["wide"]))
-    if found["times"]:
-        fields["width"] = 64 * int(found["times"])
-    fields |= _told(found["rest"])
-    return ResNetConfig(**fields)
-
-
-def _depths(text: str) -> tuple[str, tuple[int, ...]]:
-    if not text.startswith("-"):
-        if int(text) not in DEPTHS:
-            raise ValueError(f"the depth must be one of {', '.join(map(str, DEPTHS))}, got {text}")
-        return DEPTHS[int(text)]
-    _, block, *depths = text.split("-")
-    return block, tuple(map(int, depths))
-
-
-def _stem(text: str) -> dict[str, Any]:
-    if not text.startswith("-"):
-        return STEM_LETTERS[text]
-    _, stem, shortcut = text.split("-")
-    kind = stem.rstrip("0123456789")
-    width = int(stem.removeprefix(kind)) if kind != stem else None
-    return {"stem": kind, "stem_width": width, "shortcut": shortcut}
-
-
-def _told(text: str) -> dict[str, Any]:
-    """The fields of the widths and endings of a name."""
-    names = {"width": "width", "stem": "stem_width", "first": "reduce_first"}
-    names |= {"down": "shortcut_kernel"}
-    fields: dict[str, Any] = {}
-    while text:
-        found = _REST.match(text)
-        if found is None:
-            endings = ", ".join(f"_{word}" for word in _ENDINGS)
-            raise ValueError(f"{shortened(text, 60)!r} must be one of w32, s64, {endings}")
-        kind = found.lastgroup or ""
-        if kind == "word":
-            new = _ENDINGS[found["word"]]
-        elif kind == "ratio":
-            new = {"se_ratio": float(found["ratio"])}
-        else:
-            new = {names[kind]: int(found[kind])}
-        if again := [field for field in new if field in fields]:
-            raise ValueError(f"{shortened(text, 60)!r} sets {again[0]} a second time")
-        fields |= new
-        text = text[found.end() :]
-    return fields
+    return ResNetConfig(**fields_of(name))

@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from flaxtransfer.models.config import DEPTHS, STEM_LETTERS, ResNetConfig, config_of
+from flaxtransfer.models.config import ResNetConfig, config_of
+from flaxtransfer.models.layout import DEPTHS, STEM_LETTERS
 from flaxtransfer.paths import shortened, suggest
 
 if TYPE_CHECKING:

@@ -45,8 +45,11 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
         raise ValueError(f"{exporting}: {error}; ONNX and StableHLO support curves") from error
     config = checkpoint.config
     if config.stem_pool == "zero-padded" and not config.preactivation:
+        note = "the stem's pool is padded with -inf, which after a ReLU is the same as with 0"
         checkpoint = dataclasses.replace(
-            checkpoint, config=dataclasses.replace(config, stem_pool="max")
+            checkpoint,
+            config=dataclasses.replace(config, stem_pool="max"),
+            notes=(*checkpoint.notes, note),
         )
     more = checkpoint.config.epsilon - USUAL_EPSILON
     if more == 0:

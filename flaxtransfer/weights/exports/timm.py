@@ -131,10 +131,12 @@ def _alien(config: ResNetConfig) -> str:
 def _alien_v2(config: ResNetConfig) -> str:
     """What of a pre-activation network timm cannot build; "" for nothing."""
     if (config.groups, config.reduce_first) != (1, 1):
-        return "before whose convolutions norms stand and that has groups or a reduced first one"
+        return "with groups or a reduced first convolution in pre-activation blocks"
     if (config.stem == "plain") != (config.shortcut == "convolution"):
         # No key shows which of the two a file has; timm's own go by the stem.
-        return f"with a {config.stem} stem before pre-activation blocks with such shortcuts"
+        return (
+            f"with a {config.stem} stem and shortcut={config.shortcut!r} in pre-activation blocks"
+        )
     if config.stem == "tiered" and config.stem_pool == "zero-padded":
         return "with a zero-padded pool behind a tiered stem"
     channels = _all_arguments(config)

@@ -226,9 +226,16 @@ def test_convert_takes_what_no_file_says(tmp_path, capsys):
     arrays = load_file(net)
     save_file(arrays, net)  # without our header
     name = "resnet14w4s8_v1_ceilpool"
-    assert run(["convert", str(net), str(out), "--model", name]) == 0
+    said = ["--model", name, "--mean", "123/255", "117/255", "104/255", "--std", "1/255"]
+    assert run(["convert", str(net), str(out), *said]) == 0
     assert name in capsys.readouterr().out
     assert load(out).config.name == name
+    assert load(out).preprocessing.mean == (123 / 255, 117 / 255, 104 / 255)
+    assert load(out).preprocessing.std == (1 / 255,) * 3
+    assert run(["convert", str(net), str(out), "--mean", "1/0"]) == 2
+    assert "--mean must be numbers such as 0.485 or 123/255" in capsys.readouterr().err
+    assert run(["convert", str(net), str(out), "--std", "1", "1"]) == 2
+    assert "--std must have 1 or 3 numbers" in capsys.readouterr().err
     assert run(["convert", str(net), str(out), "--model", "resnet14w4s8_v3"]) == 2
     assert "--model must be the name of a network" in capsys.readouterr().err
 
