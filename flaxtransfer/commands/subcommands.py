@@ -384,7 +384,7 @@ class Convert:
         target: File to write (.safetensors, .onnx or .stablehlo), or folder for timm and
             huggingface.
         to: Format of the target.
-        dtype: Number type in a .safetensors file.
+        dtype: Number type in a .safetensors or .onnx file; in the latter also of the computation.
         adapter: In a .safetensors file, fold a linear input adapter into the stem, so that other
             programs can load the file, or keep it for this package.
     """
