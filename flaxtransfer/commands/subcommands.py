@@ -404,7 +404,7 @@ class Convert:
             for all or one per channel, such as 0.5 or 123/255.
         std: Standard deviation that it then divides by, likewise.
         to: Format of the target.
-        dtype: Number type in a .safetensors file.
+        dtype: Number type in a .safetensors or .onnx file; in the latter also of the computation.
         adapter: In a .safetensors file, fold a linear input adapter into the stem, so that other
             programs can load the file, or keep it for this package.
     """

@@ -71,8 +71,8 @@ def load(
 
     Args:
         source: a file of safetensors, of ``torch.save`` (torch is not needed), of flax's msgpack,
-            BiT's ``.npz``, or Keras' ``.h5`` or ``.keras`` (needs the extra ``keras``); its content
-            decides, not its name. Or the index of several files, a folder with one of these (of
+            BiT's ``.npz``, an ONNX graph of a ResNet, or Keras' ``.h5`` or ``.keras`` (needs the
+            extra ``keras``); its content decides, not its name. Or the index of several files, a folder with one of these (of
             several checkpoints the best or the newest by name), or a folder that orbax wrote with
             ``{"params": ..., "batch_stats": ...}``, such as a step of a run. Or an address:
             ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
@@ -86,8 +86,8 @@ def load(
             architecture.
         format: a name in ``formats.FORMATS``: "torchvision" (also timm's plain ResNets), "timm",
             "timm-v2" (its pre-activation networks), "huggingface", "huggingface-flax", "bit",
-            "keras" (Keras Applications, either version), "keras-hub", or "flaxtransfer" (our own
-            paths); None detects it.
+            "keras" (Keras Applications, either version), "keras-hub", "flaxtransfer" (our own
+            paths), or "onnx" (of graphs, whose names are not used); None detects it.
         sensor: the sensor whose bands the stem takes, a name in ``torchgeo.SENSORS`` such as
             "sentinel2_all" or "landsat_tm_toa", for weights whose file name does not state it. The
             number of bands must fit. It provides names, wavelengths and scale of the bands.
