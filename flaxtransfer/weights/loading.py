@@ -148,6 +148,8 @@ def load(
     except ValueError as error:
         raise unfit(file, str(error)) from None
     leaves, notes = _as_float32(leaves, file.path)
+    if part := sidecar.part_text(file.beside, sidecar.beside(file)):
+        notes.append(part)
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in zeros.items()}
         notes.append(f"{head.missing}: one output that is always 0 replaces it")
@@ -225,9 +227,16 @@ def _check_graph(file: Tensors, format: str, seen: ResNetConfig | None = None) -
         problems = huggingface.other_graph(settings)
     elif "pretrained_cfg" in settings:
         problems = timm.other_graph(settings, seen)
+    elif isinstance(arguments := settings.get("backbone_kwargs"), dict):
+        problems = timm.other_graph({"model_args": arguments})
+    if settings.get("dilation") is True:
+        problems = [*problems, "dilation must be false, got True"]
     if problems:
-        beside = file.path.with_name("config.json")
-        raise unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
+        beside = shortened(str(file.path.with_name("config.json")), 150)
+        text = f"{beside} describes another network: {'; '.join(problems)}"
+        # Another type of model is better called by its family.
+        foreign = any(problem.startswith("model_type") for problem in problems)
+        raise unfit(file, text) if foreign else ValueError(shortened(text, 600))
 
 
 def _network(
@@ -332,7 +341,8 @@ def _as_float32(
         if kind not in ("float16", "bfloat16", "float32", "float64")
     }
     if foreign:
-        raise ValueError(f"{path} must hold floating-point weights, got {foreign}")
+        got = shortened(", ".join(f"{leaf}: {kind}" for leaf, kind in foreign.items()), 300)
+        raise ValueError(f"{path} must hold floating-point weights, got {got}")
     with np.errstate(over="ignore"):
         converted = {
             leaf: np.ascontiguousarray(array, dtype=np.float32) for leaf, array in leaves.items()
@@ -344,15 +354,16 @@ def _as_float32(
     ]
     if problems:
         raise ValueError(
-            f"{path} holds NaN or infinite numbers (as float32) in {len(problems)} "
-            "leaves:\n  " + "\n  ".join(problems)
+            f"{path} holds NaN or infinite numbers (as float32) in {len(problems)} leaves: "
+            f"{shortened('; '.join(problems), 300)}"
         )
     negative = [
         leaf for leaf, array in converted.items() if leaf.endswith("/var") and (array < 0).any()
     ]
     if negative:
         raise ValueError(
-            f"{path} must have running variances >= 0, got negative ones in: {', '.join(negative)}"
+            f"{path} must have running variances >= 0, got negative ones in: "
+            f"{shortened(', '.join(negative), 300)}"
         )
     kinds = Counter(kind for kind in stored.values() if kind != "float32")
     return converted, [
@@ -408,12 +419,15 @@ def collect_metadata(
     if own is not None:
         # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
         if leaf_shapes(own.config) != leaf_shapes(config):
-            raise ValueError(f"{file.path} holds {config}, but its header states {own.config}")
+            raise ValueError(
+                f"{file.path} holds {config.name} ({_describe(config)}), but its header states "
+                f"{own.config.name} ({_describe(own.config)})"
+            )
         recorded = (own.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded
         return Metadata(own.config, preprocessing, own.class_names, tuple(notes), own.task)
     beside = file.path.with_name("config.json")
-    settings = sidecar.read_json(beside)
+    settings = sidecar.beside(file)
     if format.startswith("huggingface"):
         names = sidecar.hf_class_names(settings)
     else:
@@ -449,7 +463,7 @@ def _preprocessing(
     if timm is not None:
         return timm[0], ["preprocessing: from config.json next to the file", *timm[1]]
     processor = file.path.with_name("preprocessor_config.json")
-    other = sidecar.hf_preprocessing(sidecar.read_json(processor))
+    other = huggingface.preprocessing(sidecar.read_json(processor))
     if other is not None:
         return other[0], [f"preprocessing: from {processor.name} next to the file", *other[1]]
     if torchvision.is_published(file.path.name):
