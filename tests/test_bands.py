@@ -122,7 +122,9 @@ def entering(preprocessing, bands, start):
     if change.config.adapter is None:
         return np.einsum("bhwn,nr->bhwr", pixels, change.adapted["params/conv1/kernel"][0, 0])
     params = {path.split("/")[-1]: leaf for path, leaf in change.new.items()}
-    return np.asarray(adapters.apply(change.config.adapter, params, jnp.asarray(pixels)))
+    # The span of curves is part of the program: each preprocessing would be compiled.
+    with jax.disable_jit():
+        return np.asarray(adapters.apply(change.config.adapter, params, jnp.asarray(pixels)))
 
 
 STARTS = [

@@ -72,8 +72,9 @@ def load(
     Args:
         source: a file of safetensors, of ``torch.save`` (torch is not needed), of flax's msgpack,
             BiT's ``.npz``, an ONNX graph of a ResNet, or Keras' ``.h5`` or ``.keras`` (needs the
-            extra ``keras``); its content decides, not its name. Or the index of several files, a folder with one of these (of
-            several checkpoints the best or the newest by name), or a folder that orbax wrote with
+            extra ``keras``); its content decides, not its name. Or the index of several files, a
+            folder with one of these (of several checkpoints the best or the newest by name), or a
+            folder that orbax wrote with
             ``{"params": ..., "batch_stats": ...}``, such as a step of a run. Or an address:
             ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
             with the JSON files next to it; ``https://.../name-<first digits of sha256>.pth``, which
@@ -175,6 +176,8 @@ def load(
         raise unfit(file, str(error)) from None
     leaves, notes = _as_float32(leaves, file.path)
     missing = (graph.no_head if graph is not None else "") or head.missing
+    if part := sidecar.part_text(file.beside, sidecar.beside(file)):
+        notes.append(part)
     if headless:
         leaves |= {leaf: np.zeros(shape, np.float32) for leaf, shape in zeros.items()}
         notes.append(f"{missing}: one output that is always 0 replaces it")
@@ -265,9 +268,16 @@ def _check_graph(file: Tensors, format: str, seen: ResNetConfig | None = None) -
         problems = huggingface.other_graph(settings)
     elif "pretrained_cfg" in settings:
         problems = timm.other_graph(settings, seen)
+    elif isinstance(arguments := settings.get("backbone_kwargs"), dict):
+        problems = timm.other_graph({"model_args": arguments})
+    if settings.get("dilation") is True:
+        problems = [*problems, "dilation must be false, got True"]
     if problems:
-        beside = file.path.with_name("config.json")
-        raise unfit(file, f"{beside} describes another network: {'; '.join(problems)}")
+        beside = shortened(str(file.path.with_name("config.json")), 150)
+        text = f"{beside} describes another network: {'; '.join(problems)}"
+        # Another type of model is better called by its family.
+        foreign = any(problem.startswith("model_type") for problem in problems)
+        raise unfit(file, text) if foreign else ValueError(shortened(text, 600))
 
 
 def _network(
@@ -347,7 +357,8 @@ def _as_float32(
         if kind not in ("float16", "bfloat16", "float32", "float64")
     }
     if foreign:
-        raise ValueError(f"{path} must hold floating-point weights, got {foreign}")
+        got = shortened(", ".join(f"{leaf}: {kind}" for leaf, kind in foreign.items()), 300)
+        raise ValueError(f"{path} must hold floating-point weights, got {got}")
     with np.errstate(over="ignore"):
         converted = {
             leaf: np.ascontiguousarray(array, dtype=np.float32) for leaf, array in leaves.items()
@@ -359,15 +370,16 @@ def _as_float32(
     ]
     if problems:
         raise ValueError(
-            f"{path} holds NaN or infinite numbers (as float32) in {len(problems)} "
-            "leaves:\n  " + "\n  ".join(problems)
+            f"{path} holds NaN or infinite numbers (as float32) in {len(problems)} leaves: "
+            f"{shortened('; '.join(problems), 300)}"
         )
     negative = [
         leaf for leaf, array in converted.items() if leaf.endswith("/var") and (array < 0).any()
     ]
     if negative:
         raise ValueError(
-            f"{path} must have running variances >= 0, got negative ones in: {', '.join(negative)}"
+            f"{path} must have running variances >= 0, got negative ones in: "
+            f"{shortened(', '.join(negative), 300)}"
         )
     kinds = Counter(kind for kind in stored.values() if kind != "float32")
     return converted, [
@@ -426,7 +438,10 @@ def collect_metadata(
     if header is not None:
         # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
         if leaf_shapes(header.config) != leaf_shapes(config):
-            raise ValueError(f"{file.path} holds {config}, but its header states {header.config}")
+            raise ValueError(
+                f"{file.path} holds {config.name} ({described(config)}), but its header states "
+                f"{header.config.name} ({described(header.config)})"
+            )
         recorded = (header.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded
         if header.no_head:
@@ -434,7 +449,7 @@ def collect_metadata(
         rest = (tuple(notes), header.task, header.no_head)
         return Metadata(header.config, preprocessing, header.class_names, *rest)
     beside = file.path.with_name("config.json")
-    settings = sidecar.read_json(beside)
+    settings = sidecar.beside(file)
     if format.startswith("huggingface"):
         names = sidecar.hf_class_names(settings)
     else:
@@ -500,7 +515,7 @@ def _preprocessing(
     if timm is not None:
         return timm[0], ["preprocessing: from config.json next to the file", *timm[1]]
     processor = file.path.with_name("preprocessor_config.json")
-    other = sidecar.hf_preprocessing(sidecar.read_json(processor))
+    other = huggingface.preprocessing(sidecar.read_json(processor))
     if other is not None:
         return other[0], [f"preprocessing: from {processor.name} next to the file", *other[1]]
     if torchvision.is_published(file.path.name):

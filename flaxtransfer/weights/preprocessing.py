@@ -9,17 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flaxtransfer.files import parse_json
+from flaxtransfer.paths import shortened
 
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["IMAGENET", "Preprocessing", "measured_to_pixels", "normalize", "normalize_measured"]
+__all__ = [
+    "CROP_MODES",
+    "IMAGENET",
+    "INTERPOLATIONS",
+    "PROCESSORS",
+    "Preprocessing",
+    "are_numbers",
+    "is_number",
+    "listed",
+    "measured_to_pixels",
+    "normalize",
+    "normalize_measured",
+    "refuse_fields",
+    "whole",
+]
 
 
 REQUIRED = ("mean", "std", "size", "resize")
@@ -200,6 +215,49 @@ class Preprocessing:
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size=224, resize=256)
 """The preprocessing of torchvision's first ImageNet weights."""
+
+
+def refuse_fields(
+    fields: Mapping[str, Any], checks: Iterable[tuple[str, bool, str]], file: str
+) -> None:
+    """Raises ValueError for the fields whose check failed.
+
+    Args:
+        fields: of the record, by name.
+        checks: name of a field, whether it is good, and what it must be.
+        file: name of the file.
+    """
+    problems = [
+        f"{name} must be {wanted}, got {shortened(repr(fields.get(name)), 60)}"
+        for name, good, wanted in checks
+        if not good
+    ]
+    if problems:
+        raise ValueError(
+            f"{file} next to the weights asks for pixels that are not supported: "
+            f"{shortened('; '.join(problems), 380)}; edit or remove it, and check the result's "
+            "preprocessing"
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether an entry of a record is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def listed(value: Any) -> tuple[float, ...]:
+    """The numbers of a record's entry, which may be one number."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether an entry of a record is one finite number or more."""
+    return bool(listed(value)) and all(map(is_number, listed(value)))
+
+
+def whole(value: Any) -> int:
+    """A whole number of 1 or more as an integer; 0 for anything else in a record."""
+    return int(value) if is_number(value) and value == int(value) and value >= 1 else 0
 
 
 def measured_to_pixels(measurements: Any, preprocessing: Preprocessing) -> np.ndarray:

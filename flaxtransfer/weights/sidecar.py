@@ -8,7 +8,7 @@ the preprocessing in ``preprocessor_config.json``. Other JSON files with these n
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,22 @@ from flaxtransfer.weights.preprocessing import (
     IMAGENET,
     INTERPOLATIONS,
     Preprocessing,
+    are_numbers,
+    is_number,
+    listed,
+    refuse_fields,
+    whole,
 )
 from flaxtransfer.weights.pretrained import HEADER_KEY
 from flaxtransfer.weights.readers.detect import Tensors
 
 __all__ = [
     "FAMILIES",
-    "RESAMPLE",
     "Family",
     "beside",
     "family_text",
     "hf_class_names",
-    "hf_preprocessing",
+    "part_text",
     "read_json",
     "timm_architecture",
     "timm_class_names",
@@ -40,10 +44,6 @@ __all__ = [
 ]
 
 
-# Pillow's numbers for its filters, which Hugging Face stores.
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-# From this side on, a ConvNext processor warps the image to a square without a crop.
-_CONVNEXT_WARPS = 384
 _TIMM = {
     "input_size": [3, 224, 224],
     "crop_pct": 0.875,
@@ -80,7 +80,25 @@ def read_json(path: Path) -> dict[str, Any]:
 def beside(file: Tensors) -> dict[str, Any]:
     """The ``config.json`` next to a file; empty for ours, whose header states everything."""
     own = HEADER_KEY in file.metadata
-    return {} if own else read_json(file.path.with_name("config.json"))
+    return {} if own else _in_one_form(read_json(file.path.with_name("config.json")))
+
+
+def _in_one_form(config: dict[str, Any]) -> dict[str, Any]:
+    """Timm's ``config.json`` in today's form: older ones are flat, and Hugging Face's wrapper
+    leaves out what timm's defaults say.
+
+    >>> _in_one_form({"architecture": "resnet18", "num_classes": 2, "labels": ["a", "b"]})
+    {'architecture': 'resnet18', 'pretrained_cfg': {'num_classes': 2, 'label_names': ['a', 'b']}}
+    """
+    if "pretrained_cfg" in config or "architecture" not in config:
+        return config
+    if config.get("model_type") == "timm_wrapper":
+        return {**config, "pretrained_cfg": {}}
+    fields = {name: value for name, value in config.items() if name != "architecture"}
+    if "labels" in fields:
+        fields["label_names"] = fields.pop("labels")
+    arguments = {name: fields.pop(name) for name in ("model_args",) if name in fields}
+    return {"architecture": config["architecture"], "pretrained_cfg": fields, **arguments}
 
 
 def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
@@ -102,16 +120,16 @@ def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[s
     fields = _TIMM | {name: value for name, value in stated.items() if value is not None}
     size, crop = fields["input_size"], fields["crop_pct"]
     square = isinstance(size, list | tuple) and len(size) == 3 and size[1] == size[2]
-    side, std = _pixels(size[1]) if square else 0, _listed(fields["std"])
+    side, std = whole(size[1]) if square else 0, listed(fields["std"])
     checks = (
         ("input_size", bool(side), "[channels, side, side] of a square"),
-        ("crop_pct", _number(crop) and 0 < crop <= 1, "above 0 and at most 1"),
+        ("crop_pct", is_number(crop) and 0 < crop <= 1, "above 0 and at most 1"),
         ("crop_mode", fields["crop_mode"] in CROP_MODES, " or ".join(CROP_MODES)),
         ("interpolation", fields["interpolation"] in INTERPOLATIONS, ", ".join(INTERPOLATIONS)),
-        ("mean", _channels(fields["mean"]), "one number per channel"),
-        ("std", _channels(std) and min(std) > 0, "one number above 0 per channel"),
+        ("mean", are_numbers(fields["mean"]), "one number per channel"),
+        ("std", are_numbers(std) and min(std) > 0, "one number above 0 per channel"),
     )
-    _refuse(fields, checks, "config.json")
+    refuse_fields(fields, checks, "config.json")
     notes = []
     if absent := [name for name in names if stated.get(name) is None]:
         notes.append(f"timm's default {', '.join(absent)}, as config.json states none")
@@ -119,7 +137,7 @@ def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[s
         told = " and ".join(f"{name} {fields[name]}" for name in test)
         notes.append(f"timm's {told} are for evaluation on request (use_test_size) and unused")
     return Preprocessing(
-        _listed(fields["mean"]),
+        listed(fields["mean"]),
         std,
         size=side,
         resize=math.floor(side / crop),
@@ -143,226 +161,77 @@ def timm_architecture(config: Mapping[str, Any]) -> tuple[str | None, bool]:
 
 
 def timm_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The label names in timm's ``config.json``, in the order of the outputs; None if absent."""
-    names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
-    return tuple(map(str, names)) if names else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Processor:
-    """What an image processor of Hugging Face does where its file does not say it.
-
-    Args:
-        square: whether a size that is one number stands for both sides.
-        crop: whether the center is cropped.
-        resample: Pillow's number of the filter.
-    """
-
-    square: bool
-    crop: bool
-    resample: int = 3
-
-
-_PROCESSORS = {
-    "convnext": _Processor(square=False, crop=False),
-    "bit": _Processor(square=False, crop=True),
-    "clip": _Processor(square=False, crop=True),
-    "mobilenetv1": _Processor(square=False, crop=True, resample=2),
-    "mobilenetv2": _Processor(square=False, crop=True, resample=2),
-    "vit": _Processor(square=True, crop=False, resample=2),
-    "deit": _Processor(square=True, crop=True),
-    "beit": _Processor(square=True, crop=False),
-}
-"""By the name of the class, without its ending."""
-
-_PIXELS = {
-    *("size", "image_mean", "image_std", "crop_size", "crop_pct", "rescale_factor", "resample"),
-    *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square"),
-}
-"""Fields of an image processor that are honored."""
-_NO_PIXELS = {
-    *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map"),
-    *("do_convert_rgb", "do_reduce_labels", "data_format", "input_data_format", "num_channels"),
-    *("return_tensors", "device", "disable_grouping", "transformers_version", "include_top"),
-    "_valid_processor_keys",
-}
-"""Fields that change no pixel of an RGB image."""
-
-
-def hf_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:
-    """The preprocessing in Hugging Face's ``preprocessor_config.json``, and notes; None if absent.
+    """The label names in timm's ``config.json``, in the order of the outputs; None if absent.
 
     Raises:
-        ValueError: fields that ask for pixels other than ours; all of them in one line.
-
-    >>> hf_preprocessing({"image_mean": [0.5], "image_std": [0.5], "crop_pct": 0.875,
-    ...     "size": {"shortest_edge": 224}, "resample": 3})[0].resize
-    256
+        ValueError: label names in another form than a list of text.
     """
-    if "image_mean" not in config and "size" not in config:
-        return None
-    _require(config, ("size", "image_mean", "image_std"), "preprocessor_config.json")
-    fields = {name: value for name, value in config.items() if value is not None}
-    name, notes = _processor_name(fields)
-    usual, convnext = _PROCESSORS.get(name, _PROCESSORS["bit"]), name == "convnext"
-    side, squash = _side(fields["size"], fields.get("default_to_square", usual.square))
-    cropped = bool(fields.get("do_center_crop", usual.crop))
-    size = _side(fields.get("crop_size", side if convnext else 224), True)[0] if cropped else side
-    resize, crop_pct = side, fields.get("crop_pct", 224 / 256)
-    good_pct = not convnext or (_number(crop_pct) and 0 < crop_pct <= 1)
-    if convnext:
-        squash = side >= _CONVNEXT_WARPS
-        resize = side if squash or not good_pct else int(side / crop_pct)
-    factor = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0
-    resample = fields.get("resample", usual.resample)
-    interpolation = RESAMPLE.get(resample, "") if isinstance(resample, int) else resample
-    good_side = bool(side) and not (convnext and _is_square(fields["size"]))
-    std = _listed(fields["image_std"])
-    checks = (
-        ("image_processor_type", name in _PROCESSORS, f"that of {', '.join(_PROCESSORS)}"),
-        ("do_resize", fields.get("do_resize", True) is True, "true"),
-        ("size", good_side, "a shortest_edge" + (", or a square" if not convnext else "")),
-        ("do_center_crop", cropped or squash or convnext, "true where size is no square"),
-        # ConvNext has cropped before; a second crop would round twice.
-        ("crop_size", 0 < size <= side and (not convnext or size == side), "a square within size"),
-        ("crop_pct", good_pct, "above 0 and at most 1"),
-        ("rescale_factor", _number(factor) and factor > 0, "above 0"),
-        ("resample", interpolation in INTERPOLATIONS, f"one of {RESAMPLE}"),
-        ("image_mean", _channels(fields["image_mean"]), "one number per channel"),
-        ("image_std", _channels(std) and min(std) > 0, "one number above 0 per channel"),
-        *(
-            (field, not value, "false or absent")
-            for field, value in fields.items()
-            if field not in _PIXELS | _NO_PIXELS
-            and (field.startswith("do_") or field in ("rescale_offset", "offset", "size_divisor"))
-        ),
-    )
-    _refuse(fields, checks, "preprocessor_config.json")
-    unused = sorted(
-        field
-        for field, value in fields.items()
-        if (field not in _PIXELS | _NO_PIXELS or (field == "crop_pct" and not convnext))
-        and value is not False
-    )
-    if unused:
-        notes.append(f"fields of preprocessor_config.json were not used: {_brief(unused)}")
-    mean = _listed(fields["image_mean"])
-    if not fields.get("do_normalize", True):
-        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
-    # Our pixels are 0 to 1.
-    scale = factor * 255
-    return Preprocessing(
-        tuple(value / scale for value in mean),
-        tuple(value / scale for value in std),
-        size=size,
-        resize=resize,
-        interpolation=interpolation,
-        crop_mode="squash" if squash else "center",
-        processor="huggingface",
-    ), notes
-
-
-def _processor_name(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The row of ``_PROCESSORS`` for a file; the nearest one, with a note, if it names none."""
-    stated = fields.get("image_processor_type") or fields.get("feature_extractor_type")
-    if stated is not None:
-        return re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(stated)).lower(), []
-    cropped = "crop_size" in fields and fields.get("do_center_crop")
-    name = "bit" if cropped else "vit" if _is_square(fields["size"]) else "convnext"
-    text = "preprocessor_config.json names no image_processor_type; that of"
-    return name, [f"{text} {name} is assumed"]
-
-
-def _refuse(fields: Mapping[str, Any], checks: Iterable[tuple[str, bool, str]], file: str) -> None:
-    """Raises ValueError for the fields whose check failed.
-
-    Args:
-        fields: of the record, by name.
-        checks: name of a field, whether it is good, and what it must be.
-        file: name of the file.
-    """
-    problems = [
-        f"{name} must be {wanted}, got {shortened(repr(fields.get(name)), 60)}"
-        for name, good, wanted in checks
-        if not good
-    ]
-    if problems:
-        raise ValueError(
-            f"{file} next to the weights asks for pixels that are not supported: "
-            f"{shortened('; '.join(problems), 380)}; edit or remove it, and check the result's "
-            "preprocessing"
-        )
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any) -> bool:
-    return _number(value) and value == int(value) and value >= 1
-
-
-def _listed(value: Any) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _channels(value: Any) -> bool:
-    return bool(_listed(value)) and all(map(_number, _listed(value)))
-
-
-def _brief(names: Iterable[str]) -> str:
-    return shortened(", ".join(names), 150)
+    inner = config.get("pretrained_cfg")
+    within = inner.get("label_names") if isinstance(inner, Mapping) else None
+    names = config.get("label_names") or within
+    return _named(names, "label_names") if names else None
 
 
 def hf_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The class names in Hugging Face's ``id2label``; None if absent or only "LABEL_0", ....
+    """The class names in Hugging Face's ``id2label``, or else in its ``label2id``.
+
+    Returns:
+        In the order of the outputs; None if absent or only "LABEL_0", ....
+
+    Raises:
+        ValueError: numbers that are not those of the outputs.
 
     >>> hf_class_names({"id2label": {"1": "dog", "0": "cat"}})
     ('cat', 'dog')
     """
-    labels = config.get("id2label")
-    if not isinstance(labels, Mapping) or not labels:
-        return None
-    try:
-        ordered = {int(number): str(name) for number, name in labels.items()}
-    except ValueError as error:
-        raise ValueError(f"id2label in config.json must have integer keys: {error}") from None
-    if sorted(ordered) != list(range(len(ordered))):
+    labels, inverse = config.get("id2label"), config.get("label2id")
+    if labels or not isinstance(inverse, Mapping):
+        return _named(labels, "id2label") if labels else None
+    numbers = {str(number): name for name, number in inverse.items()}
+    if len(numbers) != len(inverse):
+        raise ValueError("label2id in config.json must have one name for each number, got several")
+    return _named(numbers, "label2id") if numbers else None
+
+
+def _named(labels: Any, field: str) -> tuple[str, ...] | None:
+    """Names by number, or in order; None where they say nothing.
+
+    >>> _named({"0": "cat", "00": "dog"}, "id2label")
+    Traceback (most recent call last):
+    ValueError: id2label in config.json must name each number once, got 0, 00
+    """
+    if isinstance(labels, Mapping):
+        try:
+            ordered = {int(number): name for number, name in labels.items()}
+        except ValueError as error:
+            raise ValueError(f"{field} in config.json must have integer keys: {error}") from None
+        if len(ordered) != len(labels):
+            listing = shortened(", ".join(map(str, labels)), 100)
+            raise ValueError(f"{field} in config.json must name each number once, got {listing}")
+        absent = sorted({*range(len(ordered))} - ordered.keys())
+        if absent:
+            beyond = sorted(ordered.keys() - {*range(len(ordered))})
+            raise ValueError(
+                f"{field} in config.json must have the keys 0 to {len(ordered) - 1}, got "
+                f"{shortened(', '.join(map(str, beyond)), 60)} instead of "
+                f"{shortened(', '.join(map(str, absent)), 60)}"
+            )
+        names = [ordered[number] for number in range(len(ordered))]
+    elif isinstance(labels, list | tuple):
+        names = list(labels)
+    else:
         raise ValueError(
-            f"id2label in config.json must have the keys 0 to {len(ordered) - 1}, got "
-            f"{sorted(ordered)}"
+            f"{field} in config.json must be names by number or a list, got "
+            f"{shortened(repr(labels), 60)}"
         )
-    if all(name == f"LABEL_{number}" for number, name in ordered.items()):
+    strange = [name for name in names if not isinstance(name, str | int | float)]
+    if strange:
+        raise ValueError(
+            f"{field} in config.json must hold names, got {shortened(repr(strange[0]), 60)}"
+        )
+    if all(name == f"LABEL_{number}" for number, name in enumerate(names)):
         return None
-    return tuple(ordered[number] for number in range(len(ordered)))
-
-
-def _side(size: Any, square: bool) -> tuple[int, bool]:
-    """The side of a ``size`` in any of its forms, and whether both sides have it; 0 if unclear."""
-    if isinstance(size, Mapping):
-        size = {name: value for name, value in size.items() if value is not None}
-        if set(size) == {"shortest_edge"}:
-            return _pixels(size["shortest_edge"]), False
-        if set(size) == {"height", "width"} and size["height"] == size["width"]:
-            return _pixels(size["height"]), True
-        return 0, False
-    if isinstance(size, list | tuple):
-        return (_pixels(size[0]), True) if size and size[0] == size[-1] else (0, False)
-    return _pixels(size), square
-
-
-def _pixels(value: Any) -> int:
-    return int(value) if _whole(value) else 0
-
-
-def _is_square(size: Any) -> bool:
-    return _side(size, False)[1]
-
-
-def _require(fields: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
-    missing = [name for name in names if fields.get(name) is None]
-    if missing:
-        raise ValueError(f"{what} next to the weights lacks {', '.join(missing)}")
+    return tuple(map(str, names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,18 +242,20 @@ class Family:
         name: for a person, with its article.
         stated: pattern of timm's architecture or Hugging Face's model_type.
         keys: pattern of a key; "^" and "$" are the ends of a key.
+        nearest: what to do instead.
     """
 
     name: str
     stated: str
     keys: str
+    nearest: str = "take a ResNet of that size, such as hf://timm/resnet50.a1_in1k"
 
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         "a detection model",
-        "detr|rcnn|retinanet|yolo|detection",
-        r"^roi_heads\.|\bbackbone\.bottom_up\.|^rpn\.|^head\.(classification|regression)_head\.|bbox_(embed|pred)|"
+        "detr|rcnn|retinanet|yolo|detection|^ssd|fcos",
+        r"^roi_heads?\.|\bbackbone\.bottom_up\.|^rpn(_head)?\.|^bbox_head\.|^proposal_generator\.|^head\.(classification|regression)_head\.|bbox_(embed|pred)|"
         r"^(model\.)?decoder\.layers\.\d+\.encoder_attn\.|^(model\.)+\d+\.cv1\.",
     ),
     Family("a SqueezeNet", "squeezenet", r"\.squeeze\.weight$"),
@@ -392,7 +263,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "a segmentation model",
         "segformer|deeplab|fcn_|unet|upernet|mask2?former",
-        r"^aux_classifier\.|^classifier\.4\.weight$|^segmentation_head\.|^decode_head\.|"
+        r"^aux_classifier\.|^classifier\.(4|low_classifier)\.weight$|^segmentation_head\.|"
+        r"^(auxiliary|decode)_head\.|"
         r"\d\.patch_embeddings\.proj\.weight$",
     ),
     Family("a CLIP model", "clip", r"^text_model\.|^visual\.|^text_projection"),
@@ -403,12 +275,18 @@ FAMILIES: tuple[Family, ...] = (
         r"\A(?![\s\S]*pos_embed)(?=[\s\S]*gamma_1$)[\s\S]*^reg_token$",
     ),
     Family(
-        "a DINOv2 network, a vision transformer",
+        "a DINOv2 network or another vision transformer with layer scale",
         "dinov2",
         r"^blocks\.\d+\.ls1\.gamma$|\.layer_scale1\.lambda1$",
     ),
-    Family("a BEiT network, a vision transformer", "beit", r"^beit\.|^blocks\.0\.gamma_1$"),
-    Family("a MaxViT network", "maxvit|maxxvit|coatnet", r"\.attn_block\.attn\."),
+    Family(
+        "a BEiT or CaiT network, a vision transformer", "beit|cait", r"^beit\.|^blocks\.0\.gamma_1$"
+    ),
+    Family(
+        "a MaxViT, CoAtNet or GCViT network",
+        "maxvit|maxxvit|coatnet|gcvit",
+        r"\.attn_block\.attn\.|\.MBconv\.|^stages\.\d\.blocks\.\d+\.attn\.rel_pos\.",
+    ),
     Family(
         "a Swin transformer",
         "swin",
@@ -423,7 +301,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "a ConvNeXt network",
         "convnext",
-        r"^convnext(v2)?\.|stages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv)\.|"
+        r"^convnext(v2)?\.|\.layers\.\d+\.(pwconv\d|grn)\.|stages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv)\.|"
         r"^features\.\d+\.\d+\.layer_scale$",
     ),
     Family(
@@ -470,12 +348,33 @@ FAMILIES: tuple[Family, ...] = (
         r"(^|/)~/initial_conv/w$|/~/block_group_0/~/block_0/",
     ),
     Family("an HRNet", "hrnet", r"^stage4\.0\.branches\."),
+    Family(
+        "a BiT network under Hugging Face's names",
+        "^bit$",
+        r"^bit\.(embedder|encoder)\.",
+        "take Google's own, such as hf://timm/resnetv2_50x1_bit.goog_in21k",
+    ),
+    Family("a DLA network", r"^dla\d", r"^level\d\.tree1\."),
+    Family("a DPN", r"^dpn\d", r"^features\.conv2_1\."),
+    Family("a TResNet", "tresnet", r"^body\.(layer1\.0\.)?conv1\.(0|conv)\."),
+    Family("a VoVNet", "vovnet", r"\.conv_mid\.0\."),
+    Family("a MobileViT", "mobilevit", r"\.reduce_1x1\.|\.conv_kxk\."),
     Family("a ShuffleNet", "shufflenet", r"^stage2\.0\.branch1\."),
-    Family("an Inception network", "inception|googlenet|xception", r"^Mixed_5b\.|^inception3a\."),
+    Family(
+        "an Inception or Xception network",
+        "^inception_(v|resnet)|googlenet|xception",
+        r"(?i)^mixed_5b\.|^inception3a\.|^blocks?\.?\d+\.(rep|stack)\.",
+    ),
+    Family(
+        "a vision transformer or a relative of it",
+        "former|^coat|^nest|twins|^pvt|focalnet|davit|hiera",
+        r"(^|\.)patch_embed|\.(self_)?attn\.|\.layernorm_before\.|\.before_norm\.",
+    ),
 )
 """In the order in which they are tried: the first that fits is the answer."""
 
 _INSIDE = re.compile(r"(.+[./])(layer1[./]0[./]conv1[./](weight|kernel))")
+_RESNET = re.compile(r"res_?ne|senet|timm_wrapper")
 
 
 def family_text(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
@@ -491,36 +390,74 @@ def family_text(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -
     >>> family_text({"blocks.0.attn.qkv.weight": np.ones((3, 1))}, {})[:46]
     'holds a ViT, a vision transformer (as its keys'
     """
-    stated = settings.get("architecture") or settings.get("model_type")
-    name = evidence = ""
-    if isinstance(stated, str) and stated:
-        found = (row.name for row in FAMILIES if re.search(row.stated, stated.lower()))
-        name = next(found, "")
-        evidence = f"config.json next to it states {shortened(stated, 40)!r}"
-    first = next((key for key, a in arrays.items() if "layer1" in key and np.ndim(a) == 5), "")
-    if not name and first:
-        name, evidence = "a three-dimensional ResNet", f"{first} has five axes"
-    if not name:
-        name, evidence = _family_of_keys("\n".join(map(str, arrays)))
-    if not name:
+    found = _family(arrays, settings)
+    if found is None:
         return ""
+    row, evidence = found
     inside = next(filter(None, map(_INSIDE.fullmatch, map(str, arrays))), None)
     nearest = (
         f"its part under {shortened(inside[1], 60)!r} is a ResNet: save those keys alone"
-        if inside is not None and not first
-        else "take a ResNet of that size, such as hf://timm/resnet50.a1_in1k"
+        if inside is not None and row is not _VOLUMES
+        else row.nearest
     )
     return (
-        f"holds {name} ({evidence}), which cannot be loaded; ResNets, ResNeXts, wide, SE, ECA, RS, "
-        "pre-activation and BiT networks of torchvision, timm, Hugging Face and Keras can; "
+        f"holds {row.name} ({evidence}), which cannot be loaded; ResNets, ResNeXts, wide, SE, ECA, "
+        "RS, pre-activation and BiT networks of torchvision, timm, Hugging Face and Keras can; "
         f"{nearest}"
     )
 
 
-def _family_of_keys(keys: str) -> tuple[str, str]:
+def part_text(beside: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
+    """What a file is of which a part was loaded; "" if nothing is recognized.
+
+    Args:
+        beside: arrays around the network, by key.
+        settings: the ``config.json`` next to the file.
+
+    >>> part_text({"roi_heads.box_head.fc6.weight": np.ones(1)}, {})
+    'the file holds a detection model (as its keys are like roi_heads.box_head.fc6.weight), ...'
+    """
+    stated = settings.get("architecture") or settings.get("model_type") or ""
+    named = not beside and _RESNET.search(str(stated).lower())
+    found = None if named else _family(beside, settings)
+    if found is None:
+        return ""
+    row, evidence = found
+    dilated = (
+        "; most of these dilate their last stages, which is not applied here"
+        if "segmentation" in row.name
+        else ""
+    )
+    return f"the file holds {row.name} ({evidence}), of which the ResNet was taken{dilated}"
+
+
+_VOLUMES = Family("a three-dimensional ResNet", "", "")
+
+
+def _family(
+    arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+) -> tuple[Family, str] | None:
+    """The family of a file and how it shows: the config beside it, the axes, or the keys."""
+    stated = settings.get("architecture") or settings.get("model_type")
+    told = ""
+    if isinstance(stated, str) and stated:
+        told = f"config.json next to it states {shortened(stated, 40)!r}"
+        for row in FAMILIES:
+            if re.search(row.stated, stated.lower()):
+                return row, told
+    volumes = [key for key, array in arrays.items() if np.ndim(array) == 5]
+    first = next((key for key in volumes if "layer1" in key), "")
+    if first:
+        return _VOLUMES, f"{shortened(first, 60)} has five axes"
+    keys = "\n".join(map(str, arrays))
     for row in FAMILIES:
         found = re.search(row.keys, keys, re.MULTILINE)
         if found is not None:
-            line = keys[: found.end()].count("\n")
-            return row.name, f"as its keys are like {shortened(keys.split(chr(10))[line], 60)}"
-    return "", ""
+            key = keys.split("\n")[keys[: found.end()].count("\n")]
+            evidence = f"as its keys are like {shortened(key, 60)}"
+            unknown = told and not _RESNET.search(str(stated).lower())
+            return row, f"{evidence}; {told}" if unknown else evidence
+    if volumes:
+        volume = dataclasses.replace(_VOLUMES, name="a three-dimensional network")
+        return volume, f"{shortened(volumes[0], 60)} has five axes"
+    return None

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
@@ -31,9 +32,13 @@ def beside(golden, tmp_path, name, change):
         ({"id2label": {"0": "a", "1": "b"}}, "names 2 classes, but the head .* has 3"),
         (
             {"id2label": {"0": "a", "2": "b", "3": "c"}},
-            r"must have the keys 0 to 2, got \[0, 2, 3\]",
+            "id2label in config.json must have the keys 0 to 2, got 3 instead of 1",
         ),
         ({"id2label": {"a": "a"}}, "must have integer keys"),
+        ({"id2label": {"0": "a", "00": "b", "1": "c"}}, "name each number once, got 0, 00, 1"),
+        ({"id2label": "abc"}, "names by number or a list, got 'abc'"),
+        ({"id2label": {"0": "a", "1": ["b"], "2": "c"}}, r"must hold names, got \['b'\]"),
+        ({"id2label": None, "label2id": {"a": 0, "b": 0}}, "label2id .* one name for each number"),
     ],
 )
 def test_a_hugging_face_config_that_contradicts_the_weights(golden, tmp_path, change, text):
@@ -41,6 +46,75 @@ def test_a_hugging_face_config_that_contradicts_the_weights(golden, tmp_path, ch
         golden, tmp_path, "huggingface_bottleneck", lambda config: config.update(change)
     )
     with pytest.raises(ValueError, match=text):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id2label": {"2": "a", "0": "b", "1": "a"}},
+        {"id2label": ["b", "a", "a"]},
+        {"id2label": None, "label2id": {"b": 0, "a": "1", "a ": 2}},
+    ],
+)
+def test_class_names_are_in_the_order_of_the_outputs(golden, tmp_path, change):
+    # Two classes may share a name: ImageNet has two cranes.
+    folder = beside(golden, tmp_path, "huggingface_basic", lambda config: config.update(change))
+    assert [name.strip() for name in load(folder).class_names] == ["b", "a", "a"]
+
+
+def test_a_file_without_the_models_type_says_its_graph_too(golden, tmp_path):
+    def change(config):
+        config.pop("model_type")
+        config["downsample_in_bottleneck"] = True
+
+    folder = beside(golden, tmp_path, "huggingface_bottleneck", change)
+    assert load(folder).config.stride_in == "1x1"
+
+
+def test_a_backbones_graph_is_that_of_its_own_settings(golden, tmp_path):
+    def change(config):
+        own = {"model_type": "resnet", "downsample_in_bottleneck": True}
+        config.update(model_type="detr", backbone_config=own, id2label={"0": "N/A"})
+
+    folder = beside(golden, tmp_path, "huggingface_bottleneck", change)
+    arrays = load_file(folder / "model.safetensors")
+    body = {f"model.backbone.{k}": a for k, a in arrays.items() if not k.startswith("classifier")}
+    save_file(body, folder / "model.safetensors")
+    loaded = load(folder)
+    assert loaded.config.stride_in == "1x1"
+    assert loaded.class_names is None
+    (note,) = (note for note in loaded.notes if "detection model" in note)
+    assert "states 'detr'), of which the ResNet was taken" in note
+
+
+@pytest.mark.parametrize("names", ["abc", {"0": "a"}, [["a"]] * 8])
+def test_label_names_of_other_forms_are_refused(golden, tmp_path, names):
+    folder = beside(golden, tmp_path, "timm", lambda config: config.update(label_names=names))
+    with pytest.raises(ValueError, match=r"label_names|names 1 classes"):
+        load(folder)
+
+
+def test_timms_older_form_is_flat(golden, tmp_path):
+    def change(config):
+        config |= config.pop("pretrained_cfg") | {"labels": list("abcdefgh")}
+        for name in ("test_input_size", "test_crop_pct"):
+            config.pop(name)
+
+    folder = beside(golden, tmp_path, "timm", change)
+    loaded, today = load(folder), load(golden / "timm")
+    assert (loaded.config, loaded.preprocessing) == (today.config, today.preprocessing)
+    assert loaded.class_names == tuple("abcdefgh")
+
+
+def test_hugging_faces_wrapper_of_timm_says_the_architecture(golden, tmp_path):
+    def change(config):
+        config.pop("pretrained_cfg")
+        config |= {"model_type": "timm_wrapper", "label_names": [f"LABEL_{n}" for n in range(8)]}
+        config["model_args"]["act_layer"] = "silu"
+
+    folder = beside(golden, tmp_path, "timm", change)
+    with pytest.raises(ValueError, match="act_layer must be 'relu', got 'silu'"):
         load(folder)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxtransfer.weights import IMAGENET, Preprocessing, load, sidecar
-from flaxtransfer.weights.naming import torchvision
+from flaxtransfer.weights.naming import huggingface, torchvision
 from flaxtransfer.weights.preprocessing import CROP_MODES, INTERPOLATIONS, PROCESSORS
 
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -158,7 +158,7 @@ SHORTEST, SQUARE = {"shortest_edge": 224}, {"height": 256, "width": 256}
     ],
 )
 def test_hugging_face(fields, expected):
-    found, notes = sidecar.hf_preprocessing(fields)
+    found, notes = huggingface.preprocessing(fields)
     assert found == Preprocessing((0.5,), (0.5,), *expected, processor="huggingface")
     assert notes == []
 
@@ -170,9 +170,9 @@ def test_the_processor_of_older_files_is_assumed_and_said():
         ({"size": 224, "do_center_crop": True, "crop_size": 224}, "bit"),
         ({"size": {"height": 224, "width": 224}}, "vit"),
     ):
-        (note,) = sidecar.hf_preprocessing(plain | fields)[1]
+        (note,) = huggingface.preprocessing(plain | fields)[1]
         assert f"that of {name} is assumed" in note
-    assert sidecar.hf_preprocessing(
+    assert huggingface.preprocessing(
         plain | {"size": 224, "feature_extractor_type": "ConvNextFeatureExtractor"}
     ) == (Preprocessing((0.5,), (0.5,), 224, 256, "bicubic", processor="huggingface"), [])
 
@@ -189,12 +189,12 @@ def test_the_processor_of_older_files_is_assumed_and_said():
     ],
 )
 def test_hugging_faces_scale_is_that_of_mean_and_std(fields, mean, std):
-    found, _ = sidecar.hf_preprocessing(processor("ViT", size=8, **fields))
+    found, _ = huggingface.preprocessing(processor("ViT", size=8, **fields))
     assert (found.mean, found.std) == (pytest.approx((mean,)), pytest.approx((std,)))
 
 
 def test_fields_of_a_processor_that_were_not_used_are_said():
-    _, (note,) = sidecar.hf_preprocessing(processor("ViT", size=8, crop_pct=0.9, mine=[1]))
+    _, (note,) = huggingface.preprocessing(processor("ViT", size=8, crop_pct=0.9, mine=[1]))
     assert note == "fields of preprocessor_config.json were not used: crop_pct, mine"
 
 
@@ -245,12 +245,12 @@ def test_a_timm_record_of_other_pixels_is_refused_by_field(fields, text):
 )
 def test_a_processor_of_other_pixels_is_refused_by_field(fields, text):
     with pytest.raises(ValueError, match=rf"^preprocessor_config\.json next to .*{text}") as caught:
-        sidecar.hf_preprocessing(fields)
+        huggingface.preprocessing(fields)
     assert len(str(caught.value)) <= 600
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [sidecar.timm_preprocessing, sidecar.hf_preprocessing])
+@pytest.mark.parametrize("read", [sidecar.timm_preprocessing, huggingface.preprocessing])
 def test_a_record_of_something_else_is_none(read):
     assert read({}) is None
     assert read({"learning_rate": 0.1}) is None

@@ -52,6 +52,14 @@ def refusal(path, **settings):
         ("conv1.0.weight layer1.0.conv2.conv.weight layer1.0.conv2.fc1.weight", "a ResNeSt"),
         ("rpn.head.conv.0.0.weight roi_heads.box_head.fc6.weight", "a detection model"),
         ("features.0.weight classifier.4.weight", "a VGG"),
+        ("backbone.0.0.weight classifier.low_classifier.weight", "a segmentation model"),
+        ("stages.0.blocks.0.attn.rel_pos.relative_position_bias_table", "a MaxViT, CoAtNet"),
+        ("encoder.stages.1.layers.0.grn.bias encoder.stages.1.layers.0.pwconv2.weight", "a ConvNe"),
+        ("bit.encoder.stages.0.layers.0.norm1.bias", "a BiT network under Hugging Face's names"),
+        ("base_layer.0.weight level2.tree1.conv1.weight", "a DLA"),
+        ("stages.0.blocks.0.conv_mid.0.conv.weight", "a VoVNet"),
+        ("encoder.layers.2.self_attn.q_proj.weight", "a vision transformer or a relative"),
+        ("stem.0.conv.weight mixed_5b.branch0.conv.weight", "an Inception or Xception"),
     ],
 )
 def test_another_family_is_named_by_its_keys(write, keys, name):
@@ -70,6 +78,9 @@ def test_another_family_is_named_by_its_keys(write, keys, name):
         ({"architecture": "skresnet18"}, "an SKResNet"),
         ({"architecture": "res2net50_26w_4s"}, "a Res2Net"),
         ({"model_type": "segformer"}, "a segmentation model"),
+        ({"architecture": "ssd300_vgg16"}, "a detection model"),
+        ({"architecture": "inception_v4"}, "an Inception or Xception network"),
+        ({"model_type": "poolformer"}, "a vision transformer or a relative of it"),
     ],
 )
 def test_another_family_is_named_by_the_config_beside_it(write, settings, name):
@@ -78,6 +89,42 @@ def test_another_family_is_named_by_the_config_beside_it(write, settings, name):
     text = refusal(path)
     assert f"holds {name}" in text
     assert "config.json next to it states" in text
+
+
+def test_a_config_of_an_unknown_network_is_quoted_beside_the_keys(write):
+    path = write({"stages.0.blocks.0.conv_dw.weight": np.zeros((1, 1, 3, 3), np.float32)})
+    path.with_name("config.json").write_text('{"architecture": "edgenext_base"}')
+    text = refusal(path)
+    assert "a ConvNeXt network (as its keys are like" in text
+    assert "states 'edgenext_base'" in text
+
+
+@pytest.mark.parametrize(
+    ("prefix", "other", "parts"),
+    [
+        ("backbone.body.", "roi_heads.box_head.fc6.weight", ["a detection model", "was taken"]),
+        ("backbone.", "aux_classifier.4.weight", ["a segmentation model", "dilate their last"]),
+    ],
+)
+def test_what_a_backbone_was_taken_from_is_said(basic, write, prefix, other, parts):
+    body = {f"{prefix}{key}": a for key, a in basic.items() if not key.startswith("fc.")}
+    loaded = load(write(body | {other: np.zeros((3, 5), np.float32)}))
+    (note,) = (note for note in loaded.notes if note.startswith("the file holds"))
+    assert [part for part in parts if part not in note] == []
+    assert loaded.no_head
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"dilation": True}, "dilation must be false, got True"),
+        ({"backbone_kwargs": {"output_stride": 16}}, "output_stride must be 32, got 16"),
+    ],
+)
+def test_dilation_that_a_config_states_is_refused(basic, write, said, text):
+    path = write(basic)
+    path.with_name("config.json").write_text(json.dumps({"model_type": "detr"} | said))
+    assert text in refusal(path)
 
 
 def test_videos_have_kernels_with_five_axes(write):
@@ -208,6 +255,7 @@ def test_the_place_of_the_stride_is_said_by_name(write):
         ({"global_pool": "max"}, "global_pool must be 'avg' or .*, got 'max'"),
         ({"norm_layer": "groupnorm1"}, "norm_layer must be .*, got 'groupnorm1'"),
         ({"aa_layer": "blurpc"}, "aa_layer must be .*, got 'blurpc'"),
+        ({"block_args": {"attn_layer": "ceca"}}, "attn_layer must be 'se' or 'eca', got 'ceca'"),
         ({"block_args": {"act": "x"}}, "act must not be given, as it is not known here, got 'x'"),
         ({"my_own": [1]}, r"my_own must not be given, as it is not known here, got \[1\]"),
         ({"act_layer": "gelu", "output_stride": 16}, "got 'gelu'; output_stride must"),

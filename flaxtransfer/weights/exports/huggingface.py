@@ -13,7 +13,6 @@ from flaxtransfer.weights.naming import huggingface, key_map
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 from flaxtransfer.weights.readers import safetensors_file
-from flaxtransfer.weights.sidecar import RESAMPLE
 
 __all__ = ["NAMES", "files"]
 
@@ -80,7 +79,7 @@ def _check(config: ResNetConfig) -> None:
 def _processor(preprocessing: Preprocessing) -> dict[str, Any]:
     # BiT's processor equals a `Preprocessing`. ConvNext's, which the published ResNets use, warps
     # images from 384 px on.
-    numbers = {name: number for number, name in RESAMPLE.items()}
+    numbers = {name: number for number, name in huggingface.RESAMPLE.items()}
     resize = preprocessing.resize
     squash = preprocessing.crop_mode == "squash"
     return {
