@@ -61,9 +61,10 @@ def load(
     Args:
         source: a file of safetensors, of ``torch.save`` (torch is not needed), of flax's msgpack,
             BiT's ``.npz``, an ONNX graph of a ResNet, or Keras' ``.h5`` or ``.keras`` (needs the
-            extra ``keras``); its content decides, not its name. Or the index of several files, a folder with one of these (of
-            several checkpoints the best or the newest by name), or a folder that orbax wrote with
-            ``{"params": ..., "batch_stats": ...}``, such as a step of a run. Or an address:
+            extra ``keras``); its content decides, not its name. Or the index of several files, a
+            folder with one of these (of several checkpoints the best or the newest by name), or a
+            folder that orbax wrote with ``{"params": ..., "batch_stats": ...}``, such as a step of
+            a run. Or an address:
             ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
             with the JSON files next to it; ``https://.../name-<first digits of sha256>.pth``, which
             is verified by its name. Or "builtin", or "builtin:<name>".
