@@ -243,7 +243,7 @@ class Params:
     Args:
         model: Network by name, such as resnet18 or resnet50w32s64_v1; "flaxtransfer models" lists
             those without widths and endings.
-        width: Channels of layer1 in its 3x3 convolutions, and of a plain stem.
+        width: Channels of the first stage in its 3x3 convolutions, and of a plain stem.
         classes: Outputs of the head.
         rules: Labels as name=mask; each leaf must fall under exactly one. A mask is an expression
             of stem() stage(3) stages(3, 4) head() adapter() batch_norm() kernels() biases()

@@ -165,8 +165,8 @@ def named(name: str, what: str = "`architecture`") -> ResNetConfig:
         reason = shortened(str(error).removeprefix("invalid ResNetConfig: "), 250)
     raise ValueError(
         f"{what} must be the name of a network, such as resnet50 or resnet50w32s64_v1, got "
-        f'{shortened(name, 60)!r}{suggest(name, ARCHITECTURES)}; {reason}; "flaxtransfer models" '
-        "lists the names"
+        f'{shortened(name, 60)!r}; {reason}; "flaxtransfer models" lists the names'
+        f"{suggest(name, ARCHITECTURES)}"
     )
 
 

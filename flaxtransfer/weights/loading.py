@@ -74,8 +74,8 @@ def load(
             BiT's ``.npz``, an ONNX graph of a ResNet, or Keras' ``.h5`` or ``.keras`` (needs the
             extra ``keras``); its content decides, not its name. Or the index of several files, a
             folder with one of these (of several checkpoints the best or the newest by name), or a
-            folder that orbax wrote with
-            ``{"params": ..., "batch_stats": ...}``, such as a step of a run. Or an address:
+            folder that orbax wrote with ``{"params": ..., "batch_stats": ...}``, such as a step of
+            a run. Or an address:
             ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
             with the JSON files next to it; ``https://.../name-<first digits of sha256>.pth``, which
             is verified by its name. Or "builtin", or "builtin:<name>".
@@ -347,6 +347,13 @@ def described(config: ResNetConfig) -> str:
     )
 
 
+def _whole(config: ResNetConfig) -> str:
+    return (
+        f"{config.name} ({described(config)}, classes {config.classes}, "
+        f"in_channels {config.in_channels})"
+    )
+
+
 def _as_float32(
     leaves: Mapping[str, np.ndarray], path: Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -439,8 +446,7 @@ def collect_metadata(
         # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
         if leaf_shapes(header.config) != leaf_shapes(config):
             raise ValueError(
-                f"{file.path} holds {config.name} ({described(config)}), but its header states "
-                f"{header.config.name} ({described(header.config)})"
+                f"{file.path} holds {_whole(config)}, but its header states {_whole(header.config)}"
             )
         recorded = (header.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded

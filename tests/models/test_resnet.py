@@ -234,13 +234,13 @@ class TestErrors:
         [
             (
                 "resnet52",
-                ["architecture 'resnet52'", "did you mean 'resnet", "resnext50_32x4d"],
+                ["got 'resnet52'", "depth must be one of 10, 14, 18", "did you mean 'resnet152'"],
             ),
-            ("ResNet18", ["unknown architecture 'ResNet18'", "did you mean 'resnet18'"]),
+            ("ResNet18", ["got 'ResNet18'", "did you mean 'resnet18'"]),
         ],
     )
     def test_unknown_networks(self, asked, words):
-        with pytest.raises(ValueError, match="unknown architecture") as error:
+        with pytest.raises(ValueError, match="`architecture` must be the name of a network") as error:
             resnet(asked)
         assert all(word in str(error.value) for word in words)
 

@@ -71,6 +71,7 @@ def test_torchs_exporters(agree, torch, torchvision, making, tmp_path, kind, dyn
 
     if dynamo:
         pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
     network = making.randomize(NETWORKS[kind](torch, timm), 0)
     path = written(torch, network, tmp_path / "net.onnx", dynamo=dynamo)
     found = load(path)
@@ -92,7 +93,8 @@ def test_versions_of_operators(agree, torch, torchvision, making, tmp_path, opse
         opset_version=opset,
         do_constant_folding=folded,
         training=torch.onnx.TrainingMode.EVAL if folded else torch.onnx.TrainingMode.PRESERVE,
-        dynamic_axes={"images": {0: "batch", 2: "height", 3: "width"}},
+        # At first, exporters computed with the sizes of what they had traced.
+        dynamic_axes={"images": {0: "batch", 2: "height", 3: "width"}} if opset > 9 else {},
         input_names=["images"],
     )
     found = load(path)
@@ -149,12 +151,12 @@ def test_a_network_that_normalizes(agree, torch, torchvision, making, tmp_path, 
 
 
 OTHERS = {
-    "vgg11": "(Relu|MaxPool|Conv)",
-    "efficientnet_b0": "Sigmoid|Mul",
+    "squeezenet1_0": "Conv",
+    "efficientnet_b0": "is followed by Mul, Sigmoid where Relu must follow",
     "mobilenet_v2": "Clip|Conv",
     "densenet121": "BatchNormalization|Concat|nodes",
     "convnext_tiny": "Conv",
-    "regnet_y_400mf": "Conv",
+    "regnet_y_400mf": "is followed by Conv, Conv where",
     "vit_b_32": "Conv|Reshape",
 }
 

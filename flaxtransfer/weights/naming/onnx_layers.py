@@ -129,8 +129,11 @@ class Flow:
         """
         nodes, wanted = self.users(x), " or ".join(kinds)
         if len(nodes) != 1:
-            told = f"where {wanted} must follow" if wanted else "where a ResNet has one"
-            raise unfit(before, f"is followed by {len(nodes)} nodes {told}")
+            told = f"where {wanted} must follow" if wanted else "where a ResNet has one node"
+            found = (
+                visible(shortened(", ".join(sorted(n.kind for n in nodes[:9])), 60)) or "nothing"
+            )
+            raise unfit(before, f"is followed by {found} {told}")
         if wanted and nodes[0].kind not in kinds:
             raise unfit(nodes[0], f"stands where {wanted} must be")
         return nodes[0]
