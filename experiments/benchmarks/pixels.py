@@ -146,9 +146,23 @@ TORCHVISION = {
     "torchvision, 232 to 224 px": {"crop_size": 224, "resize_size": 232},
 }
 
+KEPT: list[Any] = []
+"""Declarations of torch's, which end with their object."""
+
 Record = tuple[str, Mapping[str, Any]]
 Peer = Callable[[np.ndarray], np.ndarray]
 Found = dict[str, float]
+
+
+def declare_operators() -> None:
+    """Lets torchvision be imported beside a torch that its compiled part was not built for."""
+    import torch
+
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        KEPT.append(library)
 
 
 def peers() -> dict[str, Callable[[], tuple[Record | None, Peer]]]:
@@ -252,6 +266,7 @@ def results(
 
 
 def main() -> None:
+    declare_operators()
     print(f"Largest difference over {len(SIZES)} sizes, in levels of 255.\n")
     print(f"| preprocessing | {' | '.join(PICTURES)} |")
     print("|---|" + "---|" * len(PICTURES))

@@ -240,7 +240,9 @@ class TestErrors:
         ],
     )
     def test_unknown_networks(self, asked, words):
-        with pytest.raises(ValueError, match="`architecture` must be the name of a network") as error:
+        with pytest.raises(
+            ValueError, match="`architecture` must be the name of a network"
+        ) as error:
             resnet(asked)
         assert all(word in str(error.value) for word in words)
 
