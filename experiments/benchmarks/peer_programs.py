@@ -56,14 +56,31 @@ for _folder in ("resnet10t", "resnetaa34d", "resnetblur18", "seresnet18", "resne
 _timm_folder("resnet18", "refused", act_layer="silu")
 _timm_folder("resnet18", "refused", global_pool="max")
 _timm_folder("resnet26", "refused", output_stride=8)
-_timm_folder("resnet18", aa_layer="blur")
 _timm_folder("resnet26", cardinality=32, base_width=4)
 
 
-@program("timm resnetv2_50x1_bit cut to one block a stage")
+@program("timm resnetv2_50x1_bit cut to one block a stage, said by model=")
 def _(to: Path) -> Written:
-    net = seeded(lambda: of_timm("resnetv2_50x1_bit", layers=[1, 1, 1, 1]))
-    return Written(saved(to, net.state_dict()), network=net)
+    layers = timm.layers
+    net = seeded(
+        lambda: timm.models.resnetv2.ResNetV2(
+            [1, 1, 1, 1],
+            num_classes=CLASSES,
+            stem_type="fixed",
+            conv_layer=functools.partial(layers.StdConv2d, eps=1e-8),
+            norm_layer=functools.partial(layers.GroupNormAct, num_groups=32),
+        )
+    )
+    config = ft.models.ResNetConfig(
+        "bottleneck",
+        (1, 1, 1, 1),
+        classes=CLASSES,
+        preactivation=True,
+        norm="group",
+        standardized=1e-8,
+        stem_pool="zero-padded",
+    )
+    return Written(saved(to, net.state_dict()), network=net, options={"model": config})
 
 
 @program("timm resnet50_gn cut to one block a stage, said by model=")
@@ -186,7 +203,14 @@ def _(to: Path) -> Written:
     def of(network: nn.Module) -> dict[str, torch.Tensor]:
         return {
             f"backbone.{k}": t for k, t in network.state_dict().items() if not k.startswith("fc.")
-        } | {"head.mlp.0.weight": torch.randn(64, 2048), "head.mlp.0.bias": torch.randn(64)}
+        } | {
+            "head.mlp.0.weight": torch.randn(64, 2048),
+            "head.mlp.0.bias": torch.randn(64),
+            "head.mlp.2.weight": torch.randn(32, 64),
+            "head.mlp.2.bias": torch.randn(32),
+            "head.last_layer.weight_g": torch.ones(100, 1),
+            "head.last_layer.weight_v": torch.randn(100, 32),
+        }
 
     student = seeded(lambda: of_torchvision("Bottleneck"), 1)
     content = {"teacher": of(net), "student": of(student), "epoch": 3}
@@ -264,7 +288,9 @@ def _keras(name: str, suffix: str, around: bool) -> None:
 
         class Peer(nn.Module):
             def forward(self, images: torch.Tensor) -> torch.Tensor:
-                found = net(images.permute(0, 2, 3, 1).numpy(), training=False)
+                # `preprocess_input` of the first version makes BGR of RGB, as our stem does.
+                given = images.flip(1) if name == "ResNet50" else images
+                found = net(given.permute(0, 2, 3, 1).numpy(), training=False)
                 return torch.from_numpy(np.asarray(found))
 
         return Written(path, network=Peer())
