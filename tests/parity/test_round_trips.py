@@ -62,6 +62,9 @@ PLAIN = st.builds(
 
 def drawn(config):
     """A checkpoint with random leaves."""
+    if config.norm == "batch":
+        # Standardized filters enlarge what fixed statistics do not make small again.
+        config = dataclasses.replace(config, standardized=None)
     return checkpoint_of(dataclasses.replace(config, classes=3), PREPROCESSING)
 
 
