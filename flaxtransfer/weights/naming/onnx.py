@@ -20,7 +20,15 @@ from flaxtransfer.models.config import Adapter, ResNetConfig
 from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.naming.key_map import Rule, Table
-from flaxtransfer.weights.naming.onnx_layers import SHAPES, Layer, Layers, Leaves, Norm, unfit
+from flaxtransfer.weights.naming.onnx_layers import (
+    SHAPES,
+    Layer,
+    Layers,
+    Leaves,
+    Norm,
+    kinds_of,
+    unfit,
+)
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import HEADER_KEY
 from flaxtransfer.weights.readers import onnx_file
@@ -337,7 +345,7 @@ class _Network(Layers):
         if node.kind == "Pad":
             padded, mode = self.padding(node)
             if mode != "constant":
-                raise unfit(node, f"must pad with 0 before the stem's pooling, got {mode}")
+                raise unfit(node, "must pad with 0 before the stem's pooling")
             # After an activation, 0 is as low as what pooling itself pads with.
             fields["stem_pool"] = "zero-padded" if self.preactivation else "max"
             node = self.one(node.output, node, "MaxPool")
@@ -374,14 +382,14 @@ class _Network(Layers):
         around = [node for node in nodes if self._joins(node) or node.kind == "MaxPool"]
         first = [node for node in nodes if node not in around]
         if len(first) != 1 or len(around) > 1:
-            raise unfit(last.node, f"is followed by {len(nodes)} nodes where a block must start")
+            raise unfit(last.node, f"is followed by {kinds_of(nodes)} where a block must start")
         before, y = self.norm(x, last.kernel.shape[3], last.node, first=first[0])
         relu = self.one(y, first[0], "Relu")
         starts = self.users(relu.output)
         if not around and len(starts) < 2:
             return None
         if len(starts) + len(around) != 2:
-            raise unfit(relu, f"is followed by {len(starts)} nodes where a block must start")
+            raise unfit(relu, f"is followed by {kinds_of(starts)} where a block must start")
         skipped = 1
         if around and around[0].kind == "MaxPool":
             (pool,) = around

@@ -18,7 +18,7 @@ from flaxtransfer.models.config import GROUPS
 from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights.readers.onnx_file import FLOATS, Graph, Node
 
-__all__ = ["SHAPES", "Flow", "Layer", "Layers", "Leaves", "Norm", "unfit"]
+__all__ = ["SHAPES", "Flow", "Layer", "Layers", "Leaves", "Norm", "kinds_of", "unfit"]
 
 
 Leaves = dict[str, np.ndarray]
@@ -43,6 +43,11 @@ def unfit(node: Node, why: str) -> ValueError:
     name = visible(shortened(node.name or "/".join(node.outputs), 60))
     kind = visible(shortened(node.kind, 40))
     return ValueError(f"an ONNX model must be a ResNet, but its node {name!r} ({kind}) {why}")
+
+
+def kinds_of(nodes: Sequence[Node]) -> str:
+    """The kinds of some nodes, for an error text."""
+    return visible(shortened(", ".join(sorted(node.kind for node in nodes[:9])), 60)) or "nothing"
 
 
 class Flow:
@@ -130,10 +135,7 @@ class Flow:
         nodes, wanted = self.users(x), " or ".join(kinds)
         if len(nodes) != 1:
             told = f"where {wanted} must follow" if wanted else "where a ResNet has one node"
-            found = (
-                visible(shortened(", ".join(sorted(n.kind for n in nodes[:9])), 60)) or "nothing"
-            )
-            raise unfit(before, f"is followed by {found} {told}")
+            raise unfit(before, f"is followed by {kinds_of(nodes)} {told}")
         if wanted and nodes[0].kind not in kinds:
             raise unfit(nodes[0], f"stands where {wanted} must be")
         return nodes[0]
@@ -367,16 +369,18 @@ class Layers(Flow):
 
     def padding(self, node: Node) -> tuple[int, str]:
         """Pixels that a Pad adds on all sides, and its mode."""
+        mode = str(node.attributes.get("mode", "constant"))
+        if mode not in ("constant", "reflect"):
+            raise unfit(node, f"must pad with 0 or reflected pixels, got {visible(mode[:40])}")
         pads = self.listed(node, "pads", 1)
         spatial = (1, 2) if self.last[node.inputs[0]] else (2, 3)
         ends = [pads[axis + side] for side in (0, 4) for axis in spatial if len(pads) == 8]
-        mode = node.attributes.get("mode", "constant")
         value = node.attributes.get("value", 0.0)
         if self.optional(node, 2) is not None:
             value = self.number(node, 2)
         if len(set(ends)) != 1 or sum(pads) != sum(ends) or (mode == "constant" and value != 0):
             raise unfit(node, f"must add as many pixels on all sides, got {mode} {list(pads)}")
-        return ends[0], str(mode)
+        return ends[0], mode
 
     def layer(self, node: Node) -> tuple[Layer, str]:
         """A convolution, with zeros that a Pad puts around it, and what normalizes it."""
