@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxtransfer.classifier import Classifier, transfer
-from flaxtransfer.commands.options import InputOptions, JobOptions, SplitOptions, WeightsOptions
+from flaxtransfer.commands.options import (
+    InputOptions,
+    JobOptions,
+    SplitOptions,
+    WeightsOptions,
+    fractions,
+)
 from flaxtransfer.commands.plan import check_settings, strategy_plan
 from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
@@ -139,12 +145,38 @@ def load_weights(options: WeightsOptions) -> Pretrained:
     path = Path(options.weights)
     if path.name == WEIGHTS_FILE and (path.parent / MANIFEST_FILE).is_file():
         check_sealed(path.parent, path.name)
-    return load(
+    found = load(
         options.weights,
         model=options.model,
         format=options.format,
         sensor=options.sensor,
         key=options.weights_key,
+    )
+    return normalizing(found, mean=options.mean, std=options.std)
+
+
+def normalizing(checkpoint: Pretrained, **given: Sequence[str]) -> Pretrained:
+    """The checkpoint with the mean and std of ``--mean`` and ``--std``; empty ones stay.
+
+    Raises:
+        ValueError: another number of channels than the network has.
+    """
+    bands = checkpoint.config.bands
+    numbers = {name: fractions(texts) for name, texts in given.items() if texts}
+    for name, values in numbers.items():
+        if len(values) not in (1, bands):
+            raise ValueError(
+                f"--{name} must have 1 or {bands} numbers, one per channel, got {len(values)}"
+            )
+    if not numbers:
+        return checkpoint
+    whole: dict[str, Any] = {
+        name: values * (bands // len(values)) for name, values in numbers.items()
+    }
+    return replace(
+        checkpoint,
+        preprocessing=replace(checkpoint.preprocessing, **whole),
+        notes=(*checkpoint.notes, f"preprocessing: {' and '.join(whole)} as requested"),
     )
 
 

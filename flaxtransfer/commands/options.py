@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -21,6 +21,7 @@ import tyro
 from flaxtransfer.data.open import SCHEMES, open_source
 from flaxtransfer.files import check_regular
 from flaxtransfer.models.config import Method
+from flaxtransfer.models.registry import named
 from flaxtransfer.paths import suggest
 from flaxtransfer.recipes import RECIPE_NAMES
 from flaxtransfer.weights.naming.formats import FORMATS
@@ -136,7 +137,11 @@ class WeightsOptions:
     Args:
         weights: Weights of a ResNet: builtin, a file (.safetensors, .pth, .npz, .h5, .keras), a
             folder with one, hf://organization/name[@revision] or https://.
-        model: Architecture that the weights must have, such as resnet50.
+        model: Network that the weights must be, by name, such as resnet50_v1: it also says what no
+            weights show, here the stride in the first convolution.
+        mean: Mean that the network subtracts from each channel, for pixels from 0 to 1: one number
+            for all or one per channel, such as 0.5 or 123/255.
+        std: Standard deviation that it then divides by, likewise.
     """
 
     weights: str = "builtin"
@@ -159,6 +164,41 @@ class WeightsOptions:
             default="read off the name of the weights",
         ),
     ] = None
+    mean: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
+    std: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
+
+    def problems(self) -> Iterator[str]:
+        """An unknown network, and numbers that are none."""
+        yield from model_problems(self.model)
+        yield from fraction_problems(("--mean", self.mean), ("--std", self.std))
+
+
+def fractions(texts: Iterable[str]) -> tuple[float, ...]:
+    """Numbers that may be written as fractions.
+
+    >>> fractions(("0.5", "123/255"))
+    (0.5, 0.4823529411764706)
+    """
+    pairs = (text.partition("/") for text in texts)
+    return tuple(float(above) / float(below or "1") for above, _, below in pairs)
+
+
+def fraction_problems(*options: tuple[str, tuple[str, ...]]) -> Iterator[str]:
+    """What is wrong with options that take fractions."""
+    for name, texts in options:
+        try:
+            fractions(texts)
+        except (ValueError, ZeroDivisionError):
+            yield f"{name} must be numbers such as 0.485 or 123/255, got {' '.join(texts)!r}"
+
+
+def model_problems(name: str | None) -> Iterator[str]:
+    """What is wrong with ``--model``; None is no name."""
+    try:
+        if name is not None:
+            named(name, "--model")
+    except ValueError as error:
+        yield str(error)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from flaxtransfer.commands.subcommands import RATES, Params, named_values, rate_
 from flaxtransfer.groups import FROZEN, Frozen, Group, trainable_mask
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
-from flaxtransfer.models.registry import ARCHITECTURES, resnet
+from flaxtransfer.models.registry import named, resnet
 from flaxtransfer.optimizers import layerwise_decay
 from flaxtransfer.overview import parameter_table
 
 
 def params(options: Params, console: Console) -> None:
     """Runs ``flaxtransfer params``."""
-    config = replace(ARCHITECTURES[options.model], classes=options.classes)
+    config = replace(named(options.model, "--model"), classes=options.classes)
     if options.width is not None:
         config = replace(config, width=options.width)
     variables = resnet(config).abstract()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from flaxtransfer.commands.options import flag, is_file
 from flaxtransfer.commands.subcommands import Plan
-from flaxtransfer.models.registry import ARCHITECTURES, resnet
+from flaxtransfer.models.registry import resnet
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.training.plan import Plan as TrainingPlan
 from flaxtransfer.training.plan import plan_table
@@ -21,7 +20,7 @@ from flaxtransfer.types import Params
 
 def plan(options: Plan, console: Console) -> None:
     """Runs ``flaxtransfer plan``."""
-    model = resnet(replace(ARCHITECTURES[options.model], classes=options.classes))
+    model = resnet(options.model, classes=options.classes)
     params = model.abstract()["params"]
     made = strategy_plan(options.strategy, params, {})
     console.print(plan_table(made, params))

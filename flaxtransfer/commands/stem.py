@@ -16,7 +16,7 @@ from flaxtransfer.weights.loading import load
 def stem(options: Stem, console: Console) -> None:
     """Runs ``flaxtransfer stem``."""
     run = Path(options.source)
-    checkpoint = load(weights_of(run) if run.is_dir() else options.source)
+    checkpoint = load(weights_of(run) if run.is_dir() else options.source, model=options.model)
     params = checkpoint.variables["params"]
     kernel = flatten(params)[checkpoint.config.first_kernel]
     before, after = stem_report(kernel), None

@@ -39,10 +39,11 @@ from flaxtransfer.commands.options import (
     data_problems,
     default,
     described,
+    fraction_problems,
+    model_problems,
     output_problems,
     strategy_problems,
 )
-from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.figures import FIGURE_SUFFIXES
 
@@ -95,7 +96,7 @@ class Plan:
     Example: flaxtransfer plan --strategy discriminative --out plan.yaml
 
     Args:
-        model: Architecture, such as resnet18 or resnet50; "flaxtransfer models" lists them.
+        model: Network by name, such as resnet18 or resnet50w32; "flaxtransfer models" lists them.
         classes: Outputs of the head.
         out: Also write the plan to this file, to be edited and given to "train --strategy".
     """
@@ -108,7 +109,7 @@ class Plan:
     def problems(self) -> Iterator[str]:
         """An unknown strategy or architecture, and a file that cannot be written."""
         yield from strategy_problems(self.strategy)
-        yield from _model_problems(self.model)
+        yield from model_problems(self.model)
         yield from output_problems("--out", self.out, suffixes=PLAN_SUFFIXES)
 
 
@@ -184,14 +185,17 @@ class Stem:
 
     Args:
         source: Weights of a ResNet: builtin, a .safetensors or .pth file, or a run folder.
+        model: Network that the source must be, by name, such as resnet50.
         out: Also draw the filters and their shares to this .png, .pdf or .svg file.
     """
 
     source: tyro.conf.Positional[str] = "builtin"
+    model: Annotated[str | None, default("that of the source")] = None
     out: Annotated[Path | None, default("none")] = None
 
     def problems(self) -> Iterator[str]:
-        """A picture that cannot be written."""
+        """An unknown network, and a picture that cannot be written."""
+        yield from model_problems(self.model)
         yield from _picture_problems(self.out)
 
 
@@ -227,8 +231,9 @@ class Params:
     Example: flaxtransfer params --rules "new=head()" "old=rest()" --rates new=1e-3
 
     Args:
-        model: Architecture, such as resnet18 or resnet50; "flaxtransfer models" lists them.
-        width: Channels of the stem.
+        model: Network by name, such as resnet18 or resnet50w32s64_v1; "flaxtransfer models" lists
+            those without widths and endings.
+        width: Channels of layer1 in its 3x3 convolutions, and of a plain stem.
         classes: Outputs of the head.
         rules: Labels as name=mask; each leaf must fall under exactly one. A mask is an expression
             of stem() stage(3) stages(3, 4) head() adapter() batch_norm() kernels() biases()
@@ -250,7 +255,7 @@ class Params:
 
     def problems(self) -> Iterator[str]:
         """An unknown architecture, rates of labels without a rule, and wrong forms."""
-        yield from _model_problems(self.model)
+        yield from model_problems(self.model)
         try:
             rules, rates = named_values(self.rules), named_values(self.rates)
         except ValueError as error:
@@ -383,6 +388,11 @@ class Convert:
             hf://organization/name or https://.
         target: File to write (.safetensors, .onnx or .stablehlo), or folder for timm and
             huggingface.
+        model: Network that the source must be, by name, such as resnet50_v1: it also says what no
+            weights show.
+        mean: Mean that the network subtracts from each channel, for pixels from 0 to 1: one number
+            for all or one per channel, such as 0.5 or 123/255.
+        std: Standard deviation that it then divides by, likewise.
         to: Format of the target.
         dtype: Number type in a .safetensors or .onnx file; in the latter also of the computation.
         adapter: In a .safetensors file, fold a linear input adapter into the stem, so that other
@@ -391,6 +401,9 @@ class Convert:
 
     source: tyro.conf.Positional[str]
     target: tyro.conf.Positional[Path]
+    model: Annotated[str | None, default("that of the source")] = None
+    mean: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
+    std: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
     weights_key: Annotated[
         str | None,
         described(
@@ -416,7 +429,9 @@ class Convert:
     adapter: Literal["fold", "keep"] = "fold"
 
     def problems(self) -> Iterator[str]:
-        """A target that cannot be written, or has no room for the weights."""
+        """An unknown network, and a target that cannot be written or has no room."""
+        yield from model_problems(self.model)
+        yield from fraction_problems(("--mean", self.mean), ("--std", self.std))
         yield from output_problems(
             "the target",
             self.target,
@@ -484,14 +499,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _model_problems(name: str) -> Iterator[str]:
-    if name not in ARCHITECTURES:
-        yield (
-            '--model must be an architecture that "flaxtransfer models" lists, got '
-            f"{name!r}{suggest(name, ARCHITECTURES)}"
-        )
 
 
 def _picture_problems(path: Path | None) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Architecture configurations: frozen values without arrays and without a framework.
 
 A ``ResNetConfig`` describes a network of the ResNet family, and an ``Adapter`` describes the layer
-that maps images with n bands to the three input channels of an RGB stem. ``ResNetConfig.name``
-composes the name that torchvision or timm uses for the network.
+that maps images with n bands to the three input channels of an RGB stem. Its ``name`` is composed
+by ``layout.name_of``, and ``config_of`` reads such a name.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from flaxtransfer.models.layout import fields_of, name_of
 from flaxtransfer.paths import suggest
 
 __all__ = [
     "BASE_FIELDS",
-    "DEPTHS",
     "GROUPS",
     "KINDS",
     "METHODS",
-    "STEM_LETTERS",
     "Adapter",
     "Method",
     "ResNetConfig",
+    "config_of",
     "eca_size",
-    "name_of",
     "squeezed",
 ]
 
@@ -108,20 +107,22 @@ class ResNetConfig:
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, and 1x1 with four times the
             planes).
         depths: blocks per stage, layer1 to layer4.
-        width: channels of the stem and planes of layer1; layer N has ``width * 2**(N-1)`` planes.
+        width: planes of layer1; layer N has ``width * 2**(N-1)`` planes.
         base_width: the 3x3 convolution of a bottleneck has ``int(planes * base_width / 64) *
             groups`` channels. A basic block only supports 64.
         groups: groups of the 3x3 convolution of a bottleneck. A basic block only supports 1.
         classes: outputs of the head.
         in_channels: input channels of the stem: those of the image unless there is an adapter.
         adapter: maps an image's bands to the stem's three channels; None without an adapter.
-        stem: "plain" (one 7x7 convolution with ``width`` channels), "deep" (three 3x3 convolutions
-            with ``stem_width``, ``stem_width`` and ``2 * stem_width`` channels), or "tiered" (like
-            "deep", but the first has 3/4 of ``stem_width``).
-        stem_width: of a deep or tiered stem; None for a plain stem.
+        stem: "plain" (one 7x7 convolution with ``stem_width`` channels), "deep" (three 3x3
+            convolutions with ``stem_width``, ``stem_width`` and ``2 * stem_width`` channels), or
+            "tiered" (like "deep", but the first has 3/4 of ``stem_width``).
+        stem_width: channels of the stem. None, for a plain stem only, is those of layer1; an equal
+            number is stored as None.
         stem_pool: "max"; "zero-padded" (max-pooling padded with 0 instead of -inf, which matters
-            where no activation precedes it: BiT, Keras); or "convolution" (a 3x3 convolution with
-            stride 2 and its norm: ResNet-RS).
+            where no activation precedes it: BiT, Keras); "ceil" (without padding, but with a last
+            window that reaches over the edge: Caffe, ``ceil_mode`` in torch); or "convolution" (a
+            3x3 convolution with stride 2 and its norm: ResNet-RS).
         shortcut: "convolution" (1x1 with the block's stride), or "average" (2x2 average-pooling
             with the stride, then a 1x1 convolution with stride 1).
         shortcut_kernel: 1, or 3 for 3x3 convolutions in shortcuts with a stride (SENet-154).
@@ -163,6 +164,8 @@ class ResNetConfig:
     'resnet50'
     >>> ResNetConfig("basic", (2, 2, 2, 2), width=32, classes=10).name
     'resnet18w32'
+    >>> ResNetConfig("bottleneck", (3, 4, 6, 3), 32, stem_width=64, stride_in="1x1").name
+    'resnet50w32s64_v1'
     >>> ResNetConfig("bottleneck", (3, 4, 6, 3), base_width=128).name
     'wide_resnet50_2'
     >>> ResNetConfig("bottleneck", (3, 4, 6, 3)).features
@@ -182,7 +185,7 @@ class ResNetConfig:
     adapter: Adapter | None = None
     stem: Literal["plain", "deep", "tiered"] = "plain"
     stem_width: int | None = None
-    stem_pool: Literal["max", "zero-padded", "convolution"] = "max"
+    stem_pool: Literal["max", "zero-padded", "ceil", "convolution"] = "max"
     shortcut: Literal["convolution", "average"] = "convolution"
     shortcut_kernel: Literal[1, 3] = 1
     reduce_first: int = 1
@@ -201,6 +204,8 @@ class ResNetConfig:
         object.__setattr__(self, "depths", tuple(self.depths))
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
             raise TypeError(f"adapter must be an Adapter or None, got {self.adapter!r}")
+        if self.stem == "plain" and self.stem_width == self.width:
+            object.__setattr__(self, "stem_width", None)
         # Combinations are only meaningful for fields that are valid by themselves.
         if problems := self._field_problems() or self._combination_problems():
             raise ValueError("invalid ResNetConfig: " + "; ".join(problems))
@@ -219,8 +224,11 @@ class ResNetConfig:
         ]
         if len(self.depths) != 4 or not all(_at_least(depth, 1) for depth in self.depths):
             problems.append(f"depths must be 4 integers >= 1, got {self.depths!r}")
-        if self.stem_width is not None and not _at_least(self.stem_width, 4):
-            problems.append(f"stem_width must be an integer >= 4 or None, got {self.stem_width!r}")
+        least = 1 if self.stem == "plain" else 4
+        if self.stem_width is not None and not _at_least(self.stem_width, least):
+            problems.append(
+                f"stem_width must be an integer >= {least} or None, got {self.stem_width!r}"
+            )
         if not 0 < self.se_ratio <= 1:
             problems.append(f"se_ratio must be > 0 and <= 1, got {self.se_ratio!r}")
         problems += [
@@ -233,8 +241,12 @@ class ResNetConfig:
 
     def _combination_problems(self) -> list[str]:
         plain_stem, basic = self.stem == "plain", self.block == "basic"
-        first = self.inner(1) // self.reduce_first
-        uneven = [n for n in (self.stem_channels[0], first, self.width) if n % GROUPS]
+        if self.stem_width is None and not plain_stem:
+            return [f"stem_width must be an integer >= 4 for a {self.stem} stem, got None"]
+        inner = [self.inner(stage) for stage in (1, 2, 3, 4)]
+        first = inner[0] // self.reduce_first
+        firsts = [channels // self.reduce_first for channels in inner]
+        uneven = [n for n in (*self.stem_channels, *inner, *firsts, self.width) if n % GROUPS]
         rules = (
             (
                 basic and (self.base_width, self.groups) != (64, 1),
@@ -251,17 +263,18 @@ class ResNetConfig:
                 f"reduce_first {self.reduce_first} leaves the first convolution no channels",
             ),
             (
-                plain_stem != (self.stem_width is None),
-                "stem_width must be None for a plain stem and an integer for a deep or tiered "
-                f"stem, got stem={self.stem!r} with stem_width={self.stem_width!r}",
+                first >= 1 and any(channels % self.groups for channels in firsts),
+                f"the first convolutions must have a multiple of {self.groups} channels with "
+                f"groups={self.groups}, got {firsts}",
             ),
             (
                 self.stem_bias and not plain_stem,
                 f"stem_bias requires stem='plain', got {self.stem!r}",
             ),
             (
-                self.stem_pool == "convolution" and self.anti_alias is not None,
-                f"anti_alias must be None with stem_pool='convolution', got {self.anti_alias!r}",
+                self.stem_pool != "max" and self.anti_alias is not None,
+                f"anti_alias must be None with stem_pool={self.stem_pool!r}, got "
+                f"{self.anti_alias!r}",
             ),
             (
                 self.stride_in == "1x1" and (basic or self.anti_alias is not None),
@@ -308,9 +321,13 @@ class ResNetConfig:
 
     @property
     def stem_channels(self) -> tuple[int, ...]:
-        """Output channels of the stem's convolutions, in order."""
-        if self.stem_width is None:
-            return (self.width,)
+        """Output channels of the stem's convolutions, in order.
+
+        >>> ResNetConfig(width=32).stem_channels, ResNetConfig(stem_width=48).stem_channels
+        ((32,), (48,))
+        """
+        if self.stem == "plain" or self.stem_width is None:
+            return (self.stem_width or self.width,)
         first = 3 * (self.stem_width // 4) if self.stem == "tiered" else self.stem_width
         return (first, self.stem_width, 2 * self.stem_width)
 
@@ -340,7 +357,7 @@ class ResNetConfig:
 
     @property
     def name(self) -> str:
-        """The name in torchvision or timm ("resnet50"); "w32" is appended for another width."""
+        """The name in torchvision or timm, with widths and endings: see ``name_of``."""
         return name_of(self)
 
     def stride(self, stage: int, block: int) -> int:
@@ -358,7 +375,9 @@ class ResNetConfig:
         if block > 0:
             return False
         wider = stage > 1 or self.stem_channels[-1] != self.width * self.expansion
-        return wider or self.stride(stage, block) != 1
+        # timm and Keras project at the head of every stage of pre-activation bottlenecks.
+        always = self.preactivation and self.block == "bottleneck"
+        return wider or always or self.stride(stage, block) != 1
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a dictionary for ``json``: those in ``BASE_FIELDS`` and non-default ones.
@@ -396,7 +415,7 @@ _COUNTS = ("width", "base_width", "groups", "classes", "in_channels", "reduce_fi
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "block": ("basic", "bottleneck"),
     "stem": ("plain", "deep", "tiered"),
-    "stem_pool": ("max", "zero-padded", "convolution"),
+    "stem_pool": ("max", "zero-padded", "ceil", "convolution"),
     "shortcut": ("convolution", "average"),
     "shortcut_kernel": (1, 3),
     "attention": (None, "se", "eca"),
@@ -436,80 +455,17 @@ def eca_size(channels: int) -> int:
     return max(3, size if size % 2 else size + 1)
 
 
-DEPTHS: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
-    10: ("basic", (1, 1, 1, 1)),
-    14: ("bottleneck", (1, 1, 1, 1)),
-    18: ("basic", (2, 2, 2, 2)),
-    26: ("bottleneck", (2, 2, 2, 2)),
-    34: ("basic", (3, 4, 6, 3)),
-    50: ("bottleneck", (3, 4, 6, 3)),
-    101: ("bottleneck", (3, 4, 23, 3)),
-    152: ("bottleneck", (3, 8, 36, 3)),
-    200: ("bottleneck", (3, 24, 36, 3)),
-    269: ("bottleneck", (3, 30, 48, 8)),
-    270: ("bottleneck", (4, 29, 53, 4)),
-    350: ("bottleneck", (4, 36, 72, 4)),
-    420: ("bottleneck", (4, 44, 87, 4)),
-}
-"""Block and depths by the number in a network's name."""
+def config_of(name: str) -> ResNetConfig:
+    """The configuration with a name; its head has 1000 classes.
 
-STEM_LETTERS: dict[str, dict[str, Any]] = {
-    "": {"stem": "plain", "stem_width": None, "shortcut": "convolution"},
-    "c": {"stem": "deep", "stem_width": 32, "shortcut": "convolution"},
-    "d": {"stem": "deep", "stem_width": 32, "shortcut": "average"},
-    "e": {"stem": "deep", "stem_width": 64, "shortcut": "average"},
-    "s": {"stem": "deep", "stem_width": 64, "shortcut": "convolution"},
-    "t": {"stem": "tiered", "stem_width": 32, "shortcut": "average"},
-}
-"""Stem and shortcut by the letter after the number in a network's name."""
+    Args:
+        name: as ``ResNetConfig.name`` gives it; widths and endings may stand in any order.
 
-_ALIASES = {
-    "seresnext152s_64x4d_first2_down3": "senet154",
-    "ecaresnet-bottleneck-1-1-11-3-plain-average": "ecaresnetlight",
-}
-"""Established names by the composed ones."""
+    Raises:
+        ValueError: another name; the text says what of it is unknown.
 
-
-def name_of(config: ResNetConfig) -> str:
-    """The name of a network in torchvision or timm; "w32" is appended for another width.
-
-    >>> from flaxtransfer.models.config import ResNetConfig
-    >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), groups=32, base_width=4))
-    'resnext50_32x4d'
-    >>> big = {"preactivation": True, "norm": "group", "standardized": 1e-10}
-    >>> name_of(ResNetConfig("bottleneck", (3, 4, 6, 3), 192, stem_pool="zero-padded", **big))
-    'resnetv2_50x3_bit'
+    >>> config_of("resnet50w32s64_v1") == ResNetConfig(
+    ...     "bottleneck", (3, 4, 6, 3), width=32, stem_width=64, stride_in="1x1")
+    True
     """
-    shape = (config.block, config.depths)
-    number = next((str(depth) for depth, known in DEPTHS.items() if known == shape), None)
-    if number is None:
-        number = f"-{config.block}-" + "-".join(map(str, config.depths))
-    stem = {name: getattr(config, name) for name in ("stem", "stem_width", "shortcut")}
-    letter = next((letter for letter, known in STEM_LETTERS.items() if known == stem), None)
-    if letter is None:
-        letter = f"-{config.stem}{config.stem_width or ''}-{config.shortcut}"
-    variant = {"average": "aa", "blur": "blur", None: ""}[config.anti_alias]
-    if config.stem_pool == "convolution":
-        variant, letter = "rs", "" if letter == "d" else letter
-    if config.preactivation:
-        variant = "v2_"
-    prefix = "" if variant == "rs" and config.attention == "se" else config.attention or ""
-    big = config.stem_pool == "zero-padded" and config.norm == "group" and config.standardized
-    if config.groups != 1:
-        name = f"{prefix}resnext{variant}{number}{letter}_{config.groups}x{config.base_width}d"
-    elif config.base_width != 64 and config.base_width % 64 == 0:
-        name = f"{prefix}wide_resnet{variant}{number}{letter}_{config.base_width // 64}"
-    elif config.base_width != 64:
-        name = f"{prefix}resnet{variant}{number}{letter}b{config.base_width}"
-    elif big and variant == "v2_" and config.width % 64 == 0:
-        return f"resnetv2_{number}x{config.width // 64}{letter}_bit"
-    else:
-        name = f"{prefix}resnet{variant}{number}{letter}"
-    if (config.reduce_first, config.shortcut_kernel) != (1, 1):
-        name += f"_first{config.reduce_first}_down{config.shortcut_kernel}"
-    name += "_gn" if config.norm == "group" else ""
-    name += "_ws" if config.standardized else ""
-    name += "_v1" if config.stride_in == "1x1" else ""
-    name += "_last" if config.stride_at == "last" else ""
-    name = _ALIASES.get(name, name)
-    return name if config.width == 64 else f"{name}w{config.width}"
+    return ResNetConfig(**fields_of(name))

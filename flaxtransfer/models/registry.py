@@ -1,7 +1,7 @@
 """Architectures by name, and what they cost.
 
-``ARCHITECTURES`` lists the names that torchvision and timm use, and ``resnet`` makes a model of
-one; a ``ResNetConfig`` of your own describes any other network of the family. ``costs`` counts
+``ARCHITECTURES`` lists the names that torchvision and timm use, ``named`` reads these and
+all that ``ResNetConfig.name`` composes, and ``resnet`` makes a model of one. ``costs`` counts
 parameters and multiply-adds from the shapes of the leaves and the spatial size of each layer.
 """
 
@@ -12,14 +12,15 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from flaxtransfer.models.config import DEPTHS, STEM_LETTERS, ResNetConfig
-from flaxtransfer.paths import suggest
+from flaxtransfer.models.config import ResNetConfig, config_of
+from flaxtransfer.models.layout import DEPTHS, STEM_LETTERS
+from flaxtransfer.paths import shortened, suggest
 
 if TYPE_CHECKING:
     from flaxtransfer.models.layers import Convolution
     from flaxtransfer.models.model import Model
 
-__all__ = ["ARCHITECTURES", "RESNETS", "Costs", "costs", "resnet"]
+__all__ = ["ARCHITECTURES", "RESNETS", "Costs", "costs", "named", "resnet"]
 
 
 RESNETS: dict[str, ResNetConfig] = {
@@ -112,7 +113,8 @@ def resnet(
 
     Args:
         architecture: a name in ``ARCHITECTURES``, such as "resnet50", "wide_resnet50_2" or
-            "resnext50_32x4d", or a configuration of your own.
+            "resnext50_32x4d", one with widths and endings, such as "resnet50w32s64_v1", or a
+            configuration of your own.
         classes: outputs of the head; None keeps the configuration's.
         dtype: of the convolutions; None uses that of the parameters. See ``Model``.
         zero_head: whether ``init`` sets the head's kernel to 0.
@@ -137,19 +139,34 @@ def resnet(
     from flaxtransfer.models.convolution import conv
     from flaxtransfer.models.model import Model
 
-    config = _by_name(architecture) if isinstance(architecture, str) else architecture
+    config = named(architecture) if isinstance(architecture, str) else architecture
     if classes is not None:
         config = replace(config, classes=classes)
     return Model(config, dtype, zero_head, zero_init_residual, convolution or conv)
 
 
-def _by_name(name: str) -> ResNetConfig:
-    if name not in ARCHITECTURES:
-        raise ValueError(
-            f"unknown architecture {name!r}{suggest(name, ARCHITECTURES)}; known: "
-            f"{', '.join(ARCHITECTURES)}; a ResNetConfig describes any other"
-        )
-    return ARCHITECTURES[name]
+def named(name: str, what: str = "`architecture`") -> ResNetConfig:
+    """The configuration of an architecture by its name, with widths and endings.
+
+    Args:
+        name: as ``ResNetConfig.name`` gives it.
+        what: the argument or option, for the error text.
+
+    Raises:
+        ValueError: an unknown name, with the nearest one.
+
+    >>> named("resnet18w32").width, named("resnet50_v1").stride_in
+    (32, '1x1')
+    """
+    try:
+        return ARCHITECTURES.get(name) or config_of(name)
+    except ValueError as error:
+        reason = shortened(str(error).removeprefix("invalid ResNetConfig: "), 250)
+    raise ValueError(
+        f"{what} must be the name of a network, such as resnet50 or resnet50w32s64_v1, got "
+        f'{shortened(name, 60)!r}{suggest(name, ARCHITECTURES)}; {reason}; "flaxtransfer models" '
+        "lists the names"
+    )
 
 
 _IN_STAGE = re.compile(r"layer(\d)/(\d+)/(.+)/kernel")
@@ -215,8 +232,9 @@ class _Sides:
 def _sides(config: ResNetConfig, size: int) -> _Sides:
     stem = math.ceil(size / 2)
     averaged = config.anti_alias == "average"
-    # Padded by half the kernel, a stride of 2 rounds up; 2x2 averages drop an odd row.
-    side = stem // 2 if averaged else math.ceil(stem / 2)
+    # Padded by half the kernel, a stride of 2 rounds up; 2x2 averages drop an odd row, and the
+    # windows of "ceil" start inside the last pair of rows.
+    side = stem // 2 if averaged or config.stem_pool == "ceil" else math.ceil(stem / 2)
     into, out = {}, {}
     for stage, depth in enumerate(config.depths, start=1):
         for block in range(depth):

@@ -304,13 +304,17 @@ class Network(Layers):
     def _stem(self, x: jax.Array, norm: Norm) -> jax.Array:
         config, parts = self.config, (self.dtype, self.convolution, self.config)
         if config.stem == "plain":
-            x = self.convolve("conv1", x, config.width, 7, 2, bias=config.stem_bias)
+            (channels,) = config.stem_channels
+            x = self.convolve("conv1", x, channels, 7, 2, bias=config.stem_bias)
         else:
             x = DeepStem(*parts, name="conv1")(x, norm)
         if not config.preactivation:
             x = nn.relu(self.normalize("bn1", x, norm))
         if config.stem_pool == "zero-padded":
             return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), padding=0)
+        if config.stem_pool == "ceil":
+            edges = ((0, 0), (0, 1), (0, 1), (0, 0))
+            return max_pool(jnp.pad(x, edges, constant_values=-jnp.inf), padding=0)
         if config.stem_pool == "convolution":
             return Pool(*parts, name="maxpool")(x, norm)
         if config.anti_alias == "average":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.models.config import Adapter, ResNetConfig, squeezed
-from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.models.registry import ARCHITECTURES, named
 from flaxtransfer.paths import shortened
 from flaxtransfer.weights import pretrained, sidecar
 from flaxtransfer.weights.naming import timm, torchgeo, torchvision
@@ -59,9 +59,7 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
         if len(parts) > 2 and parts[1].startswith("layer") and parts[2].isdigit():
             blocks.setdefault(int(parts[1][5:]), set()).add(int(parts[2]))
 
-    stem = _stem(shapes)
-    first_layers = () if stem else ("conv1", "bn1", "gn1")
-    widths = [shapes[p][-1] for p in shapes if p.split("/")[1] in first_layers and shapes[p]]
+    widths = []
     last = "conv3" if bottleneck else "conv2"
     for stage in range(1, 5):
         for index in blocks.get(stage, ()):
@@ -69,8 +67,10 @@ def infer(shapes: Mapping[str, Shape]) -> ResNetConfig:
             if len(shape) == 4:
                 widths.append(shape[3] // (expansion * 2 ** (stage - 1)))
     width = _majority(widths, 64)
+    stem = _stem(shapes, width)
     classes = [shapes[p][-1] for p in ("params/fc/bias", "params/fc/kernel") if shapes.get(p)]
-    first = shapes.get("params/conv1/0/kernel" if stem else "params/conv1/kernel", ())
+    deep = stem["stem"] != "plain"
+    first = shapes.get("params/conv1/0/kernel" if deep else "params/conv1/kernel", ())
     in_channels = first[2] if len(first) == 4 and first[2] > 0 else 3
     reduce_first = _reduction(shapes, bottleneck)
     groups, base_width = _grouping(shapes, blocks, width, reduce_first) if bottleneck else (1, 64)
@@ -120,13 +120,18 @@ def _assumed(config: ResNetConfig, told: bool) -> str:
         *(["strides in the 3x3 convolutions"] if deep else []),
         "no dilation (backbones of segmentation often have it)",
         "no anti-aliasing",
+        "a stem pool padded on both sides",
         "ReLU",
     ]
-    others = ["'resnet50_v1'"] if deep else []
+    other = dataclasses.replace(config, stride_in="1x1").name if _can_be_v1(config) else ""
     return (
         f"assumed, as no leaf shows it and no file says it: {', '.join(parts)}; say otherwise "
-        f"with model=, such as {' or '.join([*others, repr('resnetaa50')])}"
+        f"with model= (--model), such as {other or 'resnetaa50'!r}"
     )
+
+
+def _can_be_v1(config: ResNetConfig) -> bool:
+    return config.block == "bottleneck" and not config.preactivation and config.anti_alias is None
 
 
 def _lacks_statistics(shapes: Mapping[str, Shape]) -> bool:
@@ -208,8 +213,7 @@ def _says_groups(model: str | ResNetConfig | None, file: Tensors) -> bool:
     if isinstance(model, ResNetConfig):
         return model.norm == "group"
     if model is not None:
-        known = ARCHITECTURES.get(re.sub(r"w\d+$", "", model))
-        return "_gn" in model if known is None else known.norm == "group"
+        return named(model, "`model` (--model)").norm == "group"
     own = pretrained.read_header(file.metadata)
     if own is not None:
         return own.config.norm == "group"
@@ -243,15 +247,23 @@ def assumptions(
     return [text] if text else []
 
 
-def _stem(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields of a deep or tiered stem; empty for a plain stem."""
+def _stem(shapes: Mapping[str, Shape], width: int) -> dict[str, Any]:
+    """The fields of a stem before stages of a width."""
     outputs = [shapes.get(f"params/conv1/{number}/kernel", ())[-1:] for number in (0, 3, 6)]
     if not any(outputs):
-        return {}
+        own = ("conv1", "bn1", "gn1")
+        found = [shape[-1] for path, shape in shapes.items() if path.split("/")[1] in own and shape]
+        # What follows takes as many channels.
+        after = (shapes.get(f"params/layer1/0/{path}", ()) for path in _AFTER_STEM)
+        found += [shape[2] for shape in after if len(shape) == 4]
+        return {"stem": "plain", "stem_width": _majority(found, width)}
     first, second = (end[0] if end else 0 for end in outputs[:2])
     width = second if second > 3 else 32
     tiered = first == 3 * (width // 4) and first != width
     return {"stem": "tiered" if tiered else "deep", "stem_width": width}
+
+
+_AFTER_STEM = ("conv1/kernel", "downsample/0/kernel", "downsample/1/kernel")
 
 
 def _parts(shapes: Mapping[str, Shape], expansion: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ metadata (preprocessing, class names) from the header, the files next to it, or 
 
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from flaxtransfer.files import parse_json
 from flaxtransfer.models.config import BASE_FIELDS, ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
-from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.models.registry import ARCHITECTURES, named
 from flaxtransfer.paths import shortened, suggest, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.weights import locations, pretrained, sidecar
@@ -68,10 +67,12 @@ def load(
             ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
             with the JSON files next to it; ``https://.../name-<first digits of sha256>.pth``, which
             is verified by its name. Or "builtin", or "builtin:<name>".
-        model: the expected network, "resnet50" or a configuration, except for the number of
-            classes and image channels. Names are in ``models.ARCHITECTURES``. It also states what
-            no leaf shows: anti-aliasing, and which convolution has the stride. By default timm's
-            ``config.json`` next to the file states the architecture.
+        model: the expected network, a name such as "resnet50" or a configuration, except for the
+            number of classes and image channels. Names are in ``models.ARCHITECTURES`` and those
+            that ``ResNetConfig.name`` composes, with widths and endings. It also states what no
+            leaf shows: anti-aliasing, the stem's pool, and which convolution has the stride, as in
+            "resnet50_v1". By default timm's ``config.json`` next to the file states the
+            architecture.
         format: a name in ``formats.FORMATS``: "torchvision" (also timm's plain ResNets), "timm",
             "timm-v2" (its pre-activation networks), "huggingface", "huggingface-flax", "bit",
             "keras" (Keras Applications, either version), "keras-hub", "flaxtransfer" (our own
@@ -180,7 +181,7 @@ def load(
             *(*arrived, *file.notes, *head.notes, *done, *notes, *metadata.notes),
             *assumptions(file, metadata.config, chosen, model, name),
         ),
-        no_head=missing,
+        no_head=missing or metadata.no_head,
     )
 
 
@@ -268,37 +269,11 @@ def _network(
     elif isinstance(model, ResNetConfig):
         said, asked = model, f"{model.name} ({_describe(model)})"
     else:
-        said, asked = with_unseen(_by_name(model, seen), seen), model
+        known = seen if model == seen.name else named(model, "`model` (--model)")
+        said, asked = with_unseen(known, seen), model
     if leaf_shapes(_like(said, seen)) != leaf_shapes(seen):
         raise ValueError(f"{path} holds {seen.name} ({_describe(seen)}), not {asked}")
     return _like(said, seen)
-
-
-_ENDINGS: dict[str, dict[str, Any]] = {
-    "_last": {"stride_at": "last"},
-    "_v1": {"stride_in": "1x1"},
-    "_gn": {"norm": "group"},
-}
-"""Endings of names, from the last one on, and their fields."""
-
-
-def _by_name(name: str, seen: ResNetConfig) -> ResNetConfig:
-    if name == seen.name:
-        return seen
-    scaled = re.fullmatch(r"(.+)w(\d+)", name)
-    plain = scaled[1] if scaled else name
-    parts: dict[str, Any] = {}
-    for ending, field in _ENDINGS.items():
-        if plain not in ARCHITECTURES and plain.endswith(ending):
-            plain = plain.removesuffix(ending)
-            parts |= field
-    if plain not in ARCHITECTURES:
-        raise ValueError(
-            f"unknown model {name!r}{suggest(name, ARCHITECTURES)}; known: "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    config = dataclasses.replace(ARCHITECTURES[plain], **parts)
-    return dataclasses.replace(config, width=int(scaled[2])) if scaled else config
 
 
 def _like(config: ResNetConfig, seen: ResNetConfig) -> ResNetConfig:
@@ -372,6 +347,7 @@ class Metadata:
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...]
     task: Task = SINGLE_LABEL
+    no_head: str = ""
 
 
 def collect_metadata(
@@ -406,7 +382,10 @@ def collect_metadata(
             raise ValueError(f"{file.path} holds {config}, but its header states {own.config}")
         recorded = (own.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded
-        return Metadata(own.config, preprocessing, own.class_names, tuple(notes), own.task)
+        if own.no_head:
+            notes = [*notes, f"{own.no_head}: one output that is always 0 replaces it"]
+        told = (tuple(notes), own.task, own.no_head)
+        return Metadata(own.config, preprocessing, own.class_names, *told)
     beside = file.path.with_name("config.json")
     settings = sidecar.read_json(beside)
     if format.startswith("huggingface"):

@@ -103,6 +103,7 @@ class Header:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     task: Task = SINGLE_LABEL
+    no_head: str = ""
 
 
 def write_header(checkpoint: Pretrained) -> dict[str, str]:
@@ -113,7 +114,7 @@ def write_header(checkpoint: Pretrained) -> dict[str, str]:
         "preprocessing": checkpoint.preprocessing.to_json(),
         "class_names": checkpoint.class_names,
         "task": checkpoint.task.name,
-    }
+    } | ({"no_head": checkpoint.no_head} if checkpoint.no_head else {})
     return {"format": "pt", HEADER_KEY: json.dumps(content, sort_keys=True)}
 
 
@@ -140,6 +141,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
             Preprocessing.from_json(content["preprocessing"]),
             None if names is None else tuple(names),
             task_named(content.get("task", SINGLE_LABEL.name)),
+            str(content.get("no_head", "")),
         )
     except (ValueError, KeyError, TypeError) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else error

@@ -31,7 +31,7 @@ ERRORS = [
     (["train", "--strategy", "l2_sp", "--head-steps", "5"], "l2_sp does not take --head-steps"),
     (["train", "--patience", "2"], "patience needs a validation set"),
     (["plan", "--strategy", "unfreezing"], "did you mean 'progressive_unfreezing'?"),
-    (["plan", "--model", "resnet5"], "--model must be an architecture"),
+    (["plan", "--model", "resnet5"], "--model must be the name of a network"),
     (["predict", "nowhere", "image.png"], "no such image: image.png"),
     (["evaluate", "nowhere"], "nowhere is not a run folder"),
     (["params", "--model", "resnet5"], "got 'resnet5'; did you mean 'resnet50'"),

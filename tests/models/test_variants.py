@@ -160,6 +160,25 @@ def test_pools_of_odd_sides():
     assert blur_pool(rows)[0, :, 0, 0].tolist() == [0.5, 2.0, 3.5]
 
 
+@pytest.mark.parametrize("side", [12, 13, 14, 15])
+def test_a_pool_without_padding_reaches_over_the_edge(side):
+    """Windows by hand, as torch's MaxPool2d(3, 2, ceil_mode=True) and Caffe place them."""
+    model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=3, stem_pool="ceil"))
+    ones = {path: np.ones(leaf.shape) for path, leaf in flatten(model.abstract()).items()}
+    # A stem that takes every second pixel as it is.
+    kernel = np.zeros((7, 7, 3, 3))
+    kernel[3, 3] = np.eye(3)
+    own = {"params/conv1/kernel": kernel, "params/bn1/bias": np.zeros(3)}
+    own |= {"batch_stats/bn1/mean": np.zeros(3), "batch_stats/bn1/var": np.full(3, 1 - 1e-5)}
+    variables = unflatten({path: jnp.asarray(a, jnp.float32) for path, a in (ones | own).items()})
+    image = np.random.default_rng(0).random((1, side, side, 3), np.float32)
+    found = model.apply(variables, jnp.asarray(image), stop="layer1")[0]
+    seen = image[0, ::2, ::2]
+    starts = range(0, len(seen) - 1, 2)
+    expected = [[seen[i : i + 3, j : j + 3].max((0, 1)) for j in starts] for i in starts]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
 def test_average_anti_aliasing_says_which_sides_it_takes():
     model, _ = network("tiered, average, eca")
     with pytest.raises(ValueError, match=r"layer2/0 .*the sides of images must be multiples of 32"):
@@ -201,8 +220,9 @@ def test_bands_before_a_deep_stem(way):
         ({"standardized": 0.0}, "standardized must be a float between 0 and 1, got 0.0"),
         ({"epsilon": None}, "epsilon must be a float between 0 and 1, got None"),
         ({"stride_at": "middle"}, "stride_at must be 'first' or 'last', got 'middle'"),
-        ({"stem": "deep"}, "stem='deep' with stem_width=None"),
-        ({"stem_width": 32}, "must be None for a plain stem"),
+        ({"stem": "deep"}, "stem_width must be an integer >= 4 for a deep stem, got None"),
+        ({"stem_width": 0}, "stem_width must be an integer >= 1 or None, got 0"),
+        ({"stem_pool": "ceil", "anti_alias": "blur"}, "must be None with stem_pool='ceil'"),
         ({"stem": "deep", "stem_width": 3}, "stem_width must be an integer >= 4 or None, got 3"),
         ({"stem": "wide"}, "stem must be 'plain' or 'deep' or 'tiered', got 'wide'"),
         ({"se_ratio": 0}, "se_ratio must be > 0"),

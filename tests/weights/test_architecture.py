@@ -59,9 +59,9 @@ def reference_shapes(config):
             shapes["params/adapter/curves"] = curves
     channels = config.in_channels
     if config.stem == "plain":
-        conv("conv1", 7, channels, config.width)
+        conv("conv1", 7, channels, config.stem_channels[0])
         if config.stem_bias:
-            shapes["params/conv1/bias"] = (config.width,)
+            shapes["params/conv1/bias"] = config.stem_channels
     else:
         for number, outputs in zip((0, 3, 6), config.stem_channels, strict=True):
             conv(f"conv1/{number}", 3, channels, outputs)
@@ -114,9 +114,14 @@ def reference_shapes(config):
 
 
 def configs():
+    """Plain networks, half of them with a stem of another width than their stages."""
     sizes = st.integers(1, 5)
     depths = st.tuples(sizes, sizes, sizes, sizes)
-    ends = {"classes": st.integers(1, 50), "in_channels": st.integers(1, 14)}
+    ends = {
+        "classes": st.integers(1, 50),
+        "in_channels": st.integers(1, 14),
+        "stem_width": st.none() | st.integers(1, 130),
+    }
     basic = st.builds(
         ResNetConfig, st.just("basic"), depths, st.integers(1, 96), st.just(64), st.just(1), **ends
     )
@@ -261,7 +266,7 @@ def test_one_damaged_leaf_does_not_change_the_network(config, data):
     )
     damaged = shapes | {leaf: tuple(size + 1 for size in shapes[leaf])}
     inferred = infer(damaged)
-    kept = ("width", "depths", "groups", "block", "classes", "in_channels")
+    kept = ("width", "stem_width", "depths", "groups", "block", "classes", "in_channels")
     assert all(getattr(inferred, field) == getattr(config, field) for field in kept)
 
 
@@ -270,6 +275,10 @@ def test_one_damaged_leaf_does_not_change_the_network(config, data):
     [
         ({"block": "wide"}, "block must be 'basic' or 'bottleneck', got 'wide'"),
         ({"depths": (2, 2, 2)}, "depths must be 4 integers >= 1"),
+        (
+            {"block": "bottleneck", "width": 15, "groups": 3, "reduce_first": 2},
+            "must have a multiple of 3 channels with groups=3",
+        ),
         ({"depths": (2, 0, 2, 2)}, "depths must be 4 integers >= 1"),
         ({"width": 0}, "width must be an integer >= 1, got 0"),
         ({"classes": 2.5}, "classes must be an integer >= 1, got 2.5"),

@@ -175,7 +175,7 @@ class TestNormsWithoutStatistics:
     ("config", "parts"),
     [
         (BATCHED, ["no dilation", "no anti-aliasing", "ReLU", "model="]),
-        (DEEP, ["strides in the 3x3 convolutions", "'resnet50_v1'", "no dilation"]),
+        (DEEP, ["strides in the 3x3 convolutions", "'resnet26w32_v1'", "no dilation"]),
     ],
 )
 def test_what_is_assumed_is_said(write, config, parts):

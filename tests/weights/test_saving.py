@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from flaxtransfer.classifier import transfer
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.paths import flatten, unflatten
@@ -46,6 +47,21 @@ def test_there_and_back(checkpoint, tmp_path):
     before, after = leaves_of(checkpoint), leaves_of(back)
     assert list(before) == list(after)
     assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+def test_that_there_was_no_head_is_kept(tmp_path):
+    config = dataclasses.replace(CONFIG, classes=1)
+    zeros = {path: np.zeros(shape, np.float32) for path, shape in leaf_shapes(config).items()}
+    before = Pretrained(unflatten(zeros), config, BANDS, no_head="the file has no head")
+    save(tmp_path / "w.safetensors", before)
+    back = load(tmp_path / "w.safetensors")
+    assert back.no_head == before.no_head
+    assert back.notes[1] == "the file has no head: one output that is always 0 replaces it"
+    with pytest.raises(ValueError, match=r"head must be .new. .*: the file has no head"):
+        transfer(back, classes=1, head="keep")
+    # Of a checkpoint with a head nothing is said.
+    save(tmp_path / "w.safetensors", dataclasses.replace(before, no_head=""))
+    assert load(tmp_path / "w.safetensors").no_head == ""
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):

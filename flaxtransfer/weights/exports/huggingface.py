@@ -42,7 +42,7 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
         "architectures": ["ResNetForImageClassification"],
         "model_type": "resnet",
         "num_channels": config.in_channels,
-        "embedding_size": config.width,
+        "embedding_size": config.stem_channels[-1],
         "hidden_sizes": [config.width * 2**stage * config.expansion for stage in range(4)],
         "depths": list(config.depths),
         "layer_type": config.block,
@@ -63,6 +63,7 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
 def _check(config: ResNetConfig) -> None:
     plain = ResNetConfig()
     own = {"block", "depths", "width", "classes", "in_channels", "stride_in"}
+    own |= {"stem_width"} if config.stem == "plain" else set()
     foreign = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

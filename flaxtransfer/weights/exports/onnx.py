@@ -151,11 +151,10 @@ class Graph:
         """max(x, 0)."""
         return self.node("Relu", [x])
 
-    def max_pool(self, x: str, stride: int = 2, padding: int = 1) -> str:
+    def max_pool(self, x: str, stride: int = 2, before: int = 1, after: int = 1) -> str:
         """Adds 3x3 max-pooling, padded with -inf."""
-        return self.node(
-            "MaxPool", [x], kernel_shape=[3, 3], strides=[stride] * 2, pads=[padding] * 4
-        )
+        pads = [before, before, after, after]
+        return self.node("MaxPool", [x], kernel_shape=[3, 3], strides=[stride] * 2, pads=pads)
 
     def average_pool(self, x: str, *, padded: bool = False) -> str:
         """Adds 2x2 average-pooling; if ``padded``, windows at the edge average what is inside."""
@@ -266,7 +265,9 @@ def _stem(graph: Graph, x: str) -> str:
     if not config.preactivation:
         x = graph.relu(x)
     if config.stem_pool == "zero-padded":
-        return graph.max_pool(graph.pad(x, "constant"), padding=0)
+        return graph.max_pool(graph.pad(x, "constant"), before=0, after=0)
+    if config.stem_pool == "ceil":
+        return graph.max_pool(x, before=0)
     if config.stem_pool == "convolution":
         return graph.relu(graph.layer("maxpool/0", f"maxpool/{first}", x, 2))
     if config.anti_alias == "average":

@@ -27,7 +27,10 @@ USUAL_EPSILON = 1e-5
 
 
 def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
-    """Rewrites a network without input adapter and with the usual epsilon: the same function.
+    """Rewrites a network in the usual form: the same function.
+
+    It then has no input adapter, the usual epsilon, and a stem pool that is padded with -inf where
+    an activation precedes the pool.
 
     Args:
         checkpoint: the network.
@@ -40,6 +43,14 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
         checkpoint = fold_adapter(checkpoint)
     except ValueError as error:
         raise ValueError(f"{exporting}: {error}; ONNX and StableHLO support curves") from error
+    config = checkpoint.config
+    if config.stem_pool == "zero-padded" and not config.preactivation:
+        note = "the stem's pool is padded with -inf, which after a ReLU is the same as with 0"
+        checkpoint = dataclasses.replace(
+            checkpoint,
+            config=dataclasses.replace(config, stem_pool="max"),
+            notes=(*checkpoint.notes, note),
+        )
     more = checkpoint.config.epsilon - USUAL_EPSILON
     if more == 0:
         return checkpoint

@@ -37,9 +37,10 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     base, arguments = _network(config)
     table, leaves = table_for(config), flatten(checkpoint.variables)
     arrays = key_map.to_keys(table, leaves)
-    if not config.preactivation and config.stem == "plain" and config.width != timm.STEM_WIDTH:
+    stem = config.stem_channels[-1]
+    if not config.preactivation and config.stem == "plain" and stem != timm.STEM_WIDTH:
         arrays = timm.widened(arrays, config)
-        silent = timm.STEM_WIDTH - config.width
+        silent = timm.STEM_WIDTH - stem
         note = f"timm's stem has {timm.STEM_WIDTH} channels, of which {silent} are silent"
         checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
     preprocessing = checkpoint.preprocessing
@@ -86,87 +87,145 @@ def _crop(preprocessing: Preprocessing) -> float:
     )
 
 
-# Fields that JSON arguments cannot set, so the name of an architecture must imply them.
-_IMPLIED_BY_NAME = (
-    "block",
-    "attention",
-    "se_ratio",
-    "anti_alias",
-    "norm",
-    "preactivation",
-    "standardized",
-    "stem_pool",
-)
-
-
 def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
-    """The name of timm's nearest architecture, and the arguments that differ from it."""
-    alien = {
-        "stride_in": "the stride in the first convolution",
-        "stride_at": "the stride in the last block",
-        "stem_bias": "a bias in the stem",
-    }
-    for field, words in alien.items():
-        if getattr(config, field) != getattr(ResNetConfig(), field):
-            raise ValueError(
-                f"timm has no network with {words}, which {config.name} has; use --to onnx or "
-                "stablehlo" + (", or huggingface" if field == "stride_in" else "")
-            )
+    """The name of timm's nearest architecture, and the arguments that differ from it.
+
+    Raises:
+        ValueError: a network that timm cannot build.
+    """
+    problem = _alien(config) or (_alien_v2(config) if config.preactivation else "")
     like = [name for name, known in ARCHITECTURES.items() if _same(known, config)]
-    if not like:
-        raise ValueError(f"timm has no network like {config.name}; use --to onnx or stablehlo")
+    if not problem and not like:
+        # The fields that only the name of an architecture sets.
+        fields = ("block", "anti_alias", "attention", "se_ratio", "norm", "standardized")
+        parts = (f"{name}={getattr(config, name)!r}" for name in fields if _unusual(config, name))
+        problem = f"with {', '.join(parts)}"
+    if problem:
+        raise ValueError(f"timm has no network {problem}, which {config.name} has; {_OTHERS}")
     arguments = {name: _arguments(ARCHITECTURES[name], config) for name in like}
     base = min(like, key=lambda name: len(arguments[name]))
-    if config.standardized and arguments[base]:
-        raise ValueError(
-            f"of Big Transfer timm only has {', '.join(like)}, not {config.name}; use --to onnx or "
-            "stablehlo"
-        )
-    if config.preactivation and (config.groups, config.base_width) != (1, 64):
-        raise ValueError("timm's pre-activation networks have neither groups nor base_width")
     return base, arguments[base]
 
 
-def _same(known: ResNetConfig, config: ResNetConfig) -> bool:
-    def parts(of: ResNetConfig) -> list[Any]:
-        return [
-            bool(of.standardized) if name == "standardized" else getattr(of, name)
-            for name in _IMPLIED_BY_NAME
-        ]
+_OTHERS = "use --to onnx or stablehlo, or huggingface for plain stems and blocks"
 
-    # The networks of Big Transfer in timm.
-    bits = {"50x1", "50x3", "101x1", "101x3", "152x2", "152x4"}
-    absent = known.standardized and known.name.split("_")[1] not in bits
-    return not absent and parts(known) == parts(config)
+
+def _unusual(config: ResNetConfig, name: str) -> bool:
+    return name == "block" or getattr(config, name) != getattr(ResNetConfig(), name)
+
+
+def _alien(config: ResNetConfig) -> str:
+    """What of a network no argument and no name of timm's sets; "" for nothing."""
+    plain = ResNetConfig()
+    words = {
+        "stride_in": "with the stride in the first convolution",
+        "stride_at": "with the stride in the last block",
+        "stem_bias": "with a bias in the stem",
+    }
+    found = (text for name, text in words.items() if getattr(config, name) != getattr(plain, name))
+    if config.stem_pool == "ceil":
+        return "with a stem pool that is not padded"
+    return next(found, "")
+
+
+def _alien_v2(config: ResNetConfig) -> str:
+    """What of a pre-activation network timm cannot build; "" for nothing."""
+    if (config.groups, config.reduce_first) != (1, 1):
+        return "with groups or a reduced first convolution in pre-activation blocks"
+    if (config.stem == "plain") != (config.shortcut == "convolution"):
+        # No key shows which of the two a file has; timm's own go by the stem.
+        return (
+            f"with a {config.stem} stem and shortcut={config.shortcut!r} in pre-activation blocks"
+        )
+    if config.stem == "tiered" and config.stem_pool == "zero-padded":
+        return "with a zero-padded pool behind a tiered stem"
+    channels = _all_arguments(config)
+    numbers = [channels["stem_chs"], *channels["channels"], *map(config.inner, (1, 2, 3, 4))]
+    if any(number % 8 for number in numbers):
+        return f"with pre-activation blocks of channels that are no multiples of 8 ({numbers})"
+    ratio = channels["bottle_ratio"]
+    middle = [round(ratio * outer / 8) * 8 for outer in channels["channels"]]
+    if config.block == "bottleneck" and middle != [config.inner(stage) for stage in (1, 2, 3, 4)]:
+        return f"with pre-activation blocks whose middle has {numbers[5:]} channels"
+    if config.standardized and (config.stem, config.stem_pool) != ("plain", "zero-padded"):
+        return "with weight standardization behind another stem than Big Transfer's"
+    return ""
+
+
+def _same(known: ResNetConfig, config: ResNetConfig) -> bool:
+    """Whether arguments can make a network of a named architecture."""
+    if (known.preactivation, bool(known.standardized)) != (
+        config.preactivation,
+        bool(config.standardized),
+    ):
+        return False
+    if not config.preactivation:
+        ratio = config.attention == "se" and config.se_ratio != ResNetConfig().se_ratio
+        wanted = (config.attention, config.se_ratio)
+        return (known.block, known.anti_alias) == (config.block, config.anti_alias) and (
+            not ratio or (known.attention, known.se_ratio) == wanted
+        )
+    if not known.standardized:
+        return True
+    # Their arguments are multiplied by the factor in the name.
+    factor = known.width // 64
+    return (
+        known.name.split("_")[1] in _BITS
+        and (known.block, known.depths) == (config.block, config.depths)
+        and config.width % factor == 0
+        and config.stem_channels[0] % factor == 0
+    )
+
+
+_BITS = {"50x1", "50x3", "101x1", "101x3", "152x2", "152x4"}
+"""The networks of Big Transfer in timm."""
 
 
 def _arguments(known: ResNetConfig, config: ResNetConfig) -> dict[str, Any]:
     """The arguments of timm's network that differ from a named architecture."""
     own, theirs = _all_arguments(config), _all_arguments(known)
-    return {name: value for name, value in own.items() if value != theirs[name]}
+    changed = {name: value for name, value in own.items() if value != theirs[name]}
+    if "block_args" in changed:
+        attention, _ = changed["block_args"]
+        changed["block_args"] = {"attn_layer": attention} if attention else {}
+    factor = known.width // 64 if known.standardized else 1
+    if "stem_chs" in changed:
+        changed["stem_chs"] //= factor
+    if "channels" in changed:
+        changed["channels"] = [channels // factor for channels in changed["channels"]]
+    return changed
 
 
 def _all_arguments(config: ResNetConfig) -> dict[str, Any]:
-    stems = {"plain": "", "deep": "deep", "tiered": "deep_tiered"}
     widths = [config.width * 2**stage for stage in range(4)]
-    pooled = config.shortcut == "average"
+    deep = config.stem != "plain"
+    shared = {
+        "layers": list(config.depths),
+        "avg_down": config.shortcut == "average",
+        "norm_layer": "groupnorm" if config.norm == "group" else "batchnorm2d",
+    }
     if config.preactivation:
-        stem = {"deep": "deep", "tiered": "tiered"}.get(config.stem, "")
+        padded = "fixed" if config.stem_pool == "zero-padded" else ""
+        kind = config.stem if deep else ""
+        outer = [width * config.expansion for width in widths]
         return {
-            "layers": list(config.depths),
-            "channels": [width * config.expansion for width in widths],
+            **shared,
+            "channels": outer,
             "stem_chs": config.stem_channels[-1],
-            "stem_type": stem,
-            "avg_down": pooled,
+            "stem_type": "_".join(filter(None, (kind, padded))),
+            "basic": config.block == "basic",
+            "bottle_ratio": config.inner(1) / outer[0],
         }
     return {
-        "layers": list(config.depths),
+        **shared,
         "channels": widths,
         "cardinality": config.groups,
         "base_width": config.base_width,
-        "stem_type": stems[config.stem],
-        "stem_width": config.stem_width or 64,
-        "avg_down": pooled,
+        "stem_type": {"plain": "", "deep": "deep", "tiered": "deep_tiered"}[config.stem],
+        "stem_width": config.stem_width if deep else 64,
+        "replace_stem_pool": config.stem_pool == "convolution",
         "down_kernel_size": config.shortcut_kernel,
         "block_reduce_first": config.reduce_first,
+        # timm's strings have the usual ratio of the hidden channels.
+        "block_args": (config.attention, config.se_ratio if config.attention == "se" else None),
     }

@@ -3,7 +3,7 @@
 In a network with GroupNorm the keys are those of BatchNorms without statistics, but our leaves have
 names of their own ("gn1"), because no BatchNorm policy applies to them. timm's plain stem has 64
 channels whatever the width of the stages. ``widened`` adds silent channels (zero filters, zero
-scales, and zero weights in what follows) to a narrower network, and ``narrowed`` removes them.
+scales, and zero weights in what follows) to a narrower stem, and ``narrowed`` removes them.
 If timm then has a shortcut in the first block and the network has none, the added shortcut passes
 the other channels on unchanged. Big Transfer's own files,
 ``BiT-{S,M}-R{50,101,152}x{1,2,3,4}.npz``, hold the same pre-activation networks, with kernels in
@@ -167,7 +167,7 @@ _GRAPH: dict[str, tuple[Any, ...]] = {
     "global_pool": ("avg", "fast", "fastavg", ""),
     "norm_layer": ("batchnorm", "batchnorm2d", "frozenbatchnorm2d", "groupnorm"),
     "aa_layer": (*_ANTI_ALIAS, ""),
-    "stem_type": ("deep", "deeptiered", "tiered", ""),
+    "stem_type": ("deep", "deeptiered", "tiered", "fixed", "deepfixed", ""),
 }
 """The values that are supported of arguments that no leaf shows."""
 
@@ -217,11 +217,20 @@ def has_groups(config: Mapping[str, Any]) -> bool:
 
 
 def with_arguments(seen: ResNetConfig, config: Mapping[str, Any]) -> ResNetConfig:
-    """The configuration with the anti-aliasing that the arguments in a ``config.json`` ask for.
+    """The configuration with what a ``config.json`` states and no leaf shows.
 
     >>> with_arguments(ResNetConfig(), {"model_args": {"aa_layer": "blur"}}).anti_alias
     'blur'
     """
+    stated = ARCHITECTURES.get(str(config.get("architecture")))
+    if seen.preactivation and stated is not None and stated.preactivation:
+        padded = stated.stem_pool == "zero-padded"
+        kind = _arguments(config).get("stem_type", "fixed" if padded else "")
+        seen = dataclasses.replace(
+            seen,
+            standardized=V2_EPSILON if stated.standardized else None,
+            stem_pool="zero-padded" if kind.endswith("fixed") else "max",
+        )
     asked = _arguments(config).get("aa_layer")
     if asked is None:
         return seen
@@ -244,16 +253,22 @@ _SILENT = {
 
 
 def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str, np.ndarray]:
-    """Adds silent channels to a narrow network with timm's keys, up to timm's stem width.
+    """Adds silent channels to a plain stem with timm's keys, up to timm's stem width.
 
     Raises:
-        ValueError: a wider network, or GroupNorm, whose groups silent channels would change.
+        ValueError: a wider stem; GroupNorm, whose groups silent channels would change; or a
+            shortcut behind the stem that timm lacks.
     """
-    width = config.width
+    width, outputs = config.stem_channels[-1], config.width * config.expansion
+    problem = ""
     if width > STEM_WIDTH or config.norm == "group":
+        problem = f"but that of {config.name} has {width}"
+    elif outputs == STEM_WIDTH:
+        problem = f"as layer1, to which {config.name} has a shortcut with weights"
+    if problem:
         raise ValueError(
-            f"timm's plain stem has {STEM_WIDTH} channels, but that of {config.name} has {width}; "
-            "use --to huggingface, onnx or stablehlo"
+            f"timm's plain stem has {STEM_WIDTH} channels, {problem}; use --to huggingface, onnx "
+            "or stablehlo"
         )
     wide = dict(arrays)
     for key, (axis, value) in _of_the_stem(arrays).items():
@@ -268,23 +283,22 @@ def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str,
 def narrowed(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Removes silent channels: the inverse of ``widened``; other arrays are unchanged.
 
+    Training in timm gives the added channels statistics of their own. They then stay, and the
+    network has a stem of timm's width.
+
     Returns:
         The arrays, and a note if channels were removed.
     """
-    width = _width(arrays)
     keys = _of_the_stem(arrays)
-    if (
-        width >= STEM_WIDTH
-        or not {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"} <= keys.keys()
-    ):
+    rows = {key: np.moveaxis(arrays[key], axis, 0) for key, (axis, _) in keys.items()}
+    needed = {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"}
+    if not needed <= keys.keys() or {len(part) for part in rows.values()} != {STEM_WIDTH}:
         return dict(arrays), []
-    beyond = {
-        key: (np.moveaxis(arrays[key], axis, 0)[width:], value)
-        for key, (axis, value) in keys.items()
-    }
-    if any(
-        len(part) != STEM_WIDTH - width or (part != value).any() for part, value in beyond.values()
-    ):
+    loud = np.zeros(STEM_WIDTH, bool)
+    for key, part in rows.items():
+        loud |= (part != keys[key][1]).reshape(STEM_WIDTH, -1).any(1)
+    width = int(np.flatnonzero(loud).max()) + 1 if loud.any() else _width(arrays)
+    if width >= STEM_WIDTH:
         return dict(arrays), []
     passing = any(_holds(arrays, _passing(width, number)) for number in (0, 1))
     narrow = {

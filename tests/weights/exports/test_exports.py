@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights import Pretrained, load
+from flaxtransfer.weights import Pretrained, load, pretrained
 from flaxtransfer.weights.exports import exporting
 from flaxtransfer.weights.naming import timm, torchgeo
 
@@ -180,6 +181,59 @@ def test_channels_that_only_seem_silent_stay():
     assert timm.narrowed(narrow)[0]["conv1.weight"].shape == (8, 3, 7, 7)
     heard = {**narrow, "bn1.bias": np.eye(64, dtype=np.float32)[63]}
     assert timm.narrowed(heard)[0]["conv1.weight"].shape == (64, 3, 7, 7)
+
+
+def test_what_timm_trained_comes_back_with_a_stem_of_its_width(tiny, tmp_path):
+    """One forward pass there changes the statistics of the added channels."""
+    exporting.export(tiny, tmp_path / "net", to="timm")
+    arrays = load_file(tmp_path / "net" / "model.safetensors")
+    arrays["bn1.running_var"] = arrays["bn1.running_var"] * np.float32(0.9)
+    arrays["layer1.0.downsample.1.bias"] = np.full(4, 0.5, np.float32)
+    save_file(arrays, tmp_path / "net" / "model.safetensors")
+    back = load(tmp_path / "net")
+    assert back.config == dataclasses.replace(TINY, stem_width=64)
+    params = flatten(back.variables["params"])
+    assert params["conv1/kernel"].tobytes() == (
+        np.ascontiguousarray(arrays["conv1.weight"].transpose(2, 3, 1, 0)).tobytes()
+    )
+    assert params["layer1/0/downsample/1/bias"].tolist() == [0.5] * 4
+    # It needs no silent channels now.
+    written = exporting.export(back, tmp_path / "again", to="timm")
+    assert not any("silent" in note for note in written.notes)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(again[key].tobytes() == arrays[key].tobytes() for key in arrays)
+
+
+@pytest.mark.parametrize("stem", [1, 12, 64])
+def test_stems_of_another_width_than_the_stages_come_back(tmp_path, stem):
+    before = checkpoint_of(dataclasses.replace(TINY, stem_width=stem))
+    for layout in ("timm", "huggingface"):
+        exporting.export(before, tmp_path / layout, to=layout)
+        again = load(tmp_path / layout)
+        assert again.config == before.config
+        own, back = flatten(before.variables), flatten(again.variables)
+        assert all(np.asarray(own[path]).tobytes() == back[path].tobytes() for path in own)
+
+
+def test_convert_takes_what_no_file_says(tmp_path, capsys):
+    config = dataclasses.replace(TINY, block="bottleneck", stem_width=8)
+    net, out = tmp_path / "net.safetensors", tmp_path / "out.safetensors"
+    pretrained.save(net, checkpoint_of(config))
+    arrays = load_file(net)
+    save_file(arrays, net)  # without our header
+    name = "resnet14w4s8_v1_ceilpool"
+    said = ["--model", name, "--mean", "123/255", "117/255", "104/255", "--std", "1/255"]
+    assert run(["convert", str(net), str(out), *said]) == 0
+    assert name in capsys.readouterr().out
+    assert load(out).config.name == name
+    assert load(out).preprocessing.mean == (123 / 255, 117 / 255, 104 / 255)
+    assert load(out).preprocessing.std == (1 / 255,) * 3
+    assert run(["convert", str(net), str(out), "--mean", "1/0"]) == 2
+    assert "--mean must be numbers such as 0.485 or 123/255" in capsys.readouterr().err
+    assert run(["convert", str(net), str(out), "--std", "1", "1"]) == 2
+    assert "--std must have 1 or 3 numbers" in capsys.readouterr().err
+    assert run(["convert", str(net), str(out), "--model", "resnet14w4s8_v3"]) == 2
+    assert "--model must be the name of a network" in capsys.readouterr().err
 
 
 def test_convert_says_what_it_wrote(tmp_path, capsys):
