@@ -99,6 +99,8 @@ VARIANTS = {
     "linear adapter": {"adapter": ft.models.Adapter(5)},
     "curves": {"adapter": ft.models.Adapter(2, "curves", 5, (-1.5, 2.25))},
     "two bands": {"in_channels": 2},
+    "wide stem": {"stem_width": 12},
+    "ceil": {"block": "bottleneck", "stem_pool": "ceil", "stride_in": "1x1"},
 }
 
 
@@ -310,6 +312,24 @@ def test_norms_of_every_form_are_computed():
     assert "1 biases of convolutions were folded into running means" in notes
 
 
+@pytest.mark.parametrize("form", ["ceil_mode", "edge", "zeros"])
+def test_pooling_over_the_edge(tmp_path, form):
+    before = checkpoint_of(dataclasses.replace(TINY, stem_pool="ceil"))
+
+    def change(node):
+        if node.kind != "MaxPool":
+            return None
+        if form == "ceil_mode":
+            return [changed(node, pads=(0, 0, 0, 0), ceil_mode=1)]
+        mode = {"mode": "edge" if form == "edge" else "constant"}
+        pad = Node("Pad", (node.inputs[0], "after"), ("padded",), mode)
+        return [pad, changed(dataclasses.replace(node, inputs=("padded",)), pads=(0, 0, 0, 0))]
+
+    ends = {"after": np.array([0, 0, 0, 0, 0, 0, 1, 1])}
+    graph = edited(plain(before), change, ends)
+    assert load(saved(graph, tmp_path / "net.onnx")).config == before.config
+
+
 @pytest.mark.parametrize(
     ("low", "high", "most"),
     [(0.2, 0.25, 1), (123.7, 58.4, 255), (0, 255, 255), (127.5, 127.5, 255)],
@@ -386,7 +406,7 @@ def kind_for(name, kind, **attributes):
 REFUSALS = {
     "activation": (kind_for("relu_4", "LeakyRelu"), r"'relu_4' \(LeakyRelu\) stands where a Relu"),
     "stem's activation": (kind_for("relu_1", "Sigmoid"), r"'relu_1' \(Sigmoid\) stands where"),
-    "pooling": (kind_for("maxpool_2", None, ceil_mode=1), "'maxpool_2' .* must pool 3x3 pixels"),
+    "pooling": (kind_for("maxpool_2", None, kernel_shape=(2, 2)), "'maxpool_2' .* must pool 3x3"),
     "pads": (
         kind_for("conv_0", None, pads=(2, 2, 3, 3)),
         r"padded by 3 on all sides, got \[2, 2, 3",

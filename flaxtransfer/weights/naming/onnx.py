@@ -44,6 +44,9 @@ TABLE: Table = tuple(Rule(_OWN + rule.leaf.split("/", 1)[1], rule.leaf) for rule
 _GRAPH = "graph of the file"
 """Key of the metadata with what the graph shows beyond its arrays, as JSON."""
 
+_CEIL = (0, 0, 1, 1)
+"""Pads of a pooling whose last window reaches over the edge."""
+
 _OUTPUTS = ("Softmax", "LogSoftmax", "Sigmoid")
 
 
@@ -341,21 +344,29 @@ class _Network(Layers):
         if node.kind == "AveragePool":
             fields["anti_alias"], x = self.lowering(node)
             return x
-        padded = 0
+        padded: tuple[int, ...] = (0,) * 4
+        before = node
         if node.kind == "Pad":
             padded, mode = self.padding(node)
-            if mode != "constant":
-                raise unfit(node, "must pad with 0 before the stem's pooling")
-            # After an activation, 0 is as low as what pooling itself pads with.
-            fields["stem_pool"] = "zero-padded" if self.preactivation else "max"
             node = self.one(node.output, node, "MaxPool")
+            # After an activation, 0 is as low as what pooling itself pads with, and pixels of the
+            # edge are in the window anyway.
+            if mode == "constant" and self.preactivation:
+                fields["stem_pool"] = "zero-padded"
+            elif mode not in ("constant", "edge") or (mode == "edge" and max(padded) > 1):
+                raise unfit(before, "must pad with 0 before the stem's pooling")
         if node.kind != "MaxPool":
             raise unfit(node, "stands where the stem's pooling must be")
         stride, sides, pads = self.window(node, padded)
-        ceil = node.attributes.get("ceil_mode", 0)
-        if tuple(sides) != (3, 3) or set(pads) != {1} or stride not in (1, 2) or ceil:
+        if node.attributes.get("ceil_mode", 0) and set(pads) == {0}:
+            pads = _CEIL
+        usual = set(pads) == {1} and not node.attributes.get("ceil_mode", 0)
+        ceil = pads == _CEIL and stride == 2 and fields["stem_pool"] == "max"
+        if tuple(sides) != (3, 3) or not (usual or ceil) or stride not in (1, 2):
             shown = f"{'x'.join(map(str, sides))} padded by {list(pads)}"
             raise unfit(node, f"must pool 3x3 pixels, padded by 1 on all sides, got {shown}")
+        if ceil:
+            fields["stem_pool"] = "ceil"
         if stride == 2:
             return node.output
         fields["anti_alias"], x = self.lowering(self.one(node.output, node))

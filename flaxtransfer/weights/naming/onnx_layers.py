@@ -334,7 +334,9 @@ class Layers(Flow):
         super().__init__(graph)
         self.shifted = 0
 
-    def window(self, node: Node, padded: int = 0) -> tuple[int, Sequence[int], tuple[int, ...]]:
+    def window(
+        self, node: Node, padded: Sequence[int] = (0,) * 4
+    ) -> tuple[int, Sequence[int], tuple[int, ...]]:
         """Stride, sides and pads of a convolution or pooling; -1 for pads that depend on sizes."""
         attributes = node.attributes
         if self.last[node.inputs[0]]:
@@ -344,18 +346,21 @@ class Layers(Flow):
             raise unfit(node, "is dilated, which is not supported")
         if len(set(strides)) != 1:
             raise unfit(node, f"must have one stride, got {list(strides)}")
-        pads = tuple(int(pad) + padded for pad in attributes.get("pads", (0,) * 4))
+        own = attributes.get("pads", (0,) * len(padded))
+        pads = tuple(int(pad) + more for pad, more in zip(own, padded, strict=True))
         automatic = attributes.get("auto_pad", "NOTSET")
         if automatic not in ("NOTSET", "VALID"):
             pads = (-1,)
         return int(strides[0]), attributes.get("kernel_shape", ()), pads
 
-    def convolution(self, node: Node, padded: int = 0) -> tuple[np.ndarray, int, int]:
+    def convolution(
+        self, node: Node, padded: Sequence[int] = (0,) * 4
+    ) -> tuple[np.ndarray, int, int]:
         """Kernel ``[height, width, in, out]``, stride and groups of a square convolution.
 
         Args:
             node: a Conv.
-            padded: pixels that a Pad has added before it.
+            padded: pixels that a Pad has added before it at the top, left, bottom and right.
         """
         weight = self.constant(node, 1)
         if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
@@ -367,24 +372,22 @@ class Layers(Flow):
             raise unfit(node, f"must be padded by {half} on all sides, got {given}")
         return weight.transpose(2, 3, 1, 0), stride, int(node.attributes.get("group", 1))
 
-    def padding(self, node: Node) -> tuple[int, str]:
-        """Pixels that a Pad adds on all sides, and its mode."""
+    def padding(self, node: Node) -> tuple[tuple[int, ...], str]:
+        """Pixels that a Pad adds at the top, left, bottom and right, and its mode."""
         mode = str(node.attributes.get("mode", "constant"))
-        if mode not in ("constant", "reflect"):
-            raise unfit(node, f"must pad with 0 or reflected pixels, got {visible(mode[:40])}")
-        pads = self.listed(node, "pads", 1)
-        spatial = (1, 2) if self.last[node.inputs[0]] else (2, 3)
-        ends = [pads[axis + side] for side in (0, 4) for axis in spatial if len(pads) == 8]
         value = node.attributes.get("value", 0.0)
         if self.optional(node, 2) is not None:
             value = self.number(node, 2)
-        if len(set(ends)) != 1 or sum(pads) != sum(ends) or (mode == "constant" and value != 0):
-            raise unfit(node, f"must add as many pixels on all sides, got {mode} {list(pads)}")
-        return ends[0], mode
+        pads = self.listed(node, "pads", 1)
+        spatial = (1, 2) if self.last[node.inputs[0]] else (2, 3)
+        ends = tuple(pads[axis + side] for side in (0, 4) for axis in spatial if len(pads) == 8)
+        if not ends or min(ends) < 0 or sum(pads) != sum(ends) or (mode == "constant" and value):
+            raise unfit(node, f"must add rows and columns, got {visible(mode[:40])} {list(pads)}")
+        return ends, mode
 
     def layer(self, node: Node) -> tuple[Layer, str]:
         """A convolution, with zeros that a Pad puts around it, and what normalizes it."""
-        padded = 0
+        padded: Sequence[int] = (0,) * 4
         if node.kind == "Pad":
             padded, mode = self.padding(node)
             if mode != "constant":
