@@ -87,13 +87,16 @@ def _in_one_form(config: dict[str, Any]) -> dict[str, Any]:
     """Timm's ``config.json`` in today's form: older ones are flat, and Hugging Face's wrapper
     leaves out what timm's defaults say.
 
-    >>> _in_one_form({"architecture": "resnet18", "num_classes": 2, "labels": ["a", "b"]})
-    {'architecture': 'resnet18', 'pretrained_cfg': {'num_classes': 2, 'label_names': ['a', 'b']}}
+    >>> flat = {"architecture": "resnet18", "mean": [0.5], "std": [0.5], "input_size": [3, 8, 8]}
+    >>> list(_in_one_form(flat)), list(_in_one_form({"architecture": "of somebody's own"}))
+    (['architecture', 'pretrained_cfg'], ['architecture'])
     """
     if "pretrained_cfg" in config or "architecture" not in config:
         return config
     if config.get("model_type") == "timm_wrapper":
         return {**config, "pretrained_cfg": {}}
+    if not config.keys() >= {"mean", "std", "input_size"}:
+        return config
     fields = {name: value for name, value in config.items() if name != "architecture"}
     if "labels" in fields:
         fields["label_names"] = fields.pop("labels")
@@ -157,7 +160,8 @@ def timm_architecture(config: Mapping[str, Any]) -> tuple[str | None, bool]:
     if "pretrained_cfg" not in config:
         return None, False
     altered = set(config.get("model_args") or {}) - _HARMLESS
-    return config.get("architecture"), bool(altered)
+    name = config.get("architecture")
+    return name if isinstance(name, str) else None, bool(altered)
 
 
 def timm_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -221,7 +221,7 @@ REFUSED = {
     ),
     "a dilation": (
         [INPUT, *BODY, layer("Conv2D", "conv5_block1_2_conv", dilation_rate=[2, 2])],
-        r"conv5_block1_2_conv must not have a dilation_rate, got \[2, 2\]",
+        "conv5_block1_2_conv must have a dilation_rate of 1, got 2",
     ),
     "a layer inside": (
         [INPUT, BODY[0], layer("Dense"), *BODY[1:]],

@@ -195,13 +195,12 @@ def stated(graph: Any, config: ResNetConfig) -> tuple[ResNetConfig, list[str]]:
     if odd := (strided ^ _strided(config)) & set(names):
         listed = ", ".join(sorted(odd))
         problems.append(f"strides must be those of keras.applications, got others in {listed}")
-    epsilons = {f.get("epsilon") for kind, f in inside if kind == "BatchNormalization"}
-    if len(epsilons) > 1:
-        problems.append(
-            f"epsilon must be one number for all norms, got {sorted(epsilons, key=str)}"
-        )
-    elif epsilons and isinstance(epsilon := epsilons.pop(), float):
-        config = dataclasses.replace(config, epsilon=epsilon)
+    norms = [f.get("epsilon") for kind, f in inside if kind == "BatchNormalization"]
+    if len(different := sorted(set(map(repr, norms)))) > 1:
+        got = shortened(", ".join(different), 60)
+        problems.append(f"epsilon must be one number for all norms, got {got}")
+    elif norms and isinstance(norms[0], float):
+        config = dataclasses.replace(config, epsilon=norms[0])
     return config, problems
 
 
@@ -209,13 +208,13 @@ def _problem(kind: str, fields: Mapping[str, Any]) -> list[str]:
     """What a layer of the network's body does that ours do not."""
     name = shortened(fields["name"], 60)
     if kind == "Conv2D" and _most(fields, "dilation_rate") > 1:
-        return [f"{name} must not have a dilation_rate, got {fields['dilation_rate']}"]
+        return [f"{name} must have a dilation_rate of 1, got {_most(fields, 'dilation_rate')}"]
     asked = fields.get("activation", "linear")
     if asked != ("relu" if kind == "Activation" else "linear"):
         return [f"{name} must have the activation 'relu', got {shortened(repr(asked), 60)}"]
     slopes = ("max_value", "negative_slope", "threshold")
     if kind == "ReLU" and (own := {n: fields[n] for n in slopes if fields.get(n)}):
-        return [f"{name} must be a plain ReLU, got {own}"]
+        return [f"{name} must be a plain ReLU, got {shortened(repr(own), 60)}"]
     if kind in (*_OF_BLOCKS, "ZeroPadding2D") or _IDLE.fullmatch(kind):
         return []
     return [f"{name}, a {shortened(kind, 60)}, must not stand inside the network"]
