@@ -175,7 +175,10 @@ def _of_batch_norm(path: str) -> bool:
 
 def unfit(file: Tensors, problem: str) -> ValueError:
     """The error for a file that is no network of ours: what it is, or what is wrong with it."""
-    family = sidecar.family_text(file.arrays, sidecar.beside(file))
+    settings = sidecar.beside(file)
+    family = sidecar.family_text(file.arrays, settings) or sidecar.family_text(
+        file.beside, settings
+    )
     if family:
         return ValueError(f"{shortened(str(file.path), 150)} {family}")
     first, *lines = problem.splitlines()

@@ -56,6 +56,11 @@ def refusal(path, **settings):
         ("stages.0.blocks.0.attn.rel_pos.relative_position_bias_table", "a MaxViT, CoAtNet"),
         ("encoder.stages.1.layers.0.grn.bias encoder.stages.1.layers.0.pwconv2.weight", "a ConvNe"),
         ("bit.encoder.stages.0.layers.0.norm1.bias", "a BiT network under Hugging Face's names"),
+        (
+            "stem.conv.gain stages.0.0.conv1.weight stages.1.0.conv1.weight "
+            "stages.2.0.conv1.weight stages.3.0.conv1.weight",
+            "an NF-ResNet",
+        ),
         ("base_layer.0.weight level2.tree1.conv1.weight", "a DLA"),
         ("stages.0.blocks.0.conv_mid.0.conv.weight", "a VoVNet"),
         ("encoder.layers.2.self_attn.q_proj.weight", "a vision transformer or a relative"),
