@@ -435,8 +435,8 @@ class _Network(Layers):
         layers: list[Layer] = []
         lowered: dict[int, str] = {}
         while True:
-            pads = node.kind == "Pad" and self.padding(node)[1] != "constant"
-            if node.kind == "AveragePool" or pads:
+            reflected = node.kind == "Pad" and self.padding(node)[1] != "constant"
+            if node.kind == "AveragePool" or reflected:
                 lowered[len(layers)], x = self.lowering(node)
                 node = self.one(x, node)
             if node.kind not in ("Conv", "Pad"):

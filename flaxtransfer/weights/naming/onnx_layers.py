@@ -346,7 +346,9 @@ class Layers(Flow):
             raise unfit(node, "is dilated, which is not supported")
         if len(set(strides)) != 1:
             raise unfit(node, f"must have one stride, got {list(strides)}")
-        own = attributes.get("pads", (0,) * len(padded))
+        own = attributes.get("pads", (0,) * 4)
+        if len(own) != 4:
+            raise unfit(node, f"must have pads on two axes, got {list(own)[:9]}")
         pads = tuple(int(pad) + more for pad, more in zip(own, padded, strict=True))
         automatic = attributes.get("auto_pad", "NOTSET")
         if automatic not in ("NOTSET", "VALID"):
