@@ -18,7 +18,7 @@ from flaxtransfer.models.config import Adapter, ResNetConfig, squeezed
 from flaxtransfer.models.registry import ARCHITECTURES, named
 from flaxtransfer.paths import shortened
 from flaxtransfer.weights import pretrained, sidecar
-from flaxtransfer.weights.naming import timm, torchgeo, torchvision
+from flaxtransfer.weights.naming import native, timm, torchgeo, torchvision
 from flaxtransfer.weights.naming.formats import FORMATS
 from flaxtransfer.weights.readers import flax_file
 from flaxtransfer.weights.readers.detect import Tensors
@@ -251,7 +251,7 @@ def assumptions(
     source: str,
 ) -> list[str]:
     """What was assumed of a network because neither a leaf nor a file shows it."""
-    headers = (pretrained.HEADER_KEY, flax_file.MODEL)
+    headers = (native.HEADER_KEY, flax_file.MODEL)
     if not FORMATS[format].variants or any(key in file.metadata for key in headers):
         return []
     settings, name = sidecar.beside(file), file.path.name

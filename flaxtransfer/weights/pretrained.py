@@ -26,6 +26,7 @@ from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task, task_named
 from flaxtransfer.types import Variables
 from flaxtransfer.weights.naming import key_map
+from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.naming.timm import table_for
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.readers import safetensors_file
@@ -91,7 +92,6 @@ class Pretrained:
         )
 
 
-HEADER_KEY = "flaxtransfer"
 HEADER_VERSION = 1
 
 

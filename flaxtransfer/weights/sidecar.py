@@ -16,6 +16,7 @@ import numpy as np
 
 from flaxtransfer import files
 from flaxtransfer.paths import shortened
+from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.preprocessing import (
     CROP_MODES,
     IMAGENET,
@@ -27,7 +28,6 @@ from flaxtransfer.weights.preprocessing import (
     refuse_fields,
     whole,
 )
-from flaxtransfer.weights.pretrained import HEADER_KEY
 from flaxtransfer.weights.readers.detect import Tensors
 
 __all__ = [

@@ -34,7 +34,7 @@ ERRORS = [
     (["plan", "--model", "resnet5"], "--model must be the name of a network"),
     (["predict", "nowhere", "image.png"], "no such image: image.png"),
     (["evaluate", "nowhere"], "nowhere is not a run folder"),
-    (["params", "--model", "resnet5"], "got 'resnet5'; did you mean 'resnet50'"),
+    (["params", "--model", "resnet5"], "lists the names; did you mean 'resnet50'"),
     (["params", "--rules", "a=heat()"], "head"),
     (["params", "--rules", "a=head()", "--rates", "a=1"], "conv1/kernel"),
     (["params", "--rates", "hed=1"], "'hed'; did you mean 'head'?"),

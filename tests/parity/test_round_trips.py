@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 import flaxtransfer as ft
 from flaxtransfer.models.layout import DEPTHS
@@ -204,6 +203,7 @@ def test_transformers(torch, torchvision, near):
 
 
 def test_torchvision(torch, torchvision, near):
+    from safetensors import torch as safetensors_file
     from torchvision.models import resnet as models
 
     grouped = st.tuples(st.sampled_from([1, 1, 2, 4]), st.sampled_from([64, 32, 128]))
@@ -225,7 +225,7 @@ def test_torchvision(torch, torchvision, near):
                 kind, depths, num_classes=3, groups=groups, width_per_group=per_group
             )
             network.conv1 = torch.nn.Conv2d(bands, 64, 7, 2, 3, bias=False)
-            network.load_state_dict(load_file(path), strict=True)
+            network.load_state_dict(safetensors_file.load_file(path), strict=True)
 
             def write(network):
                 torch.save(network.state_dict(), path)

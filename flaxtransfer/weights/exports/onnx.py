@@ -16,7 +16,8 @@ from flaxtransfer.models.config import GROUPS, Adapter, ResNetConfig
 from flaxtransfer.models.layers import standardize
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights.exports.prepare import export_metadata
-from flaxtransfer.weights.pretrained import HEADER_KEY, Pretrained, write_header
+from flaxtransfer.weights.naming.native import HEADER_KEY
+from flaxtransfer.weights.pretrained import Pretrained, write_header
 from flaxtransfer.weights.readers import onnx_file
 from flaxtransfer.weights.readers.onnx_file import Node, serialize
 

@@ -18,8 +18,20 @@ from flaxtransfer.paths import listing, shortened, suggest
 from flaxtransfer.weights.naming import keras_model, timm
 from flaxtransfer.weights.naming.key_map import Rule, Table
 
-__all__ = ["SELF_SUPERVISED", "TABLE", "WRAPPERS", "Found", "candidates", "find", "prepared"]
+__all__ = [
+    "HEADER_KEY",
+    "SELF_SUPERVISED",
+    "TABLE",
+    "WRAPPERS",
+    "Found",
+    "candidates",
+    "find",
+    "prepared",
+]
 
+
+HEADER_KEY = "flaxtransfer"
+"""Key of the metadata in which our own files state their network."""
 
 _LEAVES = dict.fromkeys(
     variant.leaf

@@ -20,6 +20,7 @@ from flaxtransfer.models.config import Adapter, ResNetConfig
 from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.naming.key_map import Rule, Table
+from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.naming.onnx_layers import (
     SHAPES,
     Layer,
@@ -30,7 +31,6 @@ from flaxtransfer.weights.naming.onnx_layers import (
     unfit,
 )
 from flaxtransfer.weights.preprocessing import Preprocessing
-from flaxtransfer.weights.pretrained import HEADER_KEY
 from flaxtransfer.weights.readers import onnx_file
 from flaxtransfer.weights.readers.onnx_file import Node
 

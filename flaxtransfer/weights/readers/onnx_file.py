@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flaxtransfer.paths import shortened
@@ -38,11 +37,12 @@ _NUMBERS: dict[int, Any] = {
     11: np.dtype("<f8"),
     12: np.dtype("<u4"),
     13: np.dtype("<u8"),
-    16: np.dtype(jnp.bfloat16),
 }
 """The dtype of each number in a file; text, complex and narrower numbers are left out."""
+_BFLOAT16 = 16
+"""The number of the one dtype that numpy knows through jax alone."""
 
-FLOATS = (1, 10, 11, 16)
+FLOATS = (1, 10, 11, _BFLOAT16)
 """The floating-point ones."""
 
 _TYPED = {4: np.dtype("<f4"), 10: np.dtype("<f8")}
@@ -50,6 +50,14 @@ _TYPED = {4: np.dtype("<f4"), 10: np.dtype("<f8")}
 
 Value = int | memoryview
 Shape = tuple[int | str, ...]
+
+
+def _dtype(number: int) -> Any:
+    if number == _BFLOAT16:
+        import jax.numpy as jnp  # Here: the names of formats are asked for without jax.
+
+        return np.dtype(jnp.bfloat16)
+    return _NUMBERS.get(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +213,7 @@ class _Reader:
         what = f"the array {shortened(name, 80)!r}"
         shape = tuple(map(int, _integers(fields.get(1, ()))))
         (number,) = _integers(fields.get(2, (0,))[-1:])
-        dtype = _NUMBERS.get(int(number))
+        dtype = _dtype(int(number))
         if dtype is None:
             raise ValueError(f"{what} must have numbers of 8 bits or more, got ONNX type {number}")
         if len(shape) > _MOST_AXES or min(shape, default=0) < 0:
@@ -408,7 +416,7 @@ def _attribute_bytes(name: str, value: Any) -> bytes:
 
 
 def _tensor_parts(name: str, array: np.ndarray) -> tuple[bytes, memoryview]:
-    number = next(number for number, dtype in _NUMBERS.items() if dtype == array.dtype)
+    number = next(n for n in (*_NUMBERS, _BFLOAT16) if _dtype(n) == array.dtype)
     head = b"".join(_field(1, size) for size in array.shape) + _field(2, number) + _field(8, name)
     content = memoryview(array.reshape(-1).view(np.uint8))
     head += _tag(9, len(content))
