@@ -419,9 +419,17 @@ def collect_metadata(
     if own is not None:
         # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
         if leaf_shapes(own.config) != leaf_shapes(config):
+            held, stated = (
+                ", ".join(
+                    f"{name}={value!r}"
+                    for name, value in vars(of).items()
+                    if value != getattr(other, name)
+                )
+                for of, other in ((config, own.config), (own.config, config))
+            )
             raise ValueError(
-                f"{file.path} holds {config.name} ({_describe(config)}), but its header states "
-                f"{own.config.name} ({_describe(own.config)})"
+                f"{file.path} holds {shortened(held, 200)}, but its header states "
+                f"{shortened(stated, 200)}"
             )
         recorded = (own.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded

@@ -100,9 +100,7 @@ _HEAD = re.compile(
     r"(?i)(\w+_)?(fc|head|heads|classifier|cls|linear|logits?|out|output|dense|top|mlp|"
     r"projector|projection|predictor|prototypes)\d*(_\w+)?"
 )
-_PROJECTION = re.compile(
-    r"(?i)(.*_)?(projector|projection|predictor|prototypes|contrastive|decoder|neck|fpn)(_.*)?"
-)
+_PROJECTION = re.compile(r"(?i)(.*_)?(projector|projection|predictor|prototypes|contrastive)(_.*)?")
 _NO_LAYER = re.compile(r"(?i)(.*_)?(loss|criterion|metrics?|mean|std|n_averaged|queue)(_.*)?\d*")
 
 
