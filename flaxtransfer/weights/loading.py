@@ -347,13 +347,6 @@ def described(config: ResNetConfig) -> str:
     )
 
 
-def _whole(config: ResNetConfig) -> str:
-    return (
-        f"{config.name} ({described(config)}, classes {config.classes}, "
-        f"in_channels {config.in_channels})"
-    )
-
-
 def _as_float32(
     leaves: Mapping[str, np.ndarray], path: Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -445,8 +438,17 @@ def collect_metadata(
     if header is not None:
         # Some of a network shows in no leaf: the span of an adapter's curves, anti-aliasing.
         if leaf_shapes(header.config) != leaf_shapes(config):
+            held, stated = (
+                ", ".join(
+                    f"{name}={value!r}"
+                    for name, value in vars(of).items()
+                    if value != getattr(other, name)
+                )
+                for of, other in ((config, header.config), (header.config, config))
+            )
             raise ValueError(
-                f"{file.path} holds {_whole(config)}, but its header states {_whole(header.config)}"
+                f"{file.path} holds {shortened(held, 200)}, but its header states "
+                f"{shortened(stated, 200)}"
             )
         recorded = (header.preprocessing, ["preprocessing: from the file's header"])
         preprocessing, notes = asked or recorded

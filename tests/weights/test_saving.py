@@ -192,7 +192,7 @@ def rewritten(path, change):
             "is invalid: invalid ResNetConfig: depths must be 4",
         ),
         (lambda c: c["config"].update(stride=2), "is invalid: .*stride"),
-        (lambda c: c["config"].update(classes=4), r"classes 3.*header states .*classes 4"),
+        (lambda c: c["config"].update(classes=4), r"classes=3.*header states .*classes=4"),
         (lambda c: c["preprocessing"].update(size=-1), "is invalid: invalid Preproc"),
         (lambda c: c.update(class_names=["a"]), "must have 3 names, one per output, got 1"),
     ],
