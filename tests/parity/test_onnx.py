@@ -255,9 +255,9 @@ def test_static_quantization_by_channel_needs_no_preparation(digits, tmp_path, r
     before, after = ran(tmp_path / "float.onnx", test), ran(tmp_path / "int8.onnx", test)
     agreement = (before.argmax(1) == after.argmax(1)).mean()
     accuracy = [(each.argmax(1) == labels).mean() for each in (before, after)]
-    record_property("top-1 of int8 that differs", 1 - agreement)
-    record_property("logits of int8", np.abs(before - after).max() / np.abs(before).max())
-    record_property("accuracy that int8 loses", accuracy[0] - accuracy[1])
+    record_property("top-1 of int8 that differs", float(1 - agreement))
+    record_property("logits of int8", float(np.abs(before - after).max() / np.abs(before).max()))
+    record_property("accuracy that int8 loses", float(accuracy[0] - accuracy[1]))
     assert agreement >= 0.98
     assert accuracy[1] >= accuracy[0] - 0.01
     sizes = [(tmp_path / name).stat().st_size for name in ("float.onnx", "int8.onnx")]
@@ -282,7 +282,7 @@ def test_float16_is_run_by_onnxruntime(digits, tmp_path, record_property):
     ]
     before, after = logits_of(fitted, images), ran(tmp_path / "half.onnx", images)
     difference = np.abs(before - after).max() / np.abs(before).max()
-    record_property("logits of float16", difference)
+    record_property("logits of float16", float(difference))
     assert difference < 1e-2
     assert done.difference < 1e-2
     assert (before.argmax(1) == after.argmax(1)).mean() >= 0.995
