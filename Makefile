@@ -31,7 +31,9 @@ faults: install-test
 	$(RUN)python -m tests.faults.fuzz --rounds 13000
 
 parity: install-parity
-	$(RUN)python -m pytest -n 2 --dist worksteal -m parity tests/parity $(ARGS)
+	# On disk: the networks are whole ones, and would fill the memory that other tests write to.
+	PYTEST_DEBUG_TEMPROOT=$${TMPDIR:-/tmp} \
+	  $(RUN)python -m pytest -n 2 --dist worksteal -m parity tests/parity $(ARGS)
 
 parity-shift: install-parity-shift
 	$(RUN)python -m pytest -m parity_shift tests/parity_shift $(ARGS)

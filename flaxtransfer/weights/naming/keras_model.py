@@ -79,8 +79,7 @@ def around(
         beside: of the layers around it.
 
     Raises:
-        ValueError: a layer before the network that is more than a scale and an offset, or a
-            network with other strides, dilations or activations.
+        ValueError: a layer before the network that is more than a scale and an offset.
     """
     kernel = next((arrays[key] for key in arrays if key.startswith("conv1_conv/")), None)
     if kernel is None:
