@@ -23,7 +23,7 @@ V1 = {
     "num_classes": [5],
     "in_chans": [3, 1, 5],
     "output_stride": [32, 16, 8],
-    "global_pool": ["avg", "max", "avgmax", "catavgmax", "fast", ""],
+    "global_pool": ["avg", "max", "avgmax", "catavgmax", "fast"],
     "cardinality": [1, 2],
     "base_width": [64, 32, 48],
     "stem_width": [64, 32],

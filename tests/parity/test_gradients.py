@@ -14,6 +14,7 @@ from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES, RESNETS, resnet
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights.naming import key_map
+from flaxtransfer.weights.naming import timm as names
 from flaxtransfer.weights.naming.timm import table_for
 
 pytestmark = pytest.mark.parity
@@ -104,7 +105,7 @@ def test_of_timms_variants(differing, torch, torchvision, making, name):
     network = making.randomize(timm.create_model(name, pretrained=False, num_classes=7), 4)
     config = dataclasses.replace(ARCHITECTURES[name], classes=7)
     if config.standardized is not None:
-        config = dataclasses.replace(config, standardized=timm.V2_EPSILON)
+        config = dataclasses.replace(config, standardized=names.V2_EPSILON)
     ours, theirs = both(torch, network, config, "running")
     assert len(ours) == len(theirs)
     assert differing(ours, theirs, "params/") == {}
