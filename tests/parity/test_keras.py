@@ -127,29 +127,39 @@ def test_the_graph_that_a_file_states(agree, keras, tmp_path, suffix, changes, t
     agree(run(checkpoint.variables, images), np.asarray(theirs.detach()), LIMIT)
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".keras"])
-@pytest.mark.parametrize(("pooling", "kind"), [("avg", ""), ("max", "pooling must be 'avg'")])
-def test_the_pooling_before_a_head_of_ones_own(keras, tmp_path, suffix, pooling, kind):
+@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize("name", ["predictions", "species"])
+def test_the_pooling_before_a_head_of_ones_own(keras, tmp_path, suffix, pooling, name):
     base = keras.applications.ResNet50(
         weights=None, include_top=False, pooling=pooling, input_shape=(75, 75, 3)
     )
-    outputs = keras.layers.Dense(3, name="predictions")(base.output)
-    keras.Model(base.input, outputs).save(tmp_path / f"net{suffix}")
-    if kind:
-        with pytest.raises(ValueError, match=kind):
-            load(tmp_path / f"net{suffix}")
-    else:
-        assert load(tmp_path / f"net{suffix}").config.classes == 3
+    outputs = keras.layers.Dense(3, name=name)(base.output)
+    model = keras.Model(base.input, outputs)
+    (model.save_weights if "weights" in suffix else model.save)(tmp_path / f"net{suffix}")
+    checkpoint = load(tmp_path / f"net{suffix}")
+    # A head behind another pooling is no head of this network: its body loads without it.
+    assert checkpoint.config.classes == (3 if pooling == "avg" else 1)
+    assert ("max_pool" in checkpoint.no_head) == (pooling == "max")
 
 
-def test_layers_in_front_of_the_network_are_refused_by_name(keras, tmp_path):
+def test_layers_in_front_of_the_network_become_its_preprocessing(agree, keras, tmp_path):
+    plain = network(keras, "ResNet50V2")
     inputs = keras.Input((75, 75, 3))
     base = keras.applications.ResNet50V2(
-        weights=None, classes=3, input_tensor=keras.layers.Rescaling(1 / 127.5, -1)(inputs)
+        weights=None,
+        classes=CLASSES,
+        classifier_activation=None,
+        input_tensor=keras.layers.Rescaling(1 / 100, -1.2)(inputs),
     )
+    base.set_weights(plain.get_weights())
     keras.Model(inputs, base.output).save(tmp_path / "net.keras")
-    with pytest.raises(ValueError, match=r"must not be in front of the network .* Rescaling"):
-        load(tmp_path / "net.keras")
+    checkpoint = load(tmp_path / "net.keras")
+    pre = checkpoint.preprocessing
+    images = (pictures() / 255 - np.float32(pre.mean)) / np.float32(pre.std)
+    run = jax.jit(lambda variables, images: resnet(checkpoint.config).apply(variables, images)[0])
+    theirs = np.asarray(base(pictures()).detach())
+    agree(run(checkpoint.variables, images.astype(np.float32)), theirs, LIMIT)
 
 
 @pytest.mark.parametrize("name", ["ResNet101", "ResNet152", "ResNet101V2", "ResNet152V2"])

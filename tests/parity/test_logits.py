@@ -209,8 +209,7 @@ def test_all_named_architectures_have_timms_leaves(torch, torchvision):
 
     from flaxtransfer.models.model import leaf_shapes
     from flaxtransfer.models.registry import ARCHITECTURES
-    from flaxtransfer.weights.naming import timm as v1
-    from flaxtransfer.weights.naming import timm as v2
+    from flaxtransfer.weights.naming import timm as naming
     from flaxtransfer.weights.naming.key_map import leaf_of
 
     for name, config in ARCHITECTURES.items():
@@ -220,7 +219,7 @@ def test_all_named_architectures_have_timms_leaves(torch, torchvision):
         with torch.device("meta"):
             keys = timm.create_model(name, pretrained=False).state_dict()
         keys = {key: value for key, value in keys.items() if "num_batches" not in key}
-        table = (v2 if config.preactivation else v1).table_of(keys)
+        table = (naming.v2_table_of if config.preactivation else naming.table_of)(keys)
         theirs = dict(leaf_of(table, key, tuple(value.shape)) for key, value in keys.items())
         assert theirs == leaf_shapes(config), name
 

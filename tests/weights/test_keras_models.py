@@ -111,6 +111,12 @@ def test_the_head_is_the_dense_layer(save, layers):
     assert "the stem's input channels were reordered from BGR to RGB" in found.notes
 
 
+def test_weights_alone_may_have_as_many_classes_as_bands(save):
+    found = load(save(None, {"species/0": KERNEL[:, :3], "species/1": BIAS[:3]}))
+    assert found.config.classes == found.config.in_channels == 3
+    assert found.no_head == ""
+
+
 # Pixels p from 0 to 255 become (p / 255 - mean) / std.
 BEFORE = {
     "rescaling": ([RESCALING], (0.5,) * 3, (0.5,) * 3, False),
@@ -188,12 +194,16 @@ OTHER_HEADS = {
     "another pool": [layer("GlobalMaxPooling2D"), DENSE],
     "pixels": [layer("Flatten"), DENSE],
     "a bend": [POOL, layer("Dense", "species", activation="relu")],
+    "names of its own": [layer("GlobalMaxPooling2D", "max_pool"), layer("Dense", "predictions")],
+    "a norm of its own": [POOL, layer("BatchNormalization"), layer("Dense", "predictions")],
 }
 
 
 @pytest.mark.parametrize("case", OTHER_HEADS)
 def test_other_heads_are_left_out(save, case):
-    found = load(save([INPUT, RESCALING, BASE, *OTHER_HEADS[case]]))
+    own = {"predictions/kernel": KERNEL, "predictions/bias": BIAS}
+    head = own if "of its own" in case else {"species/kernel": KERNEL, "species/bias": BIAS}
+    found = load(save([INPUT, RESCALING, BASE, *OTHER_HEADS[case]], head))
     assert found.no_head.startswith(("the head is not one linear map", "the head ends in 'relu'"))
     assert found.config.classes == 1
 

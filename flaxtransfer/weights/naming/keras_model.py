@@ -102,9 +102,9 @@ def _configured(text: str, bands: int, beside: Mapping[str, np.ndarray]) -> Arou
     inside = [n for n, layer in enumerate(layers) if _LAYER.fullmatch(_name(layer))]
     if not any(_name(layers[n]) == "conv1_conv" for n in inside):
         return None
-    before, after = layers[: inside[0]], layers[inside[-1] :]
-    own = any(_name(layers[n]) == "predictions" for n in inside)
-    dense, no_head, notes = _behind(after, own)
+    last = max(n for n in inside if _name(layers[n]) not in _BEHIND)
+    before, after = layers[: inside[0]], layers[last + 1 :]
+    dense, no_head, notes = _behind(after)
     return _before(before, bands, beside, Around(dense, no_head, notes=tuple(notes)))
 
 
@@ -119,14 +119,15 @@ def _unconfigured(names: str, beside: Mapping[str, np.ndarray], bands: int) -> A
     for key, array in beside.items():
         groups.setdefault(key.rpartition("/")[0], []).append(np.shape(array))
     for name, shapes in groups.items():
-        if (bands,) in shapes or any(len(shape) > 2 for shape in shapes):
+        behind = any(len(shape) == 2 and shape[0] != bands for shape in shapes)
+        if ((bands,) in shapes and not behind) or any(len(shape) > 2 for shape in shapes):
             raise ValueError(
                 f"it has the layer {shortened(name, 60)!r}, and does not say whether it stands "
                 "before the network; load the .keras file of the whole model, which does"
             )
-    if not groups:
-        return Around()
     most = re.search(r"^global_max_pooling2d(_\d+)?$", names, re.MULTILINE)
+    if not groups and not most:
+        return Around()
     linear = [name for name, shapes in groups.items() if sorted(map(len, shapes)) in ([2], [1, 2])]
     if len(groups) == len(linear) == 1 and not most:
         return Around(linear[0])
@@ -233,16 +234,21 @@ def _strided(config: ResNetConfig) -> set[str]:
     return {"conv1_conv", *(f"conv{s}_block1_{k}_conv" for s in (3, 4, 5) for k in (0, 1))}
 
 
-def _behind(layers: list[dict[str, Any]], own_head: bool) -> tuple[str, str, list[str]]:
-    """The head among the layers from the last of the network on: its name, what is wrong, notes."""
+_BEHIND = ("avg_pool", "max_pool", "predictions")
+"""What ``keras.applications`` calls the layers behind the body; a user's may have these names."""
+
+
+def _behind(layers: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
+    """The head among the layers behind the body: its name, what is wrong with it, and notes.
+
+    The name is empty for the network's own head, which is among its arrays, and for none.
+    """
     dense: list[str] = []
     others, notes = [], []
-    pooled, last = own_head, "linear"
+    pooled, last = False, "linear"
     for layer in layers:
         kind = _class(layer)
         activation = layer["config"].get("activation", "linear")
-        if _LAYER.fullmatch(_name(layer)) and _name(layer) not in ("avg_pool", "max_pool"):
-            continue
         if kind == "GlobalAveragePooling2D" and not dense:
             pooled = True
         elif kind == "Dense" and pooled and activation in ("linear", "softmax", "sigmoid"):
@@ -252,14 +258,14 @@ def _behind(layers: list[dict[str, Any]], own_head: bool) -> tuple[str, str, lis
             last = "softmax" if kind == "Softmax" else activation
         elif not (_IDLE.fullmatch(kind) or (kind == "Flatten" and pooled)):
             others.append(_said(layer))
-    if others or len(dense) + own_head > 1:
-        named = shortened(", ".join([*others, *dense, *["predictions"] * own_head]), 150)
+    if others or len(dense) > 1:
+        named = shortened(", ".join([*others, *dense]), 150)
         return "", f"the head is not one linear map, but has the layers {named}", []
     if dense and last == "sigmoid":
         notes.append("the head ends in a sigmoid: its outputs are independent, not one of several")
     elif dense and last not in ("linear", "softmax"):
         return "", f"the head ends in {shortened(repr(last), 40)}, which no label is", []
-    return (dense[0] if dense else ""), "", notes
+    return ("" if dense in ([], ["predictions"]) else dense[0]), "", notes
 
 
 _SCALES = {
