@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 
 from flaxtransfer.features.checks import checked_examples, singleton_classes, standardization
-from flaxtransfer.features.ridge import ridge_path
-from flaxtransfer.features.sweep import smallest_class, sweep_head
+from flaxtransfer.features.folds import cross_validate
+from flaxtransfer.features.sweep import sweep_head
 
 __all__ = ["Profile", "SegmentProbe", "probe_profile"]
 
@@ -103,7 +101,7 @@ def probe_profile(
         features: by segment, ``[examples, channels]``; see ``segment_features``.
         labels: integers ``[examples]``. Classes without examples are ignored. The only example of a
             class counts as wrong with ridge and is never held out with logistic regression.
-        kind: "ridge" uses leave-one-out in closed form; "logistic" uses folds, and is slower.
+        kind: "ridge" is in closed form; "logistic" is slower. Both use the same stratified folds.
         classes: number of classes; default: the largest label plus 1.
 
     Raises:
@@ -126,17 +124,21 @@ def probe_profile(
     if not features:
         raise ValueError("features must have at least one segment, got none")
     began = time.perf_counter()
-    probe = _ridge if kind == "ridge" else _logistic
     probes, notes = [], []
     for name, values in features.items():
         try:
             matrix, label, number = checked_examples(values, labels, classes)
-            smallest_class(label)
             present, label, counts = np.unique(label, return_inverse=True, return_counts=True)
-            accuracy, loss, strength, remarks = probe(standardization(matrix)(matrix), label)
+            scaled = standardization(matrix)(matrix)
+            if kind == "ridge":
+                out = cross_validate(scaled, label)
+                accuracy, loss, strength = out.accuracy, out.loss, out.strength
+            else:
+                swept = sweep_head(scaled, label, standardize=False)
+                accuracy, strength = swept.accuracy, swept.strength
+                loss = float(swept.losses[swept.best].mean())
         except ValueError as error:
             raise ValueError(f"the features of {name} cannot be probed: {error}") from error
-        notes += [note for note in remarks if note not in notes]
         standard_error = math.sqrt(accuracy * (1 - accuracy) / len(label))
         probes.append(SegmentProbe(name, matrix.shape[1], accuracy, standard_error, loss, strength))
     if len(present) < number:
@@ -146,22 +148,3 @@ def probe_profile(
         notes.append(f"{len(single)} classes have one example, which {how}.")
     seconds, majority = time.perf_counter() - began, float(counts.max() / len(label))
     return Profile(kind, len(label), majority, tuple(probes), seconds, tuple(notes))
-
-
-def _ridge(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, list[str]]:
-    """Accuracy, loss, strength and notes."""
-    path = ridge_path(matrix, label)
-
-    def loss(power: float) -> float:
-        log_probs = scipy.special.log_softmax(math.exp(power) * path.left_out, axis=1)
-        return -float(log_probs[np.arange(len(label)), label].mean())
-
-    # One temperature for all examples does not change the order of the scores.
-    found = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded")
-    return path.accuracy, float(found.fun), path.strength, []
-
-
-def _logistic(matrix: np.ndarray, label: np.ndarray) -> tuple[float, float, float, list[str]]:
-    found = sweep_head(matrix, label, standardize=False)
-    notes = [note for note in found.notes if "folds" in note]
-    return found.accuracy, float(found.losses[found.best].mean()), found.strength, notes

@@ -123,7 +123,7 @@ class Probe:
     Example: flaxtransfer probe --data folder:scans --weights resnet50.pth
 
     Args:
-        kind: Kind of probe: ridge, with each image left out once, or logistic, with folds.
+        kind: Kind of probe, on stratified folds: ridge, in closed form, or logistic.
         most_images: Use at most this many images.
         out: Also draw the accuracies to this .png, .pdf or .svg file.
     """

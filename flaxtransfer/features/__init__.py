@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from flaxtransfer.features.class_means import nearest_class_mean as nearest_class_mean
     from flaxtransfer.features.extract import pooled_features as pooled_features
     from flaxtransfer.features.extract import segment_features as segment_features
+    from flaxtransfer.features.folds import CrossValidation as CrossValidation
+    from flaxtransfer.features.folds import cross_validate as cross_validate
+    from flaxtransfer.features.folds import stratified_folds as stratified_folds
     from flaxtransfer.features.logistic import LogisticPath as LogisticPath
     from flaxtransfer.features.logistic import logistic_path as logistic_path
     from flaxtransfer.features.ridge import RidgePath as RidgePath
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from flaxtransfer.features.sweep import HeadSweep as HeadSweep
     from flaxtransfer.features.sweep import LinearProbe as LinearProbe
     from flaxtransfer.features.sweep import fit_linear_probe as fit_linear_probe
-    from flaxtransfer.features.sweep import stratified_folds as stratified_folds
     from flaxtransfer.features.sweep import sweep_head as sweep_head
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -7,8 +7,11 @@ training.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +23,8 @@ from flaxtransfer.features.checks import (
     singleton_classes,
     standardization,
 )
-from flaxtransfer.features.ridge import ridge_path
-from flaxtransfer.features.sweep import folds_with_singletons, smallest_class, sweep_head
+from flaxtransfer.features.folds import FOLDS, cross_validate, folds_with_singletons
+from flaxtransfer.features.sweep import sweep_head
 from flaxtransfer.paths import listing
 from flaxtransfer.shift.two_sample import ledoit_wolf
 
@@ -31,14 +34,11 @@ __all__ = [
     "baseline",
     "linear_discriminant",
     "nearest_class_mean",
-    "nearest_class_mean_loo",
 ]
 
 
 LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
 """Strengths for logistic regression; on standardized features a finer grid gains little."""
-
-_FOLDS = 5
 
 _DISCRIMINANT_WORK = 5e9
 """Multiplications that take about a second: examples x features x the smaller of both."""
@@ -181,12 +181,10 @@ class Baseline:
     Args:
         examples: number of examples.
         majority: fraction of the largest class.
-        nearest_class_mean: leave-one-out accuracy of the nearest class mean.
-        ridge: leave-one-out accuracy of the best of several ridge classifiers; it is chosen on the
-            same examples, so slightly too high.
-        discriminant: cross-validated accuracy of linear discriminant analysis; None if left out.
-        logistic: cross-validated accuracy of the best of several logistic regressions; None unless
-            it was asked for.
+        nearest_class_mean: of the nearest class mean.
+        ridge: of the ridge classifier with the smallest held-out error of several.
+        discriminant: of linear discriminant analysis; None if left out.
+        logistic: of the best of several logistic regressions; None unless it was asked for.
         seconds: time taken, without that for the features.
         notes: remarks on the data, in sentences.
     """
@@ -231,9 +229,9 @@ def baseline(
     """Feature baseline: accuracy of several heads on held-out examples.
 
     Use it before any training: a fine-tuned network that does not beat it was not worth the time.
-    Features are standardized. Nearest class mean and ridge use leave-one-out in closed form;
-    discriminant analysis uses five folds, and is left out if it would take more than about a
-    second. Give training examples only: no test image is needed.
+    Features are standardized, and all heads are judged on the same five stratified folds.
+    Discriminant analysis is left out if it would take more than about a second. Give training
+    examples only: no test image is needed.
 
     Args:
         features: ``[examples, features]``, finite.
@@ -256,63 +254,34 @@ def baseline(
     began = time.perf_counter()
     matrix, label, number = checked_examples(features, labels, classes)
     present, label, counts = np.unique(label, return_inverse=True, return_counts=True)
-    folds = min(_FOLDS, smallest_class(label)[1])
     notes = []
     if len(present) < number:
         notes.append(f"{number - len(present)} of {number} classes have no example.")
     if single := singleton_classes(label):
         notes.append(f"{len(single)} classes have one example, which counts as wrong.")
     matrix = standardization(matrix)(matrix)
-    path = ridge_path(matrix, label)
+    ridge = cross_validate(matrix, label)
+    fold_of = folds_with_singletons(label, min(FOLDS, int(counts.max())))
     work = matrix.size * min(matrix.shape)
-    discriminant = _discriminant(matrix, label, folds) if work <= _DISCRIMINANT_WORK else None
+    discriminant = None
+    if work <= _DISCRIMINANT_WORK:
+        # Where features are constant within the classes it would be the nearest class mean.
+        with contextlib.suppress(ValueError):
+            discriminant = _held_out(linear_discriminant, matrix, label, fold_of)
     logistic_accuracy = None
     if logistic:
-        found = sweep_head(
-            matrix, label, strengths=LOGISTIC_STRENGTHS, folds=folds, standardize=False
-        )
+        found = sweep_head(matrix, label, strengths=LOGISTIC_STRENGTHS, standardize=False)
         logistic_accuracy = found.accuracy * (1 - len(single) / len(label))
     return Baseline(
         len(label),
         float(counts.max() / len(label)),
-        float((nearest_class_mean_loo(matrix, label) == label).mean()),
-        path.accuracy,
+        _held_out(partial(nearest_class_mean, normalize=False), matrix, label, fold_of),
+        ridge.accuracy,
         discriminant,
         logistic_accuracy,
         time.perf_counter() - began,
         tuple(notes),
     )
-
-
-def nearest_class_mean_loo(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Leave-one-out predictions of the nearest class mean.
-
-    The only example of a class has no other mean of its class, and is assigned another class.
-
-    Args:
-        features: floating ``[examples, features]``.
-        labels: integers ``[examples]``.
-
-    Returns:
-        Classes, int64 ``[examples]``.
-
-    >>> nearest_class_mean_loo(np.array([[0.0], [1.0], [9.0], [10.0], [4.0]]), [0, 0, 1, 1, 2])
-    array([0, 0, 1, 1, 0])
-    """
-    matrix = np.asarray(features, np.float64)
-    present, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    means = np.zeros((len(present), matrix.shape[1]))
-    np.add.at(means, label, matrix)
-    means /= counts[:, None]
-    squares = np.square(matrix).sum(axis=1)[:, None] + np.square(means).sum(axis=1)
-    distances = squares - 2 * matrix @ means.T
-    # Without x, the mean of its class is m + (m - x) / (n - 1), which is n / (n - 1) as far from x.
-    own = np.arange(len(matrix)), label
-    count = counts[label]
-    rest = np.maximum(count - 1, 1)
-    distances[own] = np.where(count > 1, distances[own] * np.square(count / rest), np.inf)
-    predicted: np.ndarray = present[distances.argmin(axis=1)]
-    return predicted
 
 
 def _solve(
@@ -374,16 +343,15 @@ def _checked_counts(
     return matrix, label, counts
 
 
-def _discriminant(matrix: np.ndarray, label: np.ndarray, folds: int) -> float | None:
-    """Cross-validated accuracy; None if features are constant within the classes."""
-    fold_of = folds_with_singletons(label, folds)
+def _held_out(
+    fit: Callable[[np.ndarray, np.ndarray], MeansHead],
+    matrix: np.ndarray,
+    label: np.ndarray,
+    fold_of: np.ndarray,
+) -> float:
+    """The accuracy of a head on the examples of each fold, fitted without them."""
     right = 0
-    for fold in range(folds):
+    for fold in range(int(fold_of.max()) + 1):
         out = fold_of == fold
-        try:
-            head = linear_discriminant(matrix[~out], label[~out])
-        except ValueError:
-            # Discriminant analysis would then be the nearest class mean.
-            return None
-        right += int((head.predict(matrix[out]) == label[out]).sum())
+        right += int((fit(matrix[~out], label[~out]).predict(matrix[out]) == label[out]).sum())
     return right / len(label)

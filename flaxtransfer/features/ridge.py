@@ -1,7 +1,7 @@
 """Ridge classification.
 
 Least squares on targets of -1 and 1, in closed form: every penalty from one decomposition, with
-exact leave-one-out errors. Use it as a fast baseline.
+exact leave-one-out errors. What a head is worth is for ``features.folds`` to say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from flaxtransfer.features.checks import checked_examples, checked_features
 from flaxtransfer.features.logistic import left_singular_vectors
 
-__all__ = ["RidgePath", "ridge_path"]
+__all__ = ["STRENGTHS", "RidgePath", "checked_strengths", "ridge_path"]
 
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-3, 6, 19))
@@ -32,7 +32,9 @@ class RidgePath:
     Args:
         strengths: float64 ``[strengths]``.
         errors: mean squared leave-one-out error against targets of -1 and 1, ``[strengths]``.
-        accuracies: leave-one-out accuracy, ``[strengths]``.
+        accuracies: leave-one-out accuracy, ``[strengths]``. It ranks; as a number it is too low
+            where features say little, down to 0 for balanced classes and features of no use:
+            ``cross_validate`` has the number.
         best: index of the strength with the smallest error; of equal ones, the largest strength.
         kernel: float64 ``[features, classes]`` of the best strength, refitted on all examples.
         bias: float64 ``[classes]``.
@@ -54,7 +56,7 @@ class RidgePath:
 
     @property
     def accuracy(self) -> float:
-        """Leave-one-out accuracy at the best strength; chosen on it, so slightly too high."""
+        """Leave-one-out accuracy at the best strength; see ``accuracies``."""
         return float(self.accuracies[self.best])
 
     def scores(self, features: Any) -> np.ndarray:
@@ -110,7 +112,7 @@ def ridge_path(
     1.0
     """
     matrix, label, number = checked_examples(features, labels, classes)
-    penalties = _checked_strengths(len(matrix), strengths)
+    penalties = checked_strengths(len(matrix), strengths)
     targets = np.where(label[:, None] == np.arange(number), 1.0, -1.0)
     mean, target_mean = matrix.mean(axis=0), targets.mean(axis=0)
     centered, residual = matrix - mean, targets - target_mean
@@ -143,7 +145,8 @@ def ridge_path(
     return RidgePath(penalties, errors, accuracies, best, kernel, bias, left_out)
 
 
-def _checked_strengths(count: int, strengths: Sequence[float]) -> np.ndarray:
+def checked_strengths(count: int, strengths: Sequence[float]) -> np.ndarray:
+    """Penalties above 0, float64 ``[strengths]``."""
     penalties = np.asarray(strengths, np.float64)
     if count < 3:
         raise ValueError(f"leave-one-out must have at least 3 examples, got {count}")

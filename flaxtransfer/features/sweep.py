@@ -1,15 +1,14 @@
 """Linear probes with a cross-validated penalty.
 
 ``sweep_head`` compares penalties of logistic regression or ridge on held-out features;
-``fit_linear_probe`` fits the head of a network with the best one. ``stratified_folds`` are the
-folds of both.
+``fit_linear_probe`` fits the head of a network with the best one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -17,26 +16,34 @@ import numpy as np
 from flaxtransfer.features.checks import (
     checked_examples,
     checked_features,
-    class_labels,
     singleton_classes,
     standardization,
 )
+from flaxtransfer.features.folds import (
+    FOLDS,
+    Split,
+    class_weights,
+    cross_validate,
+    folds_with_singletons,
+    ridge_splits,
+    smallest_class,
+)
 from flaxtransfer.features.logistic import LogisticPath, logistic_path
 from flaxtransfer.features.ridge import STRENGTHS as RIDGE_STRENGTHS
-from flaxtransfer.features.ridge import ridge_path
+from flaxtransfer.features.ridge import checked_strengths, ridge_path
 
 __all__ = [
     "HeadSweep",
     "LinearProbe",
     "fit_linear_probe",
-    "folds_with_singletons",
-    "smallest_class",
-    "stratified_folds",
     "sweep_head",
 ]
 
 
 Kind = Literal["logistic", "ridge"]
+KINDS = get_args(Kind)
+"""What a linear head can be fitted by."""
+
 Rule = Literal["loss", "accuracy", "one_standard_error"]
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-2, 5.5, 16))
@@ -64,13 +71,20 @@ class LinearProbe(NamedTuple):
 
 
 def fit_linear_probe(
-    features: Any, labels: Any, classes: int, *, folds: int = 5, seed: int = 0
+    features: Any,
+    labels: Any,
+    classes: int,
+    *,
+    kind: Kind = "logistic",
+    folds: int = FOLDS,
+    seed: int = 0,
 ) -> LinearProbe:
-    """Linear probe: logistic regression to the optimum, with a cross-validated penalty.
+    """Linear probe: a head solved to its optimum, with a cross-validated penalty.
 
-    Use it to start fine-tuning with a head that fits the features, so that the first gradients do
-    not distort them (LP-FT). Features are standardized for the fit, and the head is converted back
-    to the original features: a network with this head gives the fitted logits.
+    Use it as the head that a frozen network ends with, or to start fine-tuning with a head that
+    fits the features, so that the first gradients do not distort them (LP-FT). Features are
+    standardized for the fit, and the head is converted back to the original features: a network
+    with this head gives the fitted logits.
 
     Args:
         features: ``[examples, features]``, finite.
@@ -78,11 +92,14 @@ def fit_linear_probe(
             only example of a class is never held out; if every class has only one, the
             strength is fixed.
         classes: number of classes.
-        folds: of the cross-validation; fewer if a class has fewer examples.
+        kind: "logistic", multinomial logistic regression; or "ridge", least squares on targets of
+            -1 and 1 in closed form, whose scores are made logits by the factor that fits the
+            held-out examples best.
+        folds: of the cross-validation.
         seed: of the folds.
 
     Raises:
-        ValueError: a class without examples, and as ``logistic_path``.
+        ValueError: another kind, a class without examples, and as ``logistic_path``.
         TypeError: labels that are not integers.
 
     References:
@@ -95,22 +112,33 @@ def fit_linear_probe(
     >>> head.kernel.shape, head.text.split(",")[0]
     ((8, 2), 'logistic regression on 40 examples')
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be {' or '.join(map(repr, KINDS))}, got {kind!r}")
     _, label, _ = checked_examples(features, labels, classes)
-    begin = f"logistic regression on {len(label)} examples"
-    counts = np.bincount(label, minlength=classes)
-    if counts.max() > 1:
-        found = sweep_head(features, label, folds=folds, seeds=(seed,), classes=classes)
-        accuracy = f"held-out accuracy {100 * found.accuracy:.1f} %"
-        text = f"{begin}, strength {found.strength:.3g}; {accuracy}"
-        return LinearProbe(found.kernel, found.bias, text)
+    begin = f"{'logistic' if kind == 'logistic' else 'ridge'} regression on {len(label)} examples"
+    alone = np.bincount(label, minlength=classes).max() == 1
     scaling = standardization(features)
-    path = logistic_path(scaling(features), label, _ONE_SHOT_STRENGTH, classes=classes)
-    kernel, bias = scaling.undo(path.kernels[0], path.biases[0])
-    return LinearProbe(
-        kernel,
-        bias,
-        f"{begin}, strength {_ONE_SHOT_STRENGTH:g}, because each class has one example",
+    strength, accuracy, scale = _ONE_SHOT_STRENGTH, 0.0, 1.0
+    if kind == "logistic" and not alone:
+        swept = sweep_head(features, label, folds=folds, seeds=(seed,), classes=classes)
+        kernel, bias = swept.kernel, swept.bias
+        strength, accuracy = swept.strength, swept.accuracy
+    elif kind == "logistic":
+        path = logistic_path(scaling(features), label, strength, classes=classes)
+        kernel, bias = scaling.undo(path.kernels[0], path.biases[0])
+    else:
+        matrix = scaling(np.asarray(features, np.float64))
+        if not alone:
+            found = cross_validate(matrix, label, classes=classes, folds=folds, seed=seed)
+            strength, accuracy, scale = found.strength, found.accuracy, found.scale
+        solved = ridge_path(matrix, label, [strength], classes=classes)
+        kernel, bias = scaling.undo(scale * solved.kernel, scale * solved.bias)
+    end = (
+        f"strength {strength:g}, because each class has one example"
+        if alone
+        else f"strength {strength:.3g}; held-out accuracy {100 * accuracy:.1f} %"
     )
+    return LinearProbe(kernel, bias, f"{begin}, {end}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +146,7 @@ class HeadSweep:
     """Held-out accuracy and loss of each strength, and the head with the best one.
 
     Args:
-        kind: logistic regression with folds, or ridge with exact leave-one-out.
+        kind: logistic regression or ridge.
         strengths: float64, ascending, ``[strengths]``.
         accuracies: on held-out examples, ``[strengths, splits]``; folds of the first seed first.
         losses: likewise, the negative log-likelihood in nats; for ridge, the squared error.
@@ -189,8 +217,8 @@ def sweep_head(
     """Cross-validates the penalty of a linear head, and refits with the best one on all examples.
 
     Use it for the head of a frozen network. With ``"logistic"`` all strengths, folds and seeds are
-    solved to the optimum by one compiled program; with ``"ridge"`` each example is left out once,
-    in closed form, and neither folds nor seeds are needed.
+    solved to the optimum by one compiled program, with ``"ridge"`` all strengths of a fold in
+    closed form.
 
     Features are standardized on all given examples, held-out ones included, because this uses no
     labels. Keep a test set out of ``features``: the accuracy of the best strength is the best of
@@ -202,18 +230,18 @@ def sweep_head(
             with two.
         kind: of head. Logistic regression gives probabilities; ridge is faster.
         strengths: penalties above 0. Default: half decades for standardized features.
-        folds: 2 or more. A class with fewer examples lowers it; the only example of a class is
-            never held out. The notes report both.
+        folds: 2 or more. A class with fewer examples is held out in as many folds as it has; the
+            only example of a class is never held out, which the notes say.
         seeds: one partition into folds per seed.
         rule: choose the strength with the smallest mean loss ("loss") or the largest mean accuracy
             ("accuracy"), of equal ones the largest; or the largest strength whose mean loss is
-            within one standard error of the smallest ("one_standard_error", with folds only).
+            within one standard error of the smallest ("one_standard_error").
         standardize: whether to standardize; if not, the penalty is in the units of the features.
         classes: number of classes; default: the largest label plus 1.
 
     Raises:
-        ValueError: as ``logistic_path`` and ``ridge_path``; no class with two examples and logistic
-            regression; folds, seeds, kind or rule out of range.
+        ValueError: as ``logistic_path`` and ``ridge_path``; no class with two examples; folds,
+            seeds, kind or rule out of range.
         TypeError: labels that are not integers.
 
     References:
@@ -238,16 +266,17 @@ def sweep_head(
     notes = []
     if len(scaling.constant):
         notes.append(f"{len(scaling.constant)} of {matrix.shape[1]} features are constant.")
+    matrix, label, number = checked_examples(matrix, labels, classes)
+    smallest_class(label)
+    if single := singleton_classes(label):
+        notes.append(f"Classes {single} have one example, which is never held out.")
+    fold_of = [folds_with_singletons(label, folds, seed) for seed in seeds]
     if kind == "ridge":
-        out = ridge_path(matrix, labels, tried.tolist(), classes=classes)
-        accuracies, losses = out.accuracies[:, None], out.errors[:, None]
-        notes.append("Each example was left out once; folds and seeds were not used.")
-        if single := singleton_classes(np.asarray(labels)):
-            notes.append(f"Classes {single} have one example, which counts as wrong.")
+        checked_strengths(len(label), tried.tolist())
+        splits = [split for each in fold_of for split in ridge_splits(matrix, label, number, each)]
+        accuracies, losses = _ridge(splits, label, number, tried)
     else:
-        path, accuracies, losses, more = _cross_validate(
-            matrix, labels, tried, folds, seeds, classes
-        )
+        path, accuracies, losses, more = _logistic(matrix, label, number, tried, fold_of)
         notes.extend(more)
     best = _best(accuracies, losses, rule)
     if len(tried) > 1 and best in (0, len(tried) - 1):
@@ -266,34 +295,39 @@ def sweep_head(
     return HeadSweep(kind, tried, accuracies, losses, rule, best, kernel, bias, tuple(notes))
 
 
-def _cross_validate(
+def _ridge(
+    splits: Sequence[Split], label: np.ndarray, number: int, tried: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out accuracies and squared errors ``[strengths, splits]``."""
+    accuracies, losses = (np.empty((len(tried), len(splits))) for _ in range(2))
+    for n, split in enumerate(splits):
+        own = label[split.out]
+        targets = np.where(own[:, None] == np.arange(number), 1.0, -1.0)
+        for k, strength in enumerate(tried):
+            scores = split.scores(strength)
+            accuracies[k, n] = (scores.argmax(axis=1) == own).mean()
+            losses[k, n] = np.square(scores - targets).mean()
+    return accuracies, losses
+
+
+def _logistic(
     matrix: np.ndarray,
-    labels: Any,
+    label: np.ndarray,
+    number: int,
     tried: np.ndarray,
-    folds: int,
-    seeds: Sequence[int],
-    classes: int | None,
+    fold_of: Sequence[np.ndarray],
 ) -> tuple[LogisticPath, np.ndarray, np.ndarray, list[str]]:
     """All fits, held-out accuracies and losses ``[strengths, splits]``, and notes."""
     notes = []
-    matrix, label, _ = checked_examples(matrix, labels, classes)
-    name, most = smallest_class(label)
-    if single := singleton_classes(label):
-        notes.append(f"Classes {single} have one example, which is never held out.")
-    if most < folds:
-        notes.append(f"{most} folds, not {folds}: class {name} has {most} examples.")
-        folds = most
-    held_out = np.concatenate(
-        [folds_with_singletons(label, folds, seed) == np.arange(folds)[:, None] for seed in seeds]
-    )
+    held_out = np.concatenate([each == np.arange(each.max() + 1)[:, None] for each in fold_of])
     # The refit on all examples is one more row here: cheaper than a program of its own.
-    weights = np.concatenate([np.ones((1, len(label)), bool), ~held_out])
+    weights = np.stack([np.ones(len(label)), *(class_weights(label, ~out) for out in held_out)])
     path = logistic_path(
         matrix,
         label,
         np.repeat(tried, len(weights)).tolist(),
         weights=np.tile(weights, (len(tried), 1)),
-        classes=classes,
+        classes=number,
         tolerance=_TOLERANCE if jax.dtypes.canonicalize_dtype(float) == np.float32 else None,
     )
     if unfinished := int((~path.converged).sum()):
@@ -335,82 +369,13 @@ def _mean_and_deviation(values: np.ndarray, digits: int) -> str:
 
 def _check_choices(kind: str, rule: str, folds: int, seeds: Sequence[int]) -> None:
     problems = []
-    if kind not in ("logistic", "ridge"):
+    if kind not in KINDS:
         problems.append(f"kind must be 'logistic' or 'ridge', got {kind!r}")
     if rule not in ("loss", "accuracy", "one_standard_error"):
         problems.append(f"rule must be 'loss', 'accuracy' or 'one_standard_error', got {rule!r}")
-    if kind == "ridge" and rule == "one_standard_error":
-        problems.append("rule 'one_standard_error' needs folds; ridge leaves out single examples")
     if folds < 2:
         problems.append(f"folds must be >= 2, got {folds}")
     if not len(seeds) or min(seeds) < 0:
         problems.append(f"seeds must be >= 0, one or more, got {list(seeds)}")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def stratified_folds(labels: Any, folds: int, seed: int = 0) -> np.ndarray:
-    """Stratified k-fold cross-validation: the fold of each example.
-
-    Folds differ by at most one example, in total and within every class.
-
-    Args:
-        labels: integers ``[examples]``.
-        folds: number of folds.
-        seed: of the assignment.
-
-    Returns:
-        The fold in which each example is held out, int64 ``[examples]``.
-
-    Raises:
-        TypeError: labels that are not integers.
-        ValueError: labels of another shape; a class with fewer examples than folds.
-
-    >>> np.bincount(stratified_folds([0, 0, 0, 1, 1, 1, 1], 3)).tolist()
-    [3, 2, 2]
-    """
-    label = class_labels(labels)
-    if label.ndim != 1 or not label.size:
-        raise ValueError(f"labels must have shape [examples], one or more, got {label.shape}")
-    names, counts = np.unique(label, return_counts=True)
-    if small := {int(c): int(n) for c, n in zip(names, counts, strict=True) if n < folds}:
-        raise ValueError(
-            f"every class must have at least {folds} examples for {folds} folds, got {small}"
-        )
-    # Raw generator output, unlike ``permutation``, is the same in every release of NumPy.
-    keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(len(label))
-    # Class after class is assigned in turn; each starts at the fold where the last one ended.
-    assigned = np.empty(len(label), np.int64)
-    assigned[np.lexsort([keys, label])] = np.arange(len(label)) % folds
-    return assigned
-
-
-def folds_with_singletons(label: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
-    """``stratified_folds`` with -1 for the only example of a class, which is never held out.
-
-    >>> folds_with_singletons(np.array([0, 0, 1, 2, 2]), 2).tolist().count(-1)
-    1
-    """
-    several = ~np.isin(label, singleton_classes(label))
-    assigned = np.full(len(label), -1)
-    assigned[several] = stratified_folds(label[several], folds, seed)
-    return assigned
-
-
-def smallest_class(label: np.ndarray) -> tuple[int, int]:
-    """The smallest class with at least two examples, and its size, which limits the folds.
-
-    Raises:
-        ValueError: every class has one example.
-
-    >>> smallest_class(np.array([0, 0, 0, 1, 1, 2]))
-    (1, 2)
-    """
-    names, counts = np.unique(label, return_counts=True)
-    if (counts == 1).all():
-        raise ValueError(
-            "every class has one example, so that none can be held out; give at least 2 of a "
-            "class, or use nearest_class_mean, which needs only one"
-        )
-    n = np.where(counts > 1, counts, counts.max() + 1).argmin()
-    return int(names[n]), int(counts[n])

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from flaxtransfer.analysis.profile import probe_profile
-from flaxtransfer.features import ridge_path, standardization, stratified_folds
+from flaxtransfer.features import cross_validate, standardization, stratified_folds
 from tests.support.peers import logistic_regression
 
 
@@ -35,19 +35,22 @@ def test_a_probe_for_each(kind):
     assert lines[3].startswith(f"{kind} on 60 examples, each held out once; largest class 33.3 %")
 
 
-def test_ridge_is_by_leaving_out_one_and_its_loss_at_the_best_temperature():
+def test_ridge_is_by_folds():
     features, labels = telling()
     probe = probe_profile(features, labels).best
-    path = ridge_path(standardization(features["layer1"])(features["layer1"]), labels)
-    assert (probe.accuracy, probe.strength) == (path.accuracy, path.strength)
-    assert probe.standard_error == pytest.approx(
-        np.sqrt(probe.accuracy * (1 - probe.accuracy) / 60)
-    )
-    losses = []
-    for temperature in np.geomspace(0.02, 50, 2000):
-        powers = np.exp(path.left_out / temperature)
-        losses.append(log_loss(labels, powers / powers.sum(axis=1, keepdims=True)))
-    assert probe.loss == pytest.approx(min(losses), rel=1e-4)
+    found = cross_validate(standardization(features["layer1"])(features["layer1"]), labels)
+    assert (probe.accuracy, probe.strength) == (found.accuracy, found.strength)
+    assert (probe.standard_error, probe.loss) == (found.standard_error, found.loss)
+
+
+def test_labels_without_relation_to_the_features_are_at_chance():
+    """Leave-one-out is 10 points below it."""
+    found = []
+    for seed in range(50):
+        random = np.random.default_rng(seed)
+        labels = random.permutation(np.arange(60) % 4)
+        found.append(probe_profile({"stem": random.normal(size=(60, 40))}, labels).best.accuracy)
+    assert abs(np.mean(found) - 0.25) < 0.02
 
 
 def test_logistic_regression_is_scikit_learns_by_folds():

@@ -3,21 +3,18 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.metrics import log_loss
-from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestCentroid
 
 from flaxtransfer.features import class_means as module
-from flaxtransfer.features import stratified_folds
+from flaxtransfer.features import cross_validate, stratified_folds
 from flaxtransfer.features.class_means import (
     LOGISTIC_STRENGTHS,
     Baseline,
     baseline,
-    nearest_class_mean_loo,
 )
 from tests.support.peers import logistic_regression
 
@@ -34,13 +31,13 @@ def test_each_head_is_scikit_learns_on_what_was_held_out():
     with jax.enable_x64(True):
         found = baseline(features, labels, logistic=True)
     scaled = (features - features.mean(axis=0)) / features.std(axis=0)
-    one_out, folds = LeaveOneOut(), stratified_folds(labels, 5)
+    folds = stratified_folds(labels, 5)
     splits = [(np.flatnonzero(folds != n), np.flatnonzero(folds == n)) for n in range(5)]
 
     def accuracy(peer, splits) -> float:
         return float((cross_val_predict(peer, scaled, labels, cv=splits) == labels).mean())
 
-    assert found.nearest_class_mean == accuracy(NearestCentroid(), one_out)
+    assert found.nearest_class_mean == accuracy(NearestCentroid(), splits)
     peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
     # scikit-learn estimates its shrinkage class by class, which may turn an example or two.
     assert found.discriminant == pytest.approx(accuracy(peer, splits), abs=2.5 / 45)
@@ -53,24 +50,18 @@ def test_each_head_is_scikit_learns_on_what_was_held_out():
     assert found.logistic == pytest.approx((least.argmax(axis=1) == labels).mean(), abs=1e-9)
     targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
     by_strength = [
-        cross_val_predict(Ridge(10.0**power), scaled, targets, cv=one_out)
+        cross_val_predict(Ridge(10.0**power), scaled, targets, cv=splits)
         for power in np.linspace(-3, 6, 19)
     ]
     best = min(by_strength, key=lambda scores: np.square(scores - targets).mean())
-    assert found.ridge == (best.argmax(axis=1) == labels).mean()
+    once = cross_validate(scaled, labels, repeats=1)
+    assert once.accuracy == (best.argmax(axis=1) == labels).mean()
+    # Few examples: the folds are drawn a second time.
+    twice = cross_validate(scaled, labels, repeats=2)
+    assert found.ridge == twice.accuracy
     assert found.best == max(
         found.ridge, found.nearest_class_mean, found.discriminant, found.logistic
     )
-
-
-@given(st.integers(0, 10_000), st.integers(2, 4), st.integers(1, 5))
-@settings(max_examples=25, deadline=None)
-def test_nearest_mean_is_scikit_learns_fitted_without_each(seed, classes, width):
-    random = np.random.default_rng(seed)
-    labels = np.concatenate([np.repeat(np.arange(classes), 2), random.integers(0, classes, 9)])
-    features = random.normal(size=(len(labels), width))
-    wanted = cross_val_predict(NearestCentroid(), features, labels, cv=LeaveOneOut())
-    np.testing.assert_array_equal(nearest_class_mean_loo(features, labels), wanted)
 
 
 def test_what_would_take_long_is_left_out(monkeypatch):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
 from sklearn.metrics import log_loss
 
 from flaxtransfer.features import ridge_path, standardization, stratified_folds, sweep_head
+from flaxtransfer.features.folds import class_weights
 from tests.support.peers import logistic_regression
 
 STRENGTHS = (0.1, 1.0, 10.0, 1000.0)
@@ -52,7 +54,8 @@ def test_every_cell_is_a_fit_of_scikit_learn(width):
     for n, strength in enumerate(STRENGTHS):
         for split, (seed, fold) in enumerate((s, f) for s in (0, 7) for f in range(3)):
             out = stratified_folds(labels, 3, seed) == fold
-            fit = logistic_regression(scaled[~out], labels[~out], 1 / strength)
+            weights = class_weights(labels, ~out)[~out]
+            fit = logistic_regression(scaled[~out], labels[~out], 1 / strength, weights)
             loss = log_loss(labels[out], fit.predict_proba(scaled[out]))
             np.testing.assert_allclose(found.losses[n, split], loss, rtol=1e-5)
             np.testing.assert_allclose(
@@ -80,14 +83,18 @@ def test_the_head_is_a_refit_on_everything_for_features_as_given(kind, standardi
     np.testing.assert_array_equal(found.predict(features), scores.argmax(axis=1))
 
 
-def test_ridge_is_by_leaving_out_one():
+def test_ridge_is_scikit_learns_on_the_same_folds():
     features, labels = sample(60, 8, 3)
     found = sweep_head(features, labels, "ridge", strengths=(100.0, 0.1, 10.0), standardize=False)
-    path = ridge_path(features, labels, (0.1, 10.0, 100.0))
-    np.testing.assert_allclose(found.losses[:, 0], path.errors)
-    np.testing.assert_allclose(found.accuracies[:, 0], path.accuracies)
-    assert found.strength == path.strength
-    assert "left out once" in found.notes[0]
+    folds, targets = stratified_folds(labels, 5), np.where(labels[:, None] == np.arange(3), 1.0, -1)
+    for k, strength in enumerate((0.1, 10.0, 100.0)):
+        for n in range(5):
+            out = folds == n
+            weights = class_weights(labels, ~out)[~out]
+            fit = Ridge(strength).fit(features[~out], targets[~out], sample_weight=weights)
+            scores = fit.predict(features[out])
+            assert found.losses[k, n] == pytest.approx(np.square(scores - targets[out]).mean())
+            assert found.accuracies[k, n] == (scores.argmax(axis=1) == labels[out]).mean()
 
 
 @pytest.mark.parametrize("rule", ["loss", "accuracy", "one_standard_error"])
@@ -106,12 +113,11 @@ def test_rules(rule):
     )
 
 
-def test_a_rare_class_lowers_the_folds_and_it_is_said():
+def test_a_rare_class_is_held_out_as_often_as_it_has_examples():
     features, labels = sample(40, 5, 3)
     kept = np.flatnonzero(labels < 2).tolist() + np.flatnonzero(labels == 2)[:2].tolist()
     found = sweep_head(features[kept], labels[kept], strengths=STRENGTHS)
-    assert found.accuracies.shape == (4, 2)
-    assert found.notes[0] == "2 folds, not 5: class 2 has 2 examples."
+    assert found.accuracies.shape == (4, 5)
 
 
 def test_more_classes_than_features_and_few_examples():
@@ -127,11 +133,11 @@ def test_a_single_example_is_always_learned_from():
     assert found.notes[0] == "Classes [2] have one example, which is never held out."
     scaled = standardization(features)(features)
     out = np.append(False, stratified_folds(labels[1:], 2) == 0)
-    fit = logistic_regression(scaled[~out], labels[~out], 1.0)
+    fit = logistic_regression(scaled[~out], labels[~out], 1.0, class_weights(labels, ~out)[~out])
     loss = log_loss(labels[out], fit.predict_proba(scaled[out]), labels=range(3))
     np.testing.assert_allclose(found.losses[0, 0], loss, rtol=5e-3)
     ridge = sweep_head(features, labels, "ridge")
-    assert ridge.notes[1] == "Classes [2] have one example, which counts as wrong."
+    assert ridge.notes[0] == found.notes[0]
 
 
 def test_one_example_of_every_class_leaves_nothing_to_hold_out():
@@ -157,7 +163,6 @@ def test_the_table_says_what_was_found():
         ({"kind": "svm", "folds": 1}, r"kind must .*got 'svm'; folds must .*got 1"),
         ({"rule": "best"}, "rule must .*, got 'best'"),
         ({"seeds": ()}, r"seeds must .*, got \[\]"),
-        ({"kind": "ridge", "rule": "one_standard_error"}, "needs folds"),
         ({"labels": np.zeros(10, int)}, "at least 2 classes, got only class 0"),
         ({"strengths": (0.0, 1.0)}, "strengths must be > 0"),
         ({"classes": 7}, r"classes \[5, 6\] have no example"),

@@ -1,0 +1,138 @@
+"""Stratified folds, and ridge heads judged on them, against scikit-learn fold by fold."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from sklearn.linear_model import Ridge
+from sklearn.metrics import log_loss
+
+from flaxtransfer.features import cross_validate, fit_linear_probe, standardization
+from flaxtransfer.features.folds import class_weights, folds_with_singletons
+
+STRENGTHS = (0.1, 3.0, 100.0)
+
+
+def sample(counts, width: int, seed: int = 0, gap: float = 1.5):
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.repeat(np.arange(len(counts)), counts))
+    features = random.normal(size=(len(labels), width))
+    features[:, : len(counts)] += gap * np.eye(len(counts))[labels][:, :width]
+    return standardization(features)(features), labels
+
+
+def by_folds(features, labels, strength, seed):
+    """Held-out scores of scikit-learn's ridge, with weights that keep the class shares."""
+    fold_of = folds_with_singletons(labels, 5, seed)
+    number = labels.max() + 1
+    targets = np.where(labels[:, None] == np.arange(number), 1.0, -1.0)
+    scores = np.zeros((len(labels), number))
+    for fold in range(fold_of.max() + 1):
+        rest, out = fold_of != fold, fold_of == fold
+        shares, kept = np.bincount(labels) / len(labels), np.bincount(labels[rest])
+        weights = (shares / kept)[labels[rest]] * rest.sum()
+        fit = Ridge(strength).fit(features[rest], targets[rest], sample_weight=weights)
+        if out.any():
+            scores[out] = fit.predict(features[out])
+    return scores, targets, fold_of >= 0
+
+
+@pytest.mark.parametrize("counts", [[20, 20, 20], [31, 9, 4], [6, 5, 1, 3]])
+def test_scores_are_those_of_scikit_learn_fitted_without_them(counts):
+    features, labels = sample(counts, 6)
+    found = cross_validate(features, labels, strengths=STRENGTHS, repeats=2, seed=7)
+    errors, right = np.zeros(3), np.zeros((3, len(labels)))
+    for seed in (7, 8):
+        for n, strength in enumerate(STRENGTHS):
+            scores, targets, out = by_folds(features, labels, strength, seed)
+            errors[n] += np.square(scores - targets)[out].mean() / 2
+            right[n] += (scores.argmax(axis=1) == labels) * out / 2
+    np.testing.assert_allclose(found.errors, errors, rtol=1e-9)
+    assert found.best == errors.argmin()
+    np.testing.assert_array_equal(found.right, right[found.best])
+    scores, _, out = by_folds(features, labels, found.strength, 7)
+    np.testing.assert_allclose(found.scores[out], scores[out], rtol=1e-8, atol=1e-10)
+    np.testing.assert_array_equal(found.held_out, out)
+
+
+def test_logits_have_the_scale_that_fits_best():
+    features, labels = sample([20, 30, 25], 8)
+    found = cross_validate(features, labels)
+
+    def loss(scale):
+        powers = np.exp(scale * found.scores)
+        return log_loss(labels, powers / powers.sum(axis=1, keepdims=True))
+
+    best = minimize_scalar(loss, bounds=(0.01, 100), method="bounded")
+    assert found.loss == pytest.approx(best.fun, rel=1e-5)
+    head = fit_linear_probe(features, labels, 3, kind="ridge")
+    assert head.text == (
+        f"ridge regression on 75 examples, strength {found.strength:.3g}; held-out accuracy "
+        f"{100 * found.accuracy:.1f} %"
+    )
+    targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
+    peer = Ridge(found.strength).fit(features, targets)
+    np.testing.assert_allclose(head.kernel, found.scale * peer.coef_.T, rtol=1e-8)
+    np.testing.assert_allclose(head.bias, found.scale * peer.intercept_, rtol=1e-8)
+
+
+@pytest.mark.parametrize("counts", [[5] * 10, [7] * 10, [13] * 4, [30, 10, 5], [3] * 20])
+def test_features_without_information_are_worth_a_guess(counts):
+    """Leave-one-out has 0 % on some of these; a guess is right as often as the largest class."""
+    accuracies = []
+    for seed in range(40):
+        features, labels = sample(counts, 32, seed, gap=0)
+        accuracies.append(cross_validate(features, labels, seed=seed).accuracy)
+    error = np.std(accuracies) / np.sqrt(len(accuracies))
+    assert abs(np.mean(accuracies) - max(counts) / sum(counts)) < 3 * error + 0.002
+
+
+def test_degrees_of_freedom_are_the_trace_of_the_hat_matrix():
+    features, labels = sample([10, 10], 30, gap=0.5)
+    found = cross_validate(features, labels, strengths=[5.0], folds=2, repeats=1)
+    traces = []
+    for fold in range(2):
+        rest = features[folds_with_singletons(labels, 2, 0) != fold]
+        centered = rest - rest.mean(axis=0)
+        hat = centered @ np.linalg.solve(centered.T @ centered + 5 * np.eye(30), centered.T)
+        traces.append(np.trace(hat))
+    assert found.degrees_of_freedom == pytest.approx(np.mean(traces))
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(2, 6), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_folds_hold_each_example_out_once_and_share_classes_evenly(counts, folds, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    fold_of = folds_with_singletons(labels, folds, seed)
+    for label, count in enumerate(counts):
+        held = np.bincount(fold_of[labels == label] + 1, minlength=folds + 1)
+        assert held[0] == (count == 1)
+        assert held[1:].max() - held[1:].min() <= 1
+    used = fold_of != 0
+    weights = class_weights(labels, used)
+    whole = np.bincount(labels, minlength=len(counts)) / len(labels)
+    kept = np.bincount(labels, weights, minlength=len(counts)) / used.sum()
+    learned = np.bincount(labels[used], minlength=len(counts)) > 0
+    np.testing.assert_allclose(kept[learned], whole[learned])
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"folds": 1}, "folds must be >= 2, got 1"),
+        ({"classes": 4}, r"every class must have an example, classes \[3\] have none"),
+        ({"labels": np.arange(9)}, "every class has one example"),
+        ({"features": np.full((9, 2), np.nan)}, "features must be finite"),
+        ({"strengths": [0.0]}, "strengths must be > 0"),
+    ],
+)
+def test_what_cannot_be_cross_validated(changes, text):
+    settings = {"features": np.eye(9), "labels": np.arange(9) % 3} | changes
+    with pytest.raises(ValueError, match=text):
+        cross_validate(**settings)
+
+
+def test_other_kinds_of_probes():
+    with pytest.raises(ValueError, match="kind must be 'logistic' or 'ridge', got 'svm'"):
+        fit_linear_probe(np.eye(4), np.arange(4) % 2, 2, kind="svm")
