@@ -20,7 +20,7 @@ from flaxtransfer.weights.naming import torchgeo
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["Classifier", "Head", "TransferReport", "transfer"]
+__all__ = ["Classifier", "Head", "TransferReport", "ending_at", "transfer"]
 
 
 Head = Literal["new", "keep", "resize"]
@@ -131,6 +131,41 @@ class Classifier:
     def __repr__(self) -> str:
         config = self.model.config
         return f"Classifier({config.name}, {config.classes} classes, {self.task.name})"
+
+
+def ending_at(network: Classifier, segment: str | None) -> Classifier:
+    """The network that ends at a segment: its head reads the mean of that output over pixels.
+
+    What follows the segment is dropped, so that the network is smaller and faster in use, too. The
+    head is zero, for the old one reads other features. A network that ends there already, and None,
+    change nothing.
+
+    Args:
+        network: from ``transfer``, or made of a model and its weights; not changed.
+        segment: "stem", "layer1", ...; None for the network as it is.
+
+    Raises:
+        ValueError: no such segment, or one without a map.
+
+    >>> import flaxtransfer as ft
+    >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=3))
+    >>> network = Classifier(model, model.init(jax.random.key(0)), ft.weights.IMAGENET)
+    >>> short = ending_at(network, "layer2")
+    >>> short.model.segments, short.params["fc"]["kernel"].shape
+    (('stem', 'layer1', 'layer2', 'pool', 'head'), (4, 3))
+    """
+    config = network.model.config
+    short = config if segment is None else config.ending_at(segment)
+    if short == config:
+        return network
+    model = dataclasses.replace(network.model, config=short)
+    leaves, head = flatten(network.variables), f"params/{model.layout.head}/"
+    variables = {
+        path: jnp.zeros(leaf.shape, leaf.dtype) if path.startswith(head) else leaves[path]
+        for path, leaf in flatten(model.abstract()).items()
+    }
+    whole = {"params": {}, "batch_stats": {}, **unflatten(variables)}
+    return dataclasses.replace(network, model=model, variables=whole, report=None)
 
 
 def _row(state: str, what: str, count: str, numbers: int) -> str:

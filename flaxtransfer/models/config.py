@@ -106,7 +106,8 @@ class ResNetConfig:
     Args:
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, and 1x1 with four times the
             planes).
-        depths: blocks per stage, layer1 to layer4.
+        depths: blocks per stage, layer1 to layer4. Fewer than four are a network that ends at an
+            earlier stage, none one that ends at the stem: its head reads the mean of that output.
         width: planes of layer1; layer N has ``width * 2**(N-1)`` planes.
         base_width: the 3x3 convolution of a bottleneck has ``int(planes * base_width / 64) *
             groups`` channels. A basic block only supports 64.
@@ -134,8 +135,8 @@ class ResNetConfig:
         norm: "batch" (BatchNorm), or "group" (GroupNorm with 32 groups, no running statistics).
         stride_in: the convolution of a bottleneck that has the stride: "3x3" (v1.5: torchvision,
             timm) or "1x1", the first one (v1: Caffe, Keras).
-        preactivation: whether norms and activations precede the convolutions (v2); the last norm
-            then follows layer4.
+        preactivation: whether norms and activations precede the convolutions (v2); one more norm
+            then follows layer4, and none follows an earlier last stage.
         stride_at: the block that has the stride: the "first" of layer2 to layer4, or the "last" of
             layer1 to layer3 (Keras v2).
         stem_bias: whether the stem's convolution has a bias (Keras v2).
@@ -222,8 +223,8 @@ class ResNetConfig:
             for name in _COUNTS
             if not _at_least(values[name], 1)
         ]
-        if len(self.depths) != 4 or not all(_at_least(depth, 1) for depth in self.depths):
-            problems.append(f"depths must be 4 integers >= 1, got {self.depths!r}")
+        if len(self.depths) > 4 or not all(_at_least(depth, 1) for depth in self.depths):
+            problems.append(f"depths must be at most 4 integers >= 1, got {self.depths!r}")
         least = 1 if self.stem == "plain" else 4
         if self.stem_width is not None and not _at_least(self.stem_width, least):
             problems.append(
@@ -243,7 +244,7 @@ class ResNetConfig:
         plain_stem, basic = self.stem == "plain", self.block == "basic"
         if self.stem_width is None and not plain_stem:
             return [f"stem_width must be an integer >= 4 for a {self.stem} stem, got None"]
-        inner = [self.inner(stage) for stage in (1, 2, 3, 4)]
+        inner = [self.inner(stage) for stage in range(1, max(1, len(self.depths)) + 1)]
         first = inner[0] // self.reduce_first
         firsts = [channels // self.reduce_first for channels in inner]
         uneven = [n for n in (*self.stem_channels, *inner, *firsts, self.width) if n % GROUPS]
@@ -352,13 +353,35 @@ class ResNetConfig:
 
     @property
     def features(self) -> int:
-        """Input channels of the head."""
-        return self.width * 8 * self.expansion
+        """Input channels of the head.
+
+        >>> [ResNetConfig(depths=depths).features for depths in ((2, 2, 2, 2), (2, 2), ())]
+        [512, 128, 64]
+        """
+        if not self.depths:
+            return self.stem_channels[-1]
+        return self.width * 2 ** (len(self.depths) - 1) * self.expansion
 
     @property
     def name(self) -> str:
         """The name in torchvision or timm, with widths and endings: see ``name_of``."""
         return name_of(self)
+
+    def ending_at(self, segment: str) -> ResNetConfig:
+        """The network that ends at a segment, whose output its head reads.
+
+        Raises:
+            ValueError: no segment with a map, or one that this network has not.
+
+        >>> ResNetConfig("bottleneck", (3, 4, 6, 3)).ending_at("layer2").name
+        'resnet-bottleneck-3-4'
+        """
+        ends = ["stem", *(f"layer{stage}" for stage in range(1, len(self.depths) + 1))]
+        if segment not in ends:
+            raise ValueError(
+                f"{self.name} can end at {', '.join(ends)}, got {segment!r}{suggest(segment, ends)}"
+            )
+        return dataclasses.replace(self, depths=self.depths[: ends.index(segment)])
 
     def stride(self, stage: int, block: int) -> int:
         """Stride of a block, counted from 0, in a stage, counted from 1.

@@ -343,7 +343,7 @@ def _core(config: Any, variant: str, number: str, letter: str) -> str:
 def _number(config: Any) -> str:
     shape = (config.block, config.depths)
     found = (str(depth) for depth, known in DEPTHS.items() if known == shape)
-    return next(found, f"-{config.block}-" + "-".join(map(str, config.depths)))
+    return next(found, "-".join(map(str, ("", config.block, *config.depths))))
 
 
 def _letter(config: Any, variant: str) -> str:
@@ -368,7 +368,7 @@ _LONGEST = 200
 _COUNT = r"[1-9]\d{0,8}"
 _NAME = re.compile(
     r"(?P<attention>se|eca|)(?P<kind>wide_resnet|resnext|resnet)(?P<variant>aa|blur|rs|v2_|)"
-    rf"(?P<depth>{_COUNT}|-(?:basic|bottleneck)(?:-{_COUNT}){{4}})(?:x(?P<times>{_COUNT}))?"
+    rf"(?P<depth>{_COUNT}|-(?:basic|bottleneck)(?:-{_COUNT}){{0,4}})(?:x(?P<times>{_COUNT}))?"
     rf"(?P<letter>[cdet]|s(?!\d)|-(?:plain|(?:deep|tiered){_COUNT})-(?:convolution|average)|)"
     rf"(?:_(?P<groups>{_COUNT})x(?P<per>{_COUNT})d|_(?P<wide>{_COUNT})|b(?P<base>{_COUNT})|)"
     r"(?P<rest>.*)"

@@ -236,7 +236,7 @@ def _sides(config: ResNetConfig, size: int) -> _Sides:
     # Padded by half the kernel, a stride of 2 rounds up; 2x2 averages drop an odd row, and the
     # windows of "ceil" start inside the last pair of rows.
     side = stem // 2 if averaged or config.stem_pool == "ceil" else math.ceil(stem / 2)
-    into, out = {}, {}
+    into, out = {(1, 0): side}, {}
     for stage, depth in enumerate(config.depths, start=1):
         for block in range(depth):
             into[stage, block] = side

@@ -213,12 +213,11 @@ def block_of(config: ResNetConfig) -> type[Block]:
     return Basic if config.block == "basic" else Bottleneck
 
 
-_SEGMENTS = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
-
-
 def segments_of(config: ResNetConfig) -> tuple[str, ...]:
     """Names of the segments, from input to output."""
-    return _SEGMENTS if config.adapter is None else ("adapter", *_SEGMENTS)
+    first = ("stem",) if config.adapter is None else ("adapter", "stem")
+    stages = (f"layer{number}" for number in range(1, len(config.depths) + 1))
+    return (*first, *stages, "pool", "head")
 
 
 class InputAdapter(nn.Module):
@@ -261,7 +260,10 @@ class Pool(Layers):
 
 
 class Stage(Layers):
-    """The blocks of one resolution; after the last pre-activation block follows one more norm."""
+    """The blocks of one resolution; after the last pre-activation block follows one more norm.
+
+    A network that ends before layer4 has no such norm: nobody has trained one there.
+    """
 
     number: int
 
@@ -272,7 +274,7 @@ class Stage(Layers):
         for index in range(config.depths[self.number - 1]):
             parts = (self.dtype, self.convolution, config, self.number, index)
             x = kind(*parts, name=str(index))(x, norm)
-        if config.preactivation and self.number == len(config.depths):
+        if config.preactivation and self.number == 4:
             x = nn.relu(self.normalize("bn1", x, norm))
         return x
 

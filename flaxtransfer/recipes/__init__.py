@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from flaxtransfer.recipes.catalog import batch_norm_only as batch_norm_only
     from flaxtransfer.recipes.catalog import curvature_scaled as curvature_scaled
     from flaxtransfer.recipes.catalog import discriminative as discriminative
-    from flaxtransfer.recipes.catalog import feature_extraction as feature_extraction
+    from flaxtransfer.recipes.catalog import early_layers as early_layers
     from flaxtransfer.recipes.catalog import from_scratch as from_scratch
     from flaxtransfer.recipes.catalog import full_fine_tuning as full_fine_tuning
     from flaxtransfer.recipes.catalog import gradient_scaled as gradient_scaled
     from flaxtransfer.recipes.catalog import head_then_fine_tune as head_then_fine_tune
+    from flaxtransfer.recipes.catalog import high_rate_fine_tuning as high_rate_fine_tuning
     from flaxtransfer.recipes.catalog import l2_sp as l2_sp
     from flaxtransfer.recipes.catalog import (
         linear_probe_then_fine_tune as linear_probe_then_fine_tune,
     )
     from flaxtransfer.recipes.catalog import progressive_unfreezing as progressive_unfreezing
     from flaxtransfer.recipes.catalog import surgical as surgical
+    from flaxtransfer.recipes.heads import depth_head as depth_head
+    from flaxtransfer.recipes.heads import feature_extraction as feature_extraction
+    from flaxtransfer.recipes.heads import solved_head as solved_head
     from flaxtransfer.recipes.measurement import MOST_IMAGES as MOST_IMAGES
     from flaxtransfer.recipes.measurement import Measurement as Measurement
     from flaxtransfer.recipes.measurement import measure as measure
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(__name__, __file__)
 
 RECIPE_NAMES = tuple(
-    name for name in names_from(__file__, f"{__name__}.catalog") if name != "RECIPES"
+    name
+    for room in ("heads", "catalog")
+    for name in names_from(__file__, f"{__name__}.{room}")
+    if name != "RECIPES"
 )
 """The names of the recipes, for help texts and checks that must not import jax."""

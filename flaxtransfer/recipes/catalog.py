@@ -1,4 +1,4 @@
-"""The recipes themselves, one function each.
+"""The recipes that move the network, one function each; ``heads`` has those that do not.
 
 A recipe is a function of the parameters that returns a ``Plan``, with ``@recipe`` above it: that
 puts it into ``RECIPES`` and writes down the arguments that it shares with the others.
@@ -6,18 +6,22 @@ puts it into ``RECIPES`` and writes down the arguments that it shares with the o
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ParamSpec
 
-from flaxtransfer.groups import FROZEN, Frozen, Group
-from flaxtransfer.labels import Rest, rest
+from flaxtransfer.groups import FROZEN
+from flaxtransfer.labels import rest
 from flaxtransfer.masks import Mask, batch_norm, everything
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import scaled
+from flaxtransfer.paths import suggest
+from flaxtransfer.recipes import heads
 from flaxtransfer.recipes.parts import (
+    RECIPES,
+    Groups,
+    Labels,
     adamw,
     below_head,
     check_decay,
@@ -25,7 +29,10 @@ from flaxtransfer.recipes.parts import (
     chosen_part,
     curvature_rates,
     fresh,
+    head_and_backbone,
     measured_below_head,
+    one_phase,
+    recipe,
     scaled_groups,
     units,
 )
@@ -37,96 +44,20 @@ __all__ = [
     "batch_norm_only",
     "curvature_scaled",
     "discriminative",
-    "feature_extraction",
+    "early_layers",
     "from_scratch",
     "full_fine_tuning",
     "gradient_scaled",
     "head_then_fine_tune",
+    "high_rate_fine_tuning",
     "l2_sp",
     "linear_probe_then_fine_tune",
     "progressive_unfreezing",
-    "recipe",
     "surgical",
 ]
 
 
-RECIPES: dict[str, Callable[..., Plan]] = {}
-"""The recipes by name, those that move least first."""
-
-_ARGUMENTS = {
-    "params": "Parameters or their shapes.",
-    "by": '"segment" or "block": the size of the parts of the network.',
-    "steps": "Optimizer steps.",
-    "learning_rate": "Peak rate of everything but the head.",
-    "head_learning_rate": "Peak rate of the head.",
-    "weight_decay": "Decoupled, on kernels.",
-    "patience": "Evaluations without improvement that end a phase; needs a validation set.",
-}
-"""What the arguments mean where a recipe does not say otherwise."""
-
-P = ParamSpec("P")
-_Labels = dict[str, Mask | Rest]
-_Groups = dict[str, Group | Frozen]
-
-
-def recipe(function: Callable[P, Plan]) -> Callable[P, Plan]:
-    """Adds a function to ``RECIPES``, and to its docstring the arguments that recipes share."""
-    RECIPES[function.__name__] = function
-    text = inspect.getdoc(function) or ""
-    if "Args:" not in text:
-        text = text.replace("References:", "Args:\n\nReferences:")
-    before, _, after = text.partition("Args:")
-    block, _, sections = after.partition("\n\n")
-    own = {found[1]: found[0] for found in re.finditer(r"\n {4}(\w+): .*(\n {8}.*)*", block)}
-    names = inspect.signature(function).parameters
-    entries = [own.get(name, f"\n    {name}: {_ARGUMENTS.get(name, '')}") for name in names]
-    function.__doc__ = f"{before}Args:{''.join(entries)}\n\n{sections}"
-    return function
-
-
-def _head_and_backbone(
-    params: Params, on_head: Group, on_backbone: Group | Frozen
-) -> tuple[_Labels, _Groups]:
-    return {"head": fresh(params), "backbone": rest()}, {"head": on_head, "backbone": on_backbone}
-
-
-def _plan(
-    labels: Mapping[str, Mask | Rest],
-    groups: Mapping[str, Group | Frozen],
-    steps: int,
-    patience: int | None,
-    name: str = "fine-tune",
-    **settings: Any,
-) -> Plan:
-    """A plan of one phase, which clips the gradient unless told otherwise."""
-    options = {"clip": 1.0, "patience": patience, **settings}
-    return Plan([Phase(labels, groups, steps=steps, name=name, **options)])
-
-
-@recipe
-def feature_extraction(
-    params: Params,
-    *,
-    steps: int = 300,
-    learning_rate: float = 3e-3,
-    weight_decay: float = 1e-2,
-    patience: int | None = None,
-) -> Plan:
-    """Feature extraction: the head alone, on the network as it is.
-
-    Use it with very few labels of images like those of the pre-training, as the baseline that
-    costlier recipes have to beat, and where one network serves several heads. It cannot do more
-    than the features do: where images differ from the pre-training in kind, a probe stays behind.
-
-    Args:
-        learning_rate: Peak rate of the head.
-
-    References:
-        J. Donahue et al., "DeCAF: A Deep Convolutional Activation Feature for Generic Visual
-        Recognition", 2014.
-    """
-    parts = _head_and_backbone(params, adamw(learning_rate, weight_decay), FROZEN)
-    return _plan(*parts, steps, patience, "head", clip=None)
+assert set(heads.__all__) <= set(RECIPES)  # They come first: they move least.
 
 
 @recipe
@@ -156,11 +87,11 @@ def batch_norm_only(
         J. Frankle, D. J. Schwab, A. S. Morcos, "Training BatchNorm and Only BatchNorm: On the
         Expressive Power of Random Features in CNNs", 2021.
     """
-    labels: _Labels = {"head": fresh(params), "batch norm": batch_norm(), "rest": rest()}
+    labels: Labels = {"head": fresh(params), "batch norm": batch_norm(), "rest": rest()}
     on_head, on_norms = adamw(head_learning_rate, weight_decay), adamw(learning_rate, 0.0)
-    groups: _Groups = {"head": on_head, "batch norm": on_norms, "rest": FROZEN}
+    groups: Groups = {"head": on_head, "batch norm": on_norms, "rest": FROZEN}
     norm = {everything(): "batch" if statistics else "running"}
-    return _plan(labels, groups, steps, patience, "batch norm", norm=norm)
+    return one_phase(labels, groups, steps, patience, "batch norm", norm=norm)
 
 
 @recipe
@@ -195,12 +126,12 @@ def head_then_fine_tune(
     """
     phases: list[Phase] = []
     if head_steps:
-        parts = _head_and_backbone(params, adamw(head_learning_rate, weight_decay), FROZEN)
-        phases += _plan(*parts, head_steps, patience, "head", clip=None).phases
+        parts = head_and_backbone(params, adamw(head_learning_rate, weight_decay), FROZEN)
+        phases += one_phase(*parts, head_steps, patience, "head", clip=None).phases
     if fine_tune_steps:
         both = adamw(learning_rate, weight_decay)
-        parts = _head_and_backbone(params, both, both)
-        phases += _plan(*parts, fine_tune_steps, patience).phases
+        parts = head_and_backbone(params, both, both)
+        phases += one_phase(*parts, fine_tune_steps, patience).phases
     return Plan(phases)
 
 
@@ -230,7 +161,9 @@ def linear_probe_then_fine_tune(
         Out-of-Distribution", 2022.
     """
     on_head, on_backbone = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
-    return _plan(*_head_and_backbone(params, on_head, on_backbone), steps, patience, probe=True)
+    return one_phase(
+        *head_and_backbone(params, on_head, on_backbone), steps, patience, probe="logistic"
+    )
 
 
 @recipe
@@ -244,12 +177,13 @@ def progressive_unfreezing(
     decay: float = 0.75,
     weight_decay: float = 1e-2,
     down_to: str | None = None,
+    begin_at: str | None = None,
     stop_after: int | None = 1,
     min_gain: float = 0.0,
     min_z: float = 0.0,
     patience: int | None = None,
 ) -> Plan:
-    """The head, then one part more at a time from the top, for as long as validation gains.
+    """The head, then one part more at a time, for as long as validation gains.
 
     Use it with a validation set and some hundred labels, where nobody knows how deep the network
     has to change: it finds out, and a part that did not help is undone. Each part keeps its
@@ -262,9 +196,12 @@ def progressive_unfreezing(
         by: "segment" unfreezes stage by stage, "block" residual block by block.
         steps: Optimizer steps of each phase.
         learning_rate: Peak rate of the uppermost part below the head.
-        decay: Factor of the rate for each part further down, in (0, 1].
+        decay: Factor of the rate for each part that joins later, in (0, 1].
         down_to: Last part that may be unfrozen, by its name in the plan; by default the first part
             of the network.
+        begin_at: The part that joins the head first, such as the one behind which the classes are
+            lost; then follow the parts above it, one after another up to the head, and at last
+            those below it. By default the uppermost part.
         stop_after: Phases in a row without gain after which the plan ends; None tries all parts.
         min_gain: Validation accuracy, as a share, that each phase has to earn.
         min_z: Standard errors of the paired difference that the gain has to exceed (``ft.Plan``). 2
@@ -286,16 +223,21 @@ def progressive_unfreezing(
         if down_to not in below:
             raise ValueError(f"no part {down_to!r} below the head; there are {', '.join(below)}")
         below = below[: below.index(down_to) + 1]
+    if begin_at is not None:
+        if begin_at not in below:
+            raise ValueError(f"no part {begin_at!r} to begin at; there are {', '.join(below)}")
+        place = below.index(begin_at)
+        below = [*below[place::-1], *below[place + 1 :]]
     top = adamw(learning_rate, weight_decay)
-    labels: _Labels = {}
-    groups: _Groups = {}
+    labels: Labels = {}
+    groups: Groups = {}
     phases: list[Phase] = []
     for depth, name in enumerate(["head", *below]):
         group = replace(top, learning_rate=scaled(top.learning_rate, decay ** (depth - 1)))
         labels[name] = parts[name]
         groups[name] = group if depth else adamw(head_learning_rate, weight_decay)
         both = labels | {"frozen": rest()}, groups | {"frozen": FROZEN}
-        phases += _plan(*both, steps, patience, f"+ {name}" if depth else name).phases
+        phases += one_phase(*both, steps, patience, f"+ {name}" if depth else name).phases
     return Plan(phases, patience=stop_after, min_gain=min_gain, min_z=min_z)
 
 
@@ -333,7 +275,7 @@ def discriminative(
         name: replace(top, learning_rate=scaled(top.learning_rate, decay**distance))
         for distance, name in reversed(list(enumerate(reversed(parts))))
     }
-    return _plan(parts, groups, steps, patience)
+    return one_phase(parts, groups, steps, patience)
 
 
 @recipe
@@ -383,7 +325,7 @@ def curvature_scaled(
     measured = measured_below_head(parts, curvature, "curvature")
     rates = curvature_rates(measured, examples, prior_precision)
     groups = scaled_groups(parts, rates, learning_rate, head_learning_rate, weight_decay)
-    return _plan(parts, groups, steps, patience, probe=True)
+    return one_phase(parts, groups, steps, patience, probe="logistic")
 
 
 @recipe
@@ -427,9 +369,9 @@ def gradient_scaled(
     rates = {name: value / largest for name, value in measured.items()}
     groups = scaled_groups(parts, rates, learning_rate, head_learning_rate, weight_decay)
     if batch_norms:
-        return _plan(parts, groups, steps, patience, probe=True)
+        return one_phase(parts, groups, steps, patience, probe="logistic")
     labels = {name: mask - batch_norm() for name, mask in parts.items()} | {"rest": rest()}
-    return _plan(labels, groups | {"rest": FROZEN}, steps, patience, probe=True)
+    return one_phase(labels, groups | {"rest": FROZEN}, steps, patience, probe="logistic")
 
 
 @recipe
@@ -468,10 +410,52 @@ def surgical(
     """
     chosen = chosen_part(params, part, gradients, by) - fresh(params)
     moving = chosen if batch_norms else chosen - batch_norm()
-    labels: _Labels = {"head": fresh(params), "part": moving, "rest": rest()}
+    labels: Labels = {"head": fresh(params), "part": moving, "rest": rest()}
     on_head, on_part = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
-    groups: _Groups = {"head": on_head, "part": on_part, "rest": FROZEN}
-    return _plan(labels, groups, steps, patience, "surgery")
+    groups: Groups = {"head": on_head, "part": on_part, "rest": FROZEN}
+    return one_phase(labels, groups, steps, patience, "surgery")
+
+
+@recipe
+def early_layers(
+    params: Params,
+    *,
+    through: str = "layer1",
+    steps: int = 300,
+    learning_rate: float = 3e-3,
+    head_learning_rate: float = 3e-3,
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """The first segments and the head, at a high rate; what is between them stays.
+
+    Use it where classes differ in what the first layers do not let through: fine texture, another
+    sensor's noise. Late layers cannot bring back what early ones have lost, and at the low rates of
+    fine-tuning the early ones do not move enough to matter.
+
+    Args:
+        through: The last of the first segments that move.
+        learning_rate: Peak rate of the first segments, ten times that of fine-tuning.
+
+    Raises:
+        ValueError: No such segment below the head; leaves of no known family.
+
+    References:
+        Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
+    """
+    parts = units(params)
+    below = below_head(parts)
+    if through not in below:
+        raise ValueError(
+            f"through must be a segment below the head, {', '.join(below)}, got {through!r}"
+            f"{suggest(through, below)}"
+        )
+    moving = [parts[name] for name in below[: below.index(through) + 1]]
+    early = functools.reduce(operator.or_, moving)
+    labels: Labels = {"head": parts["head"], "early": early, "rest": rest()}
+    on_head, on_early = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
+    groups: Groups = {"head": on_head, "early": on_early, "rest": FROZEN}
+    return one_phase(labels, groups, steps, patience, "early layers")
 
 
 @recipe
@@ -500,8 +484,8 @@ def l2_sp(
         Convolutional Networks", 2018.
     """
     on_backbone = replace(adamw(learning_rate, strength), decay_toward="start")
-    parts = _head_and_backbone(params, adamw(head_learning_rate, head_decay), on_backbone)
-    return _plan(*parts, steps, patience)
+    parts = head_and_backbone(params, adamw(head_learning_rate, head_decay), on_backbone)
+    return one_phase(*parts, steps, patience)
 
 
 @recipe
@@ -525,7 +509,37 @@ def full_fine_tuning(
         for Object Recognition", 2014.
     """
     on_head, on_backbone = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
-    return _plan(*_head_and_backbone(params, on_head, on_backbone), steps, patience)
+    return one_phase(*head_and_backbone(params, on_head, on_backbone), steps, patience)
+
+
+@recipe
+def high_rate_fine_tuning(
+    params: Params,
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-3,
+    head_learning_rate: float = 3e-3,
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """Full fine-tuning at ten times the usual rate: the start matters, its features need not stay.
+
+    Use it far from the pre-training with clean labels, where the usual rate does not move the
+    network far enough. It forgets what it does not need, and wrong labels are learned as fast as
+    right ones: where some are wrong, or the images are near to the pre-training, take the low rate.
+
+    References:
+        H. Li et al., "Rethinking the Hyperparameters for Fine-Tuning", 2020 (the best rate depends
+        on the distance of the domains).
+    """
+    return full_fine_tuning(
+        params,
+        steps=steps,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
+        weight_decay=weight_decay,
+        patience=patience,
+    )
 
 
 @recipe
@@ -547,4 +561,4 @@ def from_scratch(
     """
     del params  # Everything is everything; the signature is that of all recipes.
     groups = {"all": adamw(learning_rate, weight_decay)}
-    return _plan({"all": everything()}, groups, steps, patience, "from scratch")
+    return one_phase({"all": everything()}, groups, steps, patience, "from scratch")

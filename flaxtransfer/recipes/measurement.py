@@ -30,7 +30,7 @@ MOST_IMAGES = 512
 MEASURED = tuple(
     name
     for name, function in RECIPES.items()
-    if {"curvature", "gradients"} & set(inspect.signature(function).parameters)
+    if {"curvature", "gradients", "segment"} & set(inspect.signature(function).parameters)
 )
 """The recipes that measure, or can."""
 

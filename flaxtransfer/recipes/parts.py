@@ -1,21 +1,29 @@
-"""What recipes are made of: an optimizer with its schedule, and the parts of a network."""
+"""What recipes are made of: their registry, an optimizer with its schedule, a network's parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, ParamSpec
 
 import numpy as np
 import optax
 
 from flaxtransfer.groups import FROZEN, Frozen, Group, WarmupCosine
+from flaxtransfer.labels import Rest, rest
 from flaxtransfer.masks import Mask, adapter, as_mask, glob, head, selected, stage, stem
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import by_parts, scaled
 from flaxtransfer.paths import listing, suggest
+from flaxtransfer.training.plan import Phase, Plan
 from flaxtransfer.types import Params
 
 __all__ = [
+    "RECIPES",
+    "Groups",
+    "Labels",
     "adamw",
     "below_head",
     "check_decay",
@@ -23,10 +31,66 @@ __all__ = [
     "chosen_part",
     "curvature_rates",
     "fresh",
+    "head_and_backbone",
     "measured_below_head",
+    "one_phase",
+    "recipe",
     "scaled_groups",
     "units",
 ]
+
+
+RECIPES: dict[str, Callable[..., Plan]] = {}
+"""The recipes by name, those that move least first."""
+
+_ARGUMENTS = {
+    "params": "Parameters or their shapes.",
+    "by": '"segment" or "block": the size of the parts of the network.',
+    "steps": "Optimizer steps.",
+    "learning_rate": "Peak rate of everything but the head.",
+    "head_learning_rate": "Peak rate of the head.",
+    "weight_decay": "Decoupled, on kernels.",
+    "patience": "Evaluations without improvement that end a phase; needs a validation set.",
+}
+"""What the arguments mean where a recipe does not say otherwise."""
+
+P = ParamSpec("P")
+Labels = dict[str, Mask | Rest]
+Groups = dict[str, Group | Frozen]
+
+
+def recipe(function: Callable[P, Plan]) -> Callable[P, Plan]:
+    """Adds a function to ``RECIPES``, and to its docstring the arguments that recipes share."""
+    RECIPES[function.__name__] = function
+    text = inspect.getdoc(function) or ""
+    if "Args:" not in text:
+        text = text.replace("References:", "Args:\n\nReferences:")
+    before, _, after = text.partition("Args:")
+    block, _, sections = after.partition("\n\n")
+    own = {found[1]: found[0] for found in re.finditer(r"\n {4}(\w+): .*(\n {8}.*)*", block)}
+    names = inspect.signature(function).parameters
+    entries = [own.get(name, f"\n    {name}: {_ARGUMENTS.get(name, '')}") for name in names]
+    function.__doc__ = f"{before}Args:{''.join(entries)}\n\n{sections}"
+    return function
+
+
+def head_and_backbone(
+    params: Params, on_head: Group, on_backbone: Group | Frozen
+) -> tuple[Labels, Groups]:
+    return {"head": fresh(params), "backbone": rest()}, {"head": on_head, "backbone": on_backbone}
+
+
+def one_phase(
+    labels: Mapping[str, Mask | Rest],
+    groups: Mapping[str, Group | Frozen],
+    steps: int,
+    patience: int | None,
+    name: str = "fine-tune",
+    **settings: Any,
+) -> Plan:
+    """A plan of one phase, which clips the gradient unless told otherwise."""
+    options = {"clip": 1.0, "patience": patience, **settings}
+    return Plan([Phase(labels, groups, steps=steps, name=name, **options)])
 
 
 def adamw(peak: float, weight_decay: float) -> Group:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -165,12 +165,17 @@ def evaluate(
 
 
 def init_head_from_probe(
-    network: Classifier, batches: Iterable[Batch], mesh: Mesh | None = None
+    network: Classifier,
+    batches: Iterable[Batch],
+    mesh: Mesh | None = None,
+    *,
+    kind: Literal["logistic", "ridge"] = "logistic",
 ) -> tuple[Params, str]:
     """The parameters with the head that is optimal on the features as they are.
 
     Args:
         network, batches, mesh: as for ``pooled_features``.
+        kind: of probe, see ``fit_linear_probe``.
 
     Returns:
         All parameters, in which the head's kernel and bias are new; and how they were found.
@@ -179,7 +184,7 @@ def init_head_from_probe(
         ValueError: a class without examples, features that are not finite.
     """
     features, labels = pooled_features(network, batches, mesh)
-    head = fit_linear_probe(features, labels, network.model.config.classes)
+    head = fit_linear_probe(features, labels, network.model.config.classes, kind=kind)
     old = network.params[network.model.layout.head]
     new = {
         name: jax.numpy.asarray(value, old[name].dtype)

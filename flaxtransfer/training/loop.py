@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from flaxtransfer.batchnorm import modules
 from flaxtransfer.checkpoint.manager import CheckpointManager
 from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
-from flaxtransfer.classifier import Classifier
+from flaxtransfer.classifier import Classifier, ending_at
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
 from flaxtransfer.files import folder_lock
@@ -185,6 +185,7 @@ def fit(
     """
     folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
     _check_data(network, data)
+    network = ending_at(network, plan.ends_at)
     plan = plan.resolve(network.params, data.steps_per_epoch)
     check_feed(plan, data)
     identity.check_place(folder)
@@ -251,6 +252,7 @@ def check_same_run(
         ValueError: it is another run; every difference is listed.
     """
     folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
+    network = ending_at(network, plan.ends_at)
     plan = plan.resolve(network.params, data.steps_per_epoch)
     with folder_lock(folder), _checkpoints(folder, options) as store:
         meta = store.meta()
@@ -388,8 +390,12 @@ def _with_statistics_of_average(run: _Run, phase: Phase, state: State) -> State:
 def _probe(run: _Run, phase: Phase, state: State) -> State:
     """The state with the head that is optimal on the features as they are."""
     assert run.feed.calibration is not None  # `check_feed` has asked for it.
-    params, text = init_head_from_probe(run.with_state(state), run.feed.calibration(), run.mesh)
-    run.notes.append(f"phase {phase.name!r} begins with {text}")
+    assert phase.probe is not None
+    params, text = init_head_from_probe(
+        run.with_state(state), run.feed.calibration(), run.mesh, kind=phase.probe
+    )
+    begins = "is" if phase.only_solves else "begins with"
+    run.notes.append(f"phase {phase.name!r} {begins} {text}")
     log(run.notes[-1])
     variables = {"params": params, "batch_stats": state.batch_stats}
     placed: State = place_replicated(with_variables(state, variables, phase), run.mesh)
@@ -408,6 +414,8 @@ def _run_phase(
     4. Validate and save: always together, so that a checkpoint has the metric it is ranked by.
     5. Ask whether to end: patience, then a signal, with the state of this very step saved.
     """
+    if phase.only_solves:
+        return _solved(run, state, position)
     total = phase.total_steps(run.feed.steps_per_epoch)
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
     model, task = run.network.model, run.network.task
@@ -449,11 +457,22 @@ def _run_phase(
     return state, position
 
 
+def _solved(run: _Run, state: State, position: Progress) -> tuple[State, Progress]:
+    """A phase whose one step was to solve the head: it is validated and saved."""
+    if position.phase_step == 0:
+        position, _, metric = _validate(run, run.feed, state, replace(position, phase_step=1))
+        _save(run, state, position, metric)
+    if run.request.signal_number is not None:
+        where = f"at step {position.step}, with a checkpoint; --resume continues"
+        raise Interrupted(run.request.signal_number, where)
+    return state, position
+
+
 def _feed_of(run: _Run, phase: Phase, state: State, position: Progress) -> DataLoaders:
     """What the phase reads: images, or what the part that does not move has made of them."""
     done = position.phase_step == phase.total_steps(run.feed.steps_per_epoch)
-    if done or position.out_of_patience(phase):
-        return run.feed  # Interrupted after its last step: nothing will be read.
+    if done or phase.only_solves or position.out_of_patience(phase):
+        return run.feed  # No step is left that would read it.
     choice = choose(run.cache, run.network.model, state.params, phase, run.feed)
     if run.cache != OFF:
         log(choice.text)

@@ -46,7 +46,8 @@ class Phase:
         labels: rules, ``{label: mask or ft.rest()}``; or what ``ft.label`` makes of them for one
             network, a nested dict of label names.
         groups: what each label means: a ``Group``, any optax transformation, or ``FROZEN``.
-        steps: optimizer steps; give this or ``epochs``.
+        steps: optimizer steps; give this or ``epochs``. 0 is for a phase that does no more than
+            solve the head (``probe``), which then counts as one step.
         epochs: passes over the training examples, rounded up to whole steps.
         name: what tables and logs call the phase.
         norm: BatchNorm policy. By default a BatchNorm whose affine leaves are all frozen uses its
@@ -55,9 +56,9 @@ class Phase:
             winning.
         recalibrate: mask of the BatchNorms whose running statistics are measured anew on the
             training images before the first step of the phase, with the weights as they are then.
-        probe: whether the head is first replaced by a linear probe: logistic regression to its
-            optimum on the pooled features of the training images, with the weights as they are
-            then.
+        probe: replace the head first by a linear probe on the pooled features of the training
+            images, with the weights as they are then: "logistic" regression to its optimum, or
+            "ridge", in closed form. The penalty is chosen by cross-validation.
         clip: largest global norm of the gradient over the trainable leaves of all groups.
         ema: decay of an exponential moving average of the trainable leaves, which evaluation then
             uses; None for no average.
@@ -81,7 +82,7 @@ class Phase:
     name: str = field(default="fine-tune", metadata=_LENGTH)
     norm: Norm | Mapping[Mask | str, Literal["running", "batch"]] | None = None
     recalibrate: Mask | str | None = field(default=None, metadata=_OUTSIDE_STEP)
-    probe: bool = field(default=False, metadata=_LENGTH)
+    probe: Literal["logistic", "ridge"] | None = field(default=None, metadata=_LENGTH)
     clip: float | None = None
     ema: float | None = None
     patience: int | None = field(default=None, metadata=_LENGTH)
@@ -95,21 +96,22 @@ class Phase:
             )
         for name in ("steps", "epochs", "clip", "patience"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            solved = name == "steps" and value == 0 and self.probe is not None
+            if value is not None and not value > 0 and not solved:
                 problems.append(f"{name} must be positive, got {value}")
         if self.ema is not None and not 0 <= self.ema < 1:
             problems.append(f"ema must be in [0, 1), got {self.ema}")
-        if not isinstance(self.probe, bool):
-            problems.append(f"probe must be true or false, got {self.probe!r}")
+        if self.probe not in (None, "logistic", "ridge"):
+            problems.append(f"probe must be 'logistic' or 'ridge', got {self.probe!r}")
         if problems:
             raise ValueError(f"phase {self.name!r}: " + "; ".join(problems))
         if self.recalibrate is not None:
             object.__setattr__(self, "recalibrate", as_mask(self.recalibrate))
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """The length of the phase in optimizer steps."""
+        """The length of the phase in steps."""
         if self.steps is not None:
-            return self.steps
+            return self.steps or 1
         return max(1, -int(-(self.epochs or 0) * steps_per_epoch // 1))
 
     def resolve(self, params: Params, steps_per_epoch: int = 1) -> Phase:
@@ -144,6 +146,7 @@ class Phase:
             name: group.over(steps) if isinstance(group, Group) else group
             for name, group in self.groups.items()
         }
+        steps = 0 if self.only_solves else steps
         return replace(self, labels=labels, groups=groups, norm=norm, steps=steps, epochs=None)
 
     @cached_property
@@ -194,6 +197,11 @@ class Phase:
             "norm": describe(self.batch_norm_policy()),
         }
 
+    @property
+    def only_solves(self) -> bool:
+        """Whether the phase solves the head and takes no optimizer step."""
+        return self.steps == 0
+
     def moves_anything(self) -> bool:
         """Whether any label is trainable, and for a resolved phase any leaf."""
         if self._has_rules():
@@ -220,6 +228,8 @@ class Plan:
             goes through all phases; a number needs a validation set.
         min_gain: validation accuracy, as a share, that every further phase has to earn over what
             was kept before it.
+        ends_at: the segment whose output the head reads; what follows it is dropped from the
+            network. None for the whole network.
         min_z: how many standard errors the gain has to exceed on top, so that luck does not pass
             for a gain. The two states are compared on the same images: with w that only the new one
             gets right and l that only the old one does, the standard error is sqrt(w + l) images
@@ -239,6 +249,7 @@ class Plan:
     patience: int | None = None
     min_gain: float = 0.0
     min_z: float = 0.0
+    ends_at: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -258,6 +269,8 @@ class Plan:
             raise ValueError(f"min_gain must be in [0, 1), got {self.min_gain}")
         if not 0 <= self.min_z < math.inf:
             raise ValueError(f"min_z must be 0 standard errors or more, got {self.min_z}")
+        if self.ends_at is not None and not isinstance(self.ends_at, str):
+            raise ValueError(f"ends_at must be the name of a segment, got {self.ends_at!r}")
 
     def __str__(self) -> str:
         return plan_text(self)
@@ -375,7 +388,7 @@ def plan_table(plan: Plan, params: Params | None = None) -> Any:
             cells = [f"{phase.name}\n{_length(phase)}" if number == 0 else ""]
             rule = phase.labels.get(name)
             cells += [name, "" if isinstance(rule, Mapping) or rule is None else str(rule)]
-            cells += _pace(group)
+            cells += _SOLVED if phase.only_solves and group is not FROZEN else _pace(group)
             if params is not None:
                 by_batch = len(fitted.batch_norm_policy()) if number == 0 else ""
                 cells += [f"{sizes.get(name, 0):,}", str(by_batch)]
@@ -395,11 +408,13 @@ def plan_text(plan: Plan, params: Params | None = None) -> str:
 
 def _length(phase: Phase) -> str:
     unit, number = ("epochs", phase.epochs) if phase.steps is None else ("steps", phase.steps)
-    lines = [f"{number:g} {unit}"]
+    lines = ["head solved" if phase.only_solves else f"{number:g} {unit}"]
     if phase.patience is not None:
         lines[0] += f", patience {phase.patience}"
-    if phase.probe:
-        lines.append("from a linear probe")
+    if phase.probe and phase.only_solves:
+        lines.append(f"by {phase.probe} regression")
+    elif phase.probe:
+        lines.append(f"from a {phase.probe} probe")
     shown = ("labels", "groups", "steps", "epochs", "name", "norm", "patience", "probe")
     lines += [
         f"{f.name} {describe(getattr(phase, f.name))}"
@@ -407,6 +422,10 @@ def _length(phase: Phase) -> str:
         if f.name not in shown and not is_default(phase, f)
     ]
     return "\n".join(lines)
+
+
+_SOLVED = ["solved", ""]
+"""In the columns of rate and decay, where there are no steps."""
 
 
 def _pace(group: Any) -> list[str]:
@@ -432,13 +451,15 @@ def _sizes(phase: Phase, params: Params) -> dict[str, int]:
 
 
 def _notes(plan: Plan) -> list[str]:
+    ends = [f"The network ends at {plan.ends_at}: what follows is dropped."] if plan.ends_at else []
     if plan.patience is None:
-        return []
+        return ends
     phases = "a phase" if plan.patience == 1 else f"{plan.patience} phases in a row"
     least = [f"{100 * plan.min_gain:g} %"] if plan.min_gain else []
     least += [f"{plan.min_z:g} standard errors"] if plan.min_z else []
     gain = f" by more than {' and '.join(least)} a phase" if least else ""
-    return [f"Ends after {phases} without better validation{gain}; what did not help is undone."]
+    rule = [f"Ends after {phases} without better validation{gain}; what did not help is undone."]
+    return ends + rule
 
 
 def _repeats(plan: Plan) -> list[str]:

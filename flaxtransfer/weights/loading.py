@@ -139,17 +139,18 @@ def load(
         raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
     shapes = _shapes(table, arrays)
-    if not any(leaf.startswith("params/layer") for leaf in shapes):
+    short = _stated_short(file)
+    if short is None and not any(leaf.startswith("params/layer") for leaf in shapes):
         raise unfit(file, _no_resnet(file, format))
     _check_graph(file, chosen)
     if problem := statistics_problem(model, shapes, chosen, file):
         raise unfit(file, problem)
     try:
-        features = infer(shapes).features
+        features = (short or infer(shapes)).features
         head = with_head(table, arrays, file.beside, features, file.place, outside)
         arrays, headless = dict(head.arrays), bool(head.missing)
         shapes = _shapes(table, arrays)
-        seen = FORMATS[chosen].implied(infer(shapes))
+        seen = short or FORMATS[chosen].implied(infer(shapes))
         graph = onnx.stated(file.metadata)
         seen = seen if graph is None else graph.of(seen)
     except ValueError as error:
@@ -213,6 +214,15 @@ def load(
         ),
         no_head=missing or metadata.no_head,
     )
+
+
+def _stated_short(file: Tensors) -> ResNetConfig | None:
+    """The network of a file that says itself that it ends before layer4.
+
+    Another file without layer4 is a damaged one, which has to be said.
+    """
+    header = pretrained.read_header(file.metadata)
+    return header.config if header is not None and len(header.config.depths) < 4 else None
 
 
 def locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:

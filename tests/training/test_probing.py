@@ -24,7 +24,7 @@ def plan(rate: float, steps: int = 2, **changes: object) -> ft.Plan:
                 {"all": group},
                 steps,
                 norm="running",
-                probe=True,
+                probe="logistic",
                 **changes,
             )
         ]
@@ -99,6 +99,74 @@ def test_it_needs_a_pass_over_the_images(tmp_path):
         )
 
 
-def test_what_is_no_answer():
-    with pytest.raises(ValueError, match="probe must be true or false, got 'logistic'"):
-        ft.Phase({"a": ft.everything()}, {"a": optax.sgd(1)}, 1, probe="logistic")
+def solved(kind: str, **changes: object) -> ft.Plan:
+    params = network()[0].abstract()["params"]
+    return replace(ft.recipes.solved_head(params, kind=kind), **changes)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic"])
+@pytest.mark.parametrize("segment", [None, "layer1", "stem"])
+def test_a_run_can_end_with_a_solved_head_at_any_depth(tmp_path, kind, segment):
+    model, variables = network()
+    data = feed()
+    start = ft.Classifier(model, variables, data.preprocessing)
+    fitted = ft.fit(start, solved(kind, ends_at=segment), data, tmp_path)
+    features, labels = ft.features.segment_features(start, data.calibration(), [segment or "pool"])
+    head = fit_linear_probe(features[segment or "pool"], labels, 3, kind=kind)
+    for name in ("kernel", "bias"):
+        wanted, found = getattr(head, name), fitted.variables["params"]["fc"][name]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    names = [n for n in fitted.network.model.segments if n not in ("pool", "head")]
+    assert names[-1] == (segment or model.segments[-3])
+    body = flatten(start.variables)
+    for path, leaf in flatten(fitted.variables).items():
+        if "/fc/" not in path:
+            np.testing.assert_array_equal(leaf, body[path], err_msg=path)
+    assert (fitted.steps, len(fitted.audits)) == (1, 1)
+    assert f"phase 'head' is {kind} regression on 14 examples" in fitted.notes[0]
+    loaded = ft.Classifier.of(ft.load(tmp_path))
+    assert loaded.model.config == fitted.network.model.config
+    assert ft.evaluate(loaded, data.validation()) == fitted.validation
+    again = ft.fit(start, solved(kind, ends_at=segment), data, tmp_path, resume=True)
+    assert again.validation == fitted.validation
+    for path, leaf in flatten(again.variables).items():
+        np.testing.assert_array_equal(leaf, flatten(fitted.variables)[path], err_msg=path)
+
+
+def test_training_goes_on_from_a_solved_head(tmp_path):
+    """Two phases with a solved head between them: what is solved is what the next one starts at."""
+    model, variables = network()
+    data = feed()
+    (phase,) = solved("ridge").phases
+    (still,) = plan(0.0).phases
+    both = ft.Plan([phase, replace(still, probe=None, steps=3)])
+    fitted = ft.fit(ft.Classifier(model, variables, data.preprocessing), both, data, tmp_path / "a")
+    alone = ft.fit(
+        ft.Classifier(model, variables, data.preprocessing), solved("ridge"), data, tmp_path / "b"
+    )
+    assert fitted.steps == 4
+    np.testing.assert_array_equal(fitted.network.params["fc"]["kernel"], alone.network.params["fc"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"probe": True}, "probe must be 'logistic' or 'ridge', got True"),
+        ({"probe": "svm"}, "probe must be 'logistic' or 'ridge', got 'svm'"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"steps": -1, "probe": "ridge"}, "steps must be positive, got -1"),
+    ],
+)
+def test_what_is_no_answer(changes, text):
+    settings = {"labels": {"a": ft.everything()}, "groups": {"a": optax.sgd(1)}, "steps": 1}
+    with pytest.raises(ValueError, match=text):
+        ft.Phase(**settings | changes)
+
+
+def test_a_network_that_cannot_end_there(tmp_path):
+    model, variables = network()
+    start = ft.Classifier(model, variables, feed().preprocessing)
+    with pytest.raises(ValueError, match=r"can end at stem, layer1, .*, got 'layer9'"):
+        ft.fit(start, solved("ridge", ends_at="layer9"), feed(), tmp_path)
+    with pytest.raises(ValueError, match="ends_at must be the name of a segment, got 3"):
+        solved("ridge", ends_at=3)
