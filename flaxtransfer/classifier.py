@@ -142,7 +142,7 @@ def ending_at(network: Classifier, segment: str | None) -> Classifier:
 
     Args:
         network: from ``transfer``, or made of a model and its weights; not changed.
-        segment: "stem", "layer1", ...; None for the network as it is.
+        segment: its name, as in ``model.segments``; None for the network as it is.
 
     Raises:
         ValueError: no such segment, or one without a map.
@@ -150,9 +150,11 @@ def ending_at(network: Classifier, segment: str | None) -> Classifier:
     >>> import flaxtransfer as ft
     >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=2, classes=3))
     >>> network = Classifier(model, model.init(jax.random.key(0)), ft.weights.IMAGENET)
-    >>> short = ending_at(network, "layer2")
-    >>> short.model.segments, short.params["fc"]["kernel"].shape
-    (('stem', 'layer1', 'layer2', 'pool', 'head'), (4, 3))
+    >>> short = ending_at(network, model.segments[2])
+    >>> len(model.segments), len(short.model.segments)
+    (7, 5)
+    >>> short.params[model.layout.head]["kernel"].shape
+    (4, 3)
     """
     config = network.model.config
     short = config if segment is None else config.ending_at(segment)

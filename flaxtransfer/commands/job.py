@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxtransfer.classifier import Classifier, transfer
+from flaxtransfer.classifier import Classifier, ending_at, transfer
 from flaxtransfer.commands.options import (
     InputOptions,
     JobOptions,
@@ -30,7 +30,7 @@ from flaxtransfer.files import read_json
 from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
-from flaxtransfer.recipes.measurement import MEASURED, MOST_IMAGES, Measurement, measure
+from flaxtransfer.recipes.measurement import MEASURED, Measurement, measure, most_images
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.training.run_folder import (
@@ -115,11 +115,12 @@ def prepare(
         network = network.with_variables(network.model.init(jax.random.key(seed)))
     evidence = Measurement()
     if strategy in MEASURED:
-        positions = subsample(splits.train, MOST_IMAGES, source.labels())
-        batches = list(eval_batches(source, positions, preprocessing, batch_size=batch.batch_size))
+        positions = subsample(splits.train, most_images(strategy), source.labels())
+        batches = eval_batches(source, positions, preprocessing, batch_size=batch.batch_size)
         evidence = measure(strategy, network, batches, len(splits.train))
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
+    network = ending_at(network, plan.ends_at)
     return Job(source, splits, checkpoint, network, data, plan, evidence)
 
 
@@ -273,6 +274,8 @@ def _bands(
 _LENGTHS = {
     "head_then_fine_tune": {"head_steps": (100, 3), "fine_tune_steps": (200, 10)},
     "progressive_unfreezing": {"steps": (100, 5)},
+    "solved_head": {},
+    "depth_head": {},
 }
 """Default lengths of the recipes with several phases: least steps, and epochs."""
 

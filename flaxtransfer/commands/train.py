@@ -69,9 +69,12 @@ def train(options: Train, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
     few = few and options.job.strategy.strategy != "from_scratch"
+    solved = all(phase.only_solves for phase in job.plan.phases)
+    few = few and not solved  # It takes no steps, in which the comparison could be trained.
     if options.run.compare == "yes" or (options.run.compare == "auto" and few):
         started = time.monotonic()
-        rows.append(_train_from_scratch(options, job, fitted.steps, folder, started))
+        steps = max(300, 10 * job.data.steps_per_epoch) if solved else fitted.steps
+        rows.append(_train_from_scratch(options, job, steps, folder, started))
     summary = {
         "data": name,
         "train_images": len(job.splits.train),

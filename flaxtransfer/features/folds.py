@@ -197,7 +197,8 @@ class CrossValidation:
         scores: held-out class scores at the best strength, in the first draw of folds, float64
             ``[examples, classes]``; they are not logits.
         held_out: bool ``[examples]``.
-        scale: what makes logits of scores: the factor at which they fit best.
+        scale: what makes logits of scores: the factor at which they fit best, with targets a
+            little less than sure.
         loss: mean negative log-likelihood of the held-out examples with these logits, in nats.
         degrees_of_freedom: of the head at the best strength, from 0 to the number of features:
             the trace of the matrix that maps targets to fitted values.
@@ -265,6 +266,8 @@ def cross_validate(
 
     References:
         M. Stone, "Cross-Validatory Choice and Assessment of Statistical Predictions", 1974.
+        J. Platt, "Probabilistic Outputs for Support Vector Machines and Comparisons to Regularized
+        Likelihood Methods", 1999 (targets that are less than sure).
         G. I. Austin, I. Pe'er, T. Korem, "Distributional Bias Compromises Leave-One-Out
         Cross-Validation", 2024 (why the training parts keep the shares of the classes).
 
@@ -296,21 +299,19 @@ def cross_validate(
     held_out = np.any([split.out for split in draws[0]], axis=0)
     errors /= repeats * held_out.sum() * number
     best = int(np.flatnonzero(errors == errors.min())[np.argmax(tried[errors == errors.min()])])
-    right, first = np.zeros(len(label)), np.zeros((len(label), number))
-    for n, draw in enumerate(draws):
+    drawn = np.zeros((repeats, len(label), number))
+    for scores, draw in zip(drawn, draws, strict=True):
         for split in draw:
-            scores = split.scores(tried[best])
-            right[split.out] += (scores.argmax(axis=1) == label[split.out]) / repeats
-            if n == 0:
-                first[split.out] = scores
-    scale, loss = _scaled(first[held_out], label[held_out])
+            scores[split.out] = split.scores(tried[best])
+    right = ((drawn.argmax(axis=2) == label) & held_out).mean(axis=0)
+    scale, loss = _scaled(drawn[:, held_out].reshape(-1, number), np.tile(label[held_out], repeats))
     freedom = [float((s.values / (s.values + tried[best])).sum()) for s in draws[0]]
     return CrossValidation(
         tried,
         errors,
         best,
         right,
-        first,
+        drawn[0],
         held_out,
         scale,
         loss,
@@ -321,11 +322,21 @@ def cross_validate(
 
 
 def _scaled(scores: np.ndarray, label: np.ndarray) -> tuple[float, float]:
-    """The factor at which scores are the best logits, and their mean loss in nats."""
+    """The factor at which scores are the best logits, and their mean loss in nats.
 
-    def loss(power: float) -> float:
+    Where every example is right, no factor is too large. So an example less than sure is asked
+    for: one in n + 2 is taken to be of another class.
+    """
+    doubt = 1 / (len(label) + 2)
+    own = np.arange(len(label)), label
+
+    def losses(power: float) -> tuple[float, float]:
         log_probs = scipy.special.log_softmax(math.exp(power) * scores, axis=1)
-        return -float(log_probs[np.arange(len(label)), label].mean())
+        right = -float(log_probs[own].mean())
+        wrong = (-float(log_probs.sum(axis=1).mean()) - right) / (scores.shape[1] - 1)
+        return (1 - doubt) * right + doubt * wrong, right
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded")
-    return math.exp(float(found.x)), float(found.fun)
+    found = scipy.optimize.minimize_scalar(
+        lambda power: losses(power)[0], bounds=(-5, 5), method="bounded"
+    )
+    return math.exp(float(found.x)), losses(float(found.x))[1]

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from flaxtransfer.recipes.heads import depth_head as depth_head
     from flaxtransfer.recipes.heads import feature_extraction as feature_extraction
     from flaxtransfer.recipes.heads import solved_head as solved_head
-    from flaxtransfer.recipes.measurement import MOST_IMAGES as MOST_IMAGES
     from flaxtransfer.recipes.measurement import Measurement as Measurement
     from flaxtransfer.recipes.measurement import measure as measure
+    from flaxtransfer.recipes.measurement import most_images as most_images
     from flaxtransfer.recipes.parts import adamw as adamw
     from flaxtransfer.recipes.parts import units as units
 

@@ -16,7 +16,6 @@ from flaxtransfer.labels import rest
 from flaxtransfer.masks import Mask, batch_norm, everything
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import scaled
-from flaxtransfer.paths import suggest
 from flaxtransfer.recipes import heads
 from flaxtransfer.recipes.parts import (
     RECIPES,
@@ -420,7 +419,7 @@ def surgical(
 def early_layers(
     params: Params,
     *,
-    through: str = "layer1",
+    stages: int = 1,
     steps: int = 300,
     learning_rate: float = 3e-3,
     head_learning_rate: float = 3e-3,
@@ -434,24 +433,20 @@ def early_layers(
     fine-tuning the early ones do not move enough to matter.
 
     Args:
-        through: The last of the first segments that move.
+        stages: How many stages move beside the stem.
         learning_rate: Peak rate of the first segments, ten times that of fine-tuning.
 
     Raises:
-        ValueError: No such segment below the head; leaves of no known family.
+        ValueError: More stages than there are, or fewer than 0; leaves of no known family.
 
     References:
         Y. Lee et al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", 2023.
     """
     parts = units(params)
     below = below_head(parts)
-    if through not in below:
-        raise ValueError(
-            f"through must be a segment below the head, {', '.join(below)}, got {through!r}"
-            f"{suggest(through, below)}"
-        )
-    moving = [parts[name] for name in below[: below.index(through) + 1]]
-    early = functools.reduce(operator.or_, moving)
+    if not 0 <= stages < len(below):
+        raise ValueError(f"stages must be from 0 to {len(below) - 1}, got {stages}")
+    early = functools.reduce(operator.or_, (parts[name] for name in below[: stages + 1]))
     labels: Labels = {"head": parts["head"], "early": early, "rest": rest()}
     on_head, on_early = (adamw(r, weight_decay) for r in (head_learning_rate, learning_rate))
     groups: Groups = {"head": on_head, "early": on_early, "rest": FROZEN}

@@ -46,7 +46,7 @@ def depth_head(
     pass, by cross-validation (``probe_profile``); the command line does so by itself.
 
     Args:
-        segment: Name of the segment that the head reads, such as "layer2".
+        segment: Name of the segment that the head reads, as in ``model.segments``.
         kind: Of head, see ``solved_head``.
 
     References:

@@ -16,8 +16,10 @@ from flaxtransfer.analysis.curvature import (
     mean_gradient,
     relative_gradient_norms,
 )
+from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
+from flaxtransfer.features.extract import segment_features
 from flaxtransfer.recipes.catalog import RECIPES
 from flaxtransfer.recipes.parts import units
 from flaxtransfer.training.evaluation import init_head_from_probe
@@ -26,6 +28,9 @@ from flaxtransfer.weights.preprocessing import normalize
 
 MOST_IMAGES = 512
 """More images than that are not looked at: each costs a backward pass of its own."""
+
+MOST_IMAGES_FOR_DEPTH = 5000
+"""The same where an image costs a forward pass alone."""
 
 MEASURED = tuple(
     name
@@ -49,23 +54,34 @@ class Measurement:
     text: str = ""
 
 
+def most_images(strategy: str) -> int:
+    """How many images a strategy looks at."""
+    return MOST_IMAGES_FOR_DEPTH if strategy == "depth_head" else MOST_IMAGES
+
+
 def measure(
     strategy: str,
     network: Classifier,
-    batches: list[Batch],
+    batches: Iterable[Batch],
     examples: int,
 ) -> Measurement:
-    """Measures with a linear probe as the head: below a new head that is zero nothing pulls.
+    """Measures what a recipe asks for.
+
+    Gradients are those with a linear probe as the head: below a new head that is zero nothing
+    pulls.
 
     Args:
         strategy: one of MEASURED.
         network: pre-trained.
-        batches: of the training images, without augmentation; see MOST_IMAGES.
+        batches: of the training images, without augmentation; see ``most_images``.
         examples: training images there are in all.
 
     Raises:
         ValueError: a class without examples, gradients that are not finite.
     """
+    if strategy == "depth_head":
+        return _best_depth(network, batches)
+    batches = list(batches)
     params, text = init_head_from_probe(network, batches)
     probed = network.with_variables({**network.variables, "params": params})
     lines = [f"measured with {text}:"]
@@ -82,6 +98,15 @@ def measure(
     lines.append(f"{'part':<10} {'gradient / weights':>18}")
     lines += [f"{name:<10} {value:>18.3g}" for name, value in rounded.items()]
     return Measurement({"gradients": rounded}, "\n".join(lines))
+
+
+def _best_depth(network: Classifier, batches: Iterable[Batch]) -> Measurement:
+    """The segment whose features know most, by cross-validation of a solved head on each."""
+    segments = network.model.segments
+    depths = segments[segments.index("stem") : segments.index("pool")]
+    features, labels = segment_features(network, batches, depths)
+    profile = probe_profile(features, labels, classes=network.model.config.classes)
+    return Measurement({"segment": profile.best.segment}, str(profile))
 
 
 def _logits(network: Classifier) -> Any:

@@ -396,7 +396,8 @@ def _probe(run: _Run, phase: Phase, state: State) -> State:
     )
     begins = "is" if phase.only_solves else "begins with"
     run.notes.append(f"phase {phase.name!r} {begins} {text}")
-    log(run.notes[-1])
+    if not phase.only_solves:
+        log(run.notes[-1])
     variables = {"params": params, "batch_stats": state.batch_stats}
     placed: State = place_replicated(with_variables(state, variables, phase), run.mesh)
     return placed

@@ -58,14 +58,23 @@ def test_scores_are_those_of_scikit_learn_fitted_without_them(counts):
 
 def test_logits_have_the_scale_that_fits_best():
     features, labels = sample([20, 30, 25], 8)
-    found = cross_validate(features, labels)
+    found = cross_validate(features, labels, repeats=1)
 
-    def loss(scale):
+    def probs(scale):
         powers = np.exp(scale * found.scores)
-        return log_loss(labels, powers / powers.sum(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
 
-    best = minimize_scalar(loss, bounds=(0.01, 100), method="bounded")
-    assert found.loss == pytest.approx(best.fun, rel=1e-5)
+    def smoothed(scale):
+        """One example in n + 2 is of each other class in turn."""
+        log_probs = np.log(probs(scale))
+        targets = np.full_like(log_probs, 1 / 77 / 2)
+        targets[np.arange(75), labels] = 1 - 1 / 77
+        return -(targets * log_probs).sum(axis=1).mean()
+
+    best = minimize_scalar(smoothed, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-8})
+    assert found.scale == pytest.approx(best.x, rel=1e-4)
+    assert found.loss == pytest.approx(log_loss(labels, probs(best.x)), rel=1e-4)
+    found = cross_validate(features, labels)
     head = fit_linear_probe(features, labels, 3, kind="ridge")
     assert head.text == (
         f"ridge regression on 75 examples, strength {found.strength:.3g}; held-out accuracy "
@@ -75,6 +84,15 @@ def test_logits_have_the_scale_that_fits_best():
     peer = Ridge(found.strength).fit(features, targets)
     np.testing.assert_allclose(head.kernel, found.scale * peer.coef_.T, rtol=1e-8)
     np.testing.assert_allclose(head.bias, found.scale * peer.intercept_, rtol=1e-8)
+
+
+def test_examples_that_are_all_right_do_not_make_a_head_too_sure():
+    """Without doubt the factor has no optimum, and one wrong image would cost a hundred nats."""
+    features, labels = sample([20, 20, 20], 8, gap=30)
+    found = cross_validate(features, labels)
+    assert found.accuracy == 1
+    top = np.sort(found.scale * found.scores[found.held_out], axis=1)
+    assert (top[:, -1] - top[:, -2]).max() < 12
 
 
 @pytest.mark.parametrize("counts", [[5] * 10, [7] * 10, [13] * 4, [30, 10, 5], [3] * 20])

@@ -145,7 +145,9 @@ def test_training_goes_on_from_a_solved_head(tmp_path):
         ft.Classifier(model, variables, data.preprocessing), solved("ridge"), data, tmp_path / "b"
     )
     assert fitted.steps == 4
-    np.testing.assert_array_equal(fitted.network.params["fc"]["kernel"], alone.network.params["fc"]["kernel"])
+    np.testing.assert_array_equal(
+        fitted.network.params["fc"]["kernel"], alone.network.params["fc"]["kernel"]
+    )
 
 
 @pytest.mark.parametrize(

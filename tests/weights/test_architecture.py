@@ -274,12 +274,12 @@ def test_one_damaged_leaf_does_not_change_the_network(config, data):
     ("arguments", "text"),
     [
         ({"block": "wide"}, "block must be 'basic' or 'bottleneck', got 'wide'"),
-        ({"depths": (2, 2, 2)}, "depths must be 4 integers >= 1"),
+        ({"depths": (2, 2, 2, 2, 2)}, "depths must be at most 4 integers >= 1"),
         (
             {"block": "bottleneck", "width": 15, "groups": 3, "reduce_first": 2},
             "must have a multiple of 3 channels with groups=3",
         ),
-        ({"depths": (2, 0, 2, 2)}, "depths must be 4 integers >= 1"),
+        ({"depths": (2, 0, 2, 2)}, "depths must be at most 4 integers >= 1"),
         ({"width": 0}, "width must be an integer >= 1, got 0"),
         ({"classes": 2.5}, "classes must be an integer >= 1, got 2.5"),
         ({"in_channels": True}, "in_channels must be an integer >= 1, got True"),

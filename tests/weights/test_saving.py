@@ -188,9 +188,10 @@ def rewritten(path, change):
         (lambda c: c.update(version=2), "version must be 1 for this flaxtransfer, got 2"),
         (lambda c: c.pop("config"), "is invalid: missing 'config'"),
         (
-            lambda c: c["config"].update(depths=[1]),
-            "is invalid: invalid ResNetConfig: depths must be 4",
+            lambda c: c["config"].update(depths=[1, 0]),
+            "is invalid: invalid ResNetConfig: depths must be at most 4",
         ),
+        (lambda c: c["config"].update(depths=[1]), "does not fit resne.t-bottleneck-1.*unexpected"),
         (lambda c: c["config"].update(stride=2), "is invalid: .*stride"),
         (lambda c: c["config"].update(classes=4), r"classes=3.*header states .*classes=4"),
         (lambda c: c["preprocessing"].update(size=-1), "is invalid: invalid Preproc"),
