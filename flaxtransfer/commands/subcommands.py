@@ -469,6 +469,7 @@ SUBCOMMANDS: dict[str, type] = {
 FILES = {
     **dict.fromkeys(("stem", "models", "params", "convert"), "networks"),
     **dict.fromkeys(("probe", "find_rate"), "measure"),
+    "evaluate": "predict",
 }
 """The file of a subcommand's function, where it has not its name."""
 
