@@ -27,7 +27,7 @@ from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.files import read_json
-from flaxtransfer.models.input_channels import change_input
+from flaxtransfer.models.adapters import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import MEASURED, MOST_IMAGES, Measurement, measure
