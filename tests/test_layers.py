@@ -20,7 +20,7 @@ FLOORS = (
     ("paths", "files", "shift"),
     ("mask_algebra",),
     ("masks",),
-    ("groups", "batchnorm", "optimizer_state"),
+    ("groups", "batchnorm"),
     ("optimizers", "overview"),
     ("labels",),
     ("sharding", "task"),
