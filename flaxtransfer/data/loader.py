@@ -1,19 +1,22 @@
-"""Data loaders: batches for training and validation as pure functions of the step number."""
+"""Data loaders: batches for training and validation as pure functions of the step number.
+
+``cached`` keeps decoded images of a source in memory, for whoever passes over them again.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
-from flaxtransfer.data.cache import digest
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.source import Example, Source, digest, position
 from flaxtransfer.data.splits import Split, Splits, subsample
 from flaxtransfer.data.transforms import (
     Transform,
@@ -28,6 +31,9 @@ Batch = Mapping[str, Any]
 """``image`` uint8 [batch, height, width, 3], ``label`` int [batch], and for evaluation ``weight``
 float [batch], 0 where an example is padding."""
 
+
+DEFAULT_BUDGET = 256 * 2**20
+"""Bytes of pixels that ``cached`` holds."""
 
 MOST_FOR_STATISTICS = 2048
 """Training images for BatchNorm statistics that are measured again and again: a mean over them has
@@ -215,3 +221,100 @@ def sample(feed: DataLoaders) -> Iterator[Iterable[Batch]]:
         return
     with reading(feed, 0) as batches:
         yield itertools.islice(batches, feed.steps_per_epoch)
+
+
+class CachedSource:
+    """A source that keeps images in memory, up to a budget; made by ``cached``."""
+
+    def __init__(self, source: Source, transform: Transform | None, budget: int) -> None:
+        self._source = source
+        self._transform = transform
+        self._budget = budget
+        self._examples: dict[int, Example] = {}
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, as the source has them."""
+        return self._source.class_names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pixels held now; never more than the budget."""
+        return self._nbytes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 ``[examples]``."""
+        return self._source.labels()
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example:
+        index = position(index, len(self._source))
+        known = self._examples.get(index)
+        if known is not None:
+            return known.copy()
+        example = self._source[index]
+        image = example["image"]
+        if self._transform is not None:
+            image = self._transform(image, _no_randomness())
+        image = np.ascontiguousarray(image)
+        with self._lock:
+            if index not in self._examples and self._nbytes + image.nbytes <= self._budget:
+                # A read-only copy of our own: batches are stacked from it for ever.
+                image = image.copy()
+                image.flags.writeable = False
+                self._examples[index] = {"image": image, "label": example["label"]}
+                self._nbytes += image.nbytes
+        return {"image": image, "label": example["label"]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process fills a cache of its own instead of being sent this one.
+        return self.__dict__ | {"_examples": {}, "_nbytes": 0, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def cached(
+    source: Source, transform: Transform | None = None, *, budget: int = DEFAULT_BUDGET
+) -> CachedSource:
+    """Caches decoded images, or the results of a deterministic transform, in memory.
+
+    Use it with the evaluation transform, so that every evaluation after the first costs no image
+    work (then give ``batches_in_order`` this source and no transform); or without a transform, so
+    that training does not decode small images again. Images beyond the budget are made anew each
+    time. It is not for random transforms.
+
+    Args:
+        source: where the images come from.
+        transform: applied once before an image is cached; must not be random.
+        budget: bytes of pixels to hold at most, per process that uses the source.
+
+    Returns:
+        A source of the same length, labels and class names.
+
+    Raises:
+        ValueError: the transform is random, or the budget negative.
+
+    >>> from flaxtransfer.data import ArraySource, ResizeCrop, cached
+    >>> source = ArraySource(np.zeros((3, 8, 8), np.uint8), [0, 1, 1])
+    >>> small = cached(source, ResizeCrop(size=4, resize=4), budget=20)
+    >>> [small[index]["image"].shape for index in (0, 1)], small.nbytes
+    ([(4, 4, 1), (4, 4, 1)], 16)
+    """
+    if budget < 0:
+        raise ValueError(f"budget must be >= 0 bytes, got {budget}")
+    if transform is not None and is_random(transform):
+        raise ValueError(
+            f"the transform of a cache must be deterministic, got {transform!r}; give the random "
+            "one to train_batches"
+        )
+    return CachedSource(source, transform, budget)
+
+
+def _no_randomness() -> np.random.Generator:
+    # For callables that draw without declaring it: the same numbers for every image and run.
+    return np.random.Generator(np.random.PCG64(0))
