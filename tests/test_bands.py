@@ -16,7 +16,7 @@ from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
-from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
+from flaxtransfer.data.loader import band_patches, band_preprocessing
 from flaxtransfer.models import adapters
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.band_init import (

@@ -20,8 +20,13 @@ from flaxtransfer.commands.options import (
     fractions,
 )
 from flaxtransfer.commands.plan import check_settings, strategy_plan
-from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
-from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
+from flaxtransfer.data.loader import (
+    DataLoaders,
+    band_patches,
+    band_preprocessing,
+    eval_batches,
+    loaders,
+)
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
-    from flaxtransfer.data.band_statistics import band_patches as band_patches
-    from flaxtransfer.data.band_statistics import band_preprocessing as band_preprocessing
     from flaxtransfer.data.decode import ImageError as ImageError
     from flaxtransfer.data.folder import FolderSource as FolderSource
     from flaxtransfer.data.loader import DataLoaders as DataLoaders
     from flaxtransfer.data.loader import IndexedExamples as IndexedExamples
+    from flaxtransfer.data.loader import band_patches as band_patches
+    from flaxtransfer.data.loader import band_preprocessing as band_preprocessing
     from flaxtransfer.data.loader import cached as cached
     from flaxtransfer.data.loader import eval_batches as eval_batches
     from flaxtransfer.data.loader import loaders as loaders
