@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "flaxtransfer"
 FLOORS = (
     ("lazy", "types", "models.layout"),
     ("paths", "files", "shift"),
+    ("globs",),
     ("mask_algebra",),
     ("masks",),
     ("groups", "batchnorm"),

@@ -28,6 +28,7 @@ from flaxtransfer.commands.subcommands import (
     named_values,
     rate_problems,
 )
+from flaxtransfer.globs import match
 from flaxtransfer.groups import FROZEN, Frozen, Group, trainable_mask
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
@@ -35,7 +36,7 @@ from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES, costs, named, resnet
 from flaxtransfer.optimizers import layerwise_decay
 from flaxtransfer.overview import parameter_table, plain
-from flaxtransfer.paths import flatten, match, shortened, suggest
+from flaxtransfer.paths import flatten, shortened, suggest
 from flaxtransfer.training.run_folder import weights_of
 from flaxtransfer.weights.exports.exporting import export
 from flaxtransfer.weights.loading import described, load, locate
