@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from flaxtransfer.groups import FROZEN as FROZEN
     from flaxtransfer.groups import Group as Group
     from flaxtransfer.groups import WarmupCosine as WarmupCosine
+    from flaxtransfer.labels import ParamGroups as ParamGroups
     from flaxtransfer.labels import label as label
     from flaxtransfer.labels import rest as rest
     from flaxtransfer.masks import Mask as Mask
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from flaxtransfer.optimizers import layerwise_decay as layerwise_decay
     from flaxtransfer.optimizers import partition as partition
     from flaxtransfer.overview import parameter_table as parameter_table
-    from flaxtransfer.param_groups import ParamGroups as ParamGroups
     from flaxtransfer.task import SINGLE_LABEL as SINGLE_LABEL
     from flaxtransfer.task import Task as Task
     from flaxtransfer.training.evaluation import evaluate as evaluate

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.config import Adapter, Method
-from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.model import Model, shape_differences
 from flaxtransfer.models.registry import resnet

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxtransfer import paths
+from flaxtransfer import globs
 from flaxtransfer.models.layout import LAYOUTS, Layout, layout_of
 from flaxtransfer.paths import flatten, listing, map_with_path, suggest
 from flaxtransfer.types import PyTree
@@ -241,7 +241,7 @@ _PREDICATES: dict[str, Callable[..., bool]] = {
     "batch_norm": _is_batch_norm,
     "biases": _named("bias"),
     "everything": lambda one: True,
-    "glob": lambda one, pattern: paths.match(pattern, one.path),
+    "glob": lambda one, pattern: globs.match(pattern, one.path),
     "head": _in_segment("head"),
     "kernels": _named("kernel"),
     "matrices": _is_matrix,

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from flaxtransfer import paths
+from flaxtransfer import globs
 from flaxtransfer.mask_algebra import Atom, Mask, Where, atoms, select
 from flaxtransfer.models.layout import LAYOUTS, Layout
 from flaxtransfer.paths import flatten, map_with_path, shortened, suggest
@@ -128,7 +128,7 @@ def up_to(segment: str) -> Mask:
 def glob(pattern: str) -> Mask:
     """Leaves whose whole path matches, as in ``glob("encoder/*/dense?/kernel")``.
 
-    See ``flaxtransfer.paths`` for the grammar. Resolving it on a tree where it matches nothing is
+    See ``flaxtransfer.globs`` for the grammar. Resolving it on a tree where it matches nothing is
     an error, also in the midst of a larger expression.
 
     Raises:
@@ -137,7 +137,7 @@ def glob(pattern: str) -> Mask:
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string, got {pattern!r}")
-    paths.check(pattern)
+    globs.check(pattern)
     return Atom("glob", (pattern,))
 
 

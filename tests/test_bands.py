@@ -16,8 +16,9 @@ from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
-from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
+from flaxtransfer.data.loader import band_patches, band_preprocessing
 from flaxtransfer.models import adapters
+from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.band_init import (
     RGB_CORRELATION,
     RGB_DEVIATIONS,
@@ -26,7 +27,6 @@ from flaxtransfer.models.band_init import (
     common_scale,
     least_squares,
 )
-from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.paths import flatten
 from tests.support.terminal import train
 

@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from flaxtransfer.groups import FROZEN, Group
-from flaxtransfer.labels import label, rest
+from flaxtransfer.labels import ParamGroups, label, rest
 from flaxtransfer.masks import head, stage
 from flaxtransfer.optimizers import migrate, partition
-from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import merge
 from tests.support.small_params import LABELS, PARAMS, assert_same, bits, only, run
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from flaxtransfer import groups, optimizers, param_groups, paths
+from flaxtransfer import groups, labels, optimizers, paths
 from flaxtransfer.batchnorm import policy
 from flaxtransfer.groups import FROZEN, trainable_mask
+from flaxtransfer.labels import ParamGroups
 from flaxtransfer.optimizers import partition
-from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import flatten, merge
 from tests.support.small_params import GROUPS, LABELS, NAMED, PARAMS, SHAPES, assert_same, run
 
@@ -76,7 +76,7 @@ def test_bound_labels_and_groups_are_a_value():
 def test_no_method_walks_the_paths_of_a_tree_that_fits(monkeypatch):
     """Peer: the count of calls. Everything that depends on the labels alone is kept."""
     calls = []
-    for module in (paths, groups, optimizers, param_groups):
+    for module in (paths, groups, optimizers, labels):
         monkeypatch.setattr(module, "flatten", lambda tree: calls.append(1) or flatten(tree))
     bound = ParamGroups(NAMED, GROUPS)
     assert len(calls) == 1

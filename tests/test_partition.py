@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from flaxtransfer.groups import FROZEN, Group
-from flaxtransfer.labels import label, rest
+from flaxtransfer.labels import ParamGroups, label, rest
 from flaxtransfer.masks import batch_norm, everything, glob, kernels, matrices
 from flaxtransfer.optimizers import partition
-from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import flatten, merge
 from tests.support.small_params import GROUPS, NAMED, PARAMS, assert_same, bits, draw, only, run
 

@@ -28,10 +28,9 @@ from flaxtransfer.adapt.scores import Estimate, exceeds_shift, unlabeled_scores
 from flaxtransfer.adapt.statistics import Images, Reader, image_reader, predict_logits, reestimate
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.groups import FROZEN, Group
-from flaxtransfer.labels import label, rest
+from flaxtransfer.labels import ParamGroups, label, rest
 from flaxtransfer.masks import batch_norm
 from flaxtransfer.models.model import Model
-from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import merge
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.shift.calibration import Calibration

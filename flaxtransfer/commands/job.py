@@ -20,14 +20,19 @@ from flaxtransfer.commands.options import (
     fractions,
 )
 from flaxtransfer.commands.plan import check_settings, strategy_plan
-from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
-from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
+from flaxtransfer.data.loader import (
+    DataLoaders,
+    band_patches,
+    band_preprocessing,
+    eval_batches,
+    loaders,
+)
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.files import read_json
-from flaxtransfer.models.input_channels import change_input
+from flaxtransfer.models.adapters import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import MEASURED, Measurement, measure, most_images

@@ -467,8 +467,9 @@ SUBCOMMANDS: dict[str, type] = {
 """The options of each subcommand, in the order of ``flaxtransfer --help``."""
 
 FILES = {
-    **dict.fromkeys(("stem", "models", "params"), "inspect"),
+    **dict.fromkeys(("stem", "models", "params", "convert"), "networks"),
     **dict.fromkeys(("probe", "find_rate"), "measure"),
+    "evaluate": "predict",
 }
 """The file of a subcommand's function, where it has not its name."""
 

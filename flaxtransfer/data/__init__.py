@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
-    from flaxtransfer.data.band_statistics import band_patches as band_patches
-    from flaxtransfer.data.band_statistics import band_preprocessing as band_preprocessing
-    from flaxtransfer.data.cache import cached as cached
-    from flaxtransfer.data.cache import digest as digest
     from flaxtransfer.data.decode import ImageError as ImageError
     from flaxtransfer.data.folder import FolderSource as FolderSource
     from flaxtransfer.data.loader import DataLoaders as DataLoaders
     from flaxtransfer.data.loader import IndexedExamples as IndexedExamples
+    from flaxtransfer.data.loader import band_patches as band_patches
+    from flaxtransfer.data.loader import band_preprocessing as band_preprocessing
+    from flaxtransfer.data.loader import cached as cached
     from flaxtransfer.data.loader import eval_batches as eval_batches
     from flaxtransfer.data.loader import loaders as loaders
     from flaxtransfer.data.open import open_source as open_source
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from flaxtransfer.data.source import ArraySource as ArraySource
     from flaxtransfer.data.source import Example as Example
     from flaxtransfer.data.source import Source as Source
+    from flaxtransfer.data.source import digest as digest
     from flaxtransfer.data.splits import Splits as Splits
     from flaxtransfer.data.splits import stratified_split as stratified_split
     from flaxtransfer.data.splits import subsample as subsample

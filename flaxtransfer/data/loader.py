@@ -1,19 +1,24 @@
-"""Data loaders: batches for training and validation as pure functions of the step number."""
+"""Data loaders: batches for training and validation as pure functions of the step number.
+
+``cached`` keeps decoded images of a source in memory, for whoever passes over them again.
+``band_preprocessing`` and ``band_patches`` measure mean, standard deviation and samples of each
+band on training images, to adapt a network for RGB to images with other bands.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
-from flaxtransfer.data.cache import digest
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.source import Example, Source, digest, position
 from flaxtransfer.data.splits import Split, Splits, subsample
 from flaxtransfer.data.transforms import (
     Transform,
@@ -22,12 +27,21 @@ from flaxtransfer.data.transforms import (
     is_random,
     training_transform,
 )
+from flaxtransfer.models.band_init import common_scale
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 Batch = Mapping[str, Any]
 """``image`` uint8 [batch, height, width, 3], ``label`` int [batch], and for evaluation ``weight``
 float [batch], 0 where an example is padding."""
 
+
+_MOST_FOR_BANDS = 2000
+"""More images hardly change a mean over all their pixels."""
+
+_BAND_BATCH = 64
+
+DEFAULT_BUDGET = 256 * 2**20
+"""Bytes of pixels that ``cached`` holds."""
 
 MOST_FOR_STATISTICS = 2048
 """Training images for BatchNorm statistics that are measured again and again: a mean over them has
@@ -215,3 +229,195 @@ def sample(feed: DataLoaders) -> Iterator[Iterable[Batch]]:
         return
     with reading(feed, 0) as batches:
         yield itertools.islice(batches, feed.steps_per_epoch)
+
+
+class CachedSource:
+    """A source that keeps images in memory, up to a budget; made by ``cached``."""
+
+    def __init__(self, source: Source, transform: Transform | None, budget: int) -> None:
+        self._source = source
+        self._transform = transform
+        self._budget = budget
+        self._examples: dict[int, Example] = {}
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, as the source has them."""
+        return self._source.class_names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pixels held now; never more than the budget."""
+        return self._nbytes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 ``[examples]``."""
+        return self._source.labels()
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example:
+        index = position(index, len(self._source))
+        known = self._examples.get(index)
+        if known is not None:
+            return known.copy()
+        example = self._source[index]
+        image = example["image"]
+        if self._transform is not None:
+            image = self._transform(image, _no_randomness())
+        image = np.ascontiguousarray(image)
+        with self._lock:
+            if index not in self._examples and self._nbytes + image.nbytes <= self._budget:
+                # A read-only copy of our own: batches are stacked from it for ever.
+                image = image.copy()
+                image.flags.writeable = False
+                self._examples[index] = {"image": image, "label": example["label"]}
+                self._nbytes += image.nbytes
+        return {"image": image, "label": example["label"]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process fills a cache of its own instead of being sent this one.
+        return self.__dict__ | {"_examples": {}, "_nbytes": 0, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def cached(
+    source: Source, transform: Transform | None = None, *, budget: int = DEFAULT_BUDGET
+) -> CachedSource:
+    """Caches decoded images, or the results of a deterministic transform, in memory.
+
+    Use it with the evaluation transform, so that every evaluation after the first costs no image
+    work (then give ``batches_in_order`` this source and no transform); or without a transform, so
+    that training does not decode small images again. Images beyond the budget are made anew each
+    time. It is not for random transforms.
+
+    Args:
+        source: where the images come from.
+        transform: applied once before an image is cached; must not be random.
+        budget: bytes of pixels to hold at most, per process that uses the source.
+
+    Returns:
+        A source of the same length, labels and class names.
+
+    Raises:
+        ValueError: the transform is random, or the budget negative.
+
+    >>> from flaxtransfer.data import ArraySource, ResizeCrop, cached
+    >>> source = ArraySource(np.zeros((3, 8, 8), np.uint8), [0, 1, 1])
+    >>> small = cached(source, ResizeCrop(size=4, resize=4), budget=20)
+    >>> [small[index]["image"].shape for index in (0, 1)], small.nbytes
+    ([(4, 4, 1), (4, 4, 1)], 16)
+    """
+    if budget < 0:
+        raise ValueError(f"budget must be >= 0 bytes, got {budget}")
+    if transform is not None and is_random(transform):
+        raise ValueError(
+            f"the transform of a cache must be deterministic, got {transform!r}; give the random "
+            "one to train_batches"
+        )
+    return CachedSource(source, transform, budget)
+
+
+def _no_randomness() -> np.random.Generator:
+    # For callables that draw without declaring it: the same numbers for every image and run.
+    return np.random.Generator(np.random.PCG64(0))
+
+
+def band_preprocessing(
+    preprocessing: Preprocessing, source: Source, positions: np.ndarray, bands: int
+) -> Preprocessing:
+    """The weights' preprocessing for the bands of the data, in the scale that the stem expects.
+
+    The statistics of the weights are those of red, green and blue in photographs; other bands have
+    none. Over all pixels of the training images, each band gets mean 0, and all bands get the same
+    contrast: the root mean square of their deviations, divided by the ``common_scale`` of the
+    weights' own std. One gray band is therefore divided by that scale and nothing else, as in
+    replication; ``transfer`` adds what is left per channel of the stem. All of that comes before
+    the adapter, which therefore folds exactly into the stem. A constant band is only centered.
+
+    Args:
+        preprocessing: of the weights; size, resize and interpolation are kept.
+        source: labeled images of ``bands`` bands.
+        positions: of the training images; at most 2000 of them are read, drawn evenly.
+        bands: how many bands the images have.
+
+    Raises:
+        ValueError: no images, or images with another number of bands.
+
+    >>> from flaxtransfer.data import ArraySource
+    >>> images = np.stack([np.full((4, 8, 8), 51), np.arange(256).reshape(4, 8, 8)], -1)
+    >>> source = ArraySource(images.astype(np.uint8), [0, 1, 0, 1])
+    >>> plain = Preprocessing((0.5,) * 3, (0.25,) * 3, 8, 8)
+    >>> found = band_preprocessing(plain, source, np.arange(4), 2)
+    >>> [round(value, 3) for value in (*found.mean, *found.std)]
+    [0.2, 0.5, 0.25, 0.25]
+    """
+    counts = np.zeros((bands, 256), np.int64)
+    transform = evaluation_transform(preprocessing, channels=bands)
+    chosen = subsample(np.asarray(positions), _MOST_FOR_BANDS)
+    _check_bands(source, chosen, bands)
+    for batch in batches_in_order(source, chosen, batch_size=_BAND_BATCH, transform=transform):
+        images = batch["image"][batch["weight"] > 0]
+        for band in range(bands):
+            # Integers: the result depends neither on the order nor on the batches.
+            counts[band] += np.bincount(images[..., band].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    fractions = counts / counts.sum(axis=1, keepdims=True)
+    mean = fractions @ values
+    std = np.sqrt(np.maximum((fractions * np.square(values - mean[:, None])).sum(axis=1), 0))
+    varied, scale = std >= 1e-9, common_scale(preprocessing.std)
+    contrast = np.sqrt(np.square(std[varied]).mean()) if varied.any() else 1.0
+    divisors = np.where(varied, std * (scale / contrast), scale)
+    return preprocessing.of_other_bands(mean.tolist(), divisors.tolist())
+
+
+def band_patches(
+    preprocessing: Preprocessing,
+    source: Source,
+    positions: np.ndarray,
+    *,
+    side: int = 4,
+    most: int = 20_000,
+) -> np.ndarray:
+    """Patch means of normalized training images, for ``transfer(..., patches=...)``.
+
+    Args:
+        preprocessing: from ``band_preprocessing``.
+        source: labeled images with as many bands as the preprocessing.
+        positions: of the training images.
+        side: of a square patch, in px of the network's input; patches are less noisy than pixels.
+        most: how many patches to take, from images drawn evenly from the positions.
+
+    Returns:
+        float64 ``[patches, bands]``.
+    """
+    bands, side = len(preprocessing.mean), min(side, preprocessing.size)
+    across = preprocessing.size // side
+    chosen = subsample(np.asarray(positions), max(1, most // across**2))
+    _check_bands(source, chosen, bands)
+    transform = evaluation_transform(preprocessing, channels=bands)
+    found = []
+    for batch in batches_in_order(source, chosen, batch_size=_BAND_BATCH, transform=transform):
+        images = batch["image"][batch["weight"] > 0]
+        cut = images[:, : across * side, : across * side]
+        squares = cut.reshape(len(cut), across, side, across, side, bands)
+        found.append(squares.mean(axis=(2, 4), dtype=np.float64).reshape(-1, bands))
+    means, stds = np.array(preprocessing.mean), np.array(preprocessing.std)
+    normalized: np.ndarray = (np.concatenate(found) / 255 - means) / stds
+    return normalized
+
+
+def _check_bands(source: Source, positions: np.ndarray, bands: int) -> None:
+    if not len(positions):
+        raise ValueError("the statistics of bands need training images; there are none")
+    shape = source[int(positions[0])]["image"].shape
+    if shape[-1] != bands:
+        raise ValueError(
+            f"images must have {bands} channels, one per band; image {int(positions[0])} has "
+            f"{shape[-1]} (shape {list(shape)})"
+        )

@@ -134,7 +134,7 @@ def open_unlabeled(
 
 
 def _digits(rest: str, options: OpenOptions) -> Source:
-    from flaxtransfer.data.digits import open_digits
+    from flaxtransfer.data.tfds import open_digits
 
     return open_digits(options.cache_dir)
 

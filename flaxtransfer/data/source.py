@@ -2,18 +2,28 @@
 
 A source is a data set with random access to labeled images, and the names of its classes. Use
 ``ArraySource`` for arrays in memory and ``open_source`` for everything that has a name.
+
+``digest`` identifies the contents of images, so that whatever was computed from them can be cached
+under that name; ``contents`` does so for each image, so that a run knows its own again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, SupportsIndex, TypedDict, runtime_checkable
+from functools import partial
+from typing import NamedTuple, Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
 
 from flaxtransfer.paths import listing
+
+_THREADS = 4
+
+_PIECE = 256
 
 
 class Example(TypedDict):
@@ -209,3 +219,63 @@ class UnlabeledImages:
             problems += [f"given twice: {listing(twice)}"] if twice else []
             raise ValueError(f"{'; '.join(problems)}; there are {listing(self.names, most=3)}")
         return np.array([place[name] for name in names], np.int64)
+
+
+class Content(NamedTuple):
+    """What identifies one image: bytes, and the first 128 bits of SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def contents(
+    source: Source,
+    indices: Sequence[int] | np.ndarray,
+    progress: Callable[[int], object] | None = None,
+) -> list[Content]:
+    """Sizes and digests of the images at ``indices``, in their order; labels are left out.
+
+    A source may have a method ``content(index)`` that returns the bytes that an image is made from
+    (the file, for example); then no image is decoded.
+
+    Args:
+        source: the images.
+        indices: positions in it.
+        progress: called with the number of images that were read so far.
+
+    Raises:
+        OSError, ValueError: an image cannot be read.
+
+    >>> from flaxtransfer.data import ArraySource
+    >>> images = np.zeros((3, 4, 4), np.uint8)
+    >>> before = contents(ArraySource(images, [0, 1, 1]), [0, 2])
+    >>> images[2, 3, 3] = 1
+    >>> after = contents(ArraySource(images, [0, 1, 1]), [0, 2])
+    >>> after[0] == before[0], after[1] == before[1], after[0].size
+    (True, False, 16)
+    """
+    places = np.asarray(indices).tolist()
+    found: list[Content] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        # In pieces, so that an interruption does not wait for all that was handed out.
+        for start in range(0, len(places), _PIECE):
+            found += pool.map(partial(_content, source), places[start : start + _PIECE])
+            if progress is not None:
+                progress(len(found))
+    return found
+
+
+def digest(source: Source, indices: Sequence[int] | np.ndarray) -> str:
+    """SHA-256 of the images at ``indices``, in their order; see ``contents``."""
+    parts = (content.sha256 for content in contents(source, indices))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _content(source: Source, index: int) -> Content:
+    read = getattr(source, "content", None)
+    if read is not None:
+        data = read(index)
+        return Content(len(data), hashlib.sha256(data).hexdigest()[:32])
+    image = np.ascontiguousarray(source[index]["image"])
+    form = repr((image.shape, image.dtype.str)).encode()
+    return Content(image.nbytes, hashlib.sha256(form + image.tobytes()).hexdigest()[:32])

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxtransfer.data.cache import Content, contents
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.source import Content, Source, contents
 from flaxtransfer.paths import listing
 
 

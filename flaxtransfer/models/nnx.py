@@ -15,10 +15,10 @@ from flax import nnx
 
 from flaxtransfer import batchnorm, optimizers
 from flaxtransfer.groups import Frozen, Group, trainable_mask
+from flaxtransfer.labels import ParamGroups
 from flaxtransfer.masks import Mask, as_mask, selected
 from flaxtransfer.models.layout import RESNET
 from flaxtransfer.models.model import Model, shape_differences
-from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import flatten, listing, map_with_path, suggest, unflatten
 from flaxtransfer.types import Variables
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from flaxtransfer.shift.calibration_metrics import ReliabilityBin as ReliabilityBin
     from flaxtransfer.shift.calibration_metrics import calibration_error as calibration_error
     from flaxtransfer.shift.calibration_metrics import reliability as reliability
+    from flaxtransfer.shift.concept_shift import LabelsNeeded as LabelsNeeded
     from flaxtransfer.shift.concept_shift import label_residual_test as label_residual_test
+    from flaxtransfer.shift.concept_shift import labels_needed as labels_needed
     from flaxtransfer.shift.concept_shift import log_loss_test as log_loss_test
     from flaxtransfer.shift.concept_shift import posterior_ratio_tests as posterior_ratio_tests
     from flaxtransfer.shift.diagnosis import diagnose as diagnose
@@ -39,17 +41,15 @@ if TYPE_CHECKING:
     from flaxtransfer.shift.marginals import predicted_label_test as predicted_label_test
     from flaxtransfer.shift.prevalence import Prevalence as Prevalence
     from flaxtransfer.shift.prevalence import estimate_prevalence as estimate_prevalence
+    from flaxtransfer.shift.prior_correction import EstimatedPosteriors as EstimatedPosteriors
     from flaxtransfer.shift.prior_correction import PriorCorrection as PriorCorrection
     from flaxtransfer.shift.prior_correction import adjust_prior as adjust_prior
     from flaxtransfer.shift.prior_correction import correct_prior as correct_prior
+    from flaxtransfer.shift.prior_correction import corrected_posteriors as corrected_posteriors
     from flaxtransfer.shift.report import Action as Action
     from flaxtransfer.shift.report import Conclusion as Conclusion
     from flaxtransfer.shift.report import ShiftReport as ShiftReport
     from flaxtransfer.shift.report import Verdict as Verdict
-    from flaxtransfer.shift.sample_size import EstimatedPosteriors as EstimatedPosteriors
-    from flaxtransfer.shift.sample_size import LabelsNeeded as LabelsNeeded
-    from flaxtransfer.shift.sample_size import corrected_posteriors as corrected_posteriors
-    from flaxtransfer.shift.sample_size import labels_needed as labels_needed
     from flaxtransfer.shift.statistics import HypothesisTest as HypothesisTest
     from flaxtransfer.shift.statistics import NullCalibrated as NullCalibrated
     from flaxtransfer.shift.two_sample import classifier_test as classifier_test

@@ -1,4 +1,4 @@
-"""Tests of concept shift on a few labeled target examples.
+"""Tests of concept shift on a few labeled target examples, and how many labels they need.
 
 Under concept shift p(y | x) has changed, which no unlabeled data show. Pass the model's own
 posteriors to test that p(y | x) is the source's (no shift, or covariate shift); pass those
@@ -9,19 +9,23 @@ The null distributions draw labels from the posteriors themselves, which is exac
 known. Posteriors that were corrected by an estimated prevalence carry its error, and 200 labels are
 enough to detect it: with 600 source and 300 target examples ``label_residual_test`` rejects a fifth
 of true hypotheses instead of a twentieth. Pass the result of ``corrected_posteriors`` instead,
-whose bootstrap accounts for that error.
+whose bootstrap accounts for that error. ``labels_needed`` computes the power of
+``posterior_ratio_tests`` by number of labels, before there are any.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from flaxtransfer.shift.checks import as_labels, as_probabilities, same_width
-from flaxtransfer.shift.sample_size import EstimatedPosteriors
+from flaxtransfer.shift.prior_correction import EstimatedPosteriors
 from flaxtransfer.shift.statistics import (
+    LEVEL,
+    POWER,
     HypothesisTest,
     check_repetitions,
     detectable_effect,
@@ -30,7 +34,9 @@ from flaxtransfer.shift.statistics import (
 )
 
 __all__ = [
+    "LabelsNeeded",
     "label_residual_test",
+    "labels_needed",
     "log_loss_test",
     "posterior_ratio_tests",
 ]
@@ -42,6 +48,9 @@ _MIN_PROBABILITY = 1e-300
 
 _MAX_COMPARISONS = 20_000_000
 """Most comparisons with cumulative posteriors at a time, one byte each."""
+
+_CHUNK_SIZE = 4_000_000
+"""Most cumulative posteriors that ``labels_needed`` draws from at a time."""
 
 _RANDOM_LABELS = "the labeled examples are a random sample of the target"
 
@@ -280,6 +289,112 @@ def posterior_ratio_tests(
     return tests[0], tests[1]
 
 
+def labels_needed(
+    probabilities: Any,
+    adjusted: Any,
+    *,
+    power: float = POWER,
+    level: float = LEVEL,
+    max_labels: int = 1000,
+    simulations: int = 2000,
+    seed: int = 0,
+) -> LabelsNeeded:
+    """Target labels that ``posterior_ratio_tests`` needs to decide between the two shifts.
+
+    The two are label shift and covariate shift. Use it before paying for labels. The answer is as
+    reliable as the model's posteriors: examples are drawn from those given, and labels from their
+    posteriors under either hypothesis. It is not the number needed to detect concept shift, whose
+    size is unknown beforehand.
+
+    Args:
+        probabilities: ``[m, K]``, calibrated posteriors of unlabeled target examples.
+        adjusted: ``[m, K]``, the same, corrected to the target's prevalence.
+        power: Required in either direction.
+        level: Significance level of the tests.
+        max_labels: Most labels that are tried; examples are drawn with replacement.
+        simulations: Sequences of examples and labels under either hypothesis.
+        seed: Of the simulations.
+
+    Raises:
+        ValueError: Invalid probabilities, different examples, or a power or level outside of 0
+            and 1.
+
+    >>> raw, adjusted = np.tile([0.5, 0.5], (40, 1)), np.tile([0.9, 0.1], (40, 1))
+    >>> labels_needed(raw, adjusted, max_labels=50).count in range(9, 15)
+    True
+    >>> labels_needed(raw, raw).reason
+    'both hypotheses have the same posteriors: no label tells them apart'
+    """
+    raw = as_probabilities(probabilities, "probabilities")
+    changed = as_probabilities(adjusted, "adjusted probabilities")
+    classes = same_width(raw, "probabilities", changed, "adjusted probabilities")
+    if len(raw) != len(changed):
+        raise ValueError(
+            "probabilities and adjusted probabilities must be of the same examples, got "
+            f"{len(raw)} and {len(changed)} rows"
+        )
+    for name, value in (("power", power), ("level", level)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    check_repetitions(simulations, "simulations")
+    if max_labels < 1:
+        raise ValueError(f"max_labels must be >= 1, got {max_labels}")
+    if np.allclose(raw, changed, rtol=0, atol=1e-9):
+        reason = "both hypotheses have the same posteriors: no label tells them apart"
+        return LabelsNeeded(None, power, level, np.arange(0), np.zeros(0), reason)
+
+    ratios = np.log(np.maximum(changed, _MIN_PROBABILITY)) - np.log(
+        np.maximum(raw, _MIN_PROBABILITY)
+    )
+    rng = np.random.default_rng(seed)
+    counts = np.arange(1, max_labels + 1)
+    # Sums over the first l labels of a sequence, for all l at once.
+    sums = {
+        "raw": np.empty((simulations, max_labels)),
+        "adjusted": np.empty((simulations, max_labels)),
+    }
+    chunk = max(1, _CHUNK_SIZE // (max_labels * classes))
+    for start in range(0, simulations, chunk):
+        part = slice(start, min(start + chunk, simulations))
+        for posteriors, name in ((raw, "raw"), (changed, "adjusted")):
+            rows = rng.integers(len(raw), size=(part.stop - start, max_labels))
+            cumulated = np.cumsum(posteriors, axis=1)[rows]
+            uniform = rng.random(rows.shape)[:, :, None] * cumulated[:, :, -1:]
+            drawn = (uniform >= cumulated).sum(2)
+            sums[name][part] = np.cumsum(ratios[rows, drawn], axis=1)
+    powers = np.minimum(
+        _power(sums["raw"], sums["adjusted"], level), _power(-sums["adjusted"], -sums["raw"], level)
+    )
+    # Power is not monotone with few labels: require it for all larger numbers too.
+    sufficient = np.flip(np.minimum.accumulate(np.flip(powers))) >= power
+    if not sufficient.any():
+        reason = f"{max_labels} labels have a power of {powers[-1]:.2f}"
+        return LabelsNeeded(None, power, level, counts, powers, reason)
+    return LabelsNeeded(int(counts[np.argmax(sufficient)]), power, level, counts, powers)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelsNeeded:
+    """Power of a likelihood-ratio test by number of labels.
+
+    Args:
+        count: Labels that suffice for ``power``; None where none of ``counts`` does.
+        power: The power asked for.
+        level: Significance level of the test.
+        counts: ``[C]``, the numbers of labels that were tried.
+        powers: ``[C]``, the lower power of the two directions: rejecting the covariate hypothesis
+            where the label hypothesis is true, and vice versa.
+        reason: Why there is no ``count``; "" where there is one.
+    """
+
+    count: int | None
+    power: float
+    level: float
+    counts: np.ndarray
+    powers: np.ndarray
+    reason: str = ""
+
+
 def _check_labels(
     probabilities: Any, labels: Any, simulations: int
 ) -> tuple[EstimatedPosteriors, np.ndarray, str]:
@@ -372,3 +487,11 @@ def _quadratic_form(residuals: np.ndarray, posteriors: np.ndarray) -> np.ndarray
     inverse = np.linalg.pinv(covariance, rcond=1e-10, hermitian=True)
     squares: np.ndarray = ((residuals @ inverse) * residuals).sum(1)
     return squares
+
+
+def _power(null: np.ndarray, alternative: np.ndarray, level: float) -> np.ndarray:
+    """Fraction of the alternative above the (1 - level) quantile of the null, per column."""
+    ordered = np.sort(null, axis=0)
+    critical = ordered[min(len(null) - 1, int(np.ceil((1 - level) * len(null))) - 1)]
+    powers: np.ndarray = (alternative > critical + 1e-9).mean(0)
+    return powers

@@ -20,13 +20,14 @@ from flaxtransfer.shift.calibration_metrics import calibration_error
 from flaxtransfer.shift.checks import as_features, as_labels, as_logits, same_width
 from flaxtransfer.shift.concept_shift import (
     label_residual_test,
+    labels_needed,
     log_loss_test,
     posterior_ratio_tests,
 )
 from flaxtransfer.shift.label_shift import prior_test, residual_test
 from flaxtransfer.shift.marginals import kolmogorov_smirnov_test, predicted_label_test
 from flaxtransfer.shift.prevalence import estimate_prevalence
-from flaxtransfer.shift.prior_correction import adjust_prior
+from flaxtransfer.shift.prior_correction import adjust_prior, corrected_posteriors
 from flaxtransfer.shift.report import (
     NOT_IDENTIFIABLE,
     Findings,
@@ -35,7 +36,6 @@ from flaxtransfer.shift.report import (
     conclude,
     joint_projection,
 )
-from flaxtransfer.shift.sample_size import corrected_posteriors, labels_needed
 from flaxtransfer.shift.statistics import HypothesisTest, holm
 from flaxtransfer.shift.two_sample import classifier_test, mmd_test
 

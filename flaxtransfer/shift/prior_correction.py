@@ -1,7 +1,8 @@
 """Prior correction: predictions adjusted to another prevalence by Bayes' rule.
 
 ``adjust_prior`` applies the rule; ``correct_prior`` also calibrates, estimates the prevalence, and
-refuses where the data contradict label shift.
+refuses where the data contradict label shift. ``corrected_posteriors`` are those of labeled
+examples with a bootstrap of their error, which the tests on a few labels take into account.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from typing import Any, Literal
 import numpy as np
 
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.shift.checks import as_prior, as_probabilities
+from flaxtransfer.shift.checks import as_prior, as_probabilities, same_width
 from flaxtransfer.shift.label_shift import residual_test
+from flaxtransfer.shift.likelihood import maximize_resampled
 from flaxtransfer.shift.prevalence import Prevalence, estimate_prevalence
 from flaxtransfer.shift.statistics import HypothesisTest, holm
 
 __all__ = [
     "MIN_TARGETS",
     "TARGETS_PER_CLASS",
+    "EstimatedPosteriors",
     "PriorCorrection",
     "adjust_prior",
     "correct_prior",
+    "corrected_posteriors",
 ]
 
 MIN_TARGETS = 30
@@ -245,6 +249,94 @@ def correct_prior(
     )
 
 
+def corrected_posteriors(
+    labeled: Any,
+    target_probabilities: Any,
+    source: Calibration,
+    *,
+    draws: int = 200,
+    seed: int = 0,
+) -> EstimatedPosteriors:
+    """Posteriors of labeled examples, corrected to the target's maximum-likelihood prevalence.
+
+    A corrected posterior is as uncertain as the prevalence used, which was estimated with the help
+    of the labeled examples themselves. Each bootstrap draw resamples source, labeled and unlabeled
+    target examples, and estimates prior and prevalence again.
+
+    Args:
+        labeled: ``[l]``, the labeled rows of the target.
+        target_probabilities: ``[m, K]``, calibrated, of all target examples.
+        source: Calibrated probabilities of held-out source examples.
+        draws: S, the number of bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: Invalid probabilities, different classes, or rows outside of the target.
+
+    >>> from flaxtransfer.shift.calibration import Calibration
+    >>> rows = np.tile([[0.8, 0.2], [0.2, 0.8]], (50, 1))
+    >>> source = Calibration("none", np.ones(2), np.zeros(2), rows, np.tile([0, 1], 50))
+    >>> found = corrected_posteriors([0, 1, 2], rows, source)
+    >>> found.posteriors.round(3).tolist(), found.estimates.shape
+    ([[0.8, 0.2], [0.2, 0.8], [0.8, 0.2]], (200, 3, 2))
+    """
+    target = as_probabilities(target_probabilities, "target probabilities")
+    validation = as_probabilities(source.probabilities, "source probabilities")
+    same_width(validation, "source probabilities", target, "target probabilities")
+    labeled_rows = np.asarray(labeled)
+    if labeled_rows.ndim != 1 or labeled_rows.dtype.kind not in "iu":
+        raise ValueError(
+            "labeled must be row numbers [l] of the target, got "
+            f"{labeled_rows.dtype} of shape {list(labeled_rows.shape)}"
+        )
+    if len(labeled_rows) and not (labeled_rows.min() >= 0 and labeled_rows.max() < len(target)):
+        raise ValueError(
+            f"labeled must be within 0 .. {len(target) - 1}, got rows "
+            f"{labeled_rows.min()} .. {labeled_rows.max()}"
+        )
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, got {draws}")
+
+    rng = np.random.default_rng(seed)
+    others = np.setdiff1d(np.arange(len(target)), labeled_rows)
+    rows = rng.integers(max(1, len(labeled_rows)), size=(draws, len(labeled_rows)))
+    all_rows = np.arange(len(target))[None]
+    targets = np.concatenate(
+        [labeled_rows[rows], others[rng.integers(max(1, len(others)), size=(draws, len(others)))]],
+        axis=1,
+    )
+    sources = rng.integers(len(validation), size=(draws, len(validation)))
+    priors = np.stack([validation[drawn].mean(0) for drawn in sources])
+    proportions, _ = maximize_resampled(target, targets, priors)
+    prior = validation.mean(0)
+    proportion = maximize_resampled(target, all_rows, prior)[0]
+    return EstimatedPosteriors(
+        _corrected(target[labeled_rows][None], proportion, prior[None])[0],
+        rows,
+        _corrected(target[labeled_rows][rows], proportions, priors),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EstimatedPosteriors:
+    """Posteriors of labeled examples, with a bootstrap of their estimation error.
+
+    Args:
+        posteriors: ``[l, K]``.
+        rows: ``[S, l]``, which of the l examples each bootstrap draw consists of.
+        estimates: ``[S, l, K]``, their posteriors as estimated in that draw.
+    """
+
+    posteriors: np.ndarray
+    rows: np.ndarray
+    estimates: np.ndarray
+
+    @classmethod
+    def known(cls, posteriors: np.ndarray) -> EstimatedPosteriors:
+        """Posteriors without estimation error: one draw, equal to them."""
+        return cls(posteriors, np.arange(len(posteriors))[None], posteriors[None])
+
+
 def _residual_tests(
     calibrated: np.ndarray,
     source: Calibration,
@@ -274,3 +366,14 @@ def _residual_tests(
 def _log_probabilities(probabilities: np.ndarray) -> np.ndarray:
     logs: np.ndarray = np.log(np.maximum(probabilities, _MIN_PROBABILITY))
     return logs
+
+
+def _corrected(
+    probabilities: np.ndarray, proportions: np.ndarray, priors: np.ndarray
+) -> np.ndarray:
+    """Bayes' rule for posteriors ``[S, l, K]`` with one prevalence ``[S, K]`` per draw."""
+    ratios = np.divide(proportions, priors, out=np.zeros_like(proportions), where=priors > 0)
+    weighted = probabilities * ratios[:, None]
+    sums = weighted.sum(2, keepdims=True)
+    # An example whose possible classes all have proportion 0 is left unchanged.
+    return np.where(sums > 0, weighted / np.where(sums > 0, sums, 1), probabilities)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flaxtransfer.averaging import greedy_soup as greedy_soup
     from flaxtransfer.averaging import interpolate as interpolate
     from flaxtransfer.checkpoint.manager import CheckpointManager as CheckpointManager
-    from flaxtransfer.optimizer_state import migrate as migrate
+    from flaxtransfer.optimizers import migrate as migrate
     from flaxtransfer.sharding import make_mesh as make_mesh
     from flaxtransfer.sharding import place_batch as place_batch
     from flaxtransfer.sharding import place_replicated as place_replicated

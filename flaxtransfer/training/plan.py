@@ -22,10 +22,9 @@ from rich.table import Table
 from flaxtransfer.batchnorm import Norm
 from flaxtransfer.groups import FROZEN, Group, WarmupCosine
 from flaxtransfer.groups import Group as OptimizerGroup
-from flaxtransfer.labels import Rest, label
+from flaxtransfer.labels import ParamGroups, Rest, label
 from flaxtransfer.masks import Mask, as_mask, selected
 from flaxtransfer.overview import plain, terminal
-from flaxtransfer.param_groups import ParamGroups
 from flaxtransfer.paths import flatten, listing
 from flaxtransfer.task import Loss, cross_entropy
 from flaxtransfer.types import Params

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flaxtransfer.data import HorizontalFlip, ResizeCrop, Source
-from flaxtransfer.data.cache import cached
+from flaxtransfer.data.loader import cached
 
 
 class Counting:

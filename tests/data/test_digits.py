@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from flaxtransfer.data import digits as module
 from flaxtransfer.data import open_source
+from flaxtransfer.data import tfds as module
 
 DATA_SET = "sklearn_digits/1.0.0"
 RECORDS = f"{DATA_SET}/sklearn_digits-train.array_record-00000-of-00001"
@@ -126,7 +126,7 @@ def test_processes_that_prepare_at_once_all_succeed(tmp_path):
 def test_a_process_killed_while_preparing_leaves_no_data_set(tmp_path):
     code = """
 import os
-from flaxtransfer.data.digits import SklearnDigits
+from flaxtransfer.data.tfds import SklearnDigits
 make = SklearnDigits._generate_examples
 def die(self):
     for index, example in make(self):

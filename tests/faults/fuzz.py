@@ -38,6 +38,7 @@ from flaxtransfer import files, masks, paths
 from flaxtransfer.commands.predict import cell_text
 from flaxtransfer.data.decode import decode_bands
 from flaxtransfer.data.folder import natural_key
+from flaxtransfer.globs import match
 from flaxtransfer.overview import plain, terminal
 from flaxtransfer.report.figures import wrap_text
 from flaxtransfer.report.shift_page import escape
@@ -270,7 +271,7 @@ def globs(draw: random.Random) -> Made:
         parts = draw.choices(("*", "a", "b", "**/", "?", "/"), k=size)
     pattern = "".join(parts) * draw.choice((1, 1, 1, 5))
     path = "".join(draw.choices("aab/", k=draw.choice((3, 20, 100, 2000))))
-    return (pattern, path), lambda: paths.match(pattern, path)
+    return (pattern, path), lambda: match(pattern, path)
 
 
 JSON = {

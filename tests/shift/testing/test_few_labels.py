@@ -10,11 +10,12 @@ from flaxtransfer.shift import concept_shift
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.concept_shift import (
     label_residual_test,
+    labels_needed,
     log_loss_test,
     posterior_ratio_tests,
 )
 from flaxtransfer.shift.likelihood import maximize_resampled
-from flaxtransfer.shift.sample_size import EstimatedPosteriors, corrected_posteriors, labels_needed
+from flaxtransfer.shift.prior_correction import EstimatedPosteriors, corrected_posteriors
 
 POSTERIORS = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.25, 0.6, 0.15]])
 OTHER = np.array([[0.2, 0.6, 0.2], [0.1, 0.3, 0.6], [0.1, 0.1, 0.8], [0.5, 0.1, 0.4]])

@@ -1,4 +1,4 @@
-"""``flaxtransfer stem``, ``models``, ``params``: files, networks and groups, without training."""
+"""``flaxtransfer stem``, ``models``, ``params``, ``convert``: what needs weights and no images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from rich.table import Table
 
 from flaxtransfer.analysis.stem import stem_report
 from flaxtransfer.batchnorm import policy
+from flaxtransfer.commands.job import normalizing
 from flaxtransfer.commands.subcommands import (
     RATES,
+    Convert,
     Models,
     Params,
     Stem,
     named_values,
     rate_problems,
 )
+from flaxtransfer.globs import match
 from flaxtransfer.groups import FROZEN, Frozen, Group, trainable_mask
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import parse
@@ -33,12 +36,13 @@ from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES, costs, named, resnet
 from flaxtransfer.optimizers import layerwise_decay
 from flaxtransfer.overview import parameter_table, plain
-from flaxtransfer.paths import flatten, match, shortened, suggest
+from flaxtransfer.paths import flatten, shortened, suggest
 from flaxtransfer.training.run_folder import weights_of
+from flaxtransfer.weights.exports.exporting import export
 from flaxtransfer.weights.loading import described, load, locate
 from flaxtransfer.weights.locations import BUILTIN_PREFIX, HUB_PREFIX
 from flaxtransfer.weights.naming.native import candidates
-from flaxtransfer.weights.pretrained import Pretrained
+from flaxtransfer.weights.pretrained import Pretrained, fold_adapter
 from flaxtransfer.weights.readers.detect import SUFFIXES, Listing, has_weights_name, list_arrays
 from flaxtransfer.weights.readers.folders import find, weights_in
 
@@ -302,3 +306,25 @@ def _labels_and_groups(
     if problems:
         raise ValueError("; ".join(problems))
     return labels, groups
+
+
+def convert(options: Convert, console: Console) -> None:
+    """Runs ``flaxtransfer convert``."""
+    checkpoint = load(
+        options.source,
+        model=options.model,
+        format=options.format,
+        sensor=options.sensor,
+        key=options.weights_key,
+    )
+    checkpoint = normalizing(checkpoint, mean=options.mean, std=options.std)
+    plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
+    if plain and options.adapter == "fold":
+        try:
+            checkpoint = fold_adapter(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{options.source}: {error}; --adapter keep writes it as it is"
+            ) from error
+    written = export(checkpoint, options.target, to=options.to, dtype=np.dtype(options.dtype))
+    console.print(f"{checkpoint!r}\n{written}", highlight=False, soft_wrap=True)
