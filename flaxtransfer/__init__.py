@@ -17,6 +17,7 @@ from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
     from flaxtransfer import adapt as adapt
+    from flaxtransfer import advice as advice
     from flaxtransfer import analysis as analysis
     from flaxtransfer import data as data
     from flaxtransfer import features as features
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from flaxtransfer import shift as shift
     from flaxtransfer import training as training
     from flaxtransfer import weights as weights
+    from flaxtransfer.advice.advise import advise as advise
     from flaxtransfer.classifier import Classifier as Classifier
     from flaxtransfer.classifier import transfer as transfer
     from flaxtransfer.data.loader import eval_batches as eval_batches

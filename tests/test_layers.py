@@ -34,6 +34,7 @@ FLOORS = (
     ("training",),
     ("adapt", "analysis"),
     ("recipes",),
+    ("advice",),
     ("report",),
     ("commands",),
     ("cli",),

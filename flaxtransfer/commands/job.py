@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxtransfer.classifier import Classifier, ending_at, transfer
+from flaxtransfer.classifier import Classifier, Head, ending_at, transfer
 from flaxtransfer.commands.options import (
+    DataOptions,
     InputOptions,
     JobOptions,
     SplitOptions,
@@ -86,26 +87,17 @@ def prepare(
     settings = dict(settings or {})
     strategy = options.strategy.strategy
     check_settings(strategy, settings)
-    checkpoint = load_weights(options.weights)
-    source = open_source(
-        options.data.name,
-        download=options.data.download,
-        skip_corrupt=options.data.skip_corrupt,
-        bands=checkpoint.config.bands if options.input.bands is None else options.input.bands,
-    )
-    splits = _kept(source, resumed) or split(source, options.data.name, options.split)
     seed, batch = options.split.seed, options.batch
-    preprocessing, start = _bands(options.input, checkpoint, source, splits)
-    network = transfer(
-        checkpoint,
-        classes=len(source.class_names),
-        class_names=source.class_names,
-        preprocessing=preprocessing,
+    source, splits, checkpoint, network = begin(
+        options.data,
+        options.weights,
+        options.input,
+        options.split,
         head=options.strategy.head,
-        seed=seed,
         dtype=jnp.bfloat16 if batch.compute == "bfloat16" else None,
-        **start,
+        resumed=resumed,
     )
+    preprocessing = network.preprocessing
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
     data = loaders(
         source,
@@ -127,6 +119,58 @@ def prepare(
     plan = strategy_plan(strategy, network.params, settings)
     network = ending_at(network, plan.ends_at)
     return Job(source, splits, checkpoint, network, data, plan, evidence)
+
+
+class Start(NamedTuple):
+    """Images, their parts, and a network that is made for them."""
+
+    source: Source
+    splits: Splits
+    checkpoint: Pretrained
+    network: Classifier
+
+
+def begin(
+    data: DataOptions,
+    weights: WeightsOptions,
+    channels: InputOptions,
+    parts: SplitOptions,
+    *,
+    head: Head = "new",
+    dtype: Any = None,
+    resumed: Path | None = None,
+) -> Start:
+    """Opens images and weights, and makes a network of them for the classes of the images.
+
+    Args:
+        data: which images.
+        weights: which weights.
+        channels: how the images reach the network.
+        parts: of the split.
+        head: see ``transfer``.
+        dtype: likewise.
+        resumed: the folder of a run that is resumed, whose split is kept.
+    """
+    checkpoint = load_weights(weights)
+    source = open_source(
+        data.name,
+        download=data.download,
+        skip_corrupt=data.skip_corrupt,
+        bands=checkpoint.config.bands if channels.bands is None else channels.bands,
+    )
+    splits = _kept(source, resumed) or split(source, data.name, parts)
+    preprocessing, start = _bands(channels, checkpoint, source, splits)
+    network = transfer(
+        checkpoint,
+        classes=len(source.class_names),
+        class_names=source.class_names,
+        preprocessing=preprocessing,
+        head=head,
+        seed=parts.seed,
+        dtype=dtype,
+        **start,
+    )
+    return Start(source, splits, checkpoint, network)
 
 
 def _kept(source: Source, folder: Path | None) -> Splits | None:

@@ -1,4 +1,4 @@
-"""``flaxtransfer probe`` and ``find-rate``: what is measured before a network is trained."""
+"""``flaxtransfer advise``, ``probe`` and ``find-rate``: what is measured before training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.advice.advise import advise as give_advice
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier, transfer
-from flaxtransfer.commands.job import Job, load_weights, prepare, split
-from flaxtransfer.commands.subcommands import FindRate, Probe
+from flaxtransfer.commands.job import Job, begin, load_weights, prepare, split
+from flaxtransfer.commands.subcommands import Advise, FindRate, Probe
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.splits import subsample
 from flaxtransfer.features.extract import segment_features
+from flaxtransfer.files import atomic_write, write_file, write_json
 from flaxtransfer.groups import Group, WarmupCosine
 from flaxtransfer.overview import plain
 from flaxtransfer.paths import suggest
@@ -28,6 +30,36 @@ from flaxtransfer.training.lr_finder import (
     find_learning_rates,
 )
 from flaxtransfer.training.plan import Phase, Plan
+from flaxtransfer.training.plan_yaml import save_plan
+
+
+def advise(options: Advise, console: Console) -> None:
+    """Runs ``flaxtransfer advise``."""
+    start = begin(options.data, options.weights, options.input, options.split)
+    positions = start.splits.train
+    console.print(
+        f"{options.data.name}: {len(positions)} training images, "
+        f"{len(start.source.class_names)} classes; {start.checkpoint!r}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    found = give_advice(start.network, start.source, positions, seed=options.split.seed)
+    console.print(found)
+    if options.json is not None:
+        write_json(options.json, found.to_json())
+    if options.html is not None:
+        from flaxtransfer.report.advice_page import render_advice
+
+        page = render_advice(found, data=options.data.name, weights=repr(start.checkpoint))
+        with atomic_write(options.html) as made:
+            write_file(made, page.encode())
+    if options.plan is not None and found.plan is not None:
+        save_plan(options.plan, found.plan)
+    elif options.plan is not None:
+        console.print(f"{options.plan} is not written: no strategy is recommended", highlight=False)
+    written = [options.json, options.html, options.plan if found.plan is not None else None]
+    for path in filter(None, written):
+        console.print(f"written to {path}", highlight=False, soft_wrap=True)
 
 
 def probe(options: Probe, console: Console) -> None:

@@ -29,6 +29,7 @@ from flaxtransfer.commands.options import (
     Count,
     DataOptions,
     Flag,
+    InputOptions,
     JobOptions,
     Rate,
     ReadingOptions,
@@ -50,6 +51,7 @@ from flaxtransfer.report.figures import FIGURE_SUFFIXES
 __all__ = [
     "FILES",
     "SUBCOMMANDS",
+    "Advise",
     "Convert",
     "Diagnose",
     "Evaluate",
@@ -112,6 +114,35 @@ class Plan:
         yield from strategy_problems(self.strategy)
         yield from model_problems(self.model)
         yield from output_problems("--out", self.out, suffixes=PLAN_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Advise:
+    """Say which strategy fits your images, and why; nothing is trained.
+
+    One pass over the training images, and solved heads on each depth of the network.
+
+    Example: flaxtransfer advise --data folder:scans --weights resnet50.pth --plan plan.yaml
+
+    Args:
+        json: Also write all numbers and reasons to this .json file.
+        html: Also write a report to this .html file.
+        plan: Also write the recommended plan to this file, for "train --strategy".
+    """
+
+    json: Annotated[Path | None, default("none")] = None
+    html: Annotated[Path | None, default("none")] = None
+    plan: Annotated[Path | None, default("none")] = None
+    data: DataOptions = field(default_factory=DataOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    weights: WeightsOptions = field(default_factory=WeightsOptions)
+    input: InputOptions = field(default_factory=InputOptions)
+
+    def problems(self) -> Iterator[str]:
+        """Files that cannot be written."""
+        yield from output_problems("--json", self.json, suffixes=(".json",))
+        yield from output_problems("--html", self.html, suffixes=(".html",))
+        yield from output_problems("--plan", self.plan, suffixes=PLAN_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -453,6 +484,7 @@ class Convert:
 
 SUBCOMMANDS: dict[str, type] = {
     "train": Train,
+    "advise": Advise,
     "plan": Plan,
     "probe": Probe,
     "find-rate": FindRate,
@@ -468,7 +500,7 @@ SUBCOMMANDS: dict[str, type] = {
 
 FILES = {
     **dict.fromkeys(("stem", "models", "params", "convert"), "networks"),
-    **dict.fromkeys(("probe", "find_rate"), "measure"),
+    **dict.fromkeys(("advise", "probe", "find_rate"), "measure"),
     "evaluate": "predict",
 }
 """The file of a subcommand's function, where it has not its name."""

@@ -18,6 +18,7 @@ import numpy as np
 from flaxtransfer.paths import visible
 
 if TYPE_CHECKING:
+    from flaxtransfer.advice.advise import Advice
     from flaxtransfer.analysis.profile import Profile
     from flaxtransfer.analysis.stem import StemReport
     from flaxtransfer.training.lr_finder import RateSweep
@@ -153,6 +154,36 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     axes.set_title(f"{profile.kind} probes, {profile.examples} images", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def plot_advice(advice: Advice, path: str | os.PathLike[str] | BinaryIO) -> None:
+    """What heads know at each depth, beside the spectrum of the pixels and the largest class.
+
+    Args:
+        advice: From ``ft.advise``.
+        path: A file in a format that matplotlib writes, or an open one for PNG.
+    """
+    evidence = advice.evidence
+    figure = _blank_figure((6, 3.5))
+    axes = figure.add_subplot()
+    names = [head.name for head in evidence.depths]
+    percent = [100 * head.accuracy for head in evidence.depths]
+    errors = [100 * head.standard_error for head in evidence.depths]
+    axes.errorbar(names, percent, yerr=errors, marker="o", capsize=3, label="head on the segment")
+    best = names.index(evidence.best.name)
+    axes.plot([names[best]], [percent[best]], "o", color="C1", markersize=10, zorder=0)
+    for height, style, text in (
+        (evidence.reference.accuracy, "-.", "head on the pixels' spectrum"),
+        (evidence.majority, "--", "largest class"),
+    ):
+        axes.axhline(100 * height, color="0.5", linestyle=style, linewidth=1, label=text)
+    axes.margins(x=0.1)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("accuracy, held out (%)")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    axes.set_title(f"{evidence.examples} images, {evidence.classes} classes", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, format=None if isinstance(path, str | os.PathLike) else "png")
 
 
 def plot_training(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.overview import plain
-from flaxtransfer.paths import visible
+from flaxtransfer.report.page import bullets, escape, html_table, page, picture, section
 from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.report import ShiftReport
 from flaxtransfer.shift.statistics import HypothesisTest
@@ -31,23 +29,6 @@ HEADLINES = {
     "undetermined": "These data do not determine the kind of shift",
 }
 """One sentence per conclusion; all of them are hypotheses."""
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: .3rem; }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.about { color: color-mix(in srgb, currentColor 65%, transparent); margin-top: 0; }
-div.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } .number { text-align: right; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-span.status { border-radius: .7rem; padding: .05rem .6rem; background: var(--soft); white-space: nowrap; }
-span.supported { background: #d5780033; } span.rejected { background: #2a7fbf33; }
-img { max-width: 100%; height: auto; background: white; border-radius: .3rem; }
-small { color: color-mix(in srgb, currentColor 65%, transparent); display: block; }
-"""  # noqa: E501 - one rule per line is more readable than wrapped ones
 
 
 def print_report(report: ShiftReport, console: Console) -> None:
@@ -93,28 +74,17 @@ def render_html(
     parts = [
         f"<h1>{escape(HEADLINES[report.conclusion])}</h1>",
         f'<p class="about">{escape(about)}; tests at level {report.level:g}</p>',
-        _section("Kind of shift", _verdicts(report)),
-        _section("What to do", _actions(report)),
-        _section("What cannot be known from these data", _list(report.not_identifiable)),
-        _section("Tests", _tests(report.tests)),
-        _section("Prevalence, assuming label shift only", _prevalences(report)),
-        _section("Accuracy on the target, without labels", _accuracy(report)),
-        _section("Calibration at the source", _calibration(report)),
-        *(_section(caption, _picture(caption, png)) for caption, png in pictures.items()),
-        _section("Notes", _list(report.notes)) if report.notes else "",
+        section("Kind of shift", _verdicts(report)),
+        section("What to do", _actions(report)),
+        section("What cannot be known from these data", bullets(report.not_identifiable)),
+        section("Tests", _tests(report.tests)),
+        section("Prevalence, assuming label shift only", _prevalences(report)),
+        section("Accuracy on the target, without labels", _accuracy(report)),
+        section("Calibration at the source", _calibration(report)),
+        *(section(caption, picture(caption, png)) for caption, png in pictures.items()),
+        section("Notes", bullets(report.notes)) if report.notes else "",
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Shift: {escape(target)}</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body></html>\n"
-    )
-
-
-def escape(text: str) -> str:
-    """Text from outside as HTML; control characters are shown, see ``visible``."""
-    return html.escape(visible(text))
+    return page(f"Shift: {target}", parts)
 
 
 def _verdict_table(report: ShiftReport) -> Table:
@@ -158,40 +128,6 @@ def _table_number(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.3g}"
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"
-
-
-def _list(items: Iterable[str]) -> str:
-    lines = [f"<li>{escape(item)}</li>" for item in items]
-    return f"<ul>{''.join(lines)}</ul>" if lines else ""
-
-
-def _picture(caption: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
-    """An HTML table of cells that are HTML; the columns in ``numbers`` are right-aligned."""
-    head = "".join(
-        f'<th class="number">{escape(heading)}</th>'
-        if column in numbers
-        else f"<th>{escape(heading)}</th>"
-        for column, heading in enumerate(headings)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="number">{cell}</td>' if column in numbers else f"<td>{cell}</td>"
-            for column, cell in enumerate(row)
-        )
-        + "</tr>\n"
-        for row in rows
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
-
-
 def _verdicts(report: ShiftReport) -> str:
     rows = [
         (
@@ -201,7 +137,7 @@ def _verdicts(report: ShiftReport) -> str:
         )
         for verdict in report.verdicts
     ]
-    return _table(("kind", "status", "evidence"), rows, set())
+    return html_table(("kind", "status", "evidence"), rows, set())
 
 
 def _actions(report: ShiftReport) -> str:
@@ -209,7 +145,7 @@ def _actions(report: ShiftReport) -> str:
         (escape(action.what), escape(action.expected), escape(action.guard))
         for action in report.actions
     ]
-    return _table(("action", "expected", "guard"), rows, set())
+    return html_table(("action", "expected", "guard"), rows, set())
 
 
 def _tests(tests: Sequence[HypothesisTest]) -> str:
@@ -227,7 +163,7 @@ def _tests(tests: Sequence[HypothesisTest]) -> str:
             )
         )
     headings = ("test", "null hypothesis", "p", "adjusted", "effect", "smallest detectable")
-    return _table(headings, rows, {2, 3, 4, 5})
+    return html_table(headings, rows, {2, 3, 4, 5})
 
 
 def _prevalences(report: ShiftReport) -> str:
@@ -248,7 +184,7 @@ def _prevalences(report: ShiftReport) -> str:
         for text in (found.reason, *found.notes)
         if text
     ]
-    return _table(headings, rows, set(range(1, len(headings)))) + _list(details)
+    return html_table(headings, rows, set(range(1, len(headings)))) + bullets(details)
 
 
 def _proportion(found: Prevalence, k: int) -> str:
@@ -274,12 +210,12 @@ def _accuracy(report: ShiftReport) -> str:
         )
         for each in found.estimates
     ]
-    table = _table(
+    table = html_table(
         ("estimate", "accuracy", f"{found.level:.0%} interval", "assumes"),
         [at_source, *rows],
         {1, 2},
     )
-    return table + _list(found.notes)
+    return table + bullets(found.notes)
 
 
 def _interval(low: float | None, high: float | None) -> str:

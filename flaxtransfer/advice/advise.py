@@ -1,0 +1,466 @@
+"""``advise``: from the evidence to a recommendation, with the reasons and what cannot be known.
+
+The rule, and where its numbers come from, is written down in BUILD_NOTES.md. Each reason is one
+number, its threshold, and what follows from it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
+from flaxtransfer.classifier import Classifier, transfer
+from flaxtransfer.data.source import Source
+from flaxtransfer.overview import terminal
+from flaxtransfer.recipes.catalog import RECIPES
+from flaxtransfer.training.plan import Plan
+from flaxtransfer.types import Params
+from flaxtransfer.weights.pretrained import Pretrained
+
+__all__ = ["SCHEMA", "Advice", "Candidate", "Verdict", "advise", "decide"]
+
+Verdict = Literal["nothing", "ceiling", "early", "depth", "level", "train"]
+"""What the evidence says: nothing is learnable from these features; a head is as good as anything;
+early layers have to move; an earlier depth knows more; all depths are level; training is next."""
+
+CHANCE = 4.0
+"""Alignment below which features are taken to say nothing: of 40 draws of labels without relation
+to the images, none is beyond it."""
+
+LEVEL = 0.01
+"""Differences in accuracy below this are none: one point."""
+
+EIGHTY = 1.28
+"""Standard errors from the middle to an end of an interval of 80 %."""
+
+_SHOWN = 80
+"""Characters a line, where there is no terminal to ask."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy that fits the data, or does not.
+
+    Args:
+        strategy: the name of a recipe.
+        settings: its arguments, beside the defaults.
+        accuracy: held out, of heads that were solved; None for what has to be trained to know.
+        error: standard error of the accuracy.
+        moves: parameters that move.
+        cost: in full runs of the strategy that trains everything; a solved head costs nothing.
+        why: in one sentence.
+        tried: whether it is worth a trial.
+    """
+
+    strategy: str
+    settings: dict[str, Any]
+    accuracy: float | None
+    error: float | None
+    moves: int
+    cost: float
+    why: str
+    tried: bool = True
+
+    def plan(self, params: Params) -> Plan:
+        """The strategy as a plan for a network."""
+        return RECIPES[self.strategy](params, **self.settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.strategy}{f' ({settings})' if settings else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Advice:
+    """What to do with a network and images, and why; ``print`` shows it at 80 columns.
+
+    Args:
+        verdict: in a word.
+        summary: in a sentence.
+        candidates: strategies, the recommended one first; those that are struck out last.
+        reasons: each one number, its threshold and what follows.
+        unknown: what no measurement on these images can say.
+        evidence: all numbers.
+        plan: of the recommended strategy, to be printed, changed and trained; None where nothing is
+            learnable.
+    """
+
+    verdict: Verdict
+    summary: str
+    candidates: tuple[Candidate, ...]
+    reasons: tuple[str, ...]
+    unknown: tuple[str, ...]
+    evidence: Evidence
+    plan: Plan | None
+
+    @property
+    def best(self) -> Candidate | None:
+        """The recommended strategy; None where nothing is learnable."""
+        return self.candidates[0] if self.plan is not None else None
+
+    @property
+    def challengers(self) -> tuple[Candidate, ...]:
+        """Strategies that only training can compare with the recommended one; at most four."""
+        return tuple(one for one in self.candidates[1:] if one.tried and one.accuracy is None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that follow ``SCHEMA``."""
+        return {
+            "version": 1,
+            "verdict": self.verdict,
+            "summary": self.summary,
+            "candidates": [one.to_json() for one in self.candidates],
+            "reasons": list(self.reasons),
+            "unknown": list(self.unknown),
+            "evidence": self.evidence.to_json(),
+        }
+
+    def __str__(self) -> str:
+        file = io.StringIO()
+        terminal(file=file, width=_SHOWN, color_system=None).print(self)
+        return file.getvalue().rstrip()
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        heads = Table("head on", "accuracy, 5 folds", "features", "used")
+        for head in (*self.evidence.depths, self.evidence.reference):
+            heads.add_row(
+                "pixels' spectrum" if head is self.evidence.reference else head.name,
+                f"{100 * head.accuracy:.1f} ± {100 * head.standard_error:.1f} %",
+                str(head.features),
+                f"{head.degrees_of_freedom:.0f}",
+            )
+        for column in heads.columns[1:]:
+            column.justify = "right"
+        table = Table("strategy", "accuracy", "moves", "costs", "why")
+        for one in self.candidates:
+            accuracy = "–" if one.tried else "not tried"
+            if one.accuracy is not None and one.error is not None:
+                accuracy = f"{100 * one.accuracy:.1f} ± {100 * one.error:.1f} %"
+            cost = "0" if one.cost == 0 else f"{one.cost:.1f}x"
+            table.add_row(str(one), accuracy, f"{one.moves:,}", cost, one.why)
+        parts = [self.summary, heads, table]
+        parts += [f"- {reason}" for reason in self.reasons]
+        parts += [
+            "What cannot be known from these images:",
+            *(f"- {text}" for text in self.unknown),
+        ]
+        return Group(*parts)
+
+
+def advise(
+    network: Pretrained | Classifier,
+    source: Source,
+    positions: Any = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Advice:
+    """Which strategy fits these images, from one pass over them; nothing is trained.
+
+    A head in closed form is judged on each depth of the network, and on the power spectrum of the
+    pixels, which needs no network, by the same stratified folds. The depth that knows most is the
+    recommendation that costs nothing; the differences say whether training can be better, and of
+    which part.
+
+    Args:
+        network: pre-trained weights from ``ft.load``; or a ``Classifier``, whose input and
+            preprocessing are made for the images.
+        source: images and labels.
+        positions: int ``[examples]``, the training images; by default all of the source. Keep test
+            images out.
+        seed: of the folds.
+        batch_size: images per forward pass.
+        mesh: devices; by default all of them.
+
+    Raises:
+        ValueError: too few images or classes, images of other bands than the network's, features
+            that are not finite.
+
+    References:
+        A. Royer, C. Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer Learning",
+        2020 (an intermediate or early layer is often the best).
+        U. Evci, V. Dumoulin, H. Larochelle, M. C. Mozer, "Head2Toe: Utilizing Intermediate
+        Representations for Better Transfer Learning", 2022.
+
+    >>> import flaxtransfer as ft
+    >>> random = np.random.default_rng(0)
+    >>> labels = np.arange(60) % 3
+    >>> images = random.integers(0, 30, (60, 32, 32, 3)) + 80 * labels[:, None, None, None]
+    >>> source = ft.ArraySource(images.astype(np.uint8), labels, ["dark", "gray", "bright"])
+    >>> ft.advise(ft.load("builtin"), source).verdict
+    'ceiling'
+    """
+    if isinstance(network, Pretrained):
+        names = tuple(source.class_names)
+        network = transfer(network, classes=len(names), class_names=names)
+    evidence = gather(network, source, positions, batch_size=batch_size, seed=seed, mesh=mesh)
+    return decide(evidence, network.params)
+
+
+def decide(evidence: Evidence, params: Params) -> Advice:
+    """The recommendation that follows from the evidence; see BUILD_NOTES.md for the rule.
+
+    Args:
+        evidence: from ``gather``.
+        params: of the network, or their shapes.
+    """
+    best, last, reference = evidence.best, evidence.last, evidence.reference
+    strongest = max((*evidence.depths, reference), key=lambda head: head.alignment)
+    known = strongest.alignment > CHANCE
+    sure = best.accuracy - EIGHTY * _error(best)
+    gain, error = paired(best.right, last.right)
+    deeper = best is not last and gain > max(LEVEL, 2 * error)
+    level = all(_is_level(best, head) for head in evidence.depths)
+    verdict: Verdict
+    if not known:
+        verdict = "nothing"
+    elif evidence.bottleneck.whole:
+        verdict = "early"
+    elif sure >= 1 - LEVEL:
+        verdict = "ceiling"
+    elif deeper:
+        verdict = "depth"
+    elif level:
+        verdict = "level"
+    else:
+        verdict = "train"
+    candidates = _candidates(verdict, evidence, params)
+    recommended = candidates[0] if verdict != "nothing" else None
+    return Advice(
+        verdict,
+        _summary(verdict, evidence, recommended),
+        tuple(candidates),
+        tuple(_reasons(verdict, evidence, strongest)),
+        tuple(_unknown(evidence)),
+        evidence,
+        None if recommended is None else recommended.plan(params),
+    )
+
+
+def _error(head: HeadEvidence) -> float:
+    """Standard error that is not 0 where every example is right: as if half of one were wrong."""
+    count = len(head.right)
+    share = min(max(head.accuracy, 0.5 / count), 1 - 0.5 / count)
+    return math.sqrt(share * (1 - share) / count)
+
+
+def _is_level(best: HeadEvidence, head: HeadEvidence) -> bool:
+    gain, error = paired(best.right, head.right)
+    return gain <= max(LEVEL, error)
+
+
+def _moves(strategy: str, settings: dict[str, Any], params: Params) -> int:
+    """Parameters that the longest phase of a strategy moves."""
+    plan = RECIPES[strategy](params, **settings).resolve(params)
+    from flaxtransfer.paths import flatten
+
+    leaves = flatten(params)
+    return max(
+        sum(math.prod(leaves[path].shape) for path in phase.param_groups.trainable_paths)
+        for phase in plan.phases
+    )
+
+
+def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Candidate]:
+    best, last = evidence.best, evidence.last
+    if verdict in ("ceiling", "level"):  # Of equal ones the earliest is the cheapest in use.
+        best = next(head for head in evidence.depths if _is_level(evidence.best, head))
+    head = Candidate(
+        "depth_head" if best is not last else "solved_head",
+        {"segment": best.name} if best is not last else {},
+        best.accuracy,
+        _error(best),
+        (best.features + 1) * evidence.classes,
+        0.0,
+        f"costs no training; {last.name} has {_percent(last)}"
+        if best is not last
+        else "costs no training; the last depth knows most",
+    )
+    rows: list[tuple[str, str]] = []
+    struck: list[tuple[str, str]] = []
+    if verdict == "early":
+        where = evidence.bottleneck.segment
+        rows = [
+            ("early_layers", f"{where} has to let through what it stops"),
+            ("high_rate_fine_tuning", "the same, if more than the first layers has to change"),
+            ("from_scratch", "the pre-training may not help at all here"),
+        ]
+        stops = f"reads what {where} has stopped"
+        struck = [
+            ("discriminative", f"early layers hardly move: {stops}"),
+            ("batch_norm_only", stops),
+        ]
+    elif verdict in ("depth", "train", "level"):
+        if best is last:
+            rows = [
+                ("linear_probe_then_fine_tune", "the last depth knows most: a small step from it"),
+                ("discriminative", "late layers move most"),
+                ("high_rate_fine_tuning", "if the start matters more than its features"),
+            ]
+        else:
+            rows = [
+                ("high_rate_fine_tuning", f"{best.name} knows more than what follows it"),
+                ("discriminative", "if late layers have only to be turned"),
+                ("from_scratch", "the late layers are of little use here"),
+            ]
+            struck = [("feature_extraction", f"what it reads has {_percent(last)}")]
+    made = [_trained(name, why, params) for name, why in rows]
+    out = [_trained(name, why, params, tried=False) for name, why in struck]
+    if verdict == "early":
+        return [made[0], head, *made[1:], *out]
+    return [head, *made, *out]
+
+
+def _trained(strategy: str, why: str, params: Params, *, tried: bool = True) -> Candidate:
+    cost = 1.0
+    return Candidate(strategy, {}, None, None, _moves(strategy, {}, params), cost, why, tried)
+
+
+def _percent(head: HeadEvidence) -> str:
+    return f"{100 * head.accuracy:.1f} %"
+
+
+def _summary(verdict: Verdict, evidence: Evidence, chosen: Candidate | None) -> str:
+    best = evidence.best
+    if verdict == "nothing":
+        return (
+            f"Nothing is learnable from these features with {evidence.examples} images: no head "
+            f"does better than labels that are shuffled. No strategy is recommended; look at the "
+            "labels first."
+        )
+    text = {
+        "early": "The network loses what the classes are made of: early layers have to move.",
+        "ceiling": "A head leaves nothing to gain: take it.",
+        "depth": f"{best.name} knows more than the layers behind it: a head there is the one to "
+        "beat.",
+        "level": "All depths are level: take the cheapest.",
+        "train": f"A head on {best.name} is the one to beat; training may be better.",
+    }[verdict]
+    return f"{text} Recommended: {chosen}."
+
+
+def _reasons(verdict: Verdict, evidence: Evidence, strongest: HeadEvidence) -> list[str]:
+    best, last = evidence.best, evidence.last
+    found = [
+        f"Held-out scores are {strongest.alignment:.1f} standard deviations from those of shuffled "
+        f"labels (threshold {CHANCE:g}): "
+        + (
+            "the images say something of the labels."
+            if verdict != "nothing"
+            else "no more than luck."
+        )
+    ]
+    if verdict == "nothing":
+        return found
+    if evidence.bottleneck.segment is not None:
+        found.append(evidence.bottleneck.summary())
+    sure = 100 * (best.accuracy - EIGHTY * _error(best))
+    found.append(
+        f"The best head has {_percent(best)}, at least {sure:.1f} % (end of an interval of 80 %): "
+        + (
+            "less than 1 point is left to gain."
+            if sure >= 100 * (1 - LEVEL)
+            else f"up to {100 - sure:.1f} points are left that training may gain."
+        )
+    )
+    if best is not last:
+        gain, error = paired(best.right, last.right)
+        found.append(
+            f"{best.name} is {100 * gain:.1f} ± {100 * error:.1f} points above {last.name} on the "
+            f"same images (threshold: 2 standard errors and 1 point): "
+            + (
+                "the head should read there."
+                if gain > max(LEVEL, 2 * error)
+                else "the two may be level; the earlier is cheaper in use."
+            )
+        )
+    found.append(
+        f"The head uses {best.degrees_of_freedom:.0f} of {best.features} degrees of freedom, "
+        f"{best.degrees_of_freedom / len(best.right):.2f} per label; the whole network has "
+        f"{evidence.parameters / len(best.right):,.0f} parameters per label, which by itself "
+        "foretells little."
+    )
+    curve = evidence.curve
+    if curve is not None and curve.fits:
+        more = curve.labels_for(0.02)
+        end = (
+            f"about {more:,} more would gain 2 points."
+            if more is not None
+            else "2 points more are not in sight within four times as many."
+        )
+        found.append(
+            f"Half the labels would cost {100 * curve.cost_of_half:.1f} points of the head's "
+            f"accuracy: {end}"
+        )
+    return found
+
+
+def _unknown(evidence: Evidence) -> list[str]:
+    found = [
+        "Whether images in use are like these: where they shift, fine-tuned networks lose more "
+        "than heads do (`flaxtransfer diagnose` compares).",
+        "What training gains: heads foretell heads. `--strategy` trains one of the candidates.",
+    ]
+    if evidence.smallest < 5:
+        found.append(
+            f"Much of the rarest class, which has {evidence.smallest} images to learn and to judge "
+            "by."
+        )
+    if evidence.repeated:
+        found.append(
+            f"Anything from {evidence.repeated} images that are there before, pixel for pixel: "
+            "they were left out."
+        )
+    if evidence.examples + evidence.repeated < evidence.available:
+        found.append(f"What {evidence.available - evidence.examples:,} further images say.")
+    return found
+
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Advice",
+    "type": "object",
+    "required": ["version", "verdict", "summary", "candidates", "reasons", "unknown", "evidence"],
+    "properties": {
+        "version": {"const": 1},
+        "verdict": {"enum": ["nothing", "ceiling", "early", "depth", "level", "train"]},
+        "summary": {"type": "string"},
+        "candidates": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["strategy", "settings", "accuracy", "error", "moves", "cost", "why"],
+                "properties": {
+                    "strategy": {"type": "string"},
+                    "settings": {"type": "object"},
+                    "accuracy": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+                    "error": {"type": ["number", "null"], "minimum": 0},
+                    "moves": {"type": "integer", "minimum": 1},
+                    "cost": {"type": "number", "minimum": 0},
+                    "why": {"type": "string"},
+                    "tried": {"type": "boolean"},
+                },
+            },
+        },
+        "reasons": {"type": "array", "items": {"type": "string"}},
+        "unknown": {"type": "array", "items": {"type": "string"}},
+        "evidence": {
+            "type": "object",
+            "required": ["examples", "classes", "majority", "depths", "reference", "bottleneck"],
+        },
+    },
+}
+"""What ``Advice.to_json`` gives, as a JSON Schema."""
