@@ -30,7 +30,7 @@ import tyro
 import flaxtransfer as ft
 from flaxtransfer.data import subsample
 from flaxtransfer.models import flatten
-from flaxtransfer.recipes import MOST_IMAGES, measure
+from flaxtransfer.recipes import measure, most_images
 from workers import append_row, compile_once, read_rows, share
 
 TEST_FRACTION = 0.4
@@ -89,23 +89,17 @@ class Setting:
             seed=self.seed,
         )
 
-    def accuracy(self, variables: ft.models.Variables) -> float:
-        preprocessing = self.checkpoint.preprocessing
-        held_out = ft.eval_batches(self.source, self.test, preprocessing)
-        return ft.evaluate(ft.Classifier(self.model, variables, preprocessing), held_out).accuracy
+    def accuracy(self, network: ft.Classifier) -> float:
+        held_out = ft.eval_batches(self.source, self.test, network.preprocessing)
+        return ft.evaluate(network, held_out).accuracy
 
     def evidence(self, recipe: str) -> Mapping[str, Any]:
         """What the recipe measures on the labeled images."""
-        positions = subsample(self.train, MOST_IMAGES)
-        batches = list(ft.eval_batches(self.source, positions, self.checkpoint.preprocessing))
-        return measure(
-            recipe,
-            self.model,
-            self.variables,
-            batches,
-            self.checkpoint.preprocessing,
-            len(self.train),
-        ).settings
+        preprocessing = self.checkpoint.preprocessing
+        positions = subsample(self.train, most_images(recipe))
+        batches = ft.eval_batches(self.source, positions, preprocessing)
+        network = ft.Classifier(self.model, self.variables, preprocessing)
+        return measure(recipe, network, batches, len(self.train)).settings
 
     def with_validation(self) -> Setting:
         """A fifth of the labels of each class, and one at least, validates."""
@@ -132,6 +126,8 @@ class Strategy:
         lengths: dict[str, Any] = {"steps": config.steps}
         if self.recipe is ft.recipes.progressive_unfreezing:
             lengths = {"steps": config.phase_steps}
+        if self.recipe in (ft.recipes.solved_head, ft.recipes.depth_head):
+            lengths = {}
         if self.recipe is ft.recipes.head_then_fine_tune:
             head = config.steps // 3
             lengths = {"head_steps": head, "fine_tune_steps": config.steps - head}
@@ -145,6 +141,8 @@ def scratch(params: ft.models.Params, *, steps: int) -> ft.Plan:
 
 
 STRATEGIES = {
+    "solved_head": Strategy(ft.recipes.solved_head),
+    "depth_head": Strategy(ft.recipes.depth_head, measures=True),
     "feature_extraction": Strategy(ft.recipes.feature_extraction),
     "batch_norm_only": Strategy(ft.recipes.batch_norm_only),
     "batch_norm_only, running statistics": Strategy(
@@ -152,6 +150,7 @@ STRATEGIES = {
     ),
     "surgical, stem and stage 1": Strategy(ft.recipes.surgical),
     "surgical, stage 4": Strategy(ft.recipes.surgical, {"part": ft.stage(4)}),
+    "early_layers": Strategy(ft.recipes.early_layers),
     "progressive_unfreezing": Strategy(ft.recipes.progressive_unfreezing, validates=True),
     "head_then_fine_tune": Strategy(ft.recipes.head_then_fine_tune),
     "linear_probe_then_fine_tune": Strategy(ft.recipes.linear_probe_then_fine_tune),
@@ -161,6 +160,7 @@ STRATEGIES = {
     "surgical, by gradient": Strategy(ft.recipes.surgical, measures=True),
     "l2_sp": Strategy(ft.recipes.l2_sp),
     "full_fine_tuning": Strategy(ft.recipes.full_fine_tuning),
+    "high_rate_fine_tuning": Strategy(ft.recipes.high_rate_fine_tuning),
     "from_scratch": Strategy(scratch, random_start=True),
 }
 
@@ -187,7 +187,7 @@ def run(strategy: Strategy, setting: Setting) -> dict[str, Any]:
             options=ft.FitOptions(evaluate_every=every),
         )
     return {
-        "accuracy": setting.accuracy(fitted.variables),
+        "accuracy": setting.accuracy(fitted.network),
         "seconds": round(time.perf_counter() - began, 1),
         "steps": fitted.steps,
         "trainable": max(_trainable(plan, setting.variables["params"])),

@@ -66,6 +66,13 @@ class Candidate:
     why: str
     tried: bool = True
 
+    @property
+    def accuracy_text(self) -> str:
+        """The accuracy, or why there is none."""
+        if self.accuracy is None or self.error is None:
+            return "to be trained" if self.tried else "not tried"
+        return f"{100 * self.accuracy:.1f} ± {100 * self.error:.1f} %"
+
     def plan(self, params: Params) -> Plan:
         """The strategy as a plan for a network."""
         return RECIPES[self.strategy](params, **self.settings)
@@ -143,13 +150,13 @@ class Advice:
             )
         for column in heads.columns[1:]:
             column.justify = "right"
-        table = Table("strategy", "accuracy", "moves", "costs", "why")
+        table = Table("strategy", "accuracy", "moves", "costs")
         for one in self.candidates:
-            accuracy = "–" if one.tried else "not tried"
-            if one.accuracy is not None and one.error is not None:
-                accuracy = f"{100 * one.accuracy:.1f} ± {100 * one.error:.1f} %"
             cost = "0" if one.cost == 0 else f"{one.cost:.1f}x"
-            table.add_row(str(one), accuracy, f"{one.moves:,}", cost, one.why)
+            table.add_row(f"{one}\n  {one.why}", one.accuracy_text, f"{one.moves:,}", cost)
+        for column in table.columns[1:]:
+            column.justify = "right"
+            column.no_wrap = True
         parts = [self.summary, heads, table]
         parts += [f"- {reason}" for reason in self.reasons]
         parts += [

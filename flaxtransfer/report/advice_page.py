@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from flaxtransfer.advice.advise import Advice, Candidate
+from flaxtransfer.advice.advise import Advice
 from flaxtransfer.report.figures import plot_advice
 from flaxtransfer.report.page import bullets, escape, html_table, page, picture, section
 
@@ -41,7 +41,7 @@ def _strategies(advice: Advice) -> str:
     rows = [
         (
             f"<b>{escape(str(one))}</b>" if one is advice.best else escape(str(one)),
-            _accuracy(one),
+            one.accuracy_text,
             f"{one.moves:,}",
             "0" if one.cost == 0 else f"{one.cost:.1f}x",
             escape(one.why),
@@ -49,16 +49,7 @@ def _strategies(advice: Advice) -> str:
         for one in advice.candidates
     ]
     headings = ("strategy", "accuracy, held out", "parameters that move", "costs", "why")
-    return html_table(headings, rows, {1, 2, 3}) + (
-        "<p>Costs are in runs that train everything; what has no accuracy has to be trained to "
-        "know.</p>"
-    )
-
-
-def _accuracy(one: Candidate) -> str:
-    if one.accuracy is None or one.error is None:
-        return "–" if one.tried else "not tried"
-    return f"{100 * one.accuracy:.1f} ± {100 * one.error:.1f} %"
+    return html_table(headings, rows, {1, 2, 3}) + "<p>Costs are in runs of full length.</p>"
 
 
 def _heads(advice: Advice) -> str:

@@ -17,7 +17,8 @@ def test_the_level_is_what_it_says(number):
         # Why there are estimated posteriors; log-loss minds less than frequencies do.
         assert rate > (0.15 if "residual" in name else 0.03)
     else:
-        assert (0.0 if "conservative" in name else 0.03) <= rate <= 0.07
+        # Of 500 draws the rate has a standard error of 1 point: below, three of them are allowed.
+        assert (0.0 if "conservative" in name else 0.02) <= rate <= 0.07
 
 
 def test_the_model_of_the_study_is_right():

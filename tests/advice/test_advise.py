@@ -1,0 +1,143 @@
+"""Targets that are made so that the right advice is known, and what is said of them."""
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer.advice.advise import SCHEMA
+from flaxtransfer.cli import run
+from flaxtransfer.report.advice_page import render_advice
+from tests.support.targets import pretrained, source
+
+KNOWN = {
+    "colors": {"depth"},
+    "fine gratings": {"early"},
+    "random labels": {"nothing"},
+    "coarse gratings": {"ceiling", "level"},
+}
+"""A hue is known at the stem and lost behind it; a grating as fine as the pixels gets through no
+stage; labels that were drawn have nothing to be known; and coarse gratings are known everywhere."""
+
+
+@pytest.fixture(scope="module")
+def advice():
+    return {name: ft.advise(pretrained(), source(name, 20, 0)) for name in KNOWN}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_known_of_a_target_is_said(advice, name):
+    assert advice[name].verdict in KNOWN[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOWN)
+def test_it_is_said_of_every_draw(name):
+    found = [ft.advise(pretrained(), source(name, 20, seed), seed=seed) for seed in range(100, 120)]
+    assert [each.verdict for each in found if each.verdict not in KNOWN[name]] == []
+
+
+def test_the_plan_is_of_what_is_recommended(advice):
+    colors, fine = advice["colors"], advice["fine gratings"]
+    assert colors.plan.ends_at == colors.evidence.best.name == "stem"
+    assert colors.plan.phases[0].only_solves
+    assert str(colors.best) == "depth_head (segment stem)"
+    assert fine.best.strategy == "early_layers"
+    assert {"discriminative", "batch_norm_only"} == {
+        one.strategy for one in fine.candidates if not one.tried
+    }
+    assert advice["random labels"].plan is None
+    assert advice["random labels"].best is None
+    # Of depths that are level the earliest is the cheapest.
+    assert advice["coarse gratings"].plan.ends_at in ("stem", "layer1", "layer2")
+    for found in advice.values():
+        assert len(found.challengers) <= 4
+
+
+def test_each_reason_has_a_number_and_what_follows(advice):
+    for found in advice.values():
+        text = str(found)
+        assert max(map(len, text.splitlines())) <= 80
+        assert found.summary.split(".")[0][:40] in text
+        for reason in found.reasons:
+            assert any(character.isdigit() for character in reason)
+    colors = "\n".join(advice["colors"].reasons)
+    assert "points above layer4 on the same images" in colors
+    assert "the head should read there" in colors
+    assert "no more than luck" in advice["random labels"].reasons[0]
+    assert "> 1/4 cycles per pixel" in "\n".join(advice["fine gratings"].reasons)
+
+
+def test_json_follows_its_schema_and_the_page_holds_everything(advice):
+    for name, found in advice.items():
+        content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+        jsonschema.validate(content, SCHEMA)
+        page = render_advice(found, data=f"{name}<script>", weights="w")
+        assert "<script>" not in page
+        for text in (*found.reasons, *found.unknown):
+            assert text.split(":")[0].replace("'", "&#x27;").replace(">", "&gt;") in page
+        assert page.count("data:image/png;base64") == 1
+
+
+def test_images_that_say_nothing_get_no_advice():
+    gray = np.full((40, 32, 32, 3), 128, np.uint8)
+    gray[:, 0, 0, 0] = np.arange(40)  # Else they were one image.
+    found = ft.advise(pretrained(), ft.ArraySource(gray, np.arange(40) % 2, ["a", "b"]))
+    assert found.verdict == "nothing"
+
+
+def test_many_classes_with_two_images_each():
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(50), 2)
+    images = random.integers(0, 255, (100, 32, 32, 3)).astype(np.uint8)
+    names = [f"class {n}" for n in range(50)]
+    found = ft.advise(pretrained(), ft.ArraySource(images, labels, names))
+    assert found.verdict == "nothing"
+    assert "which has 2 images to learn and to judge by" in "\n".join(found.unknown)
+    assert found.evidence.curve is None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from PIL import Image
+
+    drawn = source("colors", 8, 4)
+    for number, (image, label) in enumerate(zip(drawn.images, drawn.labels(), strict=True)):
+        place = tmp_path / "images" / f"hue{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_in_the_terminal(folder, tmp_path, capsys):
+    out = [tmp_path / name for name in ("a.json", "a.html", "plan.yaml")]
+    files = [
+        word for pair in zip(("--json", "--html", "--plan"), out, strict=True) for word in pair
+    ]
+    assert run(["advise", "--data", f"folder:{folder}", *map(str, files)]) == 0
+    printed = capsys.readouterr().out
+    assert "Recommended: depth_head (segment stem)." in printed
+    jsonschema.validate(json.loads(out[0].read_text()), SCHEMA)
+    assert "Recommended" in out[1].read_text()
+    plan = ft.training.load_plan(out[2])
+    assert plan.ends_at == "stem"
+    trained = ["train", "--data", f"folder:{folder}", "--strategy", str(out[2])]
+    assert run([*trained, "--run", str(tmp_path / "run")]) == 0
+    assert ft.load(tmp_path / "run").config.depths == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--json", "a.txt"], "--json: its name must end in .json"),
+        (["--plan", "nowhere/plan.yaml"], "nowhere"),
+        (["--data", "folder:nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_advised_is_one_line(words, text, capsys):
+    assert run(["advise", *words]) == 2
+    printed = capsys.readouterr().err
+    assert text in printed
+    assert "Traceback" not in printed
