@@ -35,6 +35,7 @@ from flaxtransfer.training.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     FEATURES,
+    RACE,
     RESULT_FILE,
     SPLIT_FILE,
     TENSORBOARD,
@@ -121,7 +122,7 @@ def check_place(folder: Path) -> None:
         refuse_link(folder / name)
     if (folder / CONFIG_FILE).exists() or has_checkpoint(folder):
         return
-    ours = {ENVIRONMENT_FILE, SPLIT_FILE, METRICS_FILE, CHECKPOINTS}
+    ours = {ENVIRONMENT_FILE, SPLIT_FILE, METRICS_FILE, CHECKPOINTS, RACE}
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     others = [name for name in others if not name.startswith(".") and name not in ours]
     if others:

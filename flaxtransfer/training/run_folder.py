@@ -98,6 +98,7 @@ def digest(leaf: Any) -> str:
 CHECKPOINTS = "checkpoints"
 FEATURES = "features"
 TENSORBOARD = "tensorboard"
+RACE = "race"
 CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
 ENVIRONMENT_FILE = "environment.json"

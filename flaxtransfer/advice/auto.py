@@ -1,0 +1,269 @@
+"""``auto``: advice, a race of the strategies that it cannot tell apart, and the training of one.
+
+The currency is steps, not seconds: what is decided by a clock falls out differently when a run goes
+on after an interruption. Every run of the race is a run folder of its own, so that a race that was
+killed goes on where it stopped, and decides the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxtransfer.advice.advise import Advice, Candidate, advise
+from flaxtransfer.advice.race import Race, prior_of, race
+from flaxtransfer.classifier import Classifier
+from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
+from flaxtransfer.data.source import Source
+from flaxtransfer.data.splits import Splits
+from flaxtransfer.features.folds import folds_with_singletons
+from flaxtransfer.files import write_json
+from flaxtransfer.training.evaluation import predict
+from flaxtransfer.training.loop import FitOptions, FitResult, fit
+from flaxtransfer.training.prefix_cache import Cache
+from flaxtransfer.training.run_folder import RACE
+
+__all__ = ["Auto", "Choice", "auto", "budget_runs", "choose"]
+
+FOLDS = 3
+"""Folds of the race: two thirds of the labels train, one third judges."""
+
+CHOICE_FILE = "choice.json"
+
+Lengths = Callable[[str], Mapping[str, int]]
+"""Steps of a strategy by the name of its argument, for the training set at hand."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The strategy that was chosen, and what decided.
+
+    Args:
+        candidate: the strategy.
+        advice: that the race began with.
+        race: where it ended; None where there was nothing to race for.
+        runs: full runs that the race took.
+    """
+
+    candidate: Candidate
+    advice: Advice
+    race: Race | None
+    runs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "candidate": self.candidate.to_json(),
+            "advice": self.advice.to_json(),
+            "race": None if self.race is None else self.race.to_json(),
+            "runs": self.runs,
+        }
+
+    def __str__(self) -> str:
+        return str(self.advice) if self.race is None else f"{self.advice}\n{self.race}"
+
+
+@dataclass(frozen=True, eq=False)
+class Auto:
+    """What ``auto`` ended with.
+
+    Args:
+        choice: the strategy and what decided.
+        fitted: the training of it, on all labels.
+    """
+
+    choice: Choice
+    fitted: FitResult
+
+    @property
+    def advice(self) -> Advice:
+        """That the race began with."""
+        return self.choice.advice
+
+
+def budget_runs(budget: str) -> int:
+    """Full runs that a budget allows, the last one on all labels included.
+
+    Raises:
+        ValueError: not of the form "4x", or less than one run.
+
+    >>> budget_runs("4x")
+    4
+    """
+    if not (found := re.fullmatch(r"(\d{1,3})x", budget)) or int(found[1]) < 1:
+        raise ValueError(
+            f"budget must be a number of full runs, 1 or more, such as '4x', got {budget!r}"
+        )
+    return int(found[1])
+
+
+def choose(
+    network: Classifier,
+    source: Source,
+    splits: Splits,
+    folder: str | os.PathLike[str],
+    *,
+    budget: str = "4x",
+    batch_size: int = 64,
+    seed: int = 0,
+    lengths: Lengths = lambda strategy: {},
+    cache: Cache | None = None,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Choice:
+    """Which strategy to train: by evidence, and by a race where evidence does not say.
+
+    Args:
+        network: from ``ft.transfer``; not changed.
+        source: images and labels.
+        splits: whose training part is looked at and raced on, and no other.
+        folder: of the race; one that was interrupted goes on there.
+        budget: full runs for all, the training of the choice included: "4x".
+        batch_size: examples a step.
+        seed: of folds, order and augmentation.
+        lengths: steps of a strategy; by default the recipes' own.
+        cache: see ``ft.fit``.
+        mesh: devices; by default all of them.
+        say: is told what happens.
+
+    Raises:
+        ValueError: nothing is learnable from these features; a budget of another form; and as
+            ``ft.advise`` and ``ft.fit``.
+    """
+    runs, folder = budget_runs(budget), Path(folder)
+    found = advise(network, source, splits.train, seed=seed, batch_size=batch_size, mesh=mesh)
+    if found.best is None:
+        raise ValueError(f"{found.summary} To train all the same, name a strategy")
+    say(str(found))
+    free = next(one for one in found.candidates if one.accuracy is not None)
+    challengers = [one for one in found.candidates if one.tried and one is not free]
+    if found.verdict in ("ceiling", "level") or not challengers or runs < 2:
+        return Choice(found.best, found, None, 0)
+    priors = {one.strategy: prior_of(found.verdict, one.strategy) for one in challengers}
+    costs = {one.strategy: float(one.moves) for one in (free, *challengers)}
+    labels = np.asarray(source.labels())[splits.train]
+    fold_of = folds_with_singletons(labels, FOLDS, seed)
+    by_name = {one.strategy: one for one in (free, *challengers)}
+    folds: list[dict[str, np.ndarray]] = []
+    state = race(folds, priors, costs, free.strategy)
+    done = 0
+    for fold in range(FOLDS):
+        parts = Splits.of(splits.train[fold_of != fold], (), splits.train[fold_of == fold])
+        data = loaders(source, parts, network.preprocessing, batch_size=batch_size, seed=seed)
+        folds.append({})
+        alive = [one.name for one in state.standings if not one.dropped]
+        for name in sorted(alive, key=lambda name: name != free.strategy):
+            costly = name != free.strategy
+            if (costly and done + 1 >= runs) or (state.over and done):
+                break
+            say(f"race, fold {fold + 1}: {by_name[name]}")
+            run = folder / f"{fold}-{name}"
+            settings = {**by_name[name].settings, **lengths(name)}
+            plan = Candidate.plan(_with(by_name[name], settings), network.params)
+            folds[-1][name] = _right(network, plan, source, parts, data, run, seed, cache, mesh)
+            done += costly
+            state = race(folds, priors, costs, free.strategy)
+    say(str(state))
+    chosen = by_name[state.leader]
+    choice = Choice(chosen, found, state, done)
+    write_json(folder / CHOICE_FILE, choice.to_json())
+    return choice
+
+
+def _with(candidate: Candidate, settings: dict[str, Any]) -> Candidate:
+    return Candidate(**{**vars(candidate), "settings": settings})
+
+
+def _right(
+    network: Classifier,
+    plan: Any,
+    source: Source,
+    parts: Splits,
+    data: DataLoaders,
+    folder: Path,
+    seed: int,
+    cache: Cache | None,
+    mesh: Mesh | None,
+) -> np.ndarray:
+    """Trains on one part and says what is right of the other, bool ``[examples]``."""
+    options = FitOptions(evaluate_every=None)
+    fitted = fit(
+        network,
+        plan,
+        data,
+        folder,
+        seed=seed,
+        resume=True,
+        options=options,
+        cache=cache,
+        mesh=mesh,
+    )
+    batches = eval_batches(source, parts.test, network.preprocessing)
+    return np.asarray(predict(fitted.network, batches, mesh).scores, bool)
+
+
+def auto(
+    network: Classifier,
+    source: Source,
+    splits: Splits,
+    folder: str | os.PathLike[str],
+    *,
+    budget: str = "4x",
+    batch_size: int = 64,
+    seed: int = 0,
+    resume: bool = False,
+    cache: Cache | None = None,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Auto:
+    """Chooses a strategy by advice and a race, and trains it on all labels.
+
+    Args:
+        network: from ``ft.transfer``; not changed.
+        source: images and labels.
+        splits: to train, to validate, to test on; the race sees the training part alone.
+        folder: the run folder; the race is in it.
+        budget: full runs for all, such as "4x".
+        batch_size: examples a step.
+        seed: of everything that is drawn.
+        resume: continue in the folder, race included; start where there is nothing.
+        cache: see ``ft.fit``.
+        mesh: devices; by default all of them.
+        say: is told what happens.
+
+    Raises:
+        ValueError: as ``choose`` and ``ft.fit``.
+    """
+    folder = Path(folder)
+    choice = choose(
+        network,
+        source,
+        splits,
+        folder / RACE,
+        budget=budget,
+        batch_size=batch_size,
+        seed=seed,
+        cache=cache,
+        mesh=mesh,
+        say=say,
+    )
+    data = loaders(source, splits, network.preprocessing, batch_size=batch_size, seed=seed)
+    fitted = fit(
+        network,
+        choice.candidate.plan(network.params),
+        data,
+        folder,
+        seed=seed,
+        config={"budget": budget},
+        resume=resume,
+        cache=cache,
+        mesh=mesh,
+    )
+    return Auto(choice, fitted)
