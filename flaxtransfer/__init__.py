@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flaxtransfer import training as training
     from flaxtransfer import weights as weights
     from flaxtransfer.advice.advise import advise as advise
+    from flaxtransfer.advice.auto import auto as auto
     from flaxtransfer.classifier import Classifier as Classifier
     from flaxtransfer.classifier import transfer as transfer
     from flaxtransfer.data.loader import eval_batches as eval_batches

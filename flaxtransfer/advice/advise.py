@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source
 from flaxtransfer.overview import terminal
+from flaxtransfer.paths import flatten
 from flaxtransfer.recipes.catalog import RECIPES
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.types import Params
@@ -73,9 +75,9 @@ class Candidate:
             return "to be trained" if self.tried else "not tried"
         return f"{100 * self.accuracy:.1f} ± {100 * self.error:.1f} %"
 
-    def plan(self, params: Params) -> Plan:
-        """The strategy as a plan for a network."""
-        return RECIPES[self.strategy](params, **self.settings)
+    def plan(self, params: Params, lengths: Mapping[str, int] | None = None) -> Plan:
+        """The strategy as a plan for a network; by default with the recipe's own lengths."""
+        return RECIPES[self.strategy](params, **self.settings, **(lengths or {}))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -157,7 +159,7 @@ class Advice:
         for column in table.columns[1:]:
             column.justify = "right"
             column.no_wrap = True
-        parts = [self.summary, heads, table]
+        parts: list[Any] = [self.summary, heads, table]
         parts += [f"- {reason}" for reason in self.reasons]
         parts += [
             "What cannot be known from these images:",
@@ -271,14 +273,10 @@ def _is_level(best: HeadEvidence, head: HeadEvidence) -> bool:
 
 def _moves(strategy: str, settings: dict[str, Any], params: Params) -> int:
     """Parameters that the longest phase of a strategy moves."""
-    plan = RECIPES[strategy](params, **settings).resolve(params)
-    from flaxtransfer.paths import flatten
-
-    leaves = flatten(params)
-    return max(
-        sum(math.prod(leaves[path].shape) for path in phase.param_groups.trainable_paths)
-        for phase in plan.phases
-    )
+    plan, leaves = RECIPES[strategy](params, **settings).resolve(params), flatten(params)
+    sizes = {path: int(math.prod(leaf.shape)) for path, leaf in leaves.items()}
+    moving = [phase.param_groups.trainable_paths for phase in plan.phases]
+    return max(sum(sizes[path] for path in paths) for paths in moving)
 
 
 def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Candidate]:

@@ -11,9 +11,11 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,16 +28,18 @@ from flaxtransfer.data.splits import Splits
 from flaxtransfer.features.folds import folds_with_singletons
 from flaxtransfer.files import write_json
 from flaxtransfer.training.evaluation import predict
-from flaxtransfer.training.loop import FitOptions, FitResult, fit
+from flaxtransfer.training.loop import FitResult, fit
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import RACE
 
-__all__ = ["Auto", "Choice", "auto", "budget_runs", "choose"]
+__all__ = ["Auto", "Choice", "auto", "beginning", "budget_runs", "choose"]
 
 FOLDS = 3
 """Folds of the race: two thirds of the labels train, one third judges."""
 
 CHOICE_FILE = "choice.json"
+
+Feed = Callable[[Splits], DataLoaders]
 
 Lengths = Callable[[str], Mapping[str, int]]
 """Steps of a strategy by the name of its argument, for the training set at hand."""
@@ -113,6 +117,7 @@ def choose(
     budget: str = "4x",
     batch_size: int = 64,
     seed: int = 0,
+    feed: Feed | None = None,
     lengths: Lengths = lambda strategy: {},
     cache: Cache | None = None,
     mesh: Mesh | None = None,
@@ -128,6 +133,7 @@ def choose(
         budget: full runs for all, the training of the choice included: "4x".
         batch_size: examples a step.
         seed: of folds, order and augmentation.
+        feed: makes the batches of a split; by default ``ft.loaders``.
         lengths: steps of a strategy; by default the recipes' own.
         cache: see ``ft.fit``.
         mesh: devices; by default all of them.
@@ -138,12 +144,14 @@ def choose(
             ``ft.advise`` and ``ft.fit``.
     """
     runs, folder = budget_runs(budget), Path(folder)
+    feed = feed or partial(_loaders, source, network, batch_size, seed)
     found = advise(network, source, splits.train, seed=seed, batch_size=batch_size, mesh=mesh)
     if found.best is None:
         raise ValueError(f"{found.summary} To train all the same, name a strategy")
     say(str(found))
     free = next(one for one in found.candidates if one.accuracy is not None)
     challengers = [one for one in found.candidates if one.tried and one is not free]
+    challengers.sort(key=lambda one: -prior_of(found.verdict, one.strategy).mean)
     if found.verdict in ("ceiling", "level") or not challengers or runs < 2:
         return Choice(found.best, found, None, 0)
     priors = {one.strategy: prior_of(found.verdict, one.strategy) for one in challengers}
@@ -155,21 +163,29 @@ def choose(
     state = race(folds, priors, costs, free.strategy)
     done = 0
     for fold in range(FOLDS):
+        # The last run of the budget is that of the choice, on all labels.
+        alive = [one.name for one in state.standings[1:] if not one.dropped][: runs - 1 - done]
+        if not alive or (done and state.over):
+            break
         parts = Splits.of(splits.train[fold_of != fold], (), splits.train[fold_of == fold])
-        data = loaders(source, parts, network.preprocessing, batch_size=batch_size, seed=seed)
+        data = feed(parts)
         folds.append({})
-        alive = [one.name for one in state.standings if not one.dropped]
-        for name in sorted(alive, key=lambda name: name != free.strategy):
-            costly = name != free.strategy
-            if (costly and done + 1 >= runs) or (state.over and done):
-                break
+        for name in (free.strategy, *alive):
             say(f"race, fold {fold + 1}: {by_name[name]}")
-            run = folder / f"{fold}-{name}"
-            settings = {**by_name[name].settings, **lengths(name)}
-            plan = Candidate.plan(_with(by_name[name], settings), network.params)
-            folds[-1][name] = _right(network, plan, source, parts, data, run, seed, cache, mesh)
-            done += costly
-            state = race(folds, priors, costs, free.strategy)
+            fitted = fit(
+                beginning(name, network, seed),
+                by_name[name].plan(network.params, lengths(name)),
+                data,
+                folder / f"{fold}-{name}",
+                seed=seed,
+                resume=True,
+                cache=cache,
+                mesh=mesh,
+            )
+            judged = eval_batches(source, parts.test, network.preprocessing)
+            folds[-1][name] = np.asarray(predict(fitted.network, judged, mesh).scores, bool)
+        done += len(alive)
+        state = race(folds, priors, costs, free.strategy)
     say(str(state))
     chosen = by_name[state.leader]
     choice = Choice(chosen, found, state, done)
@@ -177,36 +193,17 @@ def choose(
     return choice
 
 
-def _with(candidate: Candidate, settings: dict[str, Any]) -> Candidate:
-    return Candidate(**{**vars(candidate), "settings": settings})
+def beginning(strategy: str, network: Classifier, seed: int) -> Classifier:
+    """The network that a strategy begins with: random weights for ``from_scratch``."""
+    if strategy != "from_scratch":
+        return network
+    return network.with_variables(network.model.init(jax.random.key(seed)))
 
 
-def _right(
-    network: Classifier,
-    plan: Any,
-    source: Source,
-    parts: Splits,
-    data: DataLoaders,
-    folder: Path,
-    seed: int,
-    cache: Cache | None,
-    mesh: Mesh | None,
-) -> np.ndarray:
-    """Trains on one part and says what is right of the other, bool ``[examples]``."""
-    options = FitOptions(evaluate_every=None)
-    fitted = fit(
-        network,
-        plan,
-        data,
-        folder,
-        seed=seed,
-        resume=True,
-        options=options,
-        cache=cache,
-        mesh=mesh,
-    )
-    batches = eval_batches(source, parts.test, network.preprocessing)
-    return np.asarray(predict(fitted.network, batches, mesh).scores, bool)
+def _loaders(
+    source: Source, network: Classifier, batch_size: int, seed: int, splits: Splits
+) -> DataLoaders:
+    return loaders(source, splits, network.preprocessing, batch_size=batch_size, seed=seed)
 
 
 def auto(
@@ -254,11 +251,10 @@ def auto(
         mesh=mesh,
         say=say,
     )
-    data = loaders(source, splits, network.preprocessing, batch_size=batch_size, seed=seed)
     fitted = fit(
-        network,
+        beginning(choice.candidate.strategy, network, seed),
         choice.candidate.plan(network.params),
-        data,
+        _loaders(source, network, batch_size, seed, splits),
         folder,
         seed=seed,
         config={"budget": budget},

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxtransfer.advice.auto import beginning, choose
 from flaxtransfer.classifier import Classifier, Head, ending_at, transfer
 from flaxtransfer.commands.options import (
+    AUTO,
     DataOptions,
     InputOptions,
     JobOptions,
@@ -39,6 +40,7 @@ from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import MEASURED, Measurement, measure, most_images
 from flaxtransfer.training.evaluation import Evaluation, evaluate
 from flaxtransfer.training.plan import Plan
+from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import (
     SPLIT_FILE,
     split_of,
@@ -48,6 +50,14 @@ from flaxtransfer.training.run_folder import (
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
+
+
+class Choosing(NamedTuple):
+    """How ``--strategy auto`` chooses: the folder of its race, its cache, and where it speaks."""
+
+    folder: Path
+    cache: Cache
+    say: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,10 @@ class Job:
 
 
 def prepare(
-    options: JobOptions, settings: Mapping[str, Any] | None = None, resumed: Path | None = None
+    options: JobOptions,
+    settings: Mapping[str, Any] | None = None,
+    resumed: Path | None = None,
+    choosing: Choosing | None = None,
 ) -> Job:
     """Opens data and weights, and makes the network, the batches and the plan.
 
@@ -79,6 +92,7 @@ def prepare(
         options: of the job.
         settings: arguments of the recipe by name; None is the recipe's own default.
         resumed: the folder of a run that is resumed, whose split is kept.
+        choosing: how a strategy is chosen; None for subcommands that take a named one.
 
     Raises:
         ValueError: options that do not fit the data, the weights or the strategy.
@@ -87,6 +101,8 @@ def prepare(
     settings = dict(settings or {})
     strategy = options.strategy.strategy
     check_settings(strategy, settings)
+    if strategy == AUTO and choosing is None:
+        raise ValueError(f"--strategy {AUTO} is for flaxtransfer train; name a strategy here")
     seed, batch = options.split.seed, options.batch
     source, splits, checkpoint, network = begin(
         options.data,
@@ -99,18 +115,36 @@ def prepare(
     )
     preprocessing = network.preprocessing
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
-    data = loaders(
-        source,
-        splits,
-        preprocessing,
-        batch_size=batch.batch_size,
-        transform=training_transform(preprocessing, flip=flip, channels=len(preprocessing.mean)),
-        seed=seed,
-        workers=batch.workers,
-    )
-    if strategy == "from_scratch":
-        network = network.with_variables(network.model.init(jax.random.key(seed)))
-    evidence = Measurement()
+
+    def feed(parts: Splits) -> DataLoaders:
+        transform = training_transform(preprocessing, flip=flip, channels=len(preprocessing.mean))
+        return loaders(
+            source,
+            parts,
+            preprocessing,
+            batch_size=batch.batch_size,
+            transform=transform,
+            seed=seed,
+            workers=batch.workers,
+        )
+
+    data, evidence = feed(splits), Measurement()
+    if choosing is not None and strategy == AUTO:
+        choice = choose(
+            network,
+            source,
+            splits,
+            choosing.folder,
+            budget=options.strategy.budget,
+            batch_size=batch.batch_size,
+            seed=seed,
+            feed=feed,
+            lengths=lambda name: _with_lengths(name, {}, data),
+            cache=choosing.cache,
+            say=choosing.say,
+        )
+        strategy, settings = choice.candidate.strategy, dict(choice.candidate.settings)
+    network = beginning(strategy, network, seed)
     if strategy in MEASURED:
         positions = subsample(splits.train, most_images(strategy), source.labels())
         batches = eval_batches(source, positions, preprocessing, batch_size=batch.batch_size)

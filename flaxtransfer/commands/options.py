@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,6 +72,9 @@ Count = Annotated[int, AT_LEAST_1]
 Rate = Annotated[float, POSITIVE]
 
 RECIPES_HELP = f"a recipe ({', '.join(RECIPE_NAMES)}), or the path of a plan, such as plan.yaml"
+AUTO = "auto"
+"""The strategy that chooses another one."""
+
 FORMATS_HELP = ", ".join(FORMATS)
 SENSORS_HELP = ", ".join(SENSORS)
 FORMS = [scheme.form for scheme in SCHEMES.values() if scheme.labeled]
@@ -236,13 +240,21 @@ class StrategyOptions:
     """
 
     strategy: Annotated[
-        str, described(f'Strategy: {RECIPES_HELP}; "flaxtransfer plan" prints and writes them.')
+        str,
+        described(
+            f"Strategy: {AUTO}, which chooses one by advice and a race; {RECIPES_HELP}; "
+            '"flaxtransfer plan" prints and writes them.'
+        ),
     ] = "head_then_fine_tune"
     head: Literal["new", "keep", "resize"] = "new"
+    budget: Annotated[str, described(f"Full runs for {AUTO}, the last one included.")] = "4x"
 
     def problems(self) -> Iterator[str]:
-        """An unknown recipe or a plan that does not exist."""
-        yield from strategy_problems(self.strategy)
+        """An unknown recipe, a plan that does not exist, a budget of another form."""
+        if self.strategy != AUTO:
+            yield from strategy_problems(self.strategy, AUTO)
+        if not re.fullmatch(r"[1-9]\d{0,2}x", self.budget):
+            yield f"--budget must be a number of full runs, such as 4x, got {self.budget!r}"
 
 
 @dataclass(frozen=True)
@@ -391,16 +403,18 @@ def is_file(strategy: str) -> bool:
     return strategy.endswith(PLAN_SUFFIXES)
 
 
-def strategy_problems(strategy: str) -> Iterator[str]:
-    """What is wrong with the name of a recipe or the path of a plan."""
+def strategy_problems(strategy: str, *others: str) -> Iterator[str]:
+    """What is wrong with the name of a recipe, or one of the others, or the path of a plan."""
     if is_file(strategy):
         if not Path(strategy).exists():
             yield f"--strategy: there is no plan {strategy}"
         elif not Path(strategy).is_file():
             yield f"--strategy: the plan {strategy} must be a regular file"
     elif strategy not in RECIPE_NAMES:
+        known = (*others, *RECIPE_NAMES)
+        either = "".join(f"{other}, or " for other in others)
         yield (
-            f"--strategy must be {RECIPES_HELP}, got {strategy!r}{suggest(strategy, RECIPE_NAMES)}"
+            f"--strategy must be {either}{RECIPES_HELP}, got {strategy!r}{suggest(strategy, known)}"
         )
 
 

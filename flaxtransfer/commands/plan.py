@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flaxtransfer.commands.options import flag, is_file
+from flaxtransfer.commands.options import AUTO, flag, is_file
 from flaxtransfer.commands.subcommands import Plan
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.recipes import RECIPES
@@ -41,6 +41,13 @@ def check_settings(strategy: str, settings: Mapping[str, Any]) -> None:
         ValueError: a setting that the strategy does not take, with those that it takes.
     """
     given = [name for name, value in settings.items() if value is not None]
+    if strategy == AUTO:
+        if given:
+            raise ValueError(
+                f"--strategy {AUTO} chooses {', '.join(map(flag, given))} itself; name a strategy "
+                "to set them"
+            )
+        return
     if is_file(strategy):
         if given:
             raise ValueError(

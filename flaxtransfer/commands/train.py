@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import Job, prepare
-from flaxtransfer.commands.options import recorded
+from flaxtransfer.commands.job import Choosing, Job, prepare
+from flaxtransfer.commands.options import AUTO, recorded
 from flaxtransfer.commands.subcommands import Train
 from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.splits import Splits, subsample
@@ -26,7 +26,7 @@ from flaxtransfer.training.evaluation import Evaluation
 from flaxtransfer.training.loop import FitOptions, FitResult, check_same_run, fit
 from flaxtransfer.training.plan import Plan, plan_table
 from flaxtransfer.training.prefix_cache import Cache
-from flaxtransfer.training.run_folder import run_problems, seal_run
+from flaxtransfer.training.run_folder import RACE, run_problems, seal_run
 
 SUMMARY_FILE = "summary.json"
 PICTURE_FILE = "training.png"
@@ -46,7 +46,14 @@ def train(options: Train, console: Console) -> None:
     folder = options.run.run or Path("runs") / f"{_file_name(name)}-seed{seed}"
     started = time.monotonic()
     resumed = folder if options.run.resume else None
-    job = prepare(options.job, options.training.settings(), resumed)
+    choosing = Choosing(folder / RACE, _cache(options), lambda text: _say(text, console))
+    if (
+        options.job.strategy.strategy == AUTO
+        and not options.run.resume
+        and (folder / RACE).exists()
+    ):
+        raise ValueError(f"{folder} holds a race; add --resume to go on, or give a new --run")
+    job = prepare(options.job, options.training.settings(), resumed, choosing)
     if resumed and (folder / MANIFEST_FILE).exists() and (folder / SUMMARY_FILE).exists():
         arguments = _arguments(options, job.network, job.plan, job.data, folder)
         for note in check_same_run(**arguments):
@@ -62,14 +69,15 @@ def train(options: Train, console: Console) -> None:
                 f"{problem}; it is made again", highlight=False, markup=False, soft_wrap=True
             )
     _print_job(job, name, console)
-    baseline = _baseline(job, console)
+    solved = all(phase.only_solves for phase in job.plan.phases)
+    # A solved head is judged by the same folds when it is solved, and says so itself.
+    baseline = None if solved else _baseline(job, console)
     fitted = _fit(options, job.network, job.plan, job.data, folder)
     rows = [_row("pre-trained", job.test(fitted.network), fitted, started)]
     for line in (*fitted.notes, *map(str, fitted.audits)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
     few = few and options.job.strategy.strategy != "from_scratch"
-    solved = all(phase.only_solves for phase in job.plan.phases)
     few = few and not solved  # It takes no steps, in which the comparison could be trained.
     if options.run.compare == "yes" or (options.run.compare == "auto" and few):
         started = time.monotonic()
@@ -159,7 +167,6 @@ def _arguments(
     options: Train, network: Classifier, plan: Plan, data: DataLoaders, folder: Path
 ) -> dict[str, Any]:
     """The arguments of ``fit`` that say which run it is."""
-    cache = options.cache
     return {
         "network": network,
         "plan": plan,
@@ -170,15 +177,24 @@ def _arguments(
         "options": FitOptions(
             evaluate_every=options.training.evaluate_every, tensorboard=options.run.tensorboard
         ),
-        "cache": Cache(
-            where=cache.where,
-            dtype=cache.dtype,
-            views=cache.views,
-            memory=int(1e9 * cache.memory_gb),
-            disk=int(1e9 * cache.disk_gb),
-            folder=cache.folder,
-        ),
+        "cache": _cache(options),
     }
+
+
+def _cache(options: Train) -> Cache:
+    cache = options.cache
+    return Cache(
+        where=cache.where,
+        dtype=cache.dtype,
+        views=cache.views,
+        memory=int(1e9 * cache.memory_gb),
+        disk=int(1e9 * cache.disk_gb),
+        folder=cache.folder,
+    )
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _row(

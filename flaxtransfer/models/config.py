@@ -360,7 +360,8 @@ class ResNetConfig:
         """
         if not self.depths:
             return self.stem_channels[-1]
-        return self.width * 2 ** (len(self.depths) - 1) * self.expansion
+        last = len(self.depths) - 1
+        return self.width * self.expansion << last
 
     @property
     def name(self) -> str:
