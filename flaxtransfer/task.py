@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import shortened, suggest
 
 __all__ = [
     "SINGLE_LABEL",
@@ -176,8 +176,9 @@ def task_named(name: str) -> Task:
     >>> task_named("single_label") is SINGLE_LABEL
     True
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
+        got = shortened(repr(name), 100)
         raise ValueError(
-            f"task must be one of {', '.join(TASKS)}, got {name!r}{suggest(str(name), TASKS)}"
+            f"task must be one of {', '.join(TASKS)}, got {got}{suggest(str(name), TASKS)}"
         )
     return TASKS[name]

@@ -66,6 +66,10 @@ def test_a_task_is_found_by_the_name_that_files_record():
     assert task_named("single_label") is SINGLE_LABEL
     with pytest.raises(ValueError, match="task must be one of single_label, got 'single'; did you"):
         task_named("single")
+    for damaged in ("single_l" + "[]," * 1000 + "abel", ["single_label"], None):
+        with pytest.raises(ValueError, match="task must be one of single_label, got") as caught:
+            task_named(damaged)
+        assert len(str(caught.value)) < 200
 
 
 def test_another_task_is_a_value_of_the_same_class():

@@ -22,7 +22,7 @@ from flaxtransfer.files import atomic_write, parse_json, write_file
 from flaxtransfer.models.adapters import fold
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes, shape_differences
-from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.paths import flatten, shortened, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task, task_named
 from flaxtransfer.types import Variables
 from flaxtransfer.weights.naming import key_map
@@ -144,7 +144,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
             str(content.get("no_head", "")),
         )
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"missing {error}" if isinstance(error, KeyError) else error
+        reason = shortened(f"missing {error}" if isinstance(error, KeyError) else str(error), 400)
         raise ValueError(f"the flaxtransfer header of the file is invalid: {reason}") from error
 
 

@@ -1,0 +1,133 @@
+"""Races of drawn rights and wrongs, where it is known who should win."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flaxtransfer.advice.race import DELTA, Prior, prior_of, race
+
+PRIORS = {"low": Prior(), "high": Prior(), "scratch": Prior()}
+COSTS = {"head": 10.0, "low": 900.0, "high": 1000.0, "scratch": 1000.0}
+
+
+def drawn(seed: int, folds: int = 5, images: int = 40, **accuracies: float):
+    """Folds in which strategies agree on most images, as networks of one start do."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(folds):
+        hardness = random.random(images)
+        found.append(
+            {
+                name: (0.7 * hardness + 0.3 * random.random(images))
+                < np.quantile(
+                    0.7 * np.sort(random.random(20_000)) + 0.3 * random.random(20_000), acc
+                )
+                for name, acc in accuracies.items()
+            }
+        )
+    return found
+
+
+def test_the_posterior_is_that_of_a_normal_mean():
+    """By hand: a prior of 0 ± 6 points, and 12 won, 2 lost of 100 once."""
+    fold = {"head": np.arange(100) < 70, "low": (np.arange(100) < 82) & (np.arange(100) >= 2)}
+    (_, low), prior = race([fold], {"low": Prior()}, COSTS, "head").standings, Prior()
+    variance = 16 / 100**2 + prior.noise**2
+    precision = prior.deviation**-2 + 1 / variance
+    assert (low.won, low.lost, low.images) == (12, 2, 100)
+    assert low.mean == pytest.approx(0.10 / variance / precision)
+    assert low.deviation == pytest.approx(precision**-0.5)
+    assert low.z == pytest.approx(10 / math.sqrt(14))
+
+
+def test_before_any_fold_the_free_head_leads():
+    found = race([], PRIORS, COSTS, "head")
+    assert found.leader == "head"
+    assert not found.over
+    assert [one.name for one in found.standings] == ["head", *PRIORS]
+    # Prior knowledge alone leaves no free head: nothing was seen on these images.
+    sure = race([], {"low": Prior(mean=0.2)}, COSTS, "head")
+    assert sure.leader == "head"
+
+
+@pytest.mark.parametrize("best", ["low", "high", "scratch"])
+def test_who_is_clearly_better_wins(best):
+    """200 images, ten points ahead: the best, or one within a point of it, in 95 of 100 races."""
+    missed = 0
+    for seed in range(40):
+        accuracies = dict.fromkeys(COSTS, 0.70) | {best: 0.80}
+        missed += race(drawn(seed, **accuracies), PRIORS, COSTS, "head").leader != best
+    assert missed <= 2
+
+
+def test_ties_end_at_the_cheapest():
+    wins = [
+        race(drawn(seed, **dict.fromkeys(COSTS, 0.7)), PRIORS, COSTS, "head").leader == "head"
+        for seed in range(60)
+    ]
+    assert np.mean(wins) >= 0.6
+    worse = dict.fromkeys(COSTS, 0.65) | {"head": 0.7}
+    wins = [
+        race(drawn(seed, **worse), PRIORS, COSTS, "head").leader == "head" for seed in range(60)
+    ]
+    assert np.mean(wins) >= 0.9
+
+
+def test_who_is_far_behind_is_dropped_and_the_free_head_never():
+    found = race(drawn(0, head=0.9, low=0.9, high=0.9, scratch=0.5), PRIORS, COSTS, "head")
+    out = {one.name: one.dropped for one in found.standings}
+    assert out == {"head": False, "low": False, "high": False, "scratch": True}
+    behind = race(drawn(0, head=0.4, low=0.9, high=0.9, scratch=0.9), PRIORS, COSTS, "head")
+    assert not behind.standings[0].dropped
+
+
+def test_the_regret_that_it_states_is_that_of_its_draws():
+    """With one challenger: the mean of the positive part of a normal variable."""
+    fold = {"head": np.arange(100) < 70, "low": np.arange(100) < 66}
+    found = race([fold], {"low": Prior()}, COSTS, "head")
+    low = found.standings[1]
+    ratio = low.mean / low.deviation
+    density = math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
+    share = (1 + math.erf(ratio / math.sqrt(2))) / 2
+    assert found.leader == "head"
+    assert found.regret == pytest.approx(low.mean * share + low.deviation * density, rel=0.05)
+    chance = (1 + math.erf((DELTA - low.mean) / low.deviation / math.sqrt(2))) / 2
+    assert found.within == pytest.approx(chance, abs=0.02)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_the_order_of_folds_and_images_does_not_matter(seed, count):
+    folds = drawn(seed, folds=count, head=0.7, low=0.75, high=0.6, scratch=0.5)
+    turned = [{name: right[::-1] for name, right in fold.items()} for fold in folds[::-1]]
+    one, other = (race(each, PRIORS, COSTS, "head") for each in (folds, turned))
+    assert one.leader == other.leader
+    for a, b in zip(one.standings, other.standings, strict=True):
+        assert a.mean == pytest.approx(b.mean)
+        assert (a.won, a.lost) == (b.won, b.lost)
+
+
+def test_a_strategy_may_be_missing_from_a_fold_and_the_free_head_may_not():
+    folds = drawn(3, folds=2, head=0.7, low=0.8)
+    del folds[1]["low"]
+    assert race(folds, PRIORS, COSTS, "head").standings[1].images == 40
+    del folds[1]["head"]
+    with pytest.raises(ValueError, match="fold 1 must have 'head'"):
+        race(folds, PRIORS, COSTS, "head")
+    short = [{"head": np.ones(4, bool), "low": np.ones(3, bool)}]
+    with pytest.raises(ValueError, match=r"right on the same images, got \(3,\) and \(4,\)"):
+        race(short, PRIORS, COSTS, "head")
+
+
+def test_what_is_known_of_gains_is_shared_with_the_package():
+    for verdict in ("early", "depth", "train"):
+        for strategy in ("high_rate_fine_tuning", "discriminative", "from_scratch"):
+            prior = prior_of(verdict, strategy)
+            assert -1 < prior.mean < 1
+            assert prior.deviation >= 0.03
+    text = str(race(drawn(1, head=0.6, low=0.9), {"low": Prior()}, COSTS, "head"))
+    assert "is chosen: expected regret" in text
+    assert max(map(len, text.splitlines())) <= 110
