@@ -78,7 +78,7 @@ SCHEMES_HELP = " or ".join((", ".join(FORMS[:-1]), FORMS[-1]))
 
 
 PLAN_SUFFIXES = (".yaml", ".yml")
-WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo")
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo", ".h5")
 
 
 @dataclass(frozen=True)

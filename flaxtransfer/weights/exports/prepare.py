@@ -26,7 +26,9 @@ USUAL_EPSILON = 1e-5
 """Epsilon of the norms in torch, timm and transformers."""
 
 
-def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
+def canonicalize(
+    checkpoint: Pretrained, *, exporting: str, epsilon: float = USUAL_EPSILON
+) -> Pretrained:
     """Rewrites a network in the usual form: the same function.
 
     It then has no input adapter, the usual epsilon, and a stem pool that is padded with -inf where
@@ -35,9 +37,10 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
     Args:
         checkpoint: the network.
         exporting: name of the layout, for the error text.
+        epsilon: of its norms.
 
     Raises:
-        ValueError: an adapter with tone curves, or an epsilon that variances cannot absorb.
+        ValueError: an adapter with tone curves, or GroupNorms with another epsilon.
     """
     try:
         checkpoint = fold_adapter(checkpoint)
@@ -51,31 +54,33 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
             config=dataclasses.replace(config, stem_pool="max"),
             notes=(*checkpoint.notes, note),
         )
-    more = checkpoint.config.epsilon - USUAL_EPSILON
+    more = checkpoint.config.epsilon - epsilon
     if more == 0:
         return checkpoint
     flat = flatten(checkpoint.variables)
-    variances = {path: leaf for path, leaf in flat.items() if path.endswith("/var")}
-    if checkpoint.config.norm == "group" or any(
-        (leaf + more < 0).any() for leaf in variances.values()
-    ):
+    if checkpoint.config.norm == "group":
         raise ValueError(
-            f"epsilon must be {USUAL_EPSILON} for {exporting}, got {checkpoint.config.epsilon}, "
-            "which the running variances cannot absorb; ONNX and StableHLO support any epsilon"
+            f"epsilon must be {epsilon} for {exporting} in a GroupNorm, which has no running "
+            f"variances to absorb it, got {checkpoint.config.epsilon}; use --to onnx or stablehlo"
         )
-    # A norm only depends on var + epsilon.
-    shifted = {
-        path: (np.asarray(leaf, np.float64) + more).astype(np.float32)
-        for path, leaf in variances.items()
-    }
+    shifted = {}
+    for path in [path for path in flat if path.endswith("/var")]:
+        variance = np.asarray(flat[path], np.float64)
+        # A norm only depends on var + epsilon, and on the scale where that would be negative.
+        low = variance + more < 0
+        shifted[path] = np.where(low, variance, variance + more).astype(np.float32)
+        if low.any():
+            scale = path.replace("batch_stats/", "params/").removesuffix("var") + "scale"
+            factor = np.sqrt((variance + epsilon) / (variance + checkpoint.config.epsilon))
+            shifted[scale] = np.where(low, flat[scale] * factor, flat[scale]).astype(np.float32)
     return dataclasses.replace(
         checkpoint,
         variables=_nested({**flat, **shifted}),
-        config=dataclasses.replace(checkpoint.config, epsilon=USUAL_EPSILON),
+        config=dataclasses.replace(checkpoint.config, epsilon=epsilon),
         sha256="",
         notes=(
             *checkpoint.notes,
-            f"running variances were raised by {more:.3g} to absorb the epsilon",
+            f"running variances were changed by {more:+.3g} to absorb the epsilon",
         ),
     )
 
