@@ -138,6 +138,8 @@ def load(
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
+    if chosen == "timm-v2":
+        table = timm.v2_table_of(arrays, _pools_shortcuts(model, file))
     shapes = _shapes(table, arrays)
     if not any(leaf.startswith("params/layer") for leaf in shapes):
         raise unfit(file, _no_resnet(file, format))
@@ -257,6 +259,17 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
         f"its {len(file.arrays)} keys are like "
         f"{shortened(', '.join(list(file.arrays)[:3]), 150)}"
         + (f"; config.json next to it states {shortened(str(stated), 40)!r}" if stated else "")
+    )
+
+
+def _pools_shortcuts(model: str | ResNetConfig | None, file: Tensors) -> bool | None:
+    """Whether the caller, the header or the files next to it say that shortcuts are pooled."""
+    if isinstance(model, str):
+        model = named(model, "`model` (--model)")
+    header = pretrained.read_header(file.metadata) if model is None else None
+    said = model if header is None else header.config
+    return (
+        timm.pools_shortcuts(sidecar.beside(file)) if said is None else said.shortcut == "average"
     )
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "check_folder",
     "export_metadata",
     "with_own_standardization",
+    "without_stem_bias",
 ]
 
 
@@ -40,7 +41,7 @@ def canonicalize(
         epsilon: of its norms.
 
     Raises:
-        ValueError: an adapter with tone curves, or GroupNorms with another epsilon.
+        ValueError: an adapter with tone curves.
     """
     try:
         checkpoint = fold_adapter(checkpoint)
@@ -59,10 +60,7 @@ def canonicalize(
         return checkpoint
     flat = flatten(checkpoint.variables)
     if checkpoint.config.norm == "group":
-        raise ValueError(
-            f"epsilon must be {epsilon} for {exporting} in a GroupNorm, which has no running "
-            f"variances to absorb it, got {checkpoint.config.epsilon}; use --to onnx or stablehlo"
-        )
+        return _with_larger_filters(checkpoint, epsilon)
     shifted = {}
     for path in [path for path in flat if path.endswith("/var")]:
         variance = np.asarray(flat[path], np.float64)
@@ -85,10 +83,42 @@ def canonicalize(
     )
 
 
-def with_own_standardization(checkpoint: Pretrained, epsilon: float) -> Pretrained:
+def _with_larger_filters(checkpoint: Pretrained, epsilon: float) -> Pretrained:
+    """Multiplies all filters, after which GroupNorms with another epsilon are the same function.
+
+    Every convolution ends in a norm, alone or as a part of the residual stream, and a norm with
+    epsilon of its input is one with factor^2 epsilon of factor times its input.
+    """
+    checkpoint = with_own_standardization(checkpoint, None)
+    factor = (epsilon / checkpoint.config.epsilon) ** 0.5
+    flat = flatten(checkpoint.variables)
+    larger = {
+        path: (np.asarray(leaf, np.float64) * factor).astype(np.float32)
+        for path, leaf in flat.items()
+        if _is_filter(path, leaf) or path == "params/conv1/bias"
+    }
+    return dataclasses.replace(
+        checkpoint,
+        variables=_nested({**flat, **larger}),
+        config=dataclasses.replace(checkpoint.config, epsilon=epsilon),
+        sha256="",
+        notes=(
+            *checkpoint.notes,
+            f"filters were multiplied by {factor:.4g} for GroupNorms with epsilon {epsilon}",
+        ),
+    )
+
+
+def _is_filter(path: str, leaf: Any) -> bool:
+    """Whether a leaf is the kernel of a convolution, not one of channel attention."""
+    return path.endswith("/kernel") and np.ndim(leaf) == 4 and "/se/" not in path
+
+
+def with_own_standardization(checkpoint: Pretrained, epsilon: float | None) -> Pretrained:
     """Standardizes the filters in advance, for a program with another epsilon: the same function.
 
-    The variance of standardized filters is large compared with either epsilon.
+    The variance of standardized filters is large compared with either epsilon. None is a program
+    without weight standardization, which then does not standardize in training either.
     """
     own = checkpoint.config.standardized
     if own is None or own == epsilon:
@@ -97,14 +127,44 @@ def with_own_standardization(checkpoint: Pretrained, epsilon: float) -> Pretrain
     done = {
         path: np.asarray(standardize(leaf, own))
         for path, leaf in flat.items()
-        if path.endswith("kernel") and np.ndim(leaf) == 4
+        if _is_filter(path, leaf)
     }
+    lost = ", and are not in further training" if epsilon is None else ""
     return dataclasses.replace(
         checkpoint,
         variables=_nested({**flat, **done}),
         config=dataclasses.replace(checkpoint.config, standardized=epsilon),
         sha256="",
-        notes=(*checkpoint.notes, f"filters were standardized in advance with epsilon {own}"),
+        notes=(
+            *checkpoint.notes,
+            f"filters were standardized in advance with epsilon {own}{lost}",
+        ),
+    )
+
+
+def without_stem_bias(checkpoint: Pretrained) -> Pretrained:
+    """Subtracts the stem's bias from the running means of the norms that see it.
+
+    A pool that is padded with -inf passes the bias on, and so do blocks without a convolution in
+    their shortcut. GroupNorms have no running means, and zeros around a pool have no bias: such
+    networks are returned unchanged.
+    """
+    config = checkpoint.config
+    if not config.stem_bias or config.norm == "group" or config.stem_pool != "max":
+        return checkpoint
+    flat = flatten(checkpoint.variables)
+    bias = np.asarray(flat.pop("params/conv1/bias"), np.float64)
+    for stage, block in ((s, b) for s, depth in enumerate(config.depths, 1) for b in range(depth)):
+        mean = f"batch_stats/layer{stage}/{block}/bn1/mean"
+        flat[mean] = (np.asarray(flat[mean], np.float64) - bias).astype(np.float32)
+        if config.has_shortcut(stage, block):
+            break
+    return dataclasses.replace(
+        checkpoint,
+        variables=_nested(flat),
+        config=dataclasses.replace(config, stem_bias=False),
+        sha256="",
+        notes=(*checkpoint.notes, "the stem's bias was folded into running means"),
     )
 
 

@@ -40,7 +40,7 @@ _LEAVES = dict.fromkeys(
     for variant in (shortcut, timm.of_groups(shortcut))
 )
 
-TABLE: Table = tuple(Rule(leaf, leaf) for leaf in (*_LEAVES, "params/conv1/bias"))
+TABLE: Table = tuple(Rule(leaf, leaf) for leaf in _LEAVES)
 """Each leaf under its own path, such as "params/layer1/0/conv1/kernel"."""
 
 _AVERAGES = ("ema", "ema_params", "params_ema", "average_params", "avg_params", "swa_params")
