@@ -99,7 +99,7 @@ def load(
             ``training.recalibrate`` has measured them on your images.
 
     Returns:
-        A ``Pretrained`` with float32 numpy arrays.
+        A ``Pretrained`` with float32 numpy arrays, read-only where they are views of the file.
 
     Raises:
         FileNotFoundError: the file does not exist; the text names the nearest one.
@@ -373,9 +373,8 @@ def _as_float32(
         got = shortened(", ".join(f"{leaf}: {kind}" for leaf, kind in foreign.items()), 300)
         raise ValueError(f"{path} must hold floating-point weights, got {got}")
     with np.errstate(over="ignore"):
-        converted = {
-            leaf: np.ascontiguousarray(array, dtype=np.float32) for leaf, array in leaves.items()
-        }
+        # Arrays of the file stay where they are, transposed or not: whoever uses one copies it.
+        converted = {leaf: np.asarray(array, np.float32) for leaf, array in leaves.items()}
     problems = [
         f"{leaf}: {_count(array)} of {array.size}"
         for leaf, array in converted.items()

@@ -312,14 +312,8 @@ def test_what_is_exported_to_timm_is_not_refused(tmp_path, name):
     assert load(tmp_path / "net").config == config
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"stem_type": "same"}, "stem_type must be"),
-        ({"avg_down": True}, "avg_down must be False with such a stem, got True"),
-    ],
-)
-def test_a_pre_activation_network_with_another_graph_is_refused(arguments, text):
+def test_a_pre_activation_network_with_another_graph_is_refused():
+    arguments = {"stem_type": "same"}
     said = {"architecture": "resnetv2_50", "pretrained_cfg": {}, "model_args": arguments}
     (problem,) = timm.other_graph(said, ARCHITECTURES["resnetv2_50"])
-    assert text in problem
+    assert "stem_type must be" in problem

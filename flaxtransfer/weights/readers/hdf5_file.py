@@ -25,7 +25,9 @@ _BODY = ("conv", "stack", "post_bn/", "predictions/")
 _DEEPEST, _MOST_LAYERS = 32, 10_000
 
 
-def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+def read_hdf5(
+    data: bytes | memoryview,
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the bytes of an ``.h5`` file: arrays by "layer/variable", metadata and notes.
 
     The state of the optimizer is omitted. Keras 3 numbers the variables of a layer
@@ -39,7 +41,7 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
     h5py = _h5py("reading .h5 and .keras files")
     arrays: dict[str, np.ndarray] = {}
     try:
-        with h5py.File(io.BytesIO(data), "r") as file:
+        with h5py.File(archives.as_file(data), "r") as file:
             left_out = [name for name in file if name.startswith("optimizer")]
             seen: set[Any] = set()
             config, layers = file.attrs.get("model_config"), _layers(file, h5py)
@@ -101,7 +103,9 @@ def _h5py(task: str) -> Any:
     return h5py
 
 
-def read_keras_archive(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+def read_keras_archive(
+    data: bytes | memoryview,
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the HDF5 file with the weights, and the configuration, of a ``.keras`` archive."""
     files = archives.members(data)
     if "model.weights.h5" not in files:
