@@ -5,23 +5,15 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Console
 
-from flaxtransfer.commands.job import normalizing
+from flaxtransfer.commands.job import load_weights
 from flaxtransfer.commands.subcommands import Convert
 from flaxtransfer.weights.exports.exporting import export
-from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.pretrained import fold_adapter
 
 
 def convert(options: Convert, console: Console) -> None:
     """Runs ``flaxtransfer convert``."""
-    checkpoint = load(
-        options.source,
-        model=options.model,
-        format=options.format,
-        sensor=options.sensor,
-        key=options.weights_key,
-    )
-    checkpoint = normalizing(checkpoint, mean=options.mean, std=options.std)
+    checkpoint = load_weights(options.source, options)
     plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
     if plain and options.adapter == "fold":
         try:

@@ -20,6 +20,7 @@ from flaxtransfer.commands.options import (
     fractions,
 )
 from flaxtransfer.commands.plan import check_settings, strategy_plan
+from flaxtransfer.commands.subcommands import Convert
 from flaxtransfer.data.band_statistics import band_patches, band_preprocessing
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
 from flaxtransfer.data.open import open_source
@@ -31,7 +32,7 @@ from flaxtransfer.models.input_channels import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import MEASURED, MOST_IMAGES, Measurement, measure
-from flaxtransfer.training.evaluation import Evaluation, evaluate
+from flaxtransfer.training.evaluation import Evaluation, evaluate, recalibrate
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.training.run_folder import (
     SPLIT_FILE,
@@ -81,7 +82,8 @@ def prepare(
     settings = dict(settings or {})
     strategy = options.strategy.strategy
     check_settings(strategy, settings)
-    checkpoint = load_weights(options.weights)
+    weights = options.weights
+    checkpoint = load_weights(weights.weights, weights, measure=weights.statistics == "measure")
     source = open_source(
         options.data.name,
         download=options.data.download,
@@ -101,6 +103,8 @@ def prepare(
         dtype=jnp.bfloat16 if batch.compute == "bfloat16" else None,
         **start,
     )
+    if weights.statistics == "measure":
+        network = measured(network, source, subsample(splits.train, MOST_IMAGES, source.labels()))
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
     data = loaders(
         source,
@@ -134,16 +138,27 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
     return record.positions(source)
 
 
-def load_weights(options: WeightsOptions) -> Pretrained:
-    """The checkpoint that the options name; errors as in ``load``."""
+def load_weights(
+    source: str, options: WeightsOptions | Convert, *, measure: bool = False
+) -> Pretrained:
+    """The checkpoint of a source, as the options say; errors as in ``load``."""
     found = load(
-        options.weights,
+        source,
         model=options.model,
         format=options.format,
         sensor=options.sensor,
         key=options.weights_key,
+        statistics="measure" if measure else None,
     )
     return normalizing(found, mean=options.mean, std=options.std)
+
+
+def measured(network: Classifier, source: Source, positions: np.ndarray) -> Classifier:
+    """The network with the running statistics that these images of a source give."""
+    batches = eval_batches(source, positions, network.preprocessing)
+    return network.with_variables(
+        {**network.variables, "batch_stats": recalibrate(network, batches)}
+    )
 
 
 def normalizing(checkpoint: Pretrained, **given: Sequence[str]) -> Pretrained:

@@ -123,6 +123,7 @@ def load(
         raise ValueError(f"`statistics` must be None or 'measure', got {statistics!r}")
     name, path, arrived = locate(source)
     file = detect.read_tensors(path, key)
+    file = dataclasses.replace(file, settings=sidecar.beside(file))
     placed = 0
     if statistics == "measure":
         filled, placed = with_placeholders(file.arrays)
@@ -524,7 +525,7 @@ def _of_sensor(sensor: str, config: ResNetConfig, file: Tensors) -> tuple[Prepro
 
 
 def _preprocessing(
-    file: Tensors, settings: dict[str, Any], config: ResNetConfig, source: str
+    file: Tensors, settings: Mapping[str, Any], config: ResNetConfig, source: str
 ) -> tuple[Preprocessing | None, list[str]]:
     graph = onnx.stated(file.metadata)
     if graph is not None and graph.mean:

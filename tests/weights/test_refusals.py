@@ -96,6 +96,23 @@ def test_another_family_is_named_by_the_config_beside_it(write, settings, name):
     assert "config.json next to it states" in text
 
 
+def branches(module):
+    """The first blocks of the branches of an HRNet, with timm's keys and widths."""
+    return {
+        f"stage4.{module}.branches.{branch}.0.conv{k}.weight": np.ones((w, w, 3, 3), np.float32)
+        for branch, w in enumerate((2, 4, 8, 16))
+        for k in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "model."])
+def test_branches_of_an_hrnet_are_no_networks(write, prefix):
+    keys = branches(0) | branches(1) | branches(2)
+    keys |= {"layer1.0.conv1.weight": np.ones((4, 4, 1, 1)), "conv1.weight": np.ones((4, 3, 3, 3))}
+    text = refusal(write({prefix + key: array for key, array in keys.items()}))
+    assert "holds an HRNet" in text
+
+
 def test_a_config_of_an_unknown_network_is_quoted_beside_the_keys(write):
     path = write({"stages.0.blocks.0.conv_dw.weight": np.zeros((1, 1, 3, 3), np.float32)})
     path.with_name("config.json").write_text('{"architecture": "edgenext_base"}')

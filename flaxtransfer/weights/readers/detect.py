@@ -201,6 +201,7 @@ class Tensors:
         notes: what was removed or converted.
         beside: arrays around the network, by key; its head may be there.
         place: the names in the file that lead to the network.
+        settings: the ``config.json`` next to it, where it was read already.
     """
 
     path: Path
@@ -210,6 +211,7 @@ class Tensors:
     notes: tuple[str, ...]
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     place: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
 
 
 def read_tensors(path: Path, key: str | None = None) -> Tensors:
