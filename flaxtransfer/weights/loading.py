@@ -99,7 +99,7 @@ def load(
             ``training.recalibrate`` has measured them on your images.
 
     Returns:
-        A ``Pretrained`` with float32 numpy arrays, read-only where they are views of the file.
+        A ``Pretrained`` with float32 numpy arrays, which may be views of the bytes that were read.
 
     Raises:
         FileNotFoundError: the file does not exist; the text names the nearest one.

@@ -242,9 +242,13 @@ def read_tensors(path: Path, key: str | None = None) -> Tensors:
         raise ValueError(f"{path}: {error}") from error.__cause__
     if not arrays:
         raise ValueError(f"{path} holds no arrays")
+    network = {short: arrays[name] for name, short in found.keys.items()}
+    if 2 * sum(a.nbytes for a in network.values()) < sum(a.nbytes for a in arrays.values()):
+        # Arrays in place keep all bytes of the file, those of an optimizer too.
+        network = {short: array.copy() for short, array in network.items()}
     return Tensors(
         path,
-        {short: arrays[name] for name, short in found.keys.items()},
+        network,
         metadata,
         sha256,
         (*chosen, *told, *found.notes),
@@ -332,8 +336,8 @@ def list_arrays(path: Path) -> Listing:
 def _opened(path: Path) -> Iterator[tuple[memoryview, Future[str]]]:
     """The bytes of a file and their checksum, which is computed while they are read and used.
 
-    The bytes are read once, into memory of numpy's, whose pages are large, and nothing can change
-    them: the checksum is that of the arrays. That a file is not what its run wrote is said before
+    The bytes are read once, into memory of numpy's, whose pages are large. They become the arrays,
+    and no mapped file can change under them. That a file is not what its run wrote is said before
     what else is wrong with it.
     """
     check_regular(path)
@@ -351,7 +355,6 @@ def _opened(path: Path) -> Iterator[tuple[memoryview, Future[str]]]:
             if place < size or file.read(1):
                 raise ValueError(f"it must not change while it is read, got {place:,} bytes first")
         sha256 = thread.submit(checksum.hexdigest)
-        held.flags.writeable = False
         try:
             yield memoryview(held), sha256
         finally:

@@ -302,9 +302,7 @@ def _array(tensor: Tensor, content: _Content, in_place: bool) -> np.ndarray:
     if tensor.offset + sum((n - 1) * step for n, step in steps) >= len(numbers):
         raise ValueError(f"a tensor of shape {list(tensor.shape)} exceeds its storage")
     strides = tuple(step * kind.itemsize for step in tensor.strides)
-    array = np.lib.stride_tricks.as_strided(
-        numbers[tensor.offset :], tensor.shape, strides, writeable=False
-    )
+    array = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides)
     array = -array if tensor.negative else array
     return array.conj() if tensor.conjugate else array
 
