@@ -22,6 +22,7 @@ from flaxtransfer.commands.options import (
     fractions,
 )
 from flaxtransfer.commands.plan import check_settings, strategy_plan
+from flaxtransfer.commands.subcommands import Convert
 from flaxtransfer.data.loader import (
     DataLoaders,
     band_patches,
@@ -37,8 +38,14 @@ from flaxtransfer.files import read_json
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.paths import flatten
 from flaxtransfer.recipes import RECIPES
-from flaxtransfer.recipes.measurement import MEASURED, Measurement, measure, most_images
-from flaxtransfer.training.evaluation import Evaluation, evaluate
+from flaxtransfer.recipes.measurement import (
+    MEASURED,
+    MOST_IMAGES,
+    Measurement,
+    measure,
+    most_images,
+)
+from flaxtransfer.training.evaluation import Evaluation, evaluate, recalibrate
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import (
@@ -145,7 +152,7 @@ def prepare(
         )
         strategy, settings = choice.candidate.strategy, dict(choice.candidate.settings)
     network = beginning(strategy, network, seed)
-    if strategy in MEASURED:
+    if strategy in MEASURED and "segment" not in settings:
         positions = subsample(splits.train, most_images(strategy), source.labels())
         batches = eval_batches(source, positions, preprocessing, batch_size=batch.batch_size)
         evidence = measure(strategy, network, batches, len(splits.train))
@@ -185,7 +192,7 @@ def begin(
         dtype: likewise.
         resumed: the folder of a run that is resumed, whose split is kept.
     """
-    checkpoint = load_weights(weights)
+    checkpoint = load_weights(weights.weights, weights, measure=weights.statistics == "measure")
     source = open_source(
         data.name,
         download=data.download,
@@ -204,6 +211,8 @@ def begin(
         dtype=dtype,
         **start,
     )
+    if weights.statistics == "measure":
+        network = measured(network, source, subsample(splits.train, MOST_IMAGES, source.labels()))
     return Start(source, splits, checkpoint, network)
 
 
@@ -218,16 +227,27 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
     return record.positions(source)
 
 
-def load_weights(options: WeightsOptions) -> Pretrained:
-    """The checkpoint that the options name; errors as in ``load``."""
+def load_weights(
+    source: str, options: WeightsOptions | Convert, *, measure: bool = False
+) -> Pretrained:
+    """The checkpoint of a source, as the options say; errors as in ``load``."""
     found = load(
-        options.weights,
+        source,
         model=options.model,
         format=options.format,
         sensor=options.sensor,
         key=options.weights_key,
+        statistics="measure" if measure else None,
     )
     return normalizing(found, mean=options.mean, std=options.std)
+
+
+def measured(network: Classifier, source: Source, positions: np.ndarray) -> Classifier:
+    """The network with the running statistics that these images of a source give."""
+    batches = eval_batches(source, positions, network.preprocessing)
+    return network.with_variables(
+        {**network.variables, "batch_stats": recalibrate(network, batches)}
+    )
 
 
 def normalizing(checkpoint: Pretrained, **given: Sequence[str]) -> Pretrained:

@@ -12,7 +12,7 @@ from rich.table import Table
 from flaxtransfer.advice.advise import advise as give_advice
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier, transfer
-from flaxtransfer.commands.job import Job, begin, load_weights, prepare, split
+from flaxtransfer.commands.job import Job, begin, load_weights, measured, prepare, split
 from flaxtransfer.commands.subcommands import Advise, FindRate, Probe
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
@@ -65,7 +65,8 @@ def advise(options: Advise, console: Console) -> None:
 def probe(options: Probe, console: Console) -> None:
     """Runs ``flaxtransfer probe``."""
     data = options.data
-    checkpoint = load_weights(options.weights)
+    weights = options.weights
+    checkpoint = load_weights(weights.weights, weights, measure=weights.statistics == "measure")
     source = open_source(
         data.name,
         download=data.download,
@@ -76,6 +77,8 @@ def probe(options: Probe, console: Console) -> None:
     positions = subsample(training, options.most_images, source.labels())
     classes = len(source.class_names)
     network = transfer(checkpoint, classes=classes)
+    if weights.statistics == "measure":
+        network = measured(network, source, positions)
     batches = eval_batches(source, positions, network.preprocessing)
     features, labels = segment_features(network, batches)
     profile = probe_profile(features, labels, kind=options.kind, classes=classes)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from flaxtransfer.analysis.stem import stem_report
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.commands.job import normalizing
+from flaxtransfer.commands.job import load_weights
 from flaxtransfer.commands.subcommands import (
     RATES,
     Convert,
@@ -310,14 +310,7 @@ def _labels_and_groups(
 
 def convert(options: Convert, console: Console) -> None:
     """Runs ``flaxtransfer convert``."""
-    checkpoint = load(
-        options.source,
-        model=options.model,
-        format=options.format,
-        sensor=options.sensor,
-        key=options.weights_key,
-    )
-    checkpoint = normalizing(checkpoint, mean=options.mean, std=options.std)
+    checkpoint = load_weights(options.source, options)
     plain = options.to in (None, "safetensors") and options.target.suffix == ".safetensors"
     if plain and options.adapter == "fold":
         try:

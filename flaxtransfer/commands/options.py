@@ -82,7 +82,7 @@ SCHEMES_HELP = " or ".join((", ".join(FORMS[:-1]), FORMS[-1]))
 
 
 PLAN_SUFFIXES = (".yaml", ".yml")
-WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo")
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo", ".h5")
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ class WeightsOptions:
         mean: Mean that the network subtracts from each channel, for pixels from 0 to 1: one number
             for all or one per channel, such as 0.5 or 123/255.
         std: Standard deviation that it then divides by, likewise.
+        statistics: Running statistics of the BatchNorms: those of the file, or measured on training
+            images, for a file that has none.
     """
 
     weights: str = "builtin"
@@ -170,6 +172,7 @@ class WeightsOptions:
     ] = None
     mean: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
     std: Annotated[tuple[str, ...], default("recorded, or assumed")] = ()
+    statistics: Literal["file", "measure"] = "file"
 
     def problems(self) -> Iterator[str]:
         """An unknown network, and numbers that are none."""

@@ -427,8 +427,8 @@ class Convert:
     Args:
         source: Weights of a ResNet: builtin, a file, a folder with one, a run folder,
             hf://organization/name or https://.
-        target: File to write (.safetensors, .onnx or .stablehlo), or folder for timm and
-            huggingface.
+        target: File to write (.safetensors, .onnx, .stablehlo, or .h5 for Keras), or folder for
+            timm and huggingface.
         model: Network that the source must be, by name, such as resnet50_v1: it also says what no
             weights show.
         mean: Mean that the network subtracts from each channel, for pixels from 0 to 1: one number
@@ -463,7 +463,8 @@ class Convert:
         ),
     ] = None
     to: Annotated[
-        Literal["safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo"] | None,
+        Literal["safetensors", "torchvision", "timm", "huggingface", "keras", "onnx", "stablehlo"]
+        | None,
         default("read off the suffix of the target"),
     ] = None
     dtype: Literal["float32", "float16"] = "float32"

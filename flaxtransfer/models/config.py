@@ -291,16 +291,37 @@ class ResNetConfig:
                 and (
                     self.attention is not None
                     or self.anti_alias is not None
-                    or self.stem_pool == "convolution"
+                    or self.stem_pool in ("convolution", "ceil")
                     or self.stride_in == "1x1"
-                    or self.shortcut_kernel != 1
+                    or (self.stem_pool == "zero-padded" and self.stem == "tiered")
+                    or (self.groups, self.reduce_first, self.shortcut_kernel) != (1, 1, 1)
                 ),
-                "a pre-activation network must not have attention, anti_alias, "
-                "stem_pool='convolution', stride_in='1x1' or shortcut_kernel=3",
+                "a pre-activation network must not have attention, anti_alias, groups, "
+                "reduce_first, stem_pool='convolution' or 'ceil', a zero-padded pool behind "
+                "stem='tiered', stride_in='1x1' or shortcut_kernel=3",
+            ),
+            (
+                self.stride_at == "last"
+                and (
+                    (self.block, self.stem, self.shortcut, self.norm)
+                    != ("bottleneck", "plain", "convolution", "batch")
+                    or self.standardized is not None
+                ),
+                "stride_at='last' requires bottleneck blocks, stem='plain', "
+                "shortcut='convolution', norm='batch' and no weight standardization, as Keras has",
             ),
             (
                 not self.preactivation and (self.stride_at == "last" or self.stem_bias),
                 "stride_at='last' and stem_bias=True require preactivation=True",
+            ),
+            (
+                self.stem_bias
+                and (
+                    self.norm == "group"
+                    or (self.stem_pool == "zero-padded" and self.stride_at == "first")
+                ),
+                "stem_bias=True requires norm='batch', and stride_at='last' behind a zero-padded "
+                "pool, as Keras has",
             ),
             (
                 self.norm == "group" and bool(uneven),

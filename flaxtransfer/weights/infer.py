@@ -212,7 +212,8 @@ def statistics_problem(
         return (
             f"{shortened(str(file.path), 150)} must have the statistics of its BatchNorms "
             "(batch_stats), got parameters alone; save both collections, or load with "
-            "statistics='measure' and call training.recalibrate with your images"
+            "statistics='measure' and call training.recalibrate with your images, which "
+            "--statistics measure does"
         )
     # In other formats the names of GroupNorms are their own.
     if format not in ("torchvision", "timm", "timm-v2") or not _lacks_statistics(shapes):
@@ -225,7 +226,8 @@ def statistics_problem(
         f"{shortened(str(file.path), 150)} must have the running statistics of its norms "
         "(running_mean, running_var), got none: without them BatchNorm and GroupNorm look the "
         "same; save the whole state_dict(), not parameters() alone"
-        f"{way}, or load with statistics='measure' and call training.recalibrate with your images"
+        f"{way}, or load with statistics='measure' and call training.recalibrate with your images, "
+        "which --statistics measure does"
     )
 
 

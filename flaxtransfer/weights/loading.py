@@ -99,7 +99,7 @@ def load(
             ``training.recalibrate`` has measured them on your images.
 
     Returns:
-        A ``Pretrained`` with float32 numpy arrays.
+        A ``Pretrained`` with float32 numpy arrays, which may be views of the bytes that were read.
 
     Raises:
         FileNotFoundError: the file does not exist; the text names the nearest one.
@@ -123,6 +123,7 @@ def load(
         raise ValueError(f"`statistics` must be None or 'measure', got {statistics!r}")
     name, path, arrived = locate(source)
     file = detect.read_tensors(path, key)
+    file = dataclasses.replace(file, settings=sidecar.beside(file))
     placed = 0
     if statistics == "measure":
         filled, placed = with_placeholders(file.arrays)
@@ -138,6 +139,8 @@ def load(
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     table = FORMATS[chosen].table(arrays)
+    if chosen == "timm-v2":
+        table = timm.v2_table_of(arrays, _pools_shortcuts(model, file))
     shapes = _shapes(table, arrays)
     short = _stated_short(file)
     if short is None and not any(leaf.startswith("params/layer") for leaf in shapes):
@@ -270,6 +273,17 @@ def _no_resnet(file: detect.Tensors, asked: str | None) -> str:
     )
 
 
+def _pools_shortcuts(model: str | ResNetConfig | None, file: Tensors) -> bool | None:
+    """Whether the caller, the header or the files next to it say that shortcuts are pooled."""
+    if isinstance(model, str):
+        model = named(model, "`model` (--model)")
+    header = pretrained.read_header(file.metadata) if model is None else None
+    said = model if header is None else header.config
+    return (
+        timm.pools_shortcuts(sidecar.beside(file)) if said is None else said.shortcut == "average"
+    )
+
+
 def _check_graph(file: Tensors, format: str, seen: ResNetConfig | None = None) -> None:
     """Refuses a file whose ``config.json`` asks for another graph than that of our networks."""
     settings = sidecar.beside(file)
@@ -370,9 +384,8 @@ def _as_float32(
         got = shortened(", ".join(f"{leaf}: {kind}" for leaf, kind in foreign.items()), 300)
         raise ValueError(f"{path} must hold floating-point weights, got {got}")
     with np.errstate(over="ignore"):
-        converted = {
-            leaf: np.ascontiguousarray(array, dtype=np.float32) for leaf, array in leaves.items()
-        }
+        # Arrays of the file stay where they are, transposed or not: whoever uses one copies it.
+        converted = {leaf: np.asarray(array, np.float32) for leaf, array in leaves.items()}
     problems = [
         f"{leaf}: {_count(array)} of {array.size}"
         for leaf, array in converted.items()
@@ -522,7 +535,7 @@ def _of_sensor(sensor: str, config: ResNetConfig, file: Tensors) -> tuple[Prepro
 
 
 def _preprocessing(
-    file: Tensors, settings: dict[str, Any], config: ResNetConfig, source: str
+    file: Tensors, settings: Mapping[str, Any], config: ResNetConfig, source: str
 ) -> tuple[Preprocessing | None, list[str]]:
     graph = onnx.stated(file.metadata)
     if graph is not None and graph.mean:

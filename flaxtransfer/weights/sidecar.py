@@ -77,8 +77,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def beside(file: Tensors) -> dict[str, Any]:
+def beside(file: Tensors) -> Mapping[str, Any]:
     """The ``config.json`` next to a file; empty for ours, whose header states everything."""
+    if file.settings is not None:
+        return file.settings
     own = HEADER_KEY in file.metadata
     return {} if own else _in_one_form(read_json(file.path.with_name("config.json")))
 

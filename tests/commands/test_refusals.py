@@ -56,7 +56,10 @@ ERRORS = [
     (["find-rate", "--lowest", "0", "--steps", "2"], "--lowest must be > 0, got 0.0; --steps must"),
     (["find-rate", "--lowest", "nan"], "--lowest must be > 0, got nan"),
     (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
-    (["convert", "nowhere.pth", "x.xyz"], "must end in .safetensors, .onnx, .stablehlo, got x.xyz"),
+    (
+        ["convert", "nowhere.pth", "x.xyz"],
+        "must end in .safetensors, .onnx, .stablehlo, .h5, got x.xyz",
+    ),
     (["convert", "nowhere.pth", "no/x.onnx"], "the folder no for x.onnx does not exist"),
     (["stem", "--out", "x.xyz"], "--out: its name must end in .png, .pdf, .svg, got x.xyz"),
     (["plan", "--out", "missing/p.yaml"], "the folder missing for p.yaml does not exist; make it"),

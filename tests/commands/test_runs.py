@@ -12,9 +12,13 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
+from flaxtransfer.commands.job import prepare
+from flaxtransfer.commands.options import DataOptions, JobOptions, WeightsOptions
+from flaxtransfer.paths import flatten
 from flaxtransfer.training.run_folder import seal_run
 from tests.support.terminal import train
 
@@ -227,3 +231,20 @@ def test_train_says_what_frozen_features_reach_and_what_it_caches(
     for name, state in (("a", "made in"), ("b", "found in")):
         assert run(train(folder, weights, tmp_path / name, *few, *on_disk)) == 0
         assert state in capsys.readouterr().err
+
+
+def test_running_statistics_are_measured_on_the_training_images(folder, weights, tmp_path):
+    """For a file that has none: by `train` and whoever prepares as it does."""
+    arrays = {name: a for name, a in load_file(weights).items() if "running" not in name}
+    bare = tmp_path / "bare.safetensors"
+    save_file(arrays, bare)
+    chosen = WeightsOptions(str(bare), statistics="measure")
+    job = prepare(JobOptions(data=DataOptions(f"folder:{folder}"), weights=chosen))
+    start = ft.transfer(ft.load(bare, statistics="measure"), classes=2)
+    images = ft.eval_batches(job.source, job.splits.train, start.preprocessing)
+    expected = flatten(ft.training.recalibrate(start, images))
+    found = flatten(job.network.variables["batch_stats"])
+    assert found.keys() == expected.keys()
+    for path, numbers in expected.items():
+        np.testing.assert_allclose(found[path], numbers, rtol=1e-6)
+    assert found["bn1/mean"].any()

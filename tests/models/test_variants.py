@@ -215,6 +215,12 @@ def test_bands_before_a_deep_stem(way):
             {"preactivation": True, "anti_alias": "blur"},
             "network must not have attention",
         ),
+        ({"preactivation": True, "stem_pool": "ceil"}, "network must not have attention"),
+        ({"preactivation": True, "stride_at": "last"}, "requires bottleneck blocks"),
+        (
+            {"preactivation": True, "stem_bias": True, "stem_pool": "zero-padded"},
+            "stride_at='last' behind a zero-padded pool",
+        ),
         ({"stride_at": "last"}, "require preactivation=True"),
         ({"stem_bias": True}, "require preactivation=True"),
         ({"standardized": 0.0}, "standardized must be a float between 0 and 1, got 0.0"),

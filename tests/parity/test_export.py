@@ -101,7 +101,20 @@ FOR_TIMM = {
         stem_width=32,
         shortcut="average",
     ),
+    "v2, d without pooled shortcuts": dataclasses.replace(
+        PLAIN, preactivation=True, width=8, stem="deep", stem_width=8
+    ),
+    "v2, pooled shortcuts": dataclasses.replace(
+        BOTTLENECK, preactivation=True, width=8, shortcut="average"
+    ),
+    "v2, bias": dataclasses.replace(
+        PLAIN, depths=(2, 1, 1, 1), preactivation=True, width=8, stem_bias=True
+    ),
     "other epsilon": dataclasses.replace(PLAIN, epsilon=1e-3),
+    "other epsilon, group": dataclasses.replace(BOTTLENECK, norm="group", epsilon=1e-3),
+    "v2, other epsilon, group, standardized": dataclasses.replace(
+        PLAIN, preactivation=True, width=32, norm="group", epsilon=1e-3, standardized=1e-10
+    ),
     "bit": ARCHITECTURES["resnetv2_50x1_bit"],
 }
 

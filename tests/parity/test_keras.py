@@ -3,6 +3,7 @@
 Keras starts biases at 0; here they are random, and so are the statistics.
 """
 
+import dataclasses
 import importlib
 import os
 
@@ -10,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+import flaxtransfer as ft
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import load
+from flaxtransfer.weights import Pretrained, export, load
 from flaxtransfer.weights.naming import keras as naming
 from flaxtransfer.weights.naming import key_map
 from flaxtransfer.weights.naming.formats import FORMATS
@@ -82,6 +84,44 @@ def test_logits_in_each_layout(agree, version, tmp_path, suffix):
     images = (pictures() / 255 - np.float32(pre.mean)) / np.float32(pre.std)
     run = jax.jit(lambda variables, images: resnet(config).apply(variables, images)[0])
     agree(run(checkpoint.variables, images.astype(np.float32)), theirs, LIMIT)
+
+
+@pytest.mark.parametrize("bands", [3, 2])
+def test_keras_takes_our_file_and_gives_it_back(agree, version, keras, tmp_path, bands):
+    """In the order of the layers, by their names, and after a step of training there."""
+    name, model, _ = version
+    model.save_weights(tmp_path / "theirs.weights.h5")
+    before = load(tmp_path / "theirs.weights.h5")
+    if bands != 3:
+        config = dataclasses.replace(before.config, in_channels=bands)
+        stem = before.variables["params"]["conv1"]
+        stem = {**stem, "kernel": stem["kernel"][:, :, :bands]}
+        params = {**before.variables["params"], "conv1": stem}
+        pre = ft.Preprocessing((0.5,) * bands, (0.5,) * bands, 75, 75)
+        before = Pretrained({**before.variables, "params": params}, config, pre)
+    written = export(before, tmp_path / "net.h5")
+    assert any(f"keras.applications.{name} takes it" in note for note in written.notes)
+    assert any("preprocess_input" in note for note in written.notes) == (bands == 3)
+    build = getattr(keras.applications, name)
+    kept = {"classes": CLASSES, "classifier_activation": None, "input_shape": (75, 75, bands)}
+    again = build(weights=str(tmp_path / "net.h5"), **kept)
+    named = build(weights=None, **kept)
+    named.load_weights(tmp_path / "net.h5", by_name=True)
+    pre = before.preprocessing
+    pixels = pictures(bands)
+    images = ((pixels / 255 - np.float32(pre.mean)) / np.float32(pre.std)).astype(np.float32)
+    theirs = images[..., ::-1] if bands == 3 and "V2" not in name else images
+    run = jax.jit(lambda variables, images: resnet(before.config).apply(variables, images)[0])
+    for network in (again, named):
+        agree(run(before.variables, images), np.asarray(network(theirs).detach()), LIMIT)
+    again.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    again.train_on_batch(theirs, np.arange(2))
+    again.save_weights(tmp_path / "trained.weights.h5")
+    trained = load(tmp_path / "trained.weights.h5").variables
+    assert not np.array_equal(
+        trained["params"]["fc"]["kernel"], before.variables["params"]["fc"]["kernel"]
+    )
+    agree(run(trained, images), np.asarray(again(theirs).detach()), LIMIT)
 
 
 def other(keras, changes, name="ResNet50"):

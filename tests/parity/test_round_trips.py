@@ -6,6 +6,7 @@ build one, the export must say so in one line.
 
 import dataclasses
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def images_of(checkpoint):
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
+LACKS = {
+    "timm": r"stride_in='1x1'|stride_at='last'|stem_pool='ceil'|se_ratio=|stem_width=|"
+    r"multiples of 8"
+}
+"""The fields by which a peer's networks are refused; none where everything is taken."""
+
+
 def exported(checkpoint, target, to):
     """Whether the network was exported; a refusal is one short line, and leaves nothing."""
     try:
@@ -81,6 +89,7 @@ def exported(checkpoint, target, to):
         assert "\n" not in text
         assert len(text) <= 600
         assert "use --to" in text
+        assert re.search(LACKS.get(to, "(?!)"), text)
         assert not target.exists()
         return False
     return True
@@ -109,9 +118,15 @@ def go_there_and_back(torch, near, before, network, write, path):
     """
     images = images_of(before)
     near(torch_logits(torch, network, images), logits_of(before, images))
-    own, back = (flatten(each.variables) for each in (before, load(path)))
-    assert back.keys() == own.keys()
-    if before.config.epsilon == 1e-5:
+    again = load(path)
+    own, back = (flatten(each.variables) for each in (before, again))
+    other = {
+        field for field, value in vars(before.config).items() if value != vars(again.config)[field]
+    }
+    # What the peer lacks is folded away; a pool behind a ReLU may be padded with anything.
+    assert other <= {"stem_bias", "standardized", "stem_pool"}
+    if other <= {"stem_pool"}:
+        assert back.keys() == own.keys()
         assert all(np.asarray(own[leaf]).tobytes() == back[leaf].tobytes() for leaf in own)
     train_one_step(torch, network, images)
     write(network)
@@ -160,7 +175,7 @@ def test_timm(torch, torchvision, near, record_property):
 
     trip()
     record_property(f"{sum(taken)} of {len(taken)} networks exported", 0.0)
-    assert sum(taken) >= 30
+    assert sum(taken) >= 60
 
 
 def test_the_built_in_network_in_timm(torch, torchvision, near, tmp_path):
@@ -236,7 +251,7 @@ def test_torchvision(torch, torchvision, near):
 
 
 def test_keras(near):
-    """Theirs in the other direction: nothing writes Keras' files here."""
+    """Theirs, trained there, to us, and back to them."""
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
     from keras.src.applications import resnet as theirs
@@ -277,7 +292,12 @@ def test_keras(near):
             trained = load(path)
             pre = trained.preprocessing
             prepared = (pixels / 255 - np.float32(pre.mean)) / np.float32(pre.std)
-            near(network(images).detach(), logits_of(trained, prepared.astype(np.float32)))
+            logits = network(images).detach()
+            near(logits, logits_of(trained, prepared.astype(np.float32)))
+            assert exported(trained, Path(folder) / "net.h5", "keras")
+            network.layers[-1].set_weights([0 * each for each in network.layers[-1].get_weights()])
+            network.load_weights(Path(folder) / "net.h5")
+            near(network(images).detach(), logits)
             expected = {"depths": depths, "width": width, "stem_channels": (64,)}
             for field, value in expected.items():
                 assert getattr(trained.config, field) == value

@@ -48,10 +48,15 @@ def networks(draw, most_blocks=3, widths=(32, 64, 96), most_groups=4):
             fields |= {"groups": one_of(1, 2), "base_width": 64}
         fields["stride_in"] = one_of("3x3", "3x3", "1x1")
     if fields["preactivation"]:
-        fields["stride_in"] = "3x3"
-        fields["stride_at"] = one_of("first", "first", "last")
-        fields["stem_bias"] = fields["stem"] == "plain" and one_of(False, True)
-        fields["stem_pool"] = one_of("max", "zero-padded", "ceil")
+        fields |= {"stride_in": "3x3", "groups": 1}
+        keras = {"block": "bottleneck", "stem": "plain", "shortcut": "convolution", "norm": "batch"}
+        if fields.items() >= keras.items() and fields["standardized"] is None:
+            fields["stride_at"] = one_of("first", "last")
+        pools = ["max"] if fields["stem"] == "tiered" else ["max", "zero-padded"]
+        fields["stem_pool"] = one_of(*pools)
+        if fields["stem"] == "plain" and norm == "batch":
+            keras = fields["stem_pool"] == "max" or fields.get("stride_at") == "last"
+            fields["stem_bias"] = keras and one_of(False, True)
         return ResNetConfig(**fields)
     fields["attention"] = one_of(None, None, "se", "eca")
     if fields["attention"] == "se":

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.paths import flatten, unflatten
-from flaxtransfer.weights import IMAGENET, Pretrained, load, save
+from flaxtransfer.weights import IMAGENET, Pretrained, load, save, sidecar
 from flaxtransfer.weights.naming import timm
 from flaxtransfer.weights.naming.key_map import to_keys
 
@@ -205,3 +205,15 @@ class TestWhatNoLeafShows:
             match=r"weights\.safetensors holds leaves that do not form.* a multiple of 32 channels",
         ):
             load(write(bare), model="resnet18_gn")
+
+
+def test_a_config_is_read_once(golden, monkeypatch):
+    read, names = sidecar.read_json, []
+
+    def counted(path):
+        names.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(sidecar, "read_json", counted)
+    load(golden / "huggingface_bottleneck")
+    assert sorted(names) == ["config.json", "preprocessor_config.json"]

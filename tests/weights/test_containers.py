@@ -1,6 +1,8 @@
 """A file is what its content is: under a wrong name, under none, and where nothing is known."""
 
+import hashlib
 import io
+import json
 import re
 import shutil
 
@@ -11,7 +13,9 @@ from flax import serialization
 from safetensors.numpy import save
 
 from flaxtransfer.weights import load
+from flaxtransfer.weights.readers import detect
 from flaxtransfer.weights.readers.detect import CONTAINERS, has_weights_name, recognize
+from flaxtransfer.weights.readers.safetensors_file import read_safetensors
 
 ONES = {"a": np.ones(3, np.float32)}
 
@@ -125,3 +129,87 @@ def test_names_that_weights_have():
     assert (
         list(filter(has_weights_name, [*likely, "x.tar", "x.zip", "pth", "config.json"])) == likely
     )
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+def test_the_checksum_is_that_of_the_bytes_that_are_used(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(detect, "_PIECE", 64)
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "w").write_bytes(data)
+    with detect._opened(tmp_path / "w") as (read, sha256):
+        assert bytes(read) == data
+    assert sha256.result() == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "w").write_bytes(bytes(100))
+    real = np.empty
+    for size in (99, 101):
+        monkeypatch.setattr(np, "empty", lambda shape, kind, size=size: real(size, kind))
+        monkeypatch.setattr(detect.Path, "stat", lambda self, size=size: Sized(size))
+        monkeypatch.setattr(detect, "check_regular", lambda path: None)
+        changed = pytest.raises(ValueError, match="must not change while it is read")
+        with changed, detect._opened(tmp_path / "w"):
+            pass
+
+
+class Sized:
+    """What a file's status says of its size."""
+
+    def __init__(self, size):
+        self.st_size = size
+
+
+def of_header(entries, body=bytes(24), pad=0):
+    text = json.dumps(entries).encode() + b" " * pad
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def entry(first, last, shape, kind="F32"):
+    return {"dtype": kind, "shape": shape, "data_offsets": [first, last]}
+
+
+def test_safetensors_in_place_are_those_of_the_library():
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "none": np.empty((0, 3), np.float16),
+        "one": np.array(7.0),
+        "flags": np.array([True, False]),
+    }
+    for pad in range(8):  # a header of any length
+        data = save(arrays, {"who": "me"})
+        length = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + length].rstrip() + b" " * pad
+        data = len(header).to_bytes(8, "little") + header + data[8 + length :]
+        found, metadata, _ = read_safetensors(data)
+        assert metadata == {"who": "me"}
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            assert found[name].flags.aligned
+            np.testing.assert_array_equal(found[name], array, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "text"),
+    [
+        ({"a": entry(0, 16, [4]), "b": entry(8, 24, [4])}, "byte 8 must begin at byte 16"),
+        ({"a": entry(0, 8, [2]), "b": entry(16, 24, [2])}, "byte 16 must begin at byte 8"),
+        ({"a": entry(8, 24, [4])}, "byte 8 must begin at byte 0"),
+        ({"a": entry(0, 20, [5])}, "its header states"),
+        ({"a": entry(0, 28, [7])}, "its header states"),
+        ({"a": entry(0, 24, [7])}, "must have the size of its shape"),
+        ({"a": entry(24, 0, [-6])}, "must have the size of its shape"),
+        ({"a": entry(0, 24, [6.0])}, "must have the size of its shape"),
+        ({"a": entry(0, 24, [1] * 70 + [6])}, "must have the size of its shape"),
+        ({"a": entry(0, 24, [True, 6])}, "must have the size of its shape"),
+        ({"a": entry(0, 24, [6], "F8_E4M3")}, "unsupported dtypes"),
+        ({"a": entry(0, 24, [6], [])}, "does not state type"),
+        ({"a": {"dtype": "F32"}}, "does not state type"),
+        ({"a": 7}, "does not state type"),
+        ({"a": entry(0, 24, [6]), "__metadata__": {"b": 7}}, "its metadata must be text"),
+        ([], "does not state type"),
+    ],
+)
+def test_headers_of_safetensors_that_lie(entries, text):
+    with pytest.raises(ValueError, match=text):
+        read_safetensors(of_header(entries))

@@ -413,6 +413,17 @@ def test_no_other_head_stops_a_load(basic, plain, write, case):
         transfer(found, classes=7, head="keep")
 
 
+def test_a_classifier_beside_a_decoder_is_kept(basic, write):
+    other = {"decoder.weight": matrix(1, 32, 1, 1), "aux_head.weight": matrix(2, 32)}
+    arrays = under("encoder.", body(basic)) | {"classifier.weight": matrix(7, 32)} | other
+    found = load(write(arrays))
+    assert found.no_head == ""
+    assert found.config.classes == 7
+    assert any("left out: aux_head, decoder" in note for note in found.notes)
+    # In the network itself, a decoder is left out too.
+    assert load(write(body(basic) | other)).no_head == "the file has no head"
+
+
 @pytest.mark.parametrize(
     ("beside", "why"),
     [
@@ -423,6 +434,13 @@ def test_no_other_head_stops_a_load(basic, plain, write, case):
         ),
         ({"classifier.0.weight": matrix(8, 32, 3, 3)}, "must be [classes, 32]"),
         ({"projector.weight": matrix(8, 32)}, "the file has no head"),
+        ({"decoder.weight": matrix(1, 32, 1, 1)}, "the file has no head"),
+        ({"decoder.0.weight": matrix(8, 32)}, "the file has no head"),
+        ({"segmentation_head.0.weight": matrix(3, 32, 1, 1)}, "the file has no head"),
+        ({"decode_head.conv_seg.weight": matrix(3, 32, 1, 1)}, "the file has no head"),
+        ({"final.weight": matrix(3, 32, 1, 1)}, "no head, and final is called like no classifier"),
+        ({"fpn.weight": matrix(8, 32, 1, 1)}, "no head, and fpn is called like no classifier"),
+        ({"embedding.weight": matrix(8, 32)}, "no head, and embedding is called like no"),
     ],
 )
 def test_layers_beside_a_backbone_that_are_no_head(basic, write, beside, why):

@@ -1,7 +1,8 @@
 """Export weights to other programs, verified before they replace anything.
 
 ``export`` writes a file or folder, reads it again, compares the logits, and only then gives it its
-final name. StableHLO, which ``jax.export`` reads without this package, is written here.
+final name. StableHLO, which ``jax.export`` reads without this package, and the networks of
+``keras.applications`` are written here.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from jax import export as jax_export
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.convolution import lax_conv
+from flaxtransfer.models.layout import DEPTHS
 from flaxtransfer.models.registry import RESNETS, resnet
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import flatten, suggest, unflatten
 from flaxtransfer.weights.exports import huggingface, onnx, timm
 from flaxtransfer.weights.exports.prepare import (
     canonicalize,
@@ -29,8 +31,11 @@ from flaxtransfer.weights.exports.prepare import (
     export_metadata,
 )
 from flaxtransfer.weights.loading import load
+from flaxtransfer.weights.naming import keras
+from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.preprocessing import OF_BANDS
-from flaxtransfer.weights.pretrained import Pretrained, save
+from flaxtransfer.weights.pretrained import Pretrained, save, write_header
+from flaxtransfer.weights.readers import hdf5_file
 
 __all__ = [
     "LAYOUTS",
@@ -42,14 +47,19 @@ __all__ = [
 ]
 
 
-LAYOUTS = ("safetensors", "torchvision", "timm", "huggingface", "onnx", "stablehlo")
+LAYOUTS = ("safetensors", "torchvision", "timm", "huggingface", "keras", "onnx", "stablehlo")
 TOLERANCE = 1e-5
 """Relative to the largest logit, in float32; the order of sums differs."""
 HALF_TOLERANCE = 5e-2
 """The same for a computation in float16, whose numbers have 3 digits; usual are 1e-3 to 5e-3."""
 _HALF = ("safetensors", "torchvision", "onnx")
 """Layouts that may be float16."""
-_SUFFIXES = {".safetensors": "safetensors", ".onnx": "onnx", ".stablehlo": "stablehlo"}
+_SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".onnx": "onnx",
+    ".stablehlo": "stablehlo",
+    ".h5": "keras",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +101,12 @@ def export(
         to: "safetensors" (for this package, torchvision's or timm's names), "torchvision" (the
             same, refused unless torchvision has the network), "timm" (a folder for
             ``timm.create_model("local-dir:...", pretrained=True)``), "huggingface" (a folder for
-            ``AutoModelForImageClassification.from_pretrained``), "onnx" (one file with BatchNorm
-            folded; input ``[batch, bands, height, width]``), or "stablehlo" (one file for
-            ``jax.export.deserialize`` and its JSON; input ``[batch, size, size, bands]``, any of
-            CPU, GPU and TPU). None reads it off the target's suffix.
+            ``AutoModelForImageClassification.from_pretrained``), "keras" (an ``.h5`` file for
+            ``load_weights`` of ``keras.applications.ResNet50`` and similar; needs the extra
+            ``keras``), "onnx" (one file with BatchNorm folded; input ``[batch, bands, height,
+            width]``), or "stablehlo" (one file for ``jax.export.deserialize`` and its JSON; input
+            ``[batch, size, size, bands]``, any of CPU, GPU and TPU). None reads it off the target's
+            suffix.
         dtype: float32 or float16, for "safetensors", "torchvision" and "onnx", which then also
             computes in float16; its input and logits stay float32.
 
@@ -143,12 +155,23 @@ def _export_file(
     if layout == "torchvision":
         checkpoint = canonicalize(checkpoint, exporting="torchvision")
         _check_torchvision(checkpoint.config)
+    if layout == "keras":
+        if target.suffix != ".h5" or target.name.endswith(".weights.h5"):
+            # Keras goes by the name of a file, and calls its own layout so.
+            raise ValueError(f"target must end in .h5 and not in .weights.h5, got {target.name!r}")
+        checkpoint = _as_keras(checkpoint)
     notes = checkpoint.notes
     with atomic_write(target) as made:
         if layout in ("safetensors", "torchvision"):
             save(made, checkpoint, dtype)
             measure = _difference if dtype == np.float32 else _half
             difference = measure(checkpoint, _loaded(made))
+        elif layout == "keras":
+            arrays = keras.to_keras(flatten(checkpoint.variables), checkpoint.config)
+            header = {HEADER_KEY: write_header(checkpoint)[HEADER_KEY]}
+            write_file(made, hdf5_file.write_hdf5(arrays, header))
+            difference = _difference(checkpoint, _loaded(made))
+            notes = (*checkpoint.notes, _in_keras(checkpoint))
         elif layout == "onnx":
             data = onnx.model_bytes(checkpoint, dtype)
             write_file(made, data)
@@ -258,6 +281,67 @@ def _check_torchvision(config: ResNetConfig) -> None:
         raise ValueError(
             f"torchvision has no {config.name}; use --to timm, huggingface, onnx or stablehlo"
         )
+
+
+def _as_keras(checkpoint: Pretrained) -> Pretrained:
+    """The network as ``keras.applications`` builds it: the same function.
+
+    Raises:
+        ValueError: a network that its functions cannot build, by the fields that differ.
+    """
+    checkpoint = canonicalize(checkpoint, exporting="keras.applications", epsilon=keras.EPSILON)
+    config = checkpoint.config
+    second = config.preactivation
+    if second and config.stem == "plain" and not config.stem_bias:
+        flat = flatten(checkpoint.variables)
+        flat["params/conv1/bias"] = np.zeros(config.stem_channels, np.float32)
+        config = dataclasses.replace(config, stem_bias=True)
+        checkpoint = dataclasses.replace(
+            checkpoint, variables=unflatten(flat), config=config, sha256=""
+        )
+    free = ("depths", "width", "classes", "in_channels", "stem_bias", "preactivation", "epsilon")
+    like = ResNetConfig(
+        "bottleneck",
+        stem_width=64,
+        stride_in="3x3" if second else "1x1",
+        stride_at="last" if second else "first",
+        stem_pool="zero-padded" if second else "max",
+        **{name: getattr(config, name) for name in free},
+    )
+    odd = [
+        f"{name} must be {getattr(like, name)!r}, got {value!r}"
+        for name, value in vars(config).items()
+        if value != getattr(like, name)
+    ]
+    if second and min(config.depths) < 2:
+        odd.append(f"depths must be at least 2, got {config.depths}")
+    if not second and config.width * config.expansion == 64:
+        odd.append("width must not be 16, at which its first block alone has a shortcut")
+    if odd:
+        raise ValueError(
+            f"keras.applications has no {config.name}: {'; '.join(odd)}; use --to onnx, stablehlo "
+            "or timm"
+        )
+    return checkpoint
+
+
+def _in_keras(checkpoint: Pretrained) -> str:
+    """How a Keras user builds the network, and prepares images for it."""
+    config, own = checkpoint.config, checkpoint.preprocessing
+    known = {depths: depth for depth, (block, depths) in DEPTHS.items() if block == "bottleneck"}
+    version = "V2" if config.preactivation else ""
+    network = f"stacks of {config.depths} blocks from {config.width} filters"
+    if config.depths in known and known[config.depths] >= 50 and config.width == 64:
+        network = f"keras.applications.ResNet{known[config.depths]}{version}"
+    usual = keras.TF if config.preactivation else keras.CAFFE
+    reverse = not config.preactivation and config.bands == 3
+    told = f"{'BGR ' if reverse else ''}images as (pixels / 255 - mean) / std of the header"
+    if len(own.mean) == 3 and np.allclose((own.mean, own.std), (usual.mean, usual.std), atol=1e-6):
+        told = f"images from its preprocess_input, of {own.size} pixels"
+    return (
+        f"{network} takes it with load_weights, built with weights=None, classes={config.classes} "
+        f"and classifier_activation=None for logits; {told}"
+    )
 
 
 def _loaded(path: Path) -> Callable[[np.ndarray], np.ndarray]:

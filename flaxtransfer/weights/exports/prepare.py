@@ -19,6 +19,7 @@ __all__ = [
     "check_folder",
     "export_metadata",
     "with_own_standardization",
+    "without_stem_bias",
 ]
 
 
@@ -26,7 +27,9 @@ USUAL_EPSILON = 1e-5
 """Epsilon of the norms in torch, timm and transformers."""
 
 
-def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
+def canonicalize(
+    checkpoint: Pretrained, *, exporting: str, epsilon: float = USUAL_EPSILON
+) -> Pretrained:
     """Rewrites a network in the usual form: the same function.
 
     It then has no input adapter, the usual epsilon, and a stem pool that is padded with -inf where
@@ -35,9 +38,10 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
     Args:
         checkpoint: the network.
         exporting: name of the layout, for the error text.
+        epsilon: of its norms.
 
     Raises:
-        ValueError: an adapter with tone curves, or an epsilon that variances cannot absorb.
+        ValueError: an adapter with tone curves.
     """
     try:
         checkpoint = fold_adapter(checkpoint)
@@ -51,39 +55,70 @@ def canonicalize(checkpoint: Pretrained, *, exporting: str) -> Pretrained:
             config=dataclasses.replace(config, stem_pool="max"),
             notes=(*checkpoint.notes, note),
         )
-    more = checkpoint.config.epsilon - USUAL_EPSILON
+    more = checkpoint.config.epsilon - epsilon
     if more == 0:
         return checkpoint
     flat = flatten(checkpoint.variables)
-    variances = {path: leaf for path, leaf in flat.items() if path.endswith("/var")}
-    if checkpoint.config.norm == "group" or any(
-        (leaf + more < 0).any() for leaf in variances.values()
-    ):
-        raise ValueError(
-            f"epsilon must be {USUAL_EPSILON} for {exporting}, got {checkpoint.config.epsilon}, "
-            "which the running variances cannot absorb; ONNX and StableHLO support any epsilon"
-        )
-    # A norm only depends on var + epsilon.
-    shifted = {
-        path: (np.asarray(leaf, np.float64) + more).astype(np.float32)
-        for path, leaf in variances.items()
-    }
+    if checkpoint.config.norm == "group":
+        return _with_larger_filters(checkpoint, epsilon)
+    shifted = {}
+    for path in [path for path in flat if path.endswith("/var")]:
+        variance = np.asarray(flat[path], np.float64)
+        # A norm only depends on var + epsilon, and on the scale where that would be negative.
+        low = variance + more < 0
+        shifted[path] = np.where(low, variance, variance + more).astype(np.float32)
+        if low.any():
+            scale = path.replace("batch_stats/", "params/").removesuffix("var") + "scale"
+            factor = np.sqrt((variance + epsilon) / (variance + checkpoint.config.epsilon))
+            shifted[scale] = np.where(low, flat[scale] * factor, flat[scale]).astype(np.float32)
     return dataclasses.replace(
         checkpoint,
         variables=_nested({**flat, **shifted}),
-        config=dataclasses.replace(checkpoint.config, epsilon=USUAL_EPSILON),
+        config=dataclasses.replace(checkpoint.config, epsilon=epsilon),
         sha256="",
         notes=(
             *checkpoint.notes,
-            f"running variances were raised by {more:.3g} to absorb the epsilon",
+            f"running variances were changed by {more:+.3g} to absorb the epsilon",
         ),
     )
 
 
-def with_own_standardization(checkpoint: Pretrained, epsilon: float) -> Pretrained:
+def _with_larger_filters(checkpoint: Pretrained, epsilon: float) -> Pretrained:
+    """Multiplies all filters, after which GroupNorms with another epsilon are the same function.
+
+    Every convolution ends in a norm, alone or as a part of the residual stream, and a norm with
+    epsilon of its input is one with factor^2 epsilon of factor times its input.
+    """
+    checkpoint = with_own_standardization(checkpoint, None)
+    factor = (epsilon / checkpoint.config.epsilon) ** 0.5
+    flat = flatten(checkpoint.variables)
+    larger = {
+        path: (np.asarray(leaf, np.float64) * factor).astype(np.float32)
+        for path, leaf in flat.items()
+        if _is_filter(path, leaf) or path == "params/conv1/bias"
+    }
+    return dataclasses.replace(
+        checkpoint,
+        variables=_nested({**flat, **larger}),
+        config=dataclasses.replace(checkpoint.config, epsilon=epsilon),
+        sha256="",
+        notes=(
+            *checkpoint.notes,
+            f"filters were multiplied by {factor:.4g} for GroupNorms with epsilon {epsilon}",
+        ),
+    )
+
+
+def _is_filter(path: str, leaf: Any) -> bool:
+    """Whether a leaf is the kernel of a convolution, not one of channel attention."""
+    return path.endswith("/kernel") and np.ndim(leaf) == 4 and "/se/" not in path
+
+
+def with_own_standardization(checkpoint: Pretrained, epsilon: float | None) -> Pretrained:
     """Standardizes the filters in advance, for a program with another epsilon: the same function.
 
-    The variance of standardized filters is large compared with either epsilon.
+    The variance of standardized filters is large compared with either epsilon. None is a program
+    without weight standardization, which then does not standardize in training either.
     """
     own = checkpoint.config.standardized
     if own is None or own == epsilon:
@@ -92,14 +127,44 @@ def with_own_standardization(checkpoint: Pretrained, epsilon: float) -> Pretrain
     done = {
         path: np.asarray(standardize(leaf, own))
         for path, leaf in flat.items()
-        if path.endswith("kernel") and np.ndim(leaf) == 4
+        if _is_filter(path, leaf)
     }
+    lost = ", and are not in further training" if epsilon is None else ""
     return dataclasses.replace(
         checkpoint,
         variables=_nested({**flat, **done}),
         config=dataclasses.replace(checkpoint.config, standardized=epsilon),
         sha256="",
-        notes=(*checkpoint.notes, f"filters were standardized in advance with epsilon {own}"),
+        notes=(
+            *checkpoint.notes,
+            f"filters were standardized in advance with epsilon {own}{lost}",
+        ),
+    )
+
+
+def without_stem_bias(checkpoint: Pretrained) -> Pretrained:
+    """Subtracts the stem's bias from the running means of the norms that see it.
+
+    A pool that is padded with -inf passes the bias on, and so do blocks without a convolution in
+    their shortcut. GroupNorms have no running means, and zeros around a pool have no bias: such
+    networks are returned unchanged.
+    """
+    config = checkpoint.config
+    if not config.stem_bias or config.norm == "group" or config.stem_pool != "max":
+        return checkpoint
+    flat = flatten(checkpoint.variables)
+    bias = np.asarray(flat.pop("params/conv1/bias"), np.float64)
+    for stage, block in ((s, b) for s, depth in enumerate(config.depths, 1) for b in range(depth)):
+        mean = f"batch_stats/layer{stage}/{block}/bn1/mean"
+        flat[mean] = (np.asarray(flat[mean], np.float64) - bias).astype(np.float32)
+        if config.has_shortcut(stage, block):
+            break
+    return dataclasses.replace(
+        checkpoint,
+        variables=_nested(flat),
+        config=dataclasses.replace(config, stem_bias=False),
+        sha256="",
+        notes=(*checkpoint.notes, "the stem's bias was folded into running means"),
     )
 
 

@@ -11,7 +11,11 @@ from typing import Any
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import flatten
-from flaxtransfer.weights.exports.prepare import canonicalize, with_own_standardization
+from flaxtransfer.weights.exports.prepare import (
+    canonicalize,
+    with_own_standardization,
+    without_stem_bias,
+)
 from flaxtransfer.weights.naming import key_map, timm
 from flaxtransfer.weights.naming.timm import table_for
 from flaxtransfer.weights.preprocessing import Preprocessing
@@ -30,9 +34,10 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     Raises:
         ValueError: a network that timm lacks, or a resize that timm cannot express.
     """
-    checkpoint = with_own_standardization(
-        canonicalize(checkpoint, exporting="timm"), timm.V2_EPSILON
-    )
+    checkpoint = without_stem_bias(canonicalize(checkpoint, exporting="timm"))
+    # Only Big Transfer's own networks standardize weights there.
+    bit = any(_same(known, checkpoint.config) for known in ARCHITECTURES.values())
+    checkpoint = with_own_standardization(checkpoint, timm.V2_EPSILON if bit else None)
     config = checkpoint.config
     base, arguments = _network(config)
     table, leaves = table_for(config), flatten(checkpoint.variables)
@@ -118,37 +123,36 @@ def _alien(config: ResNetConfig) -> str:
     """What of a network no argument and no name of timm's sets; "" for nothing."""
     plain = ResNetConfig()
     words = {
-        "stride_in": "with the stride in the first convolution",
-        "stride_at": "with the stride in the last block",
-        "stem_bias": "with a bias in the stem",
+        "stride_in": "the stride in the first convolution",
+        "stride_at": "the stride in the last block",
+        "stem_bias": "a bias in the stem that no running mean absorbs",
     }
-    found = (text for name, text in words.items() if getattr(config, name) != getattr(plain, name))
+    found = (
+        f"with {name}={getattr(config, name)!r} ({text})"
+        for name, text in words.items()
+        if getattr(config, name) != getattr(plain, name)
+    )
     if config.stem_pool == "ceil":
-        return "with a stem pool that is not padded"
+        return "with stem_pool='ceil' (a stem pool that is not padded)"
     return next(found, "")
 
 
 def _alien_v2(config: ResNetConfig) -> str:
     """What of a pre-activation network timm cannot build; "" for nothing."""
-    if (config.groups, config.reduce_first) != (1, 1):
-        return "with groups or a reduced first convolution in pre-activation blocks"
-    if (config.stem == "plain") != (config.shortcut == "convolution"):
-        # No key shows which of the two a file has; timm's own go by the stem.
-        return (
-            f"with a {config.stem} stem and shortcut={config.shortcut!r} in pre-activation blocks"
-        )
-    if config.stem == "tiered" and config.stem_pool == "zero-padded":
-        return "with a zero-padded pool behind a tiered stem"
     channels = _all_arguments(config)
     numbers = [channels["stem_chs"], *channels["channels"], *map(config.inner, (1, 2, 3, 4))]
     if any(number % 8 for number in numbers):
-        return f"with pre-activation blocks of channels that are no multiples of 8 ({numbers})"
+        return (
+            "with stem_width, width or base_width that give pre-activation blocks channels that "
+            f"are no multiples of 8 ({numbers})"
+        )
     ratio = channels["bottle_ratio"]
     middle = [round(ratio * outer / 8) * 8 for outer in channels["channels"]]
     if config.block == "bottleneck" and middle != [config.inner(stage) for stage in (1, 2, 3, 4)]:
-        return f"with pre-activation blocks whose middle has {numbers[5:]} channels"
-    if config.standardized and (config.stem, config.stem_pool) != ("plain", "zero-padded"):
-        return "with weight standardization behind another stem than Big Transfer's"
+        return (
+            f"with base_width={config.base_width} (pre-activation blocks whose middle has "
+            f"{numbers[5:]} channels)"
+        )
     return ""
 
 
@@ -167,6 +171,8 @@ def _same(known: ResNetConfig, config: ResNetConfig) -> bool:
         )
     if not known.standardized:
         return True
+    if (config.stem, config.stem_pool, config.shortcut) != ("plain", "zero-padded", "convolution"):
+        return False
     # Their arguments are multiplied by the factor in the name.
     factor = known.width // 64
     return (

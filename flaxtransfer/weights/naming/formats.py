@@ -110,7 +110,14 @@ _HEAD = re.compile(
     r"(?i)(\w+_)?(fc|head|heads|classifier|cls|linear|logits?|out|output|dense|top|mlp|"
     r"projector|projection|predictor|prototypes)\d*(_\w+)?"
 )
-_PROJECTION = re.compile(r"(?i)(.*_)?(projector|projection|predictor|prototypes|contrastive)(_.*)?")
+_PROJECTION = re.compile(
+    r"(?i)(.*_)?(projector|projection|predictor|prototypes|contrastive|decoders?|decode|"
+    r"segmentation|segm?|semantic|masks?|depth|heatmaps?|keypoints?|bbox|rpn|roi|aux|auxiliary)"
+    r"\d*(_.*)?"
+)
+"""Layers beside a network that lead to no class: projections, decoders, heads for each pixel."""
+_BETWEEN = re.compile(r"(?i)(.*_)?(proj|embeddings?|neck|fpn|laterals?|upsample)\d*(_.*)?")
+"""Layers that others may follow: no classifier by themselves, and none behind them is linear."""
 _NO_LAYER = re.compile(r"(?i)(.*_)?(loss|criterion|metrics?|mean|std|n_averaged|queue)(_.*)?\d*")
 
 
@@ -195,6 +202,8 @@ def with_head(
     named = shortened(", ".join(sorted({name for name, _ in layers})), 150)
     if layers and not native.SELF_SUPERVISED.isdisjoint(place):
         missing = f"{named} follows an encoder of self-supervised training and is no classifier"
+    elif len(layers) == 1 and _leads_on(*layers[0]):
+        missing = f"{_NONE}, and {named} is called like no classifier"
     elif len(layers) > 1:
         missing = f"the head is not one linear map, but has the parts {named}"
     elif layers:
@@ -221,6 +230,12 @@ def with_head(
 _NONE = "the file has no head"
 
 
+def _leads_on(name: str, group: Arrays) -> bool:
+    """Whether a layer is no classifier by its name; a convolution is one by its name alone."""
+    convolves = any(np.ndim(array) == 4 for array in group.values())
+    return bool(_BETWEEN.fullmatch(name)) or (convolves and not _HEAD.fullmatch(name))
+
+
 def _groups(arrays: Arrays) -> dict[str, dict[str, np.ndarray]]:
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -229,9 +244,11 @@ def _groups(arrays: Arrays) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _excused(name: str, group: Arrays, features: int) -> bool:
-    """Whether layers beside the body take its features, or are called like a head or a loss."""
+    """Whether layers beside the body take its features, or are called like what follows a body."""
     takes = any(key.endswith(".weight") and a.shape[1:] == (features,) for key, a in group.items())
-    return takes or any(names.fullmatch(name) for names in (_HEAD, _NO_LAYER))
+    return takes or any(
+        names.fullmatch(name) for names in (_HEAD, _PROJECTION, _BETWEEN, _NO_LAYER)
+    )
 
 
 def _linear(group: Arrays, features: int) -> tuple[str, np.ndarray, np.ndarray | None] | str:

@@ -11,10 +11,20 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.weights.naming.key_map import Rule, Table
+from flaxtransfer.weights.naming.key_map import Rule, Table, to_keys
 from flaxtransfer.weights.preprocessing import Preprocessing
 
-__all__ = ["CAFFE", "TF", "first_version", "hub_table", "prepared", "second_version", "table"]
+__all__ = [
+    "CAFFE",
+    "EPSILON",
+    "TF",
+    "first_version",
+    "hub_table",
+    "prepared",
+    "second_version",
+    "table",
+    "to_keras",
+]
 
 
 CAFFE = Preprocessing(
@@ -134,6 +144,39 @@ def prepared(
     if folded:
         notes.append(f"{len(folded)} biases of convolutions were folded into running means")
     return named, notes
+
+
+def to_keras(leaves: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str, np.ndarray]:
+    """Converts leaves to Keras variables: the inverse of ``prepared``, with biases of 0.
+
+    Returns:
+        Arrays by "layer/variable", in the order of the layers in Keras' model.
+    """
+    keys = ["post_bn/gamma"] if config.preactivation else []
+    named = to_keys(table(keys), leaves)
+    for key in [key for key in named if key.endswith("_conv/kernel")]:
+        # In blocks of the second version, the convolutions before a norm have no bias.
+        if not (config.preactivation and re.search("_[12]_conv/", key)):
+            channels = named[key].shape[-1]
+            named.setdefault(key.replace("kernel", "bias"), np.zeros(channels, np.float32))
+    if not config.preactivation and config.in_channels == 3:
+        named["conv1_conv/kernel"] = named["conv1_conv/kernel"][:, :, ::-1]
+    return {key: named[key] for key in sorted(named, key=_rank)}
+
+
+_IN_BLOCK = ("preact_bn", "1_conv", "1_bn", "2_conv", "2_bn", "0_conv", "3_conv", "0_bn", "3_bn")
+"""The layers of a block as Keras sorts them: by their distance from the output."""
+
+
+def _rank(key: str) -> tuple[int, ...]:
+    layer, variable = key.split("/")
+    kind = _VARIABLES[layer.rsplit("_", 1)[-1]]
+    if block := re.match(r"conv(\d+)_block(\d+)_", layer):
+        place = (int(block[1]), int(block[2]), _IN_BLOCK.index(layer[block.end() :]))
+    else:
+        ends = ("conv1_conv", "conv1_bn", "post_bn", "predictions")
+        place = ((1, 1, 6, 7)[ends.index(layer)], ends.index(layer), 0)
+    return (*place, kind.index(variable))
 
 
 def _fold_along_the_stream(named: dict[str, np.ndarray], blocks: list[str]) -> None:

@@ -91,7 +91,7 @@ def leaf_of(table: Table, key: str, shape: tuple[int, ...]) -> tuple[str, tuple[
     ...         "layer2.conv.weight", (8, 4, 3, 3))
     ('params/layer2/conv/kernel', (3, 3, 4, 8))
     """
-    for rule in table:
+    for rule in _likely(table, "key", key):
         numbers = _read(rule.key, key)
         if numbers is not None:
             return _write(rule.leaf, numbers), rule.leaf_shape(tuple(shape))
@@ -164,7 +164,7 @@ def _rules(table: Table, leaves: Iterable[str]) -> dict[str, tuple[str, Rule]]:
     """Leaf and rule by key. A leaf without a rule is an error of the table, not of the file."""
     rules = {}
     for leaf in leaves:
-        for rule in table:
+        for rule in _likely(table, "leaf", leaf):
             numbers = _read(rule.leaf, leaf)
             if numbers is not None:
                 rules[_write(rule.key, numbers)] = (leaf, rule)
@@ -172,6 +172,39 @@ def _rules(table: Table, leaves: Iterable[str]) -> dict[str, tuple[str, Rule]]:
         else:
             raise ValueError(f"the naming has no key for the leaf {leaf!r}")
     return rules
+
+
+_INDEXES: dict[tuple[int, str], tuple[Table, dict[str, list[Rule]]]] = {}
+_MOST_INDEXES = 100
+
+
+def _likely(table: Table, side: str, text: str) -> list[Rule]:
+    """The rules of a table whose key or leaf equals a text up to its numbers, in order.
+
+    Each key of a file is looked up in the tables of all formats, with tens of rules each.
+    """
+    found = _INDEXES.get((id(table), side))
+    # An identity is given again after a table is gone; the one in the index is not gone.
+    if found is None or found[0] is not table:
+        rules: dict[str, list[Rule]] = {}
+        for rule in table:
+            rules.setdefault(_outline(getattr(rule, side)), []).append(rule)
+        if len(_INDEXES) >= _MOST_INDEXES:
+            _INDEXES.clear()
+        found = _INDEXES[id(table), side] = (table, rules)
+    return found[1].get(_outline(text), [])
+
+
+def _outline(text: str) -> str:
+    """A pattern, or a text of it, with one sign for each number.
+
+    >>> _outline("layer{s}.{b}.conv1"), _outline("layer10.3.conv1")
+    ('layer#.#.conv#', 'layer#.#.conv#')
+    """
+    return _NUMBER.sub("#", text)
+
+
+_NUMBER = re.compile(r"\{[^}]*\}|[0-9]+")
 
 
 def _counter(key: str) -> str:
@@ -192,15 +225,24 @@ class _Number:
         return cls(name, int(f"{sign}{amount}") if sign else 0, int(digits or 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pattern:
+    """A key or leaf of a rule: what it matches, its numbers, and the text around them."""
+
+    expression: re.Pattern[str]
+    numbers: tuple[_Number, ...]
+    parts: tuple[str, ...]
+
+
 @functools.cache
-def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[_Number, ...]]:
+def _compiled(pattern: str) -> _Pattern:
     numbers = tuple(_Number.found(match) for match in _PLACEHOLDER.finditer(pattern))
-    parts = [re.escape(part) for part in _PLACEHOLDER.sub("\0", pattern).split("\0")]
-    text = parts[0]
+    parts = tuple(_PLACEHOLDER.sub("\0", pattern).split("\0"))
+    text = re.escape(parts[0])
     for number, part in zip(numbers, parts[1:], strict=True):
         padded = "|0[0-9]" if number.digits > 1 else ""
-        text += f"(0|[1-9][0-9]*{padded})" + part
-    return re.compile(text), numbers
+        text += f"(0|[1-9][0-9]*{padded})" + re.escape(part)
+    return _Pattern(re.compile(text), numbers, parts)
 
 
 def _read(pattern: str, text: str) -> dict[str, int] | None:
@@ -209,21 +251,21 @@ def _read(pattern: str, text: str) -> dict[str, int] | None:
     >>> _read("stages.{s-1}.weight", "stages.0.weight"), _read("unit{b+1:02}/b", "unit01/b")
     ({'s': 1}, {'b': 0})
     """
-    expression, numbers = _compiled(pattern)
-    found = expression.fullmatch(text)
+    compiled = _compiled(pattern)
+    found = compiled.expression.fullmatch(text)
     if found is None:
         return None
     read = {
         number.name: int(value) - number.more
-        for number, value in zip(numbers, found.groups(), strict=True)
+        for number, value in zip(compiled.numbers, found.groups(), strict=True)
     }
     # A text that would be written differently ("unit1", "unit00") is another key.
     return read if min(read.values(), default=0) >= 0 and _write(pattern, read) == text else None
 
 
 def _write(pattern: str, numbers: Mapping[str, int]) -> str:
-    def text(match: re.Match[str]) -> str:
-        number = _Number.found(match)
-        return str(numbers[number.name] + number.more).zfill(number.digits)
-
-    return _PLACEHOLDER.sub(text, pattern)
+    compiled = _compiled(pattern)
+    text = compiled.parts[0]
+    for number, part in zip(compiled.numbers, compiled.parts[1:], strict=True):
+        text += str(numbers[number.name] + number.more).zfill(number.digits) + part
+    return text

@@ -40,7 +40,7 @@ _LEAVES = dict.fromkeys(
     for variant in (shortcut, timm.of_groups(shortcut))
 )
 
-TABLE: Table = tuple(Rule(leaf, leaf) for leaf in (*_LEAVES, "params/conv1/bias"))
+TABLE: Table = tuple(Rule(leaf, leaf) for leaf in _LEAVES)
 """Each leaf under its own path, such as "params/layer1/0/conv1/kernel"."""
 
 _AVERAGES = ("ema", "ema_params", "params_ema", "average_params", "avg_params", "swa_params")
@@ -303,16 +303,40 @@ def candidates(arrays: Mapping[str, Any]) -> dict[str, int]:
 
 def _places(arrays: Mapping[str, Any]) -> list[str]:
     """The places of networks under names of torch's programs."""
-    stages: dict[str, set[str | None]] = {}
+    stages: dict[str, dict[str | None, str]] = {}
     for name in arrays:
         # The pattern is slow, above all in long names, and most keys are others.
         likely = len(name) <= _LONGEST and ("conv1." in name or "convolution." in name)
         if likely and (found := _ANCHOR.fullmatch(name)):
-            stages.setdefault(found[1], set()).add(found["stage"])
-    places = [place for place, numbers in stages.items() if None in numbers or len(numbers) == 4]
+            stages.setdefault(found[1], {})[found["stage"]] = name
+    places = [
+        place
+        for place, first in stages.items()
+        if None in first or (len(first) == 4 and _follow(arrays, first))
+    ]
     if len(places) > _MOST:
         raise ValueError(f"it must hold at most {_MOST} networks, got {len(places):,}")
     return places
+
+
+def _follow(arrays: Mapping[str, Any], first: Mapping[str | None, str]) -> bool:
+    """Whether numbered stages take each other's channels; the branches of an HRNet do not.
+
+    Args:
+        arrays: by name.
+        first: the name of the first convolution of each stage, by its number.
+    """
+    names = [first[number] for number in sorted(first, key=lambda number: int(number or 0))]
+    inputs, outputs = [], []
+    for name in names:
+        block = name[: name.rindex("conv1.")]
+        last = [arrays.get(f"{block}conv{k}.weight") for k in (3, 2)]
+        shapes = [array.shape for array in (arrays[name], *last) if array is not None]
+        if len(shapes) < 2 or any(len(shape) != 4 for shape in shapes):
+            return True  # under names of wrappers, or damaged: that is told later
+        inputs.append(shapes[0][1])
+        outputs.append(shapes[1][0])
+    return inputs[1:] == outputs[:-1]
 
 
 def _with_stem(

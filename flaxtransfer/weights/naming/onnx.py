@@ -90,7 +90,7 @@ def stated(metadata: Mapping[str, str]) -> Stated | None:
 
 
 def read_onnx(
-    data: bytes, beside: Callable[[str], bytes] | None = None
+    data: bytes | memoryview, beside: Callable[[str], bytes | memoryview] | None = None
 ) -> tuple[Leaves, dict[str, str], list[str]]:
     """Reads the bytes of an ONNX file: arrays by our paths, metadata, and notes.
 

@@ -37,6 +37,7 @@ __all__ = [
     "of_groups",
     "of_pooled_shortcuts",
     "other_graph",
+    "pools_shortcuts",
     "table_for",
     "table_of",
     "unnumbered",
@@ -112,6 +113,7 @@ _V2_BLOCK, _V2_PATH = "stages.{s-1}.blocks.{b}", "layer{s}/{b}"
 
 V2_TABLE: Table = (
     Rule("stem.conv.weight", "params/conv1/kernel", CONV),
+    Rule("stem.conv.bias", "params/conv1/bias"),  # of Keras' networks in our own files
     Rule("stem.conv1.weight", "params/conv1/0/kernel", CONV),
     *batch_norm("stem.norm1", "conv1/bn1"),
     Rule("stem.conv2.weight", "params/conv1/3/kernel", CONV),
@@ -126,16 +128,20 @@ V2_TABLE: Table = (
 )
 
 
-def v2_table_of(keys: Iterable[str]) -> Table:
+def v2_table_of(keys: Iterable[str], pooled: bool | None = None) -> Table:
     """The key map for a file with these keys.
+
+    Args:
+        keys: of the file.
+        pooled: whether its shortcuts are average-pooled, which no key shows; None goes by the stem,
+            as timm's own networks do: a deep one implies pooled shortcuts.
 
     >>> v2_table_of(["norm.weight", "norm.bias"])[3].leaf
     'params/conv1/gn1/bias'
     """
     keys = set(keys)
     groups = "norm.weight" in keys and "norm.running_mean" not in keys
-    # No key shows whether a shortcut is pooled; in timm a deep stem implies pooled shortcuts.
-    return _variant(V2_TABLE, "stem.conv1.weight" in keys, groups)
+    return _variant(V2_TABLE, "stem.conv1.weight" in keys if pooled is None else pooled, groups)
 
 
 def with_big_transfer(config: ResNetConfig) -> ResNetConfig:
@@ -211,19 +217,24 @@ def other_graph(config: Mapping[str, Any], seen: ResNetConfig | None = None) -> 
     if seen.stem_pool == "convolution" and arguments.get("aa_layer"):
         asked = arguments["aa_layer"]
         problems.append(f"aa_layer must not be given with replace_stem_pool, got {asked!r}")
-    stated = ARCHITECTURES.get(str(config.get("architecture")))
-    if seen.preactivation and stated is not None:
-        # No leaf shows it: `v2_table_of` goes by the stem.
-        pooled = seen.shortcut == "average"
-        asked = bool(arguments.get("avg_down", stated.shortcut == "average"))
-        if asked != pooled:
-            problems.append(f"avg_down must be {pooled} with such a stem, got {asked}")
     return problems
 
 
 def has_groups(config: Mapping[str, Any]) -> bool:
     """Whether the arguments in a ``config.json`` ask for GroupNorms."""
     return _arguments(config).get("norm_layer") == "groupnorm"
+
+
+def pools_shortcuts(config: Mapping[str, Any]) -> bool | None:
+    """Whether the network of a ``config.json`` has average-pooled shortcuts; None if it is unclear.
+
+    >>> pools_shortcuts({"architecture": "resnetv2_50d", "model_args": {"avg_down": False}})
+    False
+    """
+    stated = ARCHITECTURES.get(str(config.get("architecture")))
+    if stated is None:
+        return None
+    return bool(_arguments(config).get("avg_down", stated.shortcut == "average"))
 
 
 def with_arguments(seen: ResNetConfig, config: Mapping[str, Any]) -> ResNetConfig:
@@ -277,8 +288,8 @@ def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str,
         problem = f"as layer1, to which {config.name} has a shortcut with weights"
     if problem:
         raise ValueError(
-            f"timm's plain stem has {STEM_WIDTH} channels, {problem}; use --to huggingface, onnx "
-            "or stablehlo"
+            f"timm has no network with stem_width={width} and norm={config.norm!r}: its plain stem "
+            f"has {STEM_WIDTH} channels, {problem}; use --to huggingface, onnx or stablehlo"
         )
     wide = dict(arrays)
     for key, (axis, value) in _of_the_stem(arrays).items():

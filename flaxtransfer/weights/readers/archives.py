@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 
 from flaxtransfer.paths import shortened
 
-__all__ = ["check", "members", "most", "names", "opened", "read", "read_npz", "stored"]
+__all__ = ["as_file", "check", "members", "most", "names", "opened", "read", "read_npz", "stored"]
 
 
 _RATIO, _SPARE = 50, 1 << 26
@@ -40,8 +41,47 @@ def most(size: int) -> int:
     return _RATIO * size + _SPARE
 
 
+class _View(io.RawIOBase):
+    """Bytes as a file, without a copy of them."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.data, self.place = memoryview(data), 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a buffer from the current position; returns the number of bytes."""
+        piece = self.data[self.place : self.place + len(buffer)]
+        buffer[: len(piece)] = piece
+        self.place += len(piece)
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves the position, and returns it."""
+        start = (0, self.place, len(self.data))[whence]
+        if start + offset < 0:
+            raise OSError("the position must be in the file")
+        self.place = start + offset
+        return self.place
+
+    def tell(self) -> int:
+        """The position."""
+        return self.place
+
+
+def as_file(data: bytes | memoryview) -> BinaryIO:
+    """Bytes as a file to read, without a copy of them."""
+    return io.BufferedReader(_View(data))
+
+
 @contextmanager
-def opened(data: bytes) -> Iterator[zipfile.ZipFile]:
+def opened(data: bytes | memoryview) -> Iterator[zipfile.ZipFile]:
     """Opens and checks an archive, to read its files one by one.
 
     Args:
@@ -52,7 +92,7 @@ def opened(data: bytes) -> Iterator[zipfile.ZipFile]:
             names that occur twice or lead out of a folder; also for errors inside the block.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(as_file(data)) as archive:
             _check(archive, len(data))
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
@@ -61,7 +101,7 @@ def opened(data: bytes) -> Iterator[zipfile.ZipFile]:
         raise ValueError(f"incomplete or damaged zip archive: {reason}") from error
 
 
-def members(data: bytes) -> dict[str, bytes]:
+def members(data: bytes | memoryview) -> dict[str, bytes]:
     """The content of every file in an archive, by name.
 
     Raises:
@@ -84,7 +124,7 @@ def read(archive: zipfile.ZipFile, name: str) -> bytes:
     return b"".join(pieces)
 
 
-def stored(archive: zipfile.ZipFile, name: str, data: bytes) -> memoryview | None:
+def stored(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> memoryview | None:
     """The content of a file that is not compressed, in the bytes of its archive, without a copy.
 
     Returns:
@@ -105,7 +145,7 @@ def stored(archive: zipfile.ZipFile, name: str, data: bytes) -> memoryview | Non
     return found
 
 
-def names(data: bytes) -> list[str]:
+def names(data: bytes | memoryview) -> list[str]:
     """The names of the files in an archive, in order.
 
     Raises:
@@ -115,7 +155,7 @@ def names(data: bytes) -> list[str]:
         return _files(archive)
 
 
-def check(data: bytes) -> None:
+def check(data: bytes | memoryview) -> None:
     """Checks an archive that another program will read.
 
     Raises:
@@ -152,7 +192,7 @@ def _check(archive: zipfile.ZipFile, size: int) -> None:
             )
 
 
-def read_npz(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+def read_npz(data: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the bytes of an ``.npz`` file: arrays, no metadata and no notes.
 
     Raises:

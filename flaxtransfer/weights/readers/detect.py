@@ -91,7 +91,7 @@ def has_weights_name(name: str) -> bool:
     return PurePath(name).name.endswith(SUFFIXES)
 
 
-def recognize(data: bytes, name: str) -> tuple[Container, list[str]]:
+def recognize(data: bytes | memoryview, name: str) -> tuple[Container, list[str]]:
     r"""Detects the container of a file; with a note if its name states another one or none.
 
     Args:
@@ -117,7 +117,8 @@ def recognize(data: bytes, name: str) -> tuple[Container, list[str]]:
     ]
 
 
-def _kind(data: bytes, name: str) -> str:
+def _kind(whole: bytes | memoryview, name: str) -> str:
+    data, size = bytes(whole[:_HEAD]), len(whole)
     if not data:
         raise ValueError("the file is empty")
     if data.startswith(b"version https://git-lfs"):
@@ -131,7 +132,7 @@ def _kind(data: bytes, name: str) -> str:
     if data[8:9] == b"{" and length <= _MOST_HEADER:
         return "safetensors"
     if data.startswith(b"PK\x03\x04"):
-        return _kind_of_archive(archives.names(data))
+        return _kind_of_archive(archives.names(whole))
     if data.startswith(b"\x89HDF\r\n\x1a\n"):
         return "hdf5"
     if data[0] == 0x80 and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -148,10 +149,13 @@ def _kind(data: bytes, name: str) -> str:
     if foreign := _foreign(data):
         raise ValueError(f"the file is {foreign}")
     # Truncated or damaged: the reader reports by how much.
-    if name.endswith(".safetensors") and (len(data) < 9 or data[4:8] == bytes(4)):
+    if name.endswith(".safetensors") and (size < 9 or data[4:8] == bytes(4)):
         return "safetensors"
     kinds = "; ".join(f"{c.text} ({', '.join(c.suffixes)})" for c in CONTAINERS.values())
     raise ValueError(f"unknown format: the first bytes are {data[:8]!r}; known: {kinds}")
+
+
+_HEAD = 1 << 10
 
 
 def _foreign(data: bytes) -> str:
@@ -197,6 +201,7 @@ class Tensors:
         notes: what was removed or converted.
         beside: arrays around the network, by key; its head may be there.
         place: the names in the file that lead to the network.
+        settings: the ``config.json`` next to it, where it was read already.
     """
 
     path: Path
@@ -206,6 +211,7 @@ class Tensors:
     notes: tuple[str, ...]
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     place: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
 
 
 def read_tensors(path: Path, key: str | None = None) -> Tensors:
@@ -236,9 +242,13 @@ def read_tensors(path: Path, key: str | None = None) -> Tensors:
         raise ValueError(f"{path}: {error}") from error.__cause__
     if not arrays:
         raise ValueError(f"{path} holds no arrays")
+    network = {short: arrays[name] for name, short in found.keys.items()}
+    if 2 * sum(a.nbytes for a in network.values()) < sum(a.nbytes for a in arrays.values()):
+        # Arrays in place keep all bytes of the file, those of an optimizer too.
+        network = {short: array.copy() for short, array in network.items()}
     return Tensors(
         path,
-        {short: arrays[name] for name, short in found.keys.items()},
+        network,
         metadata,
         sha256,
         (*chosen, *told, *found.notes),
@@ -323,23 +333,36 @@ def list_arrays(path: Path) -> Listing:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[bytes, Future[str]]]:
-    """The bytes of a file and their checksum, which is computed while they are read.
+def _opened(path: Path) -> Iterator[tuple[memoryview, Future[str]]]:
+    """The bytes of a file and their checksum, which is computed while they are read and used.
 
-    That a file is not what its run wrote is said before what else is wrong with it.
+    The bytes are read once, into memory of numpy's, whose pages are large. They become the arrays,
+    and no mapped file can change under them. That a file is not what its run wrote is said before
+    what else is wrong with it.
     """
     check_regular(path)
+    size = path.stat().st_size
     try:
-        data = path.read_bytes()
+        held = np.empty(size, np.uint8)
     except MemoryError as error:
-        size = path.stat().st_size
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
+    checksum, place = hashlib.sha256(), 0
     with ThreadPoolExecutor(1) as thread:
-        sha256 = thread.submit(lambda: hashlib.sha256(data).hexdigest())
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(memoryview(held)[place : place + _PIECE]):
+                thread.submit(checksum.update, held[place : place + count])
+                place += count
+            if place < size or file.read(1):
+                raise ValueError(f"it must not change while it is read, got {place:,} bytes first")
+        sha256 = thread.submit(checksum.hexdigest)
         try:
-            yield data, sha256
+            yield memoryview(held), sha256
         finally:
             check_seal(path, sha256.result())
+
+
+_PIECE = 1 << 22
+"""Bytes between two steps of the checksum: milliseconds."""
 
 
 def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
@@ -354,12 +377,12 @@ def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
 
 
 def _unpacked(
-    path: Path, data: bytes, container: Container, wanted: torch_file.Choice
+    path: Path, data: memoryview, container: Container, wanted: torch_file.Choice
 ) -> tuple[dict[str, np.ndarray], dict[str, str], list[str], list[str]]:
     """Arrays, metadata and notes of a container; checksums of other files that it keeps some in."""
-    read: dict[str, tuple[bytes, str]] = {}
+    read: dict[str, tuple[memoryview, str]] = {}
 
-    def beside(name: str) -> bytes:
+    def beside(name: str) -> memoryview:
         if name not in read:
             read[name] = _neighbor(path, name)
         return read[name][0]
@@ -371,7 +394,7 @@ def _unpacked(
     return arrays, metadata, notes, [read[name][1] for name in sorted(read)]
 
 
-def _neighbor(path: Path, name: str) -> tuple[bytes, str]:
+def _neighbor(path: Path, name: str) -> tuple[memoryview, str]:
     """The bytes of another file in the folder of a file that names it, and their checksum."""
     if not folders.PART_NAME.fullmatch(name):
         raise ValueError(f"it must name files in its own folder, got {shortened(repr(name), 100)}")

@@ -28,7 +28,9 @@ _DTYPES = (
 )
 
 
-def read_flax(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+def read_flax(
+    data: bytes | memoryview,
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the bytes of a flax file: arrays by path ("params/fc/bias"), no metadata, no notes.
 
     Numbers and text, such as the step of a train state, are passed over.

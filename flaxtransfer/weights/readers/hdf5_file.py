@@ -1,28 +1,33 @@
-"""Read Keras weights in HDF5: arrays by the names of their layers.
+"""Read and write Keras weights in HDF5: arrays by the names of their layers.
 
 HDF5 can point to other files and to datasets that are stored elsewhere; such links are refused.
 """
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from flaxtransfer.weights.readers import archives
 
-__all__ = ["CONFIG", "LAYERS", "read_hdf5", "read_keras_archive"]
+__all__ = ["CONFIG", "LAYERS", "read_hdf5", "read_keras_archive", "write_hdf5"]
 
 
 CONFIG = "configuration of the Keras model"
 """Key of the metadata with the layers of a model, as JSON."""
 LAYERS = "layers of the Keras model"
 """Key of the metadata with the names of layers without arrays too, by lines; without settings."""
+_HEADER = "flaxtransfer"
+"""Attribute of our own files with the text that states their network."""
 _BODY = ("conv", "stack", "post_bn/", "predictions/")
 """How the names of layers of ResNets start, of which a file can hold one."""
 _DEEPEST, _MOST_LAYERS = 32, 10_000
 
 
-def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+def read_hdf5(
+    data: bytes | memoryview,
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the bytes of an ``.h5`` file: arrays by "layer/variable", metadata and notes.
 
     The state of the optimizer is omitted. Keras 3 numbers the variables of a layer
@@ -33,19 +38,14 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
         ValueError: a damaged HDF5 file, one that points to other files, or one whose arrays would
             unpack to far more than the file holds.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(
-            "reading .h5 and .keras files needs h5py: pip install 'flaxtransfer[keras]'"
-        ) from error
-
+    h5py = _h5py("reading .h5 and .keras files")
     arrays: dict[str, np.ndarray] = {}
     try:
-        with h5py.File(io.BytesIO(data), "r") as file:
+        with h5py.File(archives.as_file(data), "r") as file:
             left_out = [name for name in file if name.startswith("optimizer")]
             seen: set[Any] = set()
             config, layers = file.attrs.get("model_config"), _layers(file, h5py)
+            header = file.attrs.get(_HEADER)
             for name in file:
                 if name not in left_out:
                     _collect(file, name, "", arrays, h5py, seen, archives.most(len(data)))
@@ -61,10 +61,51 @@ def read_hdf5(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[
     metadata = {LAYERS: "\n".join(layers)}
     if isinstance(config, str):
         metadata[CONFIG] = config
+    if isinstance(header, str):
+        metadata[_HEADER] = header
     return arrays, metadata, ["the optimizer's state was left out"] if left_out else []
 
 
-def read_keras_archive(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+def write_hdf5(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of an ``.h5`` file from which Keras' ``load_weights`` fills a model.
+
+    Keras goes by the order of the layers, or by their names with ``by_name=True``. Keras 2 and 3
+    read this layout; their own ``.weights.h5`` is another, and only Keras 3 reads it.
+
+    Args:
+        arrays: by "layer/variable", in the order of the model's layers and of their variables.
+        metadata: attributes of the file; Keras ignores them.
+
+    Raises:
+        ImportError: h5py is not installed.
+    """
+    h5py = _h5py("writing .h5 files")
+    layers: dict[str, list[str]] = {}
+    for key in arrays:
+        layers.setdefault(key.rpartition("/")[0], []).append(key)
+    data = io.BytesIO()
+    with h5py.File(data, "w") as file:
+        file.attrs.update(metadata)
+        file.attrs["layer_names"] = [name.encode() for name in layers]
+        for name, keys in layers.items():
+            group = file.create_group(name)
+            group.attrs["weight_names"] = [f"{key}:0".encode() for key in keys]
+            for key in keys:
+                group[f"{key}:0"] = arrays[key]
+    return data.getvalue()
+
+
+def _h5py(task: str) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"{task} needs h5py: pip install 'flaxtransfer[keras]'") from error
+    return h5py
+
+
+def read_keras_archive(
+    data: bytes | memoryview,
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the HDF5 file with the weights, and the configuration, of a ``.keras`` archive."""
     files = archives.members(data)
     if "model.weights.h5" not in files:

@@ -105,7 +105,9 @@ class Graph:
     name: str = "graph"
 
 
-def parse(data: bytes, beside: Callable[[str], bytes] | None = None) -> Graph:
+def parse(
+    data: bytes | memoryview, beside: Callable[[str], bytes | memoryview] | None = None
+) -> Graph:
     """Reads a graph; arrays are views of the bytes.
 
     Args:
@@ -143,7 +145,7 @@ def parse(data: bytes, beside: Callable[[str], bytes] | None = None) -> Graph:
 class _Reader:
     """Reads messages and counts their fields."""
 
-    def __init__(self, beside: Callable[[str], bytes] | None) -> None:
+    def __init__(self, beside: Callable[[str], bytes | memoryview] | None) -> None:
         self.beside = beside
         self.left = _MOST_FIELDS
 

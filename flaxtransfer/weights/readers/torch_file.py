@@ -54,7 +54,7 @@ Choice = Callable[[Mapping[str, Tensor]], Collection[str]]
 
 
 def read_torch(
-    data: bytes, choose: Choice = list
+    data: bytes | memoryview, choose: Choice = list
 ) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Reads the bytes of a torch file: arrays, class names as metadata, and notes.
 
@@ -68,7 +68,7 @@ def read_torch(
         ValueError: a file that would run code, is damaged, or does not hold named tensors.
     """
     try:
-        with _zipped(data) if data.startswith(b"PK") else _streamed(data) as content:
+        with _zipped(data) if data[:2] == b"PK" else _streamed(data) as content:
             named = tensors(content.value)
             sound = {name: each for name, each in named.items() if isinstance(each, Tensor)}
             wanted = choose(sound)
@@ -208,7 +208,7 @@ class Undamaged(ValueError):
 
 
 @contextmanager
-def _zipped(data: bytes) -> Iterator[_Content]:
+def _zipped(data: bytes | memoryview) -> Iterator[_Content]:
     with archives.opened(data) as file:
         entries = {entry.filename: entry for entry in file.infolist()}
         pickles = [name for name in entries if name.rsplit("/", 1)[-1] == "data.pkl"]
@@ -246,8 +246,8 @@ def _zipped(data: bytes) -> Iterator[_Content]:
 
 
 @contextmanager
-def _streamed(data: bytes) -> Iterator[_Content]:
-    file = io.BytesIO(data)
+def _streamed(data: bytes | memoryview) -> Iterator[_Content]:
+    file = archives.as_file(data)
     first, _ = torch_pickle.read_pickle(file)
     if first != _MAGIC:
         raise ValueError("the pickle was not written by torch.save")
@@ -302,9 +302,7 @@ def _array(tensor: Tensor, content: _Content, in_place: bool) -> np.ndarray:
     if tensor.offset + sum((n - 1) * step for n, step in steps) >= len(numbers):
         raise ValueError(f"a tensor of shape {list(tensor.shape)} exceeds its storage")
     strides = tuple(step * kind.itemsize for step in tensor.strides)
-    array = np.lib.stride_tricks.as_strided(
-        numbers[tensor.offset :], tensor.shape, strides, writeable=False
-    )
+    array = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides)
     array = -array if tensor.negative else array
     return array.conj() if tensor.conjugate else array
 

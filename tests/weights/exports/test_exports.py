@@ -56,6 +56,85 @@ def test_a_folder_is_read_again_as_what_it_was(tiny, tmp_path, layout):
     assert entries(tmp_path) == ["net"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "folded"),
+    [
+        ({"width": 8, "stem_bias": True}, {"stem_bias": False}),
+        ({"width": 32, "norm": "group", "epsilon": 1e-3}, {"epsilon": 1e-5}),
+        ({"width": 32, "norm": "group", "standardized": 1e-10}, {"standardized": None}),
+        ({"width": 8, "stem": "deep", "stem_width": 8}, {}),
+        ({"width": 8, "shortcut": "average"}, {}),
+    ],
+)
+def test_what_timm_lacks_is_folded_and_what_no_key_shows_is_stated(tmp_path, changes, folded):
+    before = checkpoint_of(dataclasses.replace(TINY, preactivation=True, **changes))
+    if "stem_bias" in changes:
+        before.variables["params"]["conv1"]["bias"] = np.linspace(-1, 1, 8, dtype=np.float32)
+    assert exporting.export(before, tmp_path / "net", to="timm").difference <= 1e-5
+    assert load(tmp_path / "net").config == dataclasses.replace(before.config, **folded)
+    # Our own header says what no key shows, too.
+    pretrained.save(tmp_path / "net.safetensors", before)
+    assert load(tmp_path / "net.safetensors").config == before.config
+
+
+KERAS = ft.models.ResNetConfig(
+    "bottleneck",
+    (2, 2, 2, 2),
+    width=4,
+    stem_width=64,
+    stride_in="1x1",
+    classes=2,
+    epsilon=1.001e-5,
+)
+KERAS_V2 = dataclasses.replace(
+    KERAS,
+    stride_in="3x3",
+    preactivation=True,
+    stem_pool="zero-padded",
+    stride_at="last",
+    stem_bias=True,
+)
+
+
+@pytest.mark.parametrize("config", [KERAS, KERAS_V2], ids=["first version", "second version"])
+def test_a_keras_file_is_read_again_bit_for_bit(tmp_path, config):
+    before = checkpoint_of(config)
+    written = exporting.export(before, tmp_path / "net.h5")
+    assert written.layout == "keras"
+    assert written.difference == 0
+    # The image is normalized as no preprocess_input does it.
+    assert any("(pixels / 255 - mean) / std" in note for note in written.notes)
+    again = load(tmp_path / "net.h5")
+    assert (again.config, again.class_names) == (config, before.class_names)
+    assert again.preprocessing == before.preprocessing
+    own, back = flatten(before.variables), flatten(again.variables)
+    assert own.keys() == back.keys()
+    assert all(np.asarray(own[path]).tobytes() == back[path].tobytes() for path in own)
+
+
+def test_what_keras_sets_is_absorbed_and_the_rest_refused_by_field(tmp_path):
+    # Epsilon goes into variances, even below 1e-8, and a stem without a bias gets zeros.
+    config = dataclasses.replace(KERAS_V2, epsilon=1e-5, stem_bias=False)
+    before = checkpoint_of(config)
+    variances = before.variables["batch_stats"]["layer1"]["0"]["bn2"]["var"]
+    before.variables["batch_stats"]["layer1"]["0"]["bn2"]["var"] = variances * [0, 1e-9, 1, 1]
+    assert exporting.export(before, tmp_path / "net.h5").difference <= 1e-6
+    assert load(tmp_path / "net.h5").config == KERAS_V2
+    for changes, text in (
+        ({"stride_in": "3x3"}, r"stride_in must be '1x1', got '3x3'; use --to onnx"),
+        ({"stem_width": None}, "stem_width must be 64, got None"),
+        ({"width": 16}, "width must not be 16"),
+        ({"groups": 2, "base_width": 32}, "base_width must be 64, got 32; groups must be 1, got 2"),
+        ({"shortcut": "average"}, "shortcut must be 'convolution'"),
+    ):
+        other = checkpoint_of(dataclasses.replace(KERAS, **changes))
+        with pytest.raises(ValueError, match=text):
+            exporting.export(other, tmp_path / "other.h5")
+    with pytest.raises(ValueError, match=r"must end in .h5 and not in .weights.h5"):
+        exporting.export(before, tmp_path / "net.weights.h5")
+    assert entries(tmp_path) == ["net.h5"]
+
+
 def test_stablehlo_and_its_words(tiny, tmp_path):
     written = exporting.export(tiny, tmp_path / "net.stablehlo")
     assert written.difference <= 1e-5
@@ -74,12 +153,17 @@ def test_stablehlo_and_its_words(tiny, tmp_path):
         (
             {"block": "bottleneck", "stride_in": "1x1"},
             "timm",
-            "timm has no network with the stride in",
+            r"timm has no network with stride_in='1x1' \(the stride in the first convolution\)",
         ),
-        ({"width": 96}, "timm", "stem has 64 channels, but that of resnet10w96 has 96"),
-        ({"preactivation": True, "stem_bias": True}, "timm", "network with a bias in the stem"),
+        (
+            {"width": 96},
+            "timm",
+            "no network with stem_width=96 and norm='batch': its plain stem has",
+        ),
+        ({"stem_pool": "ceil"}, "timm", r"timm has no network with stem_pool='ceil'"),
+        ({"attention": "se", "se_ratio": 0.5}, "timm", "attention='se', se_ratio=0.5"),
+        ({"preactivation": True}, "timm", "stem_width, width or base_width that .* multiples of 8"),
         ({"adapter": ft.models.Adapter(2, "curves")}, "timm", "ONNX and StableHLO support curves"),
-        ({"norm": "group", "width": 32, "epsilon": 1e-3}, "timm", "epsilon must be 1e-05"),
     ],
 )
 def test_what_another_program_has_not_is_refused_and_leaves_nothing(
@@ -94,7 +178,7 @@ def test_what_another_program_has_not_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("name", "to", "text"),
     [
-        ("net", None, "must end in .safetensors, .onnx, .stablehlo"),
+        ("net", None, r"must end in .safetensors, .onnx, .stablehlo, .h5"),
         ("net.onx", "onix", "unknown layout 'onix'; did you mean 'onnx'"),
         ("nowhere/net.onnx", None, "the folder .*nowhere for net.onnx does not exist"),
         ("taken", "timm", r"holds other files \(mine.txt\); nothing was written"),
