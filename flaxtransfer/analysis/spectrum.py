@@ -33,9 +33,9 @@ __all__ = [
     "checked_images",
     "octave_features",
     "octave_indices",
-    "windowed_power",
     "spectral_features",
     "table_text",
+    "windowed_power",
 ]
 
 OCTAVES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
