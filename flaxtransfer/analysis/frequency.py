@@ -37,6 +37,7 @@ __all__ = [
     "StageResponse",
     "filter_transfer",
     "frequency_response",
+    "network_inputs",
 ]
 
 _LEVEL = 10 ** (-3 / 10)
@@ -294,7 +295,7 @@ def frequency_response(
         Models", 2023 (the spectrum of the input gradient).
     """
     chosen = _chosen(model, segments)
-    inputs = _inputs(images, preprocessing)
+    inputs = network_inputs(images, preprocessing)
     shape = inputs.shape[1:]
     if batch_size is None:
         batch_size = max(1, _PIXELS // math.prod(shape[:2]))
@@ -369,6 +370,29 @@ def filter_transfer(kernel: Any, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(np.square(np.abs(scipy.fft.fft2(channels, s=size))))
 
 
+def network_inputs(images: Any, preprocessing: Preprocessing | None) -> np.ndarray:
+    """What enters the network: floating ``[images, height, width, bands]``.
+
+    Args:
+        images: uint8 with ``preprocessing``, or floating and normalized without.
+        preprocessing: of the images.
+
+    Raises:
+        ValueError: images of another shape, or not finite.
+        TypeError: images of another dtype.
+    """
+    checked_images(images)
+    array = np.asarray(images)
+    if preprocessing is not None:
+        return np.asarray(normalize(array, preprocessing.mean, preprocessing.std))
+    if array.dtype == np.uint8:
+        raise TypeError(
+            "images must be floating and normalized, got uint8; give the preprocessing of the "
+            "network for them"
+        )
+    return array
+
+
 def _chosen(model: Model, segments: Sequence[str] | None) -> tuple[str, ...]:
     known = model.segments
     if segments is None:
@@ -380,20 +404,6 @@ def _chosen(model: Model, segments: Sequence[str] | None) -> tuple[str, ...]:
     if not segments:
         raise ValueError(f"segments must be at least one of {', '.join(known)}, got none")
     return tuple(name for name in known if name in segments)
-
-
-def _inputs(images: Any, preprocessing: Preprocessing | None) -> np.ndarray:
-    """What enters the network: floating ``[images, height, width, bands]``."""
-    checked_images(images)
-    array = np.asarray(images)
-    if preprocessing is not None:
-        return np.asarray(normalize(array, preprocessing.mean, preprocessing.std))
-    if array.dtype == np.uint8:
-        raise TypeError(
-            "images must be floating and normalized, got uint8; give the preprocessing of the "
-            "network for them"
-        )
-    return array
 
 
 def _basis(bands: int) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -474,8 +484,6 @@ def _measured(
                 channels = np.moveaxis(np.asarray(gradient)[: len(part)] @ basis, -1, 1)
                 power += np.square(np.abs(scipy.fft.rfft2(channels)))
             power /= _size(given[name])
-            if isinstance(given[name], int):
-                power /= _units(model, variables, filled, name)
             total[index] += power.sum(axis=0, dtype=np.float64)
             by_image.append(_octave_means(power.mean(axis=1), octave, width))
     shaped = [np.concatenate(by_image[index :: len(chosen)]) for index in range(len(chosen))]
@@ -509,10 +517,11 @@ def _pulled(
 
 
 def _drawn(given: Any, shape: tuple[int, ...], random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Cotangents of a batch: random signs, or the given units for each image."""
+    """Cotangents of a batch, of length 1 for each image: random signs, or the given units."""
     if isinstance(given, int):
+        size = np.float32(1 / math.sqrt(math.prod(shape[1:])))
         for _ in range(given):
-            yield 2 * random.integers(0, 2, shape, np.int8) - 1
+            yield np.where(random.integers(0, 2, shape, np.int8), size, -size)
     else:
         for units in given:
             yield np.broadcast_to(units, shape)
@@ -538,12 +547,6 @@ def _backward(back: Any, cotangent: jax.Array) -> jax.Array:
     # A program of its own, and not a loop in one: on CPU, XLA runs a loop's body on one core.
     gradient: jax.Array = back(cotangent)[0]
     return gradient
-
-
-def _units(model: Model, variables: Variables, images: np.ndarray, segment: str) -> int:
-    following = _following(model, segment)
-    shape = jax.eval_shape(lambda x: model.apply(variables, x, stop=following)[0], images).shape
-    return math.prod(shape[1:])
 
 
 def _octave_means(power: np.ndarray, octave: np.ndarray, width: int) -> np.ndarray:
