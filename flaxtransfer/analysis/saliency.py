@@ -358,11 +358,12 @@ class Faithfulness:
             column.justify = "right"
         for row in self.rows:
             table.add_row(
-                f"{row.fraction:.0%} {row.order} important",
+                f"{row.fraction:.0%}, {row.order}",
                 *(f"{row.accuracy[name]:.0%}" for name in ("map", "blobs", "edges")),
                 *(f"{row.probability[name]:.2f}" for name in ("map", "blobs", "edges")),
             )
-        last = f"{self.images} images, {self.accuracy:.0%} of them in their class when whole."
+        last = f"{self.images} images, {self.accuracy:.0%} of them in their class when whole. Removed"
+        last += " are the most or the least important pixels."
         return Group(table, last, self.summary())
 
     @property
