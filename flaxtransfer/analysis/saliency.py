@@ -362,7 +362,9 @@ class Faithfulness:
                 *(f"{row.accuracy[name]:.0%}" for name in ("map", "blobs", "edges")),
                 *(f"{row.probability[name]:.2f}" for name in ("map", "blobs", "edges")),
             )
-        last = f"{self.images} images, {self.accuracy:.0%} of them in their class when whole. Removed"
+        last = (
+            f"{self.images} images, {self.accuracy:.0%} of them in their class when whole. Removed"
+        )
         last += " are the most or the least important pixels."
         return Group(table, last, self.summary())
 
@@ -760,7 +762,8 @@ def _classified(
         logits: jax.Array = model.apply(variables, x, start="pool")[0]
         return logits
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.dot(wide.mean((1, 2)), kernel, precision="highest") + bias
+    found: jax.Array = jnp.dot(wide.mean((1, 2)), kernel, precision="highest") + bias
+    return found
 
 
 @lru_cache(maxsize=32)
