@@ -345,8 +345,9 @@ class Predict:
 class Explain:
     """Show which parts of images decide, and whether that can be trusted.
 
-    Saliency maps for the predicted classes are drawn over the images. What they mark is removed and
-    the predictions are compared with those after removing random blobs.
+    Saliency maps for the predicted classes are drawn over the images.
+
+    What they mark is removed, and compared with the removal of random blobs.
 
     Example: flaxtransfer explain runs/scans-seed0 --data folder:new --out explained
 
@@ -362,7 +363,12 @@ class Explain:
     source: tyro.conf.Positional[str]
     out: Path
     data: Annotated[
-        str | None, described("Images; labels are not used.", default="the test images of the run")
+        str | None,
+        described(
+            'Images: folder:<path> (at any depth), npz:<file> (an array "image") or '
+            "tfds:<name>[/config][:split]. Labels in it are not used.",
+            default="the test images of the run",
+        ),
     ] = None
     most_images: Count = 24
     layer: Annotated[str | None, default("the deepest with a map of at least 7x7")] = None

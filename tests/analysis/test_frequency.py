@@ -83,7 +83,7 @@ def test_the_transfer_function_by_its_definition():
 
 
 def test_it_is_the_response_to_small_sinusoids_at_every_segment():
-    """Finite differences of amplitude 1e-3, by a cosine and a sine at five frequencies."""
+    """Finite differences of amplitude 1e-3, by a cosine and a sine; 0.5 % was measured."""
     size, amplitude = 32, 1e-3
     with jax.enable_x64(True):
         model = ft.resnet(SMALL)
