@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -311,7 +311,8 @@ def frequency_response(
     measured = []
     everyone = [variables]
     if random_weights:
-        everyone.append(model.init(jax.random.key(seed)))
+        drawn = replace(model, zero_head=False, zero_init_residual=False)
+        everyone.append(drawn.init(jax.random.key(seed)))
     for each in everyone:
         gains, by_image = _measured(model, each, inputs, chosen, given, batch_size, seed, basis)
         measured.append((gains, _stages(chosen, gains, by_image, power, names)))
@@ -584,10 +585,11 @@ def _stages(
     for index, segment in enumerate(chosen):
         own = by_image[:, index]
         mean = own.mean(axis=0)
-        if not np.isfinite(gains[index]).all() or not np.nanmax(mean) > 0:
+        overall = float(gains[index].mean())
+        if not (math.isfinite(overall) and overall > 0):
             raise ValueError(
                 f"{segment} must depend on the pixels of these images with finite derivatives, got "
-                f"a mean squared derivative of {np.nanmax(mean):.3g}; are weights and images sound?"
+                f"a mean squared derivative of {overall:.3g}; are weights and images sound?"
             )
         errors: list[float | None] = [None] * len(mean)
         if len(own) > 1:

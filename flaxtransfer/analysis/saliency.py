@@ -437,7 +437,7 @@ def faithfulness(
         raise ValueError(f"fractions must be above 0 and below 1, got {list(fractions)}")
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
-    whole = np.asarray(predict(array))
+    whole = _predicted(predict, array)
     wanted = _checked_targets(targets, count, whole.shape[1])
     wanted = np.where(wanted < 0, whole.argmax(axis=1), wanted)
     random = np.random.default_rng(seed)
@@ -454,7 +454,7 @@ def faithfulness(
             probable: dict[str, list[np.ndarray]] = {}
             for name, score in scores:
                 removed = _removed(score if order == "most" else -score, fraction)
-                logits = np.asarray(predict(impute(array, removed, seed=seed)), np.float64)
+                logits = _predicted(predict, impute(array, removed, seed=seed))
                 right.setdefault(name, []).append(logits.argmax(axis=1) == wanted)
                 likely = scipy.special.softmax(logits, axis=1)[np.arange(count), wanted]
                 probable.setdefault(name, []).append(likely)
@@ -856,6 +856,16 @@ def _peaks(maps: np.ndarray) -> np.ndarray:
     """Row and column of the largest value of each map: ``[images, 2]``."""
     flat = maps.reshape(len(maps), -1).argmax(axis=1)
     return np.stack(np.unravel_index(flat, maps.shape[1:]), axis=1)
+
+
+def _predicted(predict: Callable[[Any], Any], images: np.ndarray) -> np.ndarray:
+    logits = np.asarray(predict(images), np.float64)
+    if logits.ndim != 2 or len(logits) != len(images) or not np.isfinite(logits).all():
+        raise ValueError(
+            f"predict must return finite logits [{len(images)} images, classes], got shape "
+            f"{list(logits.shape)}{'' if np.isfinite(logits).all() else ' with NaN or infinity'}"
+        )
+    return logits
 
 
 def _edges(images: np.ndarray) -> np.ndarray:

@@ -247,8 +247,9 @@ def test_other_bands_and_vectors(bands):
     assert "head" in str(found)
 
 
-def test_weights_that_see_nothing():
-    model, variables = linear_stem(np.zeros((7, 7, 3, 2)))
+@pytest.mark.parametrize("weight", [0.0, np.nan])
+def test_weights_that_see_nothing(weight):
+    model, variables = linear_stem(np.full((7, 7, 3, 2), weight))
     images = np.zeros((1, 32, 32, 3), np.float32)
     with pytest.raises(ValueError, match="stem must depend on the pixels"):
         frequency_response(model, variables, images, segments=["stem"])

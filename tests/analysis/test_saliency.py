@@ -93,8 +93,8 @@ def test_exact_cam_is_the_logit(changes):
         found = saliency_maps(model, variables, images, targets=target, layer="layer4")
         assert found.method == "cam"
         bias = np.asarray(variables["params"]["fc"]["bias"])[found.targets]
-        logits, _ = model.apply(variables, jnp.asarray(images))
-        expected = np.asarray(logits)[np.arange(6), found.targets]
+        logits = logits_function(model, variables)(images)
+        expected = logits[np.arange(6), found.targets]
         difference = np.abs(found.maps.mean(axis=(1, 2)) + bias - expected).max()
         assert difference <= 1e-5 * np.abs(expected).max()
 
@@ -128,21 +128,28 @@ def test_at_the_last_map_all_methods_are_exact_cam():
         np.testing.assert_allclose(other, np.maximum(cam, 0) / positions, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["grad_cam", "hires_cam"])
-def test_the_gradient_is_that_of_one_logit_by_the_map(method):
+def test_the_gradient_is_that_of_one_logit_by_the_map():
     model, variables = network()
-    images = pictures(2)
-    found = saliency_maps(model, variables, images, targets=[4, 1], layer="layer2", method=method)
-    maps, _ = model.apply(variables, jnp.asarray(images), stop="layer3")
-    for n, target in enumerate((4, 1)):
+    images, targets = pictures(2), np.array([4, 1])
 
-        def logit(x, target=target):
-            return model.apply(variables, x, start="layer3")[0][0, target]
+    @jax.jit
+    def gradients(x):
+        """The map, and the gradient of each image's target, by JAX on the whole network."""
+        maps, _ = model.apply(variables, x, stop="layer3")
 
-        gradient = jax.grad(logit)(maps[n : n + 1])
-        weights = gradient.mean((1, 2), keepdims=True) if method == "grad_cam" else gradient
-        expected = np.maximum(np.asarray((weights * maps[n : n + 1]).sum(-1)[0]), 0)
-        np.testing.assert_allclose(found.maps[n], expected, rtol=1e-4, atol=1e-6)
+        def chosen(maps):
+            return model.apply(variables, maps, start="layer3")[0][np.arange(2), targets].sum()
+
+        return maps, jax.grad(chosen)(maps)
+
+    maps, gradient = map(np.asarray, gradients(images))
+    weights = {"grad_cam": gradient.mean((1, 2), keepdims=True), "hires_cam": gradient}
+    for method, weight in weights.items():
+        found = saliency_maps(
+            model, variables, images, targets=targets, layer="layer2", method=method
+        )
+        expected = np.maximum((weight * maps).sum(-1), 0)
+        np.testing.assert_allclose(found.maps, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ def test_nothing_is_differentiated_below_the_layer():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-8)
     # The guard works: the gradient by the image does go through the stem.
     with pytest.raises(AssertionError, match="the stem is differentiated"):
-        jax.grad(lambda x: guarded.apply(variables, x)[0].sum())(jnp.asarray(pictures()))
+        jax.eval_shape(jax.grad(lambda x: guarded.apply(variables, x)[0].sum()), pictures())
 
 
 def test_a_planted_cue_is_found_and_its_removal_noticed(builtin, stem_head):
@@ -405,6 +412,19 @@ def test_what_cannot_be_judged(options, error, text):
     options = {"images": corner_images(), "maps": np.zeros((12, 4, 4)), **options}
     with pytest.raises(error, match=text):
         faithfulness(corner, **options)
+
+
+@pytest.mark.parametrize("logits", [np.zeros(12), np.zeros((3, 2)), np.full((12, 2), np.nan)])
+def test_what_is_no_network(logits):
+    with pytest.raises(ValueError, match=r"finite logits \[12 images, classes\], got shape"):
+        faithfulness(lambda images: logits, corner_images(), np.ones((12, 4, 4)))
+
+
+def test_weights_that_are_not_finite():
+    model, variables = network()
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)
+    with pytest.raises(ValueError, match="saliency must be finite"):
+        saliency_maps(model, broken, pictures(1))
 
 
 @pytest.mark.parametrize(
