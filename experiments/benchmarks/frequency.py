@@ -132,8 +132,8 @@ def main(options: Frequency) -> None:
         cells = [row["first"], row["first_cpu"], row["later"], row["later_cpu"]]
         shown = ["–" if value is None else f"{value:.1f}" for value in cells]
         wanted = "–" if row["wanted"] is None else f"{row['wanted']:.0f}"
-        print(f"{name:<10} {row['images']:>6} {row['size']:>4} {shown[0]:>8} {shown[1]:>6} ", end="")
-        print(f"{shown[2]:>8} {shown[3]:>6} {wanted:>8}", flush=True)
+        line = f"{name:<10} {row['images']:>6} {row['size']:>4} {shown[0]:>8} {shown[1]:>6} "
+        print(f"{line}{shown[2]:>8} {shown[3]:>6} {wanted:>8}", flush=True)
     if "builtin" in reports:
         print(reports["builtin"])
     versions = {
