@@ -1,4 +1,4 @@
-"""Analysis of pre-trained networks: stem, probes, curvature, distances, transferability."""
+"""Analysis of networks: stem, probes, frequencies, saliency, curvature, distances, transfer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,28 @@ if TYPE_CHECKING:
     from flaxtransfer.analysis.distances import class_distance as class_distance
     from flaxtransfer.analysis.distances import frechet_distance as frechet_distance
     from flaxtransfer.analysis.distances import sliced_wasserstein as sliced_wasserstein
+    from flaxtransfer.analysis.frequency import FrequencyResponse as FrequencyResponse
+    from flaxtransfer.analysis.frequency import StageResponse as StageResponse
+    from flaxtransfer.analysis.frequency import filter_transfer as filter_transfer
+    from flaxtransfer.analysis.frequency import frequency_response as frequency_response
     from flaxtransfer.analysis.profile import Profile as Profile
     from flaxtransfer.analysis.profile import probe_profile as probe_profile
+    from flaxtransfer.analysis.saliency import Faithfulness as Faithfulness
+    from flaxtransfer.analysis.saliency import PooledHead as PooledHead
+    from flaxtransfer.analysis.saliency import RandomizationTest as RandomizationTest
+    from flaxtransfer.analysis.saliency import Saliency as Saliency
+    from flaxtransfer.analysis.saliency import faithfulness as faithfulness
+    from flaxtransfer.analysis.saliency import impute as impute
+    from flaxtransfer.analysis.saliency import logits_function as logits_function
+    from flaxtransfer.analysis.saliency import randomization_test as randomization_test
+    from flaxtransfer.analysis.saliency import saliency_maps as saliency_maps
     from flaxtransfer.analysis.similarity import debiased_cka as debiased_cka
     from flaxtransfer.analysis.similarity import proxy_a_distance as proxy_a_distance
+    from flaxtransfer.analysis.spectrum import Bottleneck as Bottleneck
+    from flaxtransfer.analysis.spectrum import SpectralFeatures as SpectralFeatures
+    from flaxtransfer.analysis.spectrum import bottleneck as bottleneck
+    from flaxtransfer.analysis.spectrum import octave_features as octave_features
+    from flaxtransfer.analysis.spectrum import spectral_features as spectral_features
     from flaxtransfer.analysis.stem import StemReport as StemReport
     from flaxtransfer.analysis.stem import stem_report as stem_report
     from flaxtransfer.analysis.transferability import h_score as h_score

@@ -430,8 +430,8 @@ def bottleneck(
         TypeError: arrays that are not boolean.
 
     >>> right, wrong = np.ones(50, bool), np.zeros(50, bool)
-    >>> bottleneck(right, {"stem": right, "layer1": wrong}).segment
-    'layer1'
+    >>> bottleneck(right, {"first": right, "second": wrong}).segment
+    'second'
 
     References:
         Q. McNemar, "Note on the sampling error of the difference between correlated proportions or

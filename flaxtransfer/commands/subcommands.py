@@ -55,6 +55,7 @@ __all__ = [
     "Convert",
     "Diagnose",
     "Evaluate",
+    "Explain",
     "FindRate",
     "Models",
     "Params",
@@ -372,6 +373,58 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Explain:
+    """Show which parts of images decide, and whether that can be trusted.
+
+    Saliency maps for the predicted classes are drawn over the images.
+
+    What they mark is removed, and compared with the removal of random blobs.
+
+    Example: flaxtransfer explain runs/scans-seed0 --data folder:new --out explained
+
+    Args:
+        source: Run folder, or weights of a ResNet with a head.
+        out: Folder for the pictures and explanation.json.
+        most_images: Use at most this many images, drawn at random.
+        layer: Segment whose map is used: stem, layer1, ...
+        method: How the map is made.
+        seed: Seed of all random choices.
+    """
+
+    source: tyro.conf.Positional[str]
+    out: Path
+    data: Annotated[
+        str | None,
+        described(
+            'Images: folder:<path> (at any depth), npz:<file> (an array "image") or '
+            "tfds:<name>[/config][:split]. Labels in it are not used.",
+            default="the test images of the run",
+        ),
+    ] = None
+    most_images: Count = 24
+    layer: Annotated[str | None, default("the deepest with a map of at least 7x7")] = None
+    method: Annotated[
+        Literal["cam", "grad_cam", "hires_cam"] | None,
+        default("cam where it is exact, else grad_cam"),
+    ] = None
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    reading: ReadingOptions = field(default_factory=lambda: ReadingOptions(batch_size=64))
+
+    def problems(self) -> Iterator[str]:
+        """An unknown data source, none at all, and a folder that cannot be written."""
+        if self.data is None and not Path(self.source).is_dir():
+            yield f"--data must name images, unless the source is a run folder, got {self.source}"
+        if self.data is not None and not self.data.startswith("npz:"):
+            yield from data_problems("--data", self.data)
+        yield from output_problems("--out", self.out, folder=True)
+        if self.out.is_dir() and not _holds(self.out, "explanation.json"):
+            yield (
+                f"--out must be a new folder, or that of an earlier explanation, got {self.out}, "
+                "which holds other files"
+            )
+
+
+@dataclass(frozen=True)
 class Diagnose:
     """Say which kind of shift target images have.
 
@@ -494,6 +547,7 @@ SUBCOMMANDS: dict[str, type] = {
     "params": Params,
     "evaluate": Evaluate,
     "predict": Predict,
+    "explain": Explain,
     "diagnose": Diagnose,
     "convert": Convert,
 }

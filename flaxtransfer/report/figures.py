@@ -1,4 +1,4 @@
-"""Figures: learning-rate sweeps, probe profiles, stems.
+"""Figures: learning-rate sweeps, probe profiles, stems, frequency responses, saliency.
 
 Also the parts that all figures have in common: colors, a figure with its axes, a legend, and the
 output file. matplotlib is imported when a figure is drawn.
@@ -19,6 +19,7 @@ from flaxtransfer.paths import visible
 
 if TYPE_CHECKING:
     from flaxtransfer.advice.advise import Advice
+    from flaxtransfer.analysis.frequency import FrequencyResponse
     from flaxtransfer.analysis.profile import Profile
     from flaxtransfer.analysis.stem import StemReport
     from flaxtransfer.training.lr_finder import RateSweep
@@ -33,8 +34,10 @@ __all__ = [
     "figure_text",
     "legend",
     "new_figure",
+    "plot_frequency",
     "plot_profile",
     "plot_rate_sweeps",
+    "plot_saliency",
     "plot_stem",
     "plot_training",
     "save_figure",
@@ -64,6 +67,9 @@ _RATE_PANELS_ACROSS = 3
 
 _FILTERS_ACROSS = 16
 """Filters per row."""
+
+_PAIRS_ACROSS = 4
+"""Images with their overlays per row."""
 
 
 def plot_rate_sweeps(path: str | os.PathLike[str], sweeps: Mapping[str, RateSweep]) -> None:
@@ -284,6 +290,91 @@ def plot_stem(
     axes.legend(loc="upper left", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def plot_saliency(
+    path: FigureTarget, images: Any, maps: Any, titles: Sequence[str], verdict: str
+) -> None:
+    """Images, each beside itself under its saliency map, and what is known of the maps.
+
+    Each map is scaled to its own largest value; what speaks against the class is not shown.
+
+    Args:
+        path: A .png, .pdf or .svg, replaced if it exists; or an open file, for a PNG.
+        images: uint8 ``[images, height, width, bands]``; three bands are shown as RGB, others by
+            their mean.
+        maps: ``[images, height, width]``, of the size of the images.
+        titles: One per image.
+        verdict: Of ``faithfulness``, printed above.
+
+    Raises:
+        ValueError: No image, arrays that do not fit, or another kind of file.
+        FileNotFoundError: The folder does not exist.
+    """
+    pixels, heat = np.asarray(images), np.maximum(np.asarray(maps, np.float64), 0)
+    if not len(pixels) or heat.shape != pixels.shape[:3] or len(titles) != len(pixels):
+        raise ValueError(
+            "plot_saliency must have a map and a title for each image, at least one, got images "
+            f"{list(pixels.shape)}, maps {list(heat.shape)} and {len(titles)} titles"
+        )
+    across = min(_PAIRS_ACROSS, len(pixels))
+    rows = math.ceil(len(pixels) / across)
+    drawing, _ = new_figure(path, (3.0 * across, 0.7 + 1.75 * rows))
+    drawing.clear()
+    panels = np.reshape(drawing.subplots(rows, 2 * across, squeeze=False), (-1, 2))
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for pair, image, own, title in zip(panels, pixels, heat, titles, strict=False):
+        shown = image if image.shape[-1] == 3 else image.mean(axis=-1)
+        for panel in pair:
+            panel.imshow(shown, cmap="gray", vmin=0, vmax=255)
+        pair[1].imshow(own, cmap="inferno", vmin=0, vmax=own.max() or 1, alpha=0.6)
+        pair[0].set_title(wrap_text(title, 40), fontsize=7, loc="left")
+    text = figure_text("\n".join(textwrap.wrap(visible(verdict), 32 * across)))
+    drawing.suptitle(text, fontsize=8, x=0.01, ha="left")
+    save_figure(drawing, path)
+
+
+def plot_frequency(path: FigureTarget, response: FrequencyResponse) -> None:
+    """Frequency responses over the octaves, and where the images have their variance.
+
+    Args:
+        path: A .png, .pdf or .svg, replaced if it exists; or an open file, for a PNG.
+        response: From ``frequency_response``.
+
+    Raises:
+        ValueError: Another kind of file.
+        FileNotFoundError: The folder does not exist.
+    """
+    from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
+
+    drawing, (upper, lower) = new_figure(
+        path, (7, 5), 2, sharex=True, gridspec_kw={"height_ratios": [3, 1.2]}
+    )
+    places = np.arange(len(OCTAVE_NAMES))
+    entries = []
+    for stages, filled in ((response.stages, True), (response.random, False)):
+        for number, stage in enumerate(stages):
+            color, marker = SERIES[number % len(SERIES)]
+            values = [math.nan if value is None else value for value in stage.decibels]
+            upper.plot(
+                places,
+                values,
+                color=color,
+                marker=marker,
+                linestyle="-" if filled else ":",
+                markerfacecolor=color if filled else "white",
+            )
+            name = stage.segment if filled else f"{stage.segment}, random"
+            entries.append((name, color, marker, filled))
+    upper.axhline(-3, color="0.6", linestyle="--", linewidth=1)
+    upper.set_ylabel("response, dB of the strongest")
+    legend(upper, entries)
+    lower.bar(places, [100 * share for share in response.power], color="0.7", width=0.6)
+    lower.set_ylabel("variance of\nthe images, %")
+    lower.set_xticks(places, OCTAVE_NAMES)
+    lower.set_xlabel("cycles per pixel of the network's input")
+    save_figure(drawing, path)
 
 
 def new_figure(path: FigureTarget, size: tuple[float, float], rows: int = 1, **options: Any) -> Any:

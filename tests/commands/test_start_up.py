@@ -53,6 +53,8 @@ ERRORS = [
     ["convert", "nowhere.pth", "x.xyz"],
     ["params", "--rates", "hed=1"],
     ["predict", "nowhere", "image.png"],
+    ["explain", "nowhere.pth", "--out", "explained"],
+    ["explain", "builtin", "--data", "scans", "--out", "explained"],
     ["diagnose", "--run", "nowhere"],
     ["diagnose", "--run", "nowhere", "--target", "scans"],
     ["evaluate", "nowhere", "--data", "scans"],

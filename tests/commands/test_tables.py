@@ -108,6 +108,7 @@ def test_probe_prints_a_row_a_segment_and_draws_them(folder, weights, tmp_path, 
 REQUIRED = {
     "evaluate": {"run": Path("run")},
     "predict": {"run": Path("run"), "images": (Path("a.png"),)},
+    "explain": {"source": "run", "out": Path("explained")},
     "diagnose": {"run": Path("run"), "target": "digits"},
     "convert": {"source": "a", "target": Path("b")},
 }
