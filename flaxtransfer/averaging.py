@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxtransfer.paths import flatten, listing
-from flaxtransfer.types import Variables
+from flaxtransfer.paths import Variables, flatten, listing
 
 __all__ = ["Soup", "average", "greedy_soup", "interpolate"]
 

@@ -13,8 +13,7 @@ import jax
 
 from flaxtransfer.mask_algebra import select
 from flaxtransfer.masks import Mask, as_mask, batch_norm
-from flaxtransfer.paths import flatten, listing, suggest
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree, flatten, listing, suggest
 
 __all__ = ["Norm", "check", "mode", "modules", "policy"]
 

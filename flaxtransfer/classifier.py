@@ -13,9 +13,8 @@ from flaxtransfer.models.config import Adapter, Method
 from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.model import Model, shape_differences
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.paths import flatten, listing, suggest, unflatten
+from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task
-from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.naming import torchgeo
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from flaxtransfer.masks import Mask, as_mask, matrices, resolve
-from flaxtransfer.paths import flatten, listing, map_with_path, suggest
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree, flatten, listing, map_with_path, suggest
 
 __all__ = [
     "FROZEN",

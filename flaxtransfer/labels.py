@@ -22,8 +22,7 @@ from flaxtransfer.masks import Mask, as_mask
 from flaxtransfer.models.layout import Layout, layout_of
 from flaxtransfer.optimizers import check_same_leaves, partition_checked
 from flaxtransfer.overview import ParameterTable, parameter_table
-from flaxtransfer.paths import flatten, is_nested_dict, listing, map_with_path, merge
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree, flatten, is_nested_dict, listing, map_with_path, merge
 
 __all__ = ["ParamGroups", "Rest", "label", "rest"]
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from flaxtransfer import globs
 from flaxtransfer.models.layout import LAYOUTS, Layout, layout_of
-from flaxtransfer.paths import flatten, listing, map_with_path, suggest
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree, flatten, listing, map_with_path, suggest
 
 __all__ = ["Atom", "Compound", "Mask", "Where", "atoms", "select"]
 

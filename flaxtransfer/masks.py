@@ -19,8 +19,7 @@ from typing import Any
 from flaxtransfer import globs
 from flaxtransfer.mask_algebra import Atom, Mask, Where, atoms, select
 from flaxtransfer.models.layout import LAYOUTS, Layout
-from flaxtransfer.paths import flatten, map_with_path, shortened, suggest
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree, flatten, map_with_path, shortened, suggest
 
 __all__ = [
     "Mask",

@@ -21,8 +21,7 @@ import optax
 
 from flaxtransfer.groups import FROZEN, Frozen, Group, Schedule, check_groups
 from flaxtransfer.models.layout import LAYOUTS, By, Layout, layout_of
-from flaxtransfer.paths import flatten, listing, map_with_path
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree, flatten, listing, map_with_path
 
 __all__ = [
     "Scaled",

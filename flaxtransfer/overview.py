@@ -19,8 +19,7 @@ from flaxtransfer.batchnorm import Norm, check, mode, modules, policy
 from flaxtransfer.groups import FROZEN, Group, WarmupCosine, check_groups
 from flaxtransfer.mask_algebra import select
 from flaxtransfer.models.layout import layout_of
-from flaxtransfer.paths import flatten, listing, map_with_path, visible
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree, flatten, listing, map_with_path, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from flaxtransfer.types import PyTree
-
 __all__ = [
+    "Params",
+    "PyTree",
+    "Variables",
     "flatten",
     "is_nested_dict",
     "listing",
@@ -28,6 +29,16 @@ __all__ = [
     "unflatten",
     "visible",
 ]
+
+
+PyTree = Any
+"""Any tree that JAX can flatten."""
+
+Params = dict[str, Any]
+"""Nested dict with string keys; the leaves are arrays or ``jax.ShapeDtypeStruct``."""
+
+Variables = dict[str, Any]
+"""``{"params": Params, "batch_stats": Params}``."""
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

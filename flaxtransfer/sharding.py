@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, axis: str = "data") -> Mesh:

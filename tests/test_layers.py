@@ -16,7 +16,7 @@ pytestmark = pytest.mark.once
 PACKAGE = Path(__file__).parents[1] / "flaxtransfer"
 
 FLOORS = (
-    ("lazy", "types", "models.layout"),
+    ("lazy", "models.layout"),
     ("paths", "files", "shift"),
     ("globs",),
     ("mask_algebra",),

@@ -37,8 +37,8 @@ from flaxtransfer.batchnorm import policy
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models.moments import Mixture, balancing_weights
+from flaxtransfer.paths import Variables
 from flaxtransfer.shift.calibration import Calibration
-from flaxtransfer.types import Variables
 
 __all__ = [
     "BatchNormReport",

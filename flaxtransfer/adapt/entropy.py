@@ -31,11 +31,10 @@ from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.labels import ParamGroups, label, rest
 from flaxtransfer.masks import batch_norm
 from flaxtransfer.models.model import Model
-from flaxtransfer.paths import merge
+from flaxtransfer.paths import Params, Variables, merge
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.training.evaluation import without_padding
-from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 __all__ = ["MIN_BATCH", "EntropyReport", "tent"]

@@ -25,9 +25,8 @@ from flaxtransfer.models.moments import (
     positions,
     source_share,
 )
-from flaxtransfer.paths import flatten
+from flaxtransfer.paths import Params, Variables, flatten
 from flaxtransfer.training.evaluation import measure_moments, predict, with_statistics
-from flaxtransfer.types import Params, Variables
 
 __all__ = [
     "MIN_VALUES",

@@ -18,10 +18,9 @@ from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source
 from flaxtransfer.overview import terminal
-from flaxtransfer.paths import flatten
+from flaxtransfer.paths import Params, flatten
 from flaxtransfer.recipes.catalog import RECIPES
 from flaxtransfer.training.plan import Plan
-from flaxtransfer.types import Params
 from flaxtransfer.weights.pretrained import Pretrained
 
 __all__ = ["SCHEMA", "Advice", "Candidate", "Verdict", "advise", "decide"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.analysis.learning_curve import LearningCurve, learning_curve
+from flaxtransfer.analysis.profile import LearningCurve, learning_curve
 from flaxtransfer.analysis.spectrum import (
     Bottleneck,
     SpectralFeatures,
@@ -30,7 +30,7 @@ from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import subsample
 from flaxtransfer.features.checks import standardization
 from flaxtransfer.features.extract import segment_features
-from flaxtransfer.features.folds import CrossValidation, cross_validate
+from flaxtransfer.features.ridge import CrossValidation, cross_validate
 from flaxtransfer.paths import flatten
 
 __all__ = ["Evidence", "HeadEvidence", "alignment", "gather", "paired"]

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from flaxtransfer.analysis.frequency import StageResponse as StageResponse
     from flaxtransfer.analysis.frequency import filter_transfer as filter_transfer
     from flaxtransfer.analysis.frequency import frequency_response as frequency_response
+    from flaxtransfer.analysis.map_checks import Faithfulness as Faithfulness
+    from flaxtransfer.analysis.map_checks import RandomizationTest as RandomizationTest
+    from flaxtransfer.analysis.map_checks import faithfulness as faithfulness
+    from flaxtransfer.analysis.map_checks import impute as impute
+    from flaxtransfer.analysis.map_checks import randomization_test as randomization_test
     from flaxtransfer.analysis.profile import Profile as Profile
     from flaxtransfer.analysis.profile import probe_profile as probe_profile
-    from flaxtransfer.analysis.saliency import Faithfulness as Faithfulness
     from flaxtransfer.analysis.saliency import PooledHead as PooledHead
-    from flaxtransfer.analysis.saliency import RandomizationTest as RandomizationTest
     from flaxtransfer.analysis.saliency import Saliency as Saliency
-    from flaxtransfer.analysis.saliency import faithfulness as faithfulness
-    from flaxtransfer.analysis.saliency import impute as impute
     from flaxtransfer.analysis.saliency import logits_function as logits_function
-    from flaxtransfer.analysis.saliency import randomization_test as randomization_test
     from flaxtransfer.analysis.saliency import saliency_maps as saliency_maps
     from flaxtransfer.analysis.similarity import debiased_cka as debiased_cka
     from flaxtransfer.analysis.similarity import proxy_a_distance as proxy_a_distance

@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.masks import Mask, selected
-from flaxtransfer.paths import flatten, listing
+from flaxtransfer.paths import Params, flatten, listing
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
-from flaxtransfer.types import Params
 from flaxtransfer.weights.preprocessing import normalize
 
 __all__ = [

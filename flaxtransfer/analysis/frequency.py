@@ -28,8 +28,7 @@ from flaxtransfer.analysis.spectrum import (
     windowed_power,
 )
 from flaxtransfer.models.model import Model
-from flaxtransfer.paths import listing, suggest
-from flaxtransfer.types import Variables
+from flaxtransfer.paths import Variables, listing, suggest
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 __all__ = [

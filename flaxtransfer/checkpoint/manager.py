@@ -36,8 +36,8 @@ from flaxtransfer.checkpoint.step_files import (
     remove_leftovers,
 )
 from flaxtransfer.files import folder_lock
+from flaxtransfer.paths import PyTree
 from flaxtransfer.sharding import any_process, on_primary
-from flaxtransfer.types import PyTree
 
 FORMAT = 1
 Records = Mapping[int, Mapping[str, Any]]

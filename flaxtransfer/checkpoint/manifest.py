@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree
 
 # Errors of the machine, not of the files.
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)

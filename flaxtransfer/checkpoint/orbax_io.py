@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flaxtransfer.checkpoint.manifest import classify_errors, named_leaves
-from flaxtransfer.types import PyTree
+from flaxtransfer.paths import PyTree
 
 Writer: TypeAlias = ocp.AsyncCheckpointer
 

@@ -48,7 +48,7 @@ def advise(options: Advise, console: Console) -> None:
     if options.json is not None:
         write_json(options.json, found.to_json())
     if options.html is not None:
-        from flaxtransfer.report.advice_page import render_advice
+        from flaxtransfer.report.pages import render_advice
 
         page = render_advice(found, data=options.data.name, weights=repr(start.checkpoint))
         with atomic_write(options.html) as made:

@@ -1,12 +1,14 @@
-"""``flaxtransfer evaluate`` and ``predict``: what a finished run is used for.
+"""``flaxtransfer evaluate``, ``predict`` and ``explain``: what a finished run is used for.
 
 ``evaluate`` prints its accuracy on its test images, or on others; ``predict`` prints predictions,
-corrected for prevalence if asked.
+corrected for prevalence if asked; ``explain`` draws what they rest on, and whether that can be
+trusted.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import sys
@@ -20,19 +22,22 @@ from rich.console import Console
 
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import kept_validation, run_bands, run_data, trained_network
-from flaxtransfer.commands.subcommands import Evaluate, Predict
+from flaxtransfer.commands.subcommands import Evaluate, Explain, Predict
 from flaxtransfer.data.decode import ImageError, decode_bands
 from flaxtransfer.data.loader import eval_batches
-from flaxtransfer.data.open import open_source
-from flaxtransfer.data.source import Example, Source
+from flaxtransfer.data.open import open_source, open_unlabeled
+from flaxtransfer.data.source import Example, Source, UnlabeledImages
 from flaxtransfer.data.transforms import Transform, evaluation_transform
+from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.paths import listing, suggest, visible
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
 from flaxtransfer.training.evaluation import evaluate as measure
 from flaxtransfer.training.run_folder import split_of
 from flaxtransfer.training.step import forward_with_features
+from flaxtransfer.weights.loading import load
 
 if TYPE_CHECKING:
+    from flaxtransfer.analysis.saliency import Saliency
     from flaxtransfer.shift.calibration import Calibration
 
 _FEWEST_VALIDATION = 5
@@ -380,3 +385,97 @@ def _write_csv(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:
         for label, probability in row["ranked"][:top]:
             cells += [cell_text(label), f"{probability:.6f}"]
         writer.writerow(cells)
+
+
+REPORT_FILE = "explanation.json"
+
+_PER_PAGE = 12
+"""Images of a picture."""
+
+
+def explain(options: Explain, console: Console) -> None:
+    """Runs ``flaxtransfer explain``."""
+    from flaxtransfer.analysis.map_checks import faithfulness, randomization_test
+    from flaxtransfer.analysis.saliency import logits_function, saliency_maps
+
+    network, found, chosen = _opened(options)
+    reading = options.reading
+    batches = eval_batches(
+        found.source, chosen, network.preprocessing, batch_size=reading.batch_size
+    )
+    images = np.concatenate([batch["image"][batch["weight"] > 0] for batch in batches])
+    asked = (network.model, network.variables, images, network.preprocessing)
+    maps = saliency_maps(
+        *asked, layer=options.layer, method=options.method, batch_size=reading.batch_size
+    )
+    run = logits_function(
+        network.model, network.variables, network.preprocessing, batch_size=reading.batch_size
+    )
+    faithful = faithfulness(run, images, maps.maps, maps.targets, seed=options.seed)
+    sound = randomization_test(*asked, layer=maps.layer, method=maps.method, seed=options.seed)
+    for value in (maps, faithful, sound):
+        console.print(value)
+    verdict = faithful.summary() if sound.passed else f"{faithful.summary()} {sound.summary()}"
+    names = [found.names[i] for i in chosen]
+    report = {
+        "images": names,
+        "saliency": maps.to_json(),
+        "faithfulness": faithful.to_json(),
+        "randomization": sound.to_json(),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(options.out) as folder:
+        folder.mkdir()
+        for number, png in enumerate(_pages(network, images, maps, names, verdict), start=1):
+            write_file(folder / f"page{number}.png", png)
+        write_file(folder / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
+    console.print(f"written to {options.out}/", highlight=False, soft_wrap=True)
+
+
+def _opened(options: Explain) -> tuple[Classifier, UnlabeledImages, np.ndarray]:
+    """The network, images with names, and the positions of those to explain."""
+    run, skip = Path(options.source), options.reading.skip_corrupt
+    if run.is_dir():
+        network = trained_network(run)
+        bands = run_bands(run, network)
+    else:
+        checkpoint = load(options.source)
+        if checkpoint.no_head:
+            raise ValueError(
+                f"{options.source} must have a head, whose classes are explained: "
+                f"{checkpoint.no_head}"
+            )
+        network = Classifier.of(checkpoint)
+        bands = network.model.config.bands
+    if options.data is not None:
+        found = open_unlabeled(options.data, skip_corrupt=skip, bands=bands)
+        positions = np.arange(len(found.source))
+    else:
+        source, parts = run_data(run, skip_corrupt=skip)
+        found, positions = UnlabeledImages.numbered(source), parts.test
+        if not len(positions):
+            raise ValueError(f"the run in {run} has no test images; give others with --data")
+    random = np.random.default_rng(options.seed)
+    count = min(options.most_images, len(positions))
+    return network, found, np.sort(random.choice(positions, count, replace=False))
+
+
+def _pages(
+    network: Classifier, images: np.ndarray, maps: Saliency, names: list[str], verdict: str
+) -> list[bytes]:
+    """The images with their overlays, as PNG."""
+    from flaxtransfer.report.figures import plot_saliency
+
+    classes = network.class_names or tuple(map(str, range(network.model.config.classes)))
+    probabilities = network.task.probabilities(maps.logits)
+    titles = [
+        f"{Path(name).name}: {classes[target]} {row[target]:.0%}"
+        for name, target, row in zip(names, maps.targets, probabilities, strict=True)
+    ]
+    overlays, pages = maps.upsampled(), []
+    for first in range(0, len(images), _PER_PAGE):
+        part = slice(first, first + _PER_PAGE)
+        page = io.BytesIO()
+        plot_saliency(page, images[part], overlays[part], titles[part], verdict)
+        pages.append(page.getvalue())
+    return pages

@@ -556,7 +556,8 @@ SUBCOMMANDS: dict[str, type] = {
 FILES = {
     **dict.fromkeys(("stem", "models", "params", "convert"), "networks"),
     **dict.fromkeys(("advise", "probe", "find_rate"), "measure"),
-    "evaluate": "predict",
+    **dict.fromkeys(("evaluate", "explain"), "predict"),
+    "plan": "job",
 }
 """The file of a subcommand's function, where it has not its name."""
 

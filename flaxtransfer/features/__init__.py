@@ -9,6 +9,7 @@ from flaxtransfer.lazy import attach
 if TYPE_CHECKING:
     from flaxtransfer.features.checks import Standardization as Standardization
     from flaxtransfer.features.checks import standardization as standardization
+    from flaxtransfer.features.checks import stratified_folds as stratified_folds
     from flaxtransfer.features.class_means import Baseline as Baseline
     from flaxtransfer.features.class_means import MeansHead as MeansHead
     from flaxtransfer.features.class_means import baseline as baseline
@@ -16,12 +17,11 @@ if TYPE_CHECKING:
     from flaxtransfer.features.class_means import nearest_class_mean as nearest_class_mean
     from flaxtransfer.features.extract import pooled_features as pooled_features
     from flaxtransfer.features.extract import segment_features as segment_features
-    from flaxtransfer.features.folds import CrossValidation as CrossValidation
-    from flaxtransfer.features.folds import cross_validate as cross_validate
-    from flaxtransfer.features.folds import stratified_folds as stratified_folds
     from flaxtransfer.features.logistic import LogisticPath as LogisticPath
     from flaxtransfer.features.logistic import logistic_path as logistic_path
+    from flaxtransfer.features.ridge import CrossValidation as CrossValidation
     from flaxtransfer.features.ridge import RidgePath as RidgePath
+    from flaxtransfer.features.ridge import cross_validate as cross_validate
     from flaxtransfer.features.ridge import ridge_path as ridge_path
     from flaxtransfer.features.sweep import HeadSweep as HeadSweep
     from flaxtransfer.features.sweep import LinearProbe as LinearProbe

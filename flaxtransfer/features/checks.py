@@ -1,7 +1,8 @@
-"""Input validation and standardization for the feature-space classifiers.
+"""Input validation, standardization and folds for the feature-space classifiers.
 
-The checks of features and labels that all heads share, and ``standardization``, which scales
-features to mean 0 and standard deviation 1 and can be undone on a fitted head.
+The checks of features and labels that all heads share; ``standardization``, which scales features
+to mean 0 and standard deviation 1 and can be undone on a fitted head; and ``stratified_folds``, the
+one assignment of examples to folds.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "FOLDS",
     "Standardization",
     "checked_examples",
     "checked_features",
     "class_labels",
+    "class_weights",
+    "folds_with_singletons",
     "singleton_classes",
+    "smallest_class",
     "standardization",
+    "stratified_folds",
 ]
 
 
@@ -174,3 +180,99 @@ def standardization(features: Any) -> Standardization:
     # The mean is rounded, too: a constant of 0.1 does not have a deviation of exactly 0.
     constant = deviation <= 10 * np.finfo(np.float64).eps * np.abs(mean)
     return Standardization(mean, np.where(constant, 1.0, deviation), np.flatnonzero(constant))
+
+
+FOLDS = 5
+"""Folds of every cross-validation, unless something else is asked for."""
+
+
+def stratified_folds(labels: Any, folds: int, seed: int = 0) -> np.ndarray:
+    """Stratified k-fold cross-validation: the fold of each example.
+
+    Folds differ by at most one example, in total and within every class.
+
+    Args:
+        labels: integers ``[examples]``.
+        folds: number of folds.
+        seed: of the assignment.
+
+    Returns:
+        The fold in which each example is held out, int64 ``[examples]``.
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: labels of another shape; a class with fewer examples than folds.
+
+    >>> np.bincount(stratified_folds([0, 0, 0, 1, 1, 1, 1], 3)).tolist()
+    [3, 2, 2]
+    """
+    label = class_labels(labels)
+    if label.ndim != 1 or not label.size:
+        raise ValueError(f"labels must have shape [examples], one or more, got {label.shape}")
+    names, counts = np.unique(label, return_counts=True)
+    if small := {int(c): int(n) for c, n in zip(names, counts, strict=True) if n < folds}:
+        raise ValueError(
+            f"every class must have at least {folds} examples for {folds} folds, got {small}"
+        )
+    return _assigned(label, folds, seed)
+
+
+def _assigned(label: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    # Raw generator output, unlike ``permutation``, is the same in every release of NumPy.
+    keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(len(label))
+    # Class after class is assigned in turn; each starts at the fold where the last one ended.
+    assigned = np.empty(len(label), np.int64)
+    assigned[np.lexsort([keys, label])] = np.arange(len(label)) % folds
+    return assigned
+
+
+def folds_with_singletons(label: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
+    """The fold of each example, with -1 for the only example of a class, which is never held out.
+
+    A class with fewer examples than folds is held out in as many folds as it has examples.
+
+    >>> folds_with_singletons(np.array([0, 0, 1, 2, 2]), 2).tolist().count(-1)
+    1
+    """
+    several = ~np.isin(label, singleton_classes(label))
+    assigned = np.full(len(label), -1)
+    assigned[several] = _assigned(label[several], folds, seed)
+    return assigned
+
+
+def smallest_class(label: np.ndarray) -> tuple[int, int]:
+    """The smallest class with at least two examples, and its size.
+
+    Raises:
+        ValueError: every class has one example.
+
+    >>> smallest_class(np.array([0, 0, 0, 1, 1, 2]))
+    (1, 2)
+    """
+    names, counts = np.unique(label, return_counts=True)
+    if (counts == 1).all():
+        raise ValueError(
+            "every class has one example, so that none can be held out; give at least 2 of a "
+            "class, or use nearest_class_mean, which needs only one"
+        )
+    n = np.where(counts > 1, counts, counts.max() + 1).argmin()
+    return int(names[n]), int(counts[n])
+
+
+def class_weights(label: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Weights with which a part of the examples has the class shares of the whole.
+
+    Args:
+        label: integers ``[examples]``, 0 .. classes - 1.
+        used: bool ``[examples]``, the part; it has an example of each class.
+
+    Returns:
+        Float64 ``[examples]``, 0 outside the part, in sum as many as there are in it.
+
+    >>> class_weights(np.array([0, 0, 1, 1]), np.array([True, False, True, True])).tolist()
+    [1.5, 0.0, 0.75, 0.75]
+    """
+    shares = np.bincount(label) / len(label)
+    counts = np.maximum(np.bincount(label[used], minlength=len(shares)), 1)
+    weights: np.ndarray = np.where(used, (shares * used.sum() / counts)[label], 0.0)
+    return weights

@@ -18,12 +18,14 @@ import numpy as np
 import scipy.linalg
 
 from flaxtransfer.features.checks import (
+    FOLDS,
     checked_examples,
     checked_features,
+    folds_with_singletons,
     singleton_classes,
     standardization,
 )
-from flaxtransfer.features.folds import FOLDS, cross_validate, folds_with_singletons
+from flaxtransfer.features.ridge import cross_validate
 from flaxtransfer.features.sweep import sweep_head
 from flaxtransfer.paths import listing
 from flaxtransfer.shift.two_sample import ledoit_wolf

@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.models.model import Model
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import Variables, suggest
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
-from flaxtransfer.types import Variables
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 __all__ = ["pooled_features", "segment_features"]

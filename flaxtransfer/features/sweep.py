@@ -14,23 +14,24 @@ import jax
 import numpy as np
 
 from flaxtransfer.features.checks import (
+    FOLDS,
     checked_examples,
     checked_features,
-    singleton_classes,
-    standardization,
-)
-from flaxtransfer.features.folds import (
-    FOLDS,
-    Split,
     class_weights,
-    cross_validate,
     folds_with_singletons,
-    ridge_splits,
+    singleton_classes,
     smallest_class,
+    standardization,
 )
 from flaxtransfer.features.logistic import LogisticPath, logistic_path
 from flaxtransfer.features.ridge import STRENGTHS as RIDGE_STRENGTHS
-from flaxtransfer.features.ridge import checked_strengths, ridge_path
+from flaxtransfer.features.ridge import (
+    Split,
+    checked_strengths,
+    cross_validate,
+    ridge_path,
+    ridge_splits,
+)
 
 __all__ = [
     "HeadSweep",

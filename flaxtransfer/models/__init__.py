@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from flaxtransfer.models import nnx as nnx
     from flaxtransfer.models.config import Adapter as Adapter
     from flaxtransfer.models.config import ResNetConfig as ResNetConfig
-    from flaxtransfer.models.convolution import conv as conv
-    from flaxtransfer.models.convolution import lax_conv as lax_conv
+    from flaxtransfer.models.layers import conv as conv
+    from flaxtransfer.models.layers import lax_conv as lax_conv
     from flaxtransfer.models.model import Model as Model
     from flaxtransfer.models.model import leaf_shapes as leaf_shapes
     from flaxtransfer.models.registry import ARCHITECTURES as ARCHITECTURES
     from flaxtransfer.models.registry import RESNETS as RESNETS
+    from flaxtransfer.paths import Params as Params
+    from flaxtransfer.paths import Variables as Variables
     from flaxtransfer.paths import flatten as flatten
     from flaxtransfer.paths import unflatten as unflatten
-    from flaxtransfer.types import Params as Params
-    from flaxtransfer.types import Variables as Variables
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

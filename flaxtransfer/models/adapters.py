@@ -35,8 +35,7 @@ from flaxtransfer.models.band_init import (
     sum_kernels,
 )
 from flaxtransfer.models.config import METHODS, Adapter, Method, ResNetConfig
-from flaxtransfer.paths import suggest
-from flaxtransfer.types import Params
+from flaxtransfer.paths import Params, suggest
 
 __all__ = ["Adapter", "InputChange", "apply", "change_input", "fold", "init", "shapes"]
 

@@ -18,12 +18,10 @@ import numpy as np
 
 from flaxtransfer.batchnorm import Norm, check
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.convolution import conv, lax_conv
-from flaxtransfer.models.layers import Convolution
+from flaxtransfer.models.layers import Convolution, conv, lax_conv
 from flaxtransfer.models.layout import RESNET, Layout
 from flaxtransfer.models.resnet import Network, segments_of
-from flaxtransfer.paths import flatten, listing, suggest, unflatten
-from flaxtransfer.types import Params, Variables
+from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
 
 __all__ = [
     "Model",

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxtransfer.models.model import Model
+from flaxtransfer.paths import Variables
 from flaxtransfer.shift.checks import as_prior, as_probabilities
-from flaxtransfer.types import Variables
 
 __all__ = [
     "Mixture",

@@ -19,8 +19,7 @@ from flaxtransfer.labels import ParamGroups
 from flaxtransfer.masks import Mask, as_mask, selected
 from flaxtransfer.models.layout import RESNET
 from flaxtransfer.models.model import Model, shape_differences
-from flaxtransfer.paths import flatten, listing, map_with_path, suggest, unflatten
-from flaxtransfer.types import Variables
+from flaxtransfer.paths import Variables, flatten, listing, map_with_path, suggest, unflatten
 
 __all__ = [
     "ResNet",

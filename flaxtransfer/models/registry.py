@@ -137,7 +137,7 @@ def resnet(
         in the 3x3 convolution; zero-initialized last scale of each block).
     """
     # Inside, so that the table above can be read without importing jax.
-    from flaxtransfer.models.convolution import conv
+    from flaxtransfer.models.layers import conv
     from flaxtransfer.models.model import Model
 
     config = named(architecture) if isinstance(architecture, str) else architecture

@@ -16,6 +16,7 @@ from flaxtransfer.labels import rest
 from flaxtransfer.masks import Mask, batch_norm, everything
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import scaled
+from flaxtransfer.paths import Params
 from flaxtransfer.recipes import heads
 from flaxtransfer.recipes.parts import (
     RECIPES,
@@ -36,7 +37,6 @@ from flaxtransfer.recipes.parts import (
     units,
 )
 from flaxtransfer.training.plan import Phase, Plan
-from flaxtransfer.types import Params
 
 __all__ = [
     "RECIPES",

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Literal
 
 from flaxtransfer.groups import FROZEN
+from flaxtransfer.paths import Params
 from flaxtransfer.recipes.parts import adamw, head_and_backbone, one_phase, recipe
 from flaxtransfer.training.plan import Plan
-from flaxtransfer.types import Params
 
 __all__ = ["depth_head", "feature_extraction", "solved_head"]
 

@@ -20,10 +20,10 @@ from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
 from flaxtransfer.features.extract import segment_features
+from flaxtransfer.paths import Params
 from flaxtransfer.recipes.catalog import RECIPES
 from flaxtransfer.recipes.parts import units
 from flaxtransfer.training.evaluation import init_head_from_probe
-from flaxtransfer.types import Params
 from flaxtransfer.weights.preprocessing import normalize
 
 MOST_IMAGES = 512

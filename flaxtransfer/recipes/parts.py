@@ -16,9 +16,8 @@ from flaxtransfer.labels import Rest, rest
 from flaxtransfer.masks import Mask, adapter, as_mask, glob, head, selected, stage, stem
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import by_parts, scaled
-from flaxtransfer.paths import listing, suggest
+from flaxtransfer.paths import Params, listing, suggest
 from flaxtransfer.training.plan import Phase, Plan
-from flaxtransfer.types import Params
 
 __all__ = [
     "RECIPES",

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.overview import plain
-from flaxtransfer.report.page import bullets, escape, html_table, page, picture, section
+from flaxtransfer.report.pages import bullets, escape, html_table, page, picture, section
 from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.report import ShiftReport
 from flaxtransfer.shift.statistics import HypothesisTest

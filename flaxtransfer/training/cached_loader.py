@@ -38,10 +38,10 @@ from flaxtransfer.files import (
     write_file,
 )
 from flaxtransfer.models.model import Model
+from flaxtransfer.paths import Variables
 from flaxtransfer.sharding import map_batches, place_replicated
 from flaxtransfer.training.prefix_cache import Choice, bytes_text, prefix_digest
 from flaxtransfer.training.step import forward
-from flaxtransfer.types import Variables
 
 __all__ = [
     "Cached",

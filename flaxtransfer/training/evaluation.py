@@ -24,11 +24,10 @@ from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.moments import Mixture, Moments, apply_measuring
 from flaxtransfer.models.moments import merge as merge_moments
-from flaxtransfer.paths import flatten, merge, unflatten
+from flaxtransfer.paths import Params, Variables, flatten, merge, unflatten
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
 from flaxtransfer.task import SINGLE_LABEL, Loss, Task
 from flaxtransfer.training.step import forward_with_features
-from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 __all__ = [

@@ -22,7 +22,7 @@ from flaxtransfer.classifier import Classifier, ending_at
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
 from flaxtransfer.files import folder_lock
-from flaxtransfer.paths import listing
+from flaxtransfer.paths import Variables, listing
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import identity, run_folder
 from flaxtransfer.training.cached_loader import cached_feed
@@ -55,7 +55,6 @@ from flaxtransfer.training.prefix_cache import (
 )
 from flaxtransfer.training.selection import Progress, check_feed, decide, score
 from flaxtransfer.training.step import Metrics, State, advance, start, train_step, with_variables
-from flaxtransfer.types import Variables
 
 
 class NonFiniteLoss(ValueError):

@@ -25,9 +25,8 @@ from flaxtransfer.groups import Group as OptimizerGroup
 from flaxtransfer.labels import ParamGroups, Rest, label
 from flaxtransfer.masks import Mask, as_mask, selected
 from flaxtransfer.overview import plain, terminal
-from flaxtransfer.paths import flatten, listing
+from flaxtransfer.paths import Params, flatten, listing
 from flaxtransfer.task import Loss, cross_entropy
-from flaxtransfer.types import Params
 
 # What a field of a phase decides beside what is learned; see `Phase`.
 _OUTSIDE_STEP = {"in_step": False}

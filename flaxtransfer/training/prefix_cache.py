@@ -21,10 +21,9 @@ from flaxtransfer.batchnorm import Norm, modules
 from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.model import Model
-from flaxtransfer.paths import flatten, merge, unflatten
+from flaxtransfer.paths import Params, Variables, flatten, merge, unflatten
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.training.step import State, forward
-from flaxtransfer.types import Params, Variables
 
 __all__ = [
     "OFF",

@@ -20,10 +20,9 @@ from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import Scaled, migrate
-from flaxtransfer.paths import merge
+from flaxtransfer.paths import Params, Variables, merge
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.plan import Phase
-from flaxtransfer.types import Params, Variables
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
 

@@ -22,9 +22,8 @@ from flaxtransfer.files import atomic_write, parse_json, write_file
 from flaxtransfer.models.adapters import fold
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes, shape_differences
-from flaxtransfer.paths import flatten, shortened, unflatten
+from flaxtransfer.paths import Variables, flatten, shortened, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task, task_named
-from flaxtransfer.types import Variables
 from flaxtransfer.weights.naming import key_map
 from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.naming.timm import table_for

@@ -9,7 +9,7 @@ import pytest
 import flaxtransfer as ft
 from flaxtransfer.advice.advise import SCHEMA
 from flaxtransfer.cli import run
-from flaxtransfer.report.advice_page import render_advice
+from flaxtransfer.report.pages import render_advice
 from tests.support.targets import pretrained, source
 
 KNOWN = {

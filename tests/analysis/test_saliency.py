@@ -26,7 +26,7 @@ from flaxtransfer.analysis import (
     saliency_maps,
 )
 from flaxtransfer.features.extract import segment_features
-from flaxtransfer.models.convolution import conv
+from flaxtransfer.models.layers import conv
 
 SIZE, PATCH = 48, 8
 SMALL = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)

@@ -41,7 +41,7 @@ from flaxtransfer.data.folder import natural_key
 from flaxtransfer.globs import match
 from flaxtransfer.overview import plain, terminal
 from flaxtransfer.report.figures import wrap_text
-from flaxtransfer.report.page import escape
+from flaxtransfer.report.pages import escape
 from flaxtransfer.training import console, run_folder
 from flaxtransfer.training.plan_yaml import plan_from_yaml
 from flaxtransfer.weights.readers import detect, safetensors_file

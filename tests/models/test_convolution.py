@@ -8,7 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from flaxtransfer.models import convolution
-from flaxtransfer.models.convolution import by_taps, conv, lax_conv
+from flaxtransfer.models.layers import by_taps, conv, lax_conv
 from tests.support.rounding import rounding
 
 NONE = ((0, 0), (0, 0))

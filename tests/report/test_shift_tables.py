@@ -9,7 +9,7 @@ from rich.table import Table
 
 from flaxtransfer.overview import terminal
 from flaxtransfer.report.figures import wrap_text
-from flaxtransfer.report.page import escape
+from flaxtransfer.report.pages import escape
 from flaxtransfer.report.shift_figures import plot_prevalence
 from flaxtransfer.report.shift_page import _prevalence_table, _test_table
 from flaxtransfer.shift.prevalence import Prevalence

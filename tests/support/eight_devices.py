@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flaxtransfer.models import ResNetConfig
-from flaxtransfer.models.convolution import by_taps
+from flaxtransfer.models.layers import by_taps
 from flaxtransfer.models.registry import resnet
 
 

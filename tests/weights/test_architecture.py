@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxtransfer.models.config import ResNetConfig, eca_size, squeezed
-from flaxtransfer.models.convolution import conv
+from flaxtransfer.models.layers import conv
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
 from flaxtransfer.models.resnet import Network

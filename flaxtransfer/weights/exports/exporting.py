@@ -19,7 +19,7 @@ from jax import export as jax_export
 
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.convolution import lax_conv
+from flaxtransfer.models.layers import lax_conv
 from flaxtransfer.models.layout import DEPTHS
 from flaxtransfer.models.registry import RESNETS, resnet
 from flaxtransfer.paths import flatten, suggest, unflatten

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flaxtransfer.analysis.learning_curve import LearningCurve, _law, learning_curve
+from flaxtransfer.analysis.profile import LearningCurve, _law, learning_curve
 from flaxtransfer.features import cross_validate, stratified_folds
 
 NONE = ((0.0, 0.0), (0.0, 0.0))
