@@ -70,7 +70,7 @@ class Setting:
     """One draw of labels, the network, and what is measured on it."""
 
     config: Strategies
-    source: ft.Source
+    source: ft.data.Source
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray

@@ -67,7 +67,7 @@ class WhatTransfers:
 class Setting:
     """The labels of one draw, where they are judged, and the networks that are compared."""
 
-    source: ft.Source
+    source: ft.data.Source
     labeled: np.ndarray
     judged: np.ndarray
     checkpoint: ft.Pretrained

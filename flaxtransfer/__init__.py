@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from flaxtransfer.data.loader import loaders as loaders
     from flaxtransfer.data.open import open_source as open_source
     from flaxtransfer.data.source import ArraySource as ArraySource
-    from flaxtransfer.data.source import Source as Source
     from flaxtransfer.data.splits import stratified_split as stratified_split
     from flaxtransfer.groups import FROZEN as FROZEN
     from flaxtransfer.groups import Group as Group
@@ -67,7 +66,6 @@ if TYPE_CHECKING:
     from flaxtransfer.training.evaluation import evaluate as evaluate
     from flaxtransfer.training.evaluation import predict as predict
     from flaxtransfer.training.loop import FitOptions as FitOptions
-    from flaxtransfer.training.loop import FitResult as FitResult
     from flaxtransfer.training.loop import fit as fit
     from flaxtransfer.training.lr_finder import find_learning_rate as find_learning_rate
     from flaxtransfer.training.plan import Phase as Phase

@@ -415,9 +415,9 @@ def randomization_test(
     >>> import flaxtransfer as ft
     >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3))
     >>> images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
-    >>> found = randomization_test(model, model.init(jax.random.key(0)), images, layer="layer1")
-    >>> [row[0] for row in found.rows]
-    ['head', 'layer4', 'layer3', 'layer2', 'layer1', 'stem']
+    >>> found = randomization_test(model, model.init(jax.random.key(0)), images)
+    >>> [row[0] for row in found.rows][::5]
+    ['head', 'stem']
 
     References:
         J. Adebayo et al., "Sanity Checks for Saliency Maps", 2018.

@@ -164,7 +164,7 @@ def saliency_maps(
     >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3))
     >>> variables = model.init(jax.random.key(0))
     >>> images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    >>> found = saliency_maps(model, variables, images, layer="layer4")
+    >>> found = saliency_maps(model, variables, images, layer=model.segments[4])
     >>> found.method, found.maps.shape, found.upsampled().shape
     ('cam', (2, 1, 1), (2, 32, 32))
 

@@ -121,9 +121,9 @@ class Plan:
 class Advise:
     """Say which strategy fits your images, and why; nothing is trained.
 
-    One pass over the training images, and solved heads on each depth of the network.
+    One pass over the images, and solved heads on every depth of the network.
 
-    Example: flaxtransfer advise --data folder:scans --weights resnet50.pth --plan plan.yaml
+    Example: flaxtransfer advise --data folder:scans --weights resnet50.pth
 
     Args:
         json: Also write all numbers and reasons to this .json file.
@@ -386,7 +386,7 @@ class Explain:
         source: Run folder, or weights of a ResNet with a head.
         out: Folder for the pictures and explanation.json.
         most_images: Use at most this many images, drawn at random.
-        layer: Segment whose map is used: stem, layer1, ...
+        layer: Segment whose map is used, by name: stem, ...
         method: How the map is made.
         seed: Seed of all random choices.
     """

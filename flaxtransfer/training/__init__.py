@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flaxtransfer.training.evaluation import Predictions as Predictions
     from flaxtransfer.training.evaluation import init_head_from_probe as init_head_from_probe
     from flaxtransfer.training.evaluation import recalibrate as recalibrate
+    from flaxtransfer.training.loop import FitResult as FitResult
     from flaxtransfer.training.loop import NonFiniteLoss as NonFiniteLoss
     from flaxtransfer.training.lr_finder import RateSweep as RateSweep
     from flaxtransfer.training.lr_finder import find_learning_rates as find_learning_rates

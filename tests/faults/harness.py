@@ -66,7 +66,7 @@ def plan(params: ft.models.Params) -> ft.Plan:
     )
 
 
-def fit(folder: Path, *, at: int | None = None, seed: int = 0) -> ft.FitResult:
+def fit(folder: Path, *, at: int | None = None, seed: int = 0) -> ft.training.FitResult:
     """Runs or resumes it; ``at`` is the batch at which the power fails."""
     model, variables = network(seed)
     loaders = data(seed)

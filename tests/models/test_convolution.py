@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.models import convolution
+from flaxtransfer.models import layers
 from flaxtransfer.models.layers import by_taps, conv, lax_conv
 from tests.support.rounding import rounding
 
@@ -146,7 +146,7 @@ def test_the_sum_over_taps_is_the_convolution(size, taps, strides, padding, chan
     with jax.enable_x64(True):
         x, w = arrays((2, *size, channels * groups), (*taps, channels, 2 * groups))
         how = {"strides": strides, "padding": padding, "groups": groups}
-        assert_equals_lax(convolution._sum_over_taps, x, w, **how)
+        assert_equals_lax(layers._sum_over_taps, x, w, **how)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
