@@ -93,7 +93,9 @@ def make_plan(params: ft.models.Params, config: Pretrain) -> ft.Plan:
     return ft.Plan([phase])
 
 
-def export(config: Pretrain, fitted: ft.training.FitResult, accuracy: float, seconds: float) -> Path:
+def export(
+    config: Pretrain, fitted: ft.training.FitResult, accuracy: float, seconds: float
+) -> Path:
     """Writes the float16 checkpoint and its model card; returns the card's path."""
     checkpoint = ft.load(config.run / "model.safetensors")
     weights = config.output / f"{config.name}.safetensors"

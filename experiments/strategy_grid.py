@@ -107,8 +107,15 @@ class Cell:
 
     def accuracy(self, plan: ft.Plan, network: ft.Classifier, batch_size: int) -> float:
         """Trains and tests."""
+        # A mirrored grating is of another class.
+        transform = ft.data.training_transform(network.preprocessing, flip=False, channels=3)
         data = ft.loaders(
-            self.source, self.splits, network.preprocessing, batch_size=batch_size, seed=self.seed
+            self.source,
+            self.splits,
+            network.preprocessing,
+            batch_size=batch_size,
+            transform=transform,
+            seed=self.seed,
         )
         with tempfile.TemporaryDirectory() as folder:
             fitted = ft.fit(network, plan, data, folder, seed=self.seed, cache=ft.Cache())
