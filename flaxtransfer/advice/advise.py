@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
+from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source
 from flaxtransfer.overview import terminal
@@ -391,6 +392,7 @@ def _reasons(verdict: Verdict, evidence: Evidence, strongest: HeadEvidence) -> l
                 else "the two may be level; the earlier is cheaper in use."
             )
         )
+    found += _augmentation(verdict, evidence)
     found.append(
         f"The head uses {best.degrees_of_freedom:.0f} of {best.features} degrees of freedom, "
         f"{best.degrees_of_freedom / len(best.right):.2f} per label; the whole network has "
@@ -408,6 +410,24 @@ def _reasons(verdict: Verdict, evidence: Evidence, strongest: HeadEvidence) -> l
         found.append(
             f"Half the labels would cost {100 * curve.cost_of_half:.1f} points of the head's "
             f"accuracy: {end}"
+        )
+    return found
+
+
+def _augmentation(verdict: Verdict, evidence: Evidence) -> list[str]:
+    """Augmentations that change what the classes are made of, as far as a spectrum shows it."""
+    reference, found = evidence.reference, []
+    drop = reference.accuracy - evidence.mirrored
+    if reference.alignment > CHANCE and drop > max(0.1, 2 * math.sqrt(2) * _error(reference)):
+        found.append(
+            f"On mirrored images the head on the pixels' spectrum falls from {_percent(reference)} "
+            f"to {100 * evidence.mirrored:.1f} % (threshold: 10 points and 2 standard errors): "
+            "train with --flip no."
+        )
+    if verdict == "early" and evidence.bottleneck.octave == OCTAVE_NAMES[-1]:
+        found.append(
+            "What is finer than 4 pixels does not survive being turned or magnified: train with "
+            "--augment none."
         )
     return found
 

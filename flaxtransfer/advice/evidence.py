@@ -107,6 +107,7 @@ class Evidence:
         parameters: of the whole network.
         depths: a head on each segment, from the input to the output.
         reference: a head on the power spectrum of the pixels, which needs no network.
+        mirrored: accuracy of that reference on mirrored images, fitted to images as they are.
         bottleneck: where the network knows less than that reference.
         curve: of the best head by number of labels; None with too few of a class.
         seconds: that it took.
@@ -122,6 +123,7 @@ class Evidence:
     parameters: int
     depths: tuple[HeadEvidence, ...]
     reference: HeadEvidence
+    mirrored: float
     bottleneck: Bottleneck
     curve: LearningCurve | None
     seconds: float
@@ -149,6 +151,7 @@ class Evidence:
             "parameters": self.parameters,
             "depths": [head.to_json() for head in self.depths],
             "reference": self.reference.to_json(),
+            "mirrored": self.mirrored,
             "bottleneck": self.bottleneck.to_json(),
             "curve": None if self.curve is None else self.curve.to_json(),
             "seconds": self.seconds,
@@ -186,7 +189,8 @@ def gather(
     looked = subsample(chosen, MOST_IMAGES, labels)
     segments = network.model.segments
     depths = segments[segments.index("stem") : segments.index("pool")]
-    pixels = _Pixels(np.isin(looked, subsample(looked, MOST_FOR_SPECTRA, labels)))
+    few = np.isin(looked, subsample(looked, MOST_FOR_SPECTRA, labels))
+    pixels = _Pixels(few)
     batches = eval_batches(source, looked, network.preprocessing, batch_size=batch_size)
     features, label = segment_features(network, pixels.passing(batches), depths, mesh)
     # Of an image that is there twice, one would be judged by what was learned from the other.
@@ -199,6 +203,7 @@ def gather(
     heads = tuple(_head(name, features[name][kept], label, seed) for name in depths)
     few, spectra = pixels.wanted[kept], kept[pixels.wanted]
     reference = _head("pixels", pixels.spectra()[spectra], label[few], seed)
+    mirrored = _judged(pixels.spectra()[spectra], pixels.mirrored()[spectra], label[few], seed)
     by_octave = {
         name: _head(name, part[spectra], label[few], seed).right
         for name, part in pixels.octaves().items()
@@ -216,6 +221,7 @@ def gather(
         sum(math.prod(leaf.shape) for leaf in flatten(network.params).values()),
         heads,
         reference,
+        mirrored,
         bottleneck(
             reference.right,
             {head.name: head.right[few] for head in heads},
@@ -233,6 +239,7 @@ class _Pixels:
         self.wanted = wanted
         self.digests: list[bytes] = []
         self._found: list[SpectralFeatures] = []
+        self._mirrored: list[np.ndarray] = []
 
     def passing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches as they are."""
@@ -242,12 +249,18 @@ class _Pixels:
             wanted = self.wanted[len(self.digests) :][: len(images)]
             self.digests += [hashlib.sha256(image.tobytes()).digest() for image in images]
             if wanted.any():
-                self._found.append(spectral_features(images[wanted]))
+                chosen = images[wanted]
+                self._found.append(spectral_features(chosen))
+                self._mirrored.append(spectral_features(chosen[:, :, ::-1]).values)
             yield batch
 
     def spectra(self) -> np.ndarray:
         """Float64 ``[wanted images, features]``."""
         return np.concatenate([found.values for found in self._found])
+
+    def mirrored(self) -> np.ndarray:
+        """The same of the images as a mirror shows them."""
+        return np.concatenate(self._mirrored)
 
     def octaves(self) -> dict[str, np.ndarray]:
         """The same by octave."""
@@ -262,6 +275,15 @@ def _head(name: str, features: np.ndarray, label: np.ndarray, seed: int) -> Head
     except ValueError as error:
         raise ValueError(f"no head can be fitted to {name}: {error}") from error
     return HeadEvidence.of(name, found, matrix.shape[1], label)
+
+
+def _judged(features: np.ndarray, others: np.ndarray, label: np.ndarray, seed: int) -> float:
+    """The accuracy on images in another state of a head that was fitted to them as they are."""
+    scaling = standardization(features)
+    matrix = scaling(features)
+    strength = cross_validate(matrix, label, seed=seed).strength
+    judged = cross_validate(matrix, label, seed=seed, strengths=[strength], judged=scaling(others))
+    return judged.accuracy
 
 
 def _curve(features: np.ndarray, label: np.ndarray, seed: int) -> LearningCurve | None:

@@ -130,7 +130,9 @@ def prepare(
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
 
     def feed(parts: Splits) -> DataLoaders:
-        transform = training_transform(preprocessing, flip=flip, channels=len(preprocessing.mean))
+        transform = training_transform(
+            preprocessing, geometry=batch.augment, flip=flip, channels=len(preprocessing.mean)
+        )
         return loaders(
             source,
             parts,

@@ -267,6 +267,8 @@ class BatchOptions:
     Args:
         batch_size: Images per step.
         flip: Mirror images in training; auto decides by the names of the classes.
+        augment: Change of the geometry in training: affine turns, shifts and magnifies a little,
+            crop cuts out a part, as for photographs.
         compute: Number type of the convolutions; bfloat16 is for accelerators, and parameters and
             statistics stay float32.
         workers: Processes that decode images; 0 uses threads.
@@ -274,6 +276,7 @@ class BatchOptions:
 
     batch_size: Count = 64
     flip: Literal["auto", "yes", "no"] = "auto"
+    augment: Literal["affine", "crop", "none"] = "affine"
     compute: Literal["float32", "bfloat16"] = "float32"
     workers: Annotated[int, NOT_NEGATIVE, UNRECORDED] = 0
 

@@ -206,7 +206,11 @@ class Split(NamedTuple):
 
 
 def ridge_splits(
-    matrix: np.ndarray, label: np.ndarray, number: int, fold_of: np.ndarray
+    matrix: np.ndarray,
+    label: np.ndarray,
+    number: int,
+    fold_of: np.ndarray,
+    judged: np.ndarray | None = None,
 ) -> list[Split]:
     """The heads of each fold: every penalty from one decomposition.
 
@@ -215,7 +219,9 @@ def ridge_splits(
         label: integers ``[examples]``, 0 .. classes - 1.
         number: of classes.
         fold_of: int ``[examples]``; -1 for an example that is never held out.
+        judged: what the held-out examples are, if not rows of ``matrix``.
     """
+    judged = matrix if judged is None else judged
     splits = []
     for fold in range(int(fold_of.max()) + 1):
         out = fold_of == fold
@@ -226,7 +232,7 @@ def ridge_splits(
         root = np.sqrt(weights)
         centered = root * (rest - mean)
         values, left = left_singular_vectors(centered)
-        coordinates = ((matrix[out] - mean) @ centered.T) @ left
+        coordinates = ((judged[out] - mean) @ centered.T) @ left
         splits.append(Split(out, coordinates, values, left.T @ (root * (targets - prior)), prior))
     return splits
 
@@ -290,6 +296,7 @@ def cross_validate(
     folds: int = FOLDS,
     repeats: int | None = None,
     seed: int = 0,
+    judged: Any = None,
 ) -> CrossValidation:
     """Held-out accuracy of a ridge head, its penalty chosen by the held-out error.
 
@@ -305,6 +312,8 @@ def cross_validate(
         folds: 2 or more; a class with fewer examples is held out in as many as it has.
         repeats: how often the folds are drawn; by default twice for fewer than 200 examples.
         seed: of the first draw.
+        judged: features of the same examples in another state, such as mirrored, of the same shape:
+            heads are fitted to ``features`` and judged on these.
 
     Raises:
         ValueError: as ``ridge_path``; folds below 2, a class without examples, one example of
@@ -324,6 +333,11 @@ def cross_validate(
     1.0
     """
     matrix, label, number = checked_examples(features, labels, classes)
+    others = None if judged is None else checked_examples(judged, labels, classes)[0]
+    if others is not None and others.shape != matrix.shape:
+        raise ValueError(
+            f"judged must have the shape of features, {matrix.shape}, got {others.shape}"
+        )
     counts = np.bincount(label, minlength=number)
     if missing := np.flatnonzero(counts == 0).tolist():
         raise ValueError(
@@ -336,7 +350,7 @@ def cross_validate(
     repeats = (1 if len(label) >= FEW else 2) if repeats is None else repeats
     tried = checked_strengths(len(label), strengths)
     draws = [
-        ridge_splits(matrix, label, number, folds_with_singletons(label, folds, seed + n))
+        ridge_splits(matrix, label, number, folds_with_singletons(label, folds, seed + n), others)
         for n in range(repeats)
     ]
     errors = np.zeros(len(tried))

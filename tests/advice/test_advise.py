@@ -67,7 +67,13 @@ def test_each_reason_has_a_number_and_what_follows(advice):
     assert "points above layer4 on the same images" in colors
     assert "the head should read there" in colors
     assert "no more than luck" in advice["random labels"].reasons[0]
-    assert "> 1/4 cycles per pixel" in "\n".join(advice["fine gratings"].reasons)
+    fine = "\n".join(advice["fine gratings"].reasons)
+    assert "> 1/4 cycles per pixel" in fine
+    # Mirrored, a grating is of another class, and a hue is not.
+    assert "train with --flip no" in fine
+    assert "train with --augment none" in fine
+    assert "--flip" not in colors
+    assert "--augment" not in colors
 
 
 def test_json_follows_its_schema_and_the_page_holds_everything(advice):

@@ -106,6 +106,23 @@ def test_features_without_information_are_worth_a_guess(counts):
     assert abs(np.mean(accuracies) - max(counts) / sum(counts)) < 3 * error + 0.002
 
 
+def test_heads_can_be_judged_on_the_examples_in_another_state():
+    features, labels = sample([20, 20, 20], 6)
+    found = cross_validate(features, labels, strengths=[3.0], repeats=1, seed=7)
+    same = cross_validate(features, labels, strengths=[3.0], repeats=1, seed=7, judged=features)
+    np.testing.assert_array_equal(found.right, same.right)
+    turned = features[:, [1, 2, 0, 3, 4, 5]]
+    fold_of, scores = folds_with_singletons(labels, 5, 7), np.zeros((60, 3))
+    targets = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
+    for fold in range(5):
+        fit = Ridge(3.0).fit(features[fold_of != fold], targets[fold_of != fold])
+        scores[fold_of == fold] = fit.predict(turned[fold_of == fold])
+    other = cross_validate(features, labels, strengths=[3.0], repeats=1, seed=7, judged=turned)
+    np.testing.assert_allclose(other.scores, scores, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"shape of features, \(60, 6\), got \(60, 5\)"):
+        cross_validate(features, labels, judged=features[:, :5])
+
+
 def test_degrees_of_freedom_are_the_trace_of_the_hat_matrix():
     features, labels = sample([10, 10], 30, gap=0.5)
     found = cross_validate(features, labels, strengths=[5.0], folds=2, repeats=1)
