@@ -136,7 +136,7 @@ def v2_table_of(keys: Iterable[str], pooled: bool | None = None) -> Table:
         pooled: whether its shortcuts are average-pooled, which no key shows; None goes by the stem,
             as timm's own networks do: a deep one implies pooled shortcuts.
 
-    >>> v2_table_of(["norm.weight", "norm.bias"])[3].leaf
+    >>> v2_table_of(["norm.weight", "norm.bias"])[4].leaf
     'params/conv1/gn1/bias'
     """
     keys = set(keys)

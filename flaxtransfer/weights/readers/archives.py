@@ -75,9 +75,27 @@ class _View(io.RawIOBase):
         return self.place
 
 
+class _Bounded(io.BufferedReader):
+    """A buffered file that makes no room for more than it holds, whatever size is asked for."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        super().__init__(_View(data))
+        self.length = len(data)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """At most so many bytes from the current position; all of them for -1 and None."""
+        left = max(self.length - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def as_file(data: bytes | memoryview) -> BinaryIO:
-    """Bytes as a file to read, without a copy of them."""
-    return io.BufferedReader(_View(data))
+    """Bytes as a file to read, without a copy of them.
+
+    >>> file = as_file(b"weights")
+    >>> file.read(2), file.read(2**62), file.read()
+    (b'we', b'ights', b'')
+    """
+    return _Bounded(data)
 
 
 @contextmanager
