@@ -315,10 +315,12 @@ def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Ca
                 ("linear_probe_then_fine_tune", "the last depth knows most: a small step from it"),
                 ("discriminative", "late layers move most"),
                 ("high_rate_fine_tuning", "if the start matters more than its features"),
+                ("early_layers", "if the images differ in what the first layers see"),
             ]
         else:
             rows = [
-                ("high_rate_fine_tuning", f"{best.name} knows more than what follows it"),
+                ("early_layers", f"{best.name} knows more than what follows it"),
+                ("high_rate_fine_tuning", "the same, if late layers have to change, too"),
                 ("discriminative", "if late layers have only to be turned"),
                 ("from_scratch", "the late layers are of little use here"),
             ]
