@@ -202,7 +202,7 @@ def _percentile(values: list[float]) -> float:
 
 
 def gains(found: list[dict[str, Any]], without: str | None) -> dict[str, Any]:
-    """Mean and deviation of each strategy's gain over the depth head, by verdict."""
+    """Mean and deviation of each strategy's gain over the depth head, by verdict and in all."""
     cells: dict[tuple[str, int, int], dict[str, Any]] = {}
     for row in found:
         if row["family"] != without:
@@ -212,11 +212,12 @@ def gains(found: list[dict[str, Any]], without: str | None) -> dict[str, Any]:
     for cell in cells.values():
         if not {"advice", "depth_head"} <= set(cell):
             continue
-        rows = by_verdict.setdefault(cell["advice"]["verdict"], {})
-        for name in TRAINED:
-            if name in cell:
-                gain = cell[name]["accuracy"] - cell["depth_head"]["accuracy"]
-                rows.setdefault(name, []).append((cell[name]["family"], gain))
+        for verdict in (cell["advice"]["verdict"], "all"):
+            rows = by_verdict.setdefault(verdict, {})
+            for name in TRAINED:
+                if name in cell:
+                    gain = cell[name]["accuracy"] - cell["depth_head"]["accuracy"]
+                    rows.setdefault(name, []).append((cell[name]["family"], gain))
     return {
         verdict: {
             name: {

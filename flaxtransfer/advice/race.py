@@ -132,16 +132,18 @@ class Race:
 def prior_of(verdict: str, strategy: str) -> Prior:
     """What other targets say of a strategy's gain, where the evidence said the same.
 
-    From ``gains.json``, which ``experiments/strategy_grid.py`` makes with the built-in network;
-    where it holds too few targets, the gain is taken to be 0, give or take 6 points.
+    From ``gains.json``, which ``experiments/strategy_grid.py`` makes with the built-in network. Too
+    few targets of one verdict are taken with those of all; of a strategy that was not tried the gain
+    is taken to be 0, give or take 6 points.
 
     >>> prior_of("depth", "no such strategy") == Prior()
     True
     """
-    row = _gains().get(verdict, {}).get(strategy)
-    if row is None or row["targets"] < _FEWEST:
-        return Prior()
-    return Prior(row["mean"], max(row["deviation"], _SUREST), Prior().noise)
+    for bucket in (verdict, "all"):
+        row = _gains().get(bucket, {}).get(strategy)
+        if row is not None and row["targets"] >= _FEWEST:
+            return Prior(row["mean"], max(row["deviation"], _SUREST), Prior().noise)
+    return Prior()
 
 
 @functools.cache
