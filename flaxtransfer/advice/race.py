@@ -133,8 +133,8 @@ def prior_of(verdict: str, strategy: str) -> Prior:
     """What other targets say of a strategy's gain, where the evidence said the same.
 
     From ``gains.json``, which ``experiments/strategy_grid.py`` makes with the built-in network. Too
-    few targets of one verdict are taken with those of all; of a strategy that was not tried the gain
-    is taken to be 0, give or take 6 points.
+    few targets of one verdict are taken with those of all; the gain of a strategy that was not
+    tried is taken to be 0, give or take 6 points.
 
     >>> prior_of("depth", "no such strategy") == Prior()
     True
