@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 
 from flaxtransfer.features.checks import (
+    blas_threads,
     checked_examples,
     checked_features,
     singleton_classes,
@@ -266,7 +267,7 @@ def baseline(
     discriminant = None
     if work <= _DISCRIMINANT_WORK:
         # Where features are constant within the classes it would be the nearest class mean.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError), blas_threads(matrix):
             discriminant = _held_out(linear_discriminant, matrix, label, fold_of)
     logistic_accuracy = None
     if logistic:

@@ -19,7 +19,12 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from flaxtransfer.features.checks import checked_examples, class_labels, singleton_classes
+from flaxtransfer.features.checks import (
+    blas_threads,
+    checked_examples,
+    class_labels,
+    singleton_classes,
+)
 from flaxtransfer.features.logistic import left_singular_vectors
 from flaxtransfer.features.ridge import STRENGTHS, checked_strengths
 
@@ -170,17 +175,20 @@ def ridge_splits(
         fold_of: int ``[examples]``; -1 for an example that is never held out.
     """
     splits = []
-    for fold in range(int(fold_of.max()) + 1):
-        out = fold_of == fold
-        rest, targets = matrix[~out], np.where(label[~out, None] == np.arange(number), 1.0, -1)
-        weights = class_weights(label, ~out)[~out, None]
-        mean = (weights * rest).sum(axis=0) / weights.sum()
-        prior = (weights * targets).sum(axis=0) / weights.sum()
-        root = np.sqrt(weights)
-        centered = root * (rest - mean)
-        values, left = left_singular_vectors(centered)
-        coordinates = ((matrix[out] - mean) @ centered.T) @ left
-        splits.append(Split(out, coordinates, values, left.T @ (root * (targets - prior)), prior))
+    with blas_threads(matrix):
+        for fold in range(int(fold_of.max()) + 1):
+            out = fold_of == fold
+            rest, targets = matrix[~out], np.where(label[~out, None] == np.arange(number), 1.0, -1)
+            weights = class_weights(label, ~out)[~out, None]
+            mean = (weights * rest).sum(axis=0) / weights.sum()
+            prior = (weights * targets).sum(axis=0) / weights.sum()
+            root = np.sqrt(weights)
+            centered = root * (rest - mean)
+            values, left = left_singular_vectors(centered)
+            coordinates = ((matrix[out] - mean) @ centered.T) @ left
+            splits.append(
+                Split(out, coordinates, values, left.T @ (root * (targets - prior)), prior)
+            )
     return splits
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxtransfer.features.checks import checked_examples, checked_features
+from flaxtransfer.features.checks import blas_threads, checked_examples, checked_features
 from flaxtransfer.features.logistic import left_singular_vectors
 
 __all__ = ["STRENGTHS", "RidgePath", "checked_strengths", "ridge_path"]
@@ -113,6 +113,13 @@ def ridge_path(
     """
     matrix, label, number = checked_examples(features, labels, classes)
     penalties = checked_strengths(len(matrix), strengths)
+    with blas_threads(matrix):
+        return _ridge_path(matrix, label, number, penalties)
+
+
+def _ridge_path(
+    matrix: np.ndarray, label: np.ndarray, number: int, penalties: np.ndarray
+) -> RidgePath:
     targets = np.where(label[:, None] == np.arange(number), 1.0, -1.0)
     mean, target_mean = matrix.mean(axis=0), targets.mean(axis=0)
     centered, residual = matrix - mean, targets - target_mean
