@@ -389,7 +389,7 @@ class ReadingOptions:
         skip_corrupt: Leave out unreadable images, with a note, instead of stopping.
     """
 
-    batch_size: Count = 256
+    batch_size: Count = 64
     skip_corrupt: Flag = False
 
 

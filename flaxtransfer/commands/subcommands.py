@@ -362,7 +362,7 @@ class Predict:
     top: int = 1
     adjust_prior: Flag = False
     prior: Annotated[tuple[str, ...], default("none")] = ()
-    reading: ReadingOptions = field(default_factory=lambda: ReadingOptions(batch_size=64))
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def problems(self) -> Iterator[str]:
         """Images that do not exist."""

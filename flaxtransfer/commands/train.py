@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +28,9 @@ from flaxtransfer.training.loop import FitOptions, FitResult, check_same_run, fi
 from flaxtransfer.training.plan import Plan, plan_table
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import RACE, run_problems, seal_run
+
+Pooled = tuple[np.ndarray, np.ndarray]
+"""Features ``[examples, channels]`` of training images, and their labels."""
 
 SUMMARY_FILE = "summary.json"
 PICTURE_FILE = "training.png"
@@ -71,8 +75,10 @@ def train(options: Train, console: Console) -> None:
     _print_job(job, name, console)
     solved = all(phase.only_solves for phase in job.plan.phases)
     # A solved head is judged by the same folds when it is solved, and says so itself.
-    baseline = None if solved else _baseline(job, console)
-    fitted = _fit(options, job.network, job.plan, job.data, folder)
+    baseline, pooled = (None, job.evidence.pooled) if solved else _baseline(job, console)
+    if pooled is not None and len(pooled[1]) < len(job.splits.train):
+        pooled = None  # Some of the images were not looked at.
+    fitted = _fit(options, job.network, job.plan, job.data, folder, pooled)
     rows = [_row("pre-trained", job.test(fitted.network), fitted, started)]
     for line in (*fitted.notes, *map(str, fitted.audits)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -155,11 +161,17 @@ def _train_from_scratch(
 
 
 def _fit(
-    options: Train, network: Classifier, plan: Plan, data: DataLoaders, folder: Path
+    options: Train,
+    network: Classifier,
+    plan: Plan,
+    data: DataLoaders,
+    folder: Path,
+    pooled: Pooled | None = None,
 ) -> FitResult:
     return fit(
         **_arguments(options, network, plan, data, folder),
         resume=options.run.resume,
+        pooled=pooled,
     )
 
 
@@ -227,8 +239,12 @@ def _print_job(job: Job, name: str, console: Console) -> None:
     console.print(plan_table(job.plan, job.network.params))
 
 
-def _baseline(job: Job, console: Console) -> dict[str, Any] | None:
-    """Prints the accuracy of heads on frozen features; errors in it do not stop the run."""
+def _baseline(job: Job, console: Console) -> tuple[dict[str, Any] | None, Pooled | None]:
+    """Prints the accuracy of heads on frozen features; errors in it do not stop the run.
+
+    Returns:
+        The accuracies, and the features they were found on.
+    """
     positions = subsample(job.splits.train, MOST_IMAGES_FOR_BASELINE, job.source.labels())
     batches = eval_batches(job.source, positions, job.network.preprocessing)
     try:
@@ -236,9 +252,9 @@ def _baseline(job: Job, console: Console) -> dict[str, Any] | None:
         found = baseline(*pooled, classes=len(job.source.class_names))
     except ValueError as error:
         console.print(f"no baseline on frozen features: {error}", highlight=False)
-        return None
+        return None, None
     console.print(str(found), highlight=False, soft_wrap=True)
-    return asdict(found)
+    return asdict(found), pooled
 
 
 def _file_name(data: str) -> str:

@@ -201,9 +201,13 @@ def loaders(
 
 
 def eval_batches(
-    source: Source, positions: np.ndarray, preprocessing: Preprocessing, *, batch_size: int = 256
+    source: Source, positions: np.ndarray, preprocessing: Preprocessing, *, batch_size: int = 64
 ) -> Iterable[Batch]:
-    """Every example at ``positions`` once, prepared as the weights want it; for ``evaluate``."""
+    """Every example at ``positions`` once, prepared as the weights want it; for ``evaluate``.
+
+    The last batch is padded, and the network computes the padding, too: large batches cost few
+    examples more than they save.
+    """
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     return batches_in_order(source, positions, batch_size=batch_size, transform=transform)
 

@@ -7,14 +7,17 @@ one assignment of examples to folds.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 __all__ = [
     "FOLDS",
     "Standardization",
+    "blas_threads",
     "checked_examples",
     "checked_features",
     "class_labels",
@@ -25,6 +28,28 @@ __all__ = [
     "standardization",
     "stratified_folds",
 ]
+
+
+_SMALL = 2e9
+"""Multiplications, examples x features x the smaller of both, that one thread does in 0.1 s."""
+
+
+def blas_threads(matrix: np.ndarray) -> AbstractContextManager[Any]:
+    """One BLAS thread while heads are solved on a small matrix, all of them on a large one.
+
+    The threads of a product wait for each other, and where another program has the core of one of
+    them, they wait for that program: 10 to 50 times as long, measured on two cores that were shared
+    (experiments/results/whole_job.md).
+
+    Args:
+        matrix: ``[examples, features]``.
+
+    >>> with blas_threads(np.ones((3, 2))):
+    ...     (np.ones((2, 3)) @ np.ones((3, 2))).tolist()
+    [[3.0, 3.0], [3.0, 3.0]]
+    """
+    small = matrix.size * min(matrix.shape) <= _SMALL
+    return threadpool_limits(1, "blas") if small else nullcontext()
 
 
 def checked_examples(

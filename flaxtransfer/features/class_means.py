@@ -19,6 +19,7 @@ import scipy.linalg
 
 from flaxtransfer.features.checks import (
     FOLDS,
+    blas_threads,
     checked_examples,
     checked_features,
     folds_with_singletons,
@@ -268,7 +269,7 @@ def baseline(
     discriminant = None
     if work <= _DISCRIMINANT_WORK:
         # Where features are constant within the classes it would be the nearest class mean.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError), blas_threads(matrix):
             discriminant = _held_out(linear_discriminant, matrix, label, fold_of)
     logistic_accuracy = None
     if logistic:

@@ -20,6 +20,7 @@ import scipy.special
 
 from flaxtransfer.features.checks import (
     FOLDS,
+    blas_threads,
     checked_examples,
     checked_features,
     class_weights,
@@ -135,6 +136,13 @@ def ridge_path(
     """
     matrix, label, number = checked_examples(features, labels, classes)
     penalties = checked_strengths(len(matrix), strengths)
+    with blas_threads(matrix):
+        return _ridge_path(matrix, label, number, penalties)
+
+
+def _ridge_path(
+    matrix: np.ndarray, label: np.ndarray, number: int, penalties: np.ndarray
+) -> RidgePath:
     targets = np.where(label[:, None] == np.arange(number), 1.0, -1.0)
     mean, target_mean = matrix.mean(axis=0), targets.mean(axis=0)
     centered, residual = matrix - mean, targets - target_mean
@@ -222,19 +230,25 @@ def ridge_splits(
         judged: what the held-out examples are, if not rows of ``matrix``.
     """
     judged = matrix if judged is None else judged
-    splits = []
-    for fold in range(int(fold_of.max()) + 1):
-        out = fold_of == fold
-        rest, targets = matrix[~out], np.where(label[~out, None] == np.arange(number), 1.0, -1)
-        weights = class_weights(label, ~out)[~out, None]
-        mean = (weights * rest).sum(axis=0) / weights.sum()
-        prior = (weights * targets).sum(axis=0) / weights.sum()
-        root = np.sqrt(weights)
-        centered = root * (rest - mean)
-        values, left = left_singular_vectors(centered)
-        coordinates = ((judged[out] - mean) @ centered.T) @ left
-        splits.append(Split(out, coordinates, values, left.T @ (root * (targets - prior)), prior))
-    return splits
+    with blas_threads(matrix):
+        return [
+            _split(matrix, judged, label, number, fold_of == fold)
+            for fold in range(int(fold_of.max()) + 1)
+        ]
+
+
+def _split(
+    matrix: np.ndarray, judged: np.ndarray, label: np.ndarray, number: int, out: np.ndarray
+) -> Split:
+    rest, targets = matrix[~out], np.where(label[~out, None] == np.arange(number), 1.0, -1)
+    weights = class_weights(label, ~out)[~out, None]
+    mean = (weights * rest).sum(axis=0) / weights.sum()
+    prior = (weights * targets).sum(axis=0) / weights.sum()
+    root = np.sqrt(weights)
+    centered = root * (rest - mean)
+    values, left = left_singular_vectors(centered)
+    coordinates = ((judged[out] - mean) @ centered.T) @ left
+    return Split(out, coordinates, values, left.T @ (root * (targets - prior)), prior)
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,13 @@ class Measurement:
         settings: arguments of the recipe, rounded to what is printed, so that a run that is resumed
             elsewhere measures the same.
         text: the same as a table.
+        pooled: features ``[examples, channels]`` of the segment that was chosen, and the labels,
+            for whoever would run the network for them again; None where no segment is chosen.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
+    pooled: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
 
 def most_images(strategy: str) -> int:
@@ -106,7 +109,8 @@ def _best_depth(network: Classifier, batches: Iterable[Batch]) -> Measurement:
     depths = segments[segments.index("stem") : segments.index("pool")]
     features, labels = segment_features(network, batches, depths)
     profile = probe_profile(features, labels, classes=network.model.config.classes)
-    return Measurement({"segment": profile.best.segment}, str(profile))
+    best = profile.best.segment
+    return Measurement({"segment": best}, str(profile), (features[best], labels))
 
 
 def _logits(network: Classifier) -> Any:

@@ -182,7 +182,17 @@ def init_head_from_probe(
     Raises:
         ValueError: a class without examples, features that are not finite.
     """
-    features, labels = pooled_features(network, batches, mesh)
+    return head_from_features(network, *pooled_features(network, batches, mesh), kind=kind)
+
+
+def head_from_features(
+    network: Classifier,
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    kind: Literal["logistic", "ridge"] = "logistic",
+) -> tuple[Params, str]:
+    """The same where it is known what the head sees; see ``pooled_features``."""
     head = fit_linear_probe(features, labels, network.model.config.classes, kind=kind)
     old = network.params[network.model.layout.head]
     new = {

@@ -21,6 +21,7 @@ from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
 from flaxtransfer.classifier import Classifier, ending_at
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
+from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import Variables, listing
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
@@ -38,7 +39,7 @@ from flaxtransfer.training.console import (
 from flaxtransfer.training.evaluation import (
     Evaluation,
     Predictions,
-    init_head_from_probe,
+    head_from_features,
     measure_moments,
     predict,
     recalibrate,
@@ -132,6 +133,7 @@ class _Run:
     store: CheckpointManager
     metrics: MetricsWriter
     request: Request
+    pooled: tuple[np.ndarray, np.ndarray] | None
     sealed: dict[str, str]
     audits: list[run_folder.Audit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -155,6 +157,7 @@ def fit(
     options: FitOptions | None = None,
     cache: Cache | None = None,
     mesh: Mesh | None = None,
+    pooled: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> FitResult:
     """Trains a network through the phases of ``plan`` and leaves a complete run folder.
 
@@ -170,13 +173,17 @@ def fit(
         cache: whether the frozen part of the network is run once per phase instead of in every
             step; by default never, ``Cache()`` where it pays.
         mesh: devices; by default all of them.
+        pooled: what ``ft.features.pooled_features`` gives for the network, ended where the plan
+            ends it, and ``data.calibration()``, where it is known already: a head that is solved
+            before the first step then costs no pass over the images.
 
     Returns:
         The network with the best validated variables, or the last ones without a validation set.
 
     Raises:
         ValueError: labels that leave gaps, patience without a validation set; data that was
-            prepared or labeled for another network; the folder holds another run, or an unfinished
+            prepared or labeled for another network; ``pooled`` of other examples or of another
+            width; the folder holds another run, or an unfinished
             one and ``resume`` is not set, or somebody else is writing it; the loss is not finite
             (``NonFiniteLoss``).
         OSError: the folder cannot be written.
@@ -187,6 +194,7 @@ def fit(
     network = ending_at(network, plan.ends_at)
     plan = plan.resolve(network.params, data.steps_per_epoch)
     check_feed(plan, data)
+    _check_pooled(network, data, pooled)
     identity.check_place(folder)
     with folder_lock(folder), _checkpoints(folder, options) as store:
         run_folder.remove_leftovers(folder)
@@ -217,6 +225,7 @@ def fit(
                     store,
                     metrics,
                     request,
+                    pooled,
                     sealed=dict(meta.get("sealed") or identity.seals_at_start(folder, wanted)),
                     audits=[run_folder.Audit.from_json(row) for row in meta.get("audits", [])],
                     notes=list(dict.fromkeys([*meta.get("notes", []), *found.notes])),
@@ -314,6 +323,22 @@ def _check_data(network: Classifier, data: DataLoaders) -> None:
         network.task.check(data.examples.validation_labels, classes)
 
 
+def _check_pooled(
+    network: Classifier, data: DataLoaders, pooled: tuple[np.ndarray, np.ndarray] | None
+) -> None:
+    """Refuses features of other examples, or that this head cannot read."""
+    if pooled is None or data.examples is None:
+        return
+    features, labels = map(np.asarray, pooled)
+    wanted = (len(data.examples.labels), network.model.config.features)
+    if features.shape != wanted or not np.array_equal(labels, data.examples.labels):
+        raise ValueError(
+            f"pooled must be features of shape {list(wanted)} and the labels of the training "
+            f"examples in their order, got shape {list(features.shape)}"
+            + ("" if features.shape != wanted else " and other labels")
+        )
+
+
 def _train(run: _Run, state: State, position: Progress) -> FitResult:
     kept = "with a checkpoint; --resume continues"
     while True:
@@ -323,7 +348,7 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
             if position.phase_step == 0 and phase.recalibrate is not None:
                 state = _recalibrate(run, phase, state)
             if position.phase_step == 0 and phase.probe:
-                state = _probe(run, phase, state)
+                state = _probe(run, phase, state, position)
             before = _digests_at_start(run, state, position)
             feed = _feed_of(run, phase, state, position)
         state, position = _run_phase(run, phase, feed, state, position)
@@ -386,13 +411,16 @@ def _with_statistics_of_average(run: _Run, phase: Phase, state: State) -> State:
     return state._replace(ema_stats=place_replicated(measured, run.mesh))
 
 
-def _probe(run: _Run, phase: Phase, state: State) -> State:
+def _probe(run: _Run, phase: Phase, state: State, position: Progress) -> State:
     """The state with the head that is optimal on the features as they are."""
     assert run.feed.calibration is not None  # `check_feed` has asked for it.
     assert phase.probe is not None
-    params, text = init_head_from_probe(
-        run.with_state(state), run.feed.calibration(), run.mesh, kind=phase.probe
-    )
+    untouched = position.step == 0 and phase.recalibrate is None
+    network = run.with_state(state)
+    pooled = run.pooled if untouched else None
+    if pooled is None:
+        pooled = pooled_features(network, run.feed.calibration(), run.mesh)
+    params, text = head_from_features(network, *pooled, kind=phase.probe)
     begins = "is" if phase.only_solves else "begins with"
     run.notes.append(f"phase {phase.name!r} {begins} {text}")
     if not phase.only_solves:

@@ -150,7 +150,7 @@ def test_a_run_without_test_images_is_complete_and_says_so(folder, weights, tmp_
 
 
 def test_batches_that_the_devices_do_not_divide_are_padded(folder, weights, finished, tmp_path):
-    """Three devices, and batches of 256 and 64: training, evaluation, probes and predictions."""
+    """Three devices, and batches of 64, 7 and 6: training, evaluation, probes and predictions."""
     target = tmp_path / "run"
     small = ("--strategy", "feature_extraction", "--steps", 2, "--batch-size", 6)
     data = ("--data", f"folder:{folder}")

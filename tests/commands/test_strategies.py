@@ -25,7 +25,8 @@ def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys)
     arguments = train(folder, weights, target, *size, "--strategy", path)
     assert run(arguments) == 0
     output = " ".join(capsys.readouterr().out.split())
-    kept = np.load(target / "validation.npz")
+    with np.load(target / "validation.npz") as file:
+        kept = dict(file)
     result = json.loads((target / "result.json").read_text())["validation"]
     assert result["examples"] == len(kept["labels"]) == 4
     assert result["accuracy"] == np.mean(kept["logits"].argmax(1) == kept["labels"])
@@ -61,6 +62,15 @@ def test_strategies_that_measure_say_what_they_found(
     assert "measured with logistic regression on" in shown
     assert column in shown
     assert shown.index(column) < shown.index("peak rate")
+
+
+def test_a_depth_is_chosen_and_its_head_solved_in_one_pass(folder, weights, tmp_path, monkeypatch):
+    def again(*_: object) -> None:
+        raise AssertionError("the network is run again for features that are known")
+
+    monkeypatch.setattr("flaxtransfer.training.loop.pooled_features", again)
+    assert run(train(folder, weights, tmp_path / "run", "--strategy", "depth_head")) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["results"][0]["steps"] == 1
 
 
 def test_a_plan_that_has_to_be_measured(capsys):

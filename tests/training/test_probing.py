@@ -133,6 +133,68 @@ def test_a_run_can_end_with_a_solved_head_at_any_depth(tmp_path, kind, segment):
         np.testing.assert_array_equal(leaf, flatten(fitted.variables)[path], err_msg=path)
 
 
+def unread() -> object:
+    raise AssertionError("the images are read for nothing")
+
+
+@pytest.mark.parametrize("segment", [None, "layer1"])
+def test_known_features_spare_the_pass_over_the_images(tmp_path, segment):
+    """The same bits: a head on the features that the pass would have made."""
+    model, variables = network()
+    data = feed()
+    start = ft.Classifier(model, variables, data.preprocessing)
+    last = segment or "layer4"
+    found, labels = ft.features.segment_features(start, data.calibration(), ["layer1", last])
+    wanted = ft.fit(start, solved("ridge", ends_at=segment), data, tmp_path / "pass")
+    fitted = ft.fit(
+        start,
+        solved("ridge", ends_at=segment),
+        replace(data, calibration=unread),
+        tmp_path / "known",
+        pooled=(found[last], labels),
+    )
+    assert fitted.notes == wanted.notes
+    for name in ("kernel", "bias"):
+        head, other = (each.variables["params"]["fc"][name] for each in (fitted, wanted))
+        np.testing.assert_array_equal(head, other)
+
+
+def test_features_from_before_a_recalibration_are_not_used(tmp_path):
+    model, variables = network()
+    data = feed()
+    start = ft.Classifier(model, variables, data.preprocessing)
+    (phase,) = plan(0.0).phases
+    measured = ft.Plan([replace(phase, recalibrate=ft.everything())])
+    labels = data.examples.labels
+    wrong = np.random.default_rng(0).normal(size=(len(labels), 32))
+    heads = [
+        ft.fit(start, each, data, tmp_path / f"{number}", pooled=pooled).network.params["fc"]
+        for number, (each, pooled) in enumerate(
+            [(measured, None), (measured, (wrong, labels)), (plan(0.0), (wrong, labels))]
+        )
+    ]
+    np.testing.assert_array_equal(heads[0]["kernel"], heads[1]["kernel"])
+    assert not np.allclose(heads[0]["kernel"], heads[2]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("pooled", "text"),
+    [
+        (lambda x, y: (x[:, :8], y), r"shape \[14, 32\] .*, got shape \[14, 8\]$"),
+        (lambda x, y: (x[1:], y[1:]), r"shape \[14, 32\] .*, got shape \[13, 32\]$"),
+        (lambda x, y: (x, y[::-1]), r"shape \[14, 32\] .*, got shape \[14, 32\] and other labels$"),
+    ],
+)
+def test_features_of_other_examples_are_refused(tmp_path, pooled, text):
+    model, variables = network()
+    data = feed()
+    known = pooled(np.zeros((14, 32)), data.examples.labels)
+    start = ft.Classifier(model, variables, data.preprocessing)
+    with pytest.raises(ValueError, match=f"pooled must be features of {text}"):
+        ft.fit(start, solved("ridge"), data, tmp_path, pooled=known)
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_goes_on_from_a_solved_head(tmp_path):
     """Two phases with a solved head between them: what is solved is what the next one starts at."""
     model, variables = network()
