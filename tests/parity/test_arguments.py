@@ -109,7 +109,7 @@ def tried(agree, torch, network, folder, config, names, bands=3):
         assert len(text) <= 600
         assert "\n" not in text
         # A network whose leaves are not ours is refused for its leaves.
-        said = [*names, "avg_down", "unexpected", "another shape", "missing"]
+        said = [*names, "avg_down", "unexpected", "another shape", "missing", "do not form"]
         assert any(name in text for name in said), text
         return
     images = torch.randn(2, bands, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -58,7 +58,7 @@ def test_the_same_maps(torch, peer, both, layer, method, name, record_property):
     assert marked.sum() >= 3
     ours, theirs = ours[marked], theirs[marked]
     correlations = correlations_of(ours, theirs)
-    record_property("maps", 1 - min(correlations))
+    record_property("maps", float(1 - min(correlations)))
     assert min(correlations) > 0.999
     # The negative case: the map of another image is another one.
     assert max(correlations_of(ours, np.roll(theirs, 1, axis=0))) < 0.99
