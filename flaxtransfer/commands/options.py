@@ -510,7 +510,7 @@ def recorded(options: Any) -> dict[str, Any]:
     """The options that decide what is learned, as JSON, for the run's configuration.
 
     >>> recorded(BatchOptions())
-    {'batch_size': 64, 'flip': 'auto', 'compute': 'float32'}
+    {'batch_size': 64, 'flip': 'auto', 'augment': 'affine', 'compute': 'float32'}
     """
     found: dict[str, Any] = {}
     for name, value, notes in _entries(options):
@@ -537,7 +537,7 @@ def from_record(options: Options, record: Mapping[str, Any]) -> Options:
         record: from ``recorded``.
 
     >>> from_record(BatchOptions(), {"batch_size": 8})
-    BatchOptions(batch_size=8, flip='auto', compute='float32', workers=0)
+    BatchOptions(batch_size=8, flip='auto', augment='affine', compute='float32', workers=0)
     """
     given: dict[str, Any] = {}
     for name, value, notes in _entries(options):

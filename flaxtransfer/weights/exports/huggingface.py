@@ -61,6 +61,11 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
 
 def _check(config: ResNetConfig) -> None:
     plain = ResNetConfig()
+    if len(config.depths) < 4:
+        raise ValueError(
+            f"transformers' ResNet has 4 stages, and {config.name} {len(config.depths)}; use --to "
+            "onnx or stablehlo"
+        )
     own = {"block", "depths", "width", "classes", "in_channels", "stride_in"}
     own |= {"stem_width"} if config.stem == "plain" else set()
     foreign = {

@@ -374,9 +374,15 @@ def model_bytes(checkpoint: Pretrained, dtype: Any = np.float32) -> bytes:
             float32.
 
     Raises:
-        ValueError: the weights have more than 2 GB, or are too large for float16.
+        ValueError: the weights have more than 2 GB, or are too large for float16; a network that
+            ends at its stem, or a pre-activation one that ends before layer4.
     """
     config = checkpoint.config
+    if not config.depths or (config.preactivation and len(config.depths) < 4):
+        kind = (
+            "a pre-activation network of fewer than 4 stages" if config.depths else "a stem alone"
+        )
+        raise ValueError(f"an .onnx file cannot hold {kind}, {config.name}; use --to stablehlo")
     graph = Graph(flatten(checkpoint.variables), config, dtype)
     network(graph, "images")
     size = sum(array.nbytes for array in graph.constants.values())

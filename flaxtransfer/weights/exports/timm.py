@@ -122,6 +122,8 @@ def _unusual(config: ResNetConfig, name: str) -> bool:
 def _alien(config: ResNetConfig) -> str:
     """What of a network no argument and no name of timm's sets; "" for nothing."""
     plain = ResNetConfig()
+    if len(config.depths) < 4:
+        return f"of {len(config.depths)} stages"
     words = {
         "stride_in": "the stride in the first convolution",
         "stride_at": "the stride in the last block",

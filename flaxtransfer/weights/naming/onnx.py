@@ -177,6 +177,8 @@ class _Network(Layers):
         self.leaves: Leaves = {}
         self.norms: dict[str, Norm] = {}
         self.preactivation = False
+        # Of ours, the header says how many stages there are.
+        self.fewest = 1 if HEADER_KEY in graph.metadata else 4
 
     def notes(self) -> list[str]:
         """What the graph has in another form than we."""
@@ -464,7 +466,7 @@ class _Network(Layers):
             if number == 0 or outputs[number] != outputs[number - 1]:
                 stages.append([])
             stages[-1].append(block)
-        if len(stages) != 4:
+        if not self.fewest <= len(stages) <= 4:
             counts = ", ".join(map(str, list(dict.fromkeys(outputs))[:8]))
             raise ValueError(
                 f"an ONNX model must be a ResNet of 4 stages, got {len(stages)} with {counts} "

@@ -339,3 +339,30 @@ def test_bands_that_another_program_has_no_place_for_are_said(tmp_path):
     assert written.notes[-1].startswith(
         "timm cannot store the description of the bands: bands ['VV', 'VH']; black [-50.0, -50.0]"
     )
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (1, 1, 1)])
+def test_a_network_that_ends_earlier_is_exported(tmp_path, depths):
+    short = checkpoint_of(dataclasses.replace(TINY, depths=depths))
+    for name in ("net.onnx", "net.stablehlo", "net.safetensors"):
+        assert exporting.export(short, tmp_path / name).difference <= 1e-6
+    for name in ("net.onnx", "net.safetensors"):
+        assert load(tmp_path / name).config == short.config
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "text"),
+    [
+        ("net", "timm", "timm has no network of 2 stages"),
+        ("net", "huggingface", "transformers' ResNet has 4 stages, and .* 2; use --to"),
+        ("net.safetensors", "torchvision", "torchvision has no resnet-basic-1-1w4"),
+    ],
+)
+def test_where_a_network_cannot_end_earlier_it_is_said(tmp_path, name, to, text):
+    short = checkpoint_of(dataclasses.replace(TINY, depths=(1, 1)))
+    with pytest.raises(ValueError, match=text):
+        exporting.export(short, tmp_path / name, to=to)
+    stem = checkpoint_of(dataclasses.replace(TINY, depths=()))
+    with pytest.raises(ValueError, match="cannot hold a stem alone"):
+        exporting.export(stem, tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
