@@ -1,6 +1,6 @@
 """What each strategy gains over the head that costs nothing, on generated targets.
 
-    python experiments/strategy_grid.py --per-class 20 --seeds 0          # 25 minutes on 2 busy cores
+    python experiments/strategy_grid.py --per-class 20 --seeds 0    # 25 minutes on 2 busy cores
     python experiments/strategy_grid.py --print-only
     python experiments/strategy_grid.py --print-only --gains flaxtransfer/advice/gains.json
 
