@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
+from flaxtransfer.advice.race import Prior, prior_of
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source
@@ -28,7 +29,8 @@ __all__ = ["SCHEMA", "Advice", "Candidate", "Verdict", "advise", "decide"]
 
 Verdict = Literal["nothing", "ceiling", "early", "depth", "level", "train"]
 """What the evidence says: nothing is learnable from these features; a head is as good as anything;
-early layers have to move; an earlier depth knows more; all depths are level; training is next."""
+early layers have to move; an earlier depth knows more; all depths are level and leave little;
+training is next."""
 
 CHANCE = 4.0
 """Alignment below which features are taken to say nothing: of 40 draws of labels without relation
@@ -37,8 +39,8 @@ to the images, none is beyond it."""
 LEVEL = 0.01
 """Differences in accuracy below this are none: one point."""
 
-EIGHTY = 1.28
-"""Standard errors from the middle to an end of an interval of 80 %."""
+LITTLE = 0.03
+"""What depths that are level may leave to be gained, for the cheapest to be taken."""
 
 _SHOWN = 80
 """Characters a line, where there is no terminal to ask."""
@@ -211,7 +213,7 @@ def advise(
     >>> images = random.integers(0, 30, (60, 32, 32, 3)) + 80 * labels[:, None, None, None]
     >>> source = ft.ArraySource(images.astype(np.uint8), labels, ["dark", "gray", "bright"])
     >>> ft.advise(ft.load("builtin"), source).verdict
-    'level'
+    'ceiling'
     """
     if isinstance(network, Pretrained):
         names = tuple(source.class_names)
@@ -230,16 +232,15 @@ def decide(evidence: Evidence, params: Params) -> Advice:
     best, last, reference = evidence.best, evidence.last, evidence.reference
     strongest = max((*evidence.depths, reference), key=lambda head: head.alignment)
     known = strongest.alignment > CHANCE
-    sure = best.accuracy - EIGHTY * _error(best)
     gain, error = paired(best.right, last.right)
     deeper = best is not last and gain > max(LEVEL, 2 * error)
-    level = all(_is_level(best, head) for head in evidence.depths)
+    level = all(_is_level(best, head) for head in evidence.depths) and best.left < LITTLE
     verdict: Verdict
     if not known:
         verdict = "nothing"
     elif evidence.bottleneck.whole:
         verdict = "early"
-    elif sure >= 1 - LEVEL:
+    elif best.left < LEVEL:
         verdict = "ceiling"
     elif deeper:
         verdict = "depth"
@@ -253,7 +254,7 @@ def decide(evidence: Evidence, params: Params) -> Advice:
         verdict,
         _summary(verdict, evidence, recommended),
         tuple(candidates),
-        tuple(_reasons(verdict, evidence, strongest)),
+        tuple(_reasons(verdict, evidence, strongest, recommended)),
         tuple(_unknown(evidence)),
         evidence,
         None if recommended is None else recommended.plan(params),
@@ -282,8 +283,9 @@ def _moves(strategy: str, settings: dict[str, Any], params: Params) -> int:
 
 def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Candidate]:
     best, last = evidence.best, evidence.last
-    if verdict in ("ceiling", "level"):  # Of equal ones the earliest is the cheapest in use.
-        best = next(head for head in evidence.depths if _is_level(evidence.best, head))
+    if verdict in ("ceiling", "level"):
+        # The last of equal ones: what generalizes most, and a whole network fits every export.
+        best = [head for head in evidence.depths if _is_level(evidence.best, head)][-1]
     head = Candidate(
         "depth_head" if best is not last else "solved_head",
         {"segment": best.name} if best is not last else {},
@@ -293,7 +295,7 @@ def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Ca
         0.0,
         f"costs no training; {last.name} has {_percent(last)}"
         if best is not last
-        else "costs no training; the last depth knows most",
+        else "costs no training; no depth knows more than the last",
     )
     rows: list[tuple[str, str]] = []
     struck: list[tuple[str, str]] = []
@@ -329,7 +331,15 @@ def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Ca
     out = [_trained(name, why, params, tried=False) for name, why in struck]
     if verdict == "early":
         return [made[0], head, *made[1:], *out]
+    priors = {one.strategy: _prior(verdict, one.strategy, evidence) for one in made}
+    made.sort(key=lambda one: -priors[one.strategy].mean)
+    if made and min(priors[made[0].strategy].mean, best.left) > LEVEL:
+        return [made[0], head, *made[1:], *out]
     return [head, *made, *out]
+
+
+def _prior(verdict: Verdict, strategy: str, evidence: Evidence) -> Prior:
+    return prior_of(verdict, strategy, evidence.network)
 
 
 def _trained(strategy: str, why: str, params: Params, *, tried: bool = True) -> Candidate:
@@ -354,13 +364,15 @@ def _summary(verdict: Verdict, evidence: Evidence, chosen: Candidate | None) -> 
         "ceiling": "A head leaves nothing to gain: take it.",
         "depth": f"{best.name} knows more than the layers behind it: a head there is the one to "
         "beat.",
-        "level": "All depths are level: take the cheapest.",
+        "level": "All depths are level and leave little to gain: take the cheapest.",
         "train": f"A head on {best.name} is the one to beat; training may be better.",
     }[verdict]
     return f"{text} Recommended: {chosen}."
 
 
-def _reasons(verdict: Verdict, evidence: Evidence, strongest: HeadEvidence) -> list[str]:
+def _reasons(
+    verdict: Verdict, evidence: Evidence, strongest: HeadEvidence, chosen: Candidate | None
+) -> list[str]:
     best, last = evidence.best, evidence.last
     found = [
         f"Held-out scores are {strongest.alignment:.1f} standard deviations from those of shuffled "
@@ -375,15 +387,18 @@ def _reasons(verdict: Verdict, evidence: Evidence, strongest: HeadEvidence) -> l
         return found
     if evidence.bottleneck.segment is not None:
         found.append(evidence.bottleneck.summary())
-    sure = 100 * (best.accuracy - EIGHTY * _error(best))
     found.append(
-        f"The best head has {_percent(best)}, at least {sure:.1f} % (end of an interval of 80 %): "
-        + (
-            "less than 1 point is left to gain."
-            if sure >= 100 * (1 - LEVEL)
-            else f"up to {100 - sure:.1f} points are left that training may gain."
-        )
+        f"The best head has {_percent(best)} of {len(best.right)} images: {100 * best.left:.1f} "
+        "points are left that training may gain (threshold: 1 point)."
     )
+    if chosen is not None and chosen.accuracy is None and verdict != "early":
+        prior = _prior(verdict, chosen.strategy, evidence)
+        found.append(
+            f"On {prior.targets} other kinds of images this network gained "
+            f"{100 * prior.mean:.1f} ± {100 * prior.deviation:.1f} points over such a head by "
+            f"{chosen.strategy} (threshold: 1 point): train it. Whether it does so here, a race "
+            "says."
+        )
     if best is not last:
         gain, error = paired(best.right, last.right)
         found.append(

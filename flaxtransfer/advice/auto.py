@@ -61,6 +61,17 @@ class Choice:
     race: Race | None
     runs: int
 
+    @property
+    def pooled(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """What a head that was chosen reads of all images, and their labels; see ``Evidence``."""
+        seen = self.advice.evidence.features
+        if seen is None or self.candidate.accuracy is None:
+            return None
+        features, labels = seen
+        return features[
+            self.candidate.settings.get("segment", self.advice.evidence.last.name)
+        ], labels
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -151,10 +162,11 @@ def choose(
     say(str(found))
     free = next(one for one in found.candidates if one.accuracy is not None)
     challengers = [one for one in found.candidates if one.tried and one is not free]
-    challengers.sort(key=lambda one: -prior_of(found.verdict, one.strategy).mean)
+    about = partial(prior_of, found.verdict, network=found.evidence.network)
+    challengers.sort(key=lambda one: -about(one.strategy).mean)
+    priors = {one.strategy: about(one.strategy) for one in challengers}
     if found.verdict in ("ceiling", "level") or not challengers or runs < 2:
         return Choice(found.best, found, None, 0)
-    priors = {one.strategy: prior_of(found.verdict, one.strategy) for one in challengers}
     costs = {one.strategy: float(one.moves) for one in (free, *challengers)}
     labels = np.asarray(source.labels())[splits.train]
     fold_of = folds_with_singletons(labels, FOLDS, seed)
@@ -261,5 +273,6 @@ def auto(
         resume=resume,
         cache=cache,
         mesh=mesh,
+        pooled=choice.pooled,
     )
     return Auto(choice, fitted)

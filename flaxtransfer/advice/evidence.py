@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from flaxtransfer.data.loader import Batch, eval_batches
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import subsample
 from flaxtransfer.features.checks import standardization
+from flaxtransfer.features.class_means import expected_error
 from flaxtransfer.features.extract import segment_features
 from flaxtransfer.features.ridge import CrossValidation, cross_validate
 from flaxtransfer.paths import flatten
@@ -64,6 +65,11 @@ class HeadEvidence:
     degrees_of_freedom: float
     alignment: float
     right: np.ndarray = field(repr=False)
+
+    @property
+    def left(self) -> float:
+        """Share of new images that it is expected to get wrong: all that training can gain."""
+        return expected_error(self.accuracy, len(self.right))
 
     @classmethod
     def of(
@@ -111,6 +117,9 @@ class Evidence:
         bottleneck: where the network knows less than that reference.
         curve: of the best head by number of labels; None with too few of a class.
         seconds: that it took.
+        features: what the heads read, ``[examples, features]`` by depth, and the labels, in the
+            order of the positions, for whoever would run the network for them again; None where
+            not all images were looked at.
     """
 
     network: str
@@ -127,6 +136,7 @@ class Evidence:
     bottleneck: Bottleneck
     curve: LearningCurve | None
     seconds: float
+    features: tuple[Mapping[str, np.ndarray], np.ndarray] | None = field(default=None, repr=False)
 
     @property
     def best(self) -> HeadEvidence:
@@ -193,6 +203,7 @@ def gather(
     pixels = _Pixels(few)
     batches = eval_batches(source, looked, network.preprocessing, batch_size=batch_size)
     features, label = segment_features(network, pixels.passing(batches), depths, mesh)
+    seen = (features, label) if len(looked) == len(chosen) else None
     # Of an image that is there twice, one would be judged by what was learned from the other.
     _, first = np.unique(pixels.digests, return_index=True)
     kept = np.zeros(len(label), bool)
@@ -229,6 +240,7 @@ def gather(
         ),
         _curve(features[best.name][kept], label, seed),
         time.perf_counter() - began,
+        seen,
     )
 
 
@@ -239,7 +251,6 @@ class _Pixels:
         self.wanted = wanted
         self.digests: list[bytes] = []
         self._found: list[SpectralFeatures] = []
-        self._mirrored: list[np.ndarray] = []
 
     def passing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches as they are."""
@@ -249,9 +260,7 @@ class _Pixels:
             wanted = self.wanted[len(self.digests) :][: len(images)]
             self.digests += [hashlib.sha256(image.tobytes()).digest() for image in images]
             if wanted.any():
-                chosen = images[wanted]
-                self._found.append(spectral_features(chosen))
-                self._mirrored.append(spectral_features(chosen[:, :, ::-1]).values)
+                self._found.append(spectral_features(images[wanted]))
             yield batch
 
     def spectra(self) -> np.ndarray:
@@ -260,7 +269,7 @@ class _Pixels:
 
     def mirrored(self) -> np.ndarray:
         """The same of the images as a mirror shows them."""
-        return np.concatenate(self._mirrored)
+        return np.concatenate([found.mirrored for found in self._found])
 
     def octaves(self) -> dict[str, np.ndarray]:
         """The same by octave."""

@@ -44,11 +44,13 @@ class Prior:
         deviation: its standard deviation.
         noise: standard deviation between what a fold shows and what training on all labels gives,
             beside that of counting images.
+        targets: on which it was measured; 0 where nothing is known.
     """
 
     mean: float = 0.0
     deviation: float = 0.06
     noise: float = 0.035
+    targets: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,32 +131,41 @@ class Race:
         return "\n".join(lines)
 
 
-def prior_of(verdict: str, strategy: str) -> Prior:
+def prior_of(verdict: str, strategy: str, network: str) -> Prior:
     """What other targets say of a strategy's gain, where the evidence said the same.
 
     From ``gains.json``, which ``experiments/strategy_grid.py`` makes with the built-in network. Too
-    few targets of one verdict are taken with those of all; the gain of a strategy that was not
-    tried is taken to be 0, give or take 6 points.
+    few targets of one verdict are taken with those of all. The gain of a strategy that was not
+    tried, or not with this network, is taken to be 0, give or take 6 points.
 
-    >>> prior_of("depth", "no such strategy") == Prior()
+    Args:
+        verdict: of the advice.
+        strategy: name of a recipe.
+        network: name of its configuration.
+
+    >>> prior_of("depth", "no such strategy", "resnet18w32") == Prior()
     True
     """
-    for bucket in (verdict, "all"):
-        row = _gains().get(bucket, {}).get(strategy)
-        if row is not None and row["targets"] >= _FEWEST:
-            return Prior(row["mean"], max(row["deviation"], _SUREST), Prior().noise)
+    found = _measured()
+    if network == found["network"]:
+        for bucket in (verdict, "all"):
+            row = found["gains"].get(bucket, {}).get(strategy)
+            if row is not None and row["targets"] >= _FEWEST:
+                deviation = max(row["deviation"], _SUREST)
+                return Prior(row["mean"], deviation, targets=row["targets"])
     return Prior()
 
 
 @functools.cache
-def _gains() -> dict[str, dict[str, Any]]:
+def _measured() -> dict[str, Any]:
     file = importlib.resources.files("flaxtransfer.advice") / "gains.json"
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text())["gains"]
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 
-_FEWEST, _SUREST = 3, 0.03
-"""Targets that make a prior, and the least standard deviation of one: targets differ."""
+_FEWEST, _SUREST = 8, 0.03
+"""Targets that make a prior, and the least standard deviation of one: targets differ. Means of
+three to five targets chose worse, each left out in turn, than the mean of all."""
 
 
 def race(

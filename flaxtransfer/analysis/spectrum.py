@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.fft
+from scipy.sparse import csr_array
 
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import listing
@@ -71,6 +72,7 @@ class SpectralFeatures:
         octaves: index of the octave of each feature; -1 for channel means.
         channels: what the powers are of, as "luma".
         size: height and width of the images in pixels.
+        mirrored: the values of the images as a mirror shows them, left for right.
         notes: what was left out, in sentences.
     """
 
@@ -79,6 +81,7 @@ class SpectralFeatures:
     octaves: tuple[int, ...]
     channels: tuple[str, ...]
     size: tuple[int, int]
+    mirrored: np.ndarray = field(repr=False)
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -169,15 +172,20 @@ def spectral_features(images: Any, *, axes: Any = None) -> SpectralFeatures:
         channels = tuple(f"axis {n}" for n in range(basis.shape[1]))
     height, width = array.shape[1:3]
     cells, weights = _cells(height, width)
+    # A mirror turns the sign of one frequency, which for a real image is that of the other one.
+    turned = np.roll(weights.reshape(-1, height, width // 2 + 1)[:, ::-1], 1, axis=1)
+    both = csr_array(np.concatenate([weights, turned.reshape(weights.shape)]))
     powers, means = [], []
     for part in _batches(array):
         means.append(part.mean(axis=(1, 2)))
-        power = windowed_power(part @ basis, half=True)
-        powers.append(
-            np.einsum("kf,nfc->nck", weights, power.reshape(len(part), -1, len(channels)))
-        )
-    power = np.concatenate(powers)
-    found = 10 * np.log10(power + _FLOOR)
+        planes = np.ascontiguousarray(np.moveaxis(part @ basis, -1, 1))
+        power = _power_of_planes(planes, half=True)
+        cell_powers = both @ power.reshape(len(part) * len(channels), -1).T
+        powers.append(cell_powers.T.reshape(len(part), len(channels), -1))
+    found, mirrored = (
+        np.concatenate([part.reshape(len(array), -1), np.concatenate(means)], axis=1)
+        for part in np.split(10 * np.log10(np.concatenate(powers) + _FLOOR), 2, axis=-1)
+    )
     names = [
         f"{channel} {OCTAVE_NAMES[octave]} {_degrees(orientation)}"
         for channel in channels
@@ -185,11 +193,12 @@ def spectral_features(images: Any, *, axes: Any = None) -> SpectralFeatures:
     ]
     octaves = [octave for _ in channels for octave, _ in cells]
     return SpectralFeatures(
-        np.concatenate([found.reshape(len(array), -1), np.concatenate(means)], axis=1),
+        found,
         (*names, *(f"mean of band {n}" for n in range(bands))),
         (*octaves, *[-1] * bands),
         channels,
         (height, width),
+        mirrored,
         tuple(_notes(cells, bands, channels)),
     )
 
@@ -265,12 +274,17 @@ def windowed_power(images: np.ndarray, *, half: bool = False) -> np.ndarray:
     >>> bool(windowed_power(ramp)[0, 0, 8] < 1e-3 * np.abs(np.fft.fft(ramp[0, 0, :, 0])[8]) ** 2)
     True
     """
-    height, width = images.shape[1:3]
-    window = np.outer(_hann(height), _hann(width))[..., None]
-    mean = (window * images).sum(axis=(1, 2), keepdims=True) / window.sum()
+    return np.moveaxis(_power_of_planes(np.moveaxis(images, -1, 1), half=half), 1, -1)
+
+
+def _power_of_planes(planes: np.ndarray, *, half: bool) -> np.ndarray:
+    """The same of ``[images, channels, height, width]``, which lies in memory as it is read."""
+    window = np.outer(*map(_hann, planes.shape[2:]))
+    mean = np.einsum("hw,nchw->nc", window, planes) / window.sum()
     transform = scipy.fft.rfft2 if half else scipy.fft.fft2
-    found = transform(window * (images - mean), axes=(1, 2))
-    return np.asarray(np.square(np.abs(found)) / np.square(window).sum())
+    found = transform(window * (planes - mean[..., None, None]), axes=(2, 3))
+    power = np.square(found.real) + np.square(found.imag)
+    return np.asarray(power / np.square(window).sum())
 
 
 def _hann(length: int) -> np.ndarray:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from flaxtransfer.advice.advise import LEVEL
 from flaxtransfer.advice.auto import beginning, choose
 from flaxtransfer.classifier import Classifier, Head, ending_at, transfer
 from flaxtransfer.commands.options import (
     AUTO,
+    DEFAULT,
     DataOptions,
     InputOptions,
     JobOptions,
@@ -37,6 +39,8 @@ from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
+from flaxtransfer.features.class_means import Baseline, baseline
+from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.files import read_json
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
@@ -55,6 +59,7 @@ from flaxtransfer.training.plan import plan_table
 from flaxtransfer.training.plan_yaml import load_plan, save_plan
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import (
+    CONFIG_FILE,
     SPLIT_FILE,
     split_of,
     validation_of,
@@ -63,6 +68,9 @@ from flaxtransfer.training.run_folder import (
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
+
+MOST_IMAGES_FOR_HEADS = 2000
+"""Images that heads on the frozen network are judged on; more hardly change their accuracy."""
 
 
 class Choosing(NamedTuple):
@@ -73,9 +81,25 @@ class Choosing(NamedTuple):
     say: Callable[[str], None]
 
 
+class FrozenHeads(NamedTuple):
+    """Heads on the frozen network, judged by folds, and the features and labels they read.
+
+    There is neither where no head can be judged, and the text says why.
+    """
+
+    text: str
+    baseline: Baseline | None = None
+    pooled: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def leave_nothing(self) -> bool:
+        """Whether training could gain less than a point."""
+        return self.baseline is not None and self.baseline.left < LEVEL
+
+
 @dataclass(frozen=True)
 class Job:
-    """A training job: its data, its network and its plan."""
+    """A training job: its data, its network, its plan, and what was measured before."""
 
     source: Source
     splits: Splits
@@ -84,6 +108,7 @@ class Job:
     data: DataLoaders
     plan: TrainingPlan
     evidence: Measurement
+    frozen: FrozenHeads | None = None
 
     def test(self, network: Classifier) -> Evaluation | None:
         """The metrics on the test images; None where there are none."""
@@ -112,8 +137,14 @@ def prepare(
         FileNotFoundError: data, weights or a plan that do not exist.
     """
     settings = dict(settings or {})
-    strategy = options.strategy.strategy
+    strategy = options.strategy.strategy or DEFAULT
     check_settings(strategy, settings)
+    # Whoever says how long to train, or brings a head, wants to train.
+    open_to_heads = (
+        options.strategy.strategy is None
+        and options.strategy.head == "new"
+        and all(value is None for value in settings.values())
+    )
     if strategy == AUTO and choosing is None:
         raise ValueError(f"--strategy {AUTO} is for flaxtransfer train; name a strategy here")
     seed, batch = options.split.seed, options.batch
@@ -143,7 +174,14 @@ def prepare(
             workers=batch.workers,
         )
 
-    data, evidence = feed(splits), Measurement()
+    data, evidence, frozen = feed(splits), Measurement(), None
+    if choosing is not None and open_to_heads:
+        if (solved := _solved_before(resumed)) is None:
+            frozen = frozen_heads(network, source, splits.train)
+            solved = frozen.leave_nothing
+        if solved:
+            strategy = "solved_head"
+            evidence = _nothing_to_train_for(frozen)
     if choosing is not None and strategy == AUTO:
         choice = choose(
             network,
@@ -159,6 +197,7 @@ def prepare(
             say=choosing.say,
         )
         strategy, settings = choice.candidate.strategy, dict(choice.candidate.settings)
+        evidence = Measurement(pooled=choice.pooled)
     network = beginning(strategy, network, seed)
     if strategy in MEASURED and "segment" not in settings:
         positions = subsample(splits.train, most_images(strategy), source.labels())
@@ -167,7 +206,49 @@ def prepare(
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
     network = ending_at(network, plan.ends_at)
-    return Job(source, splits, checkpoint, network, data, plan, evidence)
+    return Job(source, splits, checkpoint, network, data, plan, evidence, frozen)
+
+
+def frozen_heads(network: Classifier, source: Source, positions: np.ndarray) -> FrozenHeads:
+    """Heads on the frozen network.
+
+    Args:
+        network: whose features they read.
+        source: images and labels.
+        positions: of the training images, of which at most MOST_IMAGES_FOR_HEADS are looked at.
+
+    Raises:
+        ValueError: an image that cannot be read.
+    """
+    looked = subsample(positions, MOST_IMAGES_FOR_HEADS, source.labels())
+    pooled = pooled_features(network, eval_batches(source, looked, network.preprocessing))
+    try:
+        found = baseline(*pooled, classes=len(source.class_names))
+    except ValueError as error:
+        return FrozenHeads(f"no baseline on frozen features: {error}")
+    return FrozenHeads(str(found), found, pooled)
+
+
+def _solved_before(folder: Path | None) -> bool | None:
+    """Whether the run that is resumed solves its head; None for a new or a damaged one."""
+    if folder is None:
+        return None
+    try:
+        phases = read_json(folder / CONFIG_FILE)["phases"].values()
+        return all(phase["steps"] == 0 for phase in phases)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # `fit` says so.
+
+
+def _nothing_to_train_for(frozen: FrozenHeads | None) -> Measurement:
+    if frozen is None or frozen.baseline is None:
+        return Measurement()
+    left = 100 * frozen.baseline.left
+    text = (
+        f"{frozen.text}\nA solved head leaves {left:.1f} points to gain (threshold: 1), so that "
+        f"nothing is trained; --strategy {DEFAULT} trains all the same"
+    )
+    return Measurement(text=text, pooled=frozen.pooled)
 
 
 class Start(NamedTuple):

@@ -75,6 +75,9 @@ RECIPES_HELP = f"a recipe ({', '.join(RECIPE_NAMES)}), or the path of a plan, su
 AUTO = "auto"
 """The strategy that chooses another one."""
 
+DEFAULT = "head_then_fine_tune"
+"""The recipe where none is named and training has something to gain."""
+
 FORMATS_HELP = ", ".join(FORMATS)
 SENSORS_HELP = ", ".join(SENSORS)
 FORMS = [scheme.form for scheme in SCHEMES.values() if scheme.labeled]
@@ -243,18 +246,19 @@ class StrategyOptions:
     """
 
     strategy: Annotated[
-        str,
+        str | None,
         described(
             f"Strategy: {AUTO}, which chooses one by advice and a race; {RECIPES_HELP}; "
-            '"flaxtransfer plan" prints and writes them.'
+            '"flaxtransfer plan" prints and writes them.',
+            default=f"solved_head where it leaves less than 1 point to gain, else {DEFAULT}",
         ),
-    ] = "head_then_fine_tune"
+    ] = None
     head: Literal["new", "keep", "resize"] = "new"
     budget: Annotated[str, described(f"Full runs for {AUTO}, the last one included.")] = "4x"
 
     def problems(self) -> Iterator[str]:
         """An unknown recipe, a plan that does not exist, a budget of another form."""
-        if self.strategy != AUTO:
+        if self.strategy not in (None, AUTO):
             yield from strategy_problems(self.strategy, AUTO)
         if not re.fullmatch(r"[1-9]\d{0,2}x", self.budget):
             yield f"--budget must be a number of full runs, such as 4x, got {self.budget!r}"
@@ -518,7 +522,7 @@ def recorded(options: Any) -> dict[str, Any]:
             found |= recorded(value)
         elif UNRECORDED not in notes:
             found[_key(name, notes)] = list(value) if isinstance(value, tuple) else value
-    if isinstance(options, StrategyOptions) and is_file(options.strategy):
+    if isinstance(options, StrategyOptions) and options.strategy and is_file(options.strategy):
         # The content of the file decides what is learned, not its name.
         check_regular(options.strategy)
         content = Path(options.strategy).read_bytes()

@@ -73,7 +73,8 @@ __all__ = [
 class Train:
     """Adapt a pre-trained network to your images and test it.
 
-    By default the head is trained first, and then all parameters.
+    By default a head is solved first; where that leaves something to gain, the head is trained,
+    and then all parameters.
 
     Without options, the network learns handwritten digits from 5 labels per class.
 

@@ -13,13 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import Choosing, Job, prepare
+from flaxtransfer.commands.job import Choosing, Job, frozen_heads, prepare
 from flaxtransfer.commands.options import AUTO, recorded
 from flaxtransfer.commands.subcommands import Train
-from flaxtransfer.data.loader import DataLoaders, eval_batches
-from flaxtransfer.data.splits import Splits, subsample
-from flaxtransfer.features.class_means import baseline
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.data.loader import DataLoaders
+from flaxtransfer.data.splits import Splits
 from flaxtransfer.files import MANIFEST_FILE, read_json, write_json
 from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.training.console import read_metrics
@@ -39,9 +37,6 @@ SCRATCH = "from_scratch"
 
 MOST_IMAGES_FOR_COMPARISON = 1000
 """Largest training set for which ``--compare auto`` also trains from scratch."""
-
-MOST_IMAGES_FOR_BASELINE = 2000
-"""Images for the baseline; more of them hardly change its accuracy."""
 
 
 def train(options: Train, console: Console) -> None:
@@ -75,7 +70,11 @@ def train(options: Train, console: Console) -> None:
     _print_job(job, name, console)
     solved = all(phase.only_solves for phase in job.plan.phases)
     # A solved head is judged by the same folds when it is solved, and says so itself.
-    baseline, pooled = (None, job.evidence.pooled) if solved else _baseline(job, console)
+    frozen = None
+    if not solved:
+        frozen = job.frozen or frozen_heads(job.network, job.source, job.splits.train)
+        _say(frozen.text, console)
+    pooled = frozen.pooled if frozen else job.evidence.pooled
     if pooled is not None and len(pooled[1]) < len(job.splits.train):
         pooled = None  # Some of the images were not looked at.
     fitted = _fit(options, job.network, job.plan, job.data, folder, pooled)
@@ -95,7 +94,7 @@ def train(options: Train, console: Console) -> None:
         "validation_images": len(job.splits.val),
         "test_images": len(job.splits.test),
         "options": recorded(options),
-        "baseline": baseline,
+        "baseline": asdict(frozen.baseline) if frozen and frozen.baseline else None,
         "results": rows,
         "notes": list(fitted.notes),
     }
@@ -237,24 +236,6 @@ def _print_job(job: Job, name: str, console: Console) -> None:
     if job.evidence.text:
         console.print(job.evidence.text, highlight=False, soft_wrap=True)
     console.print(plan_table(job.plan, job.network.params))
-
-
-def _baseline(job: Job, console: Console) -> tuple[dict[str, Any] | None, Pooled | None]:
-    """Prints the accuracy of heads on frozen features; errors in it do not stop the run.
-
-    Returns:
-        The accuracies, and the features they were found on.
-    """
-    positions = subsample(job.splits.train, MOST_IMAGES_FOR_BASELINE, job.source.labels())
-    batches = eval_batches(job.source, positions, job.network.preprocessing)
-    try:
-        pooled = pooled_features(job.network, batches)
-        found = baseline(*pooled, classes=len(job.source.class_names))
-    except ValueError as error:
-        console.print(f"no baseline on frozen features: {error}", highlight=False)
-        return None, None
-    console.print(str(found), highlight=False, soft_wrap=True)
-    return asdict(found), pooled
 
 
 def _file_name(data: str) -> str:

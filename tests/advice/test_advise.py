@@ -41,17 +41,24 @@ def test_it_is_said_of_every_draw(name):
 
 def test_the_plan_is_of_what_is_recommended(advice):
     colors, fine = advice["colors"], advice["fine gratings"]
-    assert colors.plan.ends_at == colors.evidence.best.name == "stem"
-    assert colors.plan.phases[0].only_solves
-    assert str(colors.best) == "depth_head (segment stem)"
+    # What this network is known to gain by training comes before the head that costs nothing.
+    assert colors.best.strategy == "early_layers"
+    assert str(colors.candidates[1]) == "depth_head (segment stem)"
+    assert "a head there is the one to beat" in colors.summary
+    assert "points over such a head by early_layers" in "\n".join(colors.reasons)
+    plan = colors.candidates[1].plan(pretrained().variables["params"])
+    assert plan.ends_at == colors.evidence.best.name == "stem"
+    assert plan.phases[0].only_solves
     assert fine.best.strategy == "early_layers"
     assert {"discriminative", "batch_norm_only"} == {
         one.strategy for one in fine.candidates if not one.tried
     }
     assert advice["random labels"].plan is None
     assert advice["random labels"].best is None
-    # Of depths that are level the earliest is the cheapest.
-    assert advice["coarse gratings"].plan.ends_at in ("stem", "layer1", "layer2")
+    # Of depths that are level the last, if it is one of them: it leaves the network whole.
+    coarse = advice["coarse gratings"]
+    assert coarse.best.accuracy >= coarse.evidence.best.accuracy - 0.01
+    assert coarse.best.cost == 0
     for found in advice.values():
         assert len(found.challengers) <= 4
 
@@ -105,33 +112,73 @@ def test_many_classes_with_two_images_each():
     assert found.evidence.curve is None
 
 
-@pytest.fixture
-def folder(tmp_path):
+def written(folder, family, per_class):
     from PIL import Image
 
-    drawn = source("colors", 8, 4)
+    drawn = source(family, per_class, 4)
     for number, (image, label) in enumerate(zip(drawn.images, drawn.labels(), strict=True)):
-        place = tmp_path / "images" / f"hue{label}"
+        place = folder / f"class{label}"
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(place / f"{number}.png")
-    return tmp_path / "images"
+    return folder
 
 
-def test_in_the_terminal(folder, tmp_path, capsys):
+def test_in_the_terminal(tmp_path, capsys):
+    folder = written(tmp_path / "images", "colors", 8)
     out = [tmp_path / name for name in ("a.json", "a.html", "plan.yaml")]
     files = [
         word for pair in zip(("--json", "--html", "--plan"), out, strict=True) for word in pair
     ]
     assert run(["advise", "--data", f"folder:{folder}", *map(str, files)]) == 0
     printed = capsys.readouterr().out
-    assert "Recommended: depth_head (segment stem)." in printed
+    assert "Recommended: early_layers." in printed
     jsonschema.validate(json.loads(out[0].read_text()), SCHEMA)
     assert "Recommended" in out[1].read_text()
     plan = ft.training.load_plan(out[2])
-    assert plan.ends_at == "stem"
-    trained = ["train", "--data", f"folder:{folder}", "--strategy", str(out[2])]
-    assert run([*trained, "--run", str(tmp_path / "run")]) == 0
-    assert ft.load(tmp_path / "run").config.depths == ()
+    assert plan.phases[0].steps == 300
+
+
+def test_a_head_that_leaves_nothing_to_gain_is_where_train_ends_by_itself(tmp_path, capsys):
+    folder = written(tmp_path / "images", "coarse gratings", 20)
+    everything = ["--data", f"folder:{folder}", "--test-fraction", "0"]
+    train = ["train", *everything, "--run", str(tmp_path / "run")]
+    assert run(train) == 0
+    printed = capsys.readouterr().out
+    assert "so that nothing is trained; --strategy head_then_fine_tune trains all the same" in (
+        " ".join(printed.split())
+    )
+    model = (tmp_path / "run" / "model.safetensors").read_bytes()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [phase["steps"] for phase in config["phases"].values()] == [0]
+    # The same head as of the strategy that solves it.
+    alone = ["--run", str(tmp_path / "alone"), "--strategy", "solved_head"]
+    assert run(["train", *everything, *alone]) == 0
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == model
+    # A finished run is found again without a look at the images through the network.
+    assert run([*train, "--resume"]) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run([*train, "--resume"]) == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
+    # Whoever says how long to train wants to train.
+    assert (
+        run(
+            [
+                "train",
+                *everything,
+                "--run",
+                str(tmp_path / "b"),
+                "--head-steps",
+                "1",
+                "--fine-tune-steps",
+                "0",
+                "--compare",
+                "no",
+            ]
+        )
+        == 0
+    )
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert [phase["steps"] for phase in config["phases"].values()] == [1]
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_strategy_may_be_missing_from_a_fold_and_the_free_head_may_not():
 def test_what_is_known_of_gains_is_shared_with_the_package():
     for verdict in ("early", "depth", "train"):
         for strategy in ("high_rate_fine_tuning", "discriminative", "from_scratch"):
-            prior = prior_of(verdict, strategy)
+            prior = prior_of(verdict, strategy, "resnet18w32")
             assert -1 < prior.mean < 1
             assert prior.deviation >= 0.03
     text = str(race(drawn(1, head=0.6, low=0.9), {"low": Prior()}, COSTS, "head"))
