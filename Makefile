@@ -26,6 +26,7 @@ check: install-dev
 faults: install-test
 	$(RUN)python -m tests.faults.kills
 	$(RUN)python -m tests.faults.kills --signal TERM
+	$(RUN)python -m tests.faults.kills --job race --random 10
 	$(RUN)python -m tests.faults.damage
 	$(RUN)python -m tests.faults.cache_race --rounds 1000
 	$(RUN)python -m tests.faults.fuzz --rounds 13000

@@ -1,4 +1,4 @@
-"""A run of three phases to be killed and damaged, and what it must end with.
+"""A run of three phases and a race to be killed and damaged, and what they must end with.
 
 Two phases train on cached activations, the third everything on images, with an average.
 """
@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 
 import flaxtransfer as ft
+from flaxtransfer.advice.auto import beginning, choose
 from flaxtransfer.training.console import read_metrics
+from flaxtransfer.training.run_folder import RACE
+from tests.support import targets
 from tests.support.small import PREPROCESSING, SIZE, network
 
 STEPS = 4
@@ -90,6 +94,49 @@ def outcome(folder: Path) -> dict[str, str]:
         for name in ("model.safetensors", "audit.json", "result.json", "validation.npz")
     }
     return found | {"metrics": json.dumps(rows)}
+
+
+def race(folder: Path) -> None:
+    """Chooses a strategy by a race of two challengers, and trains it; resumes both."""
+    source, short = targets.source("colors", 9, 1), {"steps": STEPS}
+    splits = ft.stratified_split(source.labels(), test_fraction=0.2)
+    model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=8))
+    preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 32, 32)
+    start = ft.Classifier(model, model.init(jax.random.key(0)), preprocessing)
+    choice = choose(
+        start,
+        source,
+        splits,
+        folder / RACE,
+        budget="3x",
+        batch_size=16,
+        lengths=lambda name: {} if name.endswith("_head") else short,
+    )
+    one = choice.candidate
+    ft.fit(
+        beginning(one.strategy, start, 0),
+        one.plan(start.params, {} if one.cost == 0 else short),
+        ft.loaders(source, splits, preprocessing, batch_size=16),
+        folder,
+        resume=True,
+    )
+
+
+def race_outcome(folder: Path) -> dict[str, str]:
+    """The same of a race: the decision, and the weights of every run."""
+    choice = json.loads((folder / RACE / "choice.json").read_text())
+    runs = sorted(path.parent for path in folder.rglob("model.safetensors"))
+    found = {
+        str(run.relative_to(folder)): hashlib.sha256(
+            (run / "model.safetensors").read_bytes()
+        ).hexdigest()
+        for run in runs
+    }
+    return found | {name: json.dumps(choice[name]) for name in ("candidate", "race", "runs")}
+
+
+JOBS = {"fit": (fit, outcome), "race": (race, race_outcome)}
+"""What can be killed, and what must be the same afterwards."""
 
 
 def litter(folder: Path) -> list[str]:

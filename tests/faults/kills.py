@@ -3,6 +3,7 @@
     python -m tests.faults.kills                      # SIGKILL at every file operation
     python -m tests.faults.kills --signal TERM        # SIGTERM
     python -m tests.faults.kills --every 20           # at every twentieth
+    python -m tests.faults.kills --job race --random 10   # a race between strategies
 
 A file operation is whatever Python reports to its audit hooks below the run folder: a file opened
 for writing, a rename, a folder made or removed. The signal comes just before it.
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from tests.faults import harness
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
 
-def child(folder: str, log: str, at: int, number: int) -> None:
+def child(folder: str, log: str, at: int, number: int, job: str) -> None:
     """The run, in a process of its own; writes to a log how it ended."""
     count = 0
 
@@ -42,7 +44,7 @@ def child(folder: str, log: str, at: int, number: int) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         sys.addaudithook(hook)
         try:
-            harness.fit(Path(folder))
+            harness.JOBS[job][0](Path(folder))
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
     Path(log).write_text(f"{count} {text}")
@@ -63,13 +65,13 @@ def _is_ours(event: str, arguments: tuple[object, ...], folder: str) -> bool:
     )
 
 
-def start(folder: Path, at: int = 0, number: int = signal.SIGKILL) -> str:
+def start(folder: Path, at: int = 0, number: int = signal.SIGKILL, job: str = "fit") -> str:
     """Runs or resumes; returns how it ended."""
     log = folder.with_suffix(".log")
     log.unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.harness"])
-    process = context.Process(target=child, args=(str(folder), str(log), at, number))
+    process = context.Process(target=child, args=(str(folder), str(log), at, number, job))
     process.start()
     process.join(300)
     if process.is_alive():
@@ -78,10 +80,10 @@ def start(folder: Path, at: int = 0, number: int = signal.SIGKILL) -> str:
     return log.read_text() if log.exists() else "killed"
 
 
-def tried(place: Path, whole: dict[str, str], at: int, number: int) -> str:
+def tried(place: Path, whole: dict[str, str], at: int, number: int, job: str = "fit") -> str:
     """One signal at operation ``at``: "same", or what is wrong."""
     folder = place / f"run-{at}"
-    ended = start(folder, at, number)
+    ended = start(folder, at, number, job)
     if number == signal.SIGKILL and ended != "killed":
         return f"was not killed: {ended}"
     # Before training begins, SIGTERM does in a script what it does by default.
@@ -89,10 +91,10 @@ def tried(place: Path, whole: dict[str, str], at: int, number: int) -> str:
         word in ended for word in ("finished", "Interrupted", "killed")
     ):
         return f"SIGTERM: {ended}"
-    ended = start(folder)
+    ended = start(folder, job=job)
     if "finished" not in ended:
         return f"not resumed: {ended}"
-    found = harness.outcome(folder)
+    found = harness.JOBS[job][1](folder)
     wrong = [name for name in whole if found[name] != whole[name]]
     left = harness.litter(folder)
     return f"differs in {wrong}" if wrong else f"left {left}" if left else "same"
@@ -103,16 +105,21 @@ def main() -> None:
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--job", choices=tuple(harness.JOBS), default="fit")
+    parser.add_argument("--random", type=int, help="so many operations, drawn")
     options = parser.parse_args()
     number = getattr(signal, f"SIG{options.signal}")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        start(place / "warm")  # Compiles.
-        count = int(start(place / "whole").split()[0])
-        whole = harness.outcome(place / "whole")
+        start(place / "warm", job=options.job)  # Compiles.
+        count = int(start(place / "whole", job=options.job).split()[0])
+        whole = harness.JOBS[options.job][1](place / "whole")
         results = Counter()
-        for at in range(options.first, count + 1, options.every):
-            result = tried(place, whole, at, number)
+        points = range(options.first, count + 1, options.every)
+        if options.random is not None:
+            points = sorted(random.Random(0).sample(points, options.random))
+        for at in points:
+            result = tried(place, whole, at, number, options.job)
             results[result.split(":")[0]] += 1
             if result != "same":
                 print(f"operation {at} of {count}: {result}", flush=True)
