@@ -470,7 +470,7 @@ def stratified_folds(
     if classes is not None:
         fold_of = _dealt(classes, folds, seed)
     else:
-        fold_of = _allot(strata, np.full(folds, 1 / folds), units, seed)
+        fold_of = _allot(strata, np.full(folds, 1 / folds), units, seed)[units]
     shares = np.array([share for share in (1 - val_fraction, val_fraction) if share])
     found = []
     for fold in range(folds):
@@ -479,7 +479,7 @@ def stratified_folds(
             validates = _last_of_each(classes[others], val_fraction, seed)
         else:
             inner = _unit_numbers(units[others], len(others))
-            validates = _allot(strata[others], shares, inner, seed) == 1
+            validates = _allot(strata[others], shares, inner, seed)[inner] == 1
             if targets is not None:
                 _keep_classes(validates, targets[others], inner)
         tested = np.flatnonzero(fold_of == fold)
@@ -504,15 +504,28 @@ def _allotted_split(
     if count < len(parts):
         raise ValueError(f"a split of {len(parts)} parts needs as many {what}, got {count}")
     _check_spread(targets, units, len(parts), what, class_names)
-    part_of = parts[_allot(strata, shares[parts], units, seed)]
-    split = Splits.of(*(np.flatnonzero(part_of == part) for part in range(3)))
-    for name, share in zip(_PARTS, shares, strict=True):
-        if share and not len(getattr(split, name)):
-            raise ValueError(
-                f"the {what} are too large for a {name} part of {share:.0%}; give it a larger share"
-            )
+    chosen = parts[_allot(strata, shares[parts], units, seed)]
+    classes = np.zeros(len(units), np.int64) if targets is None else targets
+    for part in parts[parts > 0].tolist():
+        _fill(part, chosen, classes, units)
+    split = Splits.of(*(np.flatnonzero(chosen[units] == part) for part in range(3)))
     _check_trained(split.train, targets, class_names)
     return split
+
+
+def _fill(part: int, chosen: np.ndarray, classes: np.ndarray, units: np.ndarray) -> None:
+    """Moves the smallest units that can be spared from training into a part that lacks a class."""
+    count = len(chosen)
+    has = np.zeros((count, int(classes.max()) + 1), bool)
+    has[units, classes] = True
+    sizes = np.bincount(units, minlength=count)
+    for each in np.unique(classes).tolist():
+        if has[chosen == part, each].any():
+            continue
+        left = has[chosen == 0].sum(axis=0)
+        spared = (chosen == 0) & has[:, each] & (left - has >= np.minimum(left, 1)).all(axis=1)
+        if spared.any():
+            chosen[np.flatnonzero(spared)[np.argmin(sizes[spared])]] = part
 
 
 def _has_outputs(labels: Any) -> bool:
@@ -559,7 +572,7 @@ _PASSES = 10
 
 
 def _allot(strata: np.ndarray, shares: np.ndarray, units: np.ndarray, seed: int) -> np.ndarray:
-    """The part of each example: whole units, with nearly these shares of each stratum.
+    """The part of each unit, with nearly these shares of the examples and of each stratum.
 
     What is made small is the sum of ``(share found - share wanted)**2 / share wanted`` over parts,
     strata and the number of examples. The units that are most of a stratum are allotted first.
@@ -590,8 +603,7 @@ def _allot(strata: np.ndarray, shares: np.ndarray, units: np.ndarray, seed: int)
             chosen[unit] = best
         if repeat and not moved:
             break
-    found: np.ndarray = chosen[units]
-    return found
+    return chosen
 
 
 def _keep_classes(validates: np.ndarray, targets: np.ndarray, units: np.ndarray) -> None:
@@ -728,9 +740,36 @@ def _checked_labels(labels: np.ndarray | Sequence[int]) -> np.ndarray:
         raise ValueError(f"labels must have shape [examples], one or more, got {targets.shape}")
     if not np.issubdtype(targets.dtype, np.integer):
         raise TypeError(f"labels must be integers, got {targets.dtype}")
-    if targets.min() < 0:
-        raise ValueError(f"labels must be >= 0, got {targets.min()}")
+    check_classes(targets, None)
     return targets
+
+
+def check_classes(
+    labels: np.ndarray, classes: int | None, names: Sequence[str] | None = None
+) -> None:
+    """Refuses labels that no class can have, by example.
+
+    Args:
+        labels: integers ``[examples]``.
+        classes: how many there are; None for any number.
+        names: of the examples, by default their positions.
+
+    Raises:
+        ValueError: see above; such labels often mean that there is none.
+
+    >>> check_classes(np.array([0, -1, 1]), 2)
+    Traceback (most recent call last):
+    ...
+    ValueError: labels must be 0 .. 1, got -1 for example 1; leave out examples without a label
+    """
+    wrong = np.flatnonzero((labels < 0) | (labels >= (np.inf if classes is None else classes)))
+    if len(wrong):
+        limit = ">= 0" if classes is None else f"0 .. {classes - 1}"
+        each = (f"{labels[i]} for {names[i] if names else f'example {i}'}" for i in wrong.tolist())
+        raise ValueError(
+            f"labels must be {limit}, got {listing(each, most=10)}; leave out examples without a "
+            "label"
+        )
 
 
 def _check_numbers(
