@@ -155,6 +155,7 @@ def heavy_imports(name):
         ("grain", ("data",)),
         ("tensorflow_datasets", ("data",)),
         ("PIL", ("data",)),
+        ("pyarrow", ("data",)),
         ("matplotlib", ("report",)),
         ("tyro", ("commands", "cli")),
     ],

@@ -12,7 +12,13 @@ from rich.console import Console
 
 from flaxtransfer.adapt.scores import ModelOutputs, model_outputs
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import kept_validation, run_bands, run_data, trained_network
+from flaxtransfer.commands.job import (
+    kept_validation,
+    print_notes,
+    run_bands,
+    run_data,
+    trained_network,
+)
 from flaxtransfer.commands.subcommands import Diagnose
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_unlabeled
@@ -39,7 +45,9 @@ def diagnose(options: Diagnose, console: Console) -> None:
         options.target,
         skip_corrupt=options.reading.skip_corrupt,
         bands=run_bands(options.run, network),
+        image_column=options.image_column,
     )
+    print_notes(target, console)
     labeled = _few_labels(options.target_labels, target, names)
     chosen = _chosen(len(target.source), labeled[0], options)
     source, found = _samples(network, (target.source, chosen), options, console)

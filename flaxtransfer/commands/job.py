@@ -37,14 +37,21 @@ from flaxtransfer.data.loader import (
 )
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
+from flaxtransfer.data.splits import (
+    Split,
+    Splits,
+    groups_of,
+    stratified_folds,
+    stratified_split,
+    subsample,
+)
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.features.class_means import Baseline, baseline
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.files import read_json
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.paths import Params, flatten
+from flaxtransfer.paths import Params, flatten, listing
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import (
     MEASURED,
@@ -53,6 +60,7 @@ from flaxtransfer.recipes.measurement import (
     measure,
     most_images,
 )
+from flaxtransfer.task import TASKS
 from flaxtransfer.training.evaluation import Evaluation, evaluate, recalibrate
 from flaxtransfer.training.plan import Plan as TrainingPlan
 from flaxtransfer.training.plan import plan_table
@@ -287,6 +295,7 @@ def begin(
         download=data.download,
         skip_corrupt=data.skip_corrupt,
         bands=checkpoint.config.bands if channels.bands is None else channels.bands,
+        **data.columns.arguments(),
     )
     splits = _kept(source, resumed) or split(source, data.name, parts)
     preprocessing, start = _bands(channels, checkpoint, source, splits)
@@ -314,6 +323,12 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None  # `fit` says so, and compares the data with those of the run.
     return record.positions(source)
+
+
+def print_notes(source: Any, console: Console) -> None:
+    """Prints what was assumed about the data."""
+    for note in getattr(source, "notes", ()):
+        console.print(f"data: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def load_weights(
@@ -417,12 +432,30 @@ def run_data(run: Path, *, skip_corrupt: bool = False) -> tuple[Source, Splits]:
             f"the run in {run} was trained on data that a program made; say with --data what to "
             "use instead"
         )
-    source = open_source(kept.address, skip_corrupt=skip_corrupt, bands=kept.bands)
+    source = open_source(kept.address, skip_corrupt=skip_corrupt, bands=kept.bands, **kept.opened)
     return source, kept.positions(source)
 
 
+def check_task(source: Source, name: str) -> None:
+    """Refuses labels of a kind that no network is trained for."""
+    task = getattr(source, "task", "single_label")
+    if task not in TASKS:
+        raise ValueError(f"{name}: the labels must be for {listing(TASKS)}, got {task}")
+
+
 def split(source: Source, name: str, options: SplitOptions) -> Splits:
-    """The images for training, validation and test."""
+    """The images for training, validation and test: as the data say, or drawn.
+
+    Raises:
+        ValueError: options that do not fit the data.
+    """
+    check_task(source, name)
+    given: Splits | None = getattr(source, "splits", None)
+    groups = groups_of(source)
+    if options.folds is not None:
+        return _fold(source, given, groups, options)
+    if given is not None:
+        return _completed(source, given, groups, options)
     labels_per_class = options.labels_per_class
     if labels_per_class is None:
         labels_per_class = 5 if name == "digits" else 0
@@ -432,8 +465,67 @@ def split(source: Source, name: str, options: SplitOptions) -> Splits:
         val_per_class=options.val_per_class or None,
         val_fraction=options.val_fraction,
         test_fraction=options.test_fraction,
+        groups=groups,
         seed=options.seed,
         class_names=source.class_names,
+    )
+
+
+def _fold(
+    source: Source, given: Splits | None, groups: Sequence[str] | None, options: SplitOptions
+) -> Splits:
+    """One fold; a test part that the data come with stays out of all of them."""
+    if options.fold is None or options.folds is None:
+        raise ValueError("--folds is for flaxtransfer train; elsewhere, give --fold as well")
+    pool = np.arange(len(source))
+    if given is not None:
+        pool = np.sort(np.concatenate([given.train, given.val]))
+    found = stratified_folds(
+        source.labels()[pool],
+        options.folds,
+        groups=None if groups is None else [groups[i] for i in pool.tolist()],
+        val_fraction=0.1 if options.val_fraction is None else options.val_fraction,
+        seed=options.seed,
+        class_names=source.class_names,
+    )[options.fold - 1]
+    rest = np.setdiff1d(np.arange(len(source)), pool)
+    return Splits(pool[found.train], pool[found.val], pool[found.test], rest)
+
+
+def _completed(
+    source: Source, given: Splits, groups: Sequence[str] | None, options: SplitOptions
+) -> Splits:
+    """The split that the data come with; parts that it lacks are drawn from those to train on."""
+    problems = []
+    if options.labels_per_class:
+        problems.append("--labels-per-class")
+    if len(given.val) and (options.val_fraction is not None or options.val_per_class):
+        problems.append("--val-fraction and --val-per-class")
+    if len(given.test) and options.test_fraction is not None:
+        problems.append("--test-fraction")
+    if problems:
+        raise ValueError(
+            f"the data come with a split, and {' and '.join(problems)} would make another one; "
+            "leave them out, or leave out the split (--split-column none, or folder:<path>/train)"
+        )
+    val = 0.0 if len(given.val) else options.val_fraction
+    test = 0.0 if len(given.test) else options.test_fraction or 0.0
+    if val == test == 0.0:
+        return given
+    inner = stratified_split(
+        source.labels()[given.train],
+        val_per_class=options.val_per_class or None,
+        val_fraction=val,
+        test_fraction=test,
+        groups=None if groups is None else [groups[i] for i in given.train.tolist()],
+        seed=options.seed,
+        class_names=source.class_names,
+    )
+    return Splits(
+        given.train[inner.train],
+        given.val if len(given.val) else given.train[inner.val],
+        given.test if len(given.test) else given.train[inner.test],
+        given.rest,
     )
 
 

@@ -12,7 +12,15 @@ from rich.table import Table
 from flaxtransfer.advice.advise import advise as give_advice
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier, transfer
-from flaxtransfer.commands.job import Job, begin, load_weights, measured, prepare, split
+from flaxtransfer.commands.job import (
+    Job,
+    begin,
+    load_weights,
+    measured,
+    prepare,
+    print_notes,
+    split,
+)
 from flaxtransfer.commands.subcommands import Advise, FindRate, Probe
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
@@ -37,6 +45,7 @@ def advise(options: Advise, console: Console) -> None:
     """Runs ``flaxtransfer advise``."""
     start = begin(options.data, options.weights, options.input, options.split)
     positions = start.splits.train
+    print_notes(start.source, console)
     console.print(
         f"{options.data.name}: {len(positions)} training images, "
         f"{len(start.source.class_names)} classes; {start.checkpoint!r}",
@@ -72,7 +81,9 @@ def probe(options: Probe, console: Console) -> None:
         download=data.download,
         skip_corrupt=data.skip_corrupt,
         bands=checkpoint.config.bands,
+        **data.columns.arguments(),
     )
+    print_notes(source, console)
     training = split(source, data.name, options.split).train
     positions = subsample(training, options.most_images, source.labels())
     classes = len(source.class_names)
@@ -98,6 +109,7 @@ def probe(options: Probe, console: Console) -> None:
 def find_rate(options: FindRate, console: Console) -> None:
     """Runs ``flaxtransfer find-rate``."""
     job, seed = prepare(options.job), options.job.split.seed
+    print_notes(job.source, console)
     phase = _phase(job.plan, options.phase)
     # Before the earlier phases are trained, so that a wrong option costs no time.
     check_sweep(phase, options.group, options.lowest, options.highest, options.steps)

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from flaxtransfer.data.open import SCHEMES, open_source
+from flaxtransfer.data.source import USUAL_COLUMNS
 from flaxtransfer.files import check_regular
 from flaxtransfer.models.config import Method
 from flaxtransfer.models.registry import named
@@ -44,6 +45,7 @@ class Limit:
 
 NOT_NEGATIVE = Limit(">= 0", lambda value: value >= 0)
 AT_LEAST_1 = Limit(">= 1", lambda value: value >= 1)
+AT_LEAST_2 = Limit(">= 2", lambda value: value >= 2)
 AT_LEAST_3 = Limit(">= 3", lambda value: value >= 3)
 AT_LEAST_20 = Limit(">= 20", lambda value: value >= 20)
 POSITIVE = Limit("> 0", lambda value: value > 0)
@@ -88,6 +90,79 @@ PLAN_SUFFIXES = (".yaml", ".yml")
 WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo", ".h5")
 
 
+TABLES_HELP = " and ".join(scheme.form for scheme in SCHEMES.values() if scheme.columns)
+
+
+def _column(kind: str, text: str, none: str = "an error where there is none") -> Any:
+    usual = ", ".join(USUAL_COLUMNS[kind][:4])
+    return described(text, default=f"the usual names: {usual}, ...; {none}")
+
+
+@dataclass(frozen=True)
+class ColumnOptions:
+    """Columns of a table with one row per image (csv: and parquet:).
+
+    Args:
+        label_separator: Mark between several labels of an image in one column.
+        ignore_label: Value that means "no label"; such rows are left out, and counted.
+    """
+
+    image_column: Annotated[
+        str | None,
+        UNRECORDED,
+        _column(
+            "image",
+            "Column with the paths of the images, relative to the table or absolute; or a pattern, "
+            "such as images/{id}.png.",
+        ),
+    ] = None
+    label_column: Annotated[
+        tuple[str, ...],
+        UNRECORDED,
+        _column(
+            "label",
+            "Column with the label: text and whole numbers are classes, other numbers values; or "
+            "several columns of 0, 1 and empty cells.",
+        ),
+    ] = ()
+    split_column: Annotated[
+        str | None,
+        UNRECORDED,
+        _column("split", "Column with train, val or test; none for no such column.", "else none"),
+    ] = None
+    group_column: Annotated[
+        str | None,
+        UNRECORDED,
+        _column(
+            "group",
+            "Column of patients, scenes or sites, none of which comes into two parts of the split; "
+            "none for no such column.",
+            "else none",
+        ),
+    ] = None
+    label_separator: Annotated[str, UNRECORDED] = "|"
+    ignore_label: Annotated[str | None, UNRECORDED, default("none")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What was given, as arguments of ``open_source``.
+
+        >>> ColumnOptions(group_column="site").arguments()
+        {'group_column': 'site'}
+        """
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        plain = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        return {name: value for name, value in given.items() if value != plain[name]}
+
+    def unused(self, data: str | None) -> Iterator[str]:
+        """Options that the data source has no use for."""
+        scheme = SCHEMES.get((data or "").partition(":")[0])
+        if (given := self.arguments()) and not (scheme and scheme.columns):
+            yield (
+                f"{', '.join(map(flag, given))} must be given with --data {TABLES_HELP} only, got "
+                f"{data or 'no --data'}"
+            )
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """The images.
@@ -101,15 +176,18 @@ class DataOptions:
         str,
         tyro.conf.arg(
             name="data",
-            help=f"Data set: {SCHEMES_HELP}. A folder has one sub-folder per class.",
+            help=f"Data set: {SCHEMES_HELP}. A folder has one sub-folder per class, or folders "
+            "train, val and test of such; a table has one row per image.",
         ),
     ] = "digits"
     skip_corrupt: Flag = False
     download: Annotated[Flag, UNRECORDED] = False
+    columns: ColumnOptions = field(default_factory=ColumnOptions)
 
     def problems(self) -> Iterator[str]:
-        """An unknown data source."""
+        """An unknown data source, and options that it has no use for."""
         yield from data_problems("--data", self.name)
+        yield from self.columns.unused(self.name)
 
 
 @dataclass(frozen=True)
@@ -121,6 +199,8 @@ class SplitOptions:
         val_per_class: Use this many of those labels per class for validation.
         val_fraction: Share of the labeled images for validation.
         test_fraction: Share of the images for the test.
+        folds: Cross-validate: train and test this many times, so that each image is tested once.
+        fold: Of these folds, only that with this number, from 1.
         seed: Seed of the split, the new head, the order of the images and the augmentation.
     """
 
@@ -134,7 +214,25 @@ class SplitOptions:
     test_fraction: Annotated[
         float | None, SHARE, default("0.2, or all others where labels are counted per class")
     ] = None
+    folds: Annotated[int | None, AT_LEAST_2, default("none")] = None
+    fold: Annotated[int | None, AT_LEAST_1, UNRECORDED, default("all, one after the other")] = None
     seed: Annotated[int, NOT_NEGATIVE] = 0
+
+    def problems(self) -> Iterator[str]:
+        """Options that exclude each other."""
+        if self.folds is None:
+            if self.fold is not None:
+                yield "--fold belongs to --folds; give it as well"
+            return
+        if self.fold is not None and self.fold > self.folds:
+            yield f"--fold must be 1 .. {self.folds}, got {self.fold}"
+        given = {
+            "--labels-per-class": self.labels_per_class,
+            "--val-per-class": self.val_per_class,
+            "--test-fraction": self.test_fraction,
+        }
+        if others := [name for name, value in given.items() if value]:
+            yield f"--folds tests on every image in turn; leave out {', '.join(others)}"
 
 
 @dataclass(frozen=True)
@@ -372,12 +470,15 @@ class RunOptions:
     Args:
         run: Run folder.
         resume: Continue the run in the folder, if there is one.
-        compare: Also train from scratch; auto does so with at most 1000 training images.
+        compare: Also train from scratch; auto does so with at most 1000 training images, and not
+            in folds.
         scratch_learning_rate: Peak learning rate of that comparison.
         tensorboard: Also write TensorBoard events (extra tb).
     """
 
-    run: Annotated[Path | None, UNRECORDED, default("runs/<data>-seed<seed>")] = None
+    run: Annotated[
+        Path | None, UNRECORDED, default("runs/<data>-seed<seed>, of folds with -folds<folds>")
+    ] = None
     resume: Annotated[Flag, UNRECORDED] = False
     compare: Annotated[Literal["auto", "yes", "no"], UNRECORDED] = "auto"
     scratch_learning_rate: Rate = 3e-3

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, TextIO
 
@@ -21,9 +21,17 @@ import numpy as np
 from rich.console import Console
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import kept_validation, run_bands, run_data, trained_network
-from flaxtransfer.commands.subcommands import Evaluate, Explain, Predict
+from flaxtransfer.commands.job import (
+    check_task,
+    kept_validation,
+    print_notes,
+    run_bands,
+    run_data,
+    trained_network,
+)
+from flaxtransfer.commands.subcommands import Evaluate, Explain, Predict, is_source
 from flaxtransfer.data.decode import ImageError, decode_bands
+from flaxtransfer.data.folder import FolderSource
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source, open_unlabeled
 from flaxtransfer.data.source import Example, Source, UnlabeledImages
@@ -57,12 +65,23 @@ def evaluate(options: Evaluate, console: Console) -> None:
     else:
         name = options.data
         bands = run_bands(options.run, network)
-        source = open_source(name, skip_corrupt=reading.skip_corrupt, bands=bands, partial=True)
-        chosen = np.arange(len(source))
+        source = open_source(
+            name,
+            skip_corrupt=reading.skip_corrupt,
+            bands=bands,
+            partial=True,
+            **options.columns.arguments(),
+        )
+        check_task(source, name)
+        given = getattr(source, "splits", None)
+        tested = given is not None and len(given.test) > 0
+        chosen = given.test if given is not None and tested else np.arange(len(source))
     trained = network.class_names or tuple(map(str, range(network.model.config.classes)))
     matched = match_classes(source, trained)
     labels = matched.labels()[chosen]
     found: dict[str, Any] = {"data": name}
+    if options.data is not None and (notes := getattr(source, "notes", ())):
+        found |= {"notes": list(notes), "part": "test" if tested else "all"}
     if (labels < 0).any():
         counts = np.bincount(source.labels()[chosen][labels < 0])
         unknown = {source.class_names[i]: int(counts[i]) for i in np.flatnonzero(counts)}
@@ -267,6 +286,7 @@ def _calibrated(source: Calibration) -> str:
 def predict(options: Predict, console: Console) -> None:
     """Runs ``flaxtransfer predict``; predictions go to standard output, notes to ``console``."""
     network = trained_network(options.run)
+    options = replace(options, images=tuple(_files(options, console)))
     classes = network.model.config.classes
     names = network.class_names or tuple(map(str, range(classes)))
     write = {"jsonl": _write_json_lines, "csv": _write_csv}[options.format]
@@ -287,6 +307,24 @@ def predict(options: Predict, console: Console) -> None:
         )
     top = min(max(options.top, 1), classes)
     write(_rows(batches, names), top, sys.stdout)
+
+
+def _files(options: Predict, console: Console) -> Iterator[Path]:
+    """The files to predict on, of data sources too."""
+    for image in options.images:
+        if not is_source(image):
+            yield image
+            continue
+        skip, column = options.reading.skip_corrupt, options.image_column
+        table = not str(image).startswith("folder:")
+        found = open_unlabeled(
+            str(image), skip_corrupt=skip, image_column=column if table else None
+        )
+        print_notes(found, console)
+        for reason in found.skipped:
+            console.print(f"left out: {reason}", highlight=False, markup=False)
+        assert isinstance(found.source, FolderSource)  # of the schemes that ``is_source`` knows
+        yield from (found.source.root / name for name in found.names)
 
 
 def _rows(
@@ -398,7 +436,7 @@ def explain(options: Explain, console: Console) -> None:
     from flaxtransfer.analysis.map_checks import faithfulness, randomization_test
     from flaxtransfer.analysis.saliency import logits_function, saliency_maps
 
-    network, found, chosen = _opened(options)
+    network, found, chosen = _opened(options, console)
     reading = options.reading
     batches = eval_batches(
         found.source, chosen, network.preprocessing, batch_size=reading.batch_size
@@ -432,7 +470,7 @@ def explain(options: Explain, console: Console) -> None:
     console.print(f"written to {options.out}/", highlight=False, soft_wrap=True)
 
 
-def _opened(options: Explain) -> tuple[Classifier, UnlabeledImages, np.ndarray]:
+def _opened(options: Explain, console: Console) -> tuple[Classifier, UnlabeledImages, np.ndarray]:
     """The network, images with names, and the positions of those to explain."""
     run, skip = Path(options.source), options.reading.skip_corrupt
     if run.is_dir():
@@ -448,7 +486,10 @@ def _opened(options: Explain) -> tuple[Classifier, UnlabeledImages, np.ndarray]:
         network = Classifier.of(checkpoint)
         bands = network.model.config.bands
     if options.data is not None:
-        found = open_unlabeled(options.data, skip_corrupt=skip, bands=bands)
+        found = open_unlabeled(
+            options.data, skip_corrupt=skip, bands=bands, image_column=options.image_column
+        )
+        print_notes(found, console)
         positions = np.arange(len(found.source))
     else:
         source, parts = run_data(run, skip_corrupt=skip)

@@ -26,6 +26,7 @@ from flaxtransfer.commands.options import (
     SENSORS_HELP,
     WEIGHT_SUFFIXES,
     CacheOptions,
+    ColumnOptions,
     Count,
     DataOptions,
     Flag,
@@ -67,6 +68,17 @@ __all__ = [
     "named_values",
     "rate_problems",
 ]
+
+
+ImageColumn = Annotated[
+    str | None,
+    described("Column with the paths, of csv: and parquet:.", default="its usual names"),
+]
+
+
+def is_source(image: Path) -> bool:
+    """Whether a word in the place of an image names a data source with files."""
+    return str(image).startswith(("folder:", "csv:", "parquet:")) and not image.exists()
 
 
 @dataclass(frozen=True)
@@ -318,6 +330,8 @@ class Evaluate:
 
     Classes are matched by name; those of the run without an image are listed.
 
+    Data that come with a split are evaluated on its test part, if there is one.
+
     Args:
         run: Run folder.
         skip_unknown_classes: Leave out images of classes that the run does not know.
@@ -329,12 +343,14 @@ class Evaluate:
         described(f"Data set: {SCHEMES_HELP}.", default="the test images of the run"),
     ] = None
     skip_unknown_classes: Flag = False
+    columns: ColumnOptions = field(default_factory=ColumnOptions)
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def problems(self) -> Iterator[str]:
-        """An unknown data source."""
+        """An unknown data source, and options that it has no use for."""
         if self.data is not None:
             yield from data_problems("--data", self.data)
+        yield from self.columns.unused(self.data)
 
 
 @dataclass(frozen=True)
@@ -345,7 +361,8 @@ class Predict:
 
     Args:
         run: Run folder.
-        images: Image files.
+        images: Image files; or folder:<path>, csv:<path> or parquet:<path>, of which labels are not
+            used.
         format: Output: one JSON object per line, or CSV.
         top: Classes to list per image, the most probable first.
         adjust_prior: Estimate the share of each class among these images, and correct the
@@ -363,13 +380,15 @@ class Predict:
     top: int = 1
     adjust_prior: Flag = False
     prior: Annotated[tuple[str, ...], default("none")] = ()
+    image_column: ImageColumn = None
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def problems(self) -> Iterator[str]:
         """Images that do not exist."""
         if not self.images:
             yield "no image was given: flaxtransfer predict <run> <image> [<image> ...]"
-        if missing := [str(path) for path in self.images if not path.exists()]:
+        files = [path for path in self.images if not is_source(path)]
+        if missing := [str(path) for path in files if not path.exists()]:
             yield f"no such image: {listing(missing)}"
 
 
@@ -397,8 +416,8 @@ class Explain:
     data: Annotated[
         str | None,
         described(
-            'Images: folder:<path> (at any depth), npz:<file> (an array "image") or '
-            "tfds:<name>[/config][:split]. Labels in it are not used.",
+            "Images: folder:<path> (at any depth), csv:<path>, parquet:<path>, npz:<file> (an "
+            'array "image") or tfds:<name>[/config][:split]. Labels in it are not used.',
             default="the test images of the run",
         ),
     ] = None
@@ -409,6 +428,7 @@ class Explain:
         default("cam where it is exact, else grad_cam"),
     ] = None
     seed: Annotated[int, NOT_NEGATIVE] = 0
+    image_column: ImageColumn = None
     reading: ReadingOptions = field(default_factory=lambda: ReadingOptions(batch_size=64))
 
     def problems(self) -> Iterator[str]:
@@ -437,8 +457,9 @@ class Diagnose:
 
     Args:
         run: Run folder.
-        target: Target images: folder:<path> (images at any depth), npz:<file> (an array "image")
-            or tfds:<name>[/config][:split]. Labels in it are not used.
+        target: Target images: folder:<path> (images at any depth), csv:<path>, parquet:<path>,
+            npz:<file> (an array "image") or tfds:<name>[/config][:split]. Labels in it are not
+            used.
         target_labels: CSV file with the classes of a few target images drawn at random: a column
             "image" (path below the folder, or number) and a column "label".
         out: Folder for the report.
@@ -456,6 +477,7 @@ class Diagnose:
     permutations: Count = 499
     most_images: Annotated[int, AT_LEAST_20] = 5000
     seed: Annotated[int, NOT_NEGATIVE] = 0
+    image_column: ImageColumn = None
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def problems(self) -> Iterator[str]:

@@ -1,7 +1,12 @@
-"""``flaxtransfer train``: adapts a pre-trained network to a set of images, and tests it."""
+"""``flaxtransfer train``: adapts a pre-trained network to a set of images, and tests it.
+
+With ``--folds`` it does so once per fold, each in a run folder of its own below that of the run.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,25 +18,36 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import Choosing, Job, frozen_heads, prepare
+from flaxtransfer.commands.job import (
+    Choosing,
+    Job,
+    frozen_heads,
+    prepare,
+    print_notes,
+    run_data,
+    trained_network,
+)
 from flaxtransfer.commands.options import AUTO, recorded
+from flaxtransfer.commands.predict import cell_text
 from flaxtransfer.commands.subcommands import Train
-from flaxtransfer.data.loader import DataLoaders
+from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.splits import Splits
-from flaxtransfer.files import MANIFEST_FILE, read_json, write_json
+from flaxtransfer.files import MANIFEST_FILE, atomic_write, read_json, write_file, write_json
 from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.training.console import read_metrics
-from flaxtransfer.training.evaluation import Evaluation
+from flaxtransfer.training.evaluation import Evaluation, predict
 from flaxtransfer.training.loop import FitOptions, FitResult, check_same_run, fit
 from flaxtransfer.training.plan import Plan, plan_table
 from flaxtransfer.training.prefix_cache import Cache
-from flaxtransfer.training.run_folder import RACE, run_problems, seal_run
+from flaxtransfer.training.run_folder import CONFIG_FILE, RACE, run_problems, seal_run
 
 Pooled = tuple[np.ndarray, np.ndarray]
 """Features ``[examples, channels]`` of training images, and their labels."""
 
 SUMMARY_FILE = "summary.json"
 PICTURE_FILE = "training.png"
+FOLDS_FILE = "folds.json"
+OUT_OF_FOLD_FILE = "out_of_fold.csv"
 SCRATCH = "from_scratch"
 """The run folder of the comparison, within that of the run."""
 
@@ -41,8 +57,121 @@ MOST_IMAGES_FOR_COMPARISON = 1000
 
 def train(options: Train, console: Console) -> None:
     """Runs ``flaxtransfer train`` and prints its results; the run folder keeps everything."""
-    name, seed = options.job.data.name, options.job.split.seed
-    folder = options.run.run or Path("runs") / f"{_file_name(name)}-seed{seed}"
+    if options.job.split.folds is not None and options.job.split.fold is None:
+        cross_validate(options, console)
+    else:
+        train_once(options, console)
+
+
+def cross_validate(options: Train, console: Console) -> None:
+    """Trains and tests once per fold, and writes what each image got when it was tested."""
+    split, folder = options.job.split, run_folder(options)
+    assert split.folds is not None  # or this is no cross-validation
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds a run without folds; give a new --run")
+    if not options.run.resume and any(folder.glob("fold*")):
+        raise ValueError(f"{folder} holds folds; add --resume to go on, or give a new --run")
+    rows, places = [], []
+    for fold in range(1, split.folds + 1):
+        console.print(f"\nfold {fold} of {split.folds}", highlight=False)
+        job = replace(options.job, split=replace(split, fold=fold))
+        each = replace(options, job=job)
+        rows.append(train_once(each, console)["results"][0])
+        places.append(run_folder(each))
+    count = _write_out_of_fold(folder / OUT_OF_FOLD_FILE, places, options)
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    names = [name for name in names if name != "seconds"]
+    found = {name: [row[name] for row in rows] for name in names}
+    summary = {
+        "data": options.job.data.name,
+        "examples": count,
+        "folds": rows,
+        "mean": {name: float(np.mean(values)) for name, values in found.items()},
+        "standard_deviation": {
+            name: float(np.std(values, ddof=1)) for name, values in found.items()
+        },
+    }
+    write_json(folder / FOLDS_FILE, summary)
+    _print_folds(summary, folder, console)
+
+
+def _write_out_of_fold(path: Path, places: list[Path], options: Train) -> int:
+    """Writes a CSV file with the predictions for each image by the network that never saw it.
+
+    Returns:
+        How many images there are.
+    """
+    lines: dict[int, list[Any]] = {}
+    header: list[str] = []
+    for fold, place in enumerate(places, start=1):
+        network = trained_network(place)
+        source, parts = run_data(place, skip_corrupt=options.job.data.skip_corrupt)
+        size = options.job.batch.batch_size
+        batches = eval_batches(source, parts.test, network.preprocessing, batch_size=size)
+        found = predict(network, batches)
+        outputs = network.task.probabilities(found.logits)
+        files, names = getattr(source, "files", None), source.class_names
+        single = found.labels.ndim == 1
+        if single:
+            header = ["label", "predicted", *(f"probability {name}" for name in names)]
+        else:
+            header = [f"{what} {name}" for what in ("label", "predicted") for name in names]
+        for i, label, output in zip(parts.test.tolist(), found.labels, outputs, strict=True):
+            if single:
+                cells = [cell_text(names[label]), cell_text(names[int(output.argmax())])]
+            else:
+                cells = ["" if np.isnan(value) else f"{value:g}" for value in label]
+            cells += [f"{value:.6f}" for value in output]
+            lines[i] = [cell_text(files[i]) if files else i, fold, *cells]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["image", "fold", *map(cell_text, header)])
+    writer.writerows(lines[i] for i in sorted(lines))
+    with atomic_write(path) as made:
+        write_file(made, text.getvalue().encode())
+    return len(lines)
+
+
+def _print_folds(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    """Prints the results of each fold, and their mean and standard deviation as the last line."""
+    metrics = list(summary["mean"])
+    results = Table(title=f"{len(summary['folds'])} folds of {summary['data']}")
+    for column in ("fold", "steps", "seconds", "images", *(f"test {name}" for name in metrics)):
+        results.add_column(column, justify="right")
+    for fold, row in enumerate(summary["folds"], start=1):
+        numbers = (f"{row[name]:.3f}" for name in metrics)
+        results.add_row(
+            str(fold), str(row["steps"]), f"{row['seconds']:.0f}", str(row["examples"]), *numbers
+        )
+    console.print(results)
+    _say(f"predictions for each image: {folder / OUT_OF_FOLD_FILE}", console)
+    means = (
+        f"{name} {summary['mean'][name]:.4f} ± {summary['standard_deviation'][name]:.4f}"
+        for name in metrics
+    )
+    _say(
+        f"test {', '.join(means)} (mean and standard deviation of {len(summary['folds'])} folds; "
+        f"each of {summary['examples']} images was tested once)",
+        console,
+    )
+
+
+def run_folder(options: Train) -> Path:
+    """The folder of the run; of one fold below that of the cross-validation."""
+    split = options.job.split
+    name = f"{_file_name(options.job.data.name)}-seed{split.seed}"
+    name += f"-folds{split.folds}" if split.folds is not None else ""
+    folder = options.run.run or Path("runs") / name
+    return folder if split.fold is None else folder / f"fold{split.fold}"
+
+
+def train_once(options: Train, console: Console) -> dict[str, Any]:
+    """Trains and tests one network.
+
+    Returns:
+        The summary, which the run folder keeps.
+    """
+    name, folder = options.job.data.name, run_folder(options)
     started = time.monotonic()
     resumed = folder if options.run.resume else None
     choosing = Choosing(folder / RACE, _cache(options), lambda text: _say(text, console))
@@ -61,8 +190,9 @@ def train(options: Train, console: Console) -> None:
         problems = run_problems(folder)
         problems += run_problems(scratch) if scratch.exists() else []
         if not problems:
-            print_summary(read_json(folder / SUMMARY_FILE), folder, console)
-            return
+            kept: dict[str, Any] = read_json(folder / SUMMARY_FILE)
+            print_summary(kept, folder, console)
+            return kept
         for problem in problems:
             console.print(
                 f"{problem}; it is made again", highlight=False, markup=False, soft_wrap=True
@@ -83,6 +213,7 @@ def train(options: Train, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     few = len(job.splits.train) <= MOST_IMAGES_FOR_COMPARISON
     few = few and options.job.strategy.strategy != "from_scratch"
+    few = few and options.job.split.folds is None
     few = few and not solved  # It takes no steps, in which the comparison could be trained.
     if options.run.compare == "yes" or (options.run.compare == "auto" and few):
         started = time.monotonic()
@@ -102,6 +233,7 @@ def train(options: Train, console: Console) -> None:
     write_json(folder / SUMMARY_FILE, summary)
     seal_run(folder, SUMMARY_FILE, PICTURE_FILE)
     print_summary(summary, folder, console)
+    return summary
 
 
 def _draw(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
@@ -226,6 +358,7 @@ def _print_job(job: Job, name: str, console: Console) -> None:
     skipped = getattr(job.source, "skipped", ())
     if skipped:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
+    print_notes(job.source, console)
     console.print(f"{name}: {len(job.source.class_names)} classes; {counts}")
     console.print(f"{job.checkpoint!r}", highlight=False)
     report = job.network.report

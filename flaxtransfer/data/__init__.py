@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from flaxtransfer.data.source import Source as Source
     from flaxtransfer.data.source import digest as digest
     from flaxtransfer.data.splits import Splits as Splits
+    from flaxtransfer.data.splits import stratified_folds as stratified_folds
     from flaxtransfer.data.splits import stratified_split as stratified_split
     from flaxtransfer.data.splits import subsample as subsample
     from flaxtransfer.data.transforms import Channels as Channels

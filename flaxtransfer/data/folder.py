@@ -1,7 +1,7 @@
 """Image folders.
 
-``open_folder`` opens a folder with one sub-folder per class; ``open_unlabeled_folder`` opens the
-images at any depth of a folder, whatever the sub-folders mean.
+``open_folder`` opens a folder with one sub-folder per class, or folders train, val and test of
+such; ``open_unlabeled_folder`` opens the images at any depth, whatever the sub-folders mean.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from flaxtransfer.data.decode import decode_bands, is_image, not_an_image
 from flaxtransfer.data.source import Example, UnlabeledImages, position
+from flaxtransfer.data.splits import Splits
 from flaxtransfer.paths import listing
 
 _SUFFIXES = frozenset(
@@ -32,12 +33,29 @@ _MOST_TO_OPEN = 2000
 the suffixes above are believed until an image is decoded, and another suffix if so many of its
 files are images: to open 200,000 takes seconds on a local disk and many minutes on a network's."""
 
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What the parts of a split are called, and which part that is."""
+
+
+def part_named(text: str) -> str | None:
+    """The part of a split that a word names: "train", "val" or "test"; None for other words.
+
+    >>> part_named("Validation"), part_named("fold1")
+    ('val', None)
+    """
+    return _SPLIT_NAMES.get(text.lower())
 
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Images of a folder, decoded when they are read; made by ``open_folder``."""
+    """Images of a folder, decoded when they are read; made by ``open_folder``.
+
+    ``splits`` is the split that the data come with, if they do, and ``notes`` say what was assumed.
+    """
 
     root: Path
     class_names: tuple[str, ...]
@@ -46,6 +64,8 @@ class FolderSource:
     skipped: tuple[str, ...] = ()  # "file: reason"
     min_side: int | None = None
     bands: int = 3
+    splits: Splits | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -59,7 +79,8 @@ class FolderSource:
         index = position(index, len(self.files))
         path = self.root / self.files[index]
         image = decode_bands(path, name=str(path), bands=self.bands, min_side=self.min_side)
-        return {"image": image, "label": int(self.targets[index])}
+        label = self.targets[index]
+        return {"image": image, "label": int(label) if label.ndim == 0 else label.copy()}
 
     def content(self, index: SupportsIndex, /) -> bytes:
         """The bytes that the image is decoded from, for digests: the file, and how it is read."""
@@ -68,7 +89,7 @@ class FolderSource:
         return f"{how}\0".encode() + path.read_bytes()
 
     def labels(self) -> np.ndarray:
-        """All labels, int64 ``[examples]``."""
+        """All labels, int64 ``[examples]``, or float32 ``[examples, outputs]`` of a manifest."""
         return self.targets.copy()
 
 
@@ -81,6 +102,10 @@ def open_folder(
     partial: bool = False,
 ) -> FolderSource:
     """Opens a folder with one sub-folder per class, ``path/<class>/**/<image>``.
+
+    Folders that are called train, val and test (or training, valid, validation, dev, testing) and
+    hold such folders are the parts of a split, ``path/<part>/<class>/**/<image>``: the source then
+    has it as ``splits``. Classes are those of all parts together.
 
     The classes are the sub-folders in natural order (``img2`` before ``img10``). The images of a
     class are its files at any depth, in the same order, so that the numbering depends on the names
@@ -107,20 +132,23 @@ def open_folder(
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it has no class folders, only one, empty ones, images outside of them, files
-            that are not an image, or it is a folder of splits.
+            that are not an image, or parts of a split without one to train on, or with classes
+            that are not trained.
     """
     if min_side is not None and min_side < 1:
         raise ValueError(f"min_side must be >= 1 px, got {min_side}")
     root = _checked_root(path, bands)
-    names = _class_folders(root, partial)
+    folders = _class_folders(root, partial)
+    names = sorted(set(folders.values()), key=natural_key)
     parts, odd = [], set()
-    for name in names:
+    for folder in folders:
         unlike: list[str] = []
-        parts.append([f"{name}/{file}" for file in _files_below(root / name, unlike)])
-        odd |= {f"{name}/{file}" for file in unlike}
+        parts.append([f"{folder}/{file}" for file in _files_below(root / folder, unlike)])
+        odd |= {f"{folder}/{file}" for file in unlike}
     files = list(chain.from_iterable(parts))
-    targets = np.repeat(np.arange(len(names)), [len(part) for part in parts])
-    skipped = _unreadable_files(root, files, odd, skip_corrupt, min_side, bands)
+    labels = [names.index(name) for name in folders.values()]
+    targets = np.repeat(np.array(labels, np.int64), [len(part) for part in parts])
+    skipped = unreadable_files(root, files, odd, skip_corrupt, min_side, bands)
     if skipped:
         kept = [i for i, file in enumerate(files) if file not in skipped]
         files, targets = [files[i] for i in kept], targets[kept]
@@ -135,6 +163,16 @@ def open_folder(
     if empty:
         names = [name for name, count in zip(names, counts, strict=True) if count]
         targets = (np.cumsum(counts > 0) - 1)[targets]
+    splits: Splits | None = None
+    notes: tuple[str, ...] = ()
+    if any(folder != name for folder, name in folders.items()):
+        splits = _split_of_folders(files)
+        if not partial:
+            check_trained(splits, targets, names, str(root))
+        notes = (
+            f"{root} holds a split: {part_counts(splits)} images",
+            *unseen(splits, targets, names),
+        )
     return FolderSource(
         root=root,
         class_names=tuple(names),
@@ -143,7 +181,45 @@ def open_folder(
         skipped=tuple(skipped.values()),
         min_side=min_side,
         bands=bands,
+        splits=splits,
+        notes=notes,
     )
+
+
+def _split_of_folders(files: Sequence[str]) -> Splits:
+    part_of = np.array([_SPLIT_NAMES[file[: file.index("/")].lower()] for file in files])
+    return Splits.of(*(np.flatnonzero(part_of == part) for part in ("train", "val", "test")))
+
+
+def part_counts(splits: Splits) -> str:
+    """How many examples are in which part, in words."""
+    pairs = zip(splits._fields, splits, strict=True)
+    return ", ".join(f"{len(part)} {name}" for name, part in pairs if len(part))
+
+
+def check_trained(splits: Splits, targets: np.ndarray, names: Sequence[str], where: str) -> None:
+    """Refuses a split that comes with the data and trains on too little.
+
+    Raises:
+        ValueError: no training example, or classes without one.
+    """
+    if not len(splits.train):
+        raise ValueError(f"{where} must have images to train on, got {part_counts(splits)}")
+    used = targets[np.concatenate(splits[:3])]
+    if lost := np.setdiff1d(used, targets[splits.train]).tolist():
+        raise ValueError(
+            f"{where}: each class must be among the training images, got "
+            f"{listing(repr(names[c]) for c in lost)} for validation or test alone"
+        )
+
+
+def unseen(splits: Splits, targets: np.ndarray, names: Sequence[str]) -> Iterator[str]:
+    """Says which classes are trained, but not validated or not tested."""
+    for part, use in (("val", "validated"), ("test", "tested")):
+        found = targets[getattr(splits, part)]
+        lost = np.setdiff1d(targets[splits.train], found).tolist()
+        if len(found) and lost:
+            yield f"not {use}, for want of images: {listing(repr(names[c]) for c in lost)}"
 
 
 def open_unlabeled_folder(
@@ -163,7 +239,7 @@ def open_unlabeled_folder(
     root = _checked_root(path, bands)
     odd: list[str] = []
     files = _files_below(root, odd)
-    skipped = _unreadable_files(root, files, odd, skip_corrupt, None, bands)
+    skipped = unreadable_files(root, files, odd, skip_corrupt, None, bands)
     files = [file for file in files if file not in skipped] if skipped else files
     if not files:
         raise ValueError(f"{root}: there is no image in this folder or below it")
@@ -224,7 +300,29 @@ def _visible(name: str) -> bool:
     return not name.startswith(".")
 
 
-def _class_folders(root: Path, partial: bool) -> list[str]:
+def _class_folders(root: Path, partial: bool) -> dict[str, str]:
+    """The folders of images below the root, each with the name of its class."""
+    names = _folders(root)
+    layout = f"the layout must be {root}/<class>/<image>"
+    parts = {name: part_named(name) for name in names}
+    # Classes may be called so, too; then there are images in them.
+    if None not in parts.values() and any(_only_folders(root / name) for name in names):
+        twice = [name for name, part in parts.items() if list(parts.values()).count(part) > 1]
+        if twice:
+            raise ValueError(f"{root}: two folders are the same part of a split: {listing(twice)}")
+        folders = {f"{part}/{name}": name for part in names for name in _folders(root / part)}
+        names = sorted(set(folders.values()), key=natural_key)
+    else:
+        folders = {name: name for name in names}
+    if len(names) == 1 and not partial:
+        raise ValueError(
+            f"{root} has one class folder, {names[0]!r}; a classifier needs at least 2 ({layout})"
+        )
+    return folders
+
+
+def _folders(root: Path) -> list[str]:
+    """The folders in a folder that should hold nothing else, in natural order."""
     with os.scandir(root) as entries:
         visible = [entry for entry in entries if _visible(entry.name)]
     names = sorted((entry.name for entry in visible if entry.is_dir()), key=natural_key)
@@ -236,15 +334,6 @@ def _class_folders(root: Path, partial: bool) -> list[str]:
         raise ValueError(f"{root} has no class folders ({found}); {layout}")
     if loose:
         raise ValueError(f"{root}: images outside the class folders: {listing(loose)}; {layout}")
-    if {name.lower() for name in names} <= _SPLIT_NAMES and _all_folders(root, names):
-        raise ValueError(
-            f"{root} holds splits, {names}, not classes; open one of them: "
-            f"'folder:{root}/{names[0]}'"
-        )
-    if len(names) == 1 and not partial:
-        raise ValueError(
-            f"{root} has one class folder, {names[0]!r}; a classifier needs at least 2 ({layout})"
-        )
     return names
 
 
@@ -257,17 +346,11 @@ def _images(root: Path, names: Sequence[str]) -> list[str]:
     return sorted(found, key=natural_key)
 
 
-def _all_folders(root: Path, names: Sequence[str]) -> bool:
-    """Whether in these folders there are folders and nothing else."""
-    inside = False
-    for name in names:
-        with os.scandir(root / name) as entries:
-            for entry in entries:
-                if _visible(entry.name):
-                    inside = True
-                    if not entry.is_dir():
-                        return False
-    return inside
+def _only_folders(folder: Path) -> bool:
+    """Whether in a folder there are folders and nothing else."""
+    with os.scandir(folder) as entries:
+        inside = [entry.is_dir() for entry in entries if _visible(entry.name)]
+    return bool(inside) and all(inside)
 
 
 def _files_below(folder: Path, odd: list[str]) -> list[str]:
@@ -331,7 +414,7 @@ def _head(path: str | os.PathLike[str]) -> bytes:
         os.close(opened)
 
 
-def _unreadable_files(
+def unreadable_files(
     root: Path,
     files: Sequence[str],
     odd: Collection[str],
@@ -347,7 +430,7 @@ def _unreadable_files(
 
     def reason(file: str) -> str | None:
         try:
-            if not is_image(_head(f"{root}/{file}")):
+            if not is_image(_head(os.path.join(root, file))):
                 return not_an_image(file)
             if skip_corrupt:
                 decode_bands(root / file, name=file, bands=bands, min_side=min_side or 1)

@@ -19,7 +19,7 @@ import numpy as np
 
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
 from flaxtransfer.data.source import Example, Source, digest, position
-from flaxtransfer.data.splits import Split, Splits, subsample
+from flaxtransfer.data.splits import Split, Splits, check_classes, subsample
 from flaxtransfer.data.transforms import (
     Transform,
     evaluation_transform,
@@ -137,11 +137,17 @@ def loaders(
         workers: processes that decode; 0 uses threads.
 
     Raises:
-        ValueError: no training example.
+        ValueError: no training example, or labels that no class can have.
     """
     train, validation = splits.train, splits.val
     if not len(train):
         raise ValueError("splits.train must hold at least one example, got none")
+    labels = source.labels()
+    used = np.concatenate([train, validation])
+    if labels.ndim == 1:
+        files = getattr(source, "files", None)
+        names = [files[i] if files else f"example {i}" for i in used.tolist()]
+        check_classes(labels[used], len(source.class_names), names)
     channels = len(preprocessing.mean)
     if transform is None:
         flip = flip_keeps_labels(source.class_names)
@@ -170,7 +176,6 @@ def loaders(
             {"images": digest(source, validation), "augmentation": f"{plain!r}"},
         )
 
-    labels = source.labels()
     examples = IndexedExamples(
         labels=labels[train],
         validation_labels=labels[validation],

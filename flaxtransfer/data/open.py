@@ -7,9 +7,10 @@ there are is one table, ``SCHEMES``; ``open_source``, ``open_unlabeled`` and the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,31 @@ class OpenOptions:
     min_side: int | None = None
     bands: int | None = None
     partial: bool = False
+    image_column: str | None = None
+    label_column: str | Sequence[str] | None = None
+    split_column: str | None = None
+    group_column: str | None = None
+    label_separator: str | None = None
+    ignore_label: str | None = None
+    task: str | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """What was said about the columns of a manifest, by the names of its ``Columns``."""
+        label = self.label_column
+        given = {
+            "image": self.image_column,
+            "label": (label,)
+            if isinstance(label, str)
+            else None
+            if label is None
+            else tuple(label),
+            "split": self.split_column,
+            "group": self.group_column,
+            "separator": self.label_separator,
+            "ignore": self.ignore_label,
+            "task": self.task,
+        }
+        return {name: value for name, value in given.items() if value is not None and value != ()}
 
 
 @dataclass(frozen=True)
@@ -43,12 +69,14 @@ class Scheme:
             images without labels only.
         unlabeled: opens it without regard to labels; None where that is ``labeled`` with the labels
             ignored and positions as names.
+        columns: whether it is a table, whose columns the options name.
     """
 
     form: str
     help: str
     labeled: Callable[[str, OpenOptions], Source] | None
     unlabeled: Callable[[str, OpenOptions], UnlabeledImages] | None = None
+    columns: bool = False
 
     @property
     def takes_rest(self) -> bool:
@@ -65,6 +93,13 @@ def open_source(
     min_side: int | None = None,
     bands: int | None = None,
     partial: bool = False,
+    image_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    split_column: str | None = None,
+    group_column: str | None = None,
+    label_separator: str | None = None,
+    ignore_label: str | None = None,
+    task: str | None = None,
 ) -> Source:
     """Opens a labeled data set by name.
 
@@ -74,59 +109,95 @@ def open_source(
         spec: ``"digits"`` (scikit-learn's handwritten digits, 8 x 8 px, built on first use),
             ``"tfds:<name>[/config][:version][:split]"`` (a prepared TensorFlow Datasets data set,
             read without TensorFlow; the split may be a slice such as ``train[:80%]``; default
-            ``train``), or ``"folder:<path>"`` (one sub-folder of images per class).
+            ``train``), ``"folder:<path>"`` (one sub-folder of images per class, or folders train,
+            val and test of such), ``"csv:<path>"`` or ``"parquet:<path>"`` (a row per image).
         cache_dir: where prepared data sets are, in the layout of TensorFlow Datasets. Default for
             ``digits``: the environment variable FLAXTRANSFER_CACHE, else ``~/.cache/flaxtransfer``;
             for ``tfds:`` that library's own default (TFDS_DATA_DIR, else
             ``~/tensorflow_datasets``).
         download: whether a ``tfds:`` data set that is not prepared may be downloaded.
-        skip_corrupt: for ``folder:``, leave out files that are not an image or cannot be decoded,
-            and list them in ``source.skipped``; every file is read once to find them.
+        skip_corrupt: for files, leave out those that are missing, not an image or cannot be
+            decoded, and list them in ``source.skipped``; every file is read once to find them.
         min_side: for images from files: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size
             as long as its shorter side keeps this many pixels. It is several times faster, and
             differs slightly from resizing the full image.
-        bands: channels to read from the files of a ``folder:``; default RGB. Other sources have
-            a fixed number of channels.
-        partial: for ``folder:``, allow one class alone, and leave out classes without an image; to
+        bands: channels to read from image files; default RGB. Other sources have a fixed number
+            of channels.
+        partial: for files, allow one class alone, and leave out classes without an image; to
             evaluate on whatever there is.
+        image_column: for ``csv:`` and ``parquet:``, the column of the paths, relative to the file
+            or absolute, or a pattern such as ``"images/{id}.png"``. These six are guessed where
+            they are left out; ``source.notes`` say what was.
+        label_column: the column of the labels, or one column per output.
+        split_column: the column with train, val or test, which gives ``source.splits``; "none" for
+            no such column.
+        group_column: the column of what must stay in one part of a split, such as patients, which
+            gives ``source.groups()``; "none" for no such column.
+        label_separator: between several labels of an image in one column; default ``|``, and "" for
+            one label with that character in its name.
+        ignore_label: the value that means "no label"; such rows are left out.
+        task: "single_label", "multi_label" or "regression", where the values do not show it.
 
     Returns:
         The source.
 
     Raises:
-        ValueError: the name is not understood, or names something that does not exist.
-        FileNotFoundError: the folder or the prepared data set is missing.
+        ValueError: the name is not understood, or names something that does not exist; a table
+            with columns or rows that cannot be used.
+        FileNotFoundError: the folder, the file or the prepared data set is missing.
 
     >>> open_source("digit")
     Traceback (most recent call last):
     ...
     ValueError: unknown data source 'digit'; did you mean 'digits'? known: 'digits', ...
     """
-    options = OpenOptions(cache_dir, download, skip_corrupt, min_side, bands, partial)
+    options = OpenOptions(
+        cache_dir=cache_dir,
+        download=download,
+        skip_corrupt=skip_corrupt,
+        min_side=min_side,
+        bands=bands,
+        partial=partial,
+        image_column=image_column,
+        label_column=label_column,
+        split_column=split_column,
+        group_column=group_column,
+        label_separator=label_separator,
+        ignore_label=ignore_label,
+        task=task,
+    )
     scheme, rest = _scheme_of(spec, labeled=True)
+    _check_columns(scheme, options)
     if scheme.labeled is None:
         raise ValueError(f"{spec!r} has no labels; {scheme.form!r} is for unlabeled images")
     return scheme.labeled(rest, options)
 
 
 def open_unlabeled(
-    spec: str, *, skip_corrupt: bool = False, bands: int | None = None
+    spec: str,
+    *,
+    skip_corrupt: bool = False,
+    bands: int | None = None,
+    image_column: str | None = None,
 ) -> UnlabeledImages:
     """Opens images without regard to classes: to predict, to diagnose, to adapt to.
 
     Args:
         spec: ``"folder:<path>"`` (images at any depth, in class folders or not), ``"npz:<file>"``
             (an array called "image", uint8 or floats in 0 .. 1, ``[examples, height, width(,
-            channels)]``), or any other name that ``open_source`` takes.
+            channels)]``), or any other name that ``open_source`` takes; of a ``csv:`` or
+            ``parquet:`` only the images are read.
         skip_corrupt: leave out files that are not an image; they are listed in ``skipped``.
         bands: channels to read from image files; default RGB.
+        image_column: as for ``open_source``.
 
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: no image in it, files that are not an image, no such array.
     """
-    options = OpenOptions(skip_corrupt=skip_corrupt, bands=bands)
+    options = OpenOptions(skip_corrupt=skip_corrupt, bands=bands, image_column=image_column)
     scheme, rest = _scheme_of(spec, labeled=False)
+    _check_columns(scheme, options)
     if scheme.unlabeled is not None:
         return scheme.unlabeled(rest, options)
     assert scheme.labeled is not None  # one of both is there
@@ -172,6 +243,38 @@ def _unlabeled_folder(rest: str, options: OpenOptions) -> UnlabeledImages:
     )
 
 
+def _manifest(kind: str) -> Callable[[str, OpenOptions], Source]:
+    def opened(rest: str, options: OpenOptions) -> Source:
+        from flaxtransfer.data.manifest import Columns, open_manifest
+
+        return open_manifest(
+            rest,
+            kind,
+            Columns(**options.columns()),
+            skip_corrupt=options.skip_corrupt,
+            min_side=options.min_side,
+            bands=3 if options.bands is None else options.bands,
+            partial=options.partial,
+        )
+
+    return opened
+
+
+def _unlabeled_manifest(kind: str) -> Callable[[str, OpenOptions], UnlabeledImages]:
+    def opened(rest: str, options: OpenOptions) -> UnlabeledImages:
+        from flaxtransfer.data.manifest import open_unlabeled_manifest
+
+        return open_unlabeled_manifest(
+            rest,
+            kind,
+            options.image_column,
+            skip_corrupt=options.skip_corrupt,
+            bands=3 if options.bands is None else options.bands,
+        )
+
+    return opened
+
+
 _IMAGE_ARRAYS = ("image", "images")
 
 
@@ -204,6 +307,16 @@ SCHEMES = {
     "folder": Scheme(
         "folder:<path>", "images in one sub-folder per class", _folder, _unlabeled_folder
     ),
+    **{
+        kind: Scheme(
+            f"{kind}:<path>",
+            f"a {text} file with one row per image",
+            _manifest(kind),
+            _unlabeled_manifest(kind),
+            columns=True,
+        )
+        for kind, text in (("csv", "CSV"), ("parquet", "Parquet"))
+    },
     "npz": Scheme("npz:<file>", "an array 'image' in a .npz file", None, _npz),
 }
 """All schemes. To add one, add a row."""
@@ -211,6 +324,26 @@ SCHEMES = {
 
 def _schemes(labeled: bool) -> dict[str, Scheme]:
     return {name: each for name, each in SCHEMES.items() if each.labeled or not labeled}
+
+
+def _check_columns(scheme: Scheme, options: OpenOptions) -> None:
+    """Refuses options that nothing would read."""
+    if scheme.columns or not options.columns():
+        return
+    given = [name for name in _COLUMN_OPTIONS if getattr(options, name) not in (None, (), [])]
+    forms = " and ".join(repr(each.form) for each in SCHEMES.values() if each.columns)
+    raise ValueError(f"{listing(given)} must be given for {forms} only, got {scheme.form!r}")
+
+
+_COLUMN_OPTIONS = (
+    "image_column",
+    "label_column",
+    "split_column",
+    "group_column",
+    "label_separator",
+    "ignore_label",
+    "task",
+)
 
 
 def _scheme_of(spec: str, *, labeled: bool) -> tuple[Scheme, str]:

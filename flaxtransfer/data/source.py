@@ -21,6 +21,24 @@ import numpy as np
 
 from flaxtransfer.paths import listing
 
+USUAL_COLUMNS = {
+    "image": (
+        "image", "image_path", "path", "file", "filename", "file_name", "filepath", "file_path",
+        "img", "image_file", "image_name", "image_index",
+    ),
+    "label": (
+        "label", "labels", "class", "class_name", "target", "category", "diagnosis",
+        "finding_labels",
+    ),
+    "split": ("split", "subset", "partition"),
+    "group": (
+        "group", "patient", "patient_id", "patientid", "subject", "subject_id", "scene",
+        "scene_id", "slide", "slide_id",
+    ),
+}  # fmt: skip
+"""What the columns of a manifest are usually called, the likeliest first; in lower case, with
+underscores for spaces and hyphens. The ids of the images themselves are no paths, and not here."""
+
 _THREADS = 4
 
 _PIECE = 256
@@ -39,6 +57,10 @@ class Source(Protocol):
 
     Any class with these four members is a source; nothing has to be inherited. It must be
     picklable to be used with worker processes, and safe to read from several threads at once.
+
+    It may say more: ``files`` (names of the examples), ``groups()`` (a text for each example; equal
+    ones stay in one part of a split), ``splits`` (that the data come with), ``task`` (what labels
+    are, by default "single_label"), ``notes`` (what was assumed).
     """
 
     @property
@@ -194,11 +216,13 @@ class UnlabeledImages:
         source: the images; its labels mean nothing.
         names: of the images, in their order: paths below the folder, or numbers.
         skipped: files that were left out, each with the reason.
+        notes: what was assumed about them.
     """
 
     source: Source
     names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def numbered(cls, source: Source) -> UnlabeledImages:

@@ -1,7 +1,7 @@
-"""Train, validation and test splits, and the record of one that a run keeps.
+"""Train, validation and test splits, folds, and the record of a split that a run keeps.
 
-A split is a pure function of the labels and a seed. ``subsample`` takes a fixed random sample of
-positions.
+A split is a pure function of the labels, their groups and a seed. ``subsample`` takes a fixed
+random sample of positions.
 """
 
 from __future__ import annotations
@@ -44,27 +44,34 @@ _PARTS = ("train", "val", "test")
 class Split:
     """The record of a split that a run keeps: which examples of which data are in which part.
 
-    Examples are recorded by name where the source has names (the paths of a folder), so that they
-    are found again when files were added, and else by position.
+    Examples are recorded by name where the source has names (the paths of a folder or a manifest),
+    so that they are found again when files were added, and else by position. Groups are recorded by
+    number, in the order in which they come up: which examples belong together is all that a run has
+    to know, and the number of a patient may be as personal as a name, under a digest too.
 
     Args:
         address: what ``open_source`` opens again, such as "folder:/data/scans"; "" for a source
             that a program made.
         examples: of the whole source.
         parts: for "train", "val" and "test", the names or the positions, in order.
-        labels: for each part, the labels of its examples.
+        labels: for each part, the labels of its examples: a number, or a list of one per output, in
+            which None is missing.
         class_names: what the labels 0, 1, ... mean.
         bands: channels that were read from image files; None where the source decides.
         contents: for each part, size and digest of its examples; empty where they were not read.
+        groups: for each part, the number of each example's group; empty where there are none.
+        opened: the keyword arguments of ``open_source`` that name columns of a manifest.
     """
 
     address: str
     examples: int
     parts: Mapping[str, Sequence[str] | Sequence[int]]
-    labels: Mapping[str, Sequence[int]]
+    labels: Mapping[str, Sequence[Any]]
     class_names: tuple[str, ...]
     bands: int | None = None
     contents: Mapping[str, Sequence[Content]] = field(default_factory=dict)
+    groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    opened: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -93,14 +100,21 @@ class Split:
         if read:
             every = iter(contents(source, np.concatenate(list(places.values())), progress))
             found = {part: [next(every) for _ in where] for part, where in places.items()}
+        groups, numbers = groups_of(source), {}
+        if groups is not None:
+            used = [groups[i] for where in places.values() for i in where.tolist()]
+            each = iter(_unit_numbers(used, len(used)).tolist())
+            numbers = {part: [next(each) for _ in where] for part, where in places.items()}
         return cls(
             getattr(source, "address", ""),
             len(source),
             parts,
-            {part: labels[where].tolist() for part, where in places.items()},
+            {part: _as_json(labels[where]) for part, where in places.items()},
             tuple(source.class_names),
             getattr(source, "bands", None),
             found,
+            numbers,
+            dict(getattr(source, "opened", {})),
         )
 
     def positions(self, source: Source) -> Splits:
@@ -172,7 +186,7 @@ class Split:
             if new.part != old.part:
                 add("in another part", name, f"{old.part}, now {new.part}")
             if new.label != old.label:
-                label, today = self.class_names[old.label], self.class_names[new.label]
+                label, today = (_label_text(each.label, self.class_names) for each in (old, new))
                 add("relabeled", name, f"{label}, now {today}")
             if None not in (old.content, new.content) and old.content != new.content:
                 add("changed", name)
@@ -186,6 +200,8 @@ class Split:
         ]
         if not texts and any(list(self.parts[p]) != list(now.parts[p]) for p in _PARTS):
             texts = ["the examples are in another order"]
+        elif not texts and self.groups != now.groups:
+            texts = ["the examples are in other groups"]
         return texts
 
     def _by_name(self) -> dict[str, _Recorded]:
@@ -217,6 +233,8 @@ class Split:
             "labels": {part: list(self.labels[part]) for part in _PARTS},
             "sizes": {part: [c.size for c in found] for part, found in self.contents.items()},
             "sha256": {part: [c.sha256 for c in found] for part, found in self.contents.items()},
+            "groups": {part: list(found) for part, found in self.groups.items()},
+            "opened": dict(self.opened),
         }
 
     @classmethod
@@ -233,10 +251,12 @@ class Split:
                 part: [Content(*c) for c in zip(sizes, value["sha256"][part], strict=True)]
                 for part, sizes in value["sizes"].items()
             },
+            dict(value["groups"]),
+            dict(value["opened"]),
         )
 
 
-_IDENTITY = ("bands", "class_names", *_PARTS, "labels", "sizes", "sha256")
+_IDENTITY = ("bands", "class_names", *_PARTS, "labels", "sizes", "sha256", "groups")
 
 _MOST_SEARCHED = 10_000
 """New files that are read to find the missing ones among them: some seconds of reading."""
@@ -246,8 +266,28 @@ class _Recorded(NamedTuple):
     """One example of a record."""
 
     part: str
-    label: int
+    label: Any
     content: Content | None
+
+
+def groups_of(source: Source) -> Sequence[str] | None:
+    """The group of each example, from the source's own ``groups()``; None where it has none."""
+    groups = getattr(source, "groups", None)
+    return None if groups is None else groups()
+
+
+def _as_json(labels: np.ndarray) -> list[Any]:
+    if labels.ndim == 1:
+        return list(labels.tolist())
+    # JSON has no NaN, which equals nothing besides.
+    return [[None if value != value else value for value in row] for row in labels.tolist()]
+
+
+def _label_text(label: Any, names: Sequence[str]) -> str:
+    if not isinstance(label, list):
+        return str(names[label])
+    pairs = zip(names, label, strict=True)
+    return ", ".join(f"{name} {'missing' if v is None else f'{v:g}'}" for name, v in pairs)
 
 
 def _class_differences(before: Sequence[str], after: Sequence[str]) -> str:
@@ -263,12 +303,13 @@ def _class_differences(before: Sequence[str], after: Sequence[str]) -> str:
 
 
 def stratified_split(
-    labels: np.ndarray | Sequence[int],
+    labels: np.ndarray | Sequence[Any],
     *,
     labels_per_class: int | None = None,
     val_per_class: int | None = None,
     val_fraction: float | None = None,
     test_fraction: float | None = None,
+    groups: Sequence[Any] | np.ndarray | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Splits:
@@ -286,8 +327,14 @@ def stratified_split(
     For one seed (and one ``test_fraction``), the examples of a smaller n are among those of a
     larger n, and so are the training examples as long as ``n - val_per_class`` grows.
 
+    With ``groups`` (patients, scenes, sites), no group is in two parts. The parts then have about
+    their shares of the examples and of each class: as closely as whole groups allow, found by
+    allotting the largest groups first and moving them while that helps. Labels of several outputs
+    are split alike, by positives and negatives of each label, or by the quantiles of each value.
+
     Args:
-        labels: integers ``[examples]``, 0 .. classes - 1.
+        labels: integers ``[examples]``, 0 .. classes - 1; or floats ``[examples, outputs]``, where
+            NaN is missing: 0 and 1 are labels that an example has or lacks, others are values.
         labels_per_class: how many labels of each class may be used; all when left out.
         val_per_class: how many of those validate; they are not trained on.
         val_fraction: instead, without ``labels_per_class``: the fraction of what is left after the
@@ -295,6 +342,7 @@ def stratified_split(
             is given.
         test_fraction: fraction of each class, fixed first. Default: all the rest with
             ``labels_per_class``, else 0.2; 0.0 for no test set.
+        groups: ``[examples]``, what each example belongs to; equal values are one group.
         seed: 0 or more.
         class_names: for error texts.
 
@@ -303,13 +351,33 @@ def stratified_split(
 
     Raises:
         TypeError: labels are not integers.
-        ValueError: numbers out of range, or a class that is too small for them; every such class is
-            listed.
+        ValueError: numbers out of range, or a class that is too small, or in too few groups, for
+            them; every such class is listed.
+
+    References:
+        K. Sechidis et al., "On the Stratification of Multi-label Data", 2011.
 
     >>> splits = stratified_split([0, 0, 0, 1, 1, 1], labels_per_class=2, val_per_class=1)
     >>> [len(part) for part in splits]
     [2, 2, 2, 0]
+    >>> patients = ["a", "a", "b", "b", "c", "c"]
+    >>> splits = stratified_split(
+    ...     [0, 1, 0, 1, 0, 1], groups=patients, val_fraction=0.5, test_fraction=0.33
+    ... )
+    >>> [sorted({patients[i] for i in part}) for part in splits[:3]]
+    [['c'], ['b'], ['a']]
     """
+    if groups is not None or _has_outputs(labels):
+        if labels_per_class is not None or val_per_class is not None:
+            raise ValueError(
+                "labels_per_class and val_per_class count single labels; with groups, or several "
+                "outputs per example, give val_fraction and test_fraction"
+            )
+        _check_numbers(None, None, val_fraction, test_fraction, seed)
+        tested = 0.2 if test_fraction is None else test_fraction
+        validated = (0.1 if val_fraction is None else val_fraction) * (1 - tested)
+        shares = np.array([1 - tested - validated, validated, tested])
+        return _allotted_split(labels, groups, shares, seed, class_names)
     targets = _checked_labels(labels)
     counts = np.bincount(targets)
     if class_names is not None:
@@ -351,6 +419,265 @@ def stratified_split(
     if problems:
         raise ValueError("invalid split: " + "; ".join(problems))
     return Splits(**{name: np.sort(np.concatenate(found)) for name, found in parts.items()})
+
+
+def stratified_folds(
+    labels: np.ndarray | Sequence[Any],
+    folds: int,
+    *,
+    groups: Sequence[Any] | np.ndarray | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+) -> tuple[Splits, ...]:
+    """The splits of a cross-validation: every example is tested in exactly one of them.
+
+    Without groups, the number of examples of a class differs by at most one between the test
+    parts, and so does the number of all examples. With groups, see ``stratified_split``.
+
+    Args:
+        labels: as for ``stratified_split``.
+        folds: how many, 2 or more.
+        groups: ``[examples]``; no group is in two parts of a split.
+        val_fraction: of the examples that a fold does not test.
+        seed: 0 or more.
+        class_names: for error texts.
+
+    Returns:
+        One split per fold; nothing is in ``rest``. Each class is among its training examples.
+
+    Raises:
+        TypeError: labels are neither integers nor floats ``[examples, outputs]``.
+        ValueError: numbers out of range; fewer groups or examples than folds; a class in one group,
+            or of one example, which could not be both trained on and tested.
+
+    >>> splits = stratified_folds([0, 0, 0, 1, 1, 1], 3, val_fraction=0.0)
+    >>> [len(split.test) for split in splits]
+    [2, 2, 2]
+    >>> sorted(np.concatenate([split.test for split in splits]).tolist())
+    [0, 1, 2, 3, 4, 5]
+    """
+    _check_numbers(None, None, val_fraction, None, seed)
+    if folds < 2:
+        raise ValueError(f"folds must be >= 2, got {folds}")
+    strata, targets = _strata(labels)
+    units = _unit_numbers(groups, len(strata))
+    count, what = int(units.max()) + 1, "examples" if groups is None else "groups"
+    if count < folds:
+        raise ValueError(f"{folds} folds need at least {folds} {what}, got {count}")
+    _check_spread(targets, units, 2, what, class_names)
+    classes = targets if groups is None else None
+    if classes is not None:
+        fold_of = _dealt(classes, folds, seed)
+    else:
+        fold_of = _allot(strata, np.full(folds, 1 / folds), units, seed)[units]
+    shares = np.array([share for share in (1 - val_fraction, val_fraction) if share])
+    found = []
+    for fold in range(folds):
+        others = np.flatnonzero(fold_of != fold)
+        if classes is not None:
+            validates = _last_of_each(classes[others], val_fraction, seed)
+        else:
+            inner = _unit_numbers(units[others], len(others))
+            validates = _allot(strata[others], shares, inner, seed)[inner] == 1
+            if targets is not None:
+                _keep_classes(validates, targets[others], inner)
+        tested = np.flatnonzero(fold_of == fold)
+        split = Splits.of(others[~validates], others[validates], tested)
+        _check_trained(split.train, targets, class_names)
+        found.append(split)
+    return tuple(found)
+
+
+def _allotted_split(
+    labels: Any,
+    groups: Any,
+    shares: np.ndarray,
+    seed: int,
+    class_names: Sequence[str] | None,
+) -> Splits:
+    """A split by whole groups, with these shares of train, validation and test."""
+    strata, targets = _strata(labels)
+    units = _unit_numbers(groups, len(strata))
+    parts, what = np.flatnonzero(shares > 0), "examples" if groups is None else "groups"
+    count = int(units.max()) + 1
+    if count < len(parts):
+        raise ValueError(f"a split of {len(parts)} parts needs as many {what}, got {count}")
+    _check_spread(targets, units, len(parts), what, class_names)
+    chosen = parts[_allot(strata, shares[parts], units, seed)]
+    classes = np.zeros(len(units), np.int64) if targets is None else targets
+    for part in parts[parts > 0].tolist():
+        _fill(part, chosen, classes, units)
+    split = Splits.of(*(np.flatnonzero(chosen[units] == part) for part in range(3)))
+    _check_trained(split.train, targets, class_names)
+    return split
+
+
+def _fill(part: int, chosen: np.ndarray, classes: np.ndarray, units: np.ndarray) -> None:
+    """Moves the smallest units that can be spared from training into a part that lacks a class."""
+    count = len(chosen)
+    has = np.zeros((count, int(classes.max()) + 1), bool)
+    has[units, classes] = True
+    sizes = np.bincount(units, minlength=count)
+    for each in np.unique(classes).tolist():
+        if has[chosen == part, each].any():
+            continue
+        left = has[chosen == 0].sum(axis=0)
+        spared = (chosen == 0) & has[:, each] & (left - has >= np.minimum(left, 1)).all(axis=1)
+        if spared.any():
+            chosen[np.flatnonzero(spared)[np.argmin(sizes[spared])]] = part
+
+
+def _has_outputs(labels: Any) -> bool:
+    """Whether each example has a value per output, instead of one class."""
+    found = np.asarray(labels)
+    return found.ndim == 2 and found.dtype.kind == "f" and found.size > 0
+
+
+_BINS = 8
+"""Of a value, by its quantiles, so that parts have alike distributions of it."""
+
+
+def _strata(labels: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """What parts should have alike, ``[examples, strata]``, and the classes of single labels."""
+    if not _has_outputs(labels):
+        targets = _checked_labels(labels)
+        return (targets[:, None] == np.unique(targets)).astype(np.float64), targets
+    columns = []
+    for values in np.asarray(labels, np.float64).T:
+        known = values[~np.isnan(values)]
+        edges: Any = [0.5]
+        if not np.isin(known, (0, 1)).all():
+            edges = np.unique(np.quantile(known, np.arange(1, _BINS) / _BINS))
+        bins = np.where(np.isnan(values), -1, np.searchsorted(edges, values))
+        columns += [bins == each for each in range(-1, len(edges) + 1)]
+    strata = np.stack(columns, axis=1).astype(np.float64)
+    return strata[:, strata.any(axis=0)], None
+
+
+def _unit_numbers(groups: Any, count: int) -> np.ndarray:
+    """The number of each example's group; of itself without groups."""
+    if groups is None:
+        return np.arange(count)
+    if len(groups) != count:
+        raise ValueError(f"groups must have one value per example, {count}, got {len(groups)}")
+    places: dict[Any, int] = {}
+    return np.array([places.setdefault(each, len(places)) for each in groups], np.int64)
+
+
+_MOST_TO_MOVE = 5000
+"""Groups that are moved once all are allotted; with more, there are small ones that fill gaps."""
+
+_PASSES = 10
+
+
+def _allot(strata: np.ndarray, shares: np.ndarray, units: np.ndarray, seed: int) -> np.ndarray:
+    """The part of each unit, with nearly these shares of the examples and of each stratum.
+
+    What is made small is the sum of ``(share found - share wanted)**2 / share wanted`` over parts,
+    strata and the number of examples. The units that are most of a stratum are allotted first.
+    """
+    count = int(units.max()) + 1
+    sums = np.zeros((count, strata.shape[1] + 1))
+    np.add.at(sums, units, np.concatenate([np.ones((len(strata), 1)), strata], axis=1))
+    weights = sums / sums.sum(axis=0)
+    keys = np.random.PCG64(np.random.SeedSequence([seed, count])).random_raw(count)
+    order = np.argsort(keys, kind="stable")
+    order = order[np.argsort(-weights[order].max(axis=1), kind="stable")]
+    # Distance to what is wanted, of each part and stratum; and the part of each unit.
+    gap = np.repeat(-shares[:, None], weights.shape[1], axis=1)
+    chosen = np.full(count, -1)
+    for repeat in range(1 + _PASSES * (count <= _MOST_TO_MOVE)):
+        moved = False
+        for unit in order:
+            weight, before = weights[unit], chosen[unit]
+            if before >= 0:
+                gap[before] -= weight
+            cost = ((2 * gap + weight) @ weight) / shares
+            # Only what surely is better, so that rounding moves nothing for ever.
+            best = int(np.argmin(cost))
+            if before >= 0 and cost[best] >= cost[before] - 1e-12:
+                best = before
+            gap[best] += weight
+            moved |= best != before
+            chosen[unit] = best
+        if repeat and not moved:
+            break
+    return chosen
+
+
+def _keep_classes(validates: np.ndarray, targets: np.ndarray, units: np.ndarray) -> None:
+    """Brings classes that only validate back to training, with their groups."""
+    for each in np.setdiff1d(targets[validates], targets[~validates]):
+        validates[np.isin(units, units[targets == each])] = False
+
+
+def _dealt(targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of each example: the examples of a class in turn, and the classes on end."""
+    order = np.concatenate(
+        [_order(np.flatnonzero(targets == c), seed, c) for c in np.unique(targets).tolist()]
+    )
+    found = np.empty(len(order), np.int64)
+    found[order] = np.arange(len(order)) % folds
+    return found
+
+
+def _last_of_each(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Whether an example validates: this fraction of each class, but never all of it."""
+    found = np.zeros(len(targets), bool)
+    for label in np.unique(targets).tolist():
+        order = _order(np.flatnonzero(targets == label), seed, label)
+        count = min(_count(fraction, len(order)), len(order) - 1)
+        found[order[len(order) - count :]] = True
+    return found
+
+
+def _check_spread(
+    targets: np.ndarray | None,
+    units: np.ndarray,
+    least: int,
+    what: str,
+    class_names: Sequence[str] | None,
+) -> None:
+    """Refuses classes in too few groups."""
+    if targets is None:
+        return
+    names = _names_for(targets, class_names)
+    if targets.max() >= len(names):
+        raise ValueError(
+            f"class_names must have one name per class, got {len(names)} names and labels up to "
+            f"{targets.max()}"
+        )
+    if len(names) < 2:
+        raise ValueError(f"there must be at least 2 classes, got only {names[0]!r}")
+    pairs = np.unique(np.stack([targets, units], axis=1), axis=0)
+    counts = np.bincount(pairs[:, 0], minlength=len(names))
+    few = [f"{name!r} ({n})" for name, n in zip(names, counts, strict=True) if n < least]
+    if few:
+        raise ValueError(
+            f"each class must be in at least {least} {what}, one per part, got {listing(few)}"
+        )
+
+
+def _check_trained(
+    train: np.ndarray, targets: np.ndarray | None, class_names: Sequence[str] | None
+) -> None:
+    if targets is None:
+        return
+    names = _names_for(targets, class_names)
+    if lost := np.setdiff1d(targets, targets[train]).tolist():
+        raise ValueError(
+            f"no split by whole groups trains on class {listing(repr(names[c]) for c in lost)}: it "
+            "lies in groups that are tested; give another seed or fewer parts"
+        )
+
+
+def _names_for(targets: np.ndarray, class_names: Sequence[str] | None) -> Sequence[str]:
+    return (
+        class_names
+        if class_names is not None
+        else [str(label) for label in range(int(targets.max()) + 1)]
+    )
 
 
 def subsample(positions: np.ndarray, most: int, labels: np.ndarray | None = None) -> np.ndarray:
@@ -413,9 +740,36 @@ def _checked_labels(labels: np.ndarray | Sequence[int]) -> np.ndarray:
         raise ValueError(f"labels must have shape [examples], one or more, got {targets.shape}")
     if not np.issubdtype(targets.dtype, np.integer):
         raise TypeError(f"labels must be integers, got {targets.dtype}")
-    if targets.min() < 0:
-        raise ValueError(f"labels must be >= 0, got {targets.min()}")
+    check_classes(targets, None)
     return targets
+
+
+def check_classes(
+    labels: np.ndarray, classes: int | None, names: Sequence[str] | None = None
+) -> None:
+    """Refuses labels that no class can have, by example.
+
+    Args:
+        labels: integers ``[examples]``.
+        classes: how many there are; None for any number.
+        names: of the examples, by default their positions.
+
+    Raises:
+        ValueError: see above; such labels often mean that there is none.
+
+    >>> check_classes(np.array([0, -1, 1]), 2)
+    Traceback (most recent call last):
+    ...
+    ValueError: labels must be 0 .. 1, got -1 for example 1; leave out examples without a label
+    """
+    wrong = np.flatnonzero((labels < 0) | (labels >= (np.inf if classes is None else classes)))
+    if len(wrong):
+        limit = ">= 0" if classes is None else f"0 .. {classes - 1}"
+        each = (f"{labels[i]} for {names[i] if names else f'example {i}'}" for i in wrong.tolist())
+        raise ValueError(
+            f"labels must be {limit}, got {listing(each, most=10)}; leave out examples without a "
+            "label"
+        )
 
 
 def _check_numbers(

@@ -23,6 +23,7 @@ HEAVY = (
     "matplotlib",
     "tensorflow_datasets",
     "PIL",
+    "pyarrow",
 )
 MAIN = "from flaxtransfer.__main__ import main; main()"
 PROGRAM = f"""
@@ -38,6 +39,10 @@ ERRORS = [
     ["train", "--dat", "digits"],
     ["train", "--data"],
     ["train", "--data", "digit"],
+    ["train", "--data", "digits", "--group-column", "patient"],
+    ["train", "--folds", "1"],
+    ["train", "--folds", "3", "--fold", "4"],
+    ["train", "--fold", "2"],
     ["train", "--batch-size", "0"],
     ["train", "--batch-size", "x"],
     ["train", "--head", "old"],

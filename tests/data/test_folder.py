@@ -137,10 +137,21 @@ def test_a_file_is_not_a_folder(tmp_path):
         (["a.png", "b.png"], r"has no class folders \(only images: a\.png, b\.png\)"),
         (["a/1.png", "b/1.png", "c.png"], r"images outside the class folders: c\.png"),
         (["a/1.png"], "has one class folder, 'a'; a classifier needs at least 2"),
+        (["val/a/1.png", "test/b/1.png"], "must have images to train on, got 1 val, 1 test"),
         (
-            ["train/a/1.png", "train/b/1.png", "val/a/1.png"],
-            r"holds splits, \['train', 'val'\], not classes; open one of them: 'folder:.*/train'",
+            ["train/a/1.png", "train/b/1.png", "test/c/1.png", "val/d/1.png"],
+            "each class must be among the training images, got 'c', 'd' for validation or test al",
         ),
+        (["train/a/1.png", "val/a/1.png"], "has one class folder, 'a'"),
+        (
+            ["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"],
+            "two folders are the same part of a split: val, valid",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/1.png"],
+            r"test has no class folders \(only images: 1\.png\)",
+        ),
+        (["train/a/1.png", "train/b/1.png", "test/b/1.png", "2.png"], "images outside .*: 2.png"),
     ],
 )
 def test_a_folder_of_another_layout_says_what_is_wanted(tmp_path, files, text):
@@ -154,6 +165,42 @@ def test_classes_that_are_called_train_and_test_are_classes(tmp_path):
     put(tmp_path / "train" / "1.png")  # locomotives, say
     put(tmp_path / "test" / "1.png")
     assert open_source(f"folder:{tmp_path}").class_names == ("test", "train")
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "val", "test"), ("Training", "validation", "Testing"), ("train", "dev")]
+)
+def test_folders_of_splits_are_the_splits(tmp_path, names):
+    for count, name in zip((3, 2, 1), names, strict=False):
+        for label in "ab":
+            for number in range(count):
+                put(tmp_path / name / label / f"{number}.png")
+    (tmp_path / names[1] / "b" / "1.png").unlink()
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ("a", "b")
+    counts = (6, 3, 2, 0) if len(names) == 3 else (6, 3, 0, 0)
+    assert tuple(map(len, source.splits)) == counts
+    for part, name in zip(source.splits, names, strict=False):
+        assert {source.files[i].split("/")[0] for i in part} == {name}
+    assert [source.files[i] for i in np.flatnonzero(source.labels())] == [
+        file for file in source.files if "/b/" in file
+    ]
+    assert source.notes[0].endswith(
+        "holds a split: 6 train, 3 val" + ", 2 test" * (len(names) > 2) + " images"
+    )
+
+
+def test_classes_that_a_part_lacks_are_said(tmp_path):
+    for file in ("train/a/1.png", "train/b/1.png", "train/c/1.png", "test/a/1.png", "val/c/1.png"):
+        put(tmp_path / file)
+    source = open_source(f"folder:{tmp_path}")
+    assert source.notes[1:] == (
+        "not validated, for want of images: 'a', 'b'",
+        "not tested, for want of images: 'b', 'c'",
+    )
+    # To evaluate on whatever there is.
+    put(tmp_path / "test/d/1.png")
+    assert open_source(f"folder:{tmp_path}", partial=True).class_names == ("a", "b", "c", "d")
 
 
 def test_an_empty_class_is_named(tmp_path):

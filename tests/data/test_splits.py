@@ -1,11 +1,12 @@
-"""Stratified splits: laws for any labels, and the errors of those that cannot be made."""
+"""Stratified splits and folds: laws for any labels and groups, and what cannot be made."""
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sklearn.model_selection import StratifiedGroupKFold
 
-from flaxtransfer.data import stratified_split
+from flaxtransfer.data import stratified_folds, stratified_split
 
 SEEDS = st.integers(0, 2**40)
 
@@ -217,3 +218,132 @@ def test_labels_are_integers():
 def test_all_may_be_used_when_no_test_set_is_wanted():
     splits = stratified_split([0, 0, 1, 1], labels_per_class=2, test_fraction=0.0)
     assert [len(part) for part in splits] == [4, 0, 0, 0]
+
+
+@st.composite
+def grouped(draw, least=6):
+    """Labels of two to four classes, each in at least ``least`` groups of one to five examples."""
+    random = np.random.default_rng(draw(SEEDS))
+    classes = draw(st.integers(2, 4))
+    kinds = np.concatenate([np.repeat(np.arange(classes), least), random.integers(0, classes, 9)])
+    groups = np.repeat(np.arange(len(kinds)), random.integers(1, 6, len(kinds)))
+    labels = kinds[groups]
+    # Half of the further examples are of any class, as patients with several findings are.
+    mixed = (random.random(len(labels)) < 0.5) & np.r_[False, groups[1:] == groups[:-1]]
+    labels[mixed] = random.integers(0, classes, mixed.sum())
+    order = random.permutation(len(labels))
+    return labels[order], groups[order]
+
+
+def groups_of(splits, groups):
+    return [set(groups[part].tolist()) for part in splits]
+
+
+@given(grouped(), SEEDS, st.sampled_from([(0.1, 0.2), (0.3, 0.3), (0.2, 0.0), (0.0, 0.4)]))
+def test_no_group_is_in_two_parts(data, seed, fractions):
+    labels, groups = data
+    val, test = fractions
+    splits = stratified_split(
+        labels, groups=groups, val_fraction=val, test_fraction=test, seed=seed
+    )
+    assert sorted(np.concatenate(splits).tolist()) == list(range(len(labels)))
+    found = groups_of(splits, groups)
+    assert sum(map(len, found)) == len(set(groups.tolist()))
+    assert set(labels[splits.train]) == set(labels)
+    for part, share in zip(splits, (1, val, test, 0), strict=True):
+        assert set(labels[part]) == (set(labels) if share else set())
+
+
+@given(grouped(), SEEDS, st.integers(2, 5), st.booleans(), st.sampled_from([0.0, 0.1, 0.3]))
+def test_each_example_is_tested_in_one_fold(data, seed, folds, whole, val):
+    labels, groups = data
+    given_groups = groups if whole else None
+    parts = stratified_folds(labels, folds, groups=given_groups, val_fraction=val, seed=seed)
+    assert len(parts) == folds
+    tested = np.concatenate([splits.test for splits in parts])
+    assert sorted(tested.tolist()) == list(range(len(labels)))
+    for splits in parts:
+        assert sorted(np.concatenate(splits).tolist()) == list(range(len(labels)))
+        assert set(labels[splits.train]) == set(labels)
+        if whole:
+            assert sum(map(len, groups_of(splits, groups))) == len(set(groups.tolist()))
+        assert bool(len(splits.val)) == (val > 0)
+    if not whole:
+        counts = np.array([per_class(splits.test, labels) for splits in parts])
+        assert (np.ptp(counts, axis=0) <= 1).all()
+        assert np.ptp(counts.sum(axis=1)) <= 1
+
+
+def test_groups_are_allotted_as_evenly_as_scikit_learns():
+    """Mean standard deviation over folds of the shares of classes, and of examples."""
+    random, ours, theirs = np.random.default_rng(0), [], []
+    for trial in range(20):
+        count, classes, folds = random.integers((12, 2, 2), (80, 5, 6))
+        groups = np.repeat(np.arange(count), random.geometric(0.2, count))
+        shares = random.dirichlet(np.ones(classes), count)
+        labels = np.array([random.choice(classes, p=shares[group]) for group in groups])
+        peer = StratifiedGroupKFold(int(folds), shuffle=True, random_state=trial)
+        for found, tests in (
+            (ours, [s.test for s in stratified_folds(labels, int(folds), groups=groups)]),
+            (theirs, [test for _, test in peer.split(labels, labels, groups)]),
+        ):
+            counts = np.array([np.bincount(labels[t], minlength=classes) for t in tests])
+            of_classes = (counts / np.bincount(labels, minlength=classes)).std(axis=0).mean()
+            found.append((of_classes, counts.sum(axis=1).std() / len(labels)))
+    ours, theirs = np.mean(ours, axis=0), np.mean(theirs, axis=0)
+    assert (ours < theirs).all()
+    assert ours[0] < 0.02
+
+
+@pytest.mark.parametrize("kind", ["labels", "values"])
+def test_labels_of_several_outputs_have_about_their_shares_in_each_part(kind):
+    random = np.random.default_rng(0)
+    values = random.normal(size=(600, 3))
+    labels = (values > (0.0, 1.0, 1.5)).astype(np.float32) if kind == "labels" else values
+    labels[random.random(labels.shape) < 0.1] = np.nan
+    groups = np.arange(600) // 3
+    splits = stratified_split(labels, groups=groups, val_fraction=0.25, test_fraction=0.2)
+    assert sum(map(len, groups_of(splits, groups))) == 200
+    assert [len(part) for part in splits] == pytest.approx([360, 120, 120, 0], abs=6)
+    for part in splits[:3]:
+        found = np.nanmean(labels[part], axis=0)
+        # Three standard errors of a random part would be 0.14 and 0.27.
+        np.testing.assert_allclose(
+            found, np.nanmean(labels, axis=0), atol=0.02 if kind == "labels" else 0.12
+        )
+        assert np.isnan(labels[part]).mean() == pytest.approx(0.1, abs=0.02)
+
+
+PATIENTS = ["a", "a", "b", "b", "c", "c"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "text"),
+    [
+        ([0, 0, 0, 0, 1, 1], {}, r"each class must be in at least 3 groups, .*'0' \(2\), '1' \(1"),
+        ([0, 1] * 3, {"groups": ["a"] * 6}, "a split of 3 parts needs as many groups, got 1"),
+        ([0, 1] * 3, {"groups": PATIENTS[:5]}, "groups must have one value per example, 6, got 5"),
+        ([0, 1] * 3, {"labels_per_class": 1}, "labels_per_class and val_per_class count single"),
+        ([0, 1] * 3, {"val_fraction": 1.5}, r"val_fraction must be >= 0 and < 1, got 1\.5"),
+        ([0, 1] * 3, {"class_names": ["x"]}, "got 1 names and labels up to 1"),
+        ([0] * 6, {}, "at least 2 classes, got only '0'"),
+    ],
+)
+def test_groups_that_make_a_split_impossible(labels, options, text):
+    with pytest.raises(ValueError, match=text):
+        stratified_split(labels, **{"groups": PATIENTS, **options})
+
+
+@pytest.mark.parametrize(
+    ("labels", "folds", "groups", "text"),
+    [
+        ([0, 1] * 3, 1, None, "folds must be >= 2, got 1"),
+        ([0, 1] * 3, 7, None, "7 folds need at least 7 examples, got 6"),
+        ([0, 1] * 3, 4, PATIENTS, "4 folds need at least 4 groups, got 3"),
+        ([0, 0, 0, 0, 0, 1], 2, None, r"at least 2 examples, one per part, got '1' \(1\)"),
+        ([0, 0, 0, 0, 1, 1], 2, PATIENTS, r"at least 2 groups, one per part, got '1' \(1\)"),
+    ],
+)
+def test_folds_that_cannot_be_made(labels, folds, groups, text):
+    with pytest.raises(ValueError, match=text):
+        stratified_folds(labels, folds, groups=groups)
