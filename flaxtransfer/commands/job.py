@@ -34,7 +34,8 @@ from flaxtransfer.data.loader import (
     loaders,
 )
 from flaxtransfer.data.open import open_source
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.scans import Levels
+from flaxtransfer.data.source import Source, measure_levels, with_levels
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.files import read_json
@@ -75,7 +76,7 @@ class Choosing(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A training job: its data, its network and its plan."""
+    """A training job: its data, its network and its plan, and a note on gray levels or ""."""
 
     source: Source
     splits: Splits
@@ -84,6 +85,7 @@ class Job:
     data: DataLoaders
     plan: TrainingPlan
     evidence: Measurement
+    levels: str = ""
 
     def test(self, network: Classifier) -> Evaluation | None:
         """The metrics on the test images; None where there are none."""
@@ -117,7 +119,7 @@ def prepare(
     if strategy == AUTO and choosing is None:
         raise ValueError(f"--strategy {AUTO} is for flaxtransfer train; name a strategy here")
     seed, batch = options.split.seed, options.batch
-    source, splits, checkpoint, network = begin(
+    source, splits, checkpoint, network, levels = begin(
         options.data,
         options.weights,
         options.input,
@@ -167,16 +169,17 @@ def prepare(
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
     network = ending_at(network, plan.ends_at)
-    return Job(source, splits, checkpoint, network, data, plan, evidence)
+    return Job(source, splits, checkpoint, network, data, plan, evidence, levels)
 
 
 class Start(NamedTuple):
-    """Images, their parts, and a network that is made for them."""
+    """Images, their parts, a network that is made for them, and a note on gray levels or ""."""
 
     source: Source
     splits: Splits
     checkpoint: Pretrained
     network: Classifier
+    levels: str
 
 
 def begin(
@@ -208,7 +211,12 @@ def begin(
         bands=checkpoint.config.bands if channels.bands is None else channels.bands,
     )
     splits = _kept(source, resumed) or split(source, data.name, parts)
+    source, levels = leveled(
+        source, splits.train, checkpoint, bands=channels.bands, window=channels.window
+    )
     preprocessing, start = _bands(channels, checkpoint, source, splits)
+    if levels is not None:
+        preprocessing = levels.into(preprocessing)
     network = transfer(
         checkpoint,
         classes=len(source.class_names),
@@ -221,7 +229,35 @@ def begin(
     )
     if weights.statistics == "measure":
         network = measured(network, source, subsample(splits.train, MOST_IMAGES, source.labels()))
-    return Start(source, splits, checkpoint, network)
+    return Start(source, splits, checkpoint, network, "" if levels is None else levels.note)
+
+
+def leveled(
+    source: Source,
+    positions: np.ndarray,
+    checkpoint: Pretrained,
+    *,
+    bands: int | None = None,
+    window: tuple[float, float] | None = None,
+) -> tuple[Source, Levels | None]:
+    """The source with black and white for images of more than 8 bits, and what they are.
+
+    Those of the weights hold where they take the bands of the images; others are measured.
+
+    Args:
+        source: of the images.
+        positions: of the training images.
+        checkpoint: the weights.
+        bands: channels of the images; None for what the weights take.
+        window: center and width, instead of all that.
+
+    Raises:
+        ValueError: as ``measure_levels``.
+    """
+    fits = bands in (None, checkpoint.config.bands) and window is None
+    own = Levels.of(checkpoint.preprocessing) if fits else None
+    levels = measure_levels(source, positions, window=window, own=own)
+    return with_levels(source, levels), levels
 
 
 def _kept(source: Source, folder: Path | None) -> Splits | None:

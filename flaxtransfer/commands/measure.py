@@ -12,7 +12,7 @@ from rich.table import Table
 from flaxtransfer.advice.advise import advise as give_advice
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier, transfer
-from flaxtransfer.commands.job import Job, begin, load_weights, measured, prepare, split
+from flaxtransfer.commands.job import Job, begin, leveled, load_weights, measured, prepare, split
 from flaxtransfer.commands.subcommands import Advise, FindRate, Probe
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
@@ -37,6 +37,7 @@ def advise(options: Advise, console: Console) -> None:
     """Runs ``flaxtransfer advise``."""
     start = begin(options.data, options.weights, options.input, options.split)
     positions = start.splits.train
+    _say_levels(start.levels, console)
     console.print(
         f"{options.data.name}: {len(positions)} training images, "
         f"{len(start.source.class_names)} classes; {start.checkpoint!r}",
@@ -62,6 +63,11 @@ def advise(options: Advise, console: Console) -> None:
         console.print(f"written to {path}", highlight=False, soft_wrap=True)
 
 
+def _say_levels(note: str, console: Console) -> None:
+    if note:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
+
+
 def probe(options: Probe, console: Console) -> None:
     """Runs ``flaxtransfer probe``."""
     data = options.data
@@ -76,7 +82,11 @@ def probe(options: Probe, console: Console) -> None:
     training = split(source, data.name, options.split).train
     positions = subsample(training, options.most_images, source.labels())
     classes = len(source.class_names)
-    network = transfer(checkpoint, classes=classes)
+    source, levels = leveled(source, training, checkpoint)
+    own = checkpoint.preprocessing
+    preprocessing = own if levels is None else levels.into(own)
+    network = transfer(checkpoint, classes=classes, preprocessing=preprocessing)
+    _say_levels("" if levels is None else levels.note, console)
     if weights.statistics == "measure":
         network = measured(network, source, positions)
     batches = eval_batches(source, positions, network.preprocessing)
@@ -98,6 +108,7 @@ def probe(options: Probe, console: Console) -> None:
 def find_rate(options: FindRate, console: Console) -> None:
     """Runs ``flaxtransfer find-rate``."""
     job, seed = prepare(options.job), options.job.split.seed
+    _say_levels(job.levels, console)
     phase = _phase(job.plan, options.phase)
     # Before the earlier phases are trained, so that a wrong option costs no time.
     check_sweep(phase, options.group, options.lowest, options.highest, options.steps)

@@ -18,7 +18,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
-from flaxtransfer.data.source import Example, Source, digest, position
+from flaxtransfer.data.scans import Levels
+from flaxtransfer.data.source import Example, Source, digest, position, with_levels
 from flaxtransfer.data.splits import Split, Splits, subsample
 from flaxtransfer.data.transforms import (
     Transform,
@@ -142,6 +143,7 @@ def loaders(
     train, validation = splits.train, splits.val
     if not len(train):
         raise ValueError("splits.train must hold at least one example, got none")
+    source = with_levels(source, Levels.of(preprocessing))
     channels = len(preprocessing.mean)
     if transform is None:
         flip = flip_keeps_labels(source.class_names)
@@ -209,6 +211,7 @@ def eval_batches(
     examples more than they save.
     """
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
+    source = with_levels(source, Levels.of(preprocessing))
     return batches_in_order(source, positions, batch_size=batch_size, transform=transform)
 
 
@@ -346,7 +349,8 @@ def band_preprocessing(
 
     Args:
         preprocessing: of the weights; size, resize and interpolation are kept.
-        source: labeled images of ``bands`` bands.
+        source: labeled images of ``bands`` bands; those of more than 8 bits with ``with_levels``,
+            whose black and white are then part of the result.
         positions: of the training images; at most 2000 of them are read, drawn evenly.
         bands: how many bands the images have.
 
@@ -377,7 +381,9 @@ def band_preprocessing(
     varied, scale = std >= 1e-9, common_scale(preprocessing.std)
     contrast = np.sqrt(np.square(std[varied]).mean()) if varied.any() else 1.0
     divisors = np.where(varied, std * (scale / contrast), scale)
-    return preprocessing.of_other_bands(mean.tolist(), divisors.tolist())
+    found = preprocessing.of_other_bands(mean.tolist(), divisors.tolist())
+    levels = getattr(source, "levels", None)
+    return found if levels is None else levels.into(found)
 
 
 def band_patches(
