@@ -12,7 +12,13 @@ from rich.console import Console
 
 from flaxtransfer.adapt.scores import ModelOutputs, model_outputs
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import kept_validation, run_bands, run_data, trained_network
+from flaxtransfer.commands.job import (
+    kept_validation,
+    levels_note,
+    run_bands,
+    run_data,
+    trained_network,
+)
 from flaxtransfer.commands.subcommands import Diagnose
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_unlabeled
@@ -42,6 +48,8 @@ def diagnose(options: Diagnose, console: Console) -> None:
     )
     labeled = _few_labels(options.target_labels, target, names)
     chosen = _chosen(len(target.source), labeled[0], options)
+    if note := levels_note(target.source, chosen, network):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     source, found = _samples(network, (target.source, chosen), options, console)
     place = {position: row for row, position in enumerate(chosen.tolist())}
     report = diagnose_arrays(

@@ -260,6 +260,32 @@ def leveled(
     return with_levels(source, levels), levels
 
 
+_FEW = 8
+"""Images that are looked at for a note."""
+
+
+def levels_note(source: Source, positions: np.ndarray, network: Classifier) -> str:
+    """How new images of more than 8 bits are read; "" for others, or where they cannot be read.
+
+    Args:
+        source: of the images.
+        positions: of those that are used; a few of them are looked at.
+        network: a trained one.
+    """
+    own = Levels.of(network.preprocessing)
+    few = np.unique(np.linspace(0, len(positions) - 1, _FEW).astype(int))
+    try:
+        found = measure_levels(source, np.asarray(positions)[few], own=own)
+    except (ValueError, OSError):
+        return ""  # Whoever reads all of them says so.
+    if found is not None and found.black and own is None:
+        return (
+            "gray levels: the network has no black and white for images of more than 8 bits; "
+            "16-bit PNG and TIFF are read on the scale to 65535"
+        )
+    return "" if found is None else found.note
+
+
 def _kept(source: Source, folder: Path | None) -> Splits | None:
     """The split of a run that is resumed; None for a new one, or where its record is damaged."""
     if folder is None:

@@ -22,9 +22,16 @@ import numpy as np
 from rich.console import Console
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import kept_validation, run_bands, run_data, trained_network
+from flaxtransfer.commands.job import (
+    kept_validation,
+    levels_note,
+    run_bands,
+    run_data,
+    trained_network,
+)
 from flaxtransfer.commands.subcommands import Evaluate, Explain, Predict
 from flaxtransfer.data.decode import count_frames, decode_bands
+from flaxtransfer.data.folder import FolderSource
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source, open_unlabeled
 from flaxtransfer.data.scans import ImageError, Levels
@@ -77,6 +84,8 @@ def evaluate(options: Evaluate, console: Console) -> None:
         found["classes_left_out"] = unknown
     if unseen := [each for label, each in enumerate(trained) if label not in labels]:
         found["classes_not_seen"] = unseen
+    if note := levels_note(source, chosen, network):
+        found["gray_levels"] = note.removeprefix("gray levels: ")
     batches = eval_batches(matched, chosen, network.preprocessing, batch_size=reading.batch_size)
     found |= measure(network, batches).to_json()
     # In ASCII: the name of a folder may be bytes that are not UTF-8.
@@ -311,6 +320,10 @@ def _outputs(
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Per batch: the images that could be read, their logits and their features."""
     bands, preprocessing = run_bands(options.run, network), network.preprocessing
+    labels, files = np.zeros(len(options.images), np.int64), tuple(map(str, options.images))
+    source = FolderSource(Path(), ("?",), files, labels, bands=bands)
+    if note := levels_note(source, np.arange(len(files)), network):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     run = forward_with_features(network.model, preprocessing)
     random = np.random.default_rng(0)  # evaluation draws no number from it
@@ -406,6 +419,8 @@ def explain(options: Explain, console: Console) -> None:
 
     network, found, chosen = _opened(options)
     reading = options.reading
+    if note := levels_note(found.source, chosen, network):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     batches = eval_batches(
         found.source, chosen, network.preprocessing, batch_size=reading.batch_size
     )

@@ -57,6 +57,7 @@ class FolderSource:
     min_side: int | None = None
     bands: int = 3
     frames: Mapping[str, tuple[str, int]] = field(default_factory=dict, repr=False)
+    scans: bool = False  # whether files say whose they are
     levels: Levels | None = None
 
     @property
@@ -97,9 +98,10 @@ class FolderSource:
     def groups(self) -> Sequence[str] | None:
         """What each example belongs to, as digests: patient, else study, else file.
 
-        None where no file has more than one example or says whose it is. Reads the beginning of
-        each file.
+        None where no file says whose it is; otherwise the beginning of each is read.
         """
+        if not self.scans:
+            return None
 
         def whose(file: str) -> str | None:
             path = self.root / file
@@ -110,8 +112,6 @@ class FolderSource:
         files = list(dict.fromkeys(places))
         with ThreadPoolExecutor(4) as pool:
             found = dict(zip(files, pool.map(whose, files), strict=True))
-        if all(group is None for group in found.values()):
-            return None
         own = {file: group or _digest(file.encode()) for file, group in found.items()}
         return [own[file] for file in places]
 
@@ -190,7 +190,8 @@ def open_folder(
         odd |= {f"{name}/{file}" for file in unlike}
     files = list(chain.from_iterable(parts))
     targets = np.repeat(np.arange(len(names)), [len(part) for part in parts])
-    skipped, several = _looked_at(root, files, odd, skip_corrupt, min_side, bands)
+    scans: dict[str, int] = {}
+    skipped = _unreadable_files(root, files, odd, skip_corrupt, min_side, bands, scans)
     if skipped:
         kept = [i for i, file in enumerate(files) if file not in skipped]
         files, targets = [files[i] for i in kept], targets[kept]
@@ -205,8 +206,8 @@ def open_folder(
     if empty:
         names = [name for name, count in zip(names, counts, strict=True) if count]
         targets = (np.cumsum(counts > 0) - 1)[targets]
-    targets = np.repeat(targets, [several.get(file, 1) for file in files])
-    examples, frames = _examples(files, several)
+    targets = np.repeat(targets, [scans.get(file, 1) for file in files])
+    examples, frames = _examples(files, scans)
     return FolderSource(
         root=root,
         class_names=tuple(names),
@@ -216,27 +217,23 @@ def open_folder(
         min_side=min_side,
         bands=bands,
         frames=frames,
+        scans=bool(scans),
     )
 
 
 def _examples(
-    files: Sequence[str], several: Mapping[str, int]
+    files: Sequence[str], scans: Mapping[str, int]
 ) -> tuple[list[str], dict[str, tuple[str, int]]]:
     """The names of all examples, and file and frame of those that share a file."""
+    several = {file: count for file, count in scans.items() if count > 1}
     if not several:
         return list(files), {}
-    frames = {
-        f"{file}#{frame + 1}": (file, frame)
-        for file in files
-        for frame in range(several.get(file, 0))
-    }
-    names = [
-        name
-        for file in files
-        for name in (
-            [f"{file}#{frame + 1}" for frame in range(several[file])] if file in several else [file]
-        )
-    ]
+    names: list[str] = []
+    frames: dict[str, tuple[str, int]] = {}
+    for file in files:
+        own = {f"{file}#{frame + 1}": (file, frame) for frame in range(several.get(file, 0))}
+        names += own or [file]
+        frames |= own
     return names, frames
 
 
@@ -257,14 +254,17 @@ def open_unlabeled_folder(
     root = _checked_root(path, bands)
     odd: list[str] = []
     files = _files_below(root, odd)
-    skipped, several = _looked_at(root, files, odd, skip_corrupt, None, bands)
+    scans: dict[str, int] = {}
+    skipped = _unreadable_files(root, files, odd, skip_corrupt, None, bands, scans)
     files = [file for file in files if file not in skipped] if skipped else files
     if not files:
         raise ValueError(f"{root}: there is no image in this folder or below it")
     reasons = tuple(skipped.values())
-    names, frames = _examples(files, several)
+    names, frames = _examples(files, scans)
     labels = np.zeros(len(names), np.int64)
-    source = FolderSource(root, ("?",), tuple(names), labels, reasons, bands=bands, frames=frames)
+    source = FolderSource(
+        root, ("?",), tuple(names), labels, reasons, bands=bands, frames=frames, scans=bool(scans)
+    )
     return UnlabeledImages(source, tuple(names), reasons)
 
 
@@ -426,35 +426,34 @@ def _head(path: str | os.PathLike[str]) -> bytes:
         os.close(opened)
 
 
-def _looked_at(
+def _unreadable_files(
     root: Path,
     files: Sequence[str],
     odd: Collection[str],
     skip_corrupt: bool,
     min_side: int | None,
     bands: int,
-) -> tuple[dict[str, str], dict[str, int]]:
-    """``{file: "file: reason"}`` for those to skip, and the frames of those that have several.
+    scans: dict[str, int],
+) -> dict[str, str]:
+    """``{file: "file: reason"}`` for those to skip; with ``skip_corrupt`` every file is decoded.
 
-    With ``skip_corrupt`` every file is decoded. In a large folder files that are not opened are
-    taken to be single pictures, unless one of those that were opened is not.
+    Puts into ``scans`` which files say how many examples they are and whose, and how many. In a
+    large folder, one that is not opened is a single example, unless one of its suffix is not.
 
     Raises:
         ValueError: files that are not an image, unless ``skip_corrupt``; formats whose library is
             not installed.
     """
-    several: dict[str, int] = {}
 
     def reason(file: str) -> str | None:
         try:
             decoder = decoder_of(_head(f"{root}/{file}"))
             if decoder is None:
                 return not_an_image(file)
-            if decoder.frames is not None and (count := decoder.frames(root / file, file)) > 1:
-                several[file] = count
+            if decoder.frames is not None:
+                scans[file] = decoder.frames(root / file, file)
             if skip_corrupt:
-                asked = Asked(file, bands, min_side or 1)
-                read_picture(root / file, asked)
+                read_picture(root / file, Asked(file, bands, min_side or 1))
         except MissingExtra:
             raise
         except ValueError as error:
@@ -472,11 +471,13 @@ def _looked_at(
     if len(files) > _MOST_TO_OPEN and not skip_corrupt:
         files, others = _doubtful(files, odd)
     found = look(files) if files else {}
-    if others and (suspect := {_suffix(file) for file in (*found, *several)}):
+    suspect = {_suffix(file) for file in found}
+    suspect |= {_suffix(file) for file, count in scans.items() if count > 1}
+    if others and suspect:
         found |= look([file for file in others if _suffix(file) in suspect])
     if found and not skip_corrupt:
         raise ValueError(
             f"{root}: {listing(found.values(), most=5)}; remove them, or leave them out with "
             "skip_corrupt=True (--skip-corrupt)"
         )
-    return found, several
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
 from flaxtransfer.data.scans import Levels
-from flaxtransfer.data.source import Example, Source, digest, position, with_levels
+from flaxtransfer.data.source import Example, Source, digest, measure_levels, position, with_levels
 from flaxtransfer.data.splits import Split, Splits, subsample
 from flaxtransfer.data.transforms import (
     Transform,
@@ -144,6 +145,7 @@ def loaders(
     if not len(train):
         raise ValueError("splits.train must hold at least one example, got none")
     source = with_levels(source, Levels.of(preprocessing))
+    _warn_of_levels(source, train)
     channels = len(preprocessing.mean)
     if transform is None:
         flip = flip_keeps_labels(source.class_names)
@@ -200,6 +202,27 @@ def loaders(
         },
         record=lambda progress: Split.of(source, splits, read=True, progress=progress),
     )
+
+
+_FEW = 8
+"""Images that are looked at for a warning."""
+
+
+def _warn_of_levels(source: Source, train: np.ndarray) -> None:
+    """Warns of images of more than 8 bits for which nothing says what is black and white."""
+    if getattr(source, "levels", None) is not None:
+        return
+    few = np.unique(np.linspace(0, len(train) - 1, _FEW).astype(int))
+    try:
+        found = measure_levels(source, train[few])
+    except (ValueError, OSError):
+        return  # Whoever reads all of them says so.
+    if found is not None and found.black and set(found.white) != {65535.0}:
+        warnings.warn(
+            f"{found.note}: give measure_levels(source, splits.train).into(preprocessing) as the "
+            "preprocessing",
+            stacklevel=3,
+        )
 
 
 def eval_batches(

@@ -467,7 +467,7 @@ def _note_of_levels(
         else f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of {len(found)} training images"
     )
     note = f"gray levels: {text} ({kinds}; {source})"
-    if all(p.values.dtype == np.uint16 for p in found) and not whole:
+    if all(p.values.dtype == np.uint16 for p in found) and not (whole or own):
         kept = max(int((band.max() - band.min()) // 257) + 1 for band in known)
         note += f"; on a scale to 65535 {kept} of 256 levels would be left" if kept < 128 else ""
     if own or window:

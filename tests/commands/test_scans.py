@@ -66,11 +66,15 @@ def test_a_run_is_evaluated_and_predicts_by_its_own_levels(trained, scans, tmp_p
         for number, picture in enumerate(pictures(low, low + 200, seed=1)):
             write_dicom(tmp_path / name / f"{number}.dcm", picture, bits=12)
     assert run(["evaluate", str(trained), "--data", f"folder:{tmp_path}"]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == 0.5
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == 0.5
+    assert found["gray_levels"].endswith("(uint16; as the weights have them)")
     files = [str(tmp_path / "bright" / "1.dcm"), str(scans / "bright" / "1.dcm")]
     assert run(["predict", str(trained), *files]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in said.out.splitlines()]
     assert [row["label"] for row in rows] == ["dark", "bright"]
+    assert "as the weights have them" in said.err
 
 
 def test_each_frame_is_predicted(trained, tmp_path, capsys):
@@ -119,7 +123,7 @@ def test_a_run_on_windows_of_the_files_refuses_one_without(scans, weights, tmp_p
     assert run(["predict", str(target), str(copy / "dark" / "0.dcm")]) == 0
     capsys.readouterr()
     assert run(["predict", str(target), str(scans / "dark" / "0.dcm")]) == 2
-    assert "have no fixed black and white" in only_line(capsys)
+    assert "have no fixed black and white" in capsys.readouterr().err
 
 
 def test_bands_of_a_geotiff_with_names_and_wavelengths(weights, tmp_path, capsys):
@@ -152,7 +156,7 @@ def test_bands_of_a_geotiff_with_names_and_wavelengths(weights, tmp_path, capsys
     )
     (tmp_path / "other.tif").write_bytes(other)
     assert run(["predict", str(target), str(tmp_path / "other.tif")]) == 2
-    assert "its bands must be B2, B3, B4, B8, got x, B2, B4, B8" in only_line(capsys)
+    assert "its bands must be B2, B3, B4, B8, got x, B2, B4, B8" in capsys.readouterr().err
 
 
 def test_eight_bits_train_as_before(folder, weights, tmp_path, capsys):
@@ -161,6 +165,9 @@ def test_eight_bits_train_as_before(folder, weights, tmp_path, capsys):
     assert load(tmp_path / "run" / "model.safetensors").preprocessing.black == ()
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["preprocessing"]
     assert kept["black"] == kept["white"] == []
+    Image.fromarray(pictures(0, 4096, 1)[0]).save(tmp_path / "x.png")
+    assert run(["predict", str(tmp_path / "run"), str(tmp_path / "x.png")]) == 0
+    assert "16-bit PNG and TIFF are read on the scale to 65535" in capsys.readouterr().err
     assert run(train(folder, weights, tmp_path / "run2", *QUICK, "--window", "40", "400")) == 2
     assert "leave out --window" in only_line(capsys)
 

@@ -203,3 +203,11 @@ def test_frames_are_examples_of_one_group(tmp_path):
     assert open_unlabeled(f"folder:{tmp_path}").names == source.files
     plain = ArraySource(np.zeros((2, 4, 4), np.uint8), [0, 1])
     assert getattr(plain, "groups", lambda: None)() is None
+
+
+def test_loaders_warn_where_nothing_says_what_is_black(tmp_path):
+    source = folder_of(tmp_path, ramps(4095), png)
+    splits = ft.data.Splits.of([0, 1, 2], [3])
+    with pytest.warns(UserWarning, match=r"16 of 256 levels would be left: give measure_levels"):
+        loaders(source, splits, TINY, batch_size=2)
+    loaders(source, splits, measure_levels(source, splits.train).into(TINY), batch_size=2)
