@@ -14,6 +14,7 @@ from flaxtransfer.adapt.scores import ModelOutputs, model_outputs
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import (
     kept_validation,
+    levels_note,
     print_notes,
     run_bands,
     run_data,
@@ -50,6 +51,8 @@ def diagnose(options: Diagnose, console: Console) -> None:
     print_notes(target, console)
     labeled = _few_labels(options.target_labels, target, names)
     chosen = _chosen(len(target.source), labeled[0], options)
+    if note := levels_note(target.source, chosen, network):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     source, found = _samples(network, (target.source, chosen), options, console)
     place = {position: row for row, position in enumerate(chosen.tolist())}
     report = diagnose_arrays(

@@ -36,7 +36,8 @@ from flaxtransfer.data.loader import (
     loaders,
 )
 from flaxtransfer.data.open import open_source
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.scans import Levels
+from flaxtransfer.data.source import Source, measure_levels, with_levels
 from flaxtransfer.data.splits import (
     Split,
     Splits,
@@ -107,7 +108,10 @@ class FrozenHeads(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A training job: its data, its network, its plan, and what was measured before."""
+    """A training job: its data, its network, its plan, and what was measured before.
+
+    ``levels`` is a note on gray levels, or "".
+    """
 
     source: Source
     splits: Splits
@@ -116,6 +120,7 @@ class Job:
     data: DataLoaders
     plan: TrainingPlan
     evidence: Measurement
+    levels: str = ""
     frozen: FrozenHeads | None = None
 
     def test(self, network: Classifier) -> Evaluation | None:
@@ -156,7 +161,7 @@ def prepare(
     if strategy == AUTO and choosing is None:
         raise ValueError(f"--strategy {AUTO} is for flaxtransfer train; name a strategy here")
     seed, batch = options.split.seed, options.batch
-    source, splits, checkpoint, network = begin(
+    source, splits, checkpoint, network, levels = begin(
         options.data,
         options.weights,
         options.input,
@@ -214,7 +219,7 @@ def prepare(
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
     network = ending_at(network, plan.ends_at)
-    return Job(source, splits, checkpoint, network, data, plan, evidence, frozen)
+    return Job(source, splits, checkpoint, network, data, plan, evidence, levels, frozen)
 
 
 def frozen_heads(network: Classifier, source: Source, positions: np.ndarray) -> FrozenHeads:
@@ -260,12 +265,13 @@ def _nothing_to_train_for(frozen: FrozenHeads | None) -> Measurement:
 
 
 class Start(NamedTuple):
-    """Images, their parts, and a network that is made for them."""
+    """Images, their parts, a network that is made for them, and a note on gray levels or ""."""
 
     source: Source
     splits: Splits
     checkpoint: Pretrained
     network: Classifier
+    levels: str
 
 
 def begin(
@@ -298,7 +304,12 @@ def begin(
         **data.columns.arguments(),
     )
     splits = _kept(source, resumed) or split(source, data.name, parts)
+    source, levels = leveled(
+        source, splits.train, checkpoint, bands=channels.bands, window=channels.window
+    )
     preprocessing, start = _bands(channels, checkpoint, source, splits)
+    if levels is not None:
+        preprocessing = levels.into(preprocessing)
     network = transfer(
         checkpoint,
         classes=len(source.class_names),
@@ -311,7 +322,61 @@ def begin(
     )
     if weights.statistics == "measure":
         network = measured(network, source, subsample(splits.train, MOST_IMAGES, source.labels()))
-    return Start(source, splits, checkpoint, network)
+    return Start(source, splits, checkpoint, network, "" if levels is None else levels.note)
+
+
+def leveled(
+    source: Source,
+    positions: np.ndarray,
+    checkpoint: Pretrained,
+    *,
+    bands: int | None = None,
+    window: tuple[float, float] | None = None,
+) -> tuple[Source, Levels | None]:
+    """The source with black and white for images of more than 8 bits, and what they are.
+
+    Those of the weights hold where they take the bands of the images; others are measured.
+
+    Args:
+        source: of the images.
+        positions: of the training images.
+        checkpoint: the weights.
+        bands: channels of the images; None for what the weights take.
+        window: center and width, instead of all that.
+
+    Raises:
+        ValueError: as ``measure_levels``.
+    """
+    fits = bands in (None, checkpoint.config.bands) and window is None
+    own = Levels.of(checkpoint.preprocessing) if fits else None
+    levels = measure_levels(source, positions, window=window, own=own)
+    return with_levels(source, levels), levels
+
+
+_FEW = 8
+"""Images that are looked at for a note."""
+
+
+def levels_note(source: Source, positions: np.ndarray, network: Classifier) -> str:
+    """How new images of more than 8 bits are read; "" for others, or where they cannot be read.
+
+    Args:
+        source: of the images.
+        positions: of those that are used; a few of them are looked at.
+        network: a trained one.
+    """
+    own = Levels.of(network.preprocessing)
+    few = np.unique(np.linspace(0, len(positions) - 1, _FEW).astype(int))
+    try:
+        found = measure_levels(source, np.asarray(positions)[few], own=own)
+    except (ValueError, OSError):
+        return ""  # Whoever reads all of them says so.
+    if found is not None and found.black and own is None:
+        return (
+            "gray levels: the network has no black and white for images of more than 8 bits; "
+            "16-bit PNG and TIFF are read on the scale to 65535"
+        )
+    return "" if found is None else found.note
 
 
 def _kept(source: Source, folder: Path | None) -> Splits | None:

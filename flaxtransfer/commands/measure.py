@@ -15,6 +15,7 @@ from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.commands.job import (
     Job,
     begin,
+    leveled,
     load_weights,
     measured,
     prepare,
@@ -46,6 +47,7 @@ def advise(options: Advise, console: Console) -> None:
     start = begin(options.data, options.weights, options.input, options.split)
     positions = start.splits.train
     print_notes(start.source, console)
+    _say_levels(start.levels, console)
     console.print(
         f"{options.data.name}: {len(positions)} training images, "
         f"{len(start.source.class_names)} classes; {start.checkpoint!r}",
@@ -71,6 +73,11 @@ def advise(options: Advise, console: Console) -> None:
         console.print(f"written to {path}", highlight=False, soft_wrap=True)
 
 
+def _say_levels(note: str, console: Console) -> None:
+    if note:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
+
+
 def probe(options: Probe, console: Console) -> None:
     """Runs ``flaxtransfer probe``."""
     data = options.data
@@ -87,7 +94,11 @@ def probe(options: Probe, console: Console) -> None:
     training = split(source, data.name, options.split).train
     positions = subsample(training, options.most_images, source.labels())
     classes = len(source.class_names)
-    network = transfer(checkpoint, classes=classes)
+    source, levels = leveled(source, training, checkpoint)
+    own = checkpoint.preprocessing
+    preprocessing = own if levels is None else levels.into(own)
+    network = transfer(checkpoint, classes=classes, preprocessing=preprocessing)
+    _say_levels("" if levels is None else levels.note, console)
     if weights.statistics == "measure":
         network = measured(network, source, positions)
     batches = eval_batches(source, positions, network.preprocessing)
@@ -110,6 +121,7 @@ def find_rate(options: FindRate, console: Console) -> None:
     """Runs ``flaxtransfer find-rate``."""
     job, seed = prepare(options.job), options.job.split.seed
     print_notes(job.source, console)
+    _say_levels(job.levels, console)
     phase = _phase(job.plan, options.phase)
     # Before the earlier phases are trained, so that a wrong option costs no time.
     check_sweep(phase, options.group, options.lowest, options.highest, options.steps)

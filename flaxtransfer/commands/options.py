@@ -315,9 +315,11 @@ class InputOptions:
 
     Args:
         bands: Channels of the images, each normalized by its own statistics over the training
-            images: gray (1), gray with alpha (2), RGB (3), RGBA (4), or one gray page per band.
+            images: gray (1), gray with alpha (2), RGB (3), RGBA (4), or any number in a GeoTIFF.
         adapter: How other bands reach the stem; linear and curves learn, the others do not.
         wavelengths: Center of each band in nm, from which an adapter starts.
+        window: Center and width of the measurements between black and white, such as 40 400, for
+            images of more than 8 bits.
     """
 
     bands: Annotated[
@@ -327,9 +329,15 @@ class InputOptions:
     wavelengths: Annotated[
         tuple[float, ...], default("none: an adapter starts from the training images")
     ] = ()
+    window: Annotated[
+        tuple[float, float] | None,
+        default("each DICOM file's own, else measured on the training images"),
+    ] = None
 
     def problems(self) -> Iterator[str]:
-        """Options that mean nothing without another."""
+        """Options that mean nothing without another, and a window without a width."""
+        if self.window is not None and not self.window[1] > 1:
+            yield f"--window: its width must be > 1, got {self.window[1]:g}"
         if self.bands is None and (self.adapter or self.wavelengths):
             yield "--adapter and --wavelengths belong to --bands; give it as well"
 

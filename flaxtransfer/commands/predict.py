@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -24,18 +25,20 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import (
     check_task,
     kept_validation,
+    levels_note,
     print_notes,
     run_bands,
     run_data,
     trained_network,
 )
 from flaxtransfer.commands.subcommands import Evaluate, Explain, Predict, is_source
-from flaxtransfer.data.decode import ImageError, decode_bands
+from flaxtransfer.data.decode import count_frames, decode_bands
 from flaxtransfer.data.folder import FolderSource
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source, open_unlabeled
-from flaxtransfer.data.source import Example, Source, UnlabeledImages
-from flaxtransfer.data.transforms import Transform, evaluation_transform
+from flaxtransfer.data.scans import ImageError, Levels
+from flaxtransfer.data.source import Example, Source, UnlabeledImages, with_levels
+from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.paths import listing, suggest, visible
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
@@ -43,6 +46,7 @@ from flaxtransfer.training.evaluation import evaluate as measure
 from flaxtransfer.training.run_folder import split_of
 from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.weights.loading import load
+from flaxtransfer.weights.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from flaxtransfer.analysis.saliency import Saliency
@@ -93,6 +97,8 @@ def evaluate(options: Evaluate, console: Console) -> None:
         found["classes_left_out"] = unknown
     if unseen := [each for label, each in enumerate(trained) if label not in labels]:
         found["classes_not_seen"] = unseen
+    if note := levels_note(source, chosen, network):
+        found["gray_levels"] = note.removeprefix("gray levels: ")
     batches = eval_batches(matched, chosen, network.preprocessing, batch_size=reading.batch_size)
     found |= measure(network, batches).to_json()
     # In ASCII: the name of a folder may be bytes that are not UTF-8.
@@ -117,6 +123,10 @@ class MatchedSource:
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[examples]``; -1 where the network lacks the class."""
         return np.asarray(self.table[self.source.labels()])
+
+    def with_levels(self, levels: Levels) -> MatchedSource:
+        """With this black and white for images of more than 8 bits."""
+        return replace(self, source=with_levels(self.source, levels))
 
 
 def match_classes(source: Source, trained: Sequence[str]) -> MatchedSource:
@@ -290,7 +300,7 @@ def predict(options: Predict, console: Console) -> None:
     classes = network.model.config.classes
     names = network.class_names or tuple(map(str, range(classes)))
     write = {"jsonl": _write_json_lines, "csv": _write_csv}[options.format]
-    batches: Iterator[tuple[list[Path], np.ndarray]]
+    batches: Iterator[tuple[list[str], np.ndarray]]
     if options.adjust_prior or options.prior:
         # Before any image is read, so that a typing error costs no time.
         known, prior = known_of(options.run), given_prior(options.prior, names)
@@ -328,7 +338,7 @@ def _files(options: Predict, console: Console) -> Iterator[Path]:
 
 
 def _rows(
-    batches: Iterator[tuple[list[Path], np.ndarray]], names: Sequence[str]
+    batches: Iterator[tuple[list[str], np.ndarray]], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     for paths, probabilities in batches:
         for path, probability in zip(paths, probabilities, strict=True):
@@ -339,49 +349,52 @@ def _rows(
 
 def _outputs(
     options: Predict, network: Classifier, console: Console
-) -> Iterator[tuple[list[Path], np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Per batch: the images that could be read, their logits and their features."""
     bands, preprocessing = run_bands(options.run, network), network.preprocessing
+    labels, files = np.zeros(len(options.images), np.int64), tuple(map(str, options.images))
+    source = FolderSource(Path(), ("?",), files, labels, bands=bands)
+    if note := levels_note(source, np.arange(len(files)), network):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     run = forward_with_features(network.model, preprocessing)
     random = np.random.default_rng(0)  # evaluation draws no number from it
     mesh = make_mesh()
     variables = place_replicated(network.variables, mesh)
     # One list per batch of images that could be read, filled before the network runs on it.
-    readable: list[list[Path]] = []
+    readable: list[list[str]] = []
+    size = options.reading.batch_size
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        for paths, images in _read_batches(options, bands, transform, random, console):
-            readable.append(paths)
+        images = _read(options, bands, network.preprocessing, console)
+        while some := list(itertools.islice(images, size)):
+            readable.append([name for name, _ in some])
             # Always the same shape, so that the network is compiled once.
-            size = options.reading.batch_size
-            missing = size - len(images) if len(options.images) > size else 0
-            weight = np.array([1.0] * len(images) + [0.0] * missing, np.float32)
-            yield {"image": np.stack(images + [images[0]] * missing), "weight": weight}
+            missing = size - len(some) if len(readable) > 1 else 0
+            weight = np.array([1.0] * len(some) + [0.0] * missing, np.float32)
+            pixels = [transform(image, random) for _, image in some]
+            yield {"image": np.stack(pixels + [pixels[0]] * missing), "weight": weight}
 
     found = map_batches(lambda images: run(variables, images), batches(), mesh)
     for number, ((logits, features), _) in enumerate(found):
         yield readable[number], logits, features
 
 
-def _read_batches(
-    options: Predict, bands: int, transform: Transform, random: Any, console: Console
-) -> Iterator[tuple[list[Path], list[np.ndarray]]]:
-    """Batch by batch, the images that could be read, prepared for the network."""
-    size = options.reading.batch_size
-    for first in range(0, len(options.images), size):
-        paths, images = [], []
-        for path in options.images[first : first + size]:
-            try:
-                images.append(transform(decode_bands(path, name=str(path), bands=bands), random))
-            except ImageError as error:
-                if not options.reading.skip_corrupt:
-                    raise
-                console.print(f"left out: {error}", highlight=False, markup=False)
-            else:
-                paths.append(path)
-        if paths:
-            yield paths, images
+def _read(
+    options: Predict, bands: int, preprocessing: Preprocessing, console: Console
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and pixels of each image that can be read; a file of n frames is n images."""
+    levels = Levels.of(preprocessing)
+    for path in options.images:
+        try:
+            count = count_frames(path, name=str(path))
+            for frame in range(count):
+                name = f"{path}#{frame + 1}" if count > 1 else str(path)
+                yield name, decode_bands(path, name=name, bands=bands, levels=levels, frame=frame)
+        except ImageError as error:
+            if not options.reading.skip_corrupt:
+                raise
+            console.print(f"left out: {error}", highlight=False, markup=False)
 
 
 def _write_json_lines(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:
@@ -438,6 +451,8 @@ def explain(options: Explain, console: Console) -> None:
 
     network, found, chosen = _opened(options, console)
     reading = options.reading
+    if note := levels_note(found.source, chosen, network):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     batches = eval_batches(
         found.source, chosen, network.preprocessing, batch_size=reading.batch_size
     )

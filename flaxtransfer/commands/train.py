@@ -360,6 +360,8 @@ def _print_job(job: Job, name: str, console: Console) -> None:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
     print_notes(job.source, console)
     console.print(f"{name}: {len(job.source.class_names)} classes; {counts}")
+    if job.levels:
+        console.print(job.levels, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{job.checkpoint!r}", highlight=False)
     report = job.network.report
     if report is not None and report.input:

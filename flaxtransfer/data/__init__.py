@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
-    from flaxtransfer.data.decode import ImageError as ImageError
     from flaxtransfer.data.folder import FolderSource as FolderSource
     from flaxtransfer.data.loader import DataLoaders as DataLoaders
     from flaxtransfer.data.loader import IndexedExamples as IndexedExamples
@@ -27,10 +26,14 @@ if TYPE_CHECKING:
     from flaxtransfer.data.pipeline import train_batches as train_batches
     from flaxtransfer.data.pipeline import train_dataset as train_dataset
     from flaxtransfer.data.pipeline import training_rows as training_rows
+    from flaxtransfer.data.scans import ImageError as ImageError
+    from flaxtransfer.data.scans import Levels as Levels
     from flaxtransfer.data.source import ArraySource as ArraySource
     from flaxtransfer.data.source import Example as Example
     from flaxtransfer.data.source import Source as Source
     from flaxtransfer.data.source import digest as digest
+    from flaxtransfer.data.source import measure_levels as measure_levels
+    from flaxtransfer.data.source import with_levels as with_levels
     from flaxtransfer.data.splits import Splits as Splits
     from flaxtransfer.data.splits import stratified_folds as stratified_folds
     from flaxtransfer.data.splits import stratified_split as stratified_split

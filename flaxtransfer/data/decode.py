@@ -20,19 +20,27 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
+from flaxtransfer.data.scans import (
+    MOST_PIXELS,
+    Asked,
+    ImageError,
+    Levels,
+    Picture,
+    dicom_frames,
+    dicom_group,
+    read_dicom,
+    read_tiff,
+    to_pixels,
+    whole_range,
+)
 from flaxtransfer.files import check_regular
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-MOST_PIXELS = 50_000_000
-"""Of an image, by its header: while transparency is composed over white, four pictures of four
-bytes per pixel exist, 800 MB. A PNG of 20 kB may state 169 million pixels."""
-
-
-class ImageError(ValueError):
-    """An image that cannot be decoded; the text names the file and the reason."""
+HEAD_BYTES = 132
+"""First bytes of a file that tell its format: those of DICOM come after a preamble."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +49,24 @@ class Decoder:
 
     Args:
         name: of the format, for errors.
-        detect: whether a file with these first 16 bytes claims the format.
-        decode: ``(file, name of the image, bands, min_side) -> uint8 [height, width, bands]``; with
-            one and three bands it converts colors, otherwise the file must hold that many.
+        detect: whether a file with these first bytes claims the format.
+        read: the picture of a file. With one and three bands it converts colors, otherwise the file
+            must hold that many. None for a picture of 8 bits where only others are asked for.
+        frames: how many examples a file is, by its path and name; None for formats of which the
+            first picture is taken.
+        group: a digest of what else a file belongs to, such as a patient, likewise; "" if unknown,
+            None for formats that do not say.
     """
 
     name: str
     detect: Callable[[bytes], bool]
-    decode: Callable[[IO[bytes], str, int, int | None], np.ndarray]
+    read: Callable[[IO[bytes], Asked], Picture | None]
+    frames: Callable[[str | os.PathLike[str], str], int] | None = None
+    group: Callable[[str | os.PathLike[str], str], str] | None = None
 
 
 def is_image(head: bytes) -> bool:
-    r"""Whether a file that begins with ``head`` (16 bytes are enough) claims a known format.
+    r"""Whether a file that begins with ``head`` (``HEAD_BYTES`` are enough) claims a known format.
 
     The contents decide, not the extension: cameras and converters mix those up.
 
@@ -76,8 +90,9 @@ def decode(
     - Transparency is composed over white, as a viewer would; the colors under fully transparent
       pixels are arbitrary.
     - 16-bit gray is scaled linearly, 0 .. 65535 to 0 .. 255 (``round(x / 257)``). A 12-bit scan
-      stored in 16 bits therefore becomes dark: window it before.
+      stored in 16 bits becomes dark: ``decode_bands`` takes its levels.
     - 32-bit integer and float images are refused, since their black and white are unknown.
+    - DICOM is shown as its own window says; one without a window is refused.
     - Of an animation or a multi-page file, the first frame is taken.
 
     Args:
@@ -103,25 +118,29 @@ def decode(
 
 
 def decode_bands(
-    data: bytes | str | os.PathLike[str], *, name: str, bands: int, min_side: int | None = None
+    data: bytes | str | os.PathLike[str],
+    *,
+    name: str,
+    bands: int,
+    min_side: int | None = None,
+    levels: Levels | None = None,
+    frame: int = 0,
 ) -> np.ndarray:
     """Decodes one image with n bands, without any conversion of colors.
 
     One and three bands are gray and RGB, as ``decode`` makes them from any image. For every other
-    number the file must hold exactly that many, in one of two ways: as the channels of one
-    picture (gray with alpha for 2, RGBA or CMYK for 4; alpha is then a band like any other), or as
-    the pages of a TIFF (or the frames of a GIF or WebP) of one gray band each and of one size.
-    A TIFF whose single page has more than four samples is not read by Pillow: save its bands as
-    pages, or give the images as an ``ArraySource``.
+    number the file must hold exactly that many: as the channels of one picture (gray with alpha for
+    2, RGBA or CMYK for 4; alpha is then a band like any other), as the pages of a TIFF (or the
+    frames of a GIF or WebP) of one size, or in band or pixel order of a GeoTIFF. A page of more
+    than four samples needs the extra ``geo``.
 
     Args:
         data: the encoded bytes, or the path of a file.
         name: of the image, for errors.
         bands: n.
         min_side: as for ``decode``; used for one and three bands only.
-
-    Returns:
-        uint8 ``[height, width, bands]``; 16 bits are scaled to 8.
+        levels: black and white of measurements; 8 bits stay as they are.
+        frame: of a DICOM file, from 0.
 
     Raises:
         ImageError: the data are not an image, or damaged, or hold another number of bands.
@@ -132,18 +151,63 @@ def decode_bands(
     >>> decode_bands(file.getvalue(), name="x.tif", bands=13)[0, 0, :3].tolist()
     [0, 10, 20]
     """
+    asked = Asked(name, bands, min_side, frame)
+    picture = read_picture(data, asked)
+    assert picture is not None  # Any picture was asked for.
+    return to_pixels(picture, levels, asked)
+
+
+def read_picture(data: bytes | str | os.PathLike[str], asked: Asked) -> Picture | None:
+    """The picture as the file holds it, before anything is made black or white.
+
+    Args:
+        data: the encoded bytes, or the path of a file.
+        asked: what of it.
+
+    Returns:
+        The picture; None for one of 8 bits where only others are asked for.
+
+    Raises:
+        ImageError: as ``decode_bands``.
+
+    >>> from PIL import Image
+    >>> file = io.BytesIO()
+    >>> Image.fromarray(np.array([[0, 4095]], np.uint16)).save(file, "PNG")
+    >>> read_picture(file.getvalue(), Asked("x.png", bands=1)).values.ravel().tolist()
+    [0, 4095]
+    """
     if not isinstance(data, bytes):
         try:
             check_regular(data)
         except ValueError as error:
             raise ImageError(str(error)) from error
     with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
-        head = file.read(16)
+        head = file.read(HEAD_BYTES)
         file.seek(0)
-        for decoder in DECODERS:
-            if decoder.detect(head):
-                return decoder.decode(file, name, bands, min_side)
-    raise ImageError(not_an_image(name))
+        decoder = decoder_of(head)
+        if decoder is not None:
+            _silence()
+            return decoder.read(file, asked)
+    raise ImageError(not_an_image(asked.name))
+
+
+def count_frames(path: str | os.PathLike[str], *, name: str) -> int:
+    """How many examples a file is: the frames of a DICOM file, 1 for any other.
+
+    Raises:
+        ImageError: not an image, or a DICOM file whose header cannot be read.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        decoder = decoder_of(file.read(HEAD_BYTES))
+    if decoder is None:
+        raise ImageError(not_an_image(name))
+    return 1 if decoder.frames is None else decoder.frames(path, name)
+
+
+def decoder_of(head: bytes) -> Decoder | None:
+    """The row of the table for a file that begins with ``head``; None for no image."""
+    return next((decoder for decoder in DECODERS if decoder.detect(head)), None)
 
 
 def not_an_image(name: str) -> str:
@@ -155,44 +219,50 @@ def _prefix(*prefixes: bytes) -> Callable[[bytes], bool]:
     return lambda head: head.startswith(prefixes)
 
 
-def _pillow(
-    format: str, file: IO[bytes], name: str, bands: int, min_side: int | None
-) -> np.ndarray:
+def _pillow(format: str, file: IO[bytes], asked: Asked) -> Picture | None:
     from PIL import Image, UnidentifiedImageError
 
-    _silence()
+    name = asked.name
     try:
         with Image.open(file, formats=(format,)) as image:
             _check_size(image, name)
-            if bands in (1, 3):
-                return _color_pixels(image, name, bands, min_side)
-            return _stacked_pages(image, name, bands)
+            if asked.measured and image.mode not in _MEASURED:
+                return None
+            if asked.bands in (1, 3):
+                return _color_picture(image, asked)
+            return _stacked_pages(image, name, asked.bands)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        hint = "; Pillow reads no page with more than four samples" if format == "TIFF" else ""
+        hint = "; a page with more than four samples needs the extra geo"
+        hint = hint if format == "TIFF" else ""
         raise ImageError(f"{name}: not a readable {format} image{hint}") from error
     # Pillow's parsers raise many types of error on damaged bytes, TypeError included.
     except Exception as error:
         raise ImageError(f"{name}: the image cannot be decoded ({error})") from error
 
 
-_PILLOW = r"PIL\."
-_IGNORED = ("ignore", None, Warning, re.compile(_PILLOW), 0)
+def _tiff(file: IO[bytes], asked: Asked) -> Picture | None:
+    return read_tiff(file, asked, lambda: _pillow("TIFF", file, asked))
+
+
+_LIBRARIES = r"(PIL|pydicom|tifffile)\."
+_IGNORED = ("ignore", None, Warning, re.compile(_LIBRARIES), 0)
 
 
 def _silence() -> None:
-    """Keeps Pillow's log and warnings of damaged files off the terminal.
+    """Keeps the decoders' logs and warnings of damaged files off the terminal.
 
-    It warns of every damaged tag, and of sizes that it refuses only at twice as much; what matters
-    is an ``ImageError``. The filter stays: images are decoded in threads, and taking it back in one
-    would take it from another.
+    They warn of every damaged tag, and of sizes that are refused only at twice as much; what
+    matters is an ``ImageError``. The filter stays: images are decoded in threads, and taking it
+    back in one would take it from another.
     """
     if _IGNORED not in warnings.filters:
-        warnings.filterwarnings("ignore", module=_PILLOW)
-    logger = logging.getLogger("PIL")
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=_LIBRARIES)
+    for name in ("PIL", "pydicom", "tifffile"):
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.CRITICAL)
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -209,10 +279,18 @@ DECODERS = (
     Decoder("JPEG", _prefix(b"\xff\xd8\xff"), functools.partial(_pillow, "JPEG")),
     Decoder("BMP", _prefix(b"BM"), functools.partial(_pillow, "BMP")),
     Decoder("GIF", _prefix(b"GIF87a", b"GIF89a"), functools.partial(_pillow, "GIF")),
+    # Before TIFF, whose first bytes the preamble of DICOM may hold.
+    Decoder(
+        "DICOM",
+        lambda head: head[128:132] == b"DICM",
+        read_dicom,
+        frames=dicom_frames,
+        group=dicom_group,
+    ),
     Decoder(
         "TIFF",
         _prefix(b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0"),
-        functools.partial(_pillow, "TIFF"),
+        _tiff,
     ),
     Decoder(
         "WEBP",
@@ -224,23 +302,48 @@ DECODERS = (
 
 _ORIENTATION = 0x0112
 
-_GRAY = {"1", "L", "I;16", "I;16L", "I;16B"}
-"""Modes of one band whose black and white are known; 16 bits are scaled as ``decode`` does."""
+_MEASURED = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}
+"""Modes of one band of more than 8 bits."""
 
 _SEVERAL_BANDS = {"LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
 
 
-def _color_pixels(image: Image.Image, name: str, channels: int, min_side: int | None) -> np.ndarray:
-    if min_side is not None:
-        _draft(image, min_side)
+def _color_picture(image: Image.Image, asked: Asked) -> Picture:
+    deep = _deep_colors(image)
+    if asked.min_side is not None:
+        _draft(image, asked.min_side)
     image.load()
     image = _upright(image)
+    if image.mode in _MEASURED:
+        return _measured(np.array(image)[..., None])
     try:
-        return _converted(image, name, channels)
-    except ImageError:
-        raise
+        pixels = _converted(image, asked.bands)
     except ValueError as error:  # a mode that Pillow cannot convert
-        raise ImageError(f"{name}: {image.mode} pixels cannot be converted ({error})") from error
+        raise ImageError(
+            f"{asked.name}: {image.mode} pixels cannot be converted ({error})"
+        ) from error
+    if deep and pixels.max() < 16:
+        raise ImageError(
+            f"{asked.name}: its 16-bit colors are all below 4096, and Pillow keeps the upper 8 "
+            "bits of each; save it as a TIFF and install the extra geo"
+        )
+    return Picture(pixels)
+
+
+def _deep_colors(image: Image.Image) -> bool:
+    """Whether each of several bands has 16 bits, of which Pillow reads 8."""
+    if image.mode in _MEASURED:
+        return False
+    if image.format == "PNG":
+        return any("16" in str(tile.args) for tile in image.tile)  # type: ignore[attr-defined]
+    bits = getattr(image, "tag_v2", {}).get(258, (8,))
+    return bool(max(bits if isinstance(bits, tuple) else (bits,)) > 8)
+
+
+def _measured(values: np.ndarray) -> Picture:
+    sixteen = values.dtype.kind == "u" and values.dtype.itemsize == 2
+    values = values.astype(np.uint16) if sixteen else values
+    return Picture(values, whole_range if sixteen else None)
 
 
 def _draft(image: Image.Image, min_side: int) -> None:
@@ -261,16 +364,9 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _converted(image: Image.Image, name: str, channels: int) -> np.ndarray:
+def _converted(image: Image.Image, channels: int) -> np.ndarray:
     from PIL import Image
 
-    if image.mode.startswith("I;16"):
-        return np.repeat(_scaled_to_8_bits(np.asarray(image))[..., None], channels, axis=2)
-    if image.mode in ("I", "F"):
-        raise ImageError(
-            f"{name}: {'32-bit integer' if image.mode == 'I' else 'float'} pixels have no fixed "
-            "black and white; convert the file to 8 or 16 bits"
-        )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -282,18 +378,14 @@ def _converted(image: Image.Image, name: str, channels: int) -> np.ndarray:
     return pixels[..., None] if channels == 1 else pixels
 
 
-def _scaled_to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _stacked_pages(image: Image.Image, name: str, bands: int) -> np.ndarray:
+def _stacked_pages(image: Image.Image, name: str, bands: int) -> Picture:
     from PIL import ImageSequence
 
     pages: list[np.ndarray] = []
     modes: list[str] = []
     for page in ImageSequence.Iterator(image):
         _check_size(page, name)
-        pages.append(_page_pixels(page, name))
+        pages.append(_page_values(page, name))
         modes.append(page.mode)
         if len(pages) > bands:  # already one too many
             break
@@ -307,13 +399,15 @@ def _stacked_pages(image: Image.Image, name: str, bands: int) -> np.ndarray:
             f"{name}: {bands} bands were asked for and the file holds {found} ({held}); give the "
             "bands as pages of one gray band each"
         )
-    return np.concatenate(pages, axis=2)
+    if len({page.dtype for page in pages}) > 1:
+        raise ImageError(f"{name}: its pages must have the same number of bits")
+    values = np.concatenate(pages, axis=2)
+    return Picture(values) if values.dtype == np.uint8 else _measured(values)
 
 
-def _page_pixels(page: Image.Image, name: str) -> np.ndarray:
-    if page.mode in _GRAY:
-        pixels = np.asarray(page if page.mode != "1" else page.convert("L"))
-        return (pixels if pixels.dtype == np.uint8 else _scaled_to_8_bits(pixels))[..., None]
+def _page_values(page: Image.Image, name: str) -> np.ndarray:
+    if page.mode in ("1", "L", *_MEASURED):
+        return np.asarray(page if page.mode != "1" else page.convert("L"))[..., None]
     if page.mode in _SEVERAL_BANDS:
         return np.asarray(page).reshape(page.height, page.width, _SEVERAL_BANDS[page.mode])
     raise ImageError(

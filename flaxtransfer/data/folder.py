@@ -6,19 +6,29 @@ such; ``open_unlabeled_folder`` opens the images at any depth, whatever the sub-
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
 
-from flaxtransfer.data.decode import decode_bands, is_image, not_an_image
+from flaxtransfer.data.decode import (
+    HEAD_BYTES,
+    decode_bands,
+    decoder_of,
+    is_image,
+    not_an_image,
+    read_picture,
+)
+from flaxtransfer.data.scans import Asked, Levels, MissingExtra, Picture
 from flaxtransfer.data.source import Example, UnlabeledImages, position
 from flaxtransfer.data.splits import Splits
 from flaxtransfer.paths import listing
@@ -59,13 +69,16 @@ class FolderSource:
 
     root: Path
     class_names: tuple[str, ...]
-    files: tuple[str, ...]  # relative to root, with "/"
+    files: tuple[str, ...]  # relative to root, with "/"; "x.dcm#2" is the second frame of x.dcm
     targets: np.ndarray = field(repr=False)
     skipped: tuple[str, ...] = ()  # "file: reason"
     min_side: int | None = None
     bands: int = 3
     splits: Splits | None = None
     notes: tuple[str, ...] = ()
+    frames: Mapping[str, tuple[str, int]] = field(default_factory=dict, repr=False)
+    scans: bool = False  # whether files say whose they are
+    levels: Levels | None = None
 
     @property
     def address(self) -> str:
@@ -77,20 +90,77 @@ class FolderSource:
 
     def __getitem__(self, index: SupportsIndex, /) -> Example:
         index = position(index, len(self.files))
-        path = self.root / self.files[index]
-        image = decode_bands(path, name=str(path), bands=self.bands, min_side=self.min_side)
+        path, frame = self._place(index)
+        image = decode_bands(
+            path,
+            name=str(self.root / self.files[index]),
+            bands=self.bands,
+            min_side=self.min_side,
+            levels=self.levels,
+            frame=frame,
+        )
         label = self.targets[index]
         return {"image": image, "label": int(label) if label.ndim == 0 else label.copy()}
 
+    def _place(self, index: int) -> tuple[Path, int]:
+        name = self.files[index]
+        file, frame = self.frames.get(name, (name, 0))
+        return self.root / file, frame
+
+    def picture(self, index: SupportsIndex, /, *, measured: bool = False) -> Picture | None:
+        """The image as its file holds it; None for one of 8 bits if only ``measured`` are asked."""
+        path, frame = self._place(position(index, len(self.files)))
+        return read_picture(path, Asked(str(path), self.bands, self.min_side, frame, measured))
+
+    def with_levels(self, levels: Levels) -> FolderSource:
+        """The same images with this black and white for those of more than 8 bits."""
+        return replace(self, levels=levels)
+
+    def groups(self) -> Sequence[str] | None:
+        """What each example belongs to, as digests: patient, else study, else file.
+
+        None where no file says whose it is; otherwise the beginning of each is read.
+        """
+        if not self.scans:
+            return None
+
+        def whose(file: str) -> str | None:
+            path = self.root / file
+            decoder = decoder_of(_head(path))
+            return None if decoder is None or decoder.group is None else decoder.group(path, file)
+
+        places = [self.frames.get(name, (name, 0))[0] for name in self.files]
+        files = list(dict.fromkeys(places))
+        with ThreadPoolExecutor(4) as pool:
+            found = dict(zip(files, pool.map(whose, files), strict=True))
+        own = {file: group or _digest(file.encode()) for file, group in found.items()}
+        return [own[file] for file in places]
+
     def content(self, index: SupportsIndex, /) -> bytes:
         """The bytes that the image is decoded from, for digests: the file, and how it is read."""
-        path = self.root / self.files[position(index, len(self.files))]
+        index = position(index, len(self.files))
+        path, frame = self._place(index)
         how = f"{self.min_side}" if self.bands == 3 else f"{self.min_side}, {self.bands} bands"
-        return f"{how}\0".encode() + path.read_bytes()
+        if self.files[index] not in self.frames:
+            return f"{how}\0".encode() + path.read_bytes()
+        state = path.stat()
+        whole = _digest_of_file(path, state.st_size, state.st_mtime_ns)
+        return f"{how}, frame {frame} of {whole}".encode()
 
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[examples]``, or float32 ``[examples, outputs]`` of a manifest."""
         return self.targets.copy()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=16)
+def _digest_of_file(path: Path, size: int, changed: int) -> str:
+    """Of a file of many frames, which is read once for all of them while it does not change."""
+    del size, changed
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_folder(
@@ -148,7 +218,8 @@ def open_folder(
     files = list(chain.from_iterable(parts))
     labels = [names.index(name) for name in folders.values()]
     targets = np.repeat(np.array(labels, np.int64), [len(part) for part in parts])
-    skipped = unreadable_files(root, files, odd, skip_corrupt, min_side, bands)
+    scans: dict[str, int] = {}
+    skipped = unreadable_files(root, files, odd, skip_corrupt, min_side, bands, scans)
     if skipped:
         kept = [i for i, file in enumerate(files) if file not in skipped]
         files, targets = [files[i] for i in kept], targets[kept]
@@ -163,10 +234,12 @@ def open_folder(
     if empty:
         names = [name for name, count in zip(names, counts, strict=True) if count]
         targets = (np.cumsum(counts > 0) - 1)[targets]
+    targets = np.repeat(targets, [scans.get(file, 1) for file in files])
+    examples, frames = with_frames(files, scans)
     splits: Splits | None = None
     notes: tuple[str, ...] = ()
     if any(folder != name for folder, name in folders.items()):
-        splits = _split_of_folders(files)
+        splits = _split_of_folders(examples)
         if not partial:
             check_trained(splits, targets, names, str(root))
         notes = (
@@ -176,13 +249,15 @@ def open_folder(
     return FolderSource(
         root=root,
         class_names=tuple(names),
-        files=tuple(files),
+        files=tuple(examples),
         targets=targets.astype(np.int64),
         skipped=tuple(skipped.values()),
         min_side=min_side,
         bands=bands,
         splits=splits,
         notes=notes,
+        frames=frames,
+        scans=bool(scans),
     )
 
 
@@ -222,6 +297,22 @@ def unseen(splits: Splits, targets: np.ndarray, names: Sequence[str]) -> Iterato
             yield f"not {use}, for want of images: {listing(repr(names[c]) for c in lost)}"
 
 
+def with_frames(
+    files: Sequence[str], scans: Mapping[str, int]
+) -> tuple[list[str], dict[str, tuple[str, int]]]:
+    """The names of all examples, and file and frame of those that share a file."""
+    several = {file: count for file, count in scans.items() if count > 1}
+    if not several:
+        return list(files), {}
+    names: list[str] = []
+    frames: dict[str, tuple[str, int]] = {}
+    for file in files:
+        own = {f"{file}#{frame + 1}": (file, frame) for frame in range(several.get(file, 0))}
+        names += own or [file]
+        frames |= own
+    return names, frames
+
+
 def open_unlabeled_folder(
     path: str | os.PathLike[str], *, skip_corrupt: bool = False, bands: int = 3
 ) -> UnlabeledImages:
@@ -239,14 +330,18 @@ def open_unlabeled_folder(
     root = _checked_root(path, bands)
     odd: list[str] = []
     files = _files_below(root, odd)
-    skipped = unreadable_files(root, files, odd, skip_corrupt, None, bands)
+    scans: dict[str, int] = {}
+    skipped = unreadable_files(root, files, odd, skip_corrupt, None, bands, scans)
     files = [file for file in files if file not in skipped] if skipped else files
     if not files:
         raise ValueError(f"{root}: there is no image in this folder or below it")
     reasons = tuple(skipped.values())
-    labels = np.zeros(len(files), np.int64)
-    source = FolderSource(root, ("?",), tuple(files), labels, reasons, bands=bands)
-    return UnlabeledImages(source, tuple(files), reasons)
+    names, frames = with_frames(files, scans)
+    labels = np.zeros(len(names), np.int64)
+    source = FolderSource(
+        root, ("?",), tuple(names), labels, reasons, bands=bands, frames=frames, scans=bool(scans)
+    )
+    return UnlabeledImages(source, tuple(names), reasons)
 
 
 def _checked_root(path: str | os.PathLike[str], bands: int) -> Path:
@@ -409,7 +504,7 @@ def _head(path: str | os.PathLike[str]) -> bytes:
     try:
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             raise OSError(None, "it is no regular file", os.fspath(path))
-        return os.read(opened, 16)
+        return os.read(opened, HEAD_BYTES)
     finally:
         os.close(opened)
 
@@ -421,19 +516,29 @@ def unreadable_files(
     skip_corrupt: bool,
     min_side: int | None,
     bands: int,
+    scans: dict[str, int],
 ) -> dict[str, str]:
     """``{file: "file: reason"}`` for those to skip; with ``skip_corrupt`` every file is decoded.
 
+    Puts into ``scans`` which files say how many examples they are and whose, and how many. In a
+    large folder, one that is not opened is a single example, unless one of its suffix is not.
+
     Raises:
-        ValueError: files that are not an image, unless ``skip_corrupt``.
+        ValueError: files that are not an image, unless ``skip_corrupt``; formats whose library is
+            not installed.
     """
 
     def reason(file: str) -> str | None:
         try:
-            if not is_image(_head(os.path.join(root, file))):
+            decoder = decoder_of(_head(os.path.join(root, file)))
+            if decoder is None:
                 return not_an_image(file)
+            if decoder.frames is not None:
+                scans[file] = decoder.frames(root / file, file)
             if skip_corrupt:
-                decode_bands(root / file, name=file, bands=bands, min_side=min_side or 1)
+                read_picture(root / file, Asked(file, bands, min_side or 1))
+        except MissingExtra:
+            raise
         except ValueError as error:
             return str(error)
         except OSError as error:
@@ -449,7 +554,9 @@ def unreadable_files(
     if len(files) > _MOST_TO_OPEN and not skip_corrupt:
         files, others = _doubtful(files, odd)
     found = look(files) if files else {}
-    if others and (suspect := {_suffix(file) for file in found}):
+    suspect = {_suffix(file) for file in found}
+    suspect |= {_suffix(file) for file, count in scans.items() if count > 1}
+    if others and suspect:
         found |= look([file for file in others if _suffix(file) in suspect])
     if found and not skip_corrupt:
         raise ValueError(

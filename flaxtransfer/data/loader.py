@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
-from flaxtransfer.data.source import Example, Source, digest, position
+from flaxtransfer.data.scans import Levels
+from flaxtransfer.data.source import Example, Source, digest, measure_levels, position, with_levels
 from flaxtransfer.data.splits import Split, Splits, check_classes, subsample
 from flaxtransfer.data.transforms import (
     Transform,
@@ -148,6 +150,8 @@ def loaders(
         files = getattr(source, "files", None)
         names = [files[i] if files else f"example {i}" for i in used.tolist()]
         check_classes(labels[used], len(source.class_names), names)
+    source = with_levels(source, Levels.of(preprocessing))
+    _warn_of_levels(source, train)
     channels = len(preprocessing.mean)
     if transform is None:
         flip = flip_keeps_labels(source.class_names)
@@ -205,6 +209,27 @@ def loaders(
     )
 
 
+_FEW = 8
+"""Images that are looked at for a warning."""
+
+
+def _warn_of_levels(source: Source, train: np.ndarray) -> None:
+    """Warns of images of more than 8 bits for which nothing says what is black and white."""
+    if getattr(source, "levels", None) is not None:
+        return
+    few = np.unique(np.linspace(0, len(train) - 1, _FEW).astype(int))
+    try:
+        found = measure_levels(source, train[few])
+    except (ValueError, OSError):
+        return  # Whoever reads all of them says so.
+    if found is not None and found.black and set(found.white) != {65535.0}:
+        warnings.warn(
+            f"{found.note}: give measure_levels(source, splits.train).into(preprocessing) as the "
+            "preprocessing",
+            stacklevel=3,
+        )
+
+
 def eval_batches(
     source: Source, positions: np.ndarray, preprocessing: Preprocessing, *, batch_size: int = 64
 ) -> Iterable[Batch]:
@@ -214,6 +239,7 @@ def eval_batches(
     examples more than they save.
     """
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
+    source = with_levels(source, Levels.of(preprocessing))
     return batches_in_order(source, positions, batch_size=batch_size, transform=transform)
 
 
@@ -351,7 +377,8 @@ def band_preprocessing(
 
     Args:
         preprocessing: of the weights; size, resize and interpolation are kept.
-        source: labeled images of ``bands`` bands.
+        source: labeled images of ``bands`` bands; those of more than 8 bits with ``with_levels``,
+            whose black and white are then part of the result.
         positions: of the training images; at most 2000 of them are read, drawn evenly.
         bands: how many bands the images have.
 
@@ -382,7 +409,9 @@ def band_preprocessing(
     varied, scale = std >= 1e-9, common_scale(preprocessing.std)
     contrast = np.sqrt(np.square(std[varied]).mean()) if varied.any() else 1.0
     divisors = np.where(varied, std * (scale / contrast), scale)
-    return preprocessing.of_other_bands(mean.tolist(), divisors.tolist())
+    found = preprocessing.of_other_bands(mean.tolist(), divisors.tolist())
+    levels = getattr(source, "levels", None)
+    return found if levels is None else levels.into(found)
 
 
 def band_patches(

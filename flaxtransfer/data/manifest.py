@@ -28,6 +28,7 @@ from flaxtransfer.data.folder import (
     part_named,
     unreadable_files,
     unseen,
+    with_frames,
 )
 from flaxtransfer.data.source import USUAL_COLUMNS, UnlabeledImages
 from flaxtransfer.data.splits import Splits
@@ -87,12 +88,12 @@ class ManifestSource(FolderSource):
         """What ``open_source`` opens it by, with the keyword arguments ``opened``."""
         return self.name
 
-    def groups(self) -> tuple[str, ...] | None:
-        """A digest of the group of each image; None without groups.
+    def groups(self) -> Sequence[str] | None:
+        """A digest of the group of each image: of its column, else of its file; None without.
 
         Patients may be named in the column; what is computed here keeps no name of them.
         """
-        return self.group_of
+        return super().groups() if self.group_of is None else self.group_of
 
 
 def open_manifest(
@@ -150,12 +151,15 @@ def open_manifest(
         raise ValueError(f"{table.path}: {'; '.join(problems)}")
     kept = np.flatnonzero(keep)
     chosen = [files[i] for i in kept]
-    broken = unreadable_files(table.root, chosen, (), skip_corrupt, min_side, bands)
+    scans: dict[str, int] = {}
+    broken = unreadable_files(table.root, chosen, (), skip_corrupt, min_side, bands, scans)
     if broken:
         skipped |= broken
         kept = np.array([i for i in kept.tolist() if files[i] not in broken], np.int64)
     if not len(kept):
         raise ValueError(f"{table.path}: no row is left of {len(files)}")
+    examples, frames = with_frames([files[i] for i in kept.tolist()], scans)
+    kept = np.repeat(kept, [scans.get(files[i], 1) for i in kept.tolist()])
     targets, names = found.targets[kept], found.names
     if found.task == "single_label":
         targets, names = _present(targets, names)
@@ -174,11 +178,13 @@ def open_manifest(
     return ManifestSource(
         root=table.root,
         class_names=tuple(names),
-        files=tuple(files[i] for i in kept),
+        files=tuple(examples),
         targets=targets,
         skipped=tuple(skipped.values()),
         min_side=min_side,
         bands=bands,
+        frames=frames,
+        scans=bool(scans),
         splits=splits,
         notes=(*table.notes, *used.notes(), *notes, *found.notes, *_group_notes(used, groups)),
         name=f"{kind}:{table.path.absolute()}",
@@ -220,13 +226,17 @@ def open_unlabeled_manifest(
         raise ValueError(f"{table.path}: {'; '.join(problems)}")
     skipped = {files[i]: f"{files[i]}: there is no such file" for i in missing}
     files = [file for file in files if file not in skipped]
-    broken = unreadable_files(table.root, files, (), skip_corrupt, None, bands)
+    scans: dict[str, int] = {}
+    broken = unreadable_files(table.root, files, (), skip_corrupt, None, bands, scans)
     files = [file for file in files if file not in broken]
     if not files:
         raise ValueError(f"{table.path}: no row is left of {len(table)}")
     reasons = (*skipped.values(), *broken.values())
+    files, frames = with_frames(files, scans)
     labels = np.zeros(len(files), np.int64)
-    source = FolderSource(table.root, ("?",), tuple(files), labels, reasons, bands=bands)
+    source = FolderSource(
+        table.root, ("?",), tuple(files), labels, reasons, bands=bands, frames=frames
+    )
     notes = () if image else (f"images are those of the column {table.used.pattern!r}",)
     return UnlabeledImages(source, tuple(files), reasons, notes)
 

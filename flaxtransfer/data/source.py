@@ -5,6 +5,10 @@ A source is a data set with random access to labeled images, and the names of it
 
 ``digest`` identifies the contents of images, so that whatever was computed from them can be cached
 under that name; ``contents`` does so for each image, so that a run knows its own again.
+
+``measure_levels`` finds black and white of images of more than 8 bits. A source whose files may
+have them has two more methods, ``picture(index, measured)`` and ``with_levels(levels)``; one whose
+examples belong together (frames of a file, files of a patient) has ``groups()``.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
 
+from flaxtransfer.data.scans import Levels, Picture
 from flaxtransfer.paths import listing
 
 USUAL_COLUMNS = {
@@ -303,3 +308,199 @@ def _content(source: Source, index: int) -> Content:
     image = np.ascontiguousarray(source[index]["image"])
     form = repr((image.shape, image.dtype.str)).encode()
     return Content(image.nbytes, hashlib.sha256(form + image.tobytes()).hexdigest()[:32])
+
+
+_MOST_FOR_LEVELS = 200
+"""Training images whose measurements are looked at, evenly spread over them."""
+
+_PIXELS_FOR_LEVELS = 4096
+"""Of each image: 200 such images give percentiles of 0.1 and 99.9 from 800 pixels beyond them."""
+
+PERCENTILES = (0.1, 99.9)
+
+_ALL_LEVELS = 192
+"""Of 256 gray levels: 16-bit pictures that keep as many on the whole scale are photographs."""
+
+
+def with_levels(source: Source, levels: Levels | None) -> Source:
+    """The source with black and white for files of more than 8 bits; others stay as they are.
+
+    Args:
+        source: any; one that cannot hold such files is returned as it is.
+        levels: from ``measure_levels``, or of a preprocessing; None changes nothing.
+    """
+    change = getattr(source, "with_levels", None)
+    if levels is None or not levels.black or change is None:
+        return source
+    found: Source = change(levels)
+    return found
+
+
+def measure_levels(
+    source: Source,
+    positions: Sequence[int] | np.ndarray,
+    *,
+    window: tuple[float, float] | None = None,
+    own: Levels | None = None,
+) -> Levels | None:
+    """Black and white of images of more than 8 bits, measured on training images.
+
+    Black and white are the percentiles 0.1 and 99.9 of each band, and one pair for three colors, so
+    that hues stay. 16-bit pictures that use most of their range keep it whole. DICOM files that all
+    have a window of their own are shown by it; if some have none, all are measured.
+
+    Args:
+        source: of the images.
+        positions: of the training images; up to 200 of them are read, evenly spread.
+        window: center and width, instead of percentiles.
+        own: levels of the weights, which then hold.
+
+    Returns:
+        The levels, with a note in one line; None for images of 8 bits.
+
+    Raises:
+        ValueError: a window that no image needs, or that leaves out all that was measured; images
+            with other bands than others.
+
+    >>> from flaxtransfer.data import ArraySource
+    >>> measure_levels(ArraySource(np.zeros((2, 4, 4), np.uint8), [0, 1]), [0, 1]) is None
+    True
+    """
+    places = np.asarray(positions)
+    places = places[np.unique(np.linspace(0, len(places) - 1, _MOST_FOR_LEVELS).astype(int))]
+    read, found = getattr(source, "picture", None), list[Picture]()
+    if read is not None:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            pictures = pool.map(lambda i: _thinned(read(int(i), measured=True)), places)
+            found = [picture for picture in pictures if picture is not None]
+    if not found:
+        if window is not None:
+            raise ValueError(
+                f"the window must be for images of more than 8 bits, and the {len(places)} that "
+                "were looked at have 8; leave out --window"
+            )
+        return None
+    names = _names_of(found)
+    if window is None and own is None and all(picture.window for picture in found):
+        return Levels((), (), note=_note_of_windows(found))
+    count = max(picture.values.shape[1] for picture in found)
+    bands = [
+        np.concatenate([p.values[:, band if p.values.shape[1] > 1 else 0] for p in found])
+        for band in range(count)
+    ]
+    known = [band[np.isfinite(band)] for band in bands]
+    if not all(map(len, known)):
+        raise ValueError("every band must have measurements, and one has none in any image")
+    levels = own if own is not None else _levels_of(known, found, window)
+    note = _note_of_levels(levels, known, found, window=window is not None, own=own is not None)
+    if missing := 1 - sum(map(len, known)) / sum(map(len, bands)):
+        note += f"; {missing:.1%} of the pixels have no measurement and are black"
+    nm = levels.wavelengths or found[0].wavelengths
+    return replace(levels, names=levels.names or names, wavelengths=nm, note=note)
+
+
+def _thinned(picture: Picture | None) -> Picture | None:
+    """The picture with a sample of its pixels, ``[pixels, bands]``, spread evenly."""
+    if picture is None:
+        return None
+    flat = picture.values.reshape(-1, picture.values.shape[2])
+    # Steps of the golden section fall into no row or column more often than into others.
+    steps = np.arange(min(len(flat), _PIXELS_FOR_LEVELS)) * ((5**0.5 - 1) / 2) % 1
+    few = len(flat) <= _PIXELS_FOR_LEVELS
+    return replace(picture, values=flat if few else flat[(steps * len(flat)).astype(int)])
+
+
+def _names_of(found: Sequence[Picture]) -> tuple[str, ...]:
+    """The names of the bands, which all that state them must share."""
+    stated = {picture.names: None for picture in found if picture.names}
+    if len(stated) > 1:
+        one, other, *_ = stated
+        raise ValueError(
+            f"all images must have the same bands in the same order, got {listing(one, most=13)} "
+            f"and {listing(other, most=13)}"
+        )
+    return next(iter(stated), ())
+
+
+def _levels_of(
+    known: Sequence[np.ndarray], found: Sequence[Picture], window: tuple[float, float] | None
+) -> Levels:
+    """Levels from the measurements of each band."""
+    if window is not None:
+        levels = Levels.of_window(*window, len(known))
+        low, high = min(band.min() for band in known), max(band.max() for band in known)
+        if high <= levels.black[0] or low >= levels.white[0]:
+            raise ValueError(
+                f"the window (center {window[0]:g}, width {window[1]:g}: black "
+                f"{levels.black[0]:g}, white {levels.white[0]:g}) must overlap what the images "
+                f"measure, got {low:g} .. {high:g}"
+            )
+        return levels
+    # One pair for gray and for three colors, so that hues stay.
+    ends = [_ends(band) for band in ([np.concatenate(known)] if len(known) in (1, 3) else known)]
+    if len(ends) == 1:
+        low, high = ends[0]
+        whole = all(p.values.dtype == np.uint16 and not p.window for p in found)
+        if whole and (high - low) / 257 >= _ALL_LEVELS:
+            ends = [(0.0, 65535.0)]
+        ends *= len(known)
+    black, white = zip(*ends, strict=True)
+    return Levels(black, white)
+
+
+def _ends(band: np.ndarray) -> tuple[float, float]:
+    """Black and white of one band: values that were measured, which no machine rounds otherwise."""
+    low = float(np.percentile(band, PERCENTILES[0], method="lower"))
+    high = float(np.percentile(band, PERCENTILES[1], method="higher"))
+    if low == high:
+        low, high = float(band.min()), float(band.max())
+    return low, high if high > low else low + 1
+
+
+def _note_of_windows(found: Sequence[Picture]) -> str:
+    flat = sum(len(np.unique(p.own(p.values))) == 1 for p in found if p.own is not None)
+    note = "gray levels: each file by its own window, the first where it has several"
+    return note + (f"; by it {flat} of {len(found)} images are of a single gray" if flat else "")
+
+
+def _note_of_levels(
+    levels: Levels,
+    known: Sequence[np.ndarray],
+    found: Sequence[Picture],
+    *,
+    window: bool,
+    own: bool,
+) -> str:
+    """What black and white are, where they are from, and what another rule would have lost."""
+    ends = list(zip(levels.black, levels.white, strict=True))
+    names = levels.names or _names_of(found) or tuple(map(str, range(1, len(ends) + 1)))
+    if len(set(ends)) == 1:
+        text = f"black {ends[0][0]:g} and white {ends[0][1]:g}"
+    else:
+        pairs = zip(names, ends, strict=True)
+        text = "black and white " + listing([f"{n} {b:g} .. {w:g}" for n, (b, w) in pairs], most=13)
+    kinds = ", ".join(sorted({p.values.dtype.name for p in found}))
+    whole = len(set(ends)) == 1 and ends[0] == (0, 65535) and not window and not own
+    source = (
+        "as the weights have them"
+        if own
+        else "as asked for"
+        if window
+        else "the whole range, of which most is used"
+        if whole
+        else f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of {len(found)} training images"
+    )
+    note = f"gray levels: {text} ({kinds}; {source})"
+    if all(p.values.dtype == np.uint16 for p in found) and not (whole or own):
+        kept = max(int((band.max() - band.min()) // 257) + 1 for band in known)
+        note += f"; on a scale to 65535 {kept} of 256 levels would be left" if kept < 128 else ""
+    if own or window:
+        cut = [
+            np.mean((band < low) | (band > high))
+            for band, (low, high) in zip(known, ends, strict=False)
+        ]
+        outside = np.mean(cut)
+        note += f"; {outside:.1%} of the pixels are beyond them" if outside else ""
+    if any(p.window for p in found):
+        note += "; windows of single files are not used"
+    return note
