@@ -456,6 +456,11 @@ def _unknown(evidence: Evidence) -> list[str]:
         "than heads do (`flaxtransfer diagnose` compares).",
         "What training gains: heads foretell heads. `--strategy` trains one of the candidates.",
     ]
+    if evidence.grouped:
+        found.append(
+            "How heads do on new patients, scenes or sites: the folds do not keep those together, "
+            "so that all accuracies here may be too high."
+        )
     if evidence.smallest < 5:
         found.append(
             f"Much of the rarest class, which has {evidence.smallest} images to learn and to judge "

@@ -27,7 +27,7 @@ from flaxtransfer.analysis.spectrum import (
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch, eval_batches
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import subsample
+from flaxtransfer.data.splits import groups_of, subsample
 from flaxtransfer.features.checks import standardization
 from flaxtransfer.features.class_means import expected_error
 from flaxtransfer.features.extract import segment_features
@@ -117,6 +117,8 @@ class Evidence:
         bottleneck: where the network knows less than that reference.
         curve: of the best head by number of labels; None with too few of a class.
         seconds: that it took.
+        grouped: whether images belong together, such as those of a patient; the folds do not keep
+            them together.
         features: what the heads read, ``[examples, features]`` by depth, and the labels, in the
             order of the positions, for whoever would run the network for them again; None where
             not all images were looked at.
@@ -136,6 +138,7 @@ class Evidence:
     bottleneck: Bottleneck
     curve: LearningCurve | None
     seconds: float
+    grouped: bool = False
     features: tuple[Mapping[str, np.ndarray], np.ndarray] | None = field(default=None, repr=False)
 
     @property
@@ -165,6 +168,7 @@ class Evidence:
             "bottleneck": self.bottleneck.to_json(),
             "curve": None if self.curve is None else self.curve.to_json(),
             "seconds": self.seconds,
+            "grouped": self.grouped,
         }
 
 
@@ -240,6 +244,7 @@ def gather(
         ),
         _curve(features[best.name][kept], label, seed),
         time.perf_counter() - began,
+        groups_of(source) is not None,
         seen,
     )
 

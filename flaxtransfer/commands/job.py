@@ -191,7 +191,8 @@ def prepare(
     if choosing is not None and open_to_heads:
         if (solved := _solved_before(resumed)) is None:
             frozen = frozen_heads(network, source, splits.train)
-            solved = frozen.leave_nothing
+            # Folds that tear groups apart promise too much.
+            solved = frozen.leave_nothing and groups_of(source) is None
         if solved:
             strategy = "solved_head"
             evidence = _nothing_to_train_for(frozen)
