@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flaxtransfer.data.source import Example as Example
     from flaxtransfer.data.source import Source as Source
     from flaxtransfer.data.source import digest as digest
+    from flaxtransfer.data.source import near_duplicates as near_duplicates
     from flaxtransfer.data.splits import Splits as Splits
     from flaxtransfer.data.splits import stratified_folds as stratified_folds
     from flaxtransfer.data.splits import stratified_split as stratified_split
