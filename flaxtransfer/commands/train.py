@@ -31,8 +31,10 @@ from flaxtransfer.commands.options import AUTO, recorded
 from flaxtransfer.commands.predict import cell_text
 from flaxtransfer.commands.subcommands import Train
 from flaxtransfer.data.loader import DataLoaders, eval_batches
+from flaxtransfer.data.source import near_duplicates
 from flaxtransfer.data.splits import Splits
 from flaxtransfer.files import MANIFEST_FILE, atomic_write, read_json, write_file, write_json
+from flaxtransfer.paths import listing
 from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.evaluation import Evaluation, predict
@@ -198,6 +200,8 @@ def train_once(options: Train, console: Console) -> dict[str, Any]:
                 f"{problem}; it is made again", highlight=False, markup=False, soft_wrap=True
             )
     _print_job(job, name, console)
+    alike = _near_duplicates(job)
+    _say(alike, console)
     solved = all(phase.only_solves for phase in job.plan.phases)
     # A solved head is judged by the same folds when it is solved, and says so itself.
     frozen = None
@@ -227,6 +231,7 @@ def train_once(options: Train, console: Console) -> dict[str, Any]:
         "options": recorded(options),
         "baseline": asdict(frozen.baseline) if frozen and frozen.baseline else None,
         "results": rows,
+        "near_duplicates": alike,
         "notes": list(fitted.notes),
     }
     _draw(rows, job.network.task.ranking, folder)
@@ -371,6 +376,33 @@ def _print_job(job: Job, name: str, console: Console) -> None:
     if job.evidence.text:
         console.print(job.evidence.text, highlight=False, soft_wrap=True)
     console.print(plan_table(job.plan, job.network.params))
+
+
+MOST_IMAGES_FOR_DUPLICATES = 5000
+"""Each is decoded for it, and compared with all others: some seconds."""
+
+
+def _near_duplicates(job: Job) -> str:
+    """Says which images are in two parts of the split."""
+    parts = job.splits[:3]
+    count = sum(map(len, parts))
+    if count > MOST_IMAGES_FOR_DUPLICATES:
+        return (
+            f"near-duplicates across the split were not looked for among {count:,} images (more "
+            f"than {MOST_IMAGES_FOR_DUPLICATES:,}; ft.data.near_duplicates does)"
+        )
+    pairs = near_duplicates(job.source, parts)
+    if not pairs:
+        return "no near-duplicates across the split"
+    part_of = {i: name for name, part in zip(Splits._fields, parts, strict=False) for i in part}
+    files = getattr(job.source, "files", None)
+    texts = (
+        " and ".join(f"{files[i] if files else i} ({part_of[i]})" for i in pair) for pair in pairs
+    )
+    return (
+        f"{len(pairs)} near-duplicate{'' if len(pairs) == 1 else 's'} across the split, which make "
+        f"validation and test easier than they are: {listing(texts, most=5)}"
+    )
 
 
 def _file_name(data: str) -> str:

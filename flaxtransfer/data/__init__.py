@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from flaxtransfer.data.source import Source as Source
     from flaxtransfer.data.source import digest as digest
     from flaxtransfer.data.source import measure_levels as measure_levels
+    from flaxtransfer.data.source import near_duplicates as near_duplicates
     from flaxtransfer.data.source import with_levels as with_levels
     from flaxtransfer.data.splits import Splits as Splits
     from flaxtransfer.data.splits import stratified_folds as stratified_folds

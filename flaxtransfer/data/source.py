@@ -4,7 +4,8 @@ A source is a data set with random access to labeled images, and the names of it
 ``ArraySource`` for arrays in memory and ``open_source`` for everything that has a name.
 
 ``digest`` identifies the contents of images, so that whatever was computed from them can be cached
-under that name; ``contents`` does so for each image, so that a run knows its own again.
+under that name; ``contents`` does so for each image, so that a run knows its own again;
+``near_duplicates`` finds images that only look the same.
 
 ``measure_levels`` finds black and white of images of more than 8 bits. A source whose files may
 have them has two more methods, ``picture(index, measured)`` and ``with_levels(levels)``; one whose
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
@@ -298,6 +300,72 @@ def digest(source: Source, indices: Sequence[int] | np.ndarray) -> str:
     """SHA-256 of the images at ``indices``, in their order; see ``contents``."""
     parts = (content.sha256 for content in contents(source, indices))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+_SIDE = 16
+
+_ALIKE = 0.98
+"""Of the gradients of thumbnails, as a cosine. Of crops of photographs it finds 98 % saved again as
+JPEG of quality 90, 94 % of quality 50 and all in half the size; of 1.6 million pairs of handwritten
+digits it takes 1."""
+
+_FEWEST_IN_COMMON = 50
+"""Images whose mean gradient is what they have in common: the anatomy, or a frame."""
+
+
+def near_duplicates(source: Source, parts: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """Pairs of images in different parts that are one image, saved again or in another size.
+
+    The gradients of a small gray thumbnail are compared: a difference hash that keeps their sizes,
+    of which most are noise where an image is smooth. What all images have in common, such as the
+    anatomy of radiographs, is subtracted first. Mirrored, turned and cropped copies are not found,
+    nor are images without any contrast.
+
+    Args:
+        source: the images; each is decoded once.
+        parts: positions in it, such as ``splits[:3]``.
+
+    Returns:
+        Positions of each pair, the one in the earlier part first, in order.
+
+    References:
+        N. Krawetz, "Kind of Like That" (difference hash), 2013.
+
+    >>> from flaxtransfer.data import ArraySource
+    >>> images = np.random.default_rng(0).integers(0, 200, (4, 32, 32), np.uint8)
+    >>> images[3] = images[1] + 20
+    >>> near_duplicates(ArraySource(images, [0, 1, 0, 1]), [np.array([0, 1]), np.array([2, 3])])
+    [(1, 3)]
+    """
+    places = np.concatenate(parts).tolist()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = np.stack(list(pool.map(lambda i: _gradients(source[i]["image"]), places)))
+    if len(places) >= _FEWEST_IN_COMMON:
+        hashes = _unit(hashes - hashes.mean(axis=0))
+    ends = np.cumsum([len(part) for part in parts])
+    pairs: list[tuple[int, int]] = []
+    for start, end in pairwise((0, *ends.tolist())):
+        for first in range(start, end, _PIECE):
+            rows = slice(first, min(first + _PIECE, end))
+            alike = hashes[rows] @ hashes[end:].T >= _ALIKE
+            pairs += [(places[first + i], places[end + j]) for i, j in np.argwhere(alike).tolist()]
+    return pairs
+
+
+def _gradients(image: np.ndarray) -> np.ndarray:
+    """The gradients of a thumbnail, of length 1."""
+    from PIL import Image  # Here: sources of arrays need no Pillow.
+
+    gray = Image.fromarray(image.mean(axis=-1, dtype=np.float32))
+    small = np.asarray(gray.resize((_SIDE, _SIDE), Image.Resampling.HAMMING))
+    return _unit(np.concatenate([np.diff(small, axis=axis).ravel() for axis in (0, 1)]))
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """Rows of length 1, or of zeros where nothing but rounding is left."""
+    lengths = np.linalg.norm(values, axis=-1, keepdims=True)
+    unit: np.ndarray = np.where(lengths > 1e-3, values / np.maximum(lengths, 1e-3), 0)
+    return unit
 
 
 def _content(source: Source, index: int) -> Content:

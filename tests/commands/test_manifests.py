@@ -200,13 +200,19 @@ def test_folders_of_a_split_are_the_split(parts, weights, tmp_path, capsys):
     assert "the data come with a split, and --test-fraction would make another" in only_line(capsys)
 
 
-def test_a_part_that_the_data_lack_is_drawn_from_those_to_train_on(parts, weights, tmp_path):
+def test_a_part_that_the_data_lack_is_drawn_from_those_to_train_on(
+    parts, weights, tmp_path, capsys
+):
     shutil.copytree(parts, tmp_path / "images")
     shutil.rmtree(tmp_path / "images/val")
+    shutil.copy(tmp_path / "images/train/dark/0.png", tmp_path / "images/test/dark/copy.png")
     options = ("--val-fraction", 0.25)
     assert run(words(f"folder:{tmp_path}/images", weights, tmp_path / "run", *options)) == 0
     kept = json.loads((tmp_path / "run/split.json").read_text())
-    assert [len(kept[part]) for part in ("train", "val", "test")] == [6, 2, 4]
+    assert [len(kept[part]) for part in ("train", "val", "test")] == [6, 2, 5]
+    said = capsys.readouterr().out
+    assert "1 near-duplicate across the split, which make validation and test easier" in said
+    assert re.search(r"train/dark/0.png \((train|val)\) and test/dark/copy.png \(test\)", said)
     assert {name.split("/")[0] for name in kept["val"]} == {"train"}
 
 

@@ -1,13 +1,16 @@
 """Sources in memory, and the names by which sources are opened."""
 
+import io
 import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
-from flaxtransfer.data import ArraySource, Source, open_source
+from flaxtransfer.data import ArraySource, Source, near_duplicates, open_source
 
 GRAY = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 
@@ -155,3 +158,63 @@ def test_every_exported_name_exists():
 
     for name in flaxtransfer.data.__all__:
         assert getattr(flaxtransfer.data, name).__name__ == name
+
+
+def jpeg(pixels, quality):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def half(pixels):
+    size = (pixels.shape[1] // 2, pixels.shape[0] // 2)
+    return np.asarray(Image.fromarray(pixels).resize(size))
+
+
+class Listed:
+    """A source of images of several sizes."""
+
+    class_names = ("a", "b")
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "label": index % 2}
+
+    def labels(self):
+        return np.arange(len(self)) % 2
+
+
+CHANGES = {
+    "the same": lambda pixels: pixels,
+    "jpeg": lambda pixels: jpeg(pixels, 75),
+    "half the size": half,
+    "darker": lambda pixels: (0.7 * pixels + 20).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("frame", [0, 40])
+def test_copies_of_an_image_are_found_across_parts(name, frame):
+    photo = load_sample_image("china.jpg")[180:]  # Below the sky, which is noise.
+    crops = [photo[i : i + 120, j : j + 140] for i in range(0, 121, 60) for j in range(0, 491, 70)]
+    crops = [np.pad(crop, ((frame, frame), (0, 0), (0, 0))) for crop in crops]
+    changed = [CHANGES[name](crop) for crop in crops]
+    count = len(crops)
+    source = Listed([*crops, *changed])
+    parts = [np.arange(count), np.arange(count, 2 * count), np.empty(0, np.int64)]
+    found = near_duplicates(source, parts)
+    assert {pair for pair in found if pair[1] - pair[0] != count} == set()
+    assert len(found) >= 0.9 * count
+
+
+def test_different_images_and_images_without_contrast_are_no_copies(digits):
+    # The two most alike of 1.6 million pairs, as drawings of a 1 can be.
+    assert len(near_duplicates(digits, [np.arange(900), np.arange(900, 1797)])) <= 1
+    flat = ArraySource(np.full((4, 8, 8), 7, np.uint8), [0, 1, 0, 1])
+    assert near_duplicates(flat, [np.array([0, 1]), np.array([2, 3])]) == []
+    assert near_duplicates(flat, [np.array([0, 1]), np.array([], np.int64)]) == []
