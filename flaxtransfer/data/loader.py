@@ -19,7 +19,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
-from flaxtransfer.data.scans import Levels
+from flaxtransfer.data.scans import Levels, Picture
 from flaxtransfer.data.source import Example, Source, digest, measure_levels, position, with_levels
 from flaxtransfer.data.splits import Split, Splits, check_classes, subsample
 from flaxtransfer.data.transforms import (
@@ -312,6 +312,18 @@ class CachedSource:
                 self._examples[index] = {"image": image, "label": example["label"]}
                 self._nbytes += image.nbytes
         return {"image": image, "label": example["label"]}
+
+    def picture(self, index: SupportsIndex, /, *, measured: bool = False) -> Picture | None:
+        """The image as its file holds it; see ``measure_levels``."""
+        read = getattr(self._source, "picture", None)
+        found: Picture | None = None if read is None else read(index, measured=measured)
+        return found
+
+    def with_levels(self, levels: Levels) -> CachedSource:
+        """A new cache of the images with this black and white."""
+        source = with_levels(self._source, levels)
+        same = source is self._source
+        return self if same else CachedSource(source, self._transform, self._budget)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process fills a cache of its own instead of being sent this one.

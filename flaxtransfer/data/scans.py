@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import itertools
+import logging
 import math
 import os
 import re
@@ -258,8 +259,8 @@ def optional(library: str, extra: str, name: str) -> Any:
                 sys.modules["dl"] = None  # type: ignore[assignment]
             try:
                 module = importlib.import_module(library)
-                if "gdcm" in sys.modules:
-                    _quiet(sys.modules["gdcm"])
+                if library.startswith("pydicom"):
+                    _quiet()
                 return module
             finally:
                 if hidden:
@@ -271,10 +272,14 @@ def optional(library: str, extra: str, name: str) -> Any:
             ) from error
 
 
-def _quiet(gdcm: Any) -> None:
-    """Keeps gdcm from writing about damage; pydicom raises what it found."""
-    for kind in ("Error", "Warning", "Debug"):
-        getattr(gdcm.Trace, f"{kind}Off")()
+def _quiet() -> None:
+    """Keeps pydicom and gdcm from writing about damage, of which an error is raised."""
+    logger = logging.getLogger("pydicom")
+    if logger.level in (logging.NOTSET, logging.WARNING):  # As pydicom itself sets it.
+        logger.setLevel(logging.CRITICAL)
+    if (gdcm := sys.modules.get("gdcm")) is not None:
+        for kind in ("Error", "Warning", "Debug"):
+            getattr(gdcm.Trace, f"{kind}Off")()
 
 
 # DICOM

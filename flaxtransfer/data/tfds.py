@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
@@ -24,7 +24,8 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 import tensorflow_datasets as tfds
 
-from flaxtransfer.data.decode import decode
+from flaxtransfer.data.decode import decode, decode_bands, read_picture
+from flaxtransfer.data.scans import Asked, Levels, Picture
 from flaxtransfer.data.source import ArraySource, Example, position
 from flaxtransfer.files import discard_folder, folder_lock, publish_folder
 from flaxtransfer.paths import suggest
@@ -47,6 +48,7 @@ class TfdsSource:
     label_key: str
     channels: Literal[1, 3]
     min_side: int | None = None
+    levels: Levels | None = None
 
     @property
     def address(self) -> str:
@@ -59,13 +61,25 @@ class TfdsSource:
     def __getitem__(self, index: SupportsIndex, /) -> Example:
         index = position(index, len(self.data))
         example = self.data[index]
-        image = decode(
+        image = decode_bands(
             example[self.image_key],
             name=f"example {index} of {self.name}",
-            channels=self.channels,
+            bands=self.channels,
             min_side=self.min_side,
+            levels=self.levels,
         )
         return {"image": image, "label": int(example[self.label_key])}
+
+    def picture(self, index: SupportsIndex, /, *, measured: bool = False) -> Picture | None:
+        """The image as it is stored; None for one of 8 bits if only ``measured`` are asked."""
+        index = position(index, len(self.data))
+        name = f"example {index} of {self.name}"
+        asked = Asked(name, self.channels, self.min_side, measured=measured)
+        return read_picture(self.data[index][self.image_key], asked)
+
+    def with_levels(self, levels: Levels) -> TfdsSource:
+        """The same images with this black and white for those of more than 8 bits."""
+        return replace(self, levels=levels)
 
     def content(self, index: SupportsIndex, /) -> bytes:
         """The bytes that the image is decoded from, for digests, and how they are read."""

@@ -211,3 +211,13 @@ def test_loaders_warn_where_nothing_says_what_is_black(tmp_path):
     with pytest.warns(UserWarning, match=r"16 of 256 levels would be left: give measure_levels"):
         loaders(source, splits, TINY, batch_size=2)
     loaders(source, splits, measure_levels(source, splits.train).into(TINY), batch_size=2)
+
+
+def test_a_cache_and_the_levels(tmp_path):
+    source = ft.data.cached(folder_of(tmp_path, ramps(4095), png))
+    assert source[0]["image"].max() < 17
+    levels = measure_levels(source, np.arange(4))
+    assert with_levels(source, levels)[0]["image"].max() == 255
+    plain = ft.data.cached(ArraySource(np.zeros((2, 4, 4), np.uint8), [0, 1]))
+    assert measure_levels(plain, [0, 1]) is None
+    assert with_levels(plain, levels) is plain

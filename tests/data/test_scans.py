@@ -239,6 +239,13 @@ def test_damage_to_dicom_gives_pixels_or_an_image_error(tmp_path):
             assert "\n" not in str(error)  # noqa: PT017 - either outcome is right
 
 
+def test_pydicom_does_not_write_about_damage(capfd):
+    data = bytearray(bundled("MR_small_RLE.dcm").read_bytes())
+    with pytest.raises(ImageError):
+        decode(bytes(data[:-3000]), name="x")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_folder_called_dl_does_not_stop_the_import(tmp_path):
     (tmp_path / "dl").mkdir()
     code = "from flaxtransfer.data.scans import optional; optional('pydicom.pixels', 'dicom', 'x')"

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from flaxtransfer.data import ImageError, Source, open_source
+from flaxtransfer.data import ImageError, Source, measure_levels, open_source, with_levels
 
 GRAY16 = np.array([[0, 257], [32896, 65535]], np.uint16)
 
@@ -289,3 +289,14 @@ def test_losing_the_race_to_prepare_is_no_failure(prepared, tmp_path, monkeypatc
     monkeypatch.setattr(TinyGray, "download_and_prepare", other_process_was_faster)
     source = open_source("tfds:tiny_gray", cache_dir=tmp_path / "data", download=True)
     assert len(source) == 1
+
+
+def test_sixteen_bits_are_measured_and_leveled(prepared):
+    source = open_source("tfds:tiny_shapes:train[:3]", cache_dir=prepared)
+    levels = measure_levels(source, [0, 1, 2])
+    assert (levels.black[0], levels.white[0]) == (float(GRAY16.min()), float(GRAY16.max()))
+    found = with_levels(source, levels)
+    low, high = levels.black[0], levels.white[0]
+    wanted = np.rint(255 * ((GRAY16 - low) / (high - low)))
+    np.testing.assert_array_equal(found[2]["image"][..., 0], wanted)
+    np.testing.assert_array_equal(found[0]["image"], source[0]["image"])

@@ -46,6 +46,7 @@ from flaxtransfer.training import console, run_folder
 from flaxtransfer.training.plan_yaml import plan_from_yaml
 from flaxtransfer.weights.readers import detect, safetensors_file
 from tests.faults.readers import single_files
+from tests.support.scans import bundled, geotiff
 
 MOST_SECONDS, MOST_BYTES, MOST_TEXT = 5.0, 1 << 30, 600
 
@@ -356,6 +357,11 @@ IMAGES = (
     *(encoded(kind, "RGB") for kind in ("JPEG", "BMP", "WEBP")),
     encoded("GIF", "P", save_all=True, append_images=[Image.new("P", (13, 7))] * 3),
     encoded("TIFF", "L", save_all=True, append_images=[Image.new("L", (13, 7))] * 3),
+    *(
+        geotiff(np.ones((7, 13, 4), np.uint16), nodata=0, compression=kind, planarconfig="contig")
+        for kind in (None, "zlib", "lzw")
+    ),
+    *(bundled(name).read_bytes() for name in ("MR_small_RLE.dcm", "rtdose.dcm")),
 )
 IMAGE_WORDS = (
     *(
