@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
+from flaxtransfer.distributed import check_alike, from_first, several
 from flaxtransfer.files import read_json
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
@@ -116,6 +118,11 @@ def prepare(
     check_settings(strategy, settings)
     if strategy == AUTO and choosing is None:
         raise ValueError(f"--strategy {AUTO} is for flaxtransfer train; name a strategy here")
+    if strategy == AUTO and several():
+        raise ValueError(
+            f"--strategy must be a recipe or a file in a run over several processes, got {AUTO}; "
+            "flaxtransfer advise recommends one in one process"
+        )
     seed, batch = options.split.seed, options.batch
     source, splits, checkpoint, network = begin(
         options.data,
@@ -207,6 +214,14 @@ def begin(
         skip_corrupt=data.skip_corrupt,
         bands=checkpoint.config.bands if channels.bands is None else channels.bands,
     )
+    # Before the first batch: with other numbers of them the processes would wait for ever.
+    check_alike(
+        {
+            "images": len(source),
+            "classes": list(source.class_names),
+            "labels": hashlib.sha256(np.asarray(source.labels()).tobytes()).hexdigest(),
+        }
+    )
     splits = _kept(source, resumed) or split(source, data.name, parts)
     preprocessing, start = _bands(channels, checkpoint, source, splits)
     network = transfer(
@@ -228,11 +243,15 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
     """The split of a run that is resumed; None for a new one, or where its record is damaged."""
     if folder is None:
         return None
-    try:
-        record = Split.from_json(read_json(folder / SPLIT_FILE))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # `fit` says so, and compares the data with those of the run.
-    return record.positions(source)
+
+    def kept() -> Any:
+        try:
+            return Split.from_json(read_json(folder / SPLIT_FILE)).to_json()
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # `fit` says so, and compares the data with those of the run.
+
+    record = from_first(kept)
+    return None if record is None else Split.from_json(record).positions(source)
 
 
 def load_weights(

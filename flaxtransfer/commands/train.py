@@ -18,6 +18,7 @@ from flaxtransfer.commands.options import AUTO, recorded
 from flaxtransfer.commands.subcommands import Train
 from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.splits import Splits, subsample
+from flaxtransfer.distributed import from_first
 from flaxtransfer.features.class_means import baseline
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.files import MANIFEST_FILE, read_json, write_json
@@ -51,22 +52,17 @@ def train(options: Train, console: Console) -> None:
     started = time.monotonic()
     resumed = folder if options.run.resume else None
     choosing = Choosing(folder / RACE, _cache(options), lambda text: _say(text, console))
-    if (
-        options.job.strategy.strategy == AUTO
-        and not options.run.resume
-        and (folder / RACE).exists()
-    ):
+    new_race = options.job.strategy.strategy == AUTO and not options.run.resume
+    if new_race and (folder / RACE).exists():
         raise ValueError(f"{folder} holds a race; add --resume to go on, or give a new --run")
     job = prepare(options.job, options.training.settings(), resumed, choosing)
-    if resumed and (folder / MANIFEST_FILE).exists() and (folder / SUMMARY_FILE).exists():
+    if resumed and from_first(lambda: _is_finished(folder)):
         arguments = _arguments(options, job.network, job.plan, job.data, folder)
         for note in check_same_run(**arguments):
             console.print(note, highlight=False, markup=False, soft_wrap=True)
-        scratch = folder / SCRATCH
-        problems = run_problems(folder)
-        problems += run_problems(scratch) if scratch.exists() else []
+        problems = from_first(lambda: _problems(folder))
         if not problems:
-            print_summary(read_json(folder / SUMMARY_FILE), folder, console)
+            print_summary(from_first(lambda: read_json(folder / SUMMARY_FILE)), folder, console)
             return
         for problem in problems:
             console.print(
@@ -99,10 +95,24 @@ def train(options: Train, console: Console) -> None:
         "results": rows,
         "notes": list(fitted.notes),
     }
-    _draw(rows, job.network.task.ranking, folder)
-    write_json(folder / SUMMARY_FILE, summary)
-    seal_run(folder, SUMMARY_FILE, PICTURE_FILE)
+
+    def write() -> None:
+        _draw(rows, job.network.task.ranking, folder)
+        write_json(folder / SUMMARY_FILE, summary)
+        seal_run(folder, SUMMARY_FILE, PICTURE_FILE)
+
+    from_first(write)
     print_summary(summary, folder, console)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / MANIFEST_FILE).exists() and (folder / SUMMARY_FILE).exists()
+
+
+def _problems(folder: Path) -> list[str]:
+    """What of a finished run and of its comparison is damaged."""
+    scratch = folder / SCRATCH
+    return run_problems(folder) + (run_problems(scratch) if scratch.exists() else [])
 
 
 def _draw(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
@@ -154,7 +164,7 @@ def _train_from_scratch(
         weight_decay=1e-2 if training.weight_decay is None else training.weight_decay,
         patience=training.patience,
     )
-    resume = options.run.resume or (folder / SCRATCH).exists()
+    resume = options.run.resume or from_first((folder / SCRATCH).exists)
     inner = replace(options, run=replace(options.run, resume=resume))
     fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)
     return _row("from scratch", job.test(fitted.network), fitted, started)
