@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +65,7 @@ def start(*, stop_together: bool = True) -> None:
     ``FT_PROCESSES`` and ``FT_PROCESS`` from the environment; else what SLURM, Open MPI, GKE or a
     Cloud TPU says, where one of them has started this process; else it does nothing. With
     ``FT_PROCESSES=1`` it does nothing in any case. From then on an error in one process ends all.
+    A program calls ``finish`` at its end.
 
     Args:
         stop_together: whether SIGTERM to any process is kept for ``stop_requested``, as training
@@ -71,7 +74,8 @@ def start(*, stop_together: bool = True) -> None:
     Raises:
         ValueError: the variables are incomplete or out of range; the processes have other versions
             or other numbers of devices.
-        OSError: the other processes did not come.
+        OSError: jax could not connect them. Where others do not come within five minutes, jax ends
+            the process with words of its own.
 
     >>> start()  # started by nobody: nothing happens
     >>> share()
@@ -98,16 +102,20 @@ def start(*, stop_together: bool = True) -> None:
             f"the processes of the run did not come together ({where}): {shortened(str(error))}; "
             f"start all of them, or set {PROCESSES}=1 for one process alone"
         ) from error
-    several = jax.process_count() > 1
-    if threading.current_thread() is threading.main_thread() and not (several and stop_together):
+    kept = stop_together and several()
+    if not kept and threading.current_thread() is threading.main_thread():
         # jax has taken the signal; the handler that Python knows of gets it back.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    if not several:
+    if not several():
         return
     atexit.register(_ending.set)
     sys.excepthook = _leave_with_traceback
     threading.Thread(target=_watch, daemon=True).start()
-    check_alike({"versions": _versions(), "devices": jax.local_device_count()})
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{count} in process {number}" for number, count in counts.items())
+        raise ValueError(f"all processes must have the same number of devices, got {listed}")
+    check_alike({"versions": _versions()})
 
 
 def share() -> tuple[int, int]:
@@ -271,20 +279,42 @@ def check_alike(facts: Mapping[str, Any]) -> None:
         raise ValueError(f"all processes of a run must do the same, got {'; '.join(problems)}")
 
 
-def stop_requested(step: int) -> bool:
-    """Whether all processes are to stop after this step, for one of them has got SIGTERM.
+_questions = itertools.count(1)
+"""Of ``stop_requested``: steps begin anew with each training, and jax wants numbers that rise."""
 
-    The answer is the same in every process, and costs microseconds. Several processes, and
-    ``start(stop_together=True)``.
+
+def stop_requested() -> bool:
+    """Whether all processes are to stop now, for one of them has got SIGTERM.
+
+    Every process has to ask after every step. The answer is the same in all, costs microseconds,
+    and is false in one process.
+
+    >>> stop_requested()
+    False
+    """
+    return several() and bool(multihost_utils.reached_preemption_sync_point(next(_questions)))
+
+
+def check_alone(what: str) -> None:
+    """Refuses what is not shared between processes.
 
     Args:
-        step: that was made; every process has to ask after every step.
+        what: the beginning of a sentence.
+
+    Raises:
+        ValueError: there are several.
+
+    >>> check_alone("tent")
     """
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    if several():
+        raise ValueError(f"{what} must run in one process, got {jax.process_count()}")
 
 
 def finish() -> None:
-    """Waits until all processes have come here; nothing in one process."""
+    """Waits until all processes are done, so that none is missed; nothing in one process.
+
+    >>> finish()
+    """
     if several():
         any_process(False)
         _ending.set()

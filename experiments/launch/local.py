@@ -2,9 +2,10 @@
 
     python experiments/launch/local.py 2 -- flaxtransfer train --data folder:scans/ --run runs/scans
 
-Use it to try a run over several processes before a cluster is paid for, or where each process has
-a device of its own. Every process gets the same command, and FT_COORDINATOR, FT_PROCESSES and
-FT_PROCESS. Without accelerators, ``--devices 4`` gives each process four devices of the CPU.
+Use it to try a run over several processes before a cluster is paid for. Every process gets the
+same command, and FT_COORDINATOR, FT_PROCESSES and FT_PROCESS; ``--devices 4`` gives each process
+four devices of the CPU. It was run on CPUs alone: with one GPU for each process, jax has to be told
+which (JAX_LOCAL_DEVICE_IDS).
 
 Lines of output begin with the number of the process. SIGINT and SIGTERM go to all processes. When
 one ends with an error the others have a minute to end by themselves; then they are killed. The exit

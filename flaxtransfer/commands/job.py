@@ -38,7 +38,7 @@ from flaxtransfer.data.open import open_source
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
-from flaxtransfer.distributed import check_alike, from_first, several
+from flaxtransfer.distributed import check_alike, from_first
 from flaxtransfer.files import read_json
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
@@ -118,11 +118,6 @@ def prepare(
     check_settings(strategy, settings)
     if strategy == AUTO and choosing is None:
         raise ValueError(f"--strategy {AUTO} is for flaxtransfer train; name a strategy here")
-    if strategy == AUTO and several():
-        raise ValueError(
-            f"--strategy must be a recipe or a file in a run over several processes, got {AUTO}; "
-            "flaxtransfer advise recommends one in one process"
-        )
     seed, batch = options.split.seed, options.batch
     source, splits, checkpoint, network = begin(
         options.data,

@@ -237,9 +237,9 @@ class Request:
     signal_number: int | None = None
     _at_once: str | None = None
 
-    def asked(self, step: int) -> bool:
-        """Whether the run is to end after ``step``, which every process asks after every step."""
-        if distributed.several() and distributed.stop_requested(step):
+    def asked(self) -> bool:
+        """Whether the run is to end after this step; every process asks after every step."""
+        if distributed.stop_requested():
             self.signal_number = signal.SIGTERM
         return self.signal_number is not None
 

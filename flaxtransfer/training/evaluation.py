@@ -365,7 +365,8 @@ def without_padding(batches: Iterable[Batch]) -> Iterator[Batch]:
         count = total(int(there.sum()))
         part: Batch
         if several():
-            part = {"image": images, "weight": weights, "index": np.asarray(batch["index"])}
+            part = {"image": images, "weight": weights}
+            part |= {"index": np.asarray(batch["index"])} if "index" in batch else {}
         else:
             part = {"image": images[there], "weight": weights[there]}
         if held is None:

@@ -517,7 +517,7 @@ def _run_phase(
             position = replace(position, phase_step=position.phase_step + 1)
             pending.append((position.step, metrics))
             done = position.phase_step == total
-            interrupted = run.request.asked(position.step)
+            interrupted = run.request.asked()
             validate = done or position.phase_step % every == 0
             if validate or interrupted or position.phase_step % run.options.log_every == 0:
                 text = _log(run, phase, pending)
@@ -544,7 +544,7 @@ def _solved(run: _Run, state: State, position: Progress) -> tuple[State, Progres
     if position.phase_step == 0:
         position, _, metric = _validate(run, run.feed, state, replace(position, phase_step=1))
         _save(run, state, position, metric)
-        run.request.asked(position.step)
+        run.request.asked()
     if run.request.signal_number is not None:
         where = f"at step {position.step}, with a checkpoint; --resume continues"
         raise Interrupted(run.request.signal_number, where)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,14 +45,34 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def run(folder: Path, job: dict[str, Any], count: int = 2, devices: int = 4, jobs=None) -> Ended:
-    """Runs a job of ``run_processes.py``; ``jobs`` has one for each process instead."""
+def run(
+    folder: Path,
+    job: dict[str, Any],
+    count: int = 2,
+    devices: int = 4,
+    *,
+    jobs: list[dict[str, Any]] | None = None,
+    launcher: Callable[[int], dict[str, str]] | None = None,
+) -> Ended:
+    """Runs a job of ``run_processes.py``.
+
+    Args:
+        folder: of the run and its results.
+        job: of all processes.
+        count: processes.
+        devices: of each.
+        jobs: one for each process instead.
+        launcher: variables of each process, in place of our own.
+    """
     folder.mkdir(exist_ok=True)
     port = local.free_port()
     processes = []
     for number in range(count):
         own = json.dumps(job if jobs is None else jobs[number])
         environment = local.environment(count, number, port, devices)
+        if launcher is not None:
+            environment = {k: v for k, v in environment.items() if not k.startswith("FT_")}
+            environment |= launcher(number)
         # Files, because a pipe that nobody reads would stop its writer.
         with (folder / f"said-{number}").open("w") as said:
             processes.append(
@@ -254,6 +275,21 @@ def test_every_pass_over_images_is_shared(job, within, tmp_path):
     ended = run(tmp_path / "two", job)
     assert ended.codes == [0, 0], ended.said
     assert_same(tmp_path / "two", one, 2, within=within)
+
+
+@pytest.mark.slow
+def test_processes_that_slurm_has_started_find_each_other(tmp_path):
+    """SLURM's variables as jax reads them; the port follows from the number of the job."""
+    job = str(os.getpid())
+
+    def launcher(number: int) -> dict[str, str]:
+        own = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+        shared = {"SLURM_JOB_ID": job, "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+        return {**shared, **own}
+
+    ended = run(tmp_path, {"steps": 1}, launcher=launcher)
+    assert ended.codes == [0, 0], ended.said
+    assert out(tmp_path)["examples"] == out(tmp_path, 1)["examples"] == 17
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ is that of the command line: 2 for an error, 143 after SIGTERM.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -90,20 +91,22 @@ def main(folder: Path, job: dict[str, Any]) -> int:
             return logged(run, phase, pending)
 
         loop._log = struck
+    compiled = Compiled()
     cache = ft.Cache(job["cache"]) if job["cache"] != "off" else None
     options = ft.FitOptions(log_every=1, evaluate_every=job["every"])
     try:
-        fitted = ft.fit(
-            classifier,
-            plan,
-            data,
-            run,
-            seed=job["seed"],
-            options=options,
-            cache=cache,
-            mesh=mesh,
-            resume=True,
-        )
+        with compiled, jax.log_compiles():
+            fitted = ft.fit(
+                classifier,
+                plan,
+                data,
+                run,
+                seed=job["seed"],
+                options=options,
+                cache=cache,
+                mesh=mesh,
+                resume=True,
+            )
     except Interrupted as interruption:
         print(f"flaxtransfer: {interruption}", flush=True)
         distributed.finish()
@@ -123,8 +126,32 @@ def main(folder: Path, job: dict[str, Any]) -> int:
         **{path: np.asarray(leaf) for path, leaf in flatten(fitted.variables).items()},
     )
     assert (number == 0) == run.exists()
+    # The state leaves a step as it came, or there would be a second program for a phase.
+    assert len(compiled.steps) <= len(plan.phases), compiled.steps
     distributed.finish()
     return 0
+
+
+class Compiled(logging.Handler):
+    """Counts the programs of training steps that are compiled within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[str] = []
+        self._logger = logging.getLogger("jax")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps what is about a step."""
+        text = record.getMessage()
+        if text.startswith("Compiling jit(step)"):
+            self.steps.append(text[:300])
+
+    def __enter__(self) -> None:
+        self._logger.addHandler(self)
+        self._logger.propagate = False
+
+    def __exit__(self, *exception: object) -> None:
+        self._logger.removeHandler(self)
 
 
 def plan_of(job: dict[str, Any], params: Any) -> Any:
