@@ -46,6 +46,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int) -> None:
     print(f"flaxtransfer: ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    distributed = sys.modules.get("flaxtransfer.distributed")
+    if distributed is not None:
+        distributed.tell(f"ended by {signal.Signals(number).name}", 128 + number)
     # Threads that decode or compile would be waited for.
     os._exit(128 + number)
 

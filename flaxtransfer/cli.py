@@ -25,8 +25,14 @@ from typing import Annotated, Any
 import tyro
 
 from flaxtransfer import __version__
-from flaxtransfer.commands.options import check, flags, outputs
-from flaxtransfer.commands.subcommands import FILES, SUBCOMMANDS, Predict
+from flaxtransfer.commands.options import check, flags, outputs, recorded
+from flaxtransfer.commands.subcommands import (
+    FILES,
+    SEVERAL_PROCESSES,
+    SUBCOMMANDS,
+    Predict,
+    Train,
+)
 from flaxtransfer.paths import nearest, shortened, suggest, visible
 
 USER_ERROR = 2
@@ -69,8 +75,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if _was_ended(error):
             raise
         known = isinstance(error, (ValueError, TypeError, OSError, ImportError))
-        print(_one_line(error if known else _unforeseen(error), options), file=sys.stderr)
+        line = _one_line(error if known else _unforeseen(error), options)
+        print(line, file=sys.stderr)
+        _end_others(line)
         return USER_ERROR
+
+
+def _end_others(line: str) -> None:
+    """Ends the other processes of the run, where there are any, and this one; returns otherwise."""
+    # Before jax is imported there is no run.
+    distributed = sys.modules.get("flaxtransfer.distributed")
+    if distributed is not None and distributed.several():
+        distributed.leave(line.removeprefix("flaxtransfer: "), USER_ERROR)
 
 
 def help_text() -> str:
@@ -179,16 +195,25 @@ def _near(option: str, known: Sequence[str]) -> str:
 
 
 def _execute(options: Any) -> int:
+    from flaxtransfer import distributed
     from flaxtransfer.overview import terminal
     from flaxtransfer.sharding import guard_cpu_thread_pool
     from flaxtransfer.training.console import Interrupted
 
     guard_cpu_thread_pool()
+    distributed.start(stop_together=isinstance(options, Train))
     # For Python's process that frees the shared memory of decode workers: where they, or the run,
     # were ended from outside, it would add two lines of its own to the one that says so.
     if "ignore:resource_tracker" not in sys.warnoptions:
         sys.warnoptions.append("ignore:resource_tracker")
     name = next(name for name, kind in SUBCOMMANDS.items() if kind is type(options))
+    if distributed.several():
+        distributed.check_alike({"subcommand": name, **recorded(options, unrecorded=True)})
+        if name not in SEVERAL_PROCESSES:
+            raise ValueError(
+                f"the subcommand must be {' or '.join(SEVERAL_PROCESSES)} in a run over several "
+                f"processes, got {name}; start it in one"
+            )
     name = name.replace("-", "_")
     file = importlib.import_module(f"flaxtransfer.commands.{FILES.get(name, name)}")
     command = getattr(file, name)
@@ -197,8 +222,11 @@ def _execute(options: Any) -> int:
         # Predictions are the standard output of `predict`; its notes must not mix with them.
         command(options, errors if isinstance(options, Predict) else terminal())
     except Interrupted as interruption:
-        errors.print(str(interruption))
+        # In every process: each ends for itself.
+        print(str(interruption), file=sys.stderr)
+        distributed.finish()
         return 128 + interruption.signal_number
+    distributed.finish()
     return 0
 
 
@@ -242,6 +270,9 @@ def _unforeseen(error: Exception) -> Exception:
         return MemoryError(
             f"out of memory ({text}); smaller batches (--batch-size) or smaller images need less"
         )
+    distributed = sys.modules.get("flaxtransfer.distributed")
+    if distributed is not None and (lost := distributed.lost(error)):
+        return ConnectionError(lost)
     path = _in_a_file("".join(traceback.format_exception(error)))
     return RuntimeError(
         f"{text}; this is a fault of flaxtransfer, not of what was asked"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax.numpy as jnp
 
 from flaxtransfer.batchnorm import Norm, check, mode, modules, policy
+from flaxtransfer.distributed import is_first
 from flaxtransfer.groups import FROZEN, Group, WarmupCosine, check_groups
 from flaxtransfer.mask_algebra import select
 from flaxtransfer.models.layout import layout_of
@@ -45,9 +46,13 @@ def plain(text: Any) -> Text:
 def terminal(**options: Any) -> Console:
     """A console of rich that shows every string as it is, as ``plain`` does.
 
+    Of several processes, process 0 alone prints.
+
     Args:
         options: as for ``rich.console.Console``.
     """
+    if "file" not in options and not is_first():
+        options["quiet"] = True
     return _kind_of_console()(markup=False, emoji=False, **options)
 
 

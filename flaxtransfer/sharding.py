@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flaxtransfer import distributed
 from flaxtransfer.paths import PyTree
 
 
@@ -75,8 +77,9 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
     Args:
         batch: arrays ``[batch, ...]``, all with the same first axis. In a run over several
-            processes each passes its own rows, and the result is their concatenation. Do not write
-            into them afterwards: on the CPU the result can share their memory.
+            processes each passes its own rows, as many as every other, and the result has the rows
+            of all, in the order of the mesh: the devices of a process need not be neighbors in it.
+            Do not write into them afterwards: on the CPU the result can share their memory.
         mesh: from ``make_mesh``.
 
     Returns:
@@ -95,7 +98,7 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
     join: Callable[..., jax.Array] = jax.make_array_from_process_local_data
-    return jax.tree.map(lambda leaf: join(sharding, np.asarray(leaf)), batch)
+    return jax.tree.map(lambda leaf: join(sharding, _canonical(leaf)), batch)
 
 
 def place_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -130,12 +133,14 @@ def map_batches(
     The one loop over batches outside of training. A batch whose size does not divide by the
     devices is padded with copies of its first example, of weight 0. One batch is computed while
     the one before it is fetched. In a run over several processes each passes its own share of the
-    examples and receives those of all.
+    examples, in as many batches as the others, and receives those of all in the order that one
+    process would have.
 
     Args:
         run: takes the placed arrays of ``inputs``, in that order.
         batches: mappings of arrays ``[batch, ...]``; ``weight`` float ``[batch]`` is 0 where an
-            example is padding, and may be absent.
+            example is padding, and may be absent. In several processes ``index`` has to be there,
+            which tells examples apart.
         mesh: from :func:`make_mesh`.
         inputs: which entries of a batch ``run`` takes; ``"weight"`` is always there.
         per_example: whether the leaves of the output are ``[batch, ...]``, of which the rows of
@@ -143,7 +148,12 @@ def map_batches(
             is, and ``run`` has to heed the weights.
 
     Yields:
-        The output as numpy arrays, and the batch without padding, its ``weight`` included.
+        The output as numpy arrays, and the batch without padding, its ``weight`` included; in
+        several processes without ``image``, which no other process needs.
+
+    Raises:
+        ValueError: in several processes, batches without ``index``, or the same rows in two
+            processes.
 
     >>> batches = [{"image": np.arange(3.0), "weight": np.array([1.0, 1.0, 0.0])}]
     >>> [(out.tolist(), kept["image"].tolist()) for out, kept in map_batches(
@@ -154,6 +164,10 @@ def map_batches(
     for batch in batches:
         arrays = _padded(batch, len(mesh.local_devices))
         output = run(*place_batch([arrays[name] for name in inputs], mesh))
+        if not replicated(mesh).is_fully_addressable:
+            # At once: collectives of two programs under way could meet in different orders.
+            yield _gathered(output, arrays, mesh, per_example)
+            continue
         if waiting is not None:
             yield _fetched(*waiting, per_example)
         waiting = output, arrays
@@ -212,7 +226,57 @@ def _padded(batch: Mapping[str, Any], devices: int) -> dict[str, np.ndarray]:
 def _fetched(
     output: PyTree, arrays: dict[str, np.ndarray], per_example: bool
 ) -> tuple[PyTree, dict[str, np.ndarray]]:
-    arrays, output = gather(arrays), gather(output)
+    return _without_padding(jax.device_get(output), arrays, per_example)
+
+
+def _gathered(
+    output: PyTree, arrays: dict[str, np.ndarray], mesh: Mesh, per_example: bool
+) -> tuple[PyTree, dict[str, np.ndarray]]:
+    """Output and batch of all processes, in the order of processes and rows."""
+    if "index" not in arrays:
+        raise ValueError(
+            "batches must have `index` in a run over several processes, got "
+            f"{', '.join(arrays)}; make them with ft.eval_batches or ft.loaders, which also give "
+            "each process its share"
+        )
+    number, count = distributed.share()
+    rows = len(arrays["weight"])
+    kept = {name: values for name, values in arrays.items() if name != "image"}
+    kept["place"] = number * rows + np.arange(rows, dtype=np.int32)
+    whole, kept = fetch((output, place_batch(kept, mesh)), mesh)
+    # Rows lie in the order of the mesh, which need not be that of the processes.
+    order = np.argsort(kept.pop("place"))
+    kept = {name: values[order] for name, values in kept.items()}
+    given = [tuple(row) for row in kept["index"].reshape(count, rows) if (row >= 0).any()]
+    if len(set(given)) < len(given):
+        raise ValueError(
+            "each process must give its own share of the examples, got the same rows in two of "
+            "them; make batches with ft.eval_batches or ft.loaders"
+        )
+    if per_example:
+        whole = jax.tree.map(lambda leaf: leaf[order], whole)
+    return _without_padding(whole, kept, per_example)
+
+
+def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Whole arrays of a mesh as numpy arrays, in every process.
+
+    >>> fetch({"rows": place_batch(np.arange(3), make_mesh(jax.devices()[:1]))}, make_mesh())
+    {'rows': array([0, 1, 2], dtype=int32)}
+    """
+    if replicated(mesh).is_fully_addressable:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), _replicate(mesh)(tree))
+
+
+@lru_cache(maxsize=8)
+def _replicate(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def _without_padding(
+    output: PyTree, arrays: dict[str, np.ndarray], per_example: bool
+) -> tuple[PyTree, dict[str, np.ndarray]]:
     keep = arrays["weight"] > 0
     if not keep.all():
         arrays = {name: values[keep] for name, values in arrays.items()}
@@ -256,61 +320,14 @@ def _copy_everywhere(leaf: Any, sharding: NamedSharding) -> Any:
         impl = jax.random.key_impl(leaf)
         wrap = jax.jit(lambda x: jax.random.wrap_key_data(x, impl=impl), out_shardings=sharding)
         return wrap(np.array(jax.random.key_data(leaf)))
+    if not sharding.is_fully_addressable:
+        # device_put would compare each array over all processes first.
+        array = _canonical(leaf).copy()
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     return jax.device_put(np.array(leaf), sharding)
 
 
-def on_primary(action: Callable[[], Any], what: str) -> None:
-    """Runs ``action`` on process 0; all processes return or raise together.
-
-    Args:
-        action: called without arguments, on process 0 alone.
-        what: the action as a verb phrase, for the error on the other processes.
-
-    Raises:
-        Exception: on process 0, the error of ``action``.
-        OSError: on the other processes, if ``action`` raised.
-
-    >>> on_primary(lambda: print("written"), "write the report")
-    written
-    """
-    error: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except Exception as raised:
-            error = raised
-    failed = any_process(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise OSError(f"process 0 could not {what}; see its error message")
-
-
-def gather(tree: PyTree) -> PyTree:
-    """The arrays of a tree as numpy arrays, rows of all processes one after another.
-
-    Args:
-        tree: arrays that are cut over the devices of all processes, or this process's share of the
-            rows; in one process simply arrays.
-
-    >>> gather({"rows": jax.numpy.arange(3)})["rows"].tolist()
-    [0, 1, 2]
-    """
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
-
-
-def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is true on any process; every process must call it.
-
-    >>> any_process(False)
-    False
-    """
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+def _canonical(leaf: Any) -> np.ndarray:
+    """A numpy array of the type that jax gives it."""
+    array = np.asarray(leaf)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

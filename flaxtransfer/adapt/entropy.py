@@ -27,6 +27,7 @@ from flaxtransfer.adapt.batch_norm import (
 from flaxtransfer.adapt.scores import Estimate, exceeds_shift, unlabeled_scores
 from flaxtransfer.adapt.statistics import Images, Reader, image_reader, predict_logits, reestimate
 from flaxtransfer.classifier import Classifier
+from flaxtransfer.distributed import check_alone
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.labels import ParamGroups, label, rest
 from flaxtransfer.masks import batch_norm
@@ -128,7 +129,8 @@ def tent(
         and only the logits remain), the variables of the source.
 
     Raises:
-        ValueError: batches of fewer than 32 images; no BatchNorm; no images; options out of range.
+        ValueError: batches of fewer than 32 images; no BatchNorm; no images; options out of range;
+            several processes.
         TypeError: images that are not uint8.
 
     References:
@@ -144,6 +146,7 @@ def tent(
     >>> report.adapted, report.logits.shape, len(report.entropies)
     (True, (64, 2), 1)
     """
+    check_alone("tent")
     check_guard_option(guard)
     variables = network.variables
     if steps < 1 or not learning_rate > 0:

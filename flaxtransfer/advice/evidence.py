@@ -28,6 +28,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch, eval_batches
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import groups_of, subsample
+from flaxtransfer.distributed import check_alone
 from flaxtransfer.features.checks import standardization
 from flaxtransfer.features.class_means import expected_error
 from flaxtransfer.features.extract import segment_features
@@ -193,8 +194,9 @@ def gather(
 
     Raises:
         ValueError: no image, one class, one example of every class, labels that are no classes of
-            the source, features that are not finite.
+            the source, features that are not finite; several processes.
     """
+    check_alone("advice (ft.advise, ft.auto)")
     began = time.perf_counter()
     labels = np.asarray(source.labels())
     chosen = np.arange(len(labels)) if positions is None else np.asarray(positions)

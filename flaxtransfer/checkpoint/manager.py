@@ -13,9 +13,8 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from flaxtransfer.checkpoint import orbax_io, step_files
@@ -35,13 +34,12 @@ from flaxtransfer.checkpoint.step_files import (
     remove,
     remove_leftovers,
 )
+from flaxtransfer.distributed import arrays_from_first, from_first, is_first
 from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import PyTree
-from flaxtransfer.sharding import any_process, on_primary
 
 FORMAT = 1
 Records = Mapping[int, Mapping[str, Any]]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ class CheckpointManager:
         """Opens the checkpoints of a folder for a ``with`` block.
 
         A writer holds the lock of the folder, and removes incomplete steps of a killed writer. In a
-        run over several processes every process opens the same folder on a shared disk and calls
-        the same methods in the same order; process 0 writes.
+        run over several processes every process calls the same methods in the same order; process 0
+        alone reads and writes the folder, and sends what it reads to all.
 
         Args:
             folder: a local or mounted folder; created if it does not exist.
@@ -134,10 +132,10 @@ class CheckpointManager:
             stack.enter_context(orbax_io.quiet())
             writer = None
             if read_only:
-                check_folder(path)
+                from_first(lambda: check_folder(path))
             else:
-                on_primary(lambda: _lock_and_clean(path, stack), f"open {path}")
-                if jax.process_index() == 0:
+                from_first(lambda: _lock_and_clean(path, stack))
+                if is_first():
                     writer = orbax_io.open_writer()
                     stack.callback(writer.close)
             store = cls(
@@ -190,7 +188,7 @@ class CheckpointManager:
         if self.read_only:
             raise ValueError(f"{self.folder} is not open for writing, step {step} was not saved")
         self.wait()
-        on_primary(lambda: self._check_step(step), f"save step {step} in {self.folder}")
+        from_first(lambda: self._check_step(step))
         arrays, manifest = build_manifest(tree)
         record = {
             "format": FORMAT,
@@ -199,9 +197,7 @@ class CheckpointManager:
             "meta": jsonable(meta or {}, "meta"),
             "leaves": manifest,
         }
-        on_primary(
-            lambda: self._write(int(step), arrays, record), f"write step {step} to {self.folder}"
-        )
+        from_first(lambda: self._write(int(step), arrays, record))
         self._damaged.clear()
         self._pending = int(step)
         if wait:
@@ -217,26 +213,30 @@ class CheckpointManager:
             return
         step = self._pending
         try:
-            on_primary(lambda: self._finish(step), f"write step {step} to {self.folder}")
+            from_first(lambda: self._finish(step))
         finally:
             self._pending = None
 
     def steps(self) -> list[int]:
         """The steps on the disk, ascending, without those known to be damaged."""
-        return [step for step in list_steps(self.folder) if step not in self._damaged]
+        return from_first(self._sound_steps)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
-        return max(self._records(), default=None)
+        return from_first(lambda: max(self._records(), default=None))
 
     def best(self) -> int | None:
         """The step with the highest metric (of equal ones the earliest), or None."""
-        return next(iter(ranked(self._records())), None)
+        return from_first(lambda: next(iter(ranked(self._records())), None))
 
     def meta(self) -> dict[str, Any] | None:
         """The dictionary saved with the newest step whose record is intact; None without one."""
-        records = self._records()
-        return records[max(records)]["meta"] if records else None
+
+        def newest() -> dict[str, Any] | None:
+            records = self._records()
+            return records[max(records)]["meta"] if records else None
+
+        return from_first(newest)
 
     def restore(
         self,
@@ -263,11 +263,13 @@ class CheckpointManager:
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
-        if step == "best":
-            candidates = best_first(self.folder, self._records(), self._damaged)
-        else:
-            candidates = newest_first(self.folder, step)
-        for candidate in candidates:
+
+        def wanted() -> list[int]:
+            if step == "best":
+                return best_first(self.folder, self._records(), self._damaged)
+            return newest_first(self.folder, step)
+
+        for candidate in from_first(wanted):
             try:
                 restored = restore_step(self.folder, candidate, like, tuple(skipped))
             except Damage as damage:
@@ -283,10 +285,13 @@ class CheckpointManager:
             f"no intact checkpoint in {self.folder} (nothing was deleted):{reasons}{hint}"
         )
 
+    def _sound_steps(self) -> list[int]:
+        return [step for step in list_steps(self.folder) if step not in self._damaged]
+
     def _records(self) -> dict[int, dict[str, Any]]:
         """Records of the steps that are not known to be damaged; marks unreadable ones."""
         records = {}
-        for step in self.steps():
+        for step in self._sound_steps():
             try:
                 records[step] = step_files.read_record(self.folder, step)
             except Damage as damage:
@@ -333,7 +338,7 @@ def restore_step(
     like: PyTree | Callable[[dict[str, Any]], PyTree],
     skipped: tuple[tuple[int, str], ...],
 ) -> Restored:
-    """Reads a step, in all processes or in none.
+    """Reads a step; process 0 reads, for all.
 
     Args:
         folder: of the checkpoints.
@@ -346,7 +351,7 @@ def restore_step(
         ValueError: it has another format, or another tree; the text lists every difference.
         OSError: the machine failed.
     """
-    record = _on_all_processes(lambda: step_files.read_record(folder, step))
+    record = from_first(lambda: step_files.read_record(folder, step), Damage)
     if record["format"] != FORMAT:
         raise ValueError(
             f"step {step} of {folder} has the format {record['format']}; this version of "
@@ -361,21 +366,11 @@ def restore_step(
             f"{skipped_text if skipped else ''}; was the configuration changed?\n  "
             + "\n  ".join(lines)
         )
-    arrays = _on_all_processes(lambda: step_files.read_arrays(folder, step, record["leaves"]))
+    arrays = arrays_from_first(
+        lambda: step_files.read_arrays(folder, step, record["leaves"]), Damage
+    )
     tree = rebuild(record["leaves"], arrays, like)
     return Restored(step, tree, record["meta"], record["metric"], skipped)
-
-
-def _on_all_processes(read: Callable[[], _T]) -> _T:
-    """Result of ``read``; an error in one process is an error in all of them."""
-    error: Exception | None = None
-    try:
-        result = read()
-    except Exception as raised:
-        error = raised
-    if any_process(error is not None):
-        raise error or Damage("another process cannot read it")
-    return result
 
 
 def checked_metric(metric: Any) -> float | None:

@@ -272,7 +272,7 @@ def _describing_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _this_process_only() -> ocp.options.MultiprocessingOptions:
-    """Orbax does not wait for other processes; ``distributed.on_primary`` synchronizes them."""
+    """Orbax does not wait for other processes; ``distributed.from_first`` synchronizes them."""
     this = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ from flaxtransfer.data.splits import (
     subsample,
 )
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
+from flaxtransfer.distributed import check_alike, from_first
 from flaxtransfer.features.class_means import Baseline, baseline
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.files import read_json
@@ -247,11 +249,15 @@ def _solved_before(folder: Path | None) -> bool | None:
     """Whether the run that is resumed solves its head; None for a new or a damaged one."""
     if folder is None:
         return None
-    try:
-        phases = read_json(folder / CONFIG_FILE)["phases"].values()
-        return all(phase["steps"] == 0 for phase in phases)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # `fit` says so.
+
+    def solved() -> bool | None:
+        try:
+            phases = read_json(folder / CONFIG_FILE)["phases"].values()
+            return all(phase["steps"] == 0 for phase in phases)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # `fit` says so.
+
+    return from_first(solved)
 
 
 def _nothing_to_train_for(frozen: FrozenHeads | None) -> Measurement:
@@ -303,6 +309,14 @@ def begin(
         skip_corrupt=data.skip_corrupt,
         bands=checkpoint.config.bands if channels.bands is None else channels.bands,
         **data.columns.arguments(),
+    )
+    # Before the first batch: with other numbers of them the processes would wait for ever.
+    check_alike(
+        {
+            "images": len(source),
+            "classes": list(source.class_names),
+            "labels": hashlib.sha256(np.asarray(source.labels()).tobytes()).hexdigest(),
+        }
     )
     splits = _kept(source, resumed) or split(source, data.name, parts)
     source, levels = leveled(
@@ -384,11 +398,15 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
     """The split of a run that is resumed; None for a new one, or where its record is damaged."""
     if folder is None:
         return None
-    try:
-        record = Split.from_json(read_json(folder / SPLIT_FILE))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # `fit` says so, and compares the data with those of the run.
-    return record.positions(source)
+
+    def kept() -> Any:
+        try:
+            return Split.from_json(read_json(folder / SPLIT_FILE)).to_json()
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # `fit` says so, and compares the data with those of the run.
+
+    record = from_first(kept)
+    return None if record is None else Split.from_json(record).positions(source)
 
 
 def print_notes(source: Any, console: Console) -> None:

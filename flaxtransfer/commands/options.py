@@ -619,8 +619,12 @@ def check(options: Any) -> None:
         raise ValueError("; ".join(problems))
 
 
-def recorded(options: Any) -> dict[str, Any]:
+def recorded(options: Any, *, unrecorded: bool = False) -> dict[str, Any]:
     """The options that decide what is learned, as JSON, for the run's configuration.
+
+    Args:
+        options: a dataclass of options, with groups in it.
+        unrecorded: also those that do not decide it.
 
     >>> recorded(BatchOptions())
     {'batch_size': 64, 'flip': 'auto', 'augment': 'affine', 'compute': 'float32'}
@@ -628,8 +632,8 @@ def recorded(options: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value, notes in _entries(options):
         if dataclasses.is_dataclass(value):
-            found |= recorded(value)
-        elif UNRECORDED not in notes:
+            found |= recorded(value, unrecorded=unrecorded)
+        elif unrecorded or UNRECORDED not in notes:
             found[_key(name, notes)] = list(value) if isinstance(value, tuple) else value
     if isinstance(options, StrategyOptions) and options.strategy and is_file(options.strategy):
         # The content of the file decides what is learned, not its name.

@@ -576,6 +576,9 @@ SUBCOMMANDS: dict[str, type] = {
 }
 """The options of each subcommand, in the order of ``flaxtransfer --help``."""
 
+SEVERAL_PROCESSES = ("train", "evaluate")
+"""What spreads its images over the processes of a run; all else would do the same in each."""
+
 FILES = {
     **dict.fromkeys(("stem", "models", "params", "convert"), "networks"),
     **dict.fromkeys(("advise", "probe", "find_rate"), "measure"),

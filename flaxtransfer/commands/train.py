@@ -33,6 +33,7 @@ from flaxtransfer.commands.subcommands import Train
 from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.source import near_duplicates
 from flaxtransfer.data.splits import Splits
+from flaxtransfer.distributed import check_alone, from_first
 from flaxtransfer.files import MANIFEST_FILE, atomic_write, read_json, write_file, write_json
 from flaxtransfer.paths import listing
 from flaxtransfer.recipes.catalog import from_scratch
@@ -69,6 +70,7 @@ def cross_validate(options: Train, console: Console) -> None:
     """Trains and tests once per fold, and writes what each image got when it was tested."""
     split, folder = options.job.split, run_folder(options)
     assert split.folds is not None  # or this is no cross-validation
+    check_alone("--folds")
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds a run without folds; give a new --run")
     if not options.run.resume and any(folder.glob("fold*")):
@@ -177,22 +179,17 @@ def train_once(options: Train, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     resumed = folder if options.run.resume else None
     choosing = Choosing(folder / RACE, _cache(options), lambda text: _say(text, console))
-    if (
-        options.job.strategy.strategy == AUTO
-        and not options.run.resume
-        and (folder / RACE).exists()
-    ):
+    new_race = options.job.strategy.strategy == AUTO and not options.run.resume
+    if new_race and (folder / RACE).exists():
         raise ValueError(f"{folder} holds a race; add --resume to go on, or give a new --run")
     job = prepare(options.job, options.training.settings(), resumed, choosing)
-    if resumed and (folder / MANIFEST_FILE).exists() and (folder / SUMMARY_FILE).exists():
+    if resumed and from_first(lambda: _is_finished(folder)):
         arguments = _arguments(options, job.network, job.plan, job.data, folder)
         for note in check_same_run(**arguments):
             console.print(note, highlight=False, markup=False, soft_wrap=True)
-        scratch = folder / SCRATCH
-        problems = run_problems(folder)
-        problems += run_problems(scratch) if scratch.exists() else []
+        problems = from_first(lambda: _problems(folder))
         if not problems:
-            kept: dict[str, Any] = read_json(folder / SUMMARY_FILE)
+            kept: dict[str, Any] = from_first(lambda: read_json(folder / SUMMARY_FILE))
             print_summary(kept, folder, console)
             return kept
         for problem in problems:
@@ -234,11 +231,25 @@ def train_once(options: Train, console: Console) -> dict[str, Any]:
         "near_duplicates": alike,
         "notes": list(fitted.notes),
     }
-    _draw(rows, job.network.task.ranking, folder)
-    write_json(folder / SUMMARY_FILE, summary)
-    seal_run(folder, SUMMARY_FILE, PICTURE_FILE)
+
+    def write() -> None:
+        _draw(rows, job.network.task.ranking, folder)
+        write_json(folder / SUMMARY_FILE, summary)
+        seal_run(folder, SUMMARY_FILE, PICTURE_FILE)
+
+    from_first(write)
     print_summary(summary, folder, console)
     return summary
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / MANIFEST_FILE).exists() and (folder / SUMMARY_FILE).exists()
+
+
+def _problems(folder: Path) -> list[str]:
+    """What of a finished run and of its comparison is damaged."""
+    scratch = folder / SCRATCH
+    return run_problems(folder) + (run_problems(scratch) if scratch.exists() else [])
 
 
 def _draw(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
@@ -290,7 +301,7 @@ def _train_from_scratch(
         weight_decay=1e-2 if training.weight_decay is None else training.weight_decay,
         patience=training.patience,
     )
-    resume = options.run.resume or (folder / SCRATCH).exists()
+    resume = options.run.resume or from_first((folder / SCRATCH).exists)
     inner = replace(options, run=replace(options.run, resume=resume))
     fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)
     return _row("from scratch", job.test(fitted.network), fitted, started)

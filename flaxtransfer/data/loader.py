@@ -29,12 +29,13 @@ from flaxtransfer.data.transforms import (
     is_random,
     training_transform,
 )
+from flaxtransfer.distributed import share
 from flaxtransfer.models.band_init import common_scale
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 Batch = Mapping[str, Any]
-"""``image`` uint8 [batch, height, width, 3], ``label`` int [batch], and for evaluation ``weight``
-float [batch], 0 where an example is padding."""
+"""``image`` uint8 [batch, height, width, 3], ``label`` int [batch], ``index`` int [batch] of the
+example in its source, and for evaluation ``weight`` float [batch], 0 where it is padding."""
 
 
 _MOST_FOR_BANDS = 2000
@@ -125,14 +126,14 @@ def loaders(
     seed: int = 0,
     workers: int = 0,
 ) -> DataLoaders:
-    """The batches of a data source.
+    """The batches of a data source; in a run over several processes, this one's rows of each.
 
     Args:
-        source: labeled images.
+        source: labeled images; the same in every process.
         splits: positions of the examples to train and to validate on, from ``stratified_split``;
             the run folder keeps them together with those to test on.
         preprocessing: that belongs to the weights.
-        batch_size: examples a step, over all devices.
+        batch_size: examples a step, over all devices of all processes.
         transform: augmentation of training images; by default the usual one, with mirror images
             where the class names do not speak against them.
         seed: of order and augmentation.
@@ -168,10 +169,11 @@ def loaders(
             seed=seed,
             start_step=start,
             workers=workers,
+            shard=share(),
         )
 
     def once(positions: np.ndarray, form: Transform = plain) -> Iterable[Batch]:
-        return batches_in_order(source, positions, batch_size=batch_size, transform=form)
+        return _own_rows(source, positions, batch_size, form)
 
     def fingerprint() -> tuple[Mapping[str, str], Mapping[str, str]]:
         drawn = f"{augmentation!r}, seed {seed}" if is_random(augmentation) else f"{augmentation!r}"
@@ -236,11 +238,22 @@ def eval_batches(
     """Every example at ``positions`` once, prepared as the weights want it; for ``evaluate``.
 
     The last batch is padded, and the network computes the padding, too: large batches cost few
-    examples more than they save.
+    examples more than they save. In a run over several processes each gets its own rows.
     """
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     source = with_levels(source, Levels.of(preprocessing))
-    return batches_in_order(source, positions, batch_size=batch_size, transform=transform)
+    return _own_rows(source, positions, batch_size, transform)
+
+
+def _own_rows(
+    source: Source, positions: np.ndarray, batch_size: int, transform: Transform
+) -> Iterable[Batch]:
+    """The rows of this process, of ``batches_in_order``."""
+    number, count = share()
+    whole = -(-batch_size // count) * count
+    return batches_in_order(
+        source, positions, batch_size=whole, transform=transform, shard=(number, count)
+    )
 
 
 @contextmanager

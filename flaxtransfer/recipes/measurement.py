@@ -19,6 +19,7 @@ from flaxtransfer.analysis.curvature import (
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
+from flaxtransfer.distributed import check_alone
 from flaxtransfer.features.extract import segment_features
 from flaxtransfer.paths import Params
 from flaxtransfer.recipes.catalog import RECIPES
@@ -80,10 +81,13 @@ def measure(
         examples: training images there are in all.
 
     Raises:
-        ValueError: a class without examples, gradients that are not finite.
+        ValueError: a class without examples, gradients that are not finite; a curvature in several
+            processes.
     """
     if strategy == "depth_head":
         return _best_depth(network, batches)
+    if strategy == "curvature_scaled":
+        check_alone("the measurement of curvature_scaled")
     batches = list(batches)
     params, text = init_head_from_probe(network, batches)
     probed = network.with_variables({**network.variables, "params": params})

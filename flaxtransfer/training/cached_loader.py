@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders, IndexedExamples
+from flaxtransfer.distributed import share
 from flaxtransfer.files import (
     MOST_JSON_BYTES,
     discard_folder,
@@ -521,10 +522,12 @@ def _feed(
 ) -> DataLoaders:
     count, size = len(examples.labels), examples.batch_size
     labels = examples.labels.astype(np.int32)
+    number, processes = share()
+    own = slice(number * size // processes, (number + 1) * size // processes)
 
     def train(start: int) -> Iterator[Batch]:
         for step in itertools.count(start):
-            rows, passes = examples.rows(step)
+            rows, passes = (each[own] for each in examples.rows(step))
             yield {"image": training[passes % choice.views * count + rows], "label": labels[rows]}
 
     def held_out() -> Iterator[Batch]:
@@ -532,11 +535,15 @@ def _feed(
         for first in range(0, len(validation), size):
             batch = np.asarray(validation[first : first + size])
             missing = size - len(batch)
-            yield {
+            places = first + np.arange(size)
+            there = places < len(validation)
+            whole = {
                 "image": np.pad(batch, [(0, missing), *[(0, 0)] * (batch.ndim - 1)]),
                 "label": np.pad(targets[first : first + size], (0, missing)),
-                "weight": (np.arange(size) < len(batch)).astype(np.float32),
+                "index": np.where(there, places, -1),
+                "weight": there.astype(np.float32),
             }
+            yield {name: values[own] for name, values in whole.items()}
 
     return replace(
         feed,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from flaxtransfer import distributed
 from flaxtransfer.files import atomic_write, check_regular, parse_json, write_file
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import visible
@@ -86,7 +88,7 @@ class MetricsWriter:
     """Appends one JSON object a line to ``<folder>/metrics.jsonl``.
 
     Opening it for a run that is resumed drops the lines that an interrupted process wrote after its
-    last checkpoint: they will be written again.
+    last checkpoint: they will be written again. Of several processes, process 0 alone writes.
 
     Args:
         folder: the run folder.
@@ -107,25 +109,37 @@ class MetricsWriter:
         step: int = 0,
         tensorboard: bool = False,
     ) -> None:
+        self._file: BinaryIO | None = None
+        self._events: Any = None
+        self._hash, self._size = _sha256(b""), 0
+        self.damage = distributed.from_first(
+            lambda: self._open(folder, written, step, tensorboard=tensorboard)
+        )
+
+    def _open(self, folder: Path, written: Extent | None, step: int, *, tensorboard: bool) -> str:
+        """Opens the files; returns what was damaged."""
         path = folder / METRICS_FILE
         found = _read(path)
         kept = b"" if written is None else found[: written.size]
-        self.damage = ""
+        damage = ""
         if written is not None and Extent(len(kept), _sha256(kept).hexdigest()) != written:
             aside = path.with_name("metrics-damaged.jsonl")
             state = "is missing" if not path.exists() else f"is damaged, and lies in {aside.name}"
             if path.exists():
                 path.replace(aside)
-            self.damage = f"{path} {state}: the metrics up to step {step} are lost"
+            damage = f"{path} {state}: the metrics up to step {step} are lost"
             kept = b""
         with atomic_write(path) as temporary:
             write_file(temporary, kept)
         self._file = path.open("ab")
         self._hash, self._size = _sha256(kept), len(kept)
         self._events = _event_writer(folder / "tensorboard", step) if tensorboard else None
+        return damage
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends ``{"kind": ..., "step": ..., **values}``; NaN and infinities become null."""
+        if self._file is None:
+            return
         line = _line({"kind": kind, "step": step, **values})
         self._file.write(line)
         self._file.flush()
@@ -143,7 +157,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -222,6 +237,12 @@ class Request:
     signal_number: int | None = None
     _at_once: str | None = None
 
+    def asked(self) -> bool:
+        """Whether the run is to end after this step; every process asks after every step."""
+        if distributed.stop_requested():
+            self.signal_number = signal.SIGTERM
+        return self.signal_number is not None
+
     @contextmanager
     def at_once(self, text: str) -> Iterator[None]:
         """Within the block a signal ends the run where it is, for nothing there has to be saved.
@@ -252,13 +273,16 @@ class Request:
 def watch_signals() -> Iterator[Request]:
     """Records the first SIGINT or SIGTERM; a second one acts as if nothing had been installed.
 
-    Outside the main thread, where Python allows no handlers, nothing is watched.
+    Outside the main thread, where Python allows no handlers, nothing is watched. In a run over
+    several processes jax watches SIGTERM, so that all end after the same step; SIGINT is passed on
+    to it.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    watched = (signal.SIGINT, signal.SIGTERM)
+    together = distributed.several()
+    watched = (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in watched}
 
     def restore() -> None:
@@ -268,7 +292,10 @@ def watch_signals() -> Iterator[Request]:
     def record(number: int, frame: FrameType | None) -> None:
         del frame
         restore()
-        request.record(number)
+        if together:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            request.record(number)
 
     for number in watched:
         signal.signal(number, record)

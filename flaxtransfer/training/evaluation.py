@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from flaxtransfer.batchnorm import policy
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
+from flaxtransfer.distributed import arrays_from_first, from_first, several, total
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.features.sweep import fit_linear_probe
 from flaxtransfer.masks import Mask, everything
@@ -193,13 +194,20 @@ def head_from_features(
     kind: Literal["logistic", "ridge"] = "logistic",
 ) -> tuple[Params, str]:
     """The same where it is known what the head sees; see ``pooled_features``."""
-    head = fit_linear_probe(features, labels, network.model.config.classes, kind=kind)
+    text = ""
+
+    def solved() -> dict[str, np.ndarray]:
+        nonlocal text
+        head = fit_linear_probe(features, labels, network.model.config.classes, kind=kind)
+        text = head.text
+        return {"kernel": np.asarray(head.kernel), "bias": np.asarray(head.bias)}
+
+    # Another machine could find other last digits.
+    found = arrays_from_first(solved)
+    text = from_first(lambda: text)
     old = network.params[network.model.layout.head]
-    new = {
-        name: jax.numpy.asarray(value, old[name].dtype)
-        for name, value in (("kernel", head.kernel), ("bias", head.bias))
-    }
-    return merge(network.params, {network.model.layout.head: new}), head.text
+    new = {name: jax.numpy.asarray(value, old[name].dtype) for name, value in found.items()}
+    return merge(network.params, {network.model.layout.head: new}), text
 
 
 def recalibrate(
@@ -343,18 +351,31 @@ def with_statistics(batch_stats: Mapping[str, Any], found: Mapping[str, Moments]
 
 
 def without_padding(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Images and weights; a short last batch joins the one before, for it would be noisy alone."""
-    held: tuple[np.ndarray, np.ndarray] | None = None
+    """Images and weights; a short last batch joins the one before, for it would be noisy alone.
+
+    In a run over several processes padding stays, with weight 0: one process may have more of it
+    than another, and all need batches of one size. What is short is decided on all rows.
+    """
+    held: Batch | None = None
+    examples = 0
     for batch in batches:
         images = np.asarray(batch["image"])
         weights = np.asarray(batch.get("weight", np.ones(len(images))), np.float32)
-        part = (images[weights > 0], weights[weights > 0])
-        if held is None:
-            held = part
-        elif len(part[0]) < len(held[0]):
-            held = (np.concatenate([held[0], part[0]]), np.concatenate([held[1], part[1]]))
+        there = weights > 0
+        count = total(int(there.sum()))
+        part: Batch
+        if several():
+            part = {"image": images, "weight": weights}
+            part |= {"index": np.asarray(batch["index"])} if "index" in batch else {}
         else:
-            yield {"image": held[0], "weight": held[1]}
-            held = part
-    if held is not None and len(held[0]):
-        yield {"image": held[0], "weight": held[1]}
+            part = {"image": images[there], "weight": weights[there]}
+        if held is None:
+            held, examples = part, count
+        elif count < examples:
+            held = {name: np.concatenate([held[name], part[name]]) for name in held}
+            examples += count
+        else:
+            yield held
+            held, examples = part, count
+    if held is not None and examples:
+        yield held

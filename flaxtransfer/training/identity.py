@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.data.splits import Split
+from flaxtransfer.distributed import check_alike
 from flaxtransfer.files import (
     MANIFEST_FILE,
     json_bytes,
@@ -109,6 +110,12 @@ def sha256_of_config(config: Mapping[str, Any]) -> str:
     """Digest of what is compared of a configuration."""
     text = json.dumps(_compared(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_processes(config: Mapping[str, Any]) -> None:
+    """Refuses processes of a run that are not about to train the same; see ``check_alike``."""
+    named = {"weights_sha256": "the digest of the weights", "examples_sha256": "that of the data"}
+    check_alike({named.get(name, name): value for name, value in _compared(config).items()})
 
 
 def check_place(folder: Path) -> None:

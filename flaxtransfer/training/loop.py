@@ -21,6 +21,7 @@ from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
 from flaxtransfer.classifier import Classifier, ending_at
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
+from flaxtransfer.distributed import from_first, held_by_first, share
 from flaxtransfer.features.extract import pooled_features
 from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import Variables, listing
@@ -161,6 +162,9 @@ def fit(
 ) -> FitResult:
     """Trains a network through the phases of ``plan`` and leaves a complete run folder.
 
+    In a run over several processes (``flaxtransfer.distributed.start``) every process calls it with
+    the same arguments; process 0 alone reads and writes the folder.
+
     Args:
         network: from ``ft.transfer``, or made of a model and its weights; not changed.
         plan: what moves, how fast and when.
@@ -185,7 +189,8 @@ def fit(
             prepared or labeled for another network; ``pooled`` of other examples or of another
             width; the folder holds another run, or an unfinished
             one and ``resume`` is not set, or somebody else is writing it; the loss is not finite
-            (``NonFiniteLoss``).
+            (``NonFiniteLoss``); processes with other arguments than process 0, batches that are not
+            divided among the processes, a mesh without some of them.
         OSError: the folder cannot be written.
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
@@ -195,18 +200,22 @@ def fit(
     plan = plan.resolve(network.params, data.steps_per_epoch)
     check_feed(plan, data)
     _check_pooled(network, data, pooled)
-    identity.check_place(folder)
-    with folder_lock(folder), _checkpoints(folder, options) as store:
-        run_folder.remove_leftovers(folder)
+    _check_processes(data, mesh)
+    from_first(lambda: identity.check_place(folder))
+    with held_by_first(lambda: folder_lock(folder)), _checkpoints(folder, options) as store:
+        from_first(lambda: run_folder.remove_leftovers(folder))
         wanted, record = _identity(network, plan, data, seed, config, options, cache)
         before = store.meta() or {}
-        found = identity.check(folder, wanted, record, before.get("sealed"), resume=resume)
+        found = _check_run(folder, wanted, record, before.get("sealed"), resume=resume)
         with watch_signals() as request:
             mesh = mesh or make_mesh()
             first = start(network.variables, plan.phases[0], seed)
             state, meta, skipped = _restore(store, plan, first)
             if not meta:
-                identity.prepare(folder, wanted, record)
+                from_first(lambda: identity.prepare(folder, wanted, record))
+            seals = meta.get("sealed") or from_first(
+                lambda: identity.seals_at_start(folder, wanted)
+            )
             position = Progress(**meta.get("position", {}))
             with MetricsWriter(
                 folder,
@@ -226,7 +235,7 @@ def fit(
                     metrics,
                     request,
                     pooled,
-                    sealed=dict(meta.get("sealed") or identity.seals_at_start(folder, wanted)),
+                    sealed=dict(seals),
                     audits=[run_folder.Audit.from_json(row) for row in meta.get("audits", [])],
                     notes=list(dict.fromkeys([*meta.get("notes", []), *found.notes])),
                     damage=list(meta.get("damage", [])),
@@ -262,12 +271,12 @@ def check_same_run(
     folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
     network = ending_at(network, plan.ends_at)
     plan = plan.resolve(network.params, data.steps_per_epoch)
-    with folder_lock(folder), _checkpoints(folder, options) as store:
+    with held_by_first(lambda: folder_lock(folder)), _checkpoints(folder, options) as store:
         meta = store.meta()
         if meta is None:
             return ()
         wanted, record = _identity(network, plan, data, seed, config, options, cache)
-        found = identity.check(folder, wanted, record, meta["sealed"], resume=True)
+        found = _check_run(folder, wanted, record, meta["sealed"], resume=True)
         return (*found.damage, *found.notes)
 
 
@@ -283,7 +292,41 @@ def _identity(
     """What makes this run this run, and the record of its examples, each of which is read."""
     record = identity.record_of(data)
     settings = {"evaluate_every": options.evaluate_every, **cache.identity(), **(config or {})}
-    return identity.identity_of(network, plan, seed, data, record, settings), record
+    wanted = identity.identity_of(network, plan, seed, data, record, settings)
+    identity.check_processes(wanted)
+    return wanted, record
+
+
+def _check_run(
+    folder: Path,
+    wanted: Mapping[str, Any],
+    record: Split | None,
+    seals: Mapping[str, str] | None,
+    *,
+    resume: bool,
+) -> identity.Found:
+    """What process 0 finds in the folder; see ``identity.check``."""
+    found = from_first(lambda: identity.check(folder, wanted, record, seals, resume=resume))
+    return identity.Found(*map(tuple, found))
+
+
+def _check_processes(data: DataLoaders, mesh: Mesh | None) -> None:
+    """Refuses what would count examples twice, or train without some of the processes."""
+    _, count = share()
+    if count == 1:
+        return
+    if data.examples is None:
+        raise ValueError(
+            "data must be made by ft.loaders in a run over several processes, which gives each "
+            "process its share of a batch; got a feed without examples"
+        )
+    if mesh is not None and len({d.process_index for d in mesh.devices.flat}) < count:
+        raise ValueError(f"mesh must have devices of all {count} processes, got {mesh}")
+    if data.examples.batch_size % count:
+        raise ValueError(
+            f"batch_size must be a multiple of the {count} processes, got "
+            f"{data.examples.batch_size}"
+        )
 
 
 def _checkpoints(folder: Path, options: FitOptions) -> AbstractContextManager[CheckpointManager]:
@@ -293,7 +336,7 @@ def _checkpoints(folder: Path, options: FitOptions) -> AbstractContextManager[Ch
 def _healed(run: _Run) -> Iterator[str]:
     """Writes again what can be made from the checkpoint; what was damaged, for a person."""
     if run.store.latest() is not None:
-        yield from identity.heal(run.folder, run.sealed, run.audits)
+        yield from from_first(lambda: list(identity.heal(run.folder, run.sealed, run.audits)))
 
 
 def _say_loss(run: _Run, position: Progress, text: str) -> None:
@@ -355,7 +398,7 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
         with run.request.at_once(f"at step {position.step}, {kept}"):
             after = run_folder.frozen_digests(state, phase)
             run.audits.append(run_folder.compare(phase, before, after))
-            run_folder.write_audits(run.folder, run.audits)
+            from_first(lambda: run_folder.write_audits(run.folder, run.audits))
             state, kept_best = _best(run, state, position)
             if not _decide(run, position):
                 break
@@ -365,12 +408,22 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
         trained = run.with_state(state)
         predicted = _predict(run, run.feed, state, features=True)
         validation = None if predicted is None else predicted.evaluation(phase.loss)
-    run_folder.finish(run.folder, trained, position.step, predicted, validation, run.damage)
-    shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
+    from_first(lambda: _finish(run, trained, position.step, predicted, validation))
     if run.request.signal_number is not None:
         raise Interrupted(run.request.signal_number, "after the last step; the run is complete")
     notes = (*run.damage, *run.notes)
     return FitResult(trained, position.step, validation, tuple(run.audits), notes)
+
+
+def _finish(
+    run: _Run,
+    network: Classifier,
+    steps: int,
+    predicted: Predictions | None,
+    validation: Evaluation | None,
+) -> None:
+    run_folder.finish(run.folder, network, steps, predicted, validation, run.damage)
+    shutil.rmtree(run.folder / run_folder.FEATURES, ignore_errors=True)
 
 
 def _decide(run: _Run, position: Progress) -> bool:
@@ -448,7 +501,8 @@ def _run_phase(
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
     model, task = run.network.model, run.network.task
     segments = model.segments
-    step_function = train_step(model, split_phase(phase, segments, feed.start), feed, task)
+    part = split_phase(phase, segments, feed.start)
+    step_function = train_step(model, part, feed, task, run.mesh)
     working, below = split_state(state, segments, feed.start)
     pending: list[tuple[int, Metrics]] = []
     text = ""
@@ -463,7 +517,7 @@ def _run_phase(
             position = replace(position, phase_step=position.phase_step + 1)
             pending.append((position.step, metrics))
             done = position.phase_step == total
-            interrupted = run.request.signal_number is not None
+            interrupted = run.request.asked()
             validate = done or position.phase_step % every == 0
             if validate or interrupted or position.phase_step % run.options.log_every == 0:
                 text = _log(run, phase, pending)
@@ -490,6 +544,7 @@ def _solved(run: _Run, state: State, position: Progress) -> tuple[State, Progres
     if position.phase_step == 0:
         position, _, metric = _validate(run, run.feed, state, replace(position, phase_step=1))
         _save(run, state, position, metric)
+        run.request.asked()
     if run.request.signal_number is not None:
         where = f"at step {position.step}, with a checkpoint; --resume continues"
         raise Interrupted(run.request.signal_number, where)
@@ -656,11 +711,12 @@ def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[st
     """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
     name = run_folder.frozen_file(position.phase)
     if position.phase_step > 0:
-        kept = run_folder.read_frozen(run.folder, name, run.sealed.get(name))
+        sealed = run.sealed.get(name)
+        kept = from_first(lambda: run_folder.read_frozen(run.folder, name, sealed))
         if kept is not None:
             return kept
     digests = run_folder.frozen_digests(state, run.plan.phases[position.phase])
-    sha256 = run_folder.write_frozen(run.folder, name, digests)
+    sha256 = from_first(lambda: run_folder.write_frozen(run.folder, name, digests))
     if position.phase_step > 0:
         wrong = f"{run.folder / name} is damaged or missing"
         # Where nothing has moved, the digests of today are those of the start.

@@ -145,7 +145,7 @@ def find_learning_rate(
     swept = swept.resolve(network.params, feed.steps_per_epoch)
     mesh = mesh or make_mesh()
     state = place_replicated(start(network.variables, swept, seed), mesh)
-    step = train_step(network.model, swept, feed, network.task)
+    step = train_step(network.model, swept, feed, network.task, mesh)
     losses: list[float] = []
     smoothed: list[float] = []
     average, diverged = 0.0, False

@@ -19,6 +19,7 @@ import numpy as np
 
 from flaxtransfer.batchnorm import Norm, modules
 from flaxtransfer.data.loader import DataLoaders
+from flaxtransfer.distributed import several
 from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import Params, Variables, flatten, merge, unflatten
@@ -278,7 +279,7 @@ def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: DataL
     return Choice(
         None,
         f"{begin}, are not cached: {bytes_text(smallest)} are more than the budget of "
-        f"{_budget(cache)}",
+        f"{_budget(cache)}" + (", and several processes keep none on disk" if several() else ""),
     )
 
 
@@ -288,7 +289,9 @@ def _places(cache: Cache) -> Iterator[tuple[_Dtype, _Place, int]]:
     places: tuple[tuple[_Place, int], ...] = (("memory", cache.memory), ("disk", cache.disk))
     for dtype in dtypes:
         for where, budget in places:
-            if cache.dtype in ("auto", dtype) and cache.where in ("auto", where):
+            # Each process would have to find the same file, and their disks need not be one.
+            there = where == "memory" or not several()
+            if cache.dtype in ("auto", dtype) and cache.where in ("auto", where) and there:
                 yield dtype, where, budget
 
 
@@ -307,8 +310,6 @@ def _never(cache: Cache, cut: str | None, feed: DataLoaders) -> str:
         return "for training moves the network from its input on"
     if feed.examples is None:
         return "for the feed does not tell its examples apart (Feed.examples)"
-    if jax.process_count() > 1:
-        return "for the run is spread over several processes"
     return ""
 
 

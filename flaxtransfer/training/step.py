@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import Scaled, migrate
 from flaxtransfer.paths import Params, Variables, merge
+from flaxtransfer.sharding import replicated
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
@@ -118,6 +120,7 @@ class CompileKey:
         preprocessing: whose mean and deviation the images are normalized by.
         start: segment that the batches enter at; None for images.
         task: what the labels are.
+        mesh: devices, on which the state stays replicated; None where the compiler decides.
     """
 
     model: Model
@@ -125,6 +128,7 @@ class CompileKey:
     preprocessing: Preprocessing
     start: str | None
     task: Task = SINGLE_LABEL
+    mesh: Mesh | None = None
 
     @cached_property
     def identity(self) -> Hashable | None:
@@ -139,7 +143,8 @@ class CompileKey:
             return None
         preprocessing = (self.preprocessing.mean, self.preprocessing.std)
         decides = tuple(phase.in_step().items())
-        identity = (type(phase), decides, self.model, preprocessing, self.start, self.task)
+        parts = (self.model, preprocessing, self.start, self.task, self.mesh)
+        identity = (type(phase), decides, *parts)
         try:
             hash(identity)
         except TypeError:
@@ -175,7 +180,11 @@ Metrics = dict[str, jax.Array]
 
 
 def train_step(
-    model: Model, phase: Phase, feed: DataLoaders, task: Task = SINGLE_LABEL
+    model: Model,
+    phase: Phase,
+    feed: DataLoaders,
+    task: Task = SINGLE_LABEL,
+    mesh: Mesh | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of one phase, to be compiled once.
 
@@ -185,13 +194,15 @@ def train_step(
     logged norms therefore see trainable leaves only.
 
     Equal phases of equal models share a program (``CompileKey``), so that the second run of
-    a plan, on other data or from another seed, neither traces nor compiles.
+    a plan, on other data or from another seed, neither traces nor compiles. With a ``mesh`` the
+    state leaves a step as it came, replicated: otherwise the compiler may choose another sharding
+    for it, and the next step would be compiled anew.
 
     Returns:
         ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
         ``loss`` in nats, ``accuracy`` and ``gradient_norm`` before clipping.
     """
-    program = CompileKey(model, phase, feed.preprocessing, feed.start, task)
+    program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh)
     return _shared(program) if program.identity is not None else _compiled(program)
 
 
@@ -236,7 +247,9 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
         )
         return following, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if program.mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(program.mesh))
 
 
 def network_input(images: jax.Array, preprocessing: Preprocessing, start: str | None) -> jax.Array:

@@ -278,7 +278,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
             raise AssertionError
         except OSError as error:
             text = str(error)
-            print("said:", "step 3 was not written" in text, "process 0 could not" in text)
+            print("said:", "step 3 was not written" in text, error.errno)
         if index == 0:
             os.unlink(folder + "/3")
             os.unlink(folder + "/2/tree/manifest.ocdbt")
@@ -296,8 +296,9 @@ def test_two_processes_save_and_restore_together(tmp_path):
     assert [process.returncode for process in pair] == [0, 0], said
     # Gloo, which connects the two, prints lines of its own in between.
     first, second = (re.findall(r"said: (.*)", out) for out, _ in said)
-    assert first == ["True False", "1 [2]", "[1, 2] 1"]
-    assert second == ["False True", "1 [2]", "[1, 2] 1"]
+    assert first == second
+    assert first[1:] == ["1 [2]", "[1, 2] 1"]
+    assert first[0].startswith("True ")
     with CheckpointManager.open(tmp_path) as store:
         like = {"cut": jnp.zeros(8), "whole": jnp.zeros(3), "key": jax.random.key(0)}
         tree = store.restore(like).tree

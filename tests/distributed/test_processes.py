@@ -1,0 +1,368 @@
+"""Claims about several processes: what one process computes, they compute, and they end together.
+
+The reference is one process with one device. Sums over devices are taken in another order there,
+which in float32 changes last digits: 1e-6 of parameters after 16 steps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer import distributed
+from flaxtransfer.training.console import read_metrics
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/support/run_processes.py"
+
+_spec = importlib.util.spec_from_file_location("local", ROOT / "experiments/launch/local.py")
+local = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(local)
+
+CACHED = {"cache": "memory", "steps": 8, "every": 4}
+"""Head, then all but the stem; what does not move is run once, and cached."""
+
+
+class Ended(NamedTuple):
+    """How processes have ended: exit codes, output, and seconds from the first to the last."""
+
+    codes: list[int]
+    said: list[str]
+    seconds: float
+
+
+def run(
+    folder: Path,
+    job: dict[str, Any],
+    count: int = 2,
+    devices: int = 4,
+    *,
+    jobs: list[dict[str, Any]] | None = None,
+    launcher: Callable[[int], dict[str, str]] | None = None,
+) -> Ended:
+    """Runs a job of ``run_processes.py``.
+
+    Args:
+        folder: of the run and its results.
+        job: of all processes.
+        count: processes.
+        devices: of each.
+        jobs: one for each process instead.
+        launcher: variables of each process, in place of our own.
+    """
+    folder.mkdir(exist_ok=True)
+    port = local.free_port()
+    processes = []
+    for number in range(count):
+        own = json.dumps(job if jobs is None else jobs[number])
+        environment = local.environment(count, number, port, devices)
+        if launcher is not None:
+            environment = {k: v for k, v in environment.items() if not k.startswith("FT_")}
+            environment |= launcher(number)
+        # Files, because a pipe that nobody reads would stop its writer.
+        with (folder / f"said-{number}").open("w") as said:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-W", "error", str(SCRIPT), str(folder), own],
+                    cwd=ROOT,
+                    env={**environment, "PYTHONPATH": str(ROOT)},
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        first = None
+        deadline = time.monotonic() + 400
+        while any(process.poll() is None for process in processes):
+            if first is None and any(process.poll() is not None for process in processes):
+                first = time.monotonic()
+            assert time.monotonic() < deadline, "the processes wait for each other for ever"
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    seconds = 0.0 if first is None else time.monotonic() - first
+    said = [(folder / f"said-{number}").read_text() for number in range(count)]
+    return Ended([process.wait() for process in processes], said, seconds)
+
+
+def alone(folder: Path, job: dict[str, Any], devices: int = 1) -> Path:
+    ended = run(folder, job, 1, devices)
+    assert ended.codes == [0], ended.said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return alone(tmp_path_factory.mktemp("one"), CACHED)
+
+
+def out(folder: Path, number: int = 0) -> dict[str, np.ndarray]:
+    with np.load(folder / f"out-{number}.npz") as found:
+        return dict(found)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Metrics but those of caches, of which a resumed run has one more, with times."""
+    return [row for row in read_metrics(folder / "run") if row["kind"] != "cache"]
+
+
+def assert_same(folder: Path, one: Path, processes: int, *, within: float = 1e-6) -> None:
+    """Parameters, predictions in their order, metrics row by row, and the files of the run."""
+    for number in range(processes):
+        found, expected = out(folder, number), out(one)
+        assert found["examples"] == expected["examples"] == 17
+        assert str(found["notes"]) == str(expected["notes"])
+        np.testing.assert_array_equal(found["labels"], expected["labels"])
+        for name in ("logits", "features"):
+            np.testing.assert_allclose(found[name], expected[name], atol=10 * within, rtol=1e-5)
+        for name in (name for name in expected if "/" in name):
+            np.testing.assert_allclose(found[name], expected[name], atol=within, rtol=within)
+    for row, expected in zip(rows(folder), rows(one), strict=True):
+        assert row.keys() == expected.keys()
+        for name, value in expected.items():
+            near = isinstance(value, float)
+            assert row[name] == (pytest.approx(value, rel=1e-4, abs=1e-5) if near else value)
+    names = [sorted(path.name for path in (place / "run").iterdir()) for place in (folder, one)]
+    assert names[0] == names[1]
+    kept = [ft.load(place / "run/model.safetensors").variables for place in (folder, one)]
+    for found, expected in zip(*map(_leaves, kept), strict=True):
+        np.testing.assert_allclose(found, expected, atol=within, rtol=within)
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+# One process.
+
+
+def test_in_one_process_every_function_does_the_plain_thing():
+    assert distributed.share() == (0, 1)
+    assert distributed.is_first()
+    assert not distributed.several()
+    same = object()
+    assert distributed.from_first(lambda: same) is same
+    assert distributed.total(4) == 4
+    distributed.check_alike({"seed": 0})
+    distributed.finish()
+    with pytest.raises(KeyError):
+        distributed.from_first(lambda: {}["x"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"FT_PROCESSES": "2"}, "must be set together, got no FT_COORDINATOR and no FT_PROCESS"),
+        (
+            {"FT_COORDINATOR": "a:1", "FT_PROCESSES": "2"},
+            "must be set together, got no FT_PROCESS",
+        ),
+        (
+            {"FT_COORDINATOR": "a", "FT_PROCESSES": "2", "FT_PROCESS": "0"},
+            "FT_COORDINATOR must be host:port, got 'a'",
+        ),
+        (
+            {"FT_COORDINATOR": "a:1", "FT_PROCESSES": "2", "FT_PROCESS": "2"},
+            "FT_PROCESS must be 0 .. FT_PROCESSES - 1, got FT_PROCESS=2 and FT_PROCESSES=2",
+        ),
+        (
+            {"FT_COORDINATOR": "a:1", "FT_PROCESSES": "two", "FT_PROCESS": "0"},
+            "got FT_PROCESS=0 and FT_PROCESSES=two",
+        ),
+    ],
+)
+def test_variables_that_do_not_fit_together_are_refused(variables, said, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said.replace(".", r"\.")):
+        distributed.start()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "launched"),
+    [
+        ({}, False),
+        ({**SLURM, "SLURM_NTASKS": "2"}, True),
+        ({**SLURM, "SLURM_NTASKS": "1"}, False),
+        # In an allocation, but not started by srun.
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False),
+        ({"OMPI_MCA_orte_hnp_uri": "1;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"OMPI_MCA_orte_hnp_uri": "1;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "1"}, False),
+        # Without libtpu there is no TPU, whatever else is set.
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),
+    ],
+)
+def test_jax_is_asked_only_where_a_launcher_has_started_several(variables, launched, monkeypatch):
+    for name in [*SLURM, "SLURM_NTASKS"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._is_launched() is launched
+
+
+# Two processes.
+
+
+def test_two_processes_train_and_evaluate_as_one(reference, tmp_path):
+    """On a mesh whose devices belong to the processes in turn; the run folder is process 0's."""
+    ended = run(tmp_path / "two", {**CACHED, "mesh": "alternating"})
+    assert ended.codes == [0, 0], ended.said
+    assert_same(tmp_path / "two", reference, 2)
+    notes = json.loads(str(out(reference)["notes"]))
+    # The control: both phases count, so that all that was trained is compared.
+    assert any("'all but the stem' is kept" in note for note in notes)
+
+
+def test_different_processes_are_refused_by_name(tmp_path):
+    jobs = [CACHED, {**CACHED, "seed": 1, "steps": 9}]
+    ended = run(tmp_path / "two", {}, jobs=jobs)
+    assert ended.codes == [2, 2], ended.said
+    assert ended.seconds < 60
+    for said in ended.said:
+        assert "all processes of a run must do the same, got" in said
+        assert "seed is 1 in process 1 and 0 in process 0" in said
+        assert "steps is 9 in process 1 and 8 in process 0" in said
+    assert not (tmp_path / "two/run/config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 4)])
+def test_devices_and_processes_do_not_matter(reference, tmp_path, count, devices):
+    ended = run(tmp_path / "run", CACHED, count, devices)
+    assert ended.codes == [0] * count, ended.said
+    assert_same(tmp_path / "run", reference, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("job", "within"),
+    [
+        # The average's statistics are measured at each validation.
+        ({"ema": 0.9, "steps": 10, "every": 5}, 1e-5),
+        # Measured statistics, and a head that an iteration ends within its tolerance.
+        ({"plan": "measured"}, 2e-5),
+        ({"mesh": "alternating", "steps": 8}, 1e-6),
+    ],
+    ids=str,
+)
+def test_every_pass_over_images_is_shared(job, within, tmp_path):
+    one = alone(tmp_path / "one", job)
+    ended = run(tmp_path / "two", job)
+    assert ended.codes == [0, 0], ended.said
+    assert_same(tmp_path / "two", one, 2, within=within)
+
+
+@pytest.mark.slow
+def test_processes_that_slurm_has_started_find_each_other(tmp_path):
+    """SLURM's variables as jax reads them; the port follows from the number of the job."""
+    job = str(os.getpid())
+
+    def launcher(number: int) -> dict[str, str]:
+        own = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+        shared = {"SLURM_JOB_ID": job, "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+        return {**shared, **own}
+
+    ended = run(tmp_path, {"steps": 1}, launcher=launcher)
+    assert ended.codes == [0, 0], ended.said
+    assert out(tmp_path)["examples"] == out(tmp_path, 1)["examples"] == 17
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("struck", [0, 1])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_one_stops_all_at_the_same_step(reference, tmp_path, number, struck):
+    ended = run(tmp_path / "run", {**CACHED, "signal": [number, 3], "struck": struck})
+    assert ended.codes == [143, 143], ended.said
+    lines = [
+        next(line for line in said.splitlines() if "ended by SIGTERM" in line)
+        for said in ended.said
+    ]
+    assert lines[0] == lines[1]
+    assert "with a checkpoint; --resume continues" in lines[0]
+    # Resumed by one process on one device, it equals the run that nobody stopped.
+    alone(tmp_path / "run", CACHED)
+    assert_same(tmp_path / "run", reference, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("struck", [0, 1])
+def test_a_dead_process_ends_all(tmp_path, struck):
+    ended = run(tmp_path / "run", {**CACHED, "signal": ["SIGKILL", 3], "struck": struck})
+    assert ended.codes[struck] == -signal.SIGKILL
+    assert ended.codes[1 - struck] not in (0, -signal.SIGKILL)
+    assert ended.seconds < 60
+    # The words are those of jax or of gloo, which may be the first to notice.
+    said = ended.said[1 - struck]
+    assert any(word in said for word in ("another task died", "another process", "gloo", "Gloo"))
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_and_is_named(tmp_path):
+    ended = run(tmp_path / "run", {**CACHED, "bad": 5})
+    assert ended.codes == [2, 2], ended.said
+    assert ended.seconds < 60
+    assert "flaxtransfer: process 1 has ended: image 5 cannot be read" in ended.said[0]
+    assert "Traceback" not in ended.said[0]
+
+
+@pytest.mark.slow
+def test_the_command_line_in_two_processes(tmp_path):
+    """A control in one process has the same accuracy, loss and files."""
+    summaries, files = [], []
+    for count in (1, 2):
+        folder = tmp_path / f"run{count}"
+        words = ["train", "--run", str(folder), "--labels-per-class", "2", "--compare", "no"]
+        words += ["--batch-size", "20", "--strategy", "solved_head"]
+        processes = local.start(
+            [sys.executable, "-m", "flaxtransfer", *words],
+            count,
+            devices=2,
+            PYTHONPATH=os.fspath(ROOT),
+        )
+        said = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, said
+        assert "test accuracy" in said[0]
+        assert all("accuracy" not in other for other in said[1:])
+        summaries.append(json.loads((folder / "summary.json").read_text()))
+        files.append(sorted(path.name for path in folder.iterdir()))
+    one, two = (summary["results"][0] for summary in summaries)
+    assert one["examples"] == two["examples"] == 1777
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=2e-3)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_a_command_that_is_not_shared_is_refused_in_every_process():
+    processes = local.start(
+        [sys.executable, "-m", "flaxtransfer", "plan"], 2, PYTHONPATH=os.fspath(ROOT)
+    )
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    for each in said:
+        assert "the subcommand must be train or evaluate in a run over several processes" in each
