@@ -51,7 +51,7 @@ class Decoder:
         name: of the format, for errors.
         detect: whether a file with these first bytes claims the format.
         read: the picture of a file. With one and three bands it converts colors, otherwise the file
-            must hold that many. None for a picture of 8 bits where only others are asked for.
+            must hold that many. It may be None for one of 8 bits where only others are asked for.
         frames: how many examples a file is, by its path and name; None for formats of which the
             first picture is taken.
         group: a digest of what else a file belongs to, such as a patient, likewise; "" if unknown,
@@ -187,7 +187,9 @@ def read_picture(data: bytes | str | os.PathLike[str], asked: Asked) -> Picture 
         decoder = decoder_of(head)
         if decoder is not None:
             _silence()
-            return decoder.read(file, asked)
+            picture = decoder.read(file, asked)
+            eight = picture is not None and picture.values.dtype == np.uint8
+            return None if asked.measured and eight else picture
     raise ImageError(not_an_image(asked.name))
 
 

@@ -362,6 +362,8 @@ def dicom_frames(path: str | os.PathLike[str], name: str) -> int:
 def dicom_group(path: str | os.PathLike[str], name: str) -> str:
     """A digest of whose picture it is: the patient, else the study; "" if neither is stated.
 
+    It keeps an identifier from being read, but not from somebody who can try all identifiers.
+
     Raises:
         ImageError: no readable header.
     """
@@ -406,7 +408,7 @@ def _dicom_picture(file: IO[bytes], header: Any, asked: Asked) -> Picture | None
     part = _of_frame(header, asked.frame)
     window = _window(part) if color.startswith("MONOCHROME") else None
     plain = stored == 8 and window is None and not header.get("PixelRepresentation")
-    plain = plain and not any(part.get(tag) for tag in ("ModalityLUTSequence", "RescaleSlope"))
+    plain = plain and not part.get("ModalityLUTSequence") and _rescale(part) == (1, 0)
     if asked.measured and (plain or color == "PALETTE COLOR"):
         return None
     processing = optional("pydicom.pixels", "dicom", asked.name)
@@ -420,7 +422,8 @@ def _dicom_picture(file: IO[bytes], header: Any, asked: Asked) -> Picture | None
         return Picture(_colors(pixels, asked), whole_range if pixels.dtype == np.uint16 else None)
     _bands_of(1, asked)
     inverted = color == "MONOCHROME1"
-    if plain and pixels.dtype == np.uint8:
+    if plain:
+        pixels = np.minimum(pixels, 255).astype(np.uint8)  # 8 bits may be stored in 16.
         return Picture(255 - pixels if inverted else pixels)
     values = processing.apply_modality_lut(pixels, part)
     # Machines read either order of bytes; 8 bits that are no final pixels are numbers, too.
@@ -443,6 +446,13 @@ def _of_frame(header: Any, frame: int) -> Any:
                 for item in groups[index].get(name) or ():
                     header.update(item)
     return header
+
+
+def _rescale(part: Any) -> tuple[float, float]:
+    """Slope and intercept of the modality transform."""
+    slope, intercept = part.get("RescaleSlope"), part.get("RescaleIntercept")
+    given = slope is not None and intercept is not None
+    return (float(slope), float(intercept)) if given else (1.0, 0.0)
 
 
 def _padding(header: Any, pixels: np.ndarray) -> np.ndarray:
@@ -468,7 +478,9 @@ def _window(part: Any) -> Callable[[np.ndarray], np.ndarray] | None:
         return None
     kind = str(part.get("VOILUTFunction") or "LINEAR").upper()
     if kind == "SIGMOID" and width > 0:
-        return lambda x: between(1 / (1 + np.exp(-4 * (x - center) / width)), 0, 1)
+        # Beyond 50 nothing is left of an exponential, which would overflow at 710.
+        slope = -4 / width
+        return lambda x: between(1 / (1 + np.exp(np.clip(slope * (x - center), -50, 50))), 0, 1)
     shift, less = (0.0, 0.0) if kind == "LINEAR_EXACT" else (0.5, 1.0)
     low, span = center - shift - (width - less) / 2, width - less
     if span < 0 or kind not in ("LINEAR", "LINEAR_EXACT"):

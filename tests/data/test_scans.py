@@ -136,6 +136,18 @@ def test_monochrome1_is_monochrome2_inverted(tmp_path, levels):
     np.testing.assert_array_equal(shown(one), 255 - eight)
 
 
+def test_eight_bits_stay_as_they_are_in_dicom_too(tmp_path):
+    eight = (TWELVE >> 4).astype(np.uint8)
+    same = {"RescaleSlope": "1", "RescaleIntercept": "0"}
+    for number, (values, tags) in enumerate([(eight, same), (eight.astype(np.uint16), {})]):
+        path = write_dicom(tmp_path / str(number), values, bits=8, **tags)
+        np.testing.assert_array_equal(shown(path), eight)
+        np.testing.assert_array_equal(shown(path, levels=Levels((9,), (99,))), eight)
+        assert read_picture(path, Asked("x", measured=True)) is None
+    path = write_dicom(tmp_path / "2", eight, RescaleSlope="2", RescaleIntercept="0")
+    assert read_picture(path, Asked("x", measured=True)).values.max() == 2 * int(eight.max())
+
+
 def test_levels_are_in_units_of_the_modality_and_padding_is_black(tmp_path):
     values = np.array([[-2000, 0, 200, 400, 1000]], np.int16)
     tags = {"RescaleSlope": "2", "RescaleIntercept": "-1000", "PixelPaddingValue": -2000}
