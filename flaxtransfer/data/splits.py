@@ -271,9 +271,13 @@ class _Recorded(NamedTuple):
 
 
 def groups_of(source: Source) -> Sequence[str] | None:
-    """The group of each example, from the source's own ``groups()``; None where it has none."""
+    """The group of each example, from the source's own ``groups()``.
+
+    None where it has none, or every example is one by itself.
+    """
     groups = getattr(source, "groups", None)
-    return None if groups is None else groups()
+    found: Sequence[str] | None = None if groups is None else groups()
+    return None if found is None or len(set(found)) == len(found) else found
 
 
 def _as_json(labels: np.ndarray) -> list[Any]:

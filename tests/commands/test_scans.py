@@ -29,7 +29,7 @@ def scans(tmp_path_factory):
     root = tmp_path_factory.mktemp("dicom")
     for name, low in (("dark", 100), ("bright", 1300)):
         for number, picture in enumerate(pictures(low, low + 600, seed=low)):
-            write_dicom(root / name / f"{number}.dcm", picture, bits=12, patient=f"P{number}")
+            write_dicom(root / name / f"{number}.dcm", picture, bits=12, patient=f"Patient-{name}{number}")
     return root
 
 
@@ -55,7 +55,7 @@ def test_training_says_the_levels_and_the_run_keeps_them(trained, scans, weights
         everything += path.read_text()
     assert "Doe" not in everything
     assert "19700101" not in everything
-    assert "P1" not in everything
+    assert "Patient-" not in everything
 
 
 def test_a_run_is_evaluated_and_predicts_by_its_own_levels(trained, scans, tmp_path, capsys):
@@ -190,3 +190,16 @@ def test_a_file_of_another_kind_among_scans_is_named(scans, weights, tmp_path, c
     assert "report.dcm: a DICOM file without a picture (modality SR)" in only_line(capsys)
     assert run([*words, "--skip-corrupt"]) == 0
     assert "1 unreadable images were left out" in capsys.readouterr().out
+
+
+def test_the_files_of_a_patient_stay_in_one_part(weights, tmp_path, capsys):
+    for name, low in (("dark", 100), ("bright", 1300)):
+        for number, picture in enumerate(pictures(low, low + 600, 20, seed=low)):
+            patient = f"Patient-{number // 4}"
+            write_dicom(tmp_path / name / f"{number:02}.dcm", picture, bits=12, patient=patient)
+    words = ("--strategy", "solved_head", "--batch-size", 8, "--test-fraction", 0.4)
+    assert run(train(tmp_path, weights, tmp_path.with_name("grouped"), *words)) == 0
+    assert "16 train, 8 val, 16 test" in " ".join(capsys.readouterr().out.split())
+    parts = json.loads((tmp_path.with_name("grouped") / "split.json").read_text())["parts"]
+    patients = [{int(name[-6:-4]) // 4 for name in part} for part in parts.values()]
+    assert sorted(patient for part in patients for patient in part) == [0, 1, 2, 3, 4]
