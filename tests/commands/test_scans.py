@@ -29,7 +29,9 @@ def scans(tmp_path_factory):
     root = tmp_path_factory.mktemp("dicom")
     for name, low in (("dark", 100), ("bright", 1300)):
         for number, picture in enumerate(pictures(low, low + 600, seed=low)):
-            write_dicom(root / name / f"{number}.dcm", picture, bits=12, patient=f"Patient-{name}{number}")
+            write_dicom(
+                root / name / f"{number}.dcm", picture, bits=12, patient=f"Patient-{name}{number}"
+            )
     return root
 
 
@@ -200,6 +202,8 @@ def test_the_files_of_a_patient_stay_in_one_part(weights, tmp_path, capsys):
     words = ("--strategy", "solved_head", "--batch-size", 8, "--test-fraction", 0.4)
     assert run(train(tmp_path, weights, tmp_path.with_name("grouped"), *words)) == 0
     assert "16 train, 8 val, 16 test" in " ".join(capsys.readouterr().out.split())
-    parts = json.loads((tmp_path.with_name("grouped") / "split.json").read_text())["parts"]
-    patients = [{int(name[-6:-4]) // 4 for name in part} for part in parts.values()]
+    record = json.loads((tmp_path.with_name("grouped") / "split.json").read_text())
+    patients = [
+        {int(name[-6:-4]) // 4 for name in record[part]} for part in ("train", "val", "test")
+    ]
     assert sorted(patient for part in patients for patient in part) == [0, 1, 2, 3, 4]
