@@ -27,7 +27,7 @@ from flaxtransfer.data.source import Source, UnlabeledImages
 from flaxtransfer.data.splits import subsample
 from flaxtransfer.files import atomic_write, check_regular, refuse_link, write_file
 from flaxtransfer.paths import listing, suggest
-from flaxtransfer.report.shift_page import print_report
+from flaxtransfer.report.pages import print_report
 from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
 from flaxtransfer.shift.report import ShiftReport
 
@@ -85,8 +85,8 @@ def write_report(
     target: str,
 ) -> None:
     """Writes the report as a folder, atomically: JSON, an HTML page and its pictures."""
+    from flaxtransfer.report.pages import render_html
     from flaxtransfer.report.shift_figures import render_figures
-    from flaxtransfer.report.shift_page import render_html
 
     pictures = render_figures(report, source.features, source.labels, found.features)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,23 +1,34 @@
-"""HTML pages that need nothing beside themselves, and the page of an advice."""
+"""Reports at the terminal and as HTML pages that need nothing beside themselves: advice, shift."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from flaxtransfer.advice.advise import Advice
+from flaxtransfer.overview import plain
 from flaxtransfer.paths import visible
 from flaxtransfer.report.figures import plot_advice
+from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.shift.report import ShiftReport
+from flaxtransfer.shift.statistics import HypothesisTest
 
 __all__ = [
+    "HEADLINES",
     "bullets",
     "escape",
     "html_table",
     "page",
     "picture",
+    "print_report",
     "render_advice",
+    "render_html",
     "section",
 ]
 
@@ -170,3 +181,213 @@ def _labels(advice: Advice) -> str:
             text = f"{100 * error:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
             rows.append((f"{times * curve.labels}, expected", text, ""))
     return html_table(("labels", "error of the best head", "sd of parts"), rows, {0, 1, 2})
+
+
+HEADLINES = {
+    "none detected": "No shift was detected",
+    "label": "The data support a label shift: the prevalence of the classes has changed",
+    "covariate": "The data support a covariate shift: the images of the classes have changed",
+    "label and covariate": "Prevalence and images seem to have changed both",
+    "concept": "Target labels contradict the model: the same images seem to have other labels",
+    "undetermined": "These data do not determine the kind of shift",
+}
+"""One sentence per conclusion; all of them are hypotheses."""
+
+
+def print_report(report: ShiftReport, console: Console) -> None:
+    """Print a shift report: conclusion, verdicts, tests, prevalence, accuracy, actions, limits."""
+    held_out_count, count, labels = report.counts
+    console.print(HEADLINES[report.conclusion], highlight=False, style="bold")
+    console.print(
+        f"{held_out_count} held-out examples of the source, {count} target images, {labels} of "
+        f"them with labels; tests at level {report.level:g}\n",
+        highlight=False,
+    )
+    console.print(_verdict_table(report))
+    console.print(_test_table(report.tests))
+    if report.prevalences:
+        console.print(_prevalence_table(report.prevalences, report.class_names))
+    console.print(plain(report.accuracy))
+    console.print("\nWhat to do", style="bold")
+    for number, action in enumerate(report.actions, 1):
+        text = " ".join(filter(None, (action.what, action.expected)))
+        console.print(plain(f"{number}. {text}"))
+        console.print(plain(f"   Guard: {action.guard}"), style="dim")
+    console.print("\nWhat cannot be known from these data", style="bold")
+    for text in report.not_identifiable:
+        console.print(plain(f"- {text}"))
+    for note in report.notes:
+        console.print(plain(f"note: {note}"), style="dim")
+
+
+def render_html(
+    report: ShiftReport, pictures: Mapping[str, bytes], *, source: str, target: str
+) -> str:
+    """A shift report with its figures, as the text of one HTML file.
+
+    Args:
+        report: From ``diagnose``.
+        pictures: PNG by caption, in the order of display.
+        source: Where the model comes from, such as the folder of its run.
+        target: What was diagnosed.
+    """
+    held_out, unlabeled, labeled = report.counts
+    about = f"{source} ({held_out} held-out examples) against {target} ({unlabeled} examples"
+    about += f", {labeled} of them with labels)" if labeled else ", none with labels)"
+    parts = [
+        f"<h1>{escape(HEADLINES[report.conclusion])}</h1>",
+        f'<p class="about">{escape(about)}; tests at level {report.level:g}</p>',
+        section("Kind of shift", _verdicts(report)),
+        section("What to do", _actions(report)),
+        section("What cannot be known from these data", bullets(report.not_identifiable)),
+        section("Tests", _tests(report.tests)),
+        section("Prevalence, assuming label shift only", _prevalences(report)),
+        section("Accuracy on the target, without labels", _accuracy(report)),
+        section("Calibration at the source", _calibration(report)),
+        *(section(caption, picture(caption, png)) for caption, png in pictures.items()),
+        section("Notes", bullets(report.notes)) if report.notes else "",
+    ]
+    return page(f"Shift: {target}", parts)
+
+
+def _verdict_table(report: ShiftReport) -> Table:
+    table = Table("shift", "status", "evidence", title="Kind of shift", title_justify="left")
+    for verdict in report.verdicts:
+        table.add_row(verdict.kind, verdict.status, plain(verdict.evidence))
+    return table
+
+
+def _test_table(tests: Sequence[HypothesisTest]) -> Table:
+    table = Table("test", title="Tests", title_justify="left")
+    for heading in ("p", "adjusted", "effect", "detectable"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("in")
+    for test in tests:
+        if test.p is None:
+            reason = plain(f"not testable: {test.not_testable}")
+            table.add_row(plain(test.name), "", "", "", "", reason)
+            continue
+        numbers = (test.p, test.adjusted_p, test.effect, test.minimum_detectable)
+        table.add_row(plain(test.name), *map(_table_number, numbers), test.effect_name)
+    return table
+
+
+def _prevalence_table(found: Sequence[Prevalence], names: Sequence[str]) -> Table:
+    table = Table("class", title="Prevalence, assuming label shift only", title_justify="left")
+    table.add_column("source", justify="right")
+    for each in found:
+        table.add_column(each.method, justify="right")
+    for k, name in enumerate(names):
+        proportions = [f"{each.estimate[k]:.3f} {_ends(each, k)}" for each in found]
+        table.add_row(plain(name), f"{found[0].source[k]:.3f}", *proportions)
+    return table
+
+
+def _ends(found: Prevalence, k: int) -> str:
+    return "" if np.isnan(found.low[k]) else f"({found.low[k]:.3f} to {found.high[k]:.3f})"
+
+
+def _table_number(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.3g}"
+
+
+def _verdicts(report: ShiftReport) -> str:
+    rows = [
+        (
+            f"{escape(verdict.kind)} shift",
+            f'<span class="status {verdict.status.split()[0]}">{verdict.status}</span>',
+            escape(verdict.evidence),
+        )
+        for verdict in report.verdicts
+    ]
+    return html_table(("kind", "status", "evidence"), rows, set())
+
+
+def _actions(report: ShiftReport) -> str:
+    rows = [
+        (escape(action.what), escape(action.expected), escape(action.guard))
+        for action in report.actions
+    ]
+    return html_table(("action", "expected", "guard"), rows, set())
+
+
+def _tests(tests: Sequence[HypothesisTest]) -> str:
+    rows = []
+    for test in tests:
+        details = test.not_testable or "; ".join((*test.notes, *test.assumptions))
+        rows.append(
+            (
+                f"{escape(test.name)}<small>{escape(details)}</small>",
+                escape(test.hypothesis),
+                _number(test.p),
+                _number(test.adjusted_p),
+                f"{_number(test.effect)}<small>{escape(test.effect_name)}</small>",
+                _number(test.minimum_detectable),
+            )
+        )
+    headings = ("test", "null hypothesis", "p", "adjusted", "effect", "smallest detectable")
+    return html_table(headings, rows, {2, 3, 4, 5})
+
+
+def _prevalences(report: ShiftReport) -> str:
+    if not report.prevalences:
+        return "<p>Not estimated.</p>"
+    headings = ("class", "source", *(found.method for found in report.prevalences))
+    rows = [
+        (
+            escape(name),
+            f"{report.prevalences[0].source[k]:.3f}",
+            *(_proportion(found, k) for found in report.prevalences),
+        )
+        for k, name in enumerate(report.class_names)
+    ]
+    details = [
+        f"{found.method}: {text}"
+        for found in report.prevalences
+        for text in (found.reason, *found.notes)
+        if text
+    ]
+    return html_table(headings, rows, set(range(1, len(headings)))) + bullets(details)
+
+
+def _proportion(found: Prevalence, k: int) -> str:
+    if np.isnan(found.low[k]):
+        return f"{found.estimate[k]:.3f}"
+    return f"{found.estimate[k]:.3f} <small>{found.low[k]:.3f} to {found.high[k]:.3f}</small>"
+
+
+def _accuracy(report: ShiftReport) -> str:
+    found = report.accuracy
+    at_source = (
+        "held-out examples of the source",
+        f"{found.source_accuracy:.3f}",
+        _interval(found.source_low, found.source_high),
+        "",
+    )
+    rows = [
+        (
+            f"{escape(each.name)}<small>{escape(each.not_available)}</small>",
+            _number(each.value),
+            _interval(each.low, each.high),
+            escape(each.assumes),
+        )
+        for each in found.estimates
+    ]
+    table = html_table(
+        ("estimate", "accuracy", f"{found.level:.0%} interval", "assumes"),
+        [at_source, *rows],
+        {1, 2},
+    )
+    return table + bullets(found.notes)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+def _calibration(report: ShiftReport) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in str(report.calibration).splitlines())
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.3g}"

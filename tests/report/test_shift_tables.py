@@ -9,9 +9,8 @@ from rich.table import Table
 
 from flaxtransfer.overview import terminal
 from flaxtransfer.report.figures import wrap_text
-from flaxtransfer.report.pages import escape
+from flaxtransfer.report.pages import _prevalence_table, _test_table, escape
 from flaxtransfer.report.shift_figures import plot_prevalence
-from flaxtransfer.report.shift_page import _prevalence_table, _test_table
 from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.statistics import HypothesisTest
 

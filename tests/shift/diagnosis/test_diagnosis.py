@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flaxtransfer.shift.diagnosis
-from flaxtransfer.report.shift_page import HEADLINES, render_html
+from flaxtransfer.report.pages import HEADLINES, render_html
 from flaxtransfer.shift.calibration import Calibration, calibrate
 from flaxtransfer.shift.diagnosis import (
     _preferred,
