@@ -28,8 +28,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch, eval_batches
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import subsample
-from flaxtransfer.features.checks import standardization
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features, standardization
 from flaxtransfer.features.ridge import CrossValidation, cross_validate
 from flaxtransfer.paths import flatten
 

@@ -17,7 +17,7 @@ from flaxtransfer.commands.subcommands import Advise, FindRate, Probe
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.splits import subsample
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.files import atomic_write, write_file, write_json
 from flaxtransfer.groups import Group, WarmupCosine
 from flaxtransfer.overview import plain

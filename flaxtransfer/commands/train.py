@@ -19,7 +19,7 @@ from flaxtransfer.commands.subcommands import Train
 from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.splits import Splits, subsample
 from flaxtransfer.features.class_means import baseline
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.files import MANIFEST_FILE, read_json, write_json
 from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.training.console import read_metrics

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from flaxtransfer.features.checks import (
+from flaxtransfer.features.inputs import (
     FOLDS,
     blas_threads,
     checked_examples,

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
-from flaxtransfer.features.checks import (
+from flaxtransfer.features.inputs import (
     FOLDS,
     checked_examples,
     checked_features,

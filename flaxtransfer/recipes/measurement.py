@@ -19,7 +19,7 @@ from flaxtransfer.analysis.curvature import (
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.paths import Params
 from flaxtransfer.recipes.catalog import RECIPES
 from flaxtransfer.recipes.parts import units

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from flaxtransfer.batchnorm import policy
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.features.sweep import fit_linear_probe
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models.model import Model

@@ -21,7 +21,7 @@ from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
 from flaxtransfer.classifier import Classifier, ending_at
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.files import folder_lock
 from flaxtransfer.paths import Variables, listing
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated

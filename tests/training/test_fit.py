@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.paths import flatten
 from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.loop import NonFiniteLoss
