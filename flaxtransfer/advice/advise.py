@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.source import Source, task_of_source
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import Params, flatten
 from flaxtransfer.recipes.catalog import RECIPES
+from flaxtransfer.task import for_classes
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.weights.pretrained import Pretrained
 
@@ -213,6 +214,7 @@ def advise(
     >>> ft.advise(ft.load("builtin"), source).verdict
     'level'
     """
+    for_classes(task_of_source(source), "advice on a strategy")
     if isinstance(network, Pretrained):
         names = tuple(source.class_names)
         network = transfer(network, classes=len(names), class_names=names)

@@ -16,6 +16,7 @@ from flaxtransfer.advice.auto import beginning, choose
 from flaxtransfer.classifier import Classifier, Head, ending_at, transfer
 from flaxtransfer.commands.options import (
     AUTO,
+    TASK_NAMES,
     DataOptions,
     InputOptions,
     JobOptions,
@@ -34,10 +35,11 @@ from flaxtransfer.data.loader import (
     loaders,
 )
 from flaxtransfer.data.open import open_source
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.source import Source, task_of_source
 from flaxtransfer.data.splits import Split, Splits, stratified_split, subsample
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.files import read_json
+from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import Params, flatten
@@ -49,6 +51,7 @@ from flaxtransfer.recipes.measurement import (
     measure,
     most_images,
 )
+from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.evaluation import Evaluation, evaluate, recalibrate
 from flaxtransfer.training.plan import Plan as TrainingPlan
 from flaxtransfer.training.plan import plan_table
@@ -75,7 +78,7 @@ class Choosing(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A training job: its data, its network and its plan."""
+    """A training job: its data, its network and its plan; and why validation ranks as it does."""
 
     source: Source
     splits: Splits
@@ -84,6 +87,7 @@ class Job:
     data: DataLoaders
     plan: TrainingPlan
     evidence: Measurement
+    ranking: str = ""
 
     def test(self, network: Classifier) -> Evaluation | None:
         """The metrics on the test images; None where there are none."""
@@ -126,6 +130,8 @@ def prepare(
         dtype=jnp.bfloat16 if batch.compute == "bfloat16" else None,
         resumed=resumed,
     )
+    task, ranking = _ranked(network.task, options.strategy.metric, source, splits)
+    network = replace(network, task=task)
     preprocessing = network.preprocessing
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
 
@@ -166,8 +172,60 @@ def prepare(
         evidence = measure(strategy, network, batches, len(splits.train))
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
+    plan = _balanced(plan, options.strategy.balance, task)
     network = ending_at(network, plan.ends_at)
-    return Job(source, splits, checkpoint, network, data, plan, evidence)
+    return Job(source, splits, checkpoint, network, data, plan, evidence, ranking)
+
+
+_UNEQUAL = 3.0
+"""Times as many images of one class as of another, from which accuracy hides the rare one: to name
+the frequent class alone is right for three of four."""
+
+
+def _ranked(task: Task, metric: str | None, source: Source, splits: Splits) -> tuple[Task, str]:
+    """The task with the metric that validation ranks by, and why, for a person.
+
+    Raises:
+        ValueError: the task has no such metric.
+    """
+    if metric is not None:
+        return task.ranked_by(metric), ""
+    if task.name != SINGLE_LABEL.name:
+        return task, f"validation ranks by {task.ranking} (--metric)"
+    names = source.class_names
+    counts = np.bincount(source.labels()[splits.train], minlength=len(names))
+    few, many = int(counts.argmin()), int(counts.argmax())
+    if counts[many] < _UNEQUAL * counts[few]:
+        return task, ""
+    return task.ranked_by("balanced_accuracy"), (
+        f"validation ranks by balanced_accuracy, for {names[many]!r} has {counts[many]} training "
+        f"images and {names[few]!r} {counts[few]}; --metric accuracy ranks by accuracy, and "
+        "--balance weights lets rare classes count as much"
+    )
+
+
+def _balanced(plan: TrainingPlan, balance: str, task: Task) -> TrainingPlan:
+    """The plan with the loss of ``--balance`` in every phase.
+
+    Raises:
+        ValueError: a plan that has losses of its own, or a task without such a loss.
+    """
+    if balance == "no":
+        return plan
+    losses: dict[tuple[str, str], Any] = {
+        ("weights", "single_label"): CrossEntropy(class_weights="balanced"),
+        ("logits", "single_label"): CrossEntropy(logit_adjustment=1.0),
+        ("weights", "multi_label"): BinaryCrossEntropy(positive_weights="balanced"),
+    }
+    if (balance, task.name) not in losses:
+        raise ValueError(f"--balance must be no for the task {task.name}, got {balance}")
+    own = [phase.name for phase in plan.phases if phase.loss is not None]
+    solved = [phase.name for phase in plan.phases if phase.only_solves]
+    if own or solved:
+        why = "whose losses the plan sets" if own else "which are solved, not trained"
+        raise ValueError(f"--balance must be no for phases {why}: {', '.join(own or solved)}")
+    loss = losses[balance, task.name]
+    return replace(plan, phases=[replace(phase, loss=loss) for phase in plan.phases])
 
 
 class Start(NamedTuple):
@@ -207,6 +265,9 @@ def begin(
         skip_corrupt=data.skip_corrupt,
         bands=checkpoint.config.bands if channels.bands is None else channels.bands,
     )
+    task = task_of_source(source)
+    if data.task is not None and TASK_NAMES[data.task] != task.name:
+        raise ValueError(f"--task must be that of {data.name}, {task.name}, got {data.task}")
     splits = _kept(source, resumed) or split(source, data.name, parts)
     preprocessing, start = _bands(channels, checkpoint, source, splits)
     network = transfer(
@@ -217,6 +278,7 @@ def begin(
         head=head,
         seed=parts.seed,
         dtype=dtype,
+        task=task,
         **start,
     )
     if weights.statistics == "measure":

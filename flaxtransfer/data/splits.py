@@ -52,8 +52,9 @@ class Split:
             that a program made.
         examples: of the whole source.
         parts: for "train", "val" and "test", the names or the positions, in order.
-        labels: for each part, the labels of its examples.
-        class_names: what the labels 0, 1, ... mean.
+        labels: for each part, the labels of its examples: numbers, or lists of them in which None
+            is a missing one.
+        class_names: what the labels 0, 1, ... mean, or a name for each number of a list.
         bands: channels that were read from image files; None where the source decides.
         contents: for each part, size and digest of its examples; empty where they were not read.
     """
@@ -61,7 +62,7 @@ class Split:
     address: str
     examples: int
     parts: Mapping[str, Sequence[str] | Sequence[int]]
-    labels: Mapping[str, Sequence[int]]
+    labels: Mapping[str, Sequence[Any]]
     class_names: tuple[str, ...]
     bands: int | None = None
     contents: Mapping[str, Sequence[Content]] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Split:
             getattr(source, "address", ""),
             len(source),
             parts,
-            {part: labels[where].tolist() for part, where in places.items()},
+            {part: _plain(labels[where]) for part, where in places.items()},
             tuple(source.class_names),
             getattr(source, "bands", None),
             found,
@@ -172,7 +173,7 @@ class Split:
             if new.part != old.part:
                 add("in another part", name, f"{old.part}, now {new.part}")
             if new.label != old.label:
-                label, today = self.class_names[old.label], self.class_names[new.label]
+                label, today = (_label_text(each.label, self.class_names) for each in (old, new))
                 add("relabeled", name, f"{label}, now {today}")
             if None not in (old.content, new.content) and old.content != new.content:
                 add("changed", name)
@@ -246,8 +247,22 @@ class _Recorded(NamedTuple):
     """One example of a record."""
 
     part: str
-    label: int
+    label: Any
     content: Content | None
+
+
+def _plain(labels: np.ndarray) -> list[Any]:
+    """Labels as JSON has them, which knows no NaN."""
+    if labels.ndim == 1:
+        return list(labels.tolist())
+    return [[None if value != value else value for value in row] for row in labels.tolist()]
+
+
+def _label_text(label: Any, names: Sequence[str]) -> str:
+    if not isinstance(label, Sequence):
+        return str(names[label])
+    pairs = zip(names, label, strict=True)
+    return " ".join(f"{name}={'?' if value is None else f'{value:g}'}" for name, value in pairs)
 
 
 def _class_differences(before: Sequence[str], after: Sequence[str]) -> str:
@@ -286,8 +301,11 @@ def stratified_split(
     For one seed (and one ``test_fraction``), the examples of a smaller n are among those of a
     larger n, and so are the training examples as long as ``n - val_per_class`` grows.
 
+    Labels of several numbers per example have no classes: they are split at random, or, where there
+    is one number, stratified by its deciles. Fractions alone can be given for them.
+
     Args:
-        labels: integers ``[examples]``, 0 .. classes - 1.
+        labels: integers ``[examples]``, 0 .. classes - 1; or floats ``[examples, outputs]``.
         labels_per_class: how many labels of each class may be used; all when left out.
         val_per_class: how many of those validate; they are not trained on.
         val_fraction: instead, without ``labels_per_class``: the fraction of what is left after the
@@ -310,6 +328,13 @@ def stratified_split(
     >>> [len(part) for part in splits]
     [2, 2, 2, 0]
     """
+    if np.ndim(labels) == 2 and np.asarray(labels).dtype.kind == "f":
+        if labels_per_class is not None or val_per_class is not None:
+            raise ValueError(
+                "labels_per_class and val_per_class must be left out where an image has several "
+                "labels or numbers, which are no classes; give val_fraction and test_fraction"
+            )
+        return _split_of_rows(np.asarray(labels), val_fraction, test_fraction, seed)
     targets = _checked_labels(labels)
     counts = np.bincount(targets)
     if class_names is not None:
@@ -353,6 +378,30 @@ def stratified_split(
     return Splits(**{name: np.sort(np.concatenate(found)) for name, found in parts.items()})
 
 
+def _split_of_rows(
+    labels: np.ndarray, val_fraction: float | None, test_fraction: float | None, seed: int
+) -> Splits:
+    """The split of examples with several numbers each; deciles of a single one are its strata."""
+    test = 0.2 if test_fraction is None else test_fraction
+    val = 0.1 if val_fraction is None else val_fraction
+    _check_numbers(None, None, val, test, seed)
+    strata = np.zeros(len(labels), np.int64)
+    if labels.shape[1] == 1:
+        # Ties have one rank, so that two values alone (one binary label) are two strata.
+        values = np.nan_to_num(labels[:, 0].astype(np.float64), nan=-np.inf)
+        _, rank, counts = np.unique(values, return_inverse=True, return_counts=True)
+        strata = (10 * (np.cumsum(counts) - counts)[rank]) // len(labels)
+    parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
+    for stratum in np.unique(strata):
+        order = _order(np.flatnonzero(strata == stratum), seed, int(stratum))
+        tested = _count(test, len(order)) if len(order) > 1 else 0
+        held = _count(val, len(order) - tested) if len(order) - tested > 1 else 0
+        parts["test"].append(order[:tested])
+        parts["val"].append(order[tested : tested + held])
+        parts["train"].append(order[tested + held :])
+    return Splits.of(*(np.concatenate(parts[name]) for name in ("train", "val", "test")))
+
+
 def subsample(positions: np.ndarray, most: int, labels: np.ndarray | None = None) -> np.ndarray:
     """A random sample of positions without replacement, in order, the same every time.
 
@@ -375,7 +424,7 @@ def subsample(positions: np.ndarray, most: int, labels: np.ndarray | None = None
         return positions
     keys = np.random.PCG64(np.random.SeedSequence(0)).random_raw(len(positions))
     order = np.argsort(keys, kind="stable")
-    if labels is not None:
+    if labels is not None and np.ndim(labels) == 1:
         _, firsts = np.unique(np.asarray(labels)[positions][order], return_index=True)
         order = np.concatenate([order[firsts], np.delete(order, firsts)])
         most = max(most, len(firsts))

@@ -23,6 +23,7 @@ from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.paths import Params
 from flaxtransfer.recipes.catalog import RECIPES
 from flaxtransfer.recipes.parts import units
+from flaxtransfer.task import for_classes
 from flaxtransfer.training.evaluation import init_head_from_probe
 from flaxtransfer.weights.preprocessing import normalize
 
@@ -82,6 +83,7 @@ def measure(
     Raises:
         ValueError: a class without examples, gradients that are not finite.
     """
+    for_classes(network.task, f"what the strategy {strategy} measures")
     if strategy == "depth_head":
         return _best_depth(network, batches)
     batches = list(batches)

@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders, IndexedExamples
+from flaxtransfer.data.pipeline import label_dtype
 from flaxtransfer.files import (
     MOST_JSON_BYTES,
     discard_folder,
@@ -520,7 +521,7 @@ def _feed(
     validation: np.ndarray,
 ) -> DataLoaders:
     count, size = len(examples.labels), examples.batch_size
-    labels = examples.labels.astype(np.int32)
+    labels = examples.labels.astype(label_dtype(examples.labels.ndim - 1))
 
     def train(start: int) -> Iterator[Batch]:
         for step in itertools.count(start):
@@ -528,13 +529,15 @@ def _feed(
             yield {"image": training[passes % choice.views * count + rows], "label": labels[rows]}
 
     def held_out() -> Iterator[Batch]:
-        targets = examples.validation_labels.astype(np.int32)
+        targets = examples.validation_labels.astype(labels.dtype)
         for first in range(0, len(validation), size):
             batch = np.asarray(validation[first : first + size])
             missing = size - len(batch)
             yield {
                 "image": np.pad(batch, [(0, missing), *[(0, 0)] * (batch.ndim - 1)]),
-                "label": np.pad(targets[first : first + size], (0, missing)),
+                "label": np.pad(
+                    targets[first : first + size], [(0, missing), *[(0, 0)] * (targets.ndim - 1)]
+                ),
                 "weight": (np.arange(size) < len(batch)).astype(np.float32),
             }
 
