@@ -88,7 +88,7 @@ def make_plan(params: ft.models.Params, config: Pretrain) -> ft.Plan:
         groups={"all": ft.Group(optax.adamw, schedule, weight_decay=config.weight_decay)},
         steps=config.steps,
         name="pretrain",
-        loss=ft.training.SmoothedCrossEntropy(config.label_smoothing),
+        loss=ft.training.CrossEntropy(config.label_smoothing),
     )
     return ft.Plan([phase])
 

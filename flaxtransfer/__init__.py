@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flaxtransfer import models as models
     from flaxtransfer import recipes as recipes
     from flaxtransfer import shift as shift
+    from flaxtransfer import task as task
     from flaxtransfer import training as training
     from flaxtransfer import weights as weights
     from flaxtransfer.advice.advise import advise as advise
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from flaxtransfer.optimizers import layerwise_decay as layerwise_decay
     from flaxtransfer.optimizers import partition as partition
     from flaxtransfer.overview import parameter_table as parameter_table
-    from flaxtransfer.task import SINGLE_LABEL as SINGLE_LABEL
     from flaxtransfer.task import Task as Task
     from flaxtransfer.training.evaluation import evaluate as evaluate
     from flaxtransfer.training.evaluation import predict as predict

@@ -14,7 +14,7 @@ from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.model import Model, shape_differences
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
-from flaxtransfer.task import SINGLE_LABEL, Task
+from flaxtransfer.task import SINGLE_LABEL, Task, Units
 from flaxtransfer.weights.naming import torchgeo
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
@@ -89,7 +89,7 @@ class Classifier:
         variables: its parameters and statistics.
         preprocessing: what is done to an image before the network sees it.
         class_names: a name for each output, where they are known.
-        task: what labels are.
+        task: what labels are, with the mean and scale of a regression's targets.
         report: which leaves came from where, for a network that ``transfer`` made.
 
     >>> import flaxtransfer as ft
@@ -187,7 +187,7 @@ def transfer(
     dtype: Any = None,
     preprocessing: Preprocessing | None = None,
     class_names: Sequence[str] = (),
-    task: Task = SINGLE_LABEL,
+    task: Task | None = None,
 ) -> Classifier:
     """A network for new classes that starts from pre-trained weights.
 
@@ -223,7 +223,8 @@ def transfer(
         preprocessing: of the images, where it is not the checkpoint's: for other bands, that of
             `band_preprocessing`.
         class_names: a name for each output.
-        task: what labels are.
+        task: what labels are; None for one class per image with a new head, and for what the
+            checkpoint says otherwise.
 
     Returns:
         The network; its variables are nested dictionaries of float32 `jax.Array`, and its report
@@ -232,8 +233,9 @@ def transfer(
     Raises:
         ValueError: "keep" for other classes, "resize" for none that the head knows, either where
             the file has no head that is one linear map, an unknown `head`, classes below 1,
-            another number of names than classes, bands, adapter, wavelengths and patches that do
-            not fit each other or the network, or a checkpoint whose leaves do not form its network.
+            a kept head of another task, another number of names than classes, bands, adapter,
+            wavelengths and patches that do not fit each other or the network, or a checkpoint whose
+            leaves do not form its network.
 
     >>> import numpy as np
     >>> from flaxtransfer.models.config import ResNetConfig
@@ -257,6 +259,7 @@ def transfer(
     if head == "keep" and not class_names and checkpoint.class_names and classes == old:
         class_names = checkpoint.class_names
     columns = _columns(head, checkpoint, classes, tuple(class_names))
+    task = _task(head, checkpoint, task, columns)
     if isinstance(wavelengths, str):
         wavelengths = torchgeo.wavelengths(wavelengths)
     leaves = flatten(checkpoint.variables)
@@ -357,6 +360,30 @@ def _columns(
             f" none of {listing(map(repr, names))}; it has {listing(map(repr, known))}; use 'new'"
         )
     return tuple(place.get(name) for name in names)
+
+
+def _task(
+    head: Head, checkpoint: Pretrained, task: Task | None, columns: tuple[int | None, ...]
+) -> Task:
+    """The task of the network: a kept head goes on with the checkpoint's, units included."""
+    own = checkpoint.task
+    if head == "new":
+        return task or SINGLE_LABEL
+    if task is not None and task.name != own.name:
+        raise ValueError(
+            f"head={head!r} must go on with the task of {checkpoint.source}, {own.name}, got "
+            f"{task.name}; use head='new'"
+        )
+    if own.units is None:
+        return task or own
+    if None in columns:
+        raise ValueError(
+            f"head={head!r} must have the targets of {checkpoint.source}, whose units it keeps; "
+            "use head='new'"
+        )
+    places = [column for column in columns if column is not None]
+    mean, scale = (tuple(each[n] for n in places) for each in (own.units.mean, own.units.scale))
+    return (task or own).with_units(Units(mean, scale))
 
 
 def _head_text(

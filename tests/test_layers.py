@@ -23,7 +23,7 @@ FLOORS = (
     ("masks",),
     ("groups", "batchnorm"),
     ("optimizers", "overview"),
-    ("labels",),
+    ("labels", "losses", "metrics"),
     ("sharding", "task"),
     ("checkpoint",),
     ("models",),

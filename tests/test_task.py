@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, log_loss
 
+from flaxtransfer.losses import CrossEntropy, cross_entropy
 from flaxtransfer.task import (
     SINGLE_LABEL,
-    SmoothedCrossEntropy,
     Task,
-    cross_entropy,
     mean_loss,
     task_named,
 )
@@ -36,7 +35,7 @@ def test_the_score_is_the_same_on_the_device():
     np.testing.assert_array_equal(on_device, SINGLE_LABEL.score(LOGITS, LABELS))
 
 
-@pytest.mark.parametrize("loss", [SmoothedCrossEntropy(0.2), lambda z, y, key: 100 + 0 * z[:, 0]])
+@pytest.mark.parametrize("loss", [CrossEntropy(0.2), lambda z, y, key: 100 + 0 * z[:, 0]])
 def test_the_reported_loss_is_the_one_that_was_asked_for(loss):
     expected = float(np.mean(loss(jnp.asarray(LOGITS), jnp.asarray(LABELS), jax.random.key(0))))
     assert SINGLE_LABEL.evaluate(LOGITS, LABELS, loss)["loss"] == pytest.approx(expected, rel=1e-6)
@@ -64,10 +63,10 @@ def test_labels_that_are_classes_are_taken():
 
 def test_a_task_is_found_by_the_name_that_files_record():
     assert task_named("single_label") is SINGLE_LABEL
-    with pytest.raises(ValueError, match="task must be one of single_label, got 'single'; did you"):
+    with pytest.raises(ValueError, match=r"task must be one of .*, got 'single'; did you"):
         task_named("single")
     for damaged in ("single_l" + "[]," * 1000 + "abel", ["single_label"], None):
-        with pytest.raises(ValueError, match="task must be one of single_label, got") as caught:
+        with pytest.raises(ValueError, match=r"task must be one of single_label, .* got") as caught:
             task_named(damaged)
         assert len(str(caught.value)) < 200
 

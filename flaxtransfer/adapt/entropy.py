@@ -35,6 +35,7 @@ from flaxtransfer.models.model import Model
 from flaxtransfer.paths import Params, Variables, merge
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.shift.calibration import Calibration
+from flaxtransfer.task import for_classes
 from flaxtransfer.training.evaluation import without_padding
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
@@ -147,6 +148,7 @@ def tent(
     (True, (64, 2), 1)
     """
     check_alone("tent")
+    for_classes(network.task, "entropy minimization")
     check_guard_option(guard)
     variables = network.variables
     if steps < 1 or not learning_rate > 0:

@@ -16,6 +16,7 @@ from flaxtransfer.data.loader import Batch
 from flaxtransfer.shift.accuracy import ThresholdedConfidence
 from flaxtransfer.shift.calibration import Calibration
 from flaxtransfer.shift.prevalence import Prevalence
+from flaxtransfer.task import for_classes
 from flaxtransfer.training.evaluation import predict
 
 __all__ = [
@@ -61,6 +62,7 @@ def model_outputs(network: Classifier, batches: Iterable[Batch]) -> ModelOutputs
     Raises:
         ValueError: no examples.
     """
+    for_classes(network.task, "a comparison of class probabilities")
     found = predict(network, batches, features=True)
     return ModelOutputs(found.logits, np.asarray(found.features), found.labels)
 

@@ -18,10 +18,12 @@ from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
 from flaxtransfer.advice.race import Prior, prior_of
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
-from flaxtransfer.data.source import Source
+from flaxtransfer.data.source import Source, task_of_source
+from flaxtransfer.features.class_means import leaves_nothing
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import Params, flatten
 from flaxtransfer.recipes.catalog import RECIPES
+from flaxtransfer.task import for_classes
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.weights.pretrained import Pretrained
 
@@ -215,6 +217,7 @@ def advise(
     >>> ft.advise(ft.load("builtin"), source).verdict
     'ceiling'
     """
+    for_classes(task_of_source(source), "advice on a strategy")
     if isinstance(network, Pretrained):
         names = tuple(source.class_names)
         network = transfer(network, classes=len(names), class_names=names)
@@ -240,7 +243,7 @@ def decide(evidence: Evidence, params: Params) -> Advice:
         verdict = "nothing"
     elif evidence.bottleneck.whole:
         verdict = "early"
-    elif best.left < LEVEL:
+    elif leaves_nothing(best.accuracy, len(best.right), evidence.majority):
         verdict = "ceiling"
     elif deeper:
         verdict = "depth"

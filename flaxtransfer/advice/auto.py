@@ -25,7 +25,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Splits
-from flaxtransfer.features.checks import folds_with_singletons
+from flaxtransfer.features.inputs import folds_with_singletons
 from flaxtransfer.files import write_json
 from flaxtransfer.training.evaluation import predict
 from flaxtransfer.training.loop import FitResult, fit

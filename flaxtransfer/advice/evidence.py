@@ -29,9 +29,8 @@ from flaxtransfer.data.loader import Batch, eval_batches
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import groups_of, subsample
 from flaxtransfer.distributed import check_alone
-from flaxtransfer.features.checks import standardization
 from flaxtransfer.features.class_means import expected_error
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features, standardization
 from flaxtransfer.features.ridge import CrossValidation, cross_validate
 from flaxtransfer.paths import flatten
 

@@ -106,7 +106,8 @@ def mean_gradient(
         def total(params: Params) -> jax.Array:
             inputs = normalize(images, mean, std)
             logits, _ = network.model.apply({**variables, "params": params}, inputs, norm="running")
-            losses = network.task.loss(logits, labels, jax.random.key(0))
+            targets = network.task.targets(labels)
+            losses = network.task.loss(logits, targets, jax.random.key(0))
             return jnp.sum(losses * weights)
 
         gradient: Params = jax.grad(total)(params)

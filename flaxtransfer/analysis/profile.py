@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.optimize
 
-from flaxtransfer.features.checks import (
+from flaxtransfer.features.inputs import (
     checked_examples,
     singleton_classes,
     standardization,

@@ -30,6 +30,7 @@ from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.pages import print_report
 from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
 from flaxtransfer.shift.report import ShiftReport
+from flaxtransfer.task import for_classes
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -41,6 +42,7 @@ MOST_CSV_BYTES = 1 << 26
 def diagnose(options: Diagnose, console: Console) -> None:
     """Runs ``flaxtransfer diagnose``."""
     network = trained_network(options.run)
+    for_classes(network.task, "a diagnosis of label shift")
     names = network.class_names or tuple(map(str, range(network.model.config.classes)))
     target = open_unlabeled(
         options.target,

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from flaxtransfer.advice.advise import LEVEL
 from flaxtransfer.advice.auto import beginning, choose
 from flaxtransfer.classifier import Classifier, Head, ending_at, transfer
 from flaxtransfer.commands.options import (
     AUTO,
     DEFAULT,
+    TASK_NAMES,
     DataOptions,
     InputOptions,
     JobOptions,
@@ -38,7 +38,7 @@ from flaxtransfer.data.loader import (
 )
 from flaxtransfer.data.open import open_source
 from flaxtransfer.data.scans import Levels
-from flaxtransfer.data.source import Source, measure_levels, with_levels
+from flaxtransfer.data.source import Source, measure_levels, task_of_source, with_levels
 from flaxtransfer.data.splits import (
     Split,
     Splits,
@@ -49,12 +49,13 @@ from flaxtransfer.data.splits import (
 )
 from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.distributed import check_alike, from_first
-from flaxtransfer.features.class_means import Baseline, baseline
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.class_means import Baseline, baseline, leaves_nothing
+from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.files import read_json
+from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.paths import Params, flatten, listing
+from flaxtransfer.paths import Params, flatten
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import (
     MEASURED,
@@ -63,7 +64,7 @@ from flaxtransfer.recipes.measurement import (
     measure,
     most_images,
 )
-from flaxtransfer.task import TASKS
+from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.evaluation import Evaluation, evaluate, recalibrate
 from flaxtransfer.training.plan import Plan as TrainingPlan
 from flaxtransfer.training.plan import plan_table
@@ -105,14 +106,15 @@ class FrozenHeads(NamedTuple):
     @property
     def leave_nothing(self) -> bool:
         """Whether training could gain less than a point."""
-        return self.baseline is not None and self.baseline.left < LEVEL
+        found = self.baseline
+        return found is not None and leaves_nothing(found.ridge, found.examples, found.majority)
 
 
 @dataclass(frozen=True)
 class Job:
     """A training job: its data, its network, its plan, and what was measured before.
 
-    ``levels`` is a note on gray levels, or "".
+    ``levels`` is a note on gray levels, ``ranking`` says why validation ranks as it does; or "".
     """
 
     source: Source
@@ -123,6 +125,7 @@ class Job:
     plan: TrainingPlan
     evidence: Measurement
     levels: str = ""
+    ranking: str = ""
     frozen: FrozenHeads | None = None
 
     def test(self, network: Classifier) -> Evaluation | None:
@@ -154,10 +157,11 @@ def prepare(
     settings = dict(settings or {})
     strategy = options.strategy.strategy or DEFAULT
     check_settings(strategy, settings)
-    # Whoever says how long to train, or brings a head, wants to train.
+    # Whoever says how long to train, with which loss, or brings a head, wants to train.
     open_to_heads = (
         options.strategy.strategy is None
         and options.strategy.head == "new"
+        and options.strategy.balance == "no"
         and all(value is None for value in settings.values())
     )
     if strategy == AUTO and choosing is None:
@@ -172,6 +176,8 @@ def prepare(
         dtype=jnp.bfloat16 if batch.compute == "bfloat16" else None,
         resumed=resumed,
     )
+    task, ranking = _ranked(network.task, options.strategy.metric, source, splits)
+    network = replace(network, task=task)
     preprocessing = network.preprocessing
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
 
@@ -190,7 +196,7 @@ def prepare(
         )
 
     data, evidence, frozen = feed(splits), Measurement(), None
-    if choosing is not None and open_to_heads:
+    if choosing is not None and open_to_heads and task == SINGLE_LABEL:
         if (solved := _solved_before(resumed)) is None:
             frozen = frozen_heads(network, source, splits.train)
             # Folds that tear groups apart promise too much.
@@ -221,8 +227,9 @@ def prepare(
         evidence = measure(strategy, network, batches, len(splits.train))
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
+    plan = _balanced(plan, options.strategy.balance, task)
     network = ending_at(network, plan.ends_at)
-    return Job(source, splits, checkpoint, network, data, plan, evidence, levels, frozen)
+    return Job(source, splits, checkpoint, network, data, plan, evidence, levels, ranking, frozen)
 
 
 def frozen_heads(network: Classifier, source: Source, positions: np.ndarray) -> FrozenHeads:
@@ -269,6 +276,57 @@ def _nothing_to_train_for(frozen: FrozenHeads | None) -> Measurement:
         f"nothing is trained; --strategy {DEFAULT} trains all the same"
     )
     return Measurement(text=text, pooled=frozen.pooled)
+
+
+_UNEQUAL = 3.0
+"""Times as many images of one class as of another, from which accuracy hides the rare one: to name
+the frequent class alone is right for three of four."""
+
+
+def _ranked(task: Task, metric: str | None, source: Source, splits: Splits) -> tuple[Task, str]:
+    """The task with the metric that validation ranks by, and why, for a person.
+
+    Raises:
+        ValueError: the task has no such metric.
+    """
+    if metric is not None:
+        return task.ranked_by(metric), ""
+    if task.name != SINGLE_LABEL.name:
+        return task, f"validation ranks by {task.ranking} (--metric)"
+    names = source.class_names
+    counts = np.bincount(source.labels()[splits.train], minlength=len(names))
+    few, many = int(counts.argmin()), int(counts.argmax())
+    if counts[many] < _UNEQUAL * counts[few]:
+        return task, ""
+    return task.ranked_by("balanced_accuracy"), (
+        f"validation ranks by balanced_accuracy, for {names[many]!r} has {counts[many]} training "
+        f"images and {names[few]!r} {counts[few]}; --metric accuracy ranks by accuracy, and "
+        "--balance weights lets rare classes count as much"
+    )
+
+
+def _balanced(plan: TrainingPlan, balance: str, task: Task) -> TrainingPlan:
+    """The plan with the loss of ``--balance`` in every phase.
+
+    Raises:
+        ValueError: a plan that has losses of its own, or a task without such a loss.
+    """
+    if balance == "no":
+        return plan
+    losses: dict[tuple[str, str], Any] = {
+        ("weights", "single_label"): CrossEntropy(class_weights="balanced"),
+        ("logits", "single_label"): CrossEntropy(logit_adjustment=1.0),
+        ("weights", "multi_label"): BinaryCrossEntropy(positive_weights="balanced"),
+    }
+    if (balance, task.name) not in losses:
+        raise ValueError(f"--balance must be no for the task {task.name}, got {balance}")
+    own = [phase.name for phase in plan.phases if phase.loss is not None]
+    solved = [phase.name for phase in plan.phases if phase.only_solves]
+    if own or solved:
+        why = "whose losses the plan sets" if own else "which are solved, not trained"
+        raise ValueError(f"--balance must be no for phases {why}: {', '.join(own or solved)}")
+    loss = losses[balance, task.name]
+    return replace(plan, phases=[replace(phase, loss=loss) for phase in plan.phases])
 
 
 class Start(NamedTuple):
@@ -318,6 +376,9 @@ def begin(
             "labels": hashlib.sha256(np.asarray(source.labels()).tobytes()).hexdigest(),
         }
     )
+    task = task_of_source(source)
+    if data.task is not None and TASK_NAMES[data.task] != task.name:
+        raise ValueError(f"--task must be that of {data.name}, {task.name}, got {data.task}")
     splits = _kept(source, resumed) or split(source, data.name, parts)
     source, levels = leveled(
         source, splits.train, checkpoint, bands=channels.bands, window=channels.window
@@ -333,6 +394,7 @@ def begin(
         head=head,
         seed=parts.seed,
         dtype=dtype,
+        task=task,
         **start,
     )
     if weights.statistics == "measure":
@@ -520,20 +582,12 @@ def run_data(run: Path, *, skip_corrupt: bool = False) -> tuple[Source, Splits]:
     return source, kept.positions(source)
 
 
-def check_task(source: Source, name: str) -> None:
-    """Refuses labels of a kind that no network is trained for."""
-    task = getattr(source, "task", "single_label")
-    if task not in TASKS:
-        raise ValueError(f"{name}: the labels must be for {listing(TASKS)}, got {task}")
-
-
 def split(source: Source, name: str, options: SplitOptions) -> Splits:
     """The images for training, validation and test: as the data say, or drawn.
 
     Raises:
         ValueError: options that do not fit the data.
     """
-    check_task(source, name)
     given: Splits | None = getattr(source, "splits", None)
     groups = groups_of(source)
     if options.folds is not None:

@@ -25,12 +25,14 @@ from flaxtransfer.commands.job import (
 from flaxtransfer.commands.subcommands import Advise, FindRate, Probe
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source
+from flaxtransfer.data.source import task_of_source
 from flaxtransfer.data.splits import subsample
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.files import atomic_write, write_file, write_json
 from flaxtransfer.groups import Group, WarmupCosine
 from flaxtransfer.overview import plain
 from flaxtransfer.paths import suggest
+from flaxtransfer.task import for_classes
 from flaxtransfer.training.loop import fit
 from flaxtransfer.training.lr_finder import (
     RateSweep,
@@ -91,6 +93,7 @@ def probe(options: Probe, console: Console) -> None:
         **data.columns.arguments(),
     )
     print_notes(source, console)
+    for_classes(task_of_source(source), "a profile of probes")
     training = split(source, data.name, options.split).train
     positions = subsample(training, options.most_images, source.labels())
     classes = len(source.class_names)

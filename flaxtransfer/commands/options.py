@@ -22,6 +22,7 @@ import tyro
 from flaxtransfer.data.open import SCHEMES, open_source
 from flaxtransfer.data.source import USUAL_COLUMNS
 from flaxtransfer.files import check_regular
+from flaxtransfer.metrics import METRICS
 from flaxtransfer.models.config import Method
 from flaxtransfer.models.registry import named
 from flaxtransfer.paths import suggest
@@ -86,9 +87,15 @@ FORMS = [scheme.form for scheme in SCHEMES.values() if scheme.labeled]
 SCHEMES_HELP = " or ".join((", ".join(FORMS[:-1]), FORMS[-1]))
 
 
+METRIC_NAMES = tuple(dict.fromkeys(name for table in METRICS.values() for name in table))
+METRICS_HELP = ", ".join(METRIC_NAMES)
+
 PLAN_SUFFIXES = (".yaml", ".yml")
 WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo", ".h5")
 
+
+TASK_NAMES = {"single": "single_label", "multi": "multi_label", "regression": "regression"}
+"""The tasks by what ``--task`` calls them."""
 
 TABLES_HELP = " and ".join(scheme.form for scheme in SCHEMES.values() if scheme.columns)
 
@@ -168,6 +175,7 @@ class DataOptions:
     """The images.
 
     Args:
+        task: What an image has: a single class, any of multiple labels, or numbers (regression).
         skip_corrupt: Leave out unreadable images instead of stopping.
         download: Allow a TensorFlow Datasets data set to be downloaded.
     """
@@ -180,6 +188,9 @@ class DataOptions:
             "train, val and test of such; a table has one row per image.",
         ),
     ] = "digits"
+    task: Annotated[
+        Literal["single", "multi", "regression"] | None, default("what the data say")
+    ] = None
     skip_corrupt: Flag = False
     download: Annotated[Flag, UNRECORDED] = False
     columns: ColumnOptions = field(default_factory=ColumnOptions)
@@ -349,6 +360,9 @@ class StrategyOptions:
     Args:
         head: Start of the head: new starts at zero, keep takes the checkpoint's head, resize takes
             its first rows.
+        balance: For rare classes: weights lets them count as much as frequent ones (for multiple
+            labels, positives as much as negatives); logits adds the log frequency of each class to
+            the logits in training.
     """
 
     strategy: Annotated[
@@ -360,10 +374,21 @@ class StrategyOptions:
         ),
     ] = None
     head: Literal["new", "keep", "resize"] = "new"
+    metric: Annotated[
+        str | None,
+        described(
+            f"What validation ranks by: {METRICS_HELP}.",
+            default="by the task; balanced_accuracy where classes are unequal",
+        ),
+    ] = None
+    balance: Literal["no", "weights", "logits"] = "no"
     budget: Annotated[str, described(f"Full runs for {AUTO}, the last one included.")] = "4x"
 
     def problems(self) -> Iterator[str]:
-        """An unknown recipe, a plan that does not exist, a budget of another form."""
+        """An unknown recipe or metric, a plan that does not exist, a budget of another form."""
+        if self.metric is not None and self.metric not in METRIC_NAMES:
+            near = suggest(self.metric, METRIC_NAMES)
+            yield f"--metric must be one of {METRICS_HELP}, got {self.metric!r}{near}"
         if self.strategy not in (None, AUTO):
             yield from strategy_problems(self.strategy, AUTO)
         if not re.fullmatch(r"[1-9]\d{0,2}x", self.budget):

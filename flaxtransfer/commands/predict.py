@@ -23,7 +23,6 @@ from rich.console import Console
 
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import (
-    check_task,
     kept_validation,
     levels_note,
     print_notes,
@@ -37,12 +36,20 @@ from flaxtransfer.data.folder import FolderSource
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source, open_unlabeled
 from flaxtransfer.data.scans import ImageError, Levels
-from flaxtransfer.data.source import Example, Source, UnlabeledImages, with_levels
+from flaxtransfer.data.source import (
+    Example,
+    Source,
+    UnlabeledImages,
+    task_of_source,
+    with_levels,
+)
 from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.files import atomic_write, write_file
+from flaxtransfer.metrics import report
 from flaxtransfer.paths import listing, suggest, visible
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
-from flaxtransfer.training.evaluation import evaluate as measure
+from flaxtransfer.task import MULTI_LABEL, SINGLE_LABEL, Task, for_classes
+from flaxtransfer.training.evaluation import predict as run_network
 from flaxtransfer.training.run_folder import split_of
 from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.weights.loading import load
@@ -76,11 +83,17 @@ def evaluate(options: Evaluate, console: Console) -> None:
             partial=True,
             **options.columns.arguments(),
         )
-        check_task(source, name)
         given = getattr(source, "splits", None)
         tested = given is not None and len(given.test) > 0
         chosen = given.test if given is not None and tested else np.arange(len(source))
     trained = network.class_names or tuple(map(str, range(network.model.config.classes)))
+    if network.task is not SINGLE_LABEL or task_of_source(source) is not SINGLE_LABEL:
+        columns = match_columns(source, trained, network.task)
+        size = reading.batch_size
+        batches = eval_batches(columns, chosen, network.preprocessing, batch_size=size)
+        told = {"data": name, **_unmatched(source, trained)}
+        _print_json(told | _measured(network, batches, trained, _groups(source, chosen)), console)
+        return
     matched = match_classes(source, trained)
     labels = matched.labels()[chosen]
     found: dict[str, Any] = {"data": name}
@@ -100,9 +113,96 @@ def evaluate(options: Evaluate, console: Console) -> None:
     if note := levels_note(source, chosen, network):
         found["gray_levels"] = note.removeprefix("gray levels: ")
     batches = eval_batches(matched, chosen, network.preprocessing, batch_size=reading.batch_size)
-    found |= measure(network, batches).to_json()
-    # In ASCII: the name of a folder may be bytes that are not UTF-8.
-    console.print_json(json.dumps(found), ensure_ascii=True)
+    found |= _measured(network, batches, trained, _groups(source, chosen))
+    _print_json(found, console)
+
+
+def _measured(
+    network: Classifier, batches: Any, names: Sequence[str], groups: np.ndarray | None
+) -> dict[str, Any]:
+    """The metrics of a set, and the report with intervals and a row for each output."""
+    found, task = run_network(network, batches), network.task
+    whole = report(task.name, task.probabilities(found.logits), found.labels, names, groups=groups)
+    return {**found.evaluation().to_json(), "report": whole}
+
+
+def _groups(source: Source, chosen: np.ndarray) -> np.ndarray | None:
+    """Which group each example belongs to, for a source that has groups."""
+    groups = getattr(source, "groups", None)
+    return None if groups is None else np.unique(np.asarray(groups)[chosen], return_inverse=True)[1]
+
+
+def _print_json(found: dict[str, Any], console: Console) -> None:
+    # In ASCII: the name of a folder may be bytes that are not UTF-8. JSON knows no NaN.
+    plain = {k: None if v != v else v for k, v in found.items()}
+    console.print_json(json.dumps(plain), ensure_ascii=True)
+
+
+@dataclass(frozen=True)
+class ColumnSource:
+    """A source with the labels or targets of a network; made by ``match_columns``."""
+
+    source: Source
+    class_names: tuple[str, ...]
+    places: tuple[int, ...]
+    task: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: SupportsIndex, /) -> Example:
+        example = self.source[index]
+        return {"image": example["image"], "label": self._taken(np.asarray(example["label"]))}
+
+    def labels(self) -> np.ndarray:
+        """All labels, float32 ``[examples, outputs]``; NaN where the source lacks the column."""
+        return self._taken(self.source.labels())
+
+    def _taken(self, labels: np.ndarray) -> np.ndarray:
+        missing = np.full((*labels.shape[:-1], 1), np.nan, np.float32)
+        padded = np.concatenate([labels.astype(np.float32), missing], axis=-1)
+        return np.asarray(padded[..., list(self.places)])
+
+
+def match_columns(source: Source, trained: Sequence[str], task: Task) -> ColumnSource:
+    """The source with its labels or targets in the order of a network's, matched by name.
+
+    Args:
+        source: images with several labels or numbers each.
+        trained: outputs of the network, in its order.
+        task: of the network.
+
+    Raises:
+        ValueError: a source of another task, or none of the network's outputs among its columns.
+
+    >>> from flaxtransfer.data.source import ArraySource
+    >>> from flaxtransfer.task import MULTI_LABEL
+    >>> images, labels = np.zeros((1, 4, 4), np.uint8), [[1, 0]]
+    >>> source = ArraySource(images, labels, ("cat", "dog"), task="multi_label")
+    >>> match_columns(source, ("dog", "owl", "cat"), MULTI_LABEL).labels()
+    array([[ 0., nan,  1.]], dtype=float32)
+    """
+    if task_of_source(source).name != task.name:
+        raise ValueError(
+            f"the data must be for the task of the run, {task.name}, got "
+            f"{task_of_source(source).name}"
+        )
+    names = tuple(source.class_names)
+    places = tuple(names.index(name) if name in names else len(names) for name in trained)
+    if all(place == len(names) for place in places):
+        raise ValueError(
+            f"the data must have one of {listing(map(repr, trained), most=10)}, got "
+            f"{listing(map(repr, names), most=10)}"
+        )
+    return ColumnSource(source, tuple(trained), places, task.name)
+
+
+def _unmatched(source: Source, trained: Sequence[str]) -> dict[str, Any]:
+    """What of the data and of the run has no counterpart; empty where all has."""
+    left = [name for name in source.class_names if name not in trained]
+    unseen = [name for name in trained if name not in source.class_names]
+    found = {"columns_left_out": left, "outputs_not_seen": unseen}
+    return {name: names for name, names in found.items() if names}
 
 
 @dataclass(frozen=True)
@@ -118,7 +218,7 @@ class MatchedSource:
 
     def __getitem__(self, index: SupportsIndex, /) -> Example:
         example = self.source[index]
-        return {"image": example["image"], "label": int(self.table[example["label"]])}
+        return {"image": example["image"], "label": int(self.table[int(example["label"])])}
 
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[examples]``; -1 where the network lacks the class."""
@@ -300,6 +400,13 @@ def predict(options: Predict, console: Console) -> None:
     classes = network.model.config.classes
     names = network.class_names or tuple(map(str, range(classes)))
     write = {"jsonl": _write_json_lines, "csv": _write_csv}[options.format]
+    if options.adjust_prior or options.prior:
+        for_classes(network.task, "a correction of the prior")
+    if network.task is not SINGLE_LABEL:
+        if options.top != 1:
+            raise ValueError(f"--top must be left out for the task {network.task.name}")
+        _predict_columns(options, network, names, console)
+        return
     batches: Iterator[tuple[list[str], np.ndarray]]
     if options.adjust_prior or options.prior:
         # Before any image is read, so that a typing error costs no time.
@@ -335,6 +442,27 @@ def _files(options: Predict, console: Console) -> Iterator[Path]:
             console.print(f"left out: {reason}", highlight=False, markup=False)
         assert isinstance(found.source, FolderSource)  # of the schemes that ``is_source`` knows
         yield from (found.source.root / name for name in found.names)
+
+
+def _predict_columns(
+    options: Predict, network: Classifier, names: Sequence[str], console: Console
+) -> None:
+    """Prints a probability for each label of an image, or the value of each target."""
+    multi = network.task.name == MULTI_LABEL.name
+    writer = csv.writer(sys.stdout)
+    if options.format == "csv":
+        writer.writerow(["image", *map(cell_text, names)])
+    for paths, logits, _ in _outputs(options, network, console):
+        for path, row in zip(paths, network.task.probabilities(logits), strict=True):
+            values = dict(zip(names, (float(f"{value:.6g}") for value in row), strict=True))
+            if options.format == "csv":
+                writer.writerow([cell_text(str(path)), *values.values()])
+                continue
+            line: dict[str, Any] = {"image": str(path)}
+            if multi:
+                line["labels"] = [name for name, value in values.items() if value > 0.5]
+            line["probabilities" if multi else "values"] = values
+            print(json.dumps(line), flush=True)
 
 
 def _rows(
@@ -450,6 +578,7 @@ def explain(options: Explain, console: Console) -> None:
     from flaxtransfer.analysis.saliency import logits_function, saliency_maps
 
     network, found, chosen = _opened(options, console)
+    for_classes(network.task, "an explanation of predicted classes")
     reading = options.reading
     if note := levels_note(found.source, chosen, network):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -470,7 +599,7 @@ def explain(options: Explain, console: Console) -> None:
         console.print(value)
     verdict = faithful.summary() if sound.passed else f"{faithful.summary()} {sound.summary()}"
     names = [found.names[i] for i in chosen]
-    report = {
+    written = {
         "images": names,
         "saliency": maps.to_json(),
         "faithfulness": faithful.to_json(),
@@ -481,7 +610,7 @@ def explain(options: Explain, console: Console) -> None:
         folder.mkdir()
         for number, png in enumerate(_pages(network, images, maps, names, verdict), start=1):
             write_file(folder / f"page{number}.png", png)
-        write_file(folder / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
+        write_file(folder / REPORT_FILE, (json.dumps(written, indent=2) + "\n").encode())
     console.print(f"written to {options.out}/", highlight=False, soft_wrap=True)
 
 

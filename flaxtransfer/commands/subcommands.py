@@ -326,7 +326,9 @@ class Params:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Print accuracy and loss of a finished run, as JSON.
+    """Print the metrics of a finished run, as JSON.
+
+    With bootstrap intervals (by group, where the data have groups).
 
     Classes are matched by name; those of the run without an image are listed.
 

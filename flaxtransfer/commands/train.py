@@ -35,8 +35,10 @@ from flaxtransfer.data.source import near_duplicates
 from flaxtransfer.data.splits import Splits
 from flaxtransfer.distributed import check_alone, from_first
 from flaxtransfer.files import MANIFEST_FILE, atomic_write, read_json, write_file, write_json
+from flaxtransfer.metrics import shown
 from flaxtransfer.paths import listing
 from flaxtransfer.recipes.catalog import from_scratch
+from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.evaluation import Evaluation, predict
 from flaxtransfer.training.loop import FitOptions, FitResult, check_same_run, fit
@@ -202,7 +204,7 @@ def train_once(options: Train, console: Console) -> dict[str, Any]:
     solved = all(phase.only_solves for phase in job.plan.phases)
     # A solved head is judged by the same folds when it is solved, and says so itself.
     frozen = None
-    if not solved:
+    if not solved and job.network.task.name == SINGLE_LABEL.name:
         frozen = job.frozen or frozen_heads(job.network, job.source, job.splits.train)
         _say(frozen.text, console)
     pooled = frozen.pooled if frozen else job.evidence.pooled
@@ -225,6 +227,7 @@ def train_once(options: Train, console: Console) -> dict[str, Any]:
         "train_images": len(job.splits.train),
         "validation_images": len(job.splits.val),
         "test_images": len(job.splits.test),
+        "metric": fitted.network.task.ranking,
         "options": recorded(options),
         "baseline": asdict(frozen.baseline) if frozen and frozen.baseline else None,
         "results": rows,
@@ -233,7 +236,7 @@ def train_once(options: Train, console: Console) -> dict[str, Any]:
     }
 
     def write() -> None:
-        _draw(rows, job.network.task.ranking, folder)
+        _draw(rows, job.network.task, folder)
         write_json(folder / SUMMARY_FILE, summary)
         seal_run(folder, SUMMARY_FILE, PICTURE_FILE)
 
@@ -252,20 +255,22 @@ def _problems(folder: Path) -> list[str]:
     return run_problems(folder) + (run_problems(scratch) if scratch.exists() else [])
 
 
-def _draw(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
+def _draw(rows: list[dict[str, Any]], task: Task, folder: Path) -> None:
     """Draws the training curves of the run and of its comparison into the run folder."""
     from flaxtransfer.report.figures import plot_training
 
     places = {"pre-trained": folder, "from scratch": folder / SCRATCH}
     curves = {row["start"]: read_metrics(places[row["start"]]) for row in rows}
-    tested = {row["start"]: row[metric] for row in rows}
-    plot_training(folder / PICTURE_FILE, curves, tested, metric=metric)
+    tested = {row["start"]: row[task.score_name] for row in rows}
+    plot_training(folder / PICTURE_FILE, curves, tested, metric=task.score_name)
 
 
 def print_summary(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Prints the table of results, and the test accuracy as the last line."""
+    """Prints the table of results, and the metric on the test images as the last line."""
+    metric = summary["metric"]
+    name = metric.replace("_", " ")
     results = Table(title=f"{summary['train_images']} training images of {summary['data']}")
-    for column in ("start", "steps", "seconds", "test loss", "test accuracy"):
+    for column in ("start", "steps", "seconds", "test loss", f"test {name}"):
         results.add_column(column, justify="left" if column == "start" else "right")
     for row in summary["results"]:
         results.add_row(
@@ -273,16 +278,17 @@ def print_summary(summary: dict[str, Any], folder: Path, console: Console) -> No
             str(row["steps"]),
             f"{row['seconds']:.0f}",
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
-            "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %",
+            shown(metric, row[metric]),
         )
     console.print(results)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     if not summary["test_images"]:
         console.print("nothing was tested: the run has no test images (--test-fraction)")
         return
+    value = summary["results"][0][metric]
+    told = f"{100 * value:.2f} % of" if metric == "accuracy" else f"{shown(metric, value)} on"
     console.print(
-        f"test accuracy: {100 * summary['results'][0]['accuracy']:.2f} % of "
-        f"{summary['test_images']} images that were not trained on",
+        f"test {name}: {told} {summary['test_images']} images that were not trained on",
         highlight=False,
     )
 
@@ -362,7 +368,8 @@ def _row(
     seconds = round(time.monotonic() - started, 1)
     row = {"start": start, "steps": fitted.steps, "seconds": seconds}
     if result is None:
-        nothing = dict.fromkeys((fitted.network.task.ranking, "loss"))
+        task = fitted.network.task
+        nothing = dict.fromkeys((task.ranking, task.score_name, "loss"))
         return {**row, **nothing, "examples": 0}
     return {**row, **result.to_json()}
 
@@ -375,10 +382,13 @@ def _print_job(job: Job, name: str, console: Console) -> None:
     if skipped:
         console.print(f"{len(skipped)} unreadable images were left out", highlight=False)
     print_notes(job.source, console)
-    console.print(f"{name}: {len(job.source.class_names)} classes; {counts}")
+    what = _OUTPUTS[job.network.task.name]
+    console.print(f"{name}: {len(job.source.class_names)} {what}; {counts}")
     if job.levels:
         console.print(job.levels, highlight=False, soft_wrap=True, markup=False)
     console.print(f"{job.checkpoint!r}", highlight=False)
+    if job.ranking:
+        _say(job.ranking, console)
     report = job.network.report
     if report is not None and report.input:
         console.print(report.input, highlight=False, soft_wrap=True)
@@ -388,6 +398,9 @@ def _print_job(job: Job, name: str, console: Console) -> None:
         console.print(job.evidence.text, highlight=False, soft_wrap=True)
     console.print(plan_table(job.plan, job.network.params))
 
+
+_OUTPUTS = {"single_label": "classes", "multi_label": "labels", "regression": "targets"}
+"""What the outputs of a network are called, by its task."""
 
 MOST_IMAGES_FOR_DUPLICATES = 5000
 """Each is decoded for it, and compared with all others: some seconds."""

@@ -20,7 +20,15 @@ import numpy as np
 
 from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
 from flaxtransfer.data.scans import Levels, Picture
-from flaxtransfer.data.source import Example, Source, digest, measure_levels, position, with_levels
+from flaxtransfer.data.source import (
+    Example,
+    Source,
+    digest,
+    measure_levels,
+    position,
+    task_of_source,
+    with_levels,
+)
 from flaxtransfer.data.splits import Split, Splits, check_classes, subsample
 from flaxtransfer.data.transforms import (
     Transform,
@@ -34,8 +42,9 @@ from flaxtransfer.models.band_init import common_scale
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 Batch = Mapping[str, Any]
-"""``image`` uint8 [batch, height, width, 3], ``label`` int [batch], ``index`` int [batch] of the
-example in its source, and for evaluation ``weight`` float [batch], 0 where it is padding."""
+"""``image`` uint8 [batch, height, width, 3], ``label`` int [batch] or float [batch, outputs],
+``index`` int [batch] of the example in its source, and for evaluation ``weight`` float [batch], 0
+where it is padding."""
 
 
 _MOST_FOR_BANDS = 2000
@@ -56,8 +65,8 @@ class IndexedExamples:
     """The examples behind a feed, for whoever wants to remember what became of each of them.
 
     Args:
-        labels: of the training examples, int [examples].
-        validation_labels: of the validation examples, int [examples], which may be none.
+        labels: of the training examples, int [examples] or float [examples, outputs].
+        validation_labels: of the validation examples, likewise, which may be none.
         batch_size: rows of a training batch.
         rows: of batch k, for each row: which training example, and in which pass over them.
         view: every training example once, in order, in version k of its augmentation, which never
@@ -303,8 +312,13 @@ class CachedSource:
     def __len__(self) -> int:
         return len(self._source)
 
+    @property
+    def task(self) -> str:
+        """What the labels are, as the source says."""
+        return task_of_source(self._source).name
+
     def labels(self) -> np.ndarray:
-        """All labels, int64 ``[examples]``."""
+        """All labels, as the source has them."""
         return self._source.labels()
 
     def __getitem__(self, index: SupportsIndex, /) -> Example:

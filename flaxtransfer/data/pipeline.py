@@ -28,7 +28,7 @@ class Batch(TypedDict, total=False):
     """A batch of examples; ``weight`` is there in evaluation only."""
 
     image: np.ndarray  # uint8 [batch, height, width, channels]
-    label: np.ndarray  # int32 [batch]
+    label: np.ndarray  # int32 [batch], or float32 [batch, outputs]
     index: np.ndarray  # int64 [batch], the positions in the source; -1 for padding
     weight: np.ndarray  # float32 [batch], 1 for an example, 0 for padding
 
@@ -112,7 +112,7 @@ def train_dataset(
         .repeat()
         .map(Load(source))
         # Before the shards are cut, where the generator depends on the place in the run alone.
-        .random_map(Augment(transform, first_shape(source, indices, transform)), seed=draw_seed)
+        .random_map(Augment(transform, first_of(source, indices, transform)[0]), seed=draw_seed)
     )
     return Rows(dataset, batch_size, shard).batch(batch_size // shard[1], drop_remainder=True)
 
@@ -162,7 +162,8 @@ def batches_in_order(
     ids = np.asarray(indices, np.int64)
     padded = np.full(math.ceil(len(ids) / batch_size) * batch_size, -1, np.int64)
     padded[: len(ids)] = ids
-    make = Evaluate(Load(source), Augment(transform, first_shape(source, indices, transform)))
+    shape, label = first_of(source, indices, transform)
+    make = Evaluate(Load(source), Augment(transform, shape), np.zeros_like(label))
     dataset = Rows(grain.MapDataset.source(padded).map(make), batch_size, shard)
     return _iterate(dataset.batch(batch_size // shard[1]), num_threads, workers=0)
 
@@ -372,6 +373,11 @@ class Rows(grain.MapDataset):  # type: ignore[misc]  # untyped library
         return self._parent[batch * self._batch_size + self._first + row]
 
 
+def label_dtype(dimensions: int) -> Any:
+    """Of the labels in a batch: int32 for classes, float32 for several labels per example."""
+    return np.int32 if dimensions == 0 else np.float32
+
+
 @dataclass(frozen=True)
 class Load:
     """Maps the position of an example to the example."""
@@ -383,7 +389,7 @@ class Load:
         # Scalars of the final dtype, which are stacked to the batch.
         return {
             "image": example["image"],
-            "label": np.asarray(example["label"], np.int32),
+            "label": np.asarray(example["label"], label_dtype(np.ndim(example["label"]))),
             "index": np.asarray(index, np.int64),
         }
 
@@ -416,12 +422,13 @@ class Evaluate:
 
     load: Load
     augment: Augment
+    padding: np.ndarray
 
     def __call__(self, index: np.int64) -> Batch:
         if index < 0:
             example: Batch = {
                 "image": np.zeros(self.augment.shape, np.uint8),
-                "label": np.asarray(0, np.int32),
+                "label": self.padding,
                 "index": np.asarray(-1, np.int64),
             }
         else:
@@ -445,9 +452,9 @@ def transformed(
     return image
 
 
-def first_shape(
+def first_of(
     source: Source, indices: Sequence[int] | np.ndarray, transform: Transform | None
-) -> tuple[int, ...]:
-    """The shape of the first transformed example, which all others must have."""
-    first = source[indices[0]]["image"]
-    return transformed(first, transform, np.random.default_rng(0)).shape
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """The shape of the first transformed example, which all others must have, and its label."""
+    first = Load(source)(np.int64(indices[0]))
+    return transformed(first["image"], transform, np.random.default_rng(0)).shape, first["label"]

@@ -21,12 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Protocol, SupportsIndex, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
 
 from flaxtransfer.data.scans import Levels, Picture
 from flaxtransfer.paths import listing
+
+if TYPE_CHECKING:
+    from flaxtransfer.task import Task
 
 USUAL_COLUMNS = {
     "image": (
@@ -52,10 +55,13 @@ _PIECE = 256
 
 
 class Example(TypedDict):
-    """One labeled image: ``image`` is uint8 ``[height, width, channels]``."""
+    """One labeled image: ``image`` is uint8 ``[height, width, channels]``.
+
+    ``label`` is an int, or float32 ``[labels]`` for the tasks multi_label and regression.
+    """
 
     image: np.ndarray
-    label: int
+    label: int | np.ndarray
 
 
 @runtime_checkable
@@ -66,13 +72,13 @@ class Source(Protocol):
     picklable to be used with worker processes, and safe to read from several threads at once.
 
     It may say more: ``files`` (names of the examples), ``groups()`` (a text for each example; equal
-    ones stay in one part of a split), ``splits`` (that the data come with), ``task`` (what labels
-    are, by default "single_label"), ``notes`` (what was assumed).
+    ones stay in one part of a split), ``splits`` (that the data come with), ``notes`` (what was
+    assumed), and ``task``, the name of one of ``task.TASKS``; without it, each image has one class.
     """
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class; a label is a position in this tuple."""
+        """The name of each class, label or target; a class is a position in this tuple."""
         ...
 
     def __len__(self) -> int:
@@ -84,8 +90,23 @@ class Source(Protocol):
         ...
 
     def labels(self) -> np.ndarray:
-        """All labels, int64 ``[examples]``, without decoding an image."""
+        """All labels, without decoding an image.
+
+        int64 ``[examples]`` for classes. float32 ``[examples, outputs]`` for multi_label (0, 1) and
+        regression, NaN where a label is missing.
+        """
         ...
+
+
+def task_of_source(source: Source) -> Task:
+    """What the labels of a source are: its ``task``, or one class per image.
+
+    Raises:
+        ValueError: a task of an unknown name.
+    """
+    from flaxtransfer.task import task_named  # Here: it imports jax, and help texts need none.
+
+    return task_named(getattr(source, "task", "single_label"))
 
 
 def position(index: SupportsIndex, length: int) -> int:
@@ -111,10 +132,12 @@ class ArraySource:
 
     Args:
         images: uint8 or float ``[examples, height, width]`` or ``[..., channels]``.
-        labels: integers ``[examples]``, each a position in ``class_names``.
-        class_names: the names of the classes; ``"0"``, ``"1"``, ... up to the largest label when
-            left out.
+        labels: integers ``[examples]``, each a position in ``class_names``; numbers
+            ``[examples, outputs]`` for the other tasks, NaN where a label is missing.
+        class_names: the names of the classes, labels or targets; ``"0"``, ``"1"``, ... up to the
+            largest label when left out.
         address: what ``open_source`` opens again, for a source that it made.
+        task: what the labels are, a name in ``task.TASKS``.
 
     Raises:
         TypeError: a dtype that has no fixed meaning as a pixel or a label.
@@ -123,12 +146,16 @@ class ArraySource:
     >>> source = ArraySource(np.zeros((2, 4, 4), np.uint8), [1, 0], ("cat", "dog"))
     >>> len(source), source[0]["image"].shape, source.class_names[source[0]["label"]]
     (2, (4, 4, 1), 'dog')
+    >>> both = ArraySource(np.zeros((1, 4, 4), np.uint8), [[1, 0]], task="multi_label")
+    >>> both[0]["label"].tolist()
+    [1.0, 0.0]
     """
 
     images: np.ndarray
     targets: np.ndarray
     class_names: tuple[str, ...]
     address: str
+    task: str
 
     def __init__(
         self,
@@ -137,26 +164,34 @@ class ArraySource:
         class_names: tuple[str, ...] | None = None,
         *,
         address: str = "",
+        task: str = "single_label",
     ) -> None:
+        from flaxtransfer.task import task_named  # See `task_of_source`.
+
         images, targets = np.asarray(images), np.asarray(labels)
+        of_classes = task_named(task).name == "single_label"
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise TypeError(
                 f"images must be uint8 (0 to 255) or floats in 0 .. 1, got {images.dtype}"
                 + ("; for 16 bits: images / 65535" if images.dtype == np.uint16 else "")
             )
-        if not np.issubdtype(targets.dtype, np.integer):
+        if of_classes and not np.issubdtype(targets.dtype, np.integer):
             raise TypeError(
-                f"labels must be integers, the positions in class_names, got {targets.dtype}"
+                f"labels must be integers, the positions in class_names, got {targets.dtype}; for "
+                "other labels give task='multi_label' or task='regression'"
             )
         if isinstance(class_names, str):
             raise TypeError(
                 f"class_names must be a tuple of strings, got the string {class_names!r}"
             )
-        problems = _array_problems(images, targets, class_names)
+        problems = _array_problems(images, targets, class_names, of_classes)
         if problems:
             raise ValueError("invalid ArraySource: " + "; ".join(problems))
+        if not of_classes:
+            targets = _checked(targets, task, class_names)
         if class_names is None:
-            class_names = tuple(str(label) for label in range(int(targets.max()) + 1))
+            count = int(targets.max()) + 1 if of_classes else targets.shape[1]
+            class_names = tuple(map(str, range(count)))
         if images.dtype != np.uint8:
             images = np.rint(images * 255).astype(np.uint8)
         if images.ndim == 3:
@@ -165,24 +200,41 @@ class ArraySource:
         images = images.view()
         images.flags.writeable = False
         object.__setattr__(self, "images", images)
-        object.__setattr__(self, "targets", targets.astype(np.int64))
+        targets = targets.astype(np.int64 if of_classes else np.float32)
+        object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "class_names", tuple(class_names))
         object.__setattr__(self, "address", address)
+        object.__setattr__(self, "task", task)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: SupportsIndex, /) -> Example:
         index = position(index, len(self.images))
-        return {"image": self.images[index], "label": int(self.targets[index])}
+        label = self.targets[index]
+        return {"image": self.images[index], "label": label.copy() if label.ndim else int(label)}
 
     def labels(self) -> np.ndarray:
-        """All labels, int64 ``[examples]``."""
+        """All labels, int64 ``[examples]`` or float32 ``[examples, outputs]``."""
         return self.targets.copy()
 
 
+def _checked(targets: np.ndarray, task: str, names: tuple[str, ...] | None) -> np.ndarray:
+    """Labels that are no classes, float32; see the check of their task."""
+    from flaxtransfer.task import task_named
+
+    outputs = len(names) if names is not None else targets.shape[-1]
+    try:
+        return task_named(task).check(targets, outputs)
+    except ValueError as error:
+        raise ValueError(f"invalid ArraySource: {error}") from error
+
+
 def _array_problems(
-    images: np.ndarray, targets: np.ndarray, class_names: tuple[str, ...] | None
+    images: np.ndarray,
+    targets: np.ndarray,
+    class_names: tuple[str, ...] | None,
+    of_classes: bool,
 ) -> list[str]:
     problems = []
     if images.ndim not in (3, 4) or 0 in images.shape:
@@ -197,7 +249,12 @@ def _array_problems(
                 f"float images must lie in 0 .. 1, got {low:g} .. {high:g}; divide by the value of "
                 "white, or give uint8"
             )
-    if targets.ndim != 1 or (images.ndim and len(targets) != len(images)):
+    rows = len(images) if images.ndim else 0
+    if not of_classes and (targets.ndim != 2 or len(targets) != rows or not targets.size):
+        problems.append(
+            f"labels must have shape ({rows}, outputs), one row per image, got {targets.shape}"
+        )
+    elif of_classes and (targets.ndim != 1 or (images.ndim and len(targets) != len(images))):
         problems.append(
             f"labels must have shape ({len(images)},), one per image, got {targets.shape}"
             if images.ndim
@@ -206,7 +263,7 @@ def _array_problems(
     if class_names is not None and len(set(class_names)) != len(class_names):
         twice = sorted({name for name in class_names if tuple(class_names).count(name) > 1})
         problems.append(f"class names must differ, got twice: {twice}")
-    if targets.size:
+    if of_classes and targets.size:
         low, high = int(targets.min()), int(targets.max())
         top = None if class_names is None else len(class_names) - 1
         if low < 0 or (top is not None and high > top):

@@ -706,7 +706,7 @@ def subsample(positions: np.ndarray, most: int, labels: np.ndarray | None = None
         return positions
     keys = np.random.PCG64(np.random.SeedSequence(0)).random_raw(len(positions))
     order = np.argsort(keys, kind="stable")
-    if labels is not None:
+    if labels is not None and np.ndim(labels) == 1:
         _, firsts = np.unique(np.asarray(labels)[positions][order], return_index=True)
         order = np.concatenate([order[firsts], np.delete(order, firsts)])
         most = max(most, len(firsts))

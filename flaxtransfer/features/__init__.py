@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
-    from flaxtransfer.features.checks import Standardization as Standardization
-    from flaxtransfer.features.checks import standardization as standardization
-    from flaxtransfer.features.checks import stratified_folds as stratified_folds
     from flaxtransfer.features.class_means import Baseline as Baseline
     from flaxtransfer.features.class_means import MeansHead as MeansHead
     from flaxtransfer.features.class_means import baseline as baseline
     from flaxtransfer.features.class_means import linear_discriminant as linear_discriminant
     from flaxtransfer.features.class_means import nearest_class_mean as nearest_class_mean
-    from flaxtransfer.features.extract import pooled_features as pooled_features
-    from flaxtransfer.features.extract import segment_features as segment_features
+    from flaxtransfer.features.inputs import Standardization as Standardization
+    from flaxtransfer.features.inputs import pooled_features as pooled_features
+    from flaxtransfer.features.inputs import segment_features as segment_features
+    from flaxtransfer.features.inputs import standardization as standardization
+    from flaxtransfer.features.inputs import stratified_folds as stratified_folds
     from flaxtransfer.features.logistic import LogisticPath as LogisticPath
     from flaxtransfer.features.logistic import logistic_path as logistic_path
     from flaxtransfer.features.ridge import CrossValidation as CrossValidation

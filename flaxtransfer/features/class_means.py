@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from flaxtransfer.features.checks import (
+from flaxtransfer.features.inputs import (
     FOLDS,
     blas_threads,
     checked_examples,
@@ -190,6 +190,23 @@ def expected_error(accuracy: float, examples: int) -> float:
     (0.05, 0.0097)
     """
     return (round((1 - accuracy) * examples) + 0.5) / (examples + 1)
+
+
+def leaves_nothing(accuracy: float, examples: int, majority: float) -> bool:
+    """Whether training could gain less than a point over a held-out accuracy.
+
+    Where one class has more than half of the examples, less than its share of a point: to name
+    nothing else is right nearly always there.
+
+    Args:
+        accuracy: held out.
+        examples: that it was judged on.
+        majority: share of the largest class.
+
+    >>> leaves_nothing(0.995, 1000, 0.1), leaves_nothing(0.995, 1000, 0.95)
+    (True, False)
+    """
+    return expected_error(accuracy, examples) < 0.01 * min(1.0, 2 * (1 - majority))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import scipy.linalg
 
-from flaxtransfer.features.checks import checked_examples, checked_features
+from flaxtransfer.features.inputs import checked_examples, checked_features
 from flaxtransfer.features.lbfgs import (
     DensePreconditioner,
     DiagonalPreconditioner,

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from flaxtransfer.features.checks import (
+from flaxtransfer.features.inputs import (
     FOLDS,
     blas_threads,
     checked_examples,

@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
-from flaxtransfer.features.checks import (
+from flaxtransfer.features.inputs import (
     FOLDS,
+    blas_threads,
     checked_examples,
     checked_features,
     class_weights,
@@ -23,7 +24,11 @@ from flaxtransfer.features.checks import (
     smallest_class,
     standardization,
 )
-from flaxtransfer.features.logistic import LogisticPath, logistic_path
+from flaxtransfer.features.logistic import (
+    LogisticPath,
+    left_singular_vectors,
+    logistic_path,
+)
 from flaxtransfer.features.ridge import STRENGTHS as RIDGE_STRENGTHS
 from flaxtransfer.features.ridge import (
     Split,
@@ -32,11 +37,14 @@ from flaxtransfer.features.ridge import (
     ridge_path,
     ridge_splits,
 )
+from flaxtransfer.paths import listing
 
 __all__ = [
     "HeadSweep",
     "LinearProbe",
+    "fit_label_probes",
     "fit_linear_probe",
+    "fit_target_probe",
     "sweep_head",
 ]
 
@@ -140,6 +148,115 @@ def fit_linear_probe(
         else f"strength {strength:.3g}; held-out accuracy {100 * accuracy:.1f} %"
     )
     return LinearProbe(kernel, bias, f"{begin}, {end}")
+
+
+def fit_label_probes(
+    features: Any, labels: np.ndarray, names: Sequence[str] = (), *, kind: Kind = "logistic"
+) -> LinearProbe:
+    """The head of several independent labels: a linear probe of each, as ``fit_linear_probe``.
+
+    Each is fitted to the examples that know its label. A label of which all have one value says how
+    frequent it is, by Laplace's rule, and the text names it.
+
+    Args:
+        features: ``[examples, features]``, finite.
+        labels: float ``[examples, labels]``: 0, 1, or NaN where nobody knows.
+        names: of the labels, for the text.
+        kind: see ``fit_linear_probe``.
+
+    Returns:
+        Kernel ``[features, labels]`` and bias, whose outputs are logits for the sigmoid.
+
+    >>> labels = np.array([[0.0, 1.0], [1.0, 1.0]] * 20)
+    >>> random = np.random.default_rng(0)
+    >>> head = fit_label_probes(random.normal(size=(40, 8)) + 4 * labels[:, :1], labels)
+    >>> head.kernel.shape, head.text.split(";")[-1]
+    ((8, 2), ' one value alone: 1')
+    """
+    matrix = np.asarray(features)
+    kernel = np.zeros((matrix.shape[1], labels.shape[1]))
+    bias = np.zeros(labels.shape[1])
+    alone, accuracies = [], []
+    for k in range(labels.shape[1]):
+        known = ~np.isnan(labels[:, k])
+        positive = labels[known, k].astype(np.int64)
+        counts = np.bincount(positive, minlength=2)
+        if counts.min() == 0:
+            bias[k] = np.log((counts[1] + 1) / (counts[0] + 1))
+            alone.append(names[k] if names else str(k))
+            continue
+        head = fit_linear_probe(matrix[known], positive, 2, kind=kind)
+        kernel[:, k], bias[k] = (part[..., 1] - part[..., 0] for part in (head.kernel, head.bias))
+        right = (matrix[known] @ kernel[:, k] + bias[k] > 0) == positive
+        accuracies.append(right.mean())
+    text = f"{kind} regression of {labels.shape[1]} labels on {len(labels)} examples"
+    if accuracies:
+        text += f", {100 * np.mean(accuracies):.1f} % of the known labels fitted"
+    if alone:
+        text += f"; one value alone: {listing(alone)}"
+    return LinearProbe(kernel, bias, text)
+
+
+def fit_target_probe(
+    features: Any, labels: np.ndarray, *, folds: int = FOLDS, seed: int = 0
+) -> LinearProbe:
+    """The head of a regression: ridge with a cross-validated penalty for each target.
+
+    Args:
+        features: ``[examples, features]``, finite.
+        labels: float ``[examples, targets]``, best standardized; NaN where nobody knows.
+        folds: of the cross-validation; with fewer than three known examples of a target its
+            strength is fixed.
+        seed: of the folds.
+
+    Returns:
+        Kernel ``[features, targets]`` and bias, for the original features.
+
+    >>> random = np.random.default_rng(0)
+    >>> features = random.normal(size=(60, 4))
+    >>> head = fit_target_probe(features, features[:, :1] - 2 * features[:, 1:2])
+    >>> head.kernel.round(2)[:2, 0].tolist()
+    [1.0, -2.0]
+    """
+    scaling = standardization(features)
+    matrix = scaling(np.asarray(features, np.float64))
+    kernel, bias = np.zeros((matrix.shape[1], labels.shape[1])), np.zeros(labels.shape[1])
+    explained = []
+    for k in range(labels.shape[1]):
+        known = ~np.isnan(labels[:, k])
+        x, y = matrix[known], labels[known, k].astype(np.float64)
+        strength = _ONE_SHOT_STRENGTH
+        if len(y) >= 3:
+            errors = _target_errors(x, y, min(folds, len(y)), seed)
+            strength = RIDGE_STRENGTHS[int(np.flatnonzero(errors == errors.min())[-1])]
+            explained.append(1 - errors.min() / max(float(y.var()), 1e-12))
+        with blas_threads(x):
+            values, left = left_singular_vectors(x - x.mean(axis=0))
+            coordinates = left.T @ (y - y.mean()) / (values + strength)
+            kernel[:, k] = (x - x.mean(axis=0)).T @ (left @ coordinates)
+        bias[k] = y.mean() - x.mean(axis=0) @ kernel[:, k]
+    kernel, bias = scaling.undo(kernel, bias)
+    text = f"ridge regression of {labels.shape[1]} targets on {len(labels)} examples"
+    if explained:
+        text += f"; held-out R2 {np.mean(explained):.3f}"
+    return LinearProbe(kernel, bias, text)
+
+
+def _target_errors(x: np.ndarray, y: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Mean squared held-out error of each strength, float64 ``[strengths]``."""
+    fold_of = folds_with_singletons(np.zeros(len(y), np.int64), folds, seed)
+    errors = np.zeros(len(RIDGE_STRENGTHS))
+    with blas_threads(x):
+        for fold in range(folds):
+            out = fold_of == fold
+            center, mean = x[~out].mean(axis=0), y[~out].mean()
+            rest = x[~out] - center
+            values, left = left_singular_vectors(rest)
+            coordinates = ((x[out] - center) @ rest.T) @ left
+            projected = left.T @ (y[~out] - mean)
+            shrunk = projected[:, None] / (values[:, None] + np.array(RIDGE_STRENGTHS))
+            errors += np.square(coordinates @ shrunk + mean - y[out, None]).sum(axis=0)
+    return errors / len(y)
 
 
 @dataclass(frozen=True)

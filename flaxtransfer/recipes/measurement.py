@@ -20,10 +20,11 @@ from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
 from flaxtransfer.distributed import check_alone
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.paths import Params
 from flaxtransfer.recipes.catalog import RECIPES
 from flaxtransfer.recipes.parts import units
+from flaxtransfer.task import for_classes
 from flaxtransfer.training.evaluation import init_head_from_probe
 from flaxtransfer.weights.preprocessing import normalize
 
@@ -84,6 +85,7 @@ def measure(
         ValueError: a class without examples, gradients that are not finite; a curvature in several
             processes.
     """
+    for_classes(network.task, f"what the strategy {strategy} measures")
     if strategy == "depth_head":
         return _best_depth(network, batches)
     if strategy == "curvature_scaled":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from flaxtransfer.metrics import shown
 from flaxtransfer.paths import visible
 
 if TYPE_CHECKING:
@@ -199,14 +200,14 @@ def plot_training(
     *,
     metric: str = "accuracy",
 ) -> None:
-    """Training curves: loss and ranking metric over the step, one line per run.
+    """Training curves: loss and the mean score over the step, one line per run.
 
     Args:
         path: A .png, .pdf or .svg, replaced if it exists.
         runs: Rows of ``read_metrics`` by the name of the run.
         tested: For the same names, the metric on the test images, drawn as a dotted line; None
             where there are no test images.
-        metric: The metric of the second panel, a fraction.
+        metric: The score of the second panel; shares are drawn in percent.
 
     Raises:
         ValueError: Another kind of file.
@@ -215,18 +216,21 @@ def plot_training(
     path = check_figure_path(path)
     figure = _blank_figure((9, 3.4))
     losses, scores = figure.subplots(1, 2)
+    percent = shown(metric, 1.0).endswith("%")
+    factor = 100 if percent else 1
     for (name, rows), (color, _) in zip(runs.items(), SERIES, strict=False):
         rows = [row for row in rows if row["kind"] == "train"]
-        shown = figure_text(name)
+        text = figure_text(name)
         steps = [row["step"] for row in rows]
-        losses.plot(steps, [row["loss"] for row in rows], color=color, label=shown)
+        losses.plot(steps, [row["loss"] for row in rows], color=color, label=text)
         scores.plot(
-            steps, [100 * row[metric] for row in rows], color=color, label=f"{shown}, training"
+            steps, [factor * row[metric] for row in rows], color=color, label=f"{text}, training"
         )
         if (value := tested.get(name)) is not None:
-            label = f"{shown}, test: {100 * value:.1f} %"
-            scores.axhline(100 * value, color=color, linestyle=":", label=label)
-    for axes, label in ((losses, "training loss, nats"), (scores, f"{metric}, %")):
+            label = f"{text}, test: {shown(metric, value)}"
+            scores.axhline(factor * value, color=color, linestyle=":", label=label)
+    unit = f"{metric}, %" if percent else metric
+    for axes, label in ((losses, "training loss"), (scores, unit)):
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.legend(fontsize="small")

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from flaxtransfer.averaging import greedy_soup as greedy_soup
     from flaxtransfer.averaging import interpolate as interpolate
     from flaxtransfer.checkpoint.manager import CheckpointManager as CheckpointManager
+    from flaxtransfer.losses import BinaryCrossEntropy as BinaryCrossEntropy
+    from flaxtransfer.losses import CrossEntropy as CrossEntropy
+    from flaxtransfer.losses import Huber as Huber
+    from flaxtransfer.losses import SquaredError as SquaredError
+    from flaxtransfer.losses import cross_entropy as cross_entropy
     from flaxtransfer.optimizers import migrate as migrate
     from flaxtransfer.sharding import make_mesh as make_mesh
     from flaxtransfer.sharding import place_batch as place_batch
     from flaxtransfer.sharding import place_replicated as place_replicated
-    from flaxtransfer.task import SmoothedCrossEntropy as SmoothedCrossEntropy
-    from flaxtransfer.task import cross_entropy as cross_entropy
     from flaxtransfer.training.cached_loader import cached_feed as cached_feed
     from flaxtransfer.training.console import Interrupted as Interrupted
     from flaxtransfer.training.console import read_metrics as read_metrics

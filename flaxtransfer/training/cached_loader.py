@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders, IndexedExamples
+from flaxtransfer.data.pipeline import label_dtype
 from flaxtransfer.distributed import share
 from flaxtransfer.files import (
     MOST_JSON_BYTES,
@@ -521,7 +522,7 @@ def _feed(
     validation: np.ndarray,
 ) -> DataLoaders:
     count, size = len(examples.labels), examples.batch_size
-    labels = examples.labels.astype(np.int32)
+    labels = examples.labels.astype(label_dtype(examples.labels.ndim - 1))
     number, processes = share()
     own = slice(number * size // processes, (number + 1) * size // processes)
 
@@ -531,7 +532,7 @@ def _feed(
             yield {"image": training[passes % choice.views * count + rows], "label": labels[rows]}
 
     def held_out() -> Iterator[Batch]:
-        targets = examples.validation_labels.astype(np.int32)
+        targets = examples.validation_labels.astype(labels.dtype)
         for first in range(0, len(validation), size):
             batch = np.asarray(validation[first : first + size])
             missing = size - len(batch)
@@ -539,7 +540,9 @@ def _feed(
             there = places < len(validation)
             whole = {
                 "image": np.pad(batch, [(0, missing), *[(0, 0)] * (batch.ndim - 1)]),
-                "label": np.pad(targets[first : first + size], (0, missing)),
+                "label": np.pad(
+                    targets[first : first + size], [(0, missing), *[(0, 0)] * (targets.ndim - 1)]
+                ),
                 "index": np.where(there, places, -1),
                 "weight": there.astype(np.float32),
             }

@@ -19,15 +19,21 @@ from flaxtransfer.batchnorm import policy
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
 from flaxtransfer.distributed import arrays_from_first, from_first, several, total
-from flaxtransfer.features.extract import pooled_features
-from flaxtransfer.features.sweep import fit_linear_probe
+from flaxtransfer.features.inputs import pooled_features
+from flaxtransfer.features.sweep import (
+    LinearProbe,
+    fit_label_probes,
+    fit_linear_probe,
+    fit_target_probe,
+)
+from flaxtransfer.losses import Loss
 from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.moments import Mixture, Moments, apply_measuring
 from flaxtransfer.models.moments import merge as merge_moments
 from flaxtransfer.paths import Params, Variables, flatten, merge, unflatten
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
-from flaxtransfer.task import SINGLE_LABEL, Loss, Task
+from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
@@ -81,7 +87,7 @@ class Predictions:
 
     Args:
         logits: float32 ``[examples, classes]``.
-        labels: int ``[examples]``.
+        labels: int ``[examples]``, or float ``[examples, outputs]``; see ``task``.
         features: float32 ``[examples, channels]``, what the head saw; None where nobody asked.
         task: what the labels mean.
     """
@@ -94,7 +100,7 @@ class Predictions:
     @property
     def scores(self) -> np.ndarray:
         """The task's score of each example ``[examples]``: whether it is right, for classes."""
-        return np.asarray(self.task.score(self.logits, self.labels))
+        return np.asarray(self.task.score(self.logits, self.task.targets(self.labels)))
 
     def evaluation(self, loss: Loss | None = None) -> Evaluation:
         """The means over all examples.
@@ -198,7 +204,7 @@ def head_from_features(
 
     def solved() -> dict[str, np.ndarray]:
         nonlocal text
-        head = fit_linear_probe(features, labels, network.model.config.classes, kind=kind)
+        head = _solved(network, features, labels, kind)
         text = head.text
         return {"kernel": np.asarray(head.kernel), "bias": np.asarray(head.bias)}
 
@@ -208,6 +214,22 @@ def head_from_features(
     old = network.params[network.model.layout.head]
     new = {name: jax.numpy.asarray(value, old[name].dtype) for name, value in found.items()}
     return merge(network.params, {network.model.layout.head: new}), text
+
+
+def _solved(
+    network: Classifier,
+    features: np.ndarray,
+    labels: np.ndarray,
+    kind: Literal["logistic", "ridge"],
+) -> LinearProbe:
+    """The head of the network's task; a regression's is ridge, whatever kind is asked for."""
+    task = network.task
+    if task.standardizes:
+        fitted = task.fitted(labels)
+        return fit_target_probe(features, np.asarray(fitted.targets(labels), np.float64))
+    if labels.ndim == 2:
+        return fit_label_probes(features, labels, network.class_names, kind=kind)
+    return fit_linear_probe(features, labels, network.model.config.classes, kind=kind)
 
 
 def recalibrate(

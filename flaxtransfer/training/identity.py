@@ -92,6 +92,7 @@ def identity_of(
     raw = {
         "model": network.model.config.to_json(),
         "task": network.task.name,
+        "metric": network.task.ranking,
         "seed": seed,
         "weights_sha256": _digest_of_tree(network.variables),
         "classes": list(data.class_names),
@@ -102,6 +103,8 @@ def identity_of(
         **plan.identity(),
         **config,
     }
+    if network.task.units is not None:
+        raw["targets"] = asdict(network.task.units)
     plain: dict[str, Any] = json.loads(json.dumps(raw))
     return plain
 

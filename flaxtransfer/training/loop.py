@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from flaxtransfer.batchnorm import modules
 from flaxtransfer.checkpoint.manager import CheckpointManager
 from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
-from flaxtransfer.classifier import Classifier, ending_at
+from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
 from flaxtransfer.distributed import from_first, held_by_first, share
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.files import folder_lock
+from flaxtransfer.metrics import shown
 from flaxtransfer.paths import Variables, listing
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training import identity, run_folder
@@ -55,7 +56,14 @@ from flaxtransfer.training.prefix_cache import (
     split_phase,
     split_state,
 )
-from flaxtransfer.training.selection import Progress, check_feed, decide, score
+from flaxtransfer.training.selection import (
+    SAMPLES,
+    Progress,
+    check_feed,
+    decide,
+    prepared,
+    score,
+)
 from flaxtransfer.training.step import Metrics, State, advance, start, train_step, with_variables
 
 
@@ -196,8 +204,7 @@ def fit(
     """
     folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
     _check_data(network, data)
-    network = ending_at(network, plan.ends_at)
-    plan = plan.resolve(network.params, data.steps_per_epoch)
+    network, plan = prepared(network, plan, data)
     check_feed(plan, data)
     _check_pooled(network, data, pooled)
     _check_processes(data, mesh)
@@ -269,8 +276,7 @@ def check_same_run(
         ValueError: it is another run; every difference is listed.
     """
     folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
-    network = ending_at(network, plan.ends_at)
-    plan = plan.resolve(network.params, data.steps_per_epoch)
+    network, plan = prepared(network, plan, data)
     with held_by_first(lambda: folder_lock(folder)), _checkpoints(folder, options) as store:
         meta = store.meta()
         if meta is None:
@@ -364,6 +370,7 @@ def _check_data(network: Classifier, data: DataLoaders) -> None:
         classes = network.model.config.classes
         network.task.check(data.examples.labels, classes)
         network.task.check(data.examples.validation_labels, classes)
+        network.task.check_rankable(data.examples.validation_labels, classes)
 
 
 def _check_pooled(
@@ -374,7 +381,9 @@ def _check_pooled(
         return
     features, labels = map(np.asarray, pooled)
     wanted = (len(data.examples.labels), network.model.config.features)
-    if features.shape != wanted or not np.array_equal(labels, data.examples.labels):
+    if features.shape != wanted or not np.array_equal(
+        labels, data.examples.labels, equal_nan=labels.dtype.kind == "f"
+    ):
         raise ValueError(
             f"pooled must be features of shape {list(wanted)} and the labels of the training "
             f"examples in their order, got shape {list(features.shape)}"
@@ -500,6 +509,7 @@ def _run_phase(
     total = phase.total_steps(run.feed.steps_per_epoch)
     every = run.options.evaluate_every or max(run.feed.steps_per_epoch, math.ceil(total / 10))
     model, task = run.network.model, run.network.task
+    ranking = task.ranking
     segments = model.segments
     part = split_phase(phase, segments, feed.start)
     step_function = train_step(model, part, feed, task, run.mesh)
@@ -528,7 +538,7 @@ def _run_phase(
                 state = _with_statistics_of_average(run, phase, state)
                 working, below = split_state(state, segments, feed.start)
                 position, found, metric = _validate(run, feed, state, position)
-                text = text if found is None else f"{text} validation {100 * found:.1f} %"
+                text = text if found is None else f"{text} validation {shown(ranking, found)}"
                 _save(run, state, position, metric)
             elif interrupted:
                 _save(run, state, position, None)
@@ -603,8 +613,8 @@ def _log(run: _Run, phase: Phase, pending: Sequence[tuple[int, Metrics]]) -> str
         name: float(np.mean([metrics[name] for _, metrics in values])) for name in values[0][1]
     }
     run.metrics.write("train", values[-1][0], {"phase": phase.name, **means})
-    ranking = run.network.task.ranking
-    return f"loss {means['loss']:.3f} {ranking} {100 * means[ranking]:.1f} %"
+    name = run.network.task.score_name
+    return f"loss {means['loss']:.3f} {name} {shown(name, means[name])}"
 
 
 def _predict(
@@ -626,10 +636,12 @@ def _validate(
         return position, None, None
     phase = run.plan.phases[position.phase]
     result = predicted.evaluation(phase.loss)
-    ranked = score(run.plan, position, predicted.scores)
+    task, several = run.network.task, len(run.plan.phases) > 1
+    asked = several and (run.plan.min_z > 0 or run.plan.patience is not None)
+    evidence = task.evidence(predicted.logits, predicted.labels, SAMPLES if asked else 0)
+    ranked = score(run.plan, position, evidence)
     run.metrics.write("validation", position.step, {"phase": phase.name, **result.to_json()})
-    ranking = result.metrics[run.network.task.ranking]
-    return position.validated(ranked, predicted.scores), ranking, ranked
+    return position.validated(ranked, evidence), result.metrics[task.ranking], ranked
 
 
 def _save(run: _Run, state: State, position: Progress, metric: float | None) -> None:
@@ -686,7 +698,14 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
     except (DamagedCheckpointError, FileNotFoundError) as error:
         _say_loss(run, position, f"{error}; the state of step {position.step} is used")
         return state, replace(
-            position, best=None, best_step=None, best_before=None, hits=None, hits_before=None
+            position,
+            best=None,
+            best_step=None,
+            best_before=None,
+            hits=None,
+            hits_before=None,
+            draws=(),
+            draws_before=(),
         )
     if restored.step != position.step:
         whole = restored.tree._replace(step=np.int32(position.step))
@@ -701,9 +720,14 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
         f"{position.best:.4f}), is lost{reasons}; that of step {restored.step} takes its place "
         f"(score {restored.metric})",
     )
-    hits = restored.meta["position"]["hits"]
+    kept = Progress(**restored.meta["position"])
     return state, replace(
-        position, best=restored.metric, best_step=restored.step, best_before=None, hits=hits
+        position,
+        best=restored.metric,
+        best_step=restored.step,
+        best_before=None,
+        hits=kept.hits,
+        draws=kept.draws,
     )
 
 

@@ -17,7 +17,8 @@ from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import suggest
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-from flaxtransfer.training.plan import Phase
+from flaxtransfer.training.plan import Phase, Plan
+from flaxtransfer.training.selection import prepared
 from flaxtransfer.training.step import start, train_step
 
 __all__ = ["RateSweep", "find_learning_rate", "find_learning_rates"]
@@ -142,7 +143,8 @@ def find_learning_rate(
         return lowest * growth**step
 
     swept = replace(phase, groups=_swept(phase, group, rate), patience=None, ema=None)
-    swept = swept.resolve(network.params, feed.steps_per_epoch)
+    network, plan = prepared(network, Plan([swept]), feed)
+    swept = plan.phases[0]
     mesh = mesh or make_mesh()
     state = place_replicated(start(network.variables, swept, seed), mesh)
     step = train_step(network.model, swept, feed, network.task, mesh)

@@ -16,6 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Group as RichGroup
 from rich.table import Table
 
@@ -23,10 +24,10 @@ from flaxtransfer.batchnorm import Norm
 from flaxtransfer.groups import FROZEN, Group, WarmupCosine
 from flaxtransfer.groups import Group as OptimizerGroup
 from flaxtransfer.labels import ParamGroups, Rest, label
+from flaxtransfer.losses import Loss, bound
 from flaxtransfer.masks import Mask, as_mask, selected
 from flaxtransfer.overview import plain, terminal
 from flaxtransfer.paths import Params, flatten, listing
-from flaxtransfer.task import Loss, cross_entropy
 
 # What a field of a phase decides beside what is learned; see `Phase`.
 _OUTSIDE_STEP = {"in_step": False}
@@ -62,7 +63,8 @@ class Phase:
             uses; None for no average.
         patience: evaluations without a better validation metric after which the phase ends; needs a
             validation set.
-        loss: see ``Loss``; validation reports it too.
+        loss: one of ``losses.LOSSES`` or a function, see ``Loss``; None is the task's own.
+            Validation reports it too.
 
     A field of a subclass is part of everything that derives from the fields. Its metadata may say
     ``in_step=False`` where no compiled step depends on it, and ``treatment=False`` where two phases
@@ -84,7 +86,7 @@ class Phase:
     clip: float | None = None
     ema: float | None = None
     patience: int | None = field(default=None, metadata=_LENGTH)
-    loss: Loss = field(default=cross_entropy, repr=False)
+    loss: Loss | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         problems = []
@@ -224,15 +226,17 @@ class Plan:
         phases: in order.
         patience: phases in a row without a better validation score after which the plan ends. None
             goes through all phases; a number needs a validation set.
-        min_gain: validation accuracy, as a share, that every further phase has to earn over what
-            was kept before it.
+        min_gain: what every further phase has to earn over what was kept before it, in the metric
+            that ranks (accuracy: a share).
         ends_at: the segment whose output the head reads; what follows it is dropped from the
             network. None for the whole network.
         min_z: how many standard errors the gain has to exceed on top, so that luck does not pass
             for a gain. The two states are compared on the same images: with w that only the new one
             gets right and l that only the old one does, the standard error is sqrt(w + l) images
-            (McNemar's test). 2 asks for 5 of 5, 9 of 11 or 22 of 32 such images. The validations of
-            a phase are ranked, and its patience is measured, by the gain less both.
+            (McNemar's test). 2 asks for 5 of 5, 9 of 11 or 22 of 32 such images. Where a metric
+            ranks that is no mean of hits, it is that of the difference over bootstrap samples of
+            the images. The validations of a phase are ranked, and its patience is measured, by the
+            gain less both.
 
     Raises:
         ValueError: no phase, two phases of one name, a phase in which nothing is trainable, or
@@ -277,6 +281,20 @@ class Plan:
         """Every field of a resolved plan as plain JSON."""
         found = {f.name: describe(getattr(self, f.name)) for f in fields(self)}
         return found | {"phases": {phase.name: phase.identity() for phase in self.phases}}
+
+    def bind(self, task: str, names: Sequence[str], labels: np.ndarray | None) -> Plan:
+        """The plan whose losses have what they need of the training set; see ``losses.bound``.
+
+        Raises:
+            ValueError: a loss that does not fit the task or the names; the text names the phase.
+        """
+        phases = []
+        for phase in self.phases:
+            try:
+                phases.append(replace(phase, loss=bound(phase.loss, task, names, labels)))
+            except ValueError as error:
+                raise ValueError(f"phase {phase.name!r}: {error}") from error
+        return replace(self, phases=phases)
 
     def resolve(self, params: Params, steps_per_epoch: int = 1) -> Plan:
         """The plan for one network and one set of data.

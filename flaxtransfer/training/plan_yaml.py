@@ -32,9 +32,9 @@ import yaml
 from flaxtransfer.files import atomic_write, check_regular, write_file
 from flaxtransfer.groups import FROZEN, Group, WarmupCosine
 from flaxtransfer.labels import Rest, rest
+from flaxtransfer.losses import LOSSES, settings_of
 from flaxtransfer.masks import Mask, as_mask, to_text
 from flaxtransfer.paths import listing, shortened, suggest
-from flaxtransfer.task import SmoothedCrossEntropy, cross_entropy
 from flaxtransfer.training.plan import Phase, Plan, is_default
 
 __all__ = ["load_plan", "plan_from_yaml", "plan_to_yaml", "save_plan"]
@@ -254,11 +254,16 @@ def _norm_out(norm: Any, where: str, problems: list[str]) -> Any:
 
 
 def _loss_out(loss: Any, where: str, problems: list[str]) -> Any:
-    if isinstance(loss, SmoothedCrossEntropy):
-        return loss.amount
-    if loss is not cross_entropy:
-        problems.append(f"{where} has a loss of its own, {loss!r}")
-    return None
+    if loss is None:
+        return None
+    names = [name for name, kind in LOSSES.items() if type(loss) is kind]
+    if not names:
+        problems.append(
+            f"{where} has a loss of its own, {loss!r}; a loss of losses.LOSSES has a name"
+        )
+        return None
+    settings = settings_of(loss)
+    return {names[0]: settings} if settings else names[0]
 
 
 def _group_out(group: Any, where: str, problems: list[str]) -> Any:
@@ -338,8 +343,22 @@ def _norm_in(entry: Any, where: str, problems: list[str]) -> Any:
 
 def _loss_in(entry: Any, where: str, problems: list[str]) -> Any:
     if entry is None:
-        return cross_entropy
-    return _tried(SmoothedCrossEntropy, entry, f"{where}, label_smoothing", problems)
+        return None
+    place = f"{where}, loss"
+    written = {entry: {}} if isinstance(entry, str) else entry
+    written = _mapping(written, place, tuple(LOSSES), problems, or_else="the name of one")
+    if len(written) != 1:
+        problems.append(f"{place} must be one loss, got {len(written)}")
+        return None
+    name, settings = next(iter(written.items()))
+    if name not in LOSSES:
+        return None  # It is noted already.
+    known = tuple(f.name for f in fields(LOSSES[name]) if not f.metadata.get("bound"))
+    before = len(problems)
+    settings = _mapping(settings, f"{place} {name}", known, problems)
+    if len(problems) > before:
+        return None
+    return _tried(lambda given: LOSSES[name](**given), settings, f"{place} {name}", problems)
 
 
 @dataclass(frozen=True)
@@ -365,7 +384,7 @@ _CODECS = {
         lambda mask, where, problems: _mask_out(mask, f"{where}, recalibrate", problems),
         lambda entry, where, problems: entry,
     ),
-    "loss": _Codec(_loss_out, _loss_in, "label_smoothing"),
+    "loss": _Codec(_loss_out, _loss_in),
 }
 """The fields of a phase that need more than a plain value; all others are written as they are."""
 

@@ -34,7 +34,7 @@ from flaxtransfer.files import (
     write_json,
 )
 from flaxtransfer.paths import flatten
-from flaxtransfer.task import Task, task_named
+from flaxtransfer.task import SINGLE_LABEL, Task, Units, task_named
 from flaxtransfer.training.console import METRICS_FILE
 from flaxtransfer.training.evaluation import Evaluation, Predictions
 from flaxtransfer.training.plan import Phase
@@ -249,7 +249,7 @@ def _is_sealed(folder: Path, name: str) -> bool:
 
 
 def task_of(folder: Path) -> Task:
-    """The task of a run.
+    """The task of a run, with its metric and the units of its targets.
 
     Raises:
         FileNotFoundError: it is not a run folder.
@@ -262,7 +262,13 @@ def task_of(folder: Path) -> Task:
     name = config.get("task") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise ValueError(f"{path} is damaged: it names no task")
-    return task_named(name)
+    task, targets = task_named(name), config.get("targets")
+    try:
+        if targets is not None:
+            task = task.with_units(Units(targets["mean"], targets["scale"]))
+        return task.ranked_by(config.get("metric", task.ranking))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def weights_of(folder: Path) -> Path:
@@ -362,7 +368,9 @@ def validation_of(folder: Path) -> Predictions:
     try:
         check_regular(path)
         found, *_ = read_npz(path.read_bytes())
-        kept = Predictions(found["logits"], found["labels"], found.get("features"))
+        logits, labels, features = (found["logits"], found["labels"], found.get("features"))
+        task = SINGLE_LABEL if labels.ndim == 1 else task_of(folder)
+        kept = Predictions(logits, labels, features, task=task)
         rows = {len(a) for a in (kept.logits, kept.labels, kept.features) if a is not None}
         if len(rows) > 1:
             raise ValueError(f"its arrays have {', '.join(map(str, sorted(rows)))} rows")

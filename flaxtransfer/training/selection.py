@@ -1,5 +1,6 @@
 """Progress through a plan, and the decision whether the next phase begins.
 
+``prepared`` and ``check_feed`` fit plan and network to the data before anything is computed.
 ``Progress`` is the part of a checkpoint that is not an array. ``decide`` applies the rule of a plan
 to what validation has shown, by a paired test on the same images.
 """
@@ -7,14 +8,19 @@ to what validation has shown, by a paired test on the same images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from flaxtransfer.classifier import Classifier, ending_at
 from flaxtransfer.data.loader import DataLoaders
+from flaxtransfer.metrics import Draws
 from flaxtransfer.training.plan import Phase, Plan
+
+SAMPLES = 200
+"""Bootstrap samples of the validation set: the standard error of a gain is then known to 5 %."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Progress:
         examples: of the validation set; 0 before any validation.
         hits: which of them the best of this phase got right, as bits in hexadecimal, or None.
         hits_before: the same of the best when the phase began.
+        draws: where the metric is no mean of truths, its value for the best of this phase, and on
+            each bootstrap sample of the validation set; larger is better.
+        draws_before: the same of the best when the phase began.
     """
 
     phase: int = 0
@@ -48,6 +57,8 @@ class Progress:
     examples: int = 0
     hits: str | None = None
     hits_before: str | None = None
+    draws: Sequence[float] = ()
+    draws_before: Sequence[float] = ()
 
     @property
     def step(self) -> int:
@@ -76,21 +87,31 @@ class Progress:
             unhelpful=0 if self.helped else self.unhelpful + 1,
             examples=self.examples,
             hits_before=self.hits if self.helped else self.hits_before,
+            draws_before=self.draws if self.helped else self.draws_before,
         )
 
-    def validated(self, score: float, correct: np.ndarray) -> Progress:
-        """The position after a validation: its score, and bool [examples], what it got right."""
+    def validated(self, score: float, evidence: np.ndarray | Draws) -> Progress:
+        """The position after a validation: its score, and what two states are compared by.
+
+        Args:
+            score: what it is ranked by.
+            evidence: bool [examples], what it got right; or draws of a metric that is no such mean.
+        """
         improved = self.phase_best is None or score > self.phase_best
         first = self.best is None or score > self.best
-        return replace(
+        after = replace(
             self,
             best=score if first else self.best,
             best_step=self.step if first else self.best_step,
             phase_best=score if improved else self.phase_best,
-            examples=len(correct),
-            hits=bits(correct) if improved else self.hits,
+            examples=evidence.examples if isinstance(evidence, Draws) else len(evidence),
             without_improvement=0 if improved else self.without_improvement + 1,
         )
+        if not improved:
+            return after
+        if isinstance(evidence, Draws):
+            return replace(after, draws=(evidence.value, *evidence.samples))
+        return replace(after, hits=bits(evidence))
 
 
 def bits(correct: np.ndarray) -> str:
@@ -175,16 +196,87 @@ class Comparison:
         )
 
 
-def score(plan: Plan, position: Progress, correct: np.ndarray) -> float:
+@dataclass(frozen=True)
+class Gain:
+    """Two states on the same validation images, by a metric that is no mean of truths.
+
+    Args:
+        before: the metric of the earlier state; larger is better.
+        after: of the later one.
+        error: standard error of the difference, over bootstrap samples of the images; 0 without.
+        examples: all images.
+    """
+
+    before: float
+    after: float
+    error: float
+    examples: int
+
+    @classmethod
+    def of(cls, before: Sequence[float], after: Sequence[float], examples: int) -> Gain:
+        """Compares two records of draws; see ``Progress.draws``."""
+        paired = np.subtract(after[1:], before[1:])
+        known = paired[~np.isnan(paired)]
+        error = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+        return cls(before[0], after[0], error, examples)
+
+    def gain(self, min_z: float = 0.0) -> float:
+        """What was gained, less ``min_z`` of its standard errors.
+
+        >>> round(Gain(0.5, 0.75, 0.1, 100).gain(min_z=2.0), 3)
+        0.05
+        """
+        return self.after - self.before - min_z * self.error
+
+    @property
+    def z(self) -> float:
+        """The gain in its standard errors; 0 where there are none."""
+        return (self.after - self.before) / self.error if self.error else 0.0
+
+    def to_json(self) -> dict[str, float | int]:
+        """What a metrics file holds of it."""
+        return {
+            "metric_before": self.before,
+            "metric": self.after,
+            "error": self.error,
+            "examples": self.examples,
+            "z": self.z,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"validation metric {self.after:.4f}, before it {self.before:.4f}, on {self.examples} "
+            f"images (z {self.z:.1f})"
+        )
+
+
+def _compared(
+    hits: tuple[str | None, str | None], draws: tuple[Sequence[float], Sequence[float]], count: int
+) -> Comparison | Gain | None:
+    """The two states, before and after, by what is known of both; None where that is nothing."""
+    if hits[0] is not None and hits[1] is not None:
+        return Comparison.of(hits[0], hits[1], count)
+    return Gain.of(*draws, count) if draws[0] and draws[1] else None
+
+
+def score(plan: Plan, position: Progress, evidence: np.ndarray | Draws) -> float:
     """What validations of one phase, and of different phases, are ranked by.
 
-    In the first phase it is the accuracy; from then on the score that has to be beaten plus the
-    gain over it on the same images, less what ``Plan.min_gain`` and ``Plan.min_z`` ask for. So a
-    state is the best of the run exactly when its phase has helped, and only one has to be kept.
+    In the first phase it is the metric itself, such as the accuracy; from then on the score that
+    has to be beaten plus the gain over it on the same images, less what ``Plan.min_gain`` and
+    ``Plan.min_z`` ask for. So a state is the best of the run exactly when its phase has helped, and
+    only one has to be kept.
     """
-    if position.best_before is None or position.hits_before is None:
-        return float(correct.mean())
-    compared = Comparison.of(position.hits_before, bits(correct), len(correct))
+    compared: Comparison | Gain | None
+    if isinstance(evidence, Draws):
+        value, here = evidence.value, (evidence.value, *evidence.samples)
+        draws = (position.draws_before, here)
+        compared = _compared((None, None), draws, evidence.examples)
+    else:
+        value, hits = float(evidence.mean()), (position.hits_before, bits(evidence))
+        compared = _compared(hits, ((), ()), len(evidence))
+    if position.best_before is None or compared is None:
+        return value
     return position.best_before + compared.gain(plan.min_z) - plan.min_gain
 
 
@@ -203,16 +295,41 @@ def decide(plan: Plan, position: Progress) -> Decision:
         "kept": position.helped,
         "next": following[0] if goes_on else None,
     }
-    if position.hits is None:
+    if position.hits is None and not position.draws:
         return Decision(goes_on, evidence)
-    if position.hits_before is None:
-        return Decision(goes_on, evidence | {"accuracy": position.phase_best})
-    compared = Comparison.of(position.hits_before, position.hits, position.examples)
+    compared = _compared(
+        (position.hits_before, position.hits),
+        (position.draws_before, position.draws),
+        position.examples,
+    )
+    if compared is None:
+        name = "metric" if position.draws else "accuracy"
+        return Decision(goes_on, evidence | {name: position.phase_best})
     evidence |= compared.to_json()
     text = f"phase {here!r} {'is kept' if position.helped else 'is undone'}: {compared}"
     if following and not goes_on:
         text += f"; {following[0]!r} is not begun"
     return Decision(goes_on, evidence, text)
+
+
+def prepared(network: Classifier, plan: Plan, data: DataLoaders) -> tuple[Classifier, Plan]:
+    """Network and plan for these data: cut, resolved, losses bound, targets standardized.
+
+    Raises:
+        ValueError: rules or losses that do not fit, or a regression whose training targets the
+            batches do not show.
+    """
+    labels = None if data.examples is None else data.examples.labels
+    network = ending_at(network, plan.ends_at)
+    if labels is not None:
+        network = replace(network, task=network.task.fitted(labels))
+    elif network.task.standardizes and network.task.units is None:
+        raise ValueError(
+            f"the task {network.task.name} must know mean and scale of its targets, which these "
+            "batches do not show; make them with ft.loaders, or give task.with_units(Units(...))"
+        )
+    plan = plan.bind(network.task.name, data.class_names, labels)
+    return network, plan.resolve(network.params, data.steps_per_epoch)
 
 
 def check_feed(plan: Plan, feed: DataLoaders) -> None:

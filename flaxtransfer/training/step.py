@@ -139,7 +139,7 @@ class CompileKey:
         """
         phase = self.phase
         plain = all(_is_plain(group) for group in phase.groups.values())
-        if not (_of(phase.loss, "flaxtransfer") and plain):
+        if not ((phase.loss is None or _of(phase.loss, "flaxtransfer")) and plain):
             return None
         preprocessing = (self.preprocessing.mean, self.preprocessing.std)
         decides = tuple(phase.in_step().items())
@@ -200,7 +200,7 @@ def train_step(
 
     Returns:
         ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
-        ``loss`` in nats, ``accuracy`` and ``gradient_norm`` before clipping.
+        ``loss``, the mean of the task's score (``accuracy``), ``gradient_norm`` before clipping.
     """
     program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh)
     return _shared(program) if program.identity is not None else _compiled(program)
@@ -214,17 +214,19 @@ def _shared(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metric
 def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metrics]]:
     model, phase = program.model, program.phase
     update = optimizer(phase).update
-    norm = phase.batch_norm_policy()
+    norm, task = phase.batch_norm_policy(), program.task
+    loss_of = phase.loss or task.loss
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         still = phase.param_groups.frozen(state.params)
         inputs = network_input(batch["image"], program.preprocessing, program.start)
         loss_key = jax.random.fold_in(state.key, state.step)
+        targets = task.targets(batch["label"])
 
         def objective(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
             variables = {"params": merge(still, moving), "batch_stats": state.batch_stats}
             logits, batch_stats = model.apply(variables, inputs, norm=norm, start=program.start)
-            losses = phase.loss(logits, batch["label"], loss_key)
+            losses = loss_of(logits, targets, loss_key)
             return losses.mean(), (batch_stats, logits)
 
         moving = phase.param_groups.trainable(state.params)
@@ -238,7 +240,7 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             ema = optax.incremental_update(moved, ema, 1 - phase.ema)
         metrics = {
             "loss": loss,
-            program.task.ranking: jnp.mean(program.task.score(logits, batch["label"])),
+            task.score_name: jnp.mean(task.score(logits, targets)),
             "gradient_norm": optax.tree.norm(gradient),
         }
         params = merge(still, moved)

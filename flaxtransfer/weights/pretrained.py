@@ -23,7 +23,7 @@ from flaxtransfer.models.adapters import fold
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes, shape_differences
 from flaxtransfer.paths import Variables, flatten, shortened, unflatten
-from flaxtransfer.task import SINGLE_LABEL, Task, task_named
+from flaxtransfer.task import SINGLE_LABEL, Task, Units, task_named
 from flaxtransfer.weights.naming import key_map
 from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.naming.timm import table_for
@@ -114,6 +114,8 @@ def write_header(checkpoint: Pretrained) -> dict[str, str]:
         "class_names": checkpoint.class_names,
         "task": checkpoint.task.name,
     } | ({"no_head": checkpoint.no_head} if checkpoint.no_head else {})
+    if checkpoint.task.units is not None:
+        content["targets"] = dataclasses.asdict(checkpoint.task.units)
     return {"format": "pt", HEADER_KEY: json.dumps(content, sort_keys=True)}
 
 
@@ -134,12 +136,21 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
                 f"a "
                 "newer release"
             )
-        names = content["class_names"]
+        names, targets = content["class_names"], content.get("targets")
+        task = task_named(content.get("task", SINGLE_LABEL.name))
+        config = ResNetConfig.from_json(content["config"])
+        if targets is not None:
+            task = task.with_units(Units(targets["mean"], targets["scale"]))
+            if not task.standardizes or len(targets["mean"]) != config.classes:
+                raise ValueError(
+                    f"targets must be those of a regression of {config.classes} outputs, got "
+                    f"{len(targets['mean'])} for the task {task.name}"
+                )
         return Header(
-            ResNetConfig.from_json(content["config"]),
+            config,
             Preprocessing.from_json(content["preprocessing"]),
             None if names is None else tuple(names),
-            task_named(content.get("task", SINGLE_LABEL.name)),
+            task,
             str(content.get("no_head", "")),
         )
     except (ValueError, KeyError, TypeError) as error:

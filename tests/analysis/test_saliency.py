@@ -25,7 +25,7 @@ from flaxtransfer.analysis import (
     randomization_test,
     saliency_maps,
 )
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.models.layers import conv
 
 SIZE, PATCH = 48, 8

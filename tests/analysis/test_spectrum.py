@@ -24,7 +24,7 @@ from flaxtransfer.analysis.spectrum import (
     octave_indices,
     windowed_power,
 )
-from flaxtransfer.features.extract import segment_features
+from flaxtransfer.features.inputs import segment_features
 
 SIZE = 32
 

@@ -218,3 +218,29 @@ def test_different_images_and_images_without_contrast_are_no_copies(digits):
     flat = ArraySource(np.full((4, 8, 8), 7, np.uint8), [0, 1, 0, 1])
     assert near_duplicates(flat, [np.array([0, 1]), np.array([2, 3])]) == []
     assert near_duplicates(flat, [np.array([0, 1]), np.array([], np.int64)]) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "names", "said"),
+    [
+        ((2, 4, 4), [0, 1], None, r"labels must have shape \(2, outputs\)"),
+        ((2, 4, 4), [[0], [1], [1]], None, r"labels must have shape \(2, outputs\)"),
+        ((), [[0]], None, "images must have shape"),
+        ((1, 4, 4), [[0, 2]], None, "labels must be 0, 1 or NaN"),
+        ((1, 4, 4), [[0, 1]], ("cat",), r"labels must be numbers \[examples, 1\]"),
+        ((1, 4, 4), [[np.nan]], None, "every example must have a known label"),
+    ],
+)
+def test_several_labels_that_do_not_fit_are_refused(images, labels, names, said):
+    with pytest.raises(ValueError, match=said):
+        ArraySource(np.zeros(images, np.uint8), labels, names, task="multi_label")
+
+
+def test_several_labels_are_kept_as_floats():
+    labels = [[0, 1, np.nan], [1, 0, 0]]
+    source = ArraySource(np.zeros((2, 4, 4), np.uint8), labels, task="multi_label")
+    assert source.labels().dtype == source[0]["label"].dtype == np.float32
+    np.testing.assert_array_equal(source.labels(), labels)
+    assert source.class_names == ("0", "1", "2")
+    with pytest.raises(ValueError, match="task must be one of"):
+        ArraySource(np.zeros((1, 4, 4), np.uint8), [[0]], task="multi")

@@ -190,7 +190,7 @@ PLAN = """phases:
     stem: {optimizer: {name: sgd, momentum: 0.9}, learning_rate: 0.01}
     all: {optimizer: lion, learning_rate: 0.001}
   epochs: 3
-  label_smoothing: 0.1
+  loss: {cross_entropy: {label_smoothing: 0.1, class_weights: {a: 2.0}}}
   norm: {stem(): running}
 """
 YAML_WORDS = (

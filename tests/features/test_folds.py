@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import log_loss
 
 from flaxtransfer.features import cross_validate, fit_linear_probe, standardization
-from flaxtransfer.features.checks import class_weights, folds_with_singletons
+from flaxtransfer.features.inputs import class_weights, folds_with_singletons
 
 STRENGTHS = (0.1, 3.0, 100.0)
 

@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import log_loss
 
 from flaxtransfer.features import ridge_path, standardization, stratified_folds, sweep_head
-from flaxtransfer.features.checks import class_weights
+from flaxtransfer.features.inputs import class_weights
 from tests.support.peers import logistic_regression
 
 STRENGTHS = (0.1, 1.0, 10.0, 1000.0)

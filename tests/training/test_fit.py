@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.features.extract import pooled_features
+from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.paths import flatten
 from flaxtransfer.training.console import read_metrics
 from flaxtransfer.training.loop import NonFiniteLoss
@@ -138,8 +138,8 @@ def test_the_task_is_kept_with_the_run_and_the_weights(tmp_path):
     model, variables = network()
     plan = two_phases(variables["params"], steps=2)
     ft.fit(ft.Classifier(model, variables, PREPROCESSING), plan, feed(), tmp_path / "run")
-    assert task_of(tmp_path / "run") is ft.SINGLE_LABEL
-    assert ft.load(tmp_path / "run/model.safetensors").task is ft.SINGLE_LABEL
+    assert task_of(tmp_path / "run") is ft.task.SINGLE_LABEL
+    assert ft.load(tmp_path / "run/model.safetensors").task is ft.task.SINGLE_LABEL
 
 
 def test_data_for_another_network_is_refused(tmp_path):

@@ -51,11 +51,7 @@ groups = st.builds(
     st.floats(0, 5),
 )
 def test_any_plan_of_named_things_comes_back(rows, steps, clip, smoothing, norm, patience, gain, z):
-    loss = (
-        ft.training.cross_entropy
-        if smoothing is None
-        else ft.training.SmoothedCrossEntropy(smoothing)
-    )
+    loss = None if smoothing is None else ft.training.CrossEntropy(smoothing)
     phases = [
         ft.Phase(
             {"a": mask, "b": ft.rest()},

@@ -181,8 +181,8 @@ def test_an_unresolved_phase_says_so():
             "peak must be >= 0, got -1.0; warmup must be .* got 1.0",
         ),
         (
-            lambda: ft.training.SmoothedCrossEntropy(1.0),
-            "label smoothing must be in \\[0, 1\\), got 1.0",
+            lambda: ft.training.CrossEntropy(1.0),
+            "label_smoothing must be in \\[0, 1\\), got 1.0",
         ),
         (
             lambda: ft.Plan([replace(head_phase(), groups={"new": ft.FROZEN, "old": ft.FROZEN})]),

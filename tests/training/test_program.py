@@ -13,7 +13,7 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.groups import WarmupCosine
-from flaxtransfer.task import SmoothedCrossEntropy, cross_entropy
+from flaxtransfer.losses import CrossEntropy, cross_entropy
 from flaxtransfer.training import step as training_step
 from flaxtransfer.training.step import train_step
 from tests.support.small import PREPROCESSING, feed, network, two_phases
@@ -90,7 +90,7 @@ def test_names_lengths_and_data_do_not_matter_where_the_arithmetic_is_the_same()
         {"group": ft.Group(optax.adam, WarmupCosine(3e-3), weight_decay=0.1)},
         {"labels": {"new": ft.head() | ft.stage(4), "frozen": ft.rest()}},
         {"norm": "batch"},
-        {"loss": SmoothedCrossEntropy(0.1)},
+        {"loss": CrossEntropy(0.1)},
         {"data": replace(feed(), start="head")},
         {"data": replace(feed(), preprocessing=replace(PREPROCESSING, mean=(0.4,) * 3))},
         {"model": ft.resnet(network()[0].config, dtype="bfloat16")},

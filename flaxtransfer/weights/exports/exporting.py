@@ -29,6 +29,7 @@ from flaxtransfer.weights.exports.prepare import (
     check_file,
     check_folder,
     export_metadata,
+    in_units,
 )
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.naming import keras
@@ -93,7 +94,9 @@ def export(
     """Exports a checkpoint to another program, with its preprocessing and labels.
 
     The result is read again and its logits are compared before it gets its name: the target is
-    complete and verified, or absent.
+    complete and verified, or absent. A regression's mean and scale are folded into the head, so
+    that every program gets values in the units of the targets; a network of several labels gives
+    logits, whose sigmoids are the probabilities.
 
     Args:
         checkpoint: from ``load``, or built from trained variables.
@@ -125,6 +128,7 @@ def export(
     kinds = ("float32", "float16") if layout in _HALF else ("float32",)
     if np.dtype(dtype).name not in kinds:
         raise ValueError(f"dtype must be {' or '.join(kinds)} for {layout}, got {np.dtype(dtype)}")
+    checkpoint = in_units(checkpoint)
     if layout in _FOLDERS:
         return _export_folder(checkpoint, target, layout)
     return _export_file(checkpoint, target, layout, np.dtype(dtype))

@@ -10,18 +10,28 @@ import numpy as np
 
 from flaxtransfer.models.layers import standardize
 from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.task import Units
 from flaxtransfer.weights.pretrained import Pretrained, fold_adapter
 
 __all__ = [
+    "OUTPUTS",
     "USUAL_EPSILON",
     "canonicalize",
     "check_file",
     "check_folder",
     "export_metadata",
+    "in_units",
     "with_own_standardization",
     "without_stem_bias",
 ]
 
+
+OUTPUTS = {
+    "single_label": "logits [batch, classes]",
+    "multi_label": "logits [batch, labels]; the sigmoid of each is its probability",
+    "regression": "values [batch, targets] in the units of the targets",
+}
+"""What an exported network computes, by its task."""
 
 USUAL_EPSILON = 1e-5
 """Epsilon of the norms in torch, timm and transformers."""
@@ -79,6 +89,30 @@ def canonicalize(
         notes=(
             *checkpoint.notes,
             f"running variances were changed by {more:+.3g} to absorb the epsilon",
+        ),
+    )
+
+
+def in_units(checkpoint: Pretrained) -> Pretrained:
+    """Folds mean and scale of a regression's targets into the head, for other programs.
+
+    The network then gives values in the units of the targets; others are returned unchanged.
+    """
+    units = checkpoint.task.units
+    if units is None:
+        return checkpoint
+    flat = flatten(checkpoint.variables)
+    kernel = np.asarray(flat["params/fc/kernel"], np.float64) * units.scale
+    bias = np.asarray(flat["params/fc/bias"], np.float64) * units.scale + units.mean
+    folded = {"params/fc/kernel": np.float32(kernel), "params/fc/bias": np.float32(bias)}
+    return dataclasses.replace(
+        checkpoint,
+        variables=_nested({**flat, **folded}),
+        task=checkpoint.task.with_units(Units((0.0,) * len(units.mean), (1.0,) * len(units.mean))),
+        sha256="",
+        notes=(
+            *checkpoint.notes,
+            "mean and scale of the targets were folded into the head: outputs are in their units",
         ),
     )
 
@@ -216,7 +250,8 @@ def export_metadata(checkpoint: Pretrained, layout: str) -> dict[str, str]:
     """
     return {
         "input": f"float32 {layout}, normalized as preprocessing says",
-        "output": "logits [batch, classes]",
+        "output": OUTPUTS[checkpoint.task.name],
+        "task": checkpoint.task.name,
         "preprocessing": json.dumps(checkpoint.preprocessing.to_json()),
         "class_names": json.dumps(checkpoint.class_names),
         "architecture": checkpoint.config.name,

@@ -12,6 +12,7 @@ from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights.exports.prepare import (
+    OUTPUTS,
     canonicalize,
     with_own_standardization,
     without_stem_bias,
@@ -50,6 +51,8 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
         checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
     preprocessing = checkpoint.preprocessing
     labels = {"label_names": list(checkpoint.class_names)} if checkpoint.class_names else {}
+    single = checkpoint.task.name == "single_label"
+    outputs = {} if single else {"outputs": OUTPUTS[checkpoint.task.name]}
     first, last = (
         next(iter(key_map.to_keys(table, {leaf: leaves[leaf]}))).removesuffix(".weight")
         for leaf in (f"params/{config.first_kernel}", "params/fc/kernel")
@@ -59,6 +62,7 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
         "num_classes": config.classes,
         "num_features": config.features,
         **labels,
+        **outputs,
         "pretrained_cfg": {
             "num_classes": config.classes,
             "input_size": [config.in_channels, preprocessing.size, preprocessing.size],
