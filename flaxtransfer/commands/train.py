@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.commands.job import Choosing, Job, prepare
+from flaxtransfer.commands.job import Choosing, Job, balanced, prepare
 from flaxtransfer.commands.options import AUTO, recorded
 from flaxtransfer.commands.subcommands import Train
 from flaxtransfer.data.loader import DataLoaders, eval_batches
@@ -162,6 +162,7 @@ def _train_from_scratch(
         weight_decay=1e-2 if training.weight_decay is None else training.weight_decay,
         patience=training.patience,
     )
+    plan = balanced(plan, options.job.strategy.balance, network.task)
     resume = options.run.resume or (folder / SCRATCH).exists()
     inner = replace(options, run=replace(options.run, resume=resume))
     fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)
