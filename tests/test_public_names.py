@@ -56,6 +56,7 @@ def test_no_name_of_a_room_is_hidden_by_a_file_of_it(room):
     assert {name for name in hidden if not hasattr(getattr(room, name), "__path__")} <= {
         # Modules that are public as modules.
         "adapters",
+        "task",
         "nnx",
     }
 

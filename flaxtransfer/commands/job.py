@@ -227,7 +227,7 @@ def prepare(
         evidence = measure(strategy, network, batches, len(splits.train))
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
-    plan = _balanced(plan, options.strategy.balance, task)
+    plan = balanced(plan, options.strategy.balance, task)
     network = ending_at(network, plan.ends_at)
     return Job(source, splits, checkpoint, network, data, plan, evidence, levels, ranking, frozen)
 
@@ -305,7 +305,7 @@ def _ranked(task: Task, metric: str | None, source: Source, splits: Splits) -> t
     )
 
 
-def _balanced(plan: TrainingPlan, balance: str, task: Task) -> TrainingPlan:
+def balanced(plan: TrainingPlan, balance: str, task: Task) -> TrainingPlan:
     """The plan with the loss of ``--balance`` in every phase.
 
     Raises:

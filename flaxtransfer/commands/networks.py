@@ -195,6 +195,8 @@ def _outcome(
         head = taken.no_head or f"{config.features} features to {config.classes} classes" + (
             f": {shortened(names, 200)}" if names else ", without names"
         )
+        single = taken.task.name == "single_label"  # Most files do not say it.
+        task = "" if single else f"; task {taken.task.name}"
         means, deviations = (
             ", ".join(f"{number:.4g}" for number in numbers[:4]) + (", ..." if numbers[4:] else "")
             for numbers in (pre.mean, pre.std)
@@ -202,7 +204,7 @@ def _outcome(
         facts = [
             ("network", f"{config.name}: {described(config)}"),
             ("parameters", f"{leaves:,}, under the names of {taken.format}"),
-            ("head", f"none: {head}" if taken.no_head else head),
+            ("head", f"none: {head}" if taken.no_head else head + task),
             (
                 "images",
                 f"{config.bands} channels, {pre.size} px, from a shorter side of {pre.resize} px "

@@ -43,6 +43,7 @@ from flaxtransfer.data.source import (
     task_of_source,
     with_levels,
 )
+from flaxtransfer.data.splits import groups_of
 from flaxtransfer.data.transforms import evaluation_transform
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.metrics import report
@@ -128,7 +129,7 @@ def _measured(
 
 def _groups(source: Source, chosen: np.ndarray) -> np.ndarray | None:
     """Which group each example belongs to, for a source that has groups."""
-    groups = getattr(source, "groups", None)
+    groups = groups_of(source)
     return None if groups is None else np.unique(np.asarray(groups)[chosen], return_inverse=True)[1]
 
 

@@ -21,6 +21,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import (
     Choosing,
     Job,
+    balanced,
     frozen_heads,
     prepare,
     print_notes,
@@ -307,6 +308,7 @@ def _train_from_scratch(
         weight_decay=1e-2 if training.weight_decay is None else training.weight_decay,
         patience=training.patience,
     )
+    plan = balanced(plan, options.job.strategy.balance, network.task)
     resume = options.run.resume or from_first((folder / SCRATCH).exists)
     inner = replace(options, run=replace(options.run, resume=resume))
     fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)

@@ -244,9 +244,10 @@ class Gain:
         }
 
     def __str__(self) -> str:
+        tested = f" (z {self.z:.1f} over bootstrap samples)" if self.error else ""
         return (
-            f"validation metric {self.after:.4f}, before it {self.before:.4f}, on {self.examples} "
-            f"images (z {self.z:.1f})"
+            f"validation metric (larger is better) {self.after:.4f}, before it {self.before:.4f}, "
+            f"on {self.examples} images{tested}"
         )
 
 

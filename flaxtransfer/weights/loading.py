@@ -502,7 +502,10 @@ def collect_metadata(
     if found is None and usual is not None and len(usual.mean) == config.bands:
         found, notes = usual, [f"preprocessing: not recorded, that of {format} is assumed"]
     preprocessing, notes = _fitted(found, notes, config, file)
-    return Metadata(config, preprocessing, names, (*notes, *told))
+    task = SINGLE_LABEL if headless else sidecar.stated_task(settings)
+    if task is not SINGLE_LABEL:
+        told = [*told, f"task: {task.name}, as {beside.name} says"]
+    return Metadata(config, preprocessing, names, (*notes, *told), task)
 
 
 def _class_names(file: Tensors, classes: int) -> tuple[tuple[str, ...] | None, list[str]]:

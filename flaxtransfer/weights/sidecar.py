@@ -16,6 +16,7 @@ import numpy as np
 
 from flaxtransfer import files
 from flaxtransfer.paths import shortened
+from flaxtransfer.task import SINGLE_LABEL, TASKS, Task
 from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.preprocessing import (
     CROP_MODES,
@@ -38,6 +39,7 @@ __all__ = [
     "hf_class_names",
     "part_text",
     "read_json",
+    "stated_task",
     "timm_architecture",
     "timm_class_names",
     "timm_preprocessing",
@@ -176,6 +178,25 @@ def timm_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     within = inner.get("label_names") if isinstance(inner, Mapping) else None
     names = config.get("label_names") or within
     return _named(names, "label_names") if names else None
+
+
+_PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regression"}
+"""Tasks by what transformers calls them."""
+
+
+def stated_task(config: Mapping[str, Any]) -> Task:
+    """What the outputs of the head mean: one class per image, unless the file says otherwise.
+
+    Transformers says it by ``problem_type``, our folders for timm by ``task``.
+
+    >>> stated_task({"problem_type": "multi_label_classification"}).name
+    'multi_label'
+    >>> stated_task({}).name
+    'single_label'
+    """
+    problem, own = config.get("problem_type"), config.get("task")
+    named = _PROBLEMS.get(problem, own) if isinstance(problem, str) else own
+    return TASKS.get(named, SINGLE_LABEL) if isinstance(named, str) else SINGLE_LABEL
 
 
 def hf_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -40,6 +40,7 @@ def scheme(monkeypatch):
 def test_a_run_is_trained_evaluated_and_predicts(task, scheme, weights, tmp_path, capsys):
     target = tmp_path / "run"
     words = ["train", "--data", f"own:{task}", "--weights", str(weights), "--run", str(target)]
+    words += ["--val-fraction", "0.25"]
     assert run([*words, "--batch-size", "8", "--strategy", "solved_head", "--compare", "no"]) == 0
     name = {"multi_label": "average precision", "regression": "r2"}[task]
     assert f"test {name}:" in capsys.readouterr().out
@@ -93,7 +94,10 @@ def test_what_has_no_meaning_is_one_line(words, said, scheme, weights, tmp_path,
         (["train", "--task", "single"], "--task must be that of own:multi_label, multi_label"),
         (["train", "--strategy", "depth_head"], "what the strategy depth_head measures must"),
         (["train", "--strategy", "auto"], "advice on a strategy must have one class per image"),
-        (["train", "--labels-per-class", "3"], "labels_per_class and val_per_class must be left"),
+        (
+            ["train", "--labels-per-class", "3"],
+            "labels_per_class and val_per_class count single labels",
+        ),
         (["advise"], "advice on a strategy must have one class per image"),
         (["probe"], "a profile of probes must have one class per image"),
     ],

@@ -19,6 +19,9 @@ __all__ = ["NAMES", "files"]
 
 NAMES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
+_PROBLEMS = {"multi_label": "multi_label_classification", "regression": "regression"}
+"""What transformers calls the tasks, where it is not one class per image."""
+
 
 def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     """The files of the folder by name, and the checkpoint that they hold.
@@ -52,6 +55,8 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
         "label2id": {name: number for number, name in enumerate(names)},
         "dtype": "float32",
     }
+    if checkpoint.task.name in _PROBLEMS:
+        settings["problem_type"] = _PROBLEMS[checkpoint.task.name]
     return {
         "model.safetensors": safetensors_file.write_safetensors(arrays, {"format": "pt"}),
         "config.json": _json(settings),

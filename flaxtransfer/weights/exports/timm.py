@@ -52,7 +52,8 @@ def files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     preprocessing = checkpoint.preprocessing
     labels = {"label_names": list(checkpoint.class_names)} if checkpoint.class_names else {}
     single = checkpoint.task.name == "single_label"
-    outputs = {} if single else {"outputs": OUTPUTS[checkpoint.task.name]}
+    task = checkpoint.task.name
+    outputs = {} if single else {"task": task, "outputs": OUTPUTS[task]}
     first, last = (
         next(iter(key_map.to_keys(table, {leaf: leaves[leaf]}))).removesuffix(".weight")
         for leaf in (f"params/{config.first_kernel}", "params/fc/kernel")

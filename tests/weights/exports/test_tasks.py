@@ -38,6 +38,11 @@ def test_a_file_says_what_its_outputs_are(task, tmp_path):
     assert ft.load(tmp_path / "net.safetensors").task == task
     ft.export(checkpoint(task), tmp_path / "timm", to="timm")
     said = json.loads((tmp_path / "timm/config.json").read_text())["outputs"]
+    assert ft.load(tmp_path / "timm").task.name == task.name
+    ft.export(checkpoint(task), tmp_path / "hf", to="huggingface")
+    again = ft.load(tmp_path / "hf")
+    assert again.task.name == task.name
+    assert f"task: {task.name}, as config.json says" in again.notes
     assert ("sigmoid" if task is MULTI_LABEL else "in the units of the targets") in said
     ft.export(checkpoint(task), tmp_path / "net.stablehlo")
     beside = json.loads((tmp_path / "net.stablehlo.json").read_text())
