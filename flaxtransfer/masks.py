@@ -16,8 +16,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from flaxtransfer import globs
-from flaxtransfer.mask_algebra import Atom, Mask, Where, atoms, select
+from flaxtransfer.mask_algebra import Atom, Mask, Where, atoms, check_glob, select
 from flaxtransfer.models.layout import LAYOUTS, Layout
 from flaxtransfer.paths import PyTree, flatten, map_with_path, shortened, suggest
 
@@ -127,8 +126,8 @@ def up_to(segment: str) -> Mask:
 def glob(pattern: str) -> Mask:
     """Leaves whose whole path matches, as in ``glob("encoder/*/dense?/kernel")``.
 
-    See ``flaxtransfer.globs`` for the grammar. Resolving it on a tree where it matches nothing is
-    an error, also in the midst of a larger expression.
+    See ``flaxtransfer.mask_algebra`` for the grammar. Resolving it on a tree where it matches
+    nothing is an error, also in the midst of a larger expression.
 
     Raises:
         TypeError: Not a string.
@@ -136,7 +135,7 @@ def glob(pattern: str) -> Mask:
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string, got {pattern!r}")
-    globs.check(pattern)
+    check_glob(pattern)
     return Atom("glob", (pattern,))
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxtransfer.globs import check, match
+from flaxtransfer.mask_algebra import check_glob as check
+from flaxtransfer.mask_algebra import matches_glob as match
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "flaxtransfer"
 FLOORS = (
     ("lazy", "models.layout"),
     ("paths", "files", "shift"),
-    ("globs", "distributed"),
+    ("distributed",),
     ("mask_algebra",),
     ("masks",),
     ("groups", "batchnorm"),

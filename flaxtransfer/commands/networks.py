@@ -28,9 +28,9 @@ from flaxtransfer.commands.subcommands import (
     named_values,
     rate_problems,
 )
-from flaxtransfer.globs import match
 from flaxtransfer.groups import FROZEN, Frozen, Group, trainable_mask
 from flaxtransfer.labels import label, rest
+from flaxtransfer.mask_algebra import matches_glob
 from flaxtransfer.masks import parse
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES, costs, named, resnet
@@ -262,7 +262,7 @@ def _list(options: Models, console: Console) -> None:
 
 def _chosen(names: str) -> dict[str, ResNetConfig]:
     pattern = names if set(names) & set("*?[{") else f"*{names}*"
-    if found := {name: c for name, c in ARCHITECTURES.items() if match(pattern, name)}:
+    if found := {name: c for name, c in ARCHITECTURES.items() if matches_glob(pattern, name)}:
         return found
     raise ValueError(
         f"no architecture is called {names!r}{suggest(names.strip('*?'), ARCHITECTURES)}; "

@@ -583,7 +583,7 @@ SEVERAL_PROCESSES = ("train", "evaluate")
 
 FILES = {
     **dict.fromkeys(("stem", "models", "params", "convert"), "networks"),
-    **dict.fromkeys(("advise", "probe", "find_rate"), "measure"),
+    **dict.fromkeys(("advise", "probe", "find_rate", "diagnose"), "measure"),
     **dict.fromkeys(("evaluate", "explain"), "predict"),
     "plan": "job",
 }

@@ -38,7 +38,7 @@ from flaxtransfer import files, masks, paths
 from flaxtransfer.commands.predict import cell_text
 from flaxtransfer.data.decode import decode_bands
 from flaxtransfer.data.folder import natural_key
-from flaxtransfer.globs import match
+from flaxtransfer.mask_algebra import matches_glob as match
 from flaxtransfer.overview import plain, terminal
 from flaxtransfer.report.figures import wrap_text
 from flaxtransfer.report.pages import escape

@@ -8,7 +8,7 @@ final name. StableHLO, which ``jax.export`` reads without this package, and the 
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flaxtransfer.models.layers import lax_conv
 from flaxtransfer.models.layout import DEPTHS
 from flaxtransfer.models.registry import RESNETS, resnet
 from flaxtransfer.paths import flatten, suggest, unflatten
-from flaxtransfer.weights.exports import huggingface, onnx, timm
+from flaxtransfer.weights.exports import hub, onnx
 from flaxtransfer.weights.exports.prepare import (
     canonicalize,
     check_file,
@@ -134,7 +134,11 @@ def export(
     return _export_file(checkpoint, target, layout, np.dtype(dtype))
 
 
-_FOLDERS: dict[str, Any] = {"timm": timm, "huggingface": huggingface}
+_FOLDERS: dict[str, tuple[Sequence[str], Callable[[Pretrained], Any]]] = {
+    "timm": (hub.TIMM_FILES, hub.timm_files),
+    "huggingface": (hub.HUGGINGFACE_FILES, hub.huggingface_files),
+}
+"""The names of the files of a folder, and what makes them."""
 
 
 def _layout(target: Path, to: str | None) -> str:
@@ -203,9 +207,9 @@ def _about_onnx(dtype: np.dtype[Any], *, ran: bool) -> list[str]:
 
 
 def _export_folder(checkpoint: Pretrained, target: Path, layout: str) -> Exported:
-    module = _FOLDERS[layout]
-    check_folder(target, module.NAMES)
-    files, plain = module.files(checkpoint)
+    names, files_of = _FOLDERS[layout]
+    check_folder(target, names)
+    files, plain = files_of(checkpoint)
     with atomic_write(target) as made:
         made.mkdir()
         for name, data in files.items():
