@@ -47,7 +47,7 @@ from flaxtransfer.data.transforms import flip_keeps_labels, training_transform
 from flaxtransfer.files import read_json
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.paths import Params, flatten, listing
+from flaxtransfer.paths import Params, flatten, listing, visible
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import (
     MEASURED,
@@ -247,7 +247,8 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
 def print_notes(source: Any, console: Console) -> None:
     """Prints what was assumed about the data."""
     for note in getattr(source, "notes", ()):
-        console.print(f"data: {note}", highlight=False, markup=False, soft_wrap=True)
+        text = visible(f"data: {note}")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def load_weights(
