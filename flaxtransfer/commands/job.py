@@ -249,6 +249,13 @@ def print_notes(source: Any, console: Console) -> None:
     for note in getattr(source, "notes", ()):
         text = visible(f"data: {note}")
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if groups_of(source) is not None:
+        console.print(
+            "data: heads on features are judged by folds that do not keep groups whole, which may "
+            "be too good",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def load_weights(

@@ -130,6 +130,17 @@ def open_manifest(
         FileNotFoundError: there is no such file.
         ValueError: it is no such table, columns that it lacks, or rows that cannot be used; all
             kinds of problem are in one text, each with its first ten rows.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("a.png", "b.png"):
+    ...     Image.new("L", (2, 2)).save(folder / name)
+    >>> lines = ("file,diagnosis,patient", "a.png,cyst,7", "b.png,none,9")
+    >>> _ = (folder / "studies.csv").write_text(chr(10).join(lines))
+    >>> source = open_manifest(folder / "studies.csv", "csv")
+    >>> source.class_names, source.labels().tolist(), len(set(source.groups()))
+    (('cyst', 'none'), [0, 1], 2)
     """
     wanted = columns or Columns()
     table = _Table.read(path, kind, lambda names: _Used.of(names, wanted, labeled=True))
