@@ -55,7 +55,7 @@ from flaxtransfer.files import read_json
 from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
-from flaxtransfer.paths import Params, flatten
+from flaxtransfer.paths import Params, flatten, visible
 from flaxtransfer.recipes import RECIPES
 from flaxtransfer.recipes.measurement import (
     MEASURED,
@@ -474,7 +474,15 @@ def _kept(source: Source, folder: Path | None) -> Splits | None:
 def print_notes(source: Any, console: Console) -> None:
     """Prints what was assumed about the data."""
     for note in getattr(source, "notes", ()):
-        console.print(f"data: {note}", highlight=False, markup=False, soft_wrap=True)
+        text = visible(f"data: {note}")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if groups_of(source) is not None:
+        console.print(
+            "data: heads on features are judged by folds that do not keep groups whole, which may "
+            "be too good",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def load_weights(

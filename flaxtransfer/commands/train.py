@@ -37,7 +37,7 @@ from flaxtransfer.data.splits import Splits
 from flaxtransfer.distributed import check_alone, from_first
 from flaxtransfer.files import MANIFEST_FILE, atomic_write, read_json, write_file, write_json
 from flaxtransfer.metrics import shown
-from flaxtransfer.paths import listing
+from flaxtransfer.paths import listing, visible
 from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.console import read_metrics
@@ -425,7 +425,7 @@ def _near_duplicates(job: Job) -> str:
     texts = (
         " and ".join(f"{files[i] if files else i} ({part_of[i]})" for i in pair) for pair in pairs
     )
-    return (
+    return visible(
         f"{len(pairs)} near-duplicate{'' if len(pairs) == 1 else 's'} across the split, which make "
         f"validation and test easier than they are: {listing(texts, most=5)}"
     )

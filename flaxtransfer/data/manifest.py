@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from flaxtransfer.data.folder import (
 from flaxtransfer.data.source import USUAL_COLUMNS, UnlabeledImages
 from flaxtransfer.data.splits import Splits
 from flaxtransfer.files import check_regular
-from flaxtransfer.paths import listing, shortened, suggest
+from flaxtransfer.paths import listing, shortened, suggest, visible
 
 MOST_CSV_BYTES = 2**29
 """Some million rows; every cell that is used becomes a Python string of ten times its size."""
@@ -41,8 +40,12 @@ MOST_CSV_BYTES = 2**29
 MOST_LINE = 2**20
 """Characters of a line: a row with many more is no row of a table of images."""
 
-MOST_ROWS = 20_000_000
-"""Of a Parquet file, which may state any number of rows in a few bytes."""
+MOST_ROWS = 5_000_000
+MOST_PARQUET_BYTES = 2**30
+"""Of a Parquet file and, unpacked, of its columns: a few bytes may state any number of rows."""
+
+MOST_CELL = 4096
+"""Characters of a cell, as of the longest path."""
 
 NONE = "none"
 """In place of a column's name: there is no such column, whatever the others are called."""
@@ -128,6 +131,17 @@ def open_manifest(
         FileNotFoundError: there is no such file.
         ValueError: it is no such table, columns that it lacks, or rows that cannot be used; all
             kinds of problem are in one text, each with its first ten rows.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("a.png", "b.png"):
+    ...     Image.new("L", (2, 2)).save(folder / name)
+    >>> lines = ("file,diagnosis,patient", "a.png,cyst,7", "b.png,none,9")
+    >>> _ = (folder / "studies.csv").write_text(chr(10).join(lines))
+    >>> source = open_manifest(folder / "studies.csv", "csv")
+    >>> source.class_names, source.labels().tolist(), len(set(source.groups()))
+    (('cyst', 'none'), [0, 1], 2)
     """
     wanted = columns or Columns()
     table = _Table.read(path, kind, lambda names: _Used.of(names, wanted, labeled=True))
@@ -374,6 +388,12 @@ class _Table:
             raise ValueError(text if text.startswith(str(where)) else f"{where}: {text}") from None
         if not len(table):
             raise ValueError(f"{where} has no rows below the names of its columns")
+        for name, cells in table.cells.items():
+            if long := [i for i, cell in enumerate(cells) if len(cell) > MOST_CELL]:
+                raise ValueError(
+                    f"{where}: a cell must have at most {MOST_CELL:,} characters, got more of "
+                    f"{name!r} in {table.rows(long, cells.__getitem__)}"
+                )
         return table
 
     @property
@@ -387,7 +407,7 @@ class _Table:
     def rows(self, where: Sequence[int], text: Callable[[int], str] | None = None) -> str:
         """The first ten of these rows, and how many more there are."""
         shown = [
-            f"{self.unit} {self.lines[i]}{f' ({shortened(text(i), 60)})' if text else ''}"
+            f"{self.unit} {self.lines[i]}{f' ({visible(shortened(text(i), 60))})' if text else ''}"
             for i in list(where)[:10]
         ]
         more = len(where) - len(shown)
@@ -488,14 +508,28 @@ def _read_parquet(path: Path, choose: Callable[[list[str]], _Used]) -> _Table:
                     raise ValueError(
                         f"the column {name!r} must be text or numbers, got {shortened(str(kind))}"
                     )
+            size = _unpacked(file.metadata, used.all)
+            if size > MOST_PARQUET_BYTES:
+                raise ValueError(
+                    f"columns must have at most {MOST_PARQUET_BYTES:,} bytes, got {size:,}"
+                )
         # A value that comes up again is decoded once, however often a small file repeats it.
         with pq.ParquetFile(path, read_dictionary=list(used.all)) as file:
             read = file.read(columns=list(used.all))
             cells = {name: _texts(read.column(name)) for name in used.all}
-    except (pa.ArrowException, OSError) as error:
+        if any(len(column) != count for column in cells.values()):
+            raise OSError("it has other rows than it states")
+    except (pa.ArrowException, OSError, KeyError) as error:
         text = shortened(" ".join(str(error).split()), 200)
         raise ValueError(f"not a readable Parquet file ({text})") from None
     return _Table(path, used, cells, range(1, count + 1), "row")
+
+
+def _unpacked(metadata: Any, names: Sequence[str]) -> int:
+    """Bytes of columns, as the file states them."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return sum(each.total_uncompressed_size for each in chunks if each.path_in_schema in names)
 
 
 def _is_plain(kind: Any) -> bool:
@@ -512,10 +546,12 @@ def _texts(column: Any) -> list[str]:
     import pyarrow.types as types
 
     found: list[str] = []
+    values: dict[int | None, str]
     for chunk in column.chunks:
         if types.is_dictionary(chunk.type):
-            values = [_text(value) for value in chunk.dictionary.to_pylist()]
-            found += ["" if i is None else values[i] for i in chunk.indices.to_pylist()]
+            values = {i: _text(value) for i, value in enumerate(chunk.dictionary.to_pylist())}
+            values[None] = ""
+            found += [values[i] for i in chunk.indices.to_pylist()]
         else:
             found += map(_text, chunk.to_pylist())
     return found
@@ -533,15 +569,17 @@ def _paths(table: _Table) -> tuple[list[str], list[str]]:
     else:
         rows = zip(*(table.cells[name] for name in used.image), strict=True)
         raw = [_filled(used.pattern, used.image, row) for row in rows]
-    slashed = 0
-    files = []
+    root, slashed = os.fspath(table.root), 0
+    known = {"": ""}
     for text in raw:
+        if text in known:
+            continue
         name = text
-        if "\\" in text and not os.path.exists(os.path.join(table.root, text)):
+        if "\\" in text and not os.path.exists(os.path.join(root, text)):
             name = text.replace("\\", "/")
             slashed += 1
-        # The folder as it was typed, so that links in it stay what they are.
-        files.append(os.path.normpath(name) if name else "")
+        known[text] = os.path.normpath(name)
+    files = [known[text] for text in raw]
     if slashed:
         notes.append(f"backslashes were read as slashes in {slashed} paths")
     outside = sum(file.startswith("../") for file in files)
@@ -564,9 +602,9 @@ def _duplicates(table: _Table, files: Sequence[str]) -> list[str]:
     if empty := [i for i, file in enumerate(files) if not file]:
         problems.append(f"{_count(empty, 'row')} without an image: {table.rows(empty)}")
     first: dict[str, int] = {}
-    again = []
+    again, inside = [], os.path.normpath(table.root) + "/"
     for i, file in enumerate(files):
-        if file and first.setdefault(os.path.join(table.root, file), i) != i:
+        if file and first.setdefault(file.removeprefix(inside), i) != i:
             again.append(i)
     if again:
         problems.append(
@@ -579,8 +617,9 @@ def _duplicates(table: _Table, files: Sequence[str]) -> list[str]:
 def _missing(table: _Table, files: Sequence[str], keep: np.ndarray) -> list[int]:
     """Rows whose image is no file; nothing is opened."""
     root = os.fspath(table.root)
-    rows = np.flatnonzero(keep).tolist()
-    return [i for i in rows if files[i] and not os.path.isfile(os.path.join(root, files[i]))]
+    rows = [i for i in np.flatnonzero(keep).tolist() if files[i]]
+    there = {file: os.path.isfile(os.path.join(root, file)) for file in {files[i] for i in rows}}
+    return [i for i in rows if not there[files[i]]]
 
 
 def _missing_text(table: _Table, files: Sequence[str], missing: Sequence[int]) -> str:
@@ -769,12 +808,15 @@ def _same(cell: str, ignore: str | None) -> bool:
     return number is not None and _number(cell) == number
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 def _number(text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) and "_" not in text else None
+    return value if abs(value) <= _LARGEST and "_" not in text else None
 
 
 _FLAGS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}

@@ -54,9 +54,9 @@ class Split:
             that a program made.
         examples: of the whole source.
         parts: for "train", "val" and "test", the names or the positions, in order.
-        labels: for each part, the labels of its examples: a number, or a list of one per output, in
-            which None is missing.
-        class_names: what the labels 0, 1, ... mean.
+        labels: for each part, the labels of its examples: numbers, or lists of them in which None
+            is a missing one.
+        class_names: what the labels 0, 1, ... mean, or a name for each number of a list.
         bands: channels that were read from image files; None where the source decides.
         contents: for each part, size and digest of its examples; empty where they were not read.
         groups: for each part, the number of each example's group; empty where there are none.
@@ -109,7 +109,7 @@ class Split:
             getattr(source, "address", ""),
             len(source),
             parts,
-            {part: _as_json(labels[where]) for part, where in places.items()},
+            {part: _plain(labels[where]) for part, where in places.items()},
             tuple(source.class_names),
             getattr(source, "bands", None),
             found,
@@ -280,18 +280,18 @@ def groups_of(source: Source) -> Sequence[str] | None:
     return None if found is None or len(set(found)) == len(found) else found
 
 
-def _as_json(labels: np.ndarray) -> list[Any]:
+def _plain(labels: np.ndarray) -> list[Any]:
+    """Labels as JSON has them, which knows no NaN."""
     if labels.ndim == 1:
         return list(labels.tolist())
-    # JSON has no NaN, which equals nothing besides.
     return [[None if value != value else value for value in row] for row in labels.tolist()]
 
 
 def _label_text(label: Any, names: Sequence[str]) -> str:
-    if not isinstance(label, list):
+    if not isinstance(label, Sequence):
         return str(names[label])
     pairs = zip(names, label, strict=True)
-    return ", ".join(f"{name} {'missing' if v is None else f'{v:g}'}" for name, v in pairs)
+    return " ".join(f"{name}={'?' if value is None else f'{value:g}'}" for name, value in pairs)
 
 
 def _class_differences(before: Sequence[str], after: Sequence[str]) -> str:
@@ -374,8 +374,8 @@ def stratified_split(
     if groups is not None or _has_outputs(labels):
         if labels_per_class is not None or val_per_class is not None:
             raise ValueError(
-                "labels_per_class and val_per_class count single labels; with groups, or several "
-                "outputs per example, give val_fraction and test_fraction"
+                "labels_per_class and val_per_class must be left out where an image has several "
+                "labels or numbers, or a group; give val_fraction and test_fraction"
             )
         _check_numbers(None, None, val_fraction, test_fraction, seed)
         tested = 0.2 if test_fraction is None else test_fraction
@@ -538,7 +538,7 @@ def _has_outputs(labels: Any) -> bool:
     return found.ndim == 2 and found.dtype.kind == "f" and found.size > 0
 
 
-_BINS = 8
+_BINS = 10
 """Of a value, by its quantiles, so that parts have alike distributions of it."""
 
 

@@ -1,6 +1,7 @@
 """A race whose runs are killed and go on, and a choice that is trained on all labels."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -150,3 +151,15 @@ def test_what_auto_does_not_take_is_one_line(words, text, tmp_path, capsys, monk
     printed = capsys.readouterr().err
     assert text in printed
     assert "Traceback" not in printed
+
+
+def test_no_group_is_in_two_folds_of_the_race():
+    groups = [f"p{i // 3}" for i in range(90)]
+    grouped = SimpleNamespace(groups=lambda: groups)
+    train = np.arange(6, 87)
+    labels = np.arange(90)[train] // 3 % 2
+    fold_of = module._folds(grouped, train, labels, 0)
+    seen = {}
+    for i, fold in zip(train.tolist(), fold_of.tolist(), strict=True):
+        assert seen.setdefault(groups[i], fold) == fold
+    assert sorted(np.bincount(fold_of).tolist()) == [27, 27, 27]

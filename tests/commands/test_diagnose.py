@@ -18,7 +18,7 @@ from rich.console import Console
 
 import flaxtransfer.shift.diagnosis
 from flaxtransfer.cli import run
-from flaxtransfer.commands import diagnose
+from flaxtransfer.commands import measure
 from flaxtransfer.commands.job import trained_network
 from flaxtransfer.commands.subcommands import Diagnose
 from flaxtransfer.data import open_source, stratified_split
@@ -100,7 +100,7 @@ def test_a_report_is_replaced_whole(there, tmp_path, capsys):
 @pytest.mark.parametrize(("count", "most", "expected"), [(20, 20, 20), (21, 20, 20), (90, 30, 30)])
 def test_no_more_images_are_looked_at_and_those_with_labels_are(count, most, expected):
     labeled = np.array([0, 7, count - 1])
-    found = diagnose._chosen(count, labeled, Diagnose(Path("run"), "target", most_images=most))
+    found = measure._chosen(count, labeled, Diagnose(Path("run"), "target", most_images=most))
     assert len(set(found.tolist())) == len(found) == expected
     assert set(labeled.tolist()) <= set(found.tolist())
 
@@ -122,11 +122,11 @@ def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):
         return parts
 
     parts = keep(val_fraction=0.25, test_fraction=0.2)
-    diagnose._samples(network, target, Diagnose(folder, "target"), Console())
+    measure._samples(network, target, Diagnose(folder, "target"), Console())
     assert seen == [[0, 1, 2, 3, 4], sorted([*parts.val.tolist(), *parts.test.tolist()])]
     keep(val_fraction=0.0, test_fraction=0.0)
     with pytest.raises(ValueError, match="no validation or test images; train it with --val-frac"):
-        diagnose._samples(network, target, Diagnose(folder, "target"), Console())
+        measure._samples(network, target, Diagnose(folder, "target"), Console())
 
 
 @pytest.mark.slow

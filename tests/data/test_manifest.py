@@ -220,6 +220,7 @@ BAD = [
     ("path,label\n0.png,cat\n1.png,NaN\n2.png,dog\n", "that no class can be, 'NaN', in line 3"),
     ("path,label\n0.png,1\n1.png,2\n2.png,unknown\n", "no class can be, 'unknown', in line 4"),
     ("path,label\n0.png,1.5\n1.png,x\n2.png,2\n", r"must be numbers, .* line 3 \(label 'x'\)"),
+    ("path,label\n0.png,1.5\n1.png,1e39\n2.png,2\n", r"must be numbers, .* line 3 \(label '1e39'"),
     ("path,label\n0.png,1.5\n1.png,inf\n2.png,2\n", r"must be numbers, .* line 3 \(label 'inf'\)"),
     ("path,label,split\n0.png,a,train\n1.png,b,tset\n", r"val or test, .* line 3 \(tset\)"),
     (
@@ -235,7 +236,8 @@ BAD = [
         r"no group may be in two parts .* of their 'patient': line 4 \(line 2\)$",
     ),
     ("path,label\n0.png,a\n" + "x" * 2**20, "line 3 is longer than 1,048,576 characters"),
-    ("path,label\n0.png,a\n" + "x/" * 5000 + ",b\n", r"missing: line 3 \(x/x/.* \.\.\. .*x\)"),
+    ("path,label\n0.png,a\n" + "x/" * 2000 + ",b\n", r"missing: line 3 \(x/x/.* \.\.\. .*x\)"),
+    ("path,label\n0.png,a\n" + "x/" * 5000 + ",b\n", r"at most 4,096 .* in line 3 \(x/x"),
     (b"path,label\n0.png,a\n1\0.png,b\n", "line 3 holds a zero byte"),
     (b"\x89PNG\r\n\x1a\n\0\0", r"must be UTF-8 text, .* \(it begins with b'\\x89PNG'\)"),
     ("path,label\n0.png,a\n".encode("utf-16"), "must be UTF-8 text, got UTF-16"),
@@ -314,6 +316,17 @@ def test_a_parquet_file_that_states_too_many_rows(tmp_path, monkeypatch):
     pq.write_table(pa.table({"path": ["0.png"] * 9, "label": ["a"] * 9}), tmp_path / "many.parquet")
     with pytest.raises(ValueError, match="at most 8 rows, got 9"):
         open_source(f"parquet:{tmp_path}/many.parquet")
+
+
+def test_a_parquet_file_that_unpacks_to_much_more(tmp_path, monkeypatch):
+    text = pa.array([f"{i}{'x' * 100_000}" for i in range(9)])
+    pq.write_table(pa.table({"path": text, "label": ["a"] * 9}), tmp_path / "large.parquet")
+    assert (tmp_path / "large.parquet").stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"at most 4,096 characters, .* row 9 \(8xxx"):
+        open_source(f"parquet:{tmp_path}/large.parquet")
+    monkeypatch.setattr(manifest, "MOST_PARQUET_BYTES", 800_000)
+    with pytest.raises(ValueError, match=r"columns must have at most 800,000 bytes, got 9\d\d,"):
+        open_source(f"parquet:{tmp_path}/large.parquet")
 
 
 def test_options_of_columns_are_for_tables(tmp_path):

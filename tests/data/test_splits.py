@@ -326,7 +326,11 @@ PATIENTS = ["a", "a", "b", "b", "c", "c"]
         ([0, 0, 0, 0, 1, 1], {}, r"each class must be in at least 3 groups, .*'0' \(2\), '1' \(1"),
         ([0, 1] * 3, {"groups": ["a"] * 6}, "a split of 3 parts needs as many groups, got 1"),
         ([0, 1] * 3, {"groups": PATIENTS[:5]}, "groups must have one value per example, 6, got 5"),
-        ([0, 1] * 3, {"labels_per_class": 1}, "labels_per_class and val_per_class count single"),
+        (
+            [0, 1] * 3,
+            {"labels_per_class": 1},
+            "labels_per_class and val_per_class must be left out",
+        ),
         ([0, 1] * 3, {"val_fraction": 1.5}, r"val_fraction must be >= 0 and < 1, got 1\.5"),
         ([0, 1] * 3, {"class_names": ["x"]}, "got 1 names and labels up to 1"),
         ([0] * 6, {}, "at least 2 classes, got only '0'"),

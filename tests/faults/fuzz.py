@@ -20,6 +20,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import string
 import sys
@@ -32,12 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 from PIL import Image
 
 from flaxtransfer import files, masks, paths
 from flaxtransfer.commands.predict import cell_text
 from flaxtransfer.data.decode import decode_bands
 from flaxtransfer.data.folder import natural_key
+from flaxtransfer.data.open import open_source
 from flaxtransfer.mask_algebra import matches_glob as match
 from flaxtransfer.overview import plain, terminal
 from flaxtransfer.report.figures import wrap_text
@@ -402,6 +407,65 @@ def images(draw: random.Random) -> Made:
     return given, lambda: decode_bands(given, name="x.png", bands=bands, min_side=smaller)
 
 
+def a_table(folder: Path, kind: str) -> bytes:
+    """A sound table of twelve images, which are made beside it."""
+    rows = [
+        {
+            "path": f"{i}.png",
+            "label": ("cat", "dog", "a|b")[i % (2 + (kind == "csv"))],
+            "split": ("train", "train", "val", "test")[i // 2 % 4],
+            "patient": f"p{i // 2}",
+            "x": i / 3,
+            "y": i % 2,
+        }
+        for i in range(16)
+    ]
+    for row in rows:
+        Image.new("L", (2, 2)).save(folder / str(row["path"]))
+    file = io.BytesIO()
+    table = pa.Table.from_pylist(rows)
+    if kind == "csv":
+        pa_csv.write_csv(table, file)
+    else:
+        pq.write_table(table, file)
+    return file.getvalue()
+
+
+TABLE_WORDS = (
+    *(b",", b'"', b'""', b"\n", b"\r", b"\0", b";", b"\t", b"|", b"-1", b"nan", b"1e999", b"inf"),
+    *(b"../", b"/", b"\\", b"C:\\", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xae", b"train", b"{path}"),
+    *(b"x" * 5000, b"9" * 5000, b"a," * 3000, b"path,label\n", b"PAR1", b"\x15\x04", b"\xff" * 8),
+)
+
+
+def tables(draw: random.Random) -> Made:
+    kind = draw.choice(("csv", "csv", "parquet"))
+    folder = PLACE / kind
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / "sound").write_bytes(a_table(folder, kind))
+    given = changed(draw, (folder / "sound").read_bytes(), TABLE_WORDS)
+    (folder / "table").write_bytes(given)
+    options = draw.choice(
+        (
+            {},
+            {"label_column": "y"},
+            {"label_column": ["x", "y"]},
+            {"label_column": "x", "ignore_label": "0.0"},
+            {"image_column": "{y}{path}", "label_column": "y"},
+            {"split_column": "none", "skip_corrupt": True, "partial": True},
+        )
+    )
+
+    def read() -> None:
+        try:
+            open_source(f"{kind}:{folder}/table", **options)
+        except ValueError as error:  # A terminal shows as much.
+            raise ValueError(paths.shortened(str(error), MOST_TEXT)) from None
+
+    return (kind, options, given), read
+
+
 def some_archive(draw: random.Random) -> bytes:
     file = io.BytesIO()
     save = draw.choice((np.savez, np.savez_compressed))
@@ -481,10 +545,19 @@ KINDS: dict[str, Callable[[random.Random], Made]] = {
     "run": run_files,
     "name": names,
     "image": images,
+    "table": tables,
     "weights": weights,
 }
 
-PER_ROUND = {"json": 30, "glob": 20, "expression": 10, "image": 10, "weights": 5, "run": 5}
+PER_ROUND = {
+    "json": 30,
+    "glob": 20,
+    "expression": 10,
+    "image": 10,
+    "weights": 5,
+    "run": 5,
+    "table": 3,
+}
 """Inputs per round, in proportion to their speed; 1 of the others."""
 
 
@@ -494,10 +567,7 @@ def clean() -> Iterator[None]:
     try:
         yield
     finally:
-        for path in PLACE.glob("*"):
-            path.unlink()
-        with contextlib.suppress(FileNotFoundError):
-            PLACE.rmdir()
+        shutil.rmtree(PLACE, ignore_errors=True)
 
 
 def main() -> int:
