@@ -155,6 +155,8 @@ def heavy_imports(name):
         ("grain", ("data",)),
         ("tensorflow_datasets", ("data",)),
         ("PIL", ("data",)),
+        ("pydicom", ("data",)),
+        ("tifffile", ("data",)),
         ("matplotlib", ("report",)),
         ("tyro", ("commands", "cli")),
     ],
