@@ -156,6 +156,8 @@ def heavy_imports(name):
         ("tensorflow_datasets", ("data",)),
         ("PIL", ("data",)),
         ("pyarrow", ("data",)),
+        ("pydicom", ("data",)),
+        ("tifffile", ("data",)),
         ("matplotlib", ("report",)),
         ("tyro", ("commands", "cli")),
     ],

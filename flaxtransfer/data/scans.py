@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import itertools
 import logging
 import math
@@ -16,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 from xml.etree import ElementTree
@@ -242,81 +241,63 @@ def _plain_name(text: str) -> str:
     return re.sub(r"(?<![0-9])0+(?=[0-9])", "", text.casefold())
 
 
-_IMPORT = threading.Lock()
-
-
-def optional(library: str, extra: str, name: str) -> Any:
-    """Imports a library of an extra.
+@contextlib.contextmanager
+def _extra(extra: str, name: str) -> Iterator[None]:
+    """Names the extra where a library cannot be imported.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: see above.
     """
-    with _IMPORT:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"{name}: this file needs the extra {extra}: pip install 'flaxtransfer[{extra}]' "
+            f"({error})"
+        ) from error
+
+
+# DICOM
+
+_IMPORT = threading.Lock()
+
+_PICTURE_TAGS = """
+    Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored
+    PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit NumberOfFrames Modality
+    RescaleSlope RescaleIntercept ModalityLUTSequence
+    VOILUTSequence WindowCenter WindowWidth VOILUTFunction
+    RedPaletteColorLookupTableDescriptor RedPaletteColorLookupTableData
+    GreenPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableData
+    BluePaletteColorLookupTableDescriptor BluePaletteColorLookupTableData
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
+"""
+"""All that is read of a header for a picture: no name and no birth date ever is."""
+
+
+def _pydicom(name: str) -> Any:
+    """The library, which says nothing of damage; an error is raised of it."""
+    with _IMPORT, _extra("dicom", name):
+        # gdcm asks for a module of Python 2, and would take any folder called "dl" for it.
+        hidden = "dl" not in sys.modules
+        if hidden:
+            sys.modules["dl"] = None  # type: ignore[assignment]
         try:
-            # gdcm asks for a module of Python 2, and would take any folder called "dl" for it.
-            hidden = "dl" not in sys.modules and library.startswith("pydicom")
+            import pydicom
+            import pydicom.pixels
+        finally:
             if hidden:
-                sys.modules["dl"] = None  # type: ignore[assignment]
-            try:
-                module = importlib.import_module(library)
-                if library.startswith("pydicom"):
-                    _quiet()
-                return module
-            finally:
-                if hidden:
-                    del sys.modules["dl"]
-        except ModuleNotFoundError as error:
-            raise MissingExtra(
-                f"{name}: this file needs the extra {extra}: pip install 'flaxtransfer[{extra}]' "
-                f"({error})"
-            ) from error
-
-
-def _quiet() -> None:
-    """Keeps pydicom and gdcm from writing about damage, of which an error is raised."""
+                del sys.modules["dl"]
     logger = logging.getLogger("pydicom")
     if logger.level in (logging.NOTSET, logging.WARNING):  # As pydicom itself sets it.
         logger.setLevel(logging.CRITICAL)
     if (gdcm := sys.modules.get("gdcm")) is not None:
         for kind in ("Error", "Warning", "Debug"):
             getattr(gdcm.Trace, f"{kind}Off")()
-
-
-# DICOM
-
-_PICTURE_TAGS = (
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "BitsAllocated",
-    "BitsStored",
-    "PixelRepresentation",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "NumberOfFrames",
-    "Modality",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "ModalityLUTSequence",
-    "VOILUTSequence",
-    "WindowCenter",
-    "WindowWidth",
-    "VOILUTFunction",
-    "RedPaletteColorLookupTableDescriptor",
-    "GreenPaletteColorLookupTableDescriptor",
-    "BluePaletteColorLookupTableDescriptor",
-    "RedPaletteColorLookupTableData",
-    "GreenPaletteColorLookupTableData",
-    "BluePaletteColorLookupTableData",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-)
-"""All that is read of a header: no name and no birth date ever is."""
+    return pydicom
 
 
 def _header(file: Any, name: str, tags: Sequence[str]) -> Any:
-    pydicom = optional("pydicom", "dicom", name)
+    pydicom = _pydicom(name)
     try:
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(tags))
         for _ in header:  # Values are read when they are looked at.
@@ -382,7 +363,7 @@ def read_dicom(file: IO[bytes], asked: Asked) -> Picture | None:
     References:
         DICOM Standard, PS3.3, C.11.1 and C.11.2: the modality and VOI look-up tables.
     """
-    header = _header(file, asked.name, _PICTURE_TAGS)
+    header = _header(file, asked.name, _PICTURE_TAGS.split())
     try:
         return _dicom_picture(file, header, asked)
     except ImageError:
@@ -411,7 +392,7 @@ def _dicom_picture(file: IO[bytes], header: Any, asked: Asked) -> Picture | None
     plain = plain and not part.get("ModalityLUTSequence") and _rescale(part) == (1, 0)
     if asked.measured and (plain or color == "PALETTE COLOR"):
         return None
-    processing = optional("pydicom.pixels", "dicom", asked.name)
+    processing = _pydicom(asked.name).pixels
     file.seek(0)
     pixels: np.ndarray = processing.pixel_array(file, index=asked.frame)
     if color == "PALETTE COLOR":
@@ -517,8 +498,8 @@ def read_tiff(file: IO[bytes], asked: Asked, plain: Callable[[], Picture | None]
         ImageError: too large, damaged, or with another number of bands.
     """
     try:
-        tifffile = optional("tifffile", "geo", asked.name)
-    except MissingExtra:
+        import tifffile
+    except ModuleNotFoundError:
         return plain()
     try:
         with tifffile.TiffFile(file) as tiff:
@@ -539,7 +520,8 @@ def read_tiff(file: IO[bytes], asked: Asked, plain: Callable[[], Picture | None]
     # Its parser raises many types of error on damaged bytes, and decoders some of their own.
     except Exception as error:
         if "imagecodecs" in str(error):
-            optional("imagecodecs", "geo", asked.name)
+            with _extra("geo", asked.name):
+                import imagecodecs  # noqa: F401
         raise ImageError(f"{asked.name}: the image cannot be decoded ({_brief(error)})") from error
 
 

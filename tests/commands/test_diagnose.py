@@ -109,7 +109,7 @@ def test_the_source_is_what_the_run_kept_apart(there, tmp_path, monkeypatch):
     for name in ("bright", "dark"):
         write(draw(0.5, 20, 3)[0], tmp_path / name)
     seen = []
-    monkeypatch.setattr(diagnose, "_evidence", lambda *given: seen.append(given[2].tolist()))
+    monkeypatch.setattr(measure, "_evidence", lambda *given: seen.append(given[2].tolist()))
     folder = tmp_path.parent / f"{tmp_path.name}-run"
     shutil.copytree(there / "run", folder)
     network = replace(trained_network(folder), class_names=("bright", "dark"))

@@ -231,6 +231,16 @@ def test_the_prior_is_corrected_under_label_shift_and_not_under_blur(tmp_path):
     assert images["without"]["prior, EM"] < images["as is"] == images["with"]["prior, EM"]
 
 
+@pytest.mark.slow
+def test_measured_gray_levels_are_worth_more_than_the_scale_to_65535():
+    table = run("gray_levels.py", "--spans", "300", "--seeds", "0", "--tests", "200")
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    (few, low), (many, high) = ((int(row[3]), float(row[4].split()[0])) for row in rows)
+    assert few <= 3
+    assert many > 200
+    assert high > low + 5
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
 def test_what_a_script_imports_is_there(name):
     importlib.import_module(name)
