@@ -51,6 +51,12 @@ _HEARD_S = 3 * _WATCH_S
 _FAILED = "flaxtransfer/failed/"
 """Where the coordinator keeps the last words of processes that have failed."""
 
+_LEFT = "flaxtransfer/left/"
+"""Where it keeps who has ended after that."""
+
+_STAYS_S = 10.0
+"""How long process 0, which is the coordinator, waits for the others to end before it does."""
+
 _ending = threading.Event()
 """This process has begun to end by itself."""
 
@@ -311,13 +317,15 @@ def check_alone(what: str) -> None:
 
 
 def finish() -> None:
-    """Waits until all processes are done, so that none is missed; nothing in one process.
+    """Waits until all processes are done, and parts them; the last thing that a program calls.
 
     >>> finish()
     """
     if several():
         any_process(False)
         _ending.set()
+        # Now, and not when Python has ended: on a busy machine that may be long after the others.
+        jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
 
 def lost(error: BaseException) -> str:
@@ -357,6 +365,20 @@ def tell(text: str, code: int) -> None:
         said = json.dumps({"text": text, "code": code})
         _client().key_value_set(f"{_FAILED}{jax.process_index()}", said)
     time.sleep(_HEARD_S)
+    _go()
+
+
+def _go() -> None:
+    """The last thing before a process ends: process 0 is the last to go, for it keeps the words."""
+    with contextlib.suppress(Exception):
+        if not is_first():
+            _client().key_value_set(f"{_LEFT}{jax.process_index()}", "")
+            return
+        until = time.monotonic() + _STAYS_S
+        while time.monotonic() < until:
+            if len(_client().key_value_dir_get(_LEFT)) == jax.process_count() - 1:
+                return
+            time.sleep(_WATCH_S / 5)
 
 
 def _listen() -> None:
@@ -386,8 +408,7 @@ def _watch() -> None:
             line = f"flaxtransfer: process {number} has ended: {found['text']}"
             _told.set()
             print(line, file=sys.stderr, flush=True)
-            if is_first():  # It keeps the words for all.
-                time.sleep(_HEARD_S)
+            _go()
             os._exit(found["code"])
 
 

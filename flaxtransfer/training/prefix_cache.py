@@ -279,7 +279,7 @@ def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: DataL
     return Choice(
         None,
         f"{begin}, are not cached: {bytes_text(smallest)} are more than the budget of "
-        f"{_budget(cache)}" + (", and several processes keep none on disk" if several() else ""),
+        f"{_budget(cache)}" + ("; several processes keep none on disk" if several() else ""),
     )
 
 
@@ -289,10 +289,14 @@ def _places(cache: Cache) -> Iterator[tuple[_Dtype, _Place, int]]:
     places: tuple[tuple[_Place, int], ...] = (("memory", cache.memory), ("disk", cache.disk))
     for dtype in dtypes:
         for where, budget in places:
-            # Each process would have to find the same file, and their disks need not be one.
-            there = where == "memory" or not several()
-            if cache.dtype in ("auto", dtype) and cache.where in ("auto", where) and there:
+            if cache.dtype in ("auto", dtype) and where in _allowed(cache):
                 yield dtype, where, budget
+
+
+def _allowed(cache: Cache) -> list[_Place]:
+    """Where activations may be kept. Several processes would have to find the same files."""
+    places: tuple[_Place, ...] = ("memory",) if several() else ("memory", "disk")
+    return [name for name in places if cache.where in ("auto", name)]
 
 
 def activation_shape(model: Model, feed: DataLoaders, cut: str) -> tuple[int, ...]:
@@ -310,6 +314,8 @@ def _never(cache: Cache, cut: str | None, feed: DataLoaders) -> str:
         return "for training moves the network from its input on"
     if feed.examples is None:
         return "for the feed does not tell its examples apart (Feed.examples)"
+    if not _allowed(cache):
+        return "for several processes keep none on disk"
     return ""
 
 
@@ -318,7 +324,7 @@ def _budget(cache: Cache) -> str:
     return " and ".join(
         f"{bytes_text(budget)} {_PLACE[name]}"
         for name, budget in budgets.items()
-        if cache.where in ("auto", name)
+        if name in _allowed(cache)
     )
 
 

@@ -233,9 +233,36 @@ def test_two_processes_train_and_evaluate_as_one(reference, tmp_path):
     ended = run(tmp_path / "two", {**CACHED, "mesh": "alternating"})
     assert ended.codes == [0, 0], ended.said
     assert_same(tmp_path / "two", reference, 2)
+    for said in ended.said:
+        assert "each process must give its own share of the examples, got the same rows" in said
+        assert "batches must have `index` in a run over several processes, got image" in said
     notes = json.loads(str(out(reference)["notes"]))
     # The control: both phases count, so that all that was trained is compared.
     assert any("'all but the stem' is kept" in note for note in notes)
+
+
+def test_several_processes_keep_no_activations_on_disk(monkeypatch):
+    """What is said; one process, the control, keeps them there."""
+    from flaxtransfer.training import prefix_cache
+    from tests.support.small import PREPROCESSING, SIZE, network, two_phases
+
+    model, variables = network()
+    source = ft.ArraySource(np.zeros((6, SIZE, SIZE, 3), np.uint8), [0, 1, 2, 0, 1, 2])
+    data = ft.loaders(source, ft.data.Splits.of(range(6)), PREPROCESSING, batch_size=2)
+    plan = two_phases(variables["params"], steps=99).resolve(variables["params"], 3)
+
+    def chosen(**changes: Any) -> Any:
+        cache = ft.Cache(**changes)
+        return prefix_cache.choose(cache, model, variables["params"], plan.phases[0], data)
+
+    assert (chosen(where="disk").where, chosen(memory=1).where) == ("disk", "disk")
+    monkeypatch.setattr(prefix_cache, "several", lambda: True)
+    assert chosen().where == "memory"
+    for changes in ({"where": "disk"}, {"memory": 1}):
+        refused = chosen(**changes)
+        assert refused.cut is None
+        assert "several processes keep none on disk" in refused.text
+    assert "more than the budget of 1 bytes in memory;" in refused.text
 
 
 def test_different_processes_are_refused_by_name(tmp_path):
@@ -271,7 +298,7 @@ def test_devices_and_processes_do_not_matter(reference, tmp_path, count, devices
     ids=str,
 )
 def test_every_pass_over_images_is_shared(job, within, tmp_path):
-    one = alone(tmp_path / "one", job)
+    one = alone(tmp_path / "one", {**job, "mesh": "plain"})
     ended = run(tmp_path / "two", job)
     assert ended.codes == [0, 0], ended.said
     assert_same(tmp_path / "two", one, 2, within=within)
@@ -304,9 +331,11 @@ def test_a_signal_to_one_stops_all_at_the_same_step(reference, tmp_path, number,
     ]
     assert lines[0] == lines[1]
     assert "with a checkpoint; --resume continues" in lines[0]
-    # Resumed by one process on one device, it equals the run that nobody stopped.
-    alone(tmp_path / "run", CACHED)
-    assert_same(tmp_path / "run", reference, 1)
+    # Resumed by two processes, or by one on one device, it equals the run that nobody stopped.
+    count, devices = (2, 4) if struck == 0 else (1, 1)
+    ended = run(tmp_path / "run", CACHED, count, devices)
+    assert ended.codes == [0] * count, ended.said
+    assert_same(tmp_path / "run", reference, count)
 
 
 @pytest.mark.slow

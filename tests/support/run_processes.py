@@ -53,7 +53,7 @@ def main(folder: Path, job: dict[str, Any]) -> int:
     from flaxtransfer.training.console import Interrupted
     from tests.support.small import PREPROCESSING, SIZE, network
 
-    number, _ = distributed.share()
+    number, count = distributed.share()
     # The folder of the run is there for process 0 alone: no disk is shared.
     run = folder / ("run" if number == 0 else "nowhere/run")
 
@@ -114,6 +114,17 @@ def main(folder: Path, job: dict[str, Any]) -> int:
     test = ft.predict(
         fitted.network, ft.eval_batches(source, splits.val, PREPROCESSING), mesh, features=True
     )
+    if count > 1:
+        # Batches of somebody's own would count twice.
+        transform = ft.data.evaluation_transform(PREPROCESSING)
+        whole = list(
+            ft.data.batches_in_order(source, splits.val, batch_size=16, transform=transform)
+        )
+        for batches in (whole, [{k: v for k, v in b.items() if k != "index"} for b in whole]):
+            try:
+                ft.evaluate(fitted.network, batches, mesh)
+            except ValueError as error:
+                print(f"refused: {error}")
     from flaxtransfer.paths import flatten
 
     np.savez(
