@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 import flaxtransfer as ft
-from flaxtransfer.metrics import METRICS
 
 PAIR = (3, 8)
 FREQUENT, RARE = 95, 5
@@ -71,7 +70,10 @@ def trained(seed: int, loss: ft.training.CrossEntropy, steps: int) -> dict[str, 
     batches = ft.eval_batches(source, splits.test, network.preprocessing, batch_size=64)
     found = ft.predict(fitted.network, batches)
     probabilities = network.task.probabilities(found.logits)
-    return {name: METRICS["single_label"][name].of(probabilities, found.labels) for name in SHOWN}
+    return {
+        name: ft.training.METRICS["single_label"][name].of(probabilities, found.labels)
+        for name in SHOWN
+    }
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ def test_no_name_of_a_room_is_hidden_by_a_file_of_it(room):
         # Modules that are public as modules.
         "adapters",
         "nnx",
+        "task",
     }
 
 
