@@ -89,7 +89,8 @@ class Units:
     def standardized(self, labels: Any) -> Any:
         """Labels in standard deviations from the mean; numpy and jax alike."""
         xp = jnp if isinstance(labels, jax.Array) else np
-        return (labels - xp.asarray(self.mean, labels.dtype)) / xp.asarray(self.scale, labels.dtype)
+        values = xp.asarray(labels, labels.dtype if labels.dtype.kind == "f" else np.float32)
+        return (values - xp.asarray(self.mean, values.dtype)) / xp.asarray(self.scale, values.dtype)
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _right_labels(outputs: Any, labels: Any) -> Any:
 
 
 def _explained(outputs: Any, labels: Any) -> Any:
-    """1 - squared error in standard deviations: its mean over the training set is R2 there."""
+    """1 - squared error in standard deviations of the training set, where its mean is R2."""
     xp = jnp if isinstance(outputs, jax.Array) else np
     known = labels == labels
     squares = xp.where(known, xp.square(outputs - xp.where(known, labels, 0)), 0)
@@ -385,12 +386,14 @@ REGRESSION = Task(
     ranking="r2",
     metrics=_errors,
     rank=METRICS["regression"]["r2"],
+    scored="explained",
     standardizes=True,
 )
 """One or several numbers per image: squared error in standard deviations, ranked by R2.
 
 Labels are float32 ``[examples, targets]``, NaN where nobody knows. ``fit`` standardizes them on the
-training set; predictions and errors are in the units of the labels."""
+training set; predictions and errors are in the units of the labels. Training logs "explained": the
+share of the training set's variance that is gone."""
 
 TASKS = {task.name: task for task in (SINGLE_LABEL, MULTI_LABEL, REGRESSION)}
 """The tasks by the names that files record."""

@@ -439,7 +439,7 @@ class TrainingOptions:
         head_learning_rate: Peak learning rate of the head.
         learning_rate: Peak learning rate of all other parameters that train.
         weight_decay: Decoupled weight decay, on kernels.
-        patience: Evaluations without a better validation accuracy that end a phase.
+        patience: Evaluations without a better validation metric that end a phase.
         evaluate_every: Steps between validations, each with a checkpoint.
     """
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flaxtransfer.losses import SquaredError as SquaredError
     from flaxtransfer.losses import cross_entropy as cross_entropy
     from flaxtransfer.metrics import METRICS as METRICS
+    from flaxtransfer.metrics import report as report
     from flaxtransfer.optimizers import migrate as migrate
     from flaxtransfer.sharding import make_mesh as make_mesh
     from flaxtransfer.sharding import place_batch as place_batch

@@ -228,3 +228,16 @@ def test_a_rate_is_found_for_a_task(name):
     sweep = ft.find_learning_rate(network(TASKS[name]), phase, feed, steps=8, highest=1e-2)
     assert len(sweep.losses) == 8
     assert sweep.losses[0] < 2
+
+
+def test_the_mean_score_of_a_regression_is_its_r2_on_the_training_set():
+    source, splits, _ = data("regression", missing=0)
+    labels = source.labels()[splits.train]
+    task = REGRESSION.fitted(labels)
+    outputs = np.random.default_rng(0).normal(size=labels.shape).astype(np.float32)
+    found = task.evaluate(outputs, labels)
+    assert found["explained"] == pytest.approx(r2_score(labels, task.probabilities(outputs)), 1e-4)
+    assert found["explained"] == pytest.approx(found["r2"], rel=1e-4)
+    by_error = task.ranked_by("mae").evaluate(outputs, labels)
+    assert list(by_error) == ["mae", "loss", "explained", "rmse"]
+    assert task.ranked_by("mae").evidence(outputs, labels).value == -by_error["mae"]
