@@ -197,10 +197,12 @@ def _near(option: str, known: Sequence[str]) -> str:
 def _execute(options: Any) -> int:
     from flaxtransfer import distributed
     from flaxtransfer.overview import terminal
-    from flaxtransfer.sharding import guard_cpu_thread_pool
+    from flaxtransfer.sharding import guard_cpu_thread_pool, keep_compiled
     from flaxtransfer.training.console import Interrupted
+    from flaxtransfer.weights.locations import cache_folder
 
     guard_cpu_thread_pool()
+    keep_compiled(cache_folder() / "compiled")
     distributed.start(stop_together=isinstance(options, Train))
     # For Python's process that frees the shared memory of decode workers: where they, or the run,
     # were ended from outside, it would add two lines of its own to the one that says so.

@@ -7,10 +7,13 @@ batch statistic is that of the whole batch and not of the part on one device.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -205,6 +208,52 @@ def guard_cpu_thread_pool() -> int | None:
     threads = max(2 * devices, int(given) if given.isdecimal() else 0)
     os.environ["NPROC"] = str(threads)
     return threads
+
+
+MOST_COMPILED_BYTES = 1 << 30
+"""Of compiled programs that are kept; the longest unused go first. A run has a few megabytes."""
+
+
+def keep_compiled(folder: Path) -> Path | None:
+    """Keeps compiled programs, so that a second start does not compile them again.
+
+    What jax is told stays: JAX_COMPILATION_CACHE_DIR (another folder, or a bucket),
+    JAX_ENABLE_COMPILATION_CACHE=false (none), JAX_COMPILATION_CACHE_MAX_SIZE (bytes). Programs of
+    a CPU are for its instructions; each kind of CPU has a folder of its own, for homes that several
+    machines share.
+
+    Args:
+        folder: for all kinds of CPU; made where it can be.
+
+    Returns:
+        Where they are kept; None where that was said otherwise, or nothing can be written.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return None
+    place = folder / _cpu_name()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(place, os.W_OK):
+        return None
+    update: Any = jax.config.update  # which has no types
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        update("jax_compilation_cache_max_size", MOST_COMPILED_BYTES)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    update("jax_compilation_cache_dir", str(place))
+    return place
+
+
+def _cpu_name() -> str:
+    """A name of this kind of CPU: its architecture, and a digest of its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def _padded(batch: Mapping[str, Any], devices: int) -> dict[str, np.ndarray]:

@@ -243,3 +243,45 @@ def test_two_processes_of_four_devices():
     pair = [child(code, port, index) for index in range(2)]
     for process in pair:
         finish(process)
+
+
+KEEPS = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from flaxtransfer.sharding import keep_compiled
+
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+place = keep_compiled(Path(sys.argv[1]))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+found = jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((8, 8)))
+print(place, sum(name.endswith("/cache_hits") for name in hits) > 0, float(found.sum()))
+"""
+
+
+def started(folder, **environment):
+    names = {name: text for name, text in os.environ.items() if "CACHE" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPS, str(folder)],
+        env=names | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.once
+def test_a_second_start_finds_what_the_first_one_compiled(tmp_path):
+    place, hit, value = started(tmp_path / "compiled")
+    assert (hit, Path(place).parent) == ("False", tmp_path / "compiled")
+    assert list(Path(place).glob("*-cache"))
+    assert started(tmp_path / "compiled") == [place, "True", value]
+    # A file is in the way of the folder; and jax was told another one.
+    (tmp_path / "file").touch()
+    assert started(tmp_path / "file") == ["None", "False", value]
+    other = started(tmp_path / "no", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "told"))
+    assert other[0] == "None"
+    assert not (tmp_path / "no").exists()
