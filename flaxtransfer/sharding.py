@@ -228,7 +228,7 @@ def keep_compiled(folder: Path) -> Path | None:
     Returns:
         Where they are kept; None where that was said otherwise, or nothing can be written.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return None
     place = folder / _cpu_name()
     try:
