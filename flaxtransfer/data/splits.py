@@ -584,7 +584,8 @@ def _allot(strata: np.ndarray, shares: np.ndarray, units: np.ndarray, seed: int)
     count = int(units.max()) + 1
     sums = np.zeros((count, strata.shape[1] + 1))
     np.add.at(sums, units, np.concatenate([np.ones((len(strata), 1)), strata], axis=1))
-    weights = sums / sums.sum(axis=0)
+    # A part of all examples may lack a stratum.
+    weights = sums / np.maximum(sums.sum(axis=0), 1)
     keys = np.random.PCG64(np.random.SeedSequence([seed, count])).random_raw(count)
     order = np.argsort(keys, kind="stable")
     order = order[np.argsort(-weights[order].max(axis=1), kind="stable")]

@@ -317,6 +317,23 @@ def test_labels_of_several_outputs_have_about_their_shares_in_each_part(kind):
         assert np.isnan(labels[part]).mean() == pytest.approx(0.1, abs=0.02)
 
 
+@given(SEEDS, st.integers(2, 4), st.booleans(), st.booleans(), st.integers(1, 3))
+def test_folds_of_several_outputs_test_each_example_once(seed, folds, whole, flags, outputs):
+    random = np.random.default_rng(seed)
+    labels = random.normal(size=(random.integers(12, 40), outputs))
+    labels = (labels > 1).astype(np.float32) if flags else labels
+    labels[random.random(labels.shape) < 0.2] = np.nan
+    groups = np.arange(len(labels)) // 2 if whole else np.arange(len(labels))
+    parts = stratified_folds(labels, folds, groups=groups if whole else None, seed=seed)
+    tested = np.concatenate([splits.test for splits in parts])
+    assert sorted(tested.tolist()) == list(range(len(labels)))
+    for splits in parts:
+        assert sorted(np.concatenate(splits).tolist()) == list(range(len(labels)))
+        assert sum(map(len, groups_of(splits, groups))) == len(set(groups.tolist()))
+        assert len(splits.train)
+        assert len(splits.test)
+
+
 PATIENTS = ["a", "a", "b", "b", "c", "c"]
 
 
