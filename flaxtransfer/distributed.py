@@ -102,7 +102,8 @@ def start(*, stop_together: bool = True) -> None:
             heartbeat_timeout_seconds=_HEARTBEAT_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
-    except RuntimeError as error:
+    except Exception as error:
+        # Of many kinds: launchers are asked over the network, by packages that may not be there.
         where = "the launcher's environment" if given is None else f"{COORDINATOR}={given[0]}"
         raise OSError(
             f"the processes of the run did not come together ({where}): {shortened(str(error))}; "
@@ -329,7 +330,7 @@ def finish() -> None:
 
 
 def lost(error: BaseException) -> str:
-    """What an error says about another process that is gone; "" where it says nothing.
+    """What an error says about another process that may be gone; "" where it says nothing.
 
     Args:
         error: of jax, which reports broken connections as errors of the device.
@@ -338,7 +339,7 @@ def lost(error: BaseException) -> str:
         return ""
     _listen()
     text = shortened(" ".join(str(error).split()), 200)
-    return f"another process of the run has ended or cannot be reached ({text})"
+    return f"another process of the run may have ended: jax cannot go on without it ({text})"
 
 
 def leave(text: str, code: int) -> NoReturn:

@@ -278,6 +278,27 @@ def test_different_processes_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.slow
+def test_different_versions_and_devices_are_refused_by_name(tmp_path):
+    jobs = [{"versions": {"jax": "1", "numpy": "2"}}, {"versions": {"jax": "3", "numpy": "2"}}]
+    ended = run(tmp_path / "versions", {}, jobs=jobs)
+    assert ended.codes == [2, 2], ended.said
+    for said in ended.said:
+        assert "got versions.jax is '3' in process 1 and '1' in process 0\n" in said
+
+    def uneven(number: int) -> dict[str, str]:
+        flags = os.environ.get("XLA_FLAGS", "")
+        port = {"FT_COORDINATOR": f"127.0.0.1:{free}", "FT_PROCESSES": "2"}
+        devices = f"{flags} --xla_force_host_platform_device_count={2 + 2 * number}"
+        return {**port, "FT_PROCESS": str(number), "XLA_FLAGS": devices}
+
+    free = local.free_port()
+    ended = run(tmp_path / "devices", {}, launcher=uneven)
+    assert ended.codes == [2, 2], ended.said
+    for said in ended.said:
+        assert "the same number of devices, got 2 in process 0, 4 in process 1\n" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 4)])
 def test_devices_and_processes_do_not_matter(reference, tmp_path, count, devices):
     ended = run(tmp_path / "run", CACHED, count, devices)

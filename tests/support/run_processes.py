@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ JOB: dict[str, Any] = {
     "bad": None,
     "signal": None,
     "struck": 1,
-    "sleep": 0.0,
+    "versions": None,
 }
 """What a run is, and what befalls it: ``bad`` is an image that process 1 cannot read, ``signal`` a
-signal and the step at which process ``struck`` gets it, ``sleep`` a pause before each image, in
-s."""
+signal and the step at which process ``struck`` gets it, ``versions`` those of its packages."""
 
 
 def main(folder: Path, job: dict[str, Any]) -> int:
@@ -44,6 +42,8 @@ def main(folder: Path, job: dict[str, Any]) -> int:
     from flaxtransfer.sharding import guard_cpu_thread_pool
 
     guard_cpu_thread_pool()
+    if job["versions"]:
+        distributed._versions = lambda: job["versions"]
     distributed.start()
     import jax
 
@@ -59,7 +59,6 @@ def main(folder: Path, job: dict[str, Any]) -> int:
 
     class Images(ft.ArraySource):
         def __getitem__(self, index: Any) -> Any:
-            time.sleep(job["sleep"])
             if number == 1 and int(index) == job["bad"]:
                 raise ValueError(f"image {int(index)} cannot be read")
             return super().__getitem__(index)
