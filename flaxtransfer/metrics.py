@@ -124,7 +124,9 @@ def _one_hot(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _brier_of_classes(predictions: np.ndarray, labels: np.ndarray) -> float:
-    return float(np.square(predictions - _one_hot(predictions, labels)).sum(axis=1).mean())
+    chance = np.asarray(predictions, np.float64)
+    own = np.take_along_axis(chance, labels[:, None], axis=1)[:, 0]
+    return float((np.square(chance).sum(axis=1) - 2 * own + 1).mean())
 
 
 def _log_loss_of_classes(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -151,10 +153,12 @@ def _per_label(name: str, predictions: np.ndarray, labels: np.ndarray) -> np.nda
     of = {"average_precision": _average_precision, "roc_auc": _roc_auc}[name]
     found = np.full(predictions.shape[1], np.nan)
     for k in range(predictions.shape[1]):
-        known = ~np.isnan(labels[:, k])
-        truth = labels[known, k]
-        if len(truth) and truth.min() != truth.max():
-            found[k] = of(truth > 0.5, predictions[known, k])
+        # One class after the other: all of them as columns would need examples x classes numbers.
+        column = labels == k if labels.ndim == 1 else labels[:, k]
+        known = ~np.isnan(column)
+        truth = column[known] > 0.5
+        if truth.any() and not truth.all():
+            found[k] = of(truth, predictions[known, k])
     return found
 
 
@@ -178,8 +182,7 @@ def _average_precision(truth: np.ndarray, scores: np.ndarray) -> float:
 
 def _macro(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
     def of(predictions: np.ndarray, labels: np.ndarray) -> float:
-        truth = _one_hot(predictions, labels) if labels.ndim == 1 else labels
-        found = _per_label(name, predictions, truth)
+        found = _per_label(name, predictions, labels)
         return float(np.nanmean(found)) if not np.isnan(found).all() else float("nan")
 
     return of

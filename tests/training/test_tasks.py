@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -241,3 +246,40 @@ def test_the_mean_score_of_a_regression_is_its_r2_on_the_training_set():
     by_error = task.ranked_by("mae").evaluate(outputs, labels)
     assert list(by_error) == ["mae", "loss", "explained", "rmse"]
     assert task.ranked_by("mae").evidence(outputs, labels).value == -by_error["mae"]
+
+
+KILLED = """
+import os, signal, sys
+import flaxtransfer as ft
+from flaxtransfer.training import loop
+from tests.training import test_tasks as t
+
+save = loop._save
+
+def deadly(run, state, position, metric):
+    save(run, state, position, metric)
+    if position.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop._save = deadly
+_, _, feed = t.data(sys.argv[1])
+options = ft.FitOptions(evaluate_every=2)
+ft.fit(t.network(t.TASKS[sys.argv[1]]), t.plan(), feed, sys.argv[2], options=options)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path):
+    words = [sys.executable, "-c", KILLED, name, str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    _, _, feed = data(name)
+    options = ft.FitOptions(evaluate_every=2)
+    resumed, whole = (
+        ft.fit(network(TASKS[name]), plan(), feed, tmp_path / run, options=options, resume=True)
+        for run in ("run", "whole")
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole.variables, resumed.variables)
+    assert resumed.network.task == whole.network.task
