@@ -177,20 +177,23 @@ def read_picture(data: bytes | str | os.PathLike[str], asked: Asked) -> Picture 
     [0, 4095]
     """
     if not isinstance(data, bytes):
-        try:
-            check_regular(data)
-        except ValueError as error:
-            raise ImageError(str(error)) from error
+        _check_file(data)
     with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
         head = file.read(HEAD_BYTES)
         file.seek(0)
         decoder = decoder_of(head)
         if decoder is not None:
-            _silence()
             picture = decoder.read(file, asked)
             eight = picture is not None and picture.values.dtype == np.uint8
             return None if asked.measured and eight else picture
     raise ImageError(not_an_image(asked.name))
+
+
+def _check_file(path: str | os.PathLike[str]) -> None:
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise ImageError(str(error)) from error
 
 
 def count_frames(path: str | os.PathLike[str], *, name: str) -> int:
@@ -199,7 +202,7 @@ def count_frames(path: str | os.PathLike[str], *, name: str) -> int:
     Raises:
         ImageError: not an image, or a DICOM file whose header cannot be read.
     """
-    check_regular(path)
+    _check_file(path)
     with open(path, "rb") as file:
         decoder = decoder_of(file.read(HEAD_BYTES))
     if decoder is None:
@@ -209,6 +212,7 @@ def count_frames(path: str | os.PathLike[str], *, name: str) -> int:
 
 def decoder_of(head: bytes) -> Decoder | None:
     """The row of the table for a file that begins with ``head``; None for no image."""
+    _silence()
     return next((decoder for decoder in DECODERS if decoder.detect(head)), None)
 
 

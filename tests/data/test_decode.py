@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flaxtransfer.data import decode as decoding
-from flaxtransfer.data.decode import ImageError, decode, decode_bands, is_image
+from flaxtransfer.data.decode import ImageError, count_frames, decode, decode_bands, is_image
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -238,6 +238,8 @@ def test_a_named_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(ImageError, match=r"x\.png must be a regular file, got a named pipe"):
         decode(tmp_path / "x.png", name="x.png")
+    with pytest.raises(ImageError, match=r"x\.png must be a regular file, got a named pipe"):
+        count_frames(tmp_path / "x.png", name="x.png")
 
 
 def test_pillow_does_not_write_about_damage(capfd):

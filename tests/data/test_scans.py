@@ -252,6 +252,8 @@ def test_damage_to_dicom_gives_pixels_or_an_image_error(tmp_path):
 
 
 def test_pydicom_does_not_write_about_damage(capfd):
+    with pytest.raises(ImageError, match=r"NumberOfFrames must be 1 or more.*got none"):
+        count_frames(bundled("badVR.dcm"), name="x")  # It warns of "1A".
     data = bytearray(bundled("MR_small_RLE.dcm").read_bytes())
     with pytest.raises(ImageError):
         decode(bytes(data[:-3000]), name="x")
