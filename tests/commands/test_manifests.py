@@ -279,11 +279,31 @@ def test_options_that_do_not_fit(options, text, tmp_path, monkeypatch, capsys):
     assert text in only_line(capsys)
 
 
-def test_labels_of_a_kind_that_is_not_trained_are_refused(trained, weights, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["tags", "columns", "values"])
+def test_tables_of_several_labels_or_values_are_trained(trained, weights, tmp_path, capsys, kind):
     table, _ = trained
-    images = table.parent / "images"
-    rows = [[row[0], i / 4, i] for i, row in enumerate(rows_of(images))]
-    write(tmp_path / "values.csv", rows)
-    code = run(words(f"csv:{tmp_path}/values.csv", weights, tmp_path / "run"))
-    assert code == 2
-    assert "the labels must be for single_label, got regression" in only_line(capsys)
+    images = rows_of(table.parent / "images")
+    cells = {
+        "tags": lambda i: ("bright|old" if i % 3 else "old",),
+        "columns": lambda i: (i % 2, "" if i % 5 == 0 else i % 3 // 2),
+        "values": lambda i: (i / 4,),
+    }[kind]
+    names = ("image", "a", "b", "patient") if kind == "columns" else ("image", "label", "patient")
+    rows = [[row[0], *cells(i), row[2]] for i, row in enumerate(images)]
+    write(tmp_path / "t.csv", rows, names)
+    options = ["--label-column", "a", "b"] if kind == "columns" else []
+    short = ["--batch-size", 8, "--head-steps", 4, "--fine-tune-steps", 2, "--compare", "no"]
+    data = ["--data", f"csv:{tmp_path}/t.csv", *options]
+    given = ["--weights", weights, "--run", tmp_path / "run", *short]
+    parts = ["--val-fraction", 0.25, "--test-fraction", 0.25]
+    assert run([str(w) for w in ["train", *data, *given, *parts]]) == 0
+    assert run([str(w) for w in ["train", *data, *given, *parts, "--resume"]]) == 0
+    assert run(["evaluate", str(tmp_path / "run")]) == 0
+    assert run(["evaluate", str(tmp_path / "run"), *map(str, data)]) == 0
+    capsys.readouterr()
+    assert run(["predict", str(tmp_path / "run"), f"csv:{tmp_path}/t.csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 16
+    given[3] = tmp_path / "folds"
+    assert run([str(w) for w in ["train", *data, *given, "--folds", 2]]) == 0
+    assert "(mean and standard deviation of 2 folds" in capsys.readouterr().out
+    assert len((tmp_path / "folds/out_of_fold.csv").read_text().splitlines()) == 17
