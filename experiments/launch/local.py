@@ -55,7 +55,6 @@ def start(
     count: int,
     *,
     devices: int | None = None,
-    port: int | None = None,
     **more: str,
 ) -> list[subprocess.Popen[str]]:
     """Starts all processes; their output is a pipe each.
@@ -64,10 +63,9 @@ def start(
         command: a program and its arguments.
         count: processes.
         devices: of the CPU in each process; None leaves the devices that are there.
-        port: of process 0; by default a free one.
         more: variables of the environment of all.
     """
-    port = free_port() if port is None else port
+    port = free_port()
     return [
         subprocess.Popen(
             [*command],
