@@ -93,6 +93,8 @@ def evaluate(options: Evaluate, console: Console) -> None:
         size = reading.batch_size
         batches = eval_batches(columns, chosen, network.preprocessing, batch_size=size)
         told = {"data": name, **_unmatched(source, trained)}
+        if note := levels_note(source, chosen, network):
+            told["gray_levels"] = note.removeprefix("gray levels: ")
         _print_json(told | _measured(network, batches, trained, _groups(source, chosen)), console)
         return
     matched = match_classes(source, trained)
@@ -158,6 +160,10 @@ class ColumnSource:
     def labels(self) -> np.ndarray:
         """All labels, float32 ``[examples, outputs]``; NaN where the source lacks the column."""
         return self._taken(self.source.labels())
+
+    def with_levels(self, levels: Levels) -> ColumnSource:
+        """With this black and white for images of more than 8 bits."""
+        return replace(self, source=with_levels(self.source, levels))
 
     def _taken(self, labels: np.ndarray) -> np.ndarray:
         missing = np.full((*labels.shape[:-1], 1), np.nan, np.float32)

@@ -85,8 +85,7 @@ def is_source(image: Path) -> bool:
 class Train:
     """Adapt a pre-trained network to your images and test it.
 
-    By default a head is solved first; where that leaves something to gain, the head is trained,
-    and then all parameters.
+    By default a head is solved; where that leaves a point to gain, all is trained.
 
     Without options, the network learns handwritten digits from 5 labels per class.
 
