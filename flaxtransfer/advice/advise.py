@@ -461,8 +461,8 @@ def _unknown(evidence: Evidence) -> list[str]:
     ]
     if evidence.grouped:
         found.append(
-            "How heads do on new patients, scenes or sites: the folds do not keep those together, "
-            "so that all accuracies here may be too high."
+            "What more labels would bring: a learning curve would tear groups (patients, scenes, "
+            "sites) apart, which the folds hold out as a whole."
         )
     if evidence.smallest < 5:
         found.append(

@@ -24,7 +24,7 @@ from flaxtransfer.advice.race import Race, prior_of, race
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
 from flaxtransfer.data.source import Source
-from flaxtransfer.data.splits import Splits, groups_of, stratified_folds
+from flaxtransfer.data.splits import Splits, groups_of
 from flaxtransfer.features.inputs import folds_with_singletons
 from flaxtransfer.files import write_json
 from flaxtransfer.training.evaluation import predict
@@ -169,7 +169,9 @@ def choose(
         return Choice(found.best, found, None, 0)
     costs = {one.strategy: float(one.moves) for one in (free, *challengers)}
     labels = np.asarray(source.labels())[splits.train]
-    fold_of = _folds(source, splits.train, labels, seed)
+    groups = groups_of(source)
+    own = None if groups is None else [groups[i] for i in splits.train.tolist()]
+    fold_of = folds_with_singletons(labels, FOLDS, seed, own)
     by_name = {one.strategy: one for one in (free, *challengers)}
     folds: list[dict[str, np.ndarray]] = []
     state = race(folds, priors, costs, free.strategy)
@@ -210,19 +212,6 @@ def beginning(strategy: str, network: Classifier, seed: int) -> Classifier:
     if strategy != "from_scratch":
         return network
     return network.with_variables(network.model.init(jax.random.key(seed)))
-
-
-def _folds(source: Source, train: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """The fold of each training image; groups stay whole."""
-    groups = groups_of(source)
-    if groups is None:
-        return folds_with_singletons(labels, FOLDS, seed)
-    own = [groups[i] for i in train.tolist()]
-    parts = stratified_folds(labels, FOLDS, groups=own, val_fraction=0.0, seed=seed)
-    fold_of = np.empty(len(labels), np.int64)
-    for fold, part in enumerate(parts):
-        fold_of[part.test] = fold
-    return fold_of
 
 
 def _loaders(

@@ -117,8 +117,8 @@ class Evidence:
         bottleneck: where the network knows less than that reference.
         curve: of the best head by number of labels; None with too few of a class.
         seconds: that it took.
-        grouped: whether images belong together, such as those of a patient; the folds do not keep
-            them together.
+        grouped: whether images belong together, such as those of a patient; the folds then hold
+            each group out as a whole.
         features: what the heads read, ``[examples, features]`` by depth, and the labels, in the
             order of the positions, for whoever would run the network for them again; None where
             not all images were looked at.
@@ -216,12 +216,15 @@ def gather(
     label = np.unique(label[kept], return_inverse=True)[1]
     if len(label) < 3:
         raise ValueError(f"there must be 3 or more different images to advise on, got {len(label)}")
-    heads = tuple(_head(name, features[name][kept], label, seed) for name in depths)
+    every = groups_of(source)
+    groups = None if every is None else np.unique(every, return_inverse=True)[1][looked][kept]
+    heads = tuple(_head(name, features[name][kept], label, seed, groups) for name in depths)
     few, spectra = pixels.wanted[kept], kept[pixels.wanted]
-    reference = _head("pixels", pixels.spectra()[spectra], label[few], seed)
-    mirrored = _judged(pixels.spectra()[spectra], pixels.mirrored()[spectra], label[few], seed)
+    own = None if groups is None else groups[few]
+    reference = _head("pixels", pixels.spectra()[spectra], label[few], seed, own)
+    mirrored = _judged(pixels.spectra()[spectra], pixels.mirrored()[spectra], label[few], seed, own)
     by_octave = {
-        name: _head(name, part[spectra], label[few], seed).right
+        name: _head(name, part[spectra], label[few], seed, own).right
         for name, part in pixels.octaves().items()
     }
     counts = np.bincount(label)
@@ -243,9 +246,10 @@ def gather(
             {head.name: head.right[few] for head in heads},
             octave_correct=by_octave,
         ),
-        _curve(features[best.name][kept], label, seed),
+        # Its parts would tear groups apart.
+        None if groups is not None else _curve(features[best.name][kept], label, seed),
         time.perf_counter() - began,
-        groups_of(source) is not None,
+        groups is not None,
         seen,
     )
 
@@ -283,21 +287,36 @@ class _Pixels:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _head(name: str, features: np.ndarray, label: np.ndarray, seed: int) -> HeadEvidence:
+def _head(
+    name: str, features: np.ndarray, label: np.ndarray, seed: int, groups: np.ndarray | None
+) -> HeadEvidence:
     try:
         matrix = standardization(features)(np.asarray(features, np.float64))
-        found = cross_validate(matrix, label, seed=seed)
+        found = cross_validate(matrix, label, seed=seed, groups=_listed(groups))
     except ValueError as error:
         raise ValueError(f"no head can be fitted to {name}: {error}") from error
     return HeadEvidence.of(name, found, matrix.shape[1], label)
 
 
-def _judged(features: np.ndarray, others: np.ndarray, label: np.ndarray, seed: int) -> float:
+def _listed(groups: np.ndarray | None) -> list[int] | None:
+    return None if groups is None else [int(each) for each in groups]
+
+
+def _judged(
+    features: np.ndarray,
+    others: np.ndarray,
+    label: np.ndarray,
+    seed: int,
+    groups: np.ndarray | None,
+) -> float:
     """The accuracy on images in another state of a head that was fitted to them as they are."""
     scaling = standardization(features)
     matrix = scaling(features)
-    strength = cross_validate(matrix, label, seed=seed).strength
-    judged = cross_validate(matrix, label, seed=seed, strengths=[strength], judged=scaling(others))
+    own = _listed(groups)
+    strength = cross_validate(matrix, label, seed=seed, groups=own).strength
+    judged = cross_validate(
+        matrix, label, seed=seed, strengths=[strength], judged=scaling(others), groups=own
+    )
     return judged.accuracy
 
 

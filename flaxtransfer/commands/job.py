@@ -199,8 +199,7 @@ def prepare(
     if choosing is not None and open_to_heads and task == SINGLE_LABEL:
         if (solved := _solved_before(resumed)) is None:
             frozen = frozen_heads(network, source, splits.train)
-            # Folds that tear groups apart promise too much.
-            solved = frozen.leave_nothing and groups_of(source) is None
+            solved = frozen.leave_nothing
         if solved:
             strategy = "solved_head"
             evidence = _nothing_to_train_for(frozen)
@@ -246,7 +245,9 @@ def frozen_heads(network: Classifier, source: Source, positions: np.ndarray) -> 
     looked = subsample(positions, MOST_IMAGES_FOR_HEADS, source.labels())
     pooled = pooled_features(network, eval_batches(source, looked, network.preprocessing))
     try:
-        found = baseline(*pooled, classes=len(source.class_names))
+        groups = groups_of(source)
+        own = None if groups is None else [groups[i] for i in looked.tolist()]
+        found = baseline(*pooled, classes=len(source.class_names), groups=own)
     except ValueError as error:
         return FrozenHeads(f"no baseline on frozen features: {error}")
     return FrozenHeads(str(found), found, pooled)
@@ -478,8 +479,9 @@ def print_notes(source: Any, console: Console) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     if groups_of(source) is not None:
         console.print(
-            "data: heads on features are judged by folds that do not keep groups whole, which may "
-            "be too good",
+            "data: groups stay whole in the split and in the folds of baseline, advice and race; "
+            "what a solved head or a probe says of itself is by folds that tear them apart, and "
+            "may be too good",
             highlight=False,
             soft_wrap=True,
         )

@@ -103,7 +103,7 @@ class Split:
         groups, numbers = groups_of(source), {}
         if groups is not None:
             used = [groups[i] for where in places.values() for i in where.tolist()]
-            each = iter(_unit_numbers(used, len(used)).tolist())
+            each = iter(unit_numbers(used, len(used)).tolist())
             numbers = {part: [next(each) for _ in where] for part, where in places.items()}
         return cls(
             getattr(source, "address", ""),
@@ -465,7 +465,7 @@ def stratified_folds(
     if folds < 2:
         raise ValueError(f"folds must be >= 2, got {folds}")
     strata, targets = _strata(labels)
-    units = _unit_numbers(groups, len(strata))
+    units = unit_numbers(groups, len(strata))
     count, what = int(units.max()) + 1, "examples" if groups is None else "groups"
     if count < folds:
         raise ValueError(f"{folds} folds need at least {folds} {what}, got {count}")
@@ -474,7 +474,7 @@ def stratified_folds(
     if classes is not None:
         fold_of = _dealt(classes, folds, seed)
     else:
-        fold_of = _allot(strata, np.full(folds, 1 / folds), units, seed)[units]
+        fold_of = allot(strata, np.full(folds, 1 / folds), units, seed)[units]
     shares = np.array([share for share in (1 - val_fraction, val_fraction) if share])
     found = []
     for fold in range(folds):
@@ -482,8 +482,8 @@ def stratified_folds(
         if classes is not None:
             validates = _last_of_each(classes[others], val_fraction, seed)
         else:
-            inner = _unit_numbers(units[others], len(others))
-            validates = _allot(strata[others], shares, inner, seed)[inner] == 1
+            inner = unit_numbers(units[others], len(others))
+            validates = allot(strata[others], shares, inner, seed)[inner] == 1
             if targets is not None:
                 _keep_classes(validates, targets[others], inner)
         tested = np.flatnonzero(fold_of == fold)
@@ -502,13 +502,13 @@ def _allotted_split(
 ) -> Splits:
     """A split by whole groups, with these shares of train, validation and test."""
     strata, targets = _strata(labels)
-    units = _unit_numbers(groups, len(strata))
+    units = unit_numbers(groups, len(strata))
     parts, what = np.flatnonzero(shares > 0), "examples" if groups is None else "groups"
     count = int(units.max()) + 1
     if count < len(parts):
         raise ValueError(f"a split of {len(parts)} parts needs as many {what}, got {count}")
     _check_spread(targets, units, len(parts), what, class_names)
-    chosen = parts[_allot(strata, shares[parts], units, seed)]
+    chosen = parts[allot(strata, shares[parts], units, seed)]
     classes = np.zeros(len(units), np.int64) if targets is None else targets
     for part in parts[parts > 0].tolist():
         _fill(part, chosen, classes, units)
@@ -559,7 +559,7 @@ def _strata(labels: Any) -> tuple[np.ndarray, np.ndarray | None]:
     return strata[:, strata.any(axis=0)], None
 
 
-def _unit_numbers(groups: Any, count: int) -> np.ndarray:
+def unit_numbers(groups: Any, count: int) -> np.ndarray:
     """The number of each example's group; of itself without groups."""
     if groups is None:
         return np.arange(count)
@@ -575,7 +575,7 @@ _MOST_TO_MOVE = 5000
 _PASSES = 10
 
 
-def _allot(strata: np.ndarray, shares: np.ndarray, units: np.ndarray, seed: int) -> np.ndarray:
+def allot(strata: np.ndarray, shares: np.ndarray, units: np.ndarray, seed: int) -> np.ndarray:
     """The part of each unit, with nearly these shares of the examples and of each stratum.
 
     What is made small is the sum of ``(share found - share wanted)**2 / share wanted`` over parts,

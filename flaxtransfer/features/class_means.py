@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import scipy.linalg
 
 from flaxtransfer.features.inputs import (
-    FOLDS,
     blas_threads,
     checked_examples,
     checked_features,
@@ -264,7 +263,12 @@ class Baseline:
 
 
 def baseline(
-    features: Any, labels: Any, classes: int | None = None, *, logistic: bool = False
+    features: Any,
+    labels: Any,
+    classes: int | None = None,
+    *,
+    logistic: bool = False,
+    groups: Sequence[Any] | None = None,
 ) -> Baseline:
     """Feature baseline: accuracy of several heads on held-out examples.
 
@@ -279,6 +283,8 @@ def baseline(
             the only example of a class counts as wrong.
         classes: number of classes; default: the largest label plus 1.
         logistic: also try logistic regression with five folds; compiling it takes seconds.
+        groups: ``[examples]``, such as patients, each of which is held out as a whole; not by
+            logistic regression.
 
     Raises:
         ValueError: fewer than three examples, one class, one example of every class, values that
@@ -300,8 +306,8 @@ def baseline(
     if single := singleton_classes(label):
         notes.append(f"{len(single)} classes have one example, which counts as wrong.")
     matrix = standardization(matrix)(matrix)
-    ridge = cross_validate(matrix, label)
-    fold_of = folds_with_singletons(label, min(FOLDS, int(counts.max())))
+    ridge = cross_validate(matrix, label, groups=groups)
+    fold_of = folds_with_singletons(label, ridge.folds, groups=groups)
     work = matrix.size * min(matrix.shape)
     discriminant = None
     if work <= _DISCRIMINANT_WORK:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from threadpoolctl import threadpool_limits
 
 from flaxtransfer.classifier import Classifier
+from flaxtransfer.data.splits import allot, unit_numbers
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import Variables, suggest
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
@@ -366,18 +367,42 @@ def _assigned(label: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return assigned
 
 
-def folds_with_singletons(label: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
+def folds_with_singletons(
+    label: np.ndarray, folds: int, seed: int = 0, groups: Sequence[Any] | None = None
+) -> np.ndarray:
     """The fold of each example, with -1 for the only example of a class, which is never held out.
 
-    A class with fewer examples than folds is held out in as many folds as it has examples.
+    A class with fewer examples than folds is held out in as many folds as it has examples. With
+    groups, such as patients, each is held out as a whole, and a group without which a class would
+    not be trained on never is.
 
     >>> folds_with_singletons(np.array([0, 0, 1, 2, 2]), 2).tolist().count(-1)
     1
+    >>> folds_with_singletons(np.array([0, 1, 0, 1]), 2, groups=["a", "a", "b", "b"]).tolist()
+    [1, 1, 0, 0]
     """
+    if groups is not None:
+        return _grouped(label, folds, seed, groups)
     several = ~np.isin(label, singleton_classes(label))
     assigned = np.full(len(label), -1)
     assigned[several] = _assigned(label[several], folds, seed)
     return assigned
+
+
+def _grouped(label: np.ndarray, folds: int, seed: int, groups: Sequence[Any]) -> np.ndarray:
+    """Folds of whole groups, with about the same shares of the classes."""
+    units, classes = unit_numbers(groups, len(label)), np.unique(label)
+    one_hot = (label[:, None] == classes).astype(np.float64)
+    has = np.zeros((int(units.max()) + 1, len(classes)), bool)
+    has[units, np.searchsorted(classes, label)] = True
+    fold_of = allot(one_hot, np.full(folds, 1 / folds), units, seed)
+    fold_of[has[:, has.sum(axis=0) == 1].any(axis=1)] = -1
+    for each in range(len(classes)):
+        own = np.flatnonzero(has[:, each])
+        # Held out at once, they would leave nothing of the class to train on.
+        if len(own) > 1 and len(set(fold_of[own].tolist()) | {-2}) == 2 and fold_of[own[0]] >= 0:
+            fold_of[own[0]] = -1
+    return np.asarray(fold_of[units])
 
 
 def smallest_class(label: np.ndarray) -> tuple[int, int]:

@@ -311,6 +311,7 @@ def cross_validate(
     repeats: int | None = None,
     seed: int = 0,
     judged: Any = None,
+    groups: Sequence[Any] | None = None,
 ) -> CrossValidation:
     """Held-out accuracy of a ridge head, its penalty chosen by the held-out error.
 
@@ -328,10 +329,11 @@ def cross_validate(
         seed: of the first draw.
         judged: features of the same examples in another state, such as mirrored, of the same shape:
             heads are fitted to ``features`` and judged on these.
+        groups: ``[examples]``, such as patients, each of which is held out as a whole.
 
     Raises:
-        ValueError: as ``ridge_path``; folds below 2, a class without examples, one example of
-            every class.
+        ValueError: as ``ridge_path``; folds below 2, groups of another number, one group alone, a
+            class without examples, one example of every class.
         TypeError: labels that are not integers.
 
     References:
@@ -361,10 +363,16 @@ def cross_validate(
     if folds < 2:
         raise ValueError(f"folds must be >= 2, got {folds}")
     folds = min(folds, int(counts.max()))
+    if groups is not None:
+        folds = min(folds, len(set(groups)))
+        if folds < 2:
+            raise ValueError("there must be 2 groups or more, of which one is held out, got 1")
     repeats = (1 if len(label) >= FEW else 2) if repeats is None else repeats
     tried = checked_strengths(len(label), strengths)
     draws = [
-        ridge_splits(matrix, label, number, folds_with_singletons(label, folds, seed + n), others)
+        ridge_splits(
+            matrix, label, number, folds_with_singletons(label, folds, seed + n, groups), others
+        )
         for n in range(repeats)
     ]
     errors = np.zeros(len(tried))

@@ -8,7 +8,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.linear_model import Ridge
 from sklearn.metrics import log_loss
 
-from flaxtransfer.features import cross_validate, fit_linear_probe, standardization
+from flaxtransfer.features import baseline, cross_validate, fit_linear_probe, standardization
 from flaxtransfer.features.inputs import class_weights, folds_with_singletons
 
 STRENGTHS = (0.1, 3.0, 100.0)
@@ -171,3 +171,31 @@ def test_what_cannot_be_cross_validated(changes, text):
 def test_other_kinds_of_probes():
     with pytest.raises(ValueError, match="kind must be 'logistic' or 'ridge', got 'svm'"):
         fit_linear_probe(np.eye(4), np.arange(4) % 2, 2, kind="svm")
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=2, max_size=60),
+    st.integers(2, 5),
+)
+def test_groups_are_held_out_whole_and_leave_every_class(pairs, folds):
+    label, groups = (np.array(column) for column in zip(*pairs, strict=True))
+    found = folds_with_singletons(label, folds, 1, groups.tolist())
+    assert all(len(set(found[groups == each].tolist())) == 1 for each in groups)
+    for fold in set(found.tolist()) - {-1}:
+        assert set(label[found != fold]) == set(label)
+
+
+def test_what_a_head_knows_of_patients_is_no_knowledge_of_classes():
+    """40 patients with five images each, known by their features; their classes are drawn."""
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 5)
+    features = np.eye(40)[groups] + 0.1 * random.normal(size=(200, 40))
+    label = random.permutation(np.arange(40) % 2)[groups]
+    assert cross_validate(features, label).accuracy > 0.8
+    # Two standard errors of 40 drawn patients around chance.
+    assert abs(cross_validate(features, label, groups=groups.tolist()).accuracy - 0.5) < 0.16
+    with pytest.raises(ValueError, match="there must be 2 groups or more"):
+        cross_validate(features, label, groups=[0] * 200)
+    held_out = baseline(features, label, groups=groups.tolist())
+    assert held_out.ridge < 0.66
+    assert held_out.nearest_class_mean < 0.66
