@@ -1,7 +1,6 @@
 """A race whose runs are killed and go on, and a choice that is trained on all labels."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -153,13 +152,23 @@ def test_what_auto_does_not_take_is_one_line(words, text, tmp_path, capsys, monk
     assert "Traceback" not in printed
 
 
-def test_no_group_is_in_two_folds_of_the_race():
-    groups = [f"p{i // 3}" for i in range(90)]
-    grouped = SimpleNamespace(groups=lambda: groups)
-    train = np.arange(6, 87)
-    labels = np.arange(90)[train] // 3 % 2
-    fold_of = module._folds(grouped, train, labels, 0)
-    seen = {}
-    for i, fold in zip(train.tolist(), fold_of.tolist(), strict=True):
-        assert seen.setdefault(groups[i], fold) == fold
-    assert sorted(np.bincount(fold_of).tolist()) == [27, 27, 27]
+class Patients(ft.ArraySource):
+    """Three images of each."""
+
+    def groups(self):
+        return [f"p{i // 3}" for i in range(len(self))]
+
+
+def test_the_folds_of_the_race_hold_groups_out_as_a_whole(setting, tmp_path, monkeypatch):
+    network, images, splits = setting
+    source = Patients(images.images, images.labels(), images.class_names)
+    seen = []
+
+    def stop(*arguments):
+        seen.append(arguments[3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "folds_with_singletons", stop)
+    with pytest.raises(KeyboardInterrupt):
+        chosen((network, source, splits), tmp_path)
+    assert seen == [[f"p{i // 3}" for i in splits.train.tolist()]]
