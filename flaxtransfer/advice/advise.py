@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -180,6 +181,7 @@ def advise(
     seed: int = 0,
     batch_size: int = 64,
     mesh: Mesh | None = None,
+    gains: Mapping[str, Any] | None = None,
 ) -> Advice:
     """Which strategy fits these images, from one pass over them; nothing is trained.
 
@@ -197,6 +199,8 @@ def advise(
         seed: of the folds.
         batch_size: images per forward pass.
         mesh: devices; by default all of them.
+        gains: what each strategy gained on other data with this network, as
+            ``experiments/strategy_grid.py`` measures it; by default known of the built-in one.
 
     Raises:
         ValueError: too few images or classes, images of other bands than the network's, features
@@ -222,15 +226,16 @@ def advise(
         names = tuple(source.class_names)
         network = transfer(network, classes=len(names), class_names=names)
     evidence = gather(network, source, positions, batch_size=batch_size, seed=seed, mesh=mesh)
-    return decide(evidence, network.params)
+    return decide(evidence, network.params, gains)
 
 
-def decide(evidence: Evidence, params: Params) -> Advice:
+def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None = None) -> Advice:
     """The recommendation that follows from the evidence; see BUILD_NOTES.md for the rule.
 
     Args:
         evidence: from ``gather``.
         params: of the network, or their shapes.
+        gains: see ``advise``.
     """
     best, last, reference = evidence.best, evidence.last, evidence.reference
     strongest = max((*evidence.depths, reference), key=lambda head: head.alignment)
@@ -251,13 +256,14 @@ def decide(evidence: Evidence, params: Params) -> Advice:
         verdict = "level"
     else:
         verdict = "train"
-    candidates = _candidates(verdict, evidence, params)
+    about = partial(prior_of, verdict, network=evidence.network, gains=gains)
+    candidates = _candidates(verdict, evidence, params, about)
     recommended = candidates[0] if verdict != "nothing" else None
     return Advice(
         verdict,
         _summary(verdict, evidence, recommended),
         tuple(candidates),
-        tuple(_reasons(verdict, evidence, strongest, recommended)),
+        tuple(_reasons(verdict, evidence, strongest, recommended, about)),
         tuple(_unknown(evidence)),
         evidence,
         None if recommended is None else recommended.plan(params),
@@ -284,7 +290,9 @@ def _moves(strategy: str, settings: dict[str, Any], params: Params) -> int:
     return max(sum(sizes[path] for path in paths) for paths in moving)
 
 
-def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Candidate]:
+def _candidates(
+    verdict: Verdict, evidence: Evidence, params: Params, about: Callable[[str], Prior]
+) -> list[Candidate]:
     best, last = evidence.best, evidence.last
     if verdict in ("ceiling", "level"):
         # The last of equal ones: what generalizes most, and a whole network fits every export.
@@ -334,15 +342,11 @@ def _candidates(verdict: Verdict, evidence: Evidence, params: Params) -> list[Ca
     out = [_trained(name, why, params, tried=False) for name, why in struck]
     if verdict == "early":
         return [made[0], head, *made[1:], *out]
-    priors = {one.strategy: _prior(verdict, one.strategy, evidence) for one in made}
+    priors = {one.strategy: about(one.strategy) for one in made}
     made.sort(key=lambda one: -priors[one.strategy].mean)
     if made and min(priors[made[0].strategy].mean, best.left) > LEVEL:
         return [made[0], head, *made[1:], *out]
     return [head, *made, *out]
-
-
-def _prior(verdict: Verdict, strategy: str, evidence: Evidence) -> Prior:
-    return prior_of(verdict, strategy, evidence.network)
 
 
 def _trained(strategy: str, why: str, params: Params, *, tried: bool = True) -> Candidate:
@@ -374,7 +378,11 @@ def _summary(verdict: Verdict, evidence: Evidence, chosen: Candidate | None) -> 
 
 
 def _reasons(
-    verdict: Verdict, evidence: Evidence, strongest: HeadEvidence, chosen: Candidate | None
+    verdict: Verdict,
+    evidence: Evidence,
+    strongest: HeadEvidence,
+    chosen: Candidate | None,
+    about: Callable[[str], Prior],
 ) -> list[str]:
     best, last = evidence.best, evidence.last
     found = [
@@ -395,7 +403,7 @@ def _reasons(
         "points are left that training may gain (threshold: 1 point)."
     )
     if chosen is not None and chosen.accuracy is None and verdict != "early":
-        prior = _prior(verdict, chosen.strategy, evidence)
+        prior = about(chosen.strategy)
         found.append(
             f"On {prior.targets} other kinds of images this network gained "
             f"{100 * prior.mean:.1f} ± {100 * prior.deviation:.1f} points over such a head by "

@@ -132,6 +132,7 @@ def choose(
     lengths: Lengths = lambda strategy: {},
     cache: Cache | None = None,
     mesh: Mesh | None = None,
+    gains: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Choice:
     """Which strategy to train: by evidence, and by a race where evidence does not say.
@@ -148,6 +149,7 @@ def choose(
         lengths: steps of a strategy; by default the recipes' own.
         cache: see ``ft.fit``.
         mesh: devices; by default all of them.
+        gains: see ``ft.advise``.
         say: is told what happens.
 
     Raises:
@@ -156,13 +158,15 @@ def choose(
     """
     runs, folder = budget_runs(budget), Path(folder)
     feed = feed or partial(_loaders, source, network, batch_size, seed)
-    found = advise(network, source, splits.train, seed=seed, batch_size=batch_size, mesh=mesh)
+    found = advise(
+        network, source, splits.train, seed=seed, batch_size=batch_size, mesh=mesh, gains=gains
+    )
     if found.best is None:
         raise ValueError(f"{found.summary} To train all the same, name a strategy")
     say(str(found))
     free = next(one for one in found.candidates if one.accuracy is not None)
     challengers = [one for one in found.candidates if one.tried and one is not free]
-    about = partial(prior_of, found.verdict, network=found.evidence.network)
+    about = partial(prior_of, found.verdict, network=found.evidence.network, gains=gains)
     challengers.sort(key=lambda one: -about(one.strategy).mean)
     priors = {one.strategy: about(one.strategy) for one in challengers}
     if found.verdict in ("ceiling", "level") or not challengers or runs < 2:
@@ -232,6 +236,7 @@ def auto(
     resume: bool = False,
     cache: Cache | None = None,
     mesh: Mesh | None = None,
+    gains: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Auto:
     """Chooses a strategy by advice and a race, and trains it on all labels.
@@ -247,6 +252,7 @@ def auto(
         resume: continue in the folder, race included; start where there is nothing.
         cache: see ``ft.fit``.
         mesh: devices; by default all of them.
+        gains: see ``ft.advise``.
         say: is told what happens.
 
     Raises:
@@ -263,6 +269,7 @@ def auto(
         seed=seed,
         cache=cache,
         mesh=mesh,
+        gains=gains,
         say=say,
     )
     fitted = fit(

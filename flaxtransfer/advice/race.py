@@ -131,22 +131,25 @@ class Race:
         return "\n".join(lines)
 
 
-def prior_of(verdict: str, strategy: str, network: str) -> Prior:
+def prior_of(
+    verdict: str, strategy: str, network: str, gains: Mapping[str, Any] | None = None
+) -> Prior:
     """What other targets say of a strategy's gain, where the evidence said the same.
 
-    From ``gains.json``, which ``experiments/strategy_grid.py`` makes with the built-in network. Too
-    few targets of one verdict are taken with those of all. The gain of a strategy that was not
+    Too few targets of one verdict are taken with those of all. The gain of a strategy that was not
     tried, or not with this network, is taken to be 0, give or take 6 points.
 
     Args:
         verdict: of the advice.
         strategy: name of a recipe.
         network: name of its configuration.
+        gains: what ``experiments/strategy_grid.py --gains`` writes; by default that of the built-in
+            network, which the package holds.
 
     >>> prior_of("depth", "no such strategy", "resnet18w32") == Prior()
     True
     """
-    found = _measured()
+    found = _measured() if gains is None else gains
     if network == found["network"]:
         for bucket in (verdict, "all"):
             row = found["gains"].get(bucket, {}).get(strategy)
@@ -157,7 +160,7 @@ def prior_of(verdict: str, strategy: str, network: str) -> Prior:
 
 
 @functools.cache
-def _measured() -> dict[str, Any]:
+def _measured() -> Mapping[str, Any]:
     file = importlib.resources.files("flaxtransfer.advice") / "gains.json"
     found: dict[str, Any] = json.loads(file.read_text())
     return found
