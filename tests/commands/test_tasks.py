@@ -96,7 +96,7 @@ def test_what_has_no_meaning_is_one_line(words, said, scheme, weights, tmp_path,
         (["train", "--strategy", "auto"], "advice on a strategy must have one class per image"),
         (
             ["train", "--labels-per-class", "3"],
-            "labels_per_class and val_per_class count single labels",
+            "labels_per_class and val_per_class must be left",
         ),
         (["advise"], "advice on a strategy must have one class per image"),
         (["probe"], "a profile of probes must have one class per image"),
