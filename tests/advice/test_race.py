@@ -53,6 +53,21 @@ def test_before_any_fold_the_free_head_leads():
     assert sure.leader == "head"
 
 
+def test_known_gains_decide_with_the_images_and_not_after_them():
+    """One more right of 40 is no proof, and beside a gain of 10 points elsewhere enough."""
+    right = np.arange(40)
+    fold = {"head": right < 20, "low": (right < 22) & (right > 0)}
+    for prior, leader in ((Prior(0.1, 0.15), "head"), (Prior(0.1, 0.15, targets=9), "low")):
+        found = race([fold], {"low": prior}, COSTS, "head")
+        assert found.standings[1].z < 1
+        assert found.leader == leader
+    # Far behind on the images, it is left all the same; and what was not tried is not chosen.
+    behind = {"head": right < 30, "low": right < 10}
+    known = {"low": Prior(0.1, 0.15, targets=9)}
+    assert race([behind], known, COSTS, "head").leader == "head"
+    assert race([], known, COSTS, "head").leader == "head"
+
+
 @pytest.mark.parametrize("best", ["low", "high", "scratch"])
 def test_who_is_clearly_better_wins(best):
     """200 images, ten points ahead: the best, or one within a point of it, in 95 of 100 races."""
