@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.fft
@@ -18,9 +18,6 @@ from scipy.sparse import csr_array
 
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import listing
-
-if TYPE_CHECKING:
-    from flaxtransfer.analysis.frequency import FrequencyResponse
 
 __all__ = [
     "OCTAVES",
@@ -292,6 +289,29 @@ def _hann(length: int) -> np.ndarray:
     return np.asarray(np.sin(math.pi * (np.arange(length) + 0.5) / length) ** 2)
 
 
+class StageGains(Protocol):
+    """What a stage responds with, by octave."""
+
+    @property
+    def segment(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def decibels(self) -> Sequence[float]:
+        """By octave, from coarse to fine."""
+        ...
+
+
+class Response(Protocol):
+    """What ``frequency_response`` returns, as far as it is needed here."""
+
+    @property
+    def stages(self) -> Sequence[StageGains]:
+        """One per segment."""
+        ...
+
+
 @dataclass(frozen=True)
 class BottleneckRow:
     """One segment against the reference, on the same examples.
@@ -423,7 +443,7 @@ def bottleneck(
     probe_correct: Mapping[str, Any],
     *,
     octave_correct: Mapping[str, Any] | None = None,
-    response: FrequencyResponse | None = None,
+    response: Response | None = None,
 ) -> Bottleneck:
     """The first segment of a network at which the classes are worse known than in the pixels.
 

@@ -379,7 +379,7 @@ def folds_with_singletons(
     >>> folds_with_singletons(np.array([0, 0, 1, 2, 2]), 2).tolist().count(-1)
     1
     >>> folds_with_singletons(np.array([0, 1, 0, 1]), 2, groups=["a", "a", "b", "b"]).tolist()
-    [1, 1, 0, 0]
+    [0, 0, 1, 1]
     """
     if groups is not None:
         return _grouped(label, folds, seed, groups)
