@@ -58,7 +58,6 @@ STRATEGIES = {
     "solved_head": ("--strategy", "solved_head"),
     "depth_head": ("--strategy", "depth_head"),
     "default": (),
-    "default, not compared with scratch": ("--compare", "no"),
     "auto": ("--strategy", "auto", "--budget", "3x"),
 }
 
@@ -78,7 +77,7 @@ class WholeJob:
 
     weights: Path
     rounds: int = 2
-    strategies: tuple[str, ...] = ("solved_head", "depth_head")
+    strategies: tuple[str, ...] = ("default", "auto", "solved_head")
     peers: tuple[str, ...] = ("torch", "torch-plain", "fastai")
     epochs: tuple[int, ...] = (2, 4)
     seed: int = 0
