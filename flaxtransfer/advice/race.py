@@ -150,14 +150,15 @@ def prior_of(
     >>> prior_of("depth", "no such strategy", "resnet18w32") == Prior()
     True
     """
+    noise = _UNSTEADY.get(strategy, Prior().noise)
     found = _measured() if gains is None else gains
     if network == found["network"]:
         for bucket in (verdict, "all"):
             row = found["gains"].get(bucket, {}).get(strategy)
             if row is not None and row["targets"] >= _FEWEST:
                 deviation = max(row["deviation"], _SUREST)
-                return Prior(row["mean"], deviation, targets=row["targets"])
-    return Prior()
+                return Prior(row["mean"], deviation, noise, row["targets"])
+    return Prior(noise=noise)
 
 
 @functools.cache
@@ -166,6 +167,10 @@ def _measured() -> Mapping[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text())
     return found
 
+
+_UNSTEADY = {"from_scratch": 0.16}
+"""Noise of strategies of which two thirds of the labels say little about all of them: measured on
+full-length hold-outs of small sets."""
 
 _FEWEST, _SUREST = 8, 0.03
 """Targets that make a prior, and the least standard deviation of one: targets differ. Means of

@@ -143,6 +143,7 @@ def test_what_is_known_of_gains_is_shared_with_the_package():
             prior = prior_of(verdict, strategy, "resnet18w32")
             assert -1 < prior.mean < 1
             assert prior.deviation >= 0.03
+    assert prior_of("train", "from_scratch", "resnet50").noise > 4 * Prior().noise
     text = str(race(drawn(1, head=0.6, low=0.9), {"low": Prior()}, COSTS, "head"))
     assert "is chosen: expected regret" in text
     assert max(map(len, text.splitlines())) <= 110
