@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flaxtransfer.paths import shortened
+from flaxtransfer.paths import nested_differences, shortened
 
 T = TypeVar("T")
 
@@ -280,7 +280,7 @@ def check_alike(facts: Mapping[str, Any]) -> None:
         f"{name} is {shortened(repr(there), 60)} in process {number} and "
         f"{shortened(repr(here), 60)} in process 0"
         for number, other in enumerate(others, 1)
-        for name, here, there in _differences(first, other)
+        for name, here, there in nested_differences(first, other)
     ]
     if problems:
         raise ValueError(f"all processes of a run must do the same, got {'; '.join(problems)}")
@@ -479,16 +479,6 @@ def _all_bytes(own: bytes) -> list[bytes]:
     padded[: len(own)] = np.frombuffer(own, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-
-
-def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of what differs in JSON values."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in [*one, *(n for n in other if n not in one)]:
-            inner = f"{path}.{name}" if path else name
-            yield from _differences(one.get(name), other.get(name), inner)
-    elif one != other:
-        yield path, one, other
 
 
 _ERRORS = (OSError, ValueError, TypeError, ImportError)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "map_with_path",
     "merge",
     "nearest",
+    "nested_differences",
     "shortened",
     "suggest",
     "unflatten",
@@ -406,3 +407,17 @@ def _ratio(a: str, b: str) -> float:
     # The time grows with the square of the lengths, and a name in a file may be as long as it.
     a, b = a[:200].lower(), b[:200].lower()
     return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+
+
+def nested_differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of what differs in nested values, such as those of JSON.
+
+    >>> list(nested_differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}))
+    [('a.b', 1, 3)]
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for name in [*one, *(n for n in other if n not in one)]:
+            inner = f"{path}.{name}" if path else name
+            yield from nested_differences(one.get(name), other.get(name), inner)
+    elif one != other:
+        yield path, one, other

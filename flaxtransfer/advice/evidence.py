@@ -292,14 +292,10 @@ def _head(
 ) -> HeadEvidence:
     try:
         matrix = standardization(features)(np.asarray(features, np.float64))
-        found = cross_validate(matrix, label, seed=seed, groups=_listed(groups))
+        found = cross_validate(matrix, label, seed=seed, groups=groups)
     except ValueError as error:
         raise ValueError(f"no head can be fitted to {name}: {error}") from error
     return HeadEvidence.of(name, found, matrix.shape[1], label)
-
-
-def _listed(groups: np.ndarray | None) -> list[int] | None:
-    return None if groups is None else [int(each) for each in groups]
 
 
 def _judged(
@@ -312,10 +308,9 @@ def _judged(
     """The accuracy on images in another state of a head that was fitted to them as they are."""
     scaling = standardization(features)
     matrix = scaling(features)
-    own = _listed(groups)
-    strength = cross_validate(matrix, label, seed=seed, groups=own).strength
+    strength = cross_validate(matrix, label, seed=seed, groups=groups).strength
     judged = cross_validate(
-        matrix, label, seed=seed, strengths=[strength], judged=scaling(others), groups=own
+        matrix, label, seed=seed, strengths=[strength], judged=scaling(others), groups=groups
     )
     return judged.accuracy
 

@@ -121,8 +121,11 @@ class FolderSource:
 
         None where no file says whose it is; otherwise the beginning of each is read.
         """
-        if not self.scans:
-            return None
+        return self._groups if self.scans else None
+
+    @functools.cached_property
+    def _groups(self) -> Sequence[str]:
+        """Kept, because split, record, baseline and advice ask for them one after the other."""
 
         def whose(file: str) -> str | None:
             path = self.root / file

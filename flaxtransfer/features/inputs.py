@@ -368,7 +368,7 @@ def _assigned(label: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def folds_with_singletons(
-    label: np.ndarray, folds: int, seed: int = 0, groups: Sequence[Any] | None = None
+    label: np.ndarray, folds: int, seed: int = 0, groups: Sequence[Any] | np.ndarray | None = None
 ) -> np.ndarray:
     """The fold of each example, with -1 for the only example of a class, which is never held out.
 
@@ -389,7 +389,9 @@ def folds_with_singletons(
     return assigned
 
 
-def _grouped(label: np.ndarray, folds: int, seed: int, groups: Sequence[Any]) -> np.ndarray:
+def _grouped(
+    label: np.ndarray, folds: int, seed: int, groups: Sequence[Any] | np.ndarray
+) -> np.ndarray:
     """Folds of whole groups, with about the same shares of the classes."""
     units, classes = unit_numbers(groups, len(label)), np.unique(label)
     one_hot = (label[:, None] == classes).astype(np.float64)

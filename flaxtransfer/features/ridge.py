@@ -311,7 +311,7 @@ def cross_validate(
     repeats: int | None = None,
     seed: int = 0,
     judged: Any = None,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[Any] | np.ndarray | None = None,
 ) -> CrossValidation:
     """Held-out accuracy of a ridge head, its penalty chosen by the held-out error.
 

@@ -27,7 +27,7 @@ from flaxtransfer.files import (
     sha256_of,
     write_json,
 )
-from flaxtransfer.paths import flatten, listing
+from flaxtransfer.paths import flatten, listing, nested_differences
 from flaxtransfer.training.console import METRICS_FILE, progress_bar
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.training.run_folder import (
@@ -191,7 +191,7 @@ def check(
         damage.append(f"{problem}; it is written again from what was asked for")
         existing = dict(wanted)
     kept, problem = _read_split(folder, existing["examples_sha256"])
-    differences = list(_differences(_compared(existing), _compared(wanted)))
+    differences = list(nested_differences(_compared(existing), _compared(wanted)))
     if differences:
         texts = [
             text
@@ -346,16 +346,6 @@ def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in config.items()
     }
-
-
-def _differences(existing: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, value there and value here of every setting that differs."""
-    if isinstance(existing, Mapping) and isinstance(wanted, Mapping):
-        for name in [*existing, *(n for n in wanted if n not in existing)]:
-            inner = f"{path}.{name}" if path else name
-            yield from _differences(existing.get(name), wanted.get(name), inner)
-    elif existing != wanted:
-        yield path, existing, wanted
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
