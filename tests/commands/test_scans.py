@@ -10,6 +10,10 @@ import pytest
 from PIL import Image
 
 from flaxtransfer.cli import run
+from flaxtransfer.commands.predict import match_classes, match_columns
+from flaxtransfer.data import ArraySource, with_levels
+from flaxtransfer.data.scans import Levels
+from flaxtransfer.task import MULTI_LABEL
 from flaxtransfer.weights import load
 from tests.support.scans import band_items, geotiff, write_dicom
 from tests.support.terminal import SIZE, only_line, train
@@ -207,3 +211,26 @@ def test_the_files_of_a_patient_stay_in_one_part(weights, tmp_path, capsys):
         {int(name[-6:-4]) // 4 for name in record[part]} for part in ("train", "val", "test")
     ]
     assert sorted(patient for part in patients for patient in part) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+def test_a_source_that_is_matched_to_a_run_takes_its_levels(task):
+    """Else evaluate would read 16 bits on another scale than training, without a word."""
+    labels = [0, 1] if task == "single_label" else [[0.0, 1.0], [1.0, 0.0]]
+    seen = []
+
+    class Scans(ArraySource):
+        def with_levels(self, levels):
+            seen.append(levels)
+            return self
+
+    source = Scans(np.zeros((2, 4, 4), np.uint8), labels, ("a", "b"), task=task)
+    if task == "single_label":
+        matched = match_classes(source, ("b", "a"))
+    else:
+        matched = match_columns(source, ("b", "a"), MULTI_LABEL)
+    levels = Levels((100.0,), (900.0,))
+    found = with_levels(matched, levels)
+    assert seen == [levels]
+    assert type(found) is type(matched)
+    np.testing.assert_array_equal(found.labels(), matched.labels())
