@@ -15,7 +15,7 @@ from flaxtransfer.models.model import Model, shape_differences
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
 from flaxtransfer.task import SINGLE_LABEL, Task, Units
-from flaxtransfer.weights.naming import torchgeo
+from flaxtransfer.weights.naming import published
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 
@@ -208,7 +208,7 @@ def transfer(
             change the stem's kernel instead, and "replicate" copies gray to three channels. Or
             an `Adapter` with knots and span of your own.
         wavelengths: center of each band in nm, in the order of the bands, or the name of their
-            sensor in `torchgeo.SENSORS`; an adapter then starts with the visible ones as red,
+            sensor in `published.SENSORS`; an adapter then starts with the visible ones as red,
             green and blue, or as whatever bands the checkpoint says that its stem takes.
         patches: [patches, bands] of normalized training images (`band_patches`); an adapter then
             starts with their main components where photographs have theirs, by least squares.
@@ -261,7 +261,7 @@ def transfer(
     columns = _columns(head, checkpoint, classes, tuple(class_names))
     task = _task(head, checkpoint, task, columns)
     if isinstance(wavelengths, str):
-        wavelengths = torchgeo.wavelengths(wavelengths)
+        wavelengths = published.wavelengths(wavelengths)
     leaves = flatten(checkpoint.variables)
     change = change_input(
         checkpoint.config,

@@ -28,7 +28,7 @@ from flaxtransfer.models.registry import named
 from flaxtransfer.paths import suggest
 from flaxtransfer.recipes import RECIPE_NAMES
 from flaxtransfer.weights.naming.formats import FORMATS
-from flaxtransfer.weights.naming.torchgeo import SENSORS
+from flaxtransfer.weights.naming.published import SENSORS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from flaxtransfer.models.config import Adapter, ResNetConfig, squeezed
 from flaxtransfer.models.registry import ARCHITECTURES, named
 from flaxtransfer.paths import shortened
 from flaxtransfer.weights import pretrained, sidecar
-from flaxtransfer.weights.naming import native, timm, torchgeo, torchvision
+from flaxtransfer.weights.naming import native, published, timm
 from flaxtransfer.weights.naming.formats import FORMATS
 from flaxtransfer.weights.readers import flax_file
 from flaxtransfer.weights.readers.detect import Tensors
@@ -263,9 +263,9 @@ def assumptions(
         or settings.get("model_type") == "resnet"
         or (format.startswith("huggingface") and "downsample_in_bottleneck" in settings)
         or architecture in ARCHITECTURES
-        or torchvision.is_published(name)
-        or torchvision.published(name, file.sha256) is not None
-        or torchgeo.published(name, source) is not None
+        or published.is_of_radiographs(name)
+        or published.by_torchvision(name, file.sha256) is not None
+        or published.by_torchgeo(name, source) is not None
     )
     text = _assumed(config, told)
     if text and architecture and architecture not in ARCHITECTURES:

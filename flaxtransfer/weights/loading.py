@@ -37,9 +37,8 @@ from flaxtransfer.weights.naming import (
     keras_model,
     key_map,
     onnx,
+    published,
     timm,
-    torchgeo,
-    torchvision,
 )
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
@@ -89,7 +88,7 @@ def load(
             "timm-v2" (its pre-activation networks), "huggingface", "huggingface-flax", "bit",
             "keras" (Keras Applications, either version), "keras-hub", "flaxtransfer" (our own
             paths), or "onnx" (of graphs, whose names are not used); None detects it.
-        sensor: the sensor whose bands the stem takes, a name in ``torchgeo.SENSORS`` such as
+        sensor: the sensor whose bands the stem takes, a name in ``published.SENSORS`` such as
             "sentinel2_all" or "landsat_tm_toa", for weights whose file name does not state it. The
             number of bands must fit. It provides names, wavelengths and scale of the bands.
         key: the place of the network in the file, such as "teacher" or "state_dict/student", where
@@ -118,7 +117,7 @@ def load(
             f"unknown format {format!r}{suggest(format, FORMATS)}; known: {', '.join(FORMATS)}"
         )
     if sensor is not None:
-        torchgeo.note(sensor)  # a wrong name is refused before a download
+        published.note(sensor)  # a wrong name is refused before a download
     if statistics not in (None, "measure"):
         raise ValueError(f"`statistics` must be None or 'measure', got {statistics!r}")
     name, path, arrived = locate(source)
@@ -449,7 +448,7 @@ def collect_metadata(
         config: the network that it holds.
         format: the naming of the file.
         headless: whether the file has no head, and class names do not apply.
-        sensor: a name in ``torchgeo.SENSORS``; None if the caller gives none.
+        sensor: a name in ``published.SENSORS``; None if the caller gives none.
         source: where the file came from; its name may be a published one.
         own: what layers of the model itself do to images; None if there are none.
 
@@ -485,8 +484,8 @@ def collect_metadata(
         names = sidecar.hf_class_names(settings)
     else:
         names = sidecar.timm_class_names(settings)
-    if names is None and torchvision.is_published(file.path.name):
-        names = torchvision.CLASS_NAMES
+    if names is None and published.is_of_radiographs(file.path.name):
+        names = published.RADIOGRAPH_CLASSES
     told: list[str] = []
     if names is None:
         names, told = _class_names(file, config.classes)
@@ -531,10 +530,10 @@ def _class_names(file: Tensors, classes: int) -> tuple[tuple[str, ...] | None, l
 
 def _of_sensor(sensor: str, config: ResNetConfig, file: Tensors) -> tuple[Preprocessing, list[str]]:
     try:
-        found = torchgeo.check(sensor, config.bands)
+        found = published.of_sensor(sensor, config.bands)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    return found, [f"preprocessing: that of {sensor}, as requested; {torchgeo.note(sensor)}"]
+    return found, [f"preprocessing: that of {sensor}, as requested; {published.note(sensor)}"]
 
 
 def _preprocessing(
@@ -552,32 +551,29 @@ def _preprocessing(
     other = huggingface.preprocessing(sidecar.read_json(processor))
     if other is not None:
         return other[0], [f"preprocessing: from {processor.name} next to the file", *other[1]]
-    if torchvision.is_published(file.path.name):
-        return torchvision.PREPROCESSING, [
+    if published.is_of_radiographs(file.path.name):
+        return published.RADIOGRAPHS, [
             "preprocessing: that of torchxrayvision's file of this name; the outputs are "
-            "independent "
-            "findings, with one sigmoid each instead of a softmax"
+            "independent findings, with one sigmoid each instead of a softmax"
         ]
-    sensor = torchgeo.published(file.path.name, source)
+    sensor = published.by_torchgeo(file.path.name, source)
     if sensor is not None:
         try:
-            of_sensor = torchgeo.check(sensor, config.bands)
+            of_sensor = published.of_sensor(sensor, config.bands)
         except ValueError as error:
             raise ValueError(
                 f"{file.path} has the name of torchgeo's weights, but other bands: {error}; give "
                 "sensor=, or rename the file"
             ) from None
-        return of_sensor, [f"preprocessing: that of torchgeo's {sensor}; {torchgeo.note(sensor)}"]
-    published = torchvision.published(file.path.name, file.sha256)
-    if published is not None:
-        return published, [
-            "preprocessing: that of the file that torchvision publishes under this name"
-        ]
+        return of_sensor, [f"preprocessing: that of torchgeo's {sensor}; {published.note(sensor)}"]
+    known = published.by_torchvision(file.path.name, file.sha256)
+    if known is not None:
+        return known, ["preprocessing: that of the file that torchvision publishes under this name"]
     return None, []
 
 
 def _sensors(channels: int) -> str:
-    fitting = [name for name, found in torchgeo.SENSORS.items() if len(found.bands) == channels]
+    fitting = [name for name, found in published.SENSORS.items() if len(found.bands) == channels]
     return f"; sensor= supports {', '.join(fitting)}" if fitting else ""
 
 

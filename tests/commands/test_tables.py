@@ -28,7 +28,7 @@ from flaxtransfer.commands.subcommands import SUBCOMMANDS, FindRate, Train
 from flaxtransfer.data.open import SCHEMES
 from flaxtransfer.models.config import METHODS
 from flaxtransfer.weights.naming.formats import FORMATS
-from flaxtransfer.weights.naming.torchgeo import SENSORS
+from flaxtransfer.weights.naming.published import SENSORS
 from tests.support.terminal import only_line
 
 

@@ -291,7 +291,7 @@ def test_timms_other_networks_are_refused(torch, torchvision, tmp_path, name):
 
 
 def test_published_names_bring_torchvisions_preprocessing(torchvision):
-    from flaxtransfer.weights.naming.torchvision import RESIZE
+    from flaxtransfer.weights.naming.published import RESIZE
 
     published = {}
     for name in torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"]):

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES, RESNETS
-from flaxtransfer.weights.naming import huggingface, timm, torchvision
+from flaxtransfer.weights.naming import huggingface, timm
 from flaxtransfer.weights.naming.key_map import CONV, Rule, leaf_of, to_keys, to_leaves
 from flaxtransfer.weights.naming.timm import table_for
 
 pytestmark = pytest.mark.once
 
-TABLES = {"torchvision": torchvision.TABLE, "huggingface": huggingface.TABLE}
+TABLES = {"torchvision": timm.PLAIN_TABLE, "huggingface": huggingface.TABLE}
 TINY = ResNetConfig("bottleneck", (2, 1, 1, 1), width=4, classes=3)
 
 
@@ -130,7 +130,7 @@ def test_hugging_face_counts_from_zero(key, leaf):
     ],
 )
 def test_a_key_that_only_resembles_another_is_foreign(key):
-    assert leaf_of(torchvision.TABLE, key, ()) is None
+    assert leaf_of(timm.PLAIN_TABLE, key, ()) is None
 
 
 def test_a_convolution_turns_round():
@@ -141,7 +141,7 @@ def test_a_convolution_turns_round():
 
 
 def test_one_error_lists_every_difference():
-    theirs = to_keys(torchvision.TABLE, leaves())
+    theirs = to_keys(timm.PLAIN_TABLE, leaves())
     theirs["layer1.0.conv9.weight"] = theirs.pop("layer1.0.conv2.weight")
     del theirs["bn1.running_var"]
     theirs["fc.weight"] = theirs["fc.weight"][:, :-1]
@@ -149,7 +149,7 @@ def test_one_error_lists_every_difference():
     theirs["head.extra"] = np.zeros((2, 2))
     theirs["layer7.0.bn1.num_batches_tracked"] = np.zeros(())
     with pytest.raises(ValueError, match="2 missing, 3 unexpected, 2 of") as caught:
-        to_leaves(torchvision.TABLE, theirs, leaf_shapes(TINY), what="x.pth")
+        to_leaves(timm.PLAIN_TABLE, theirs, leaf_shapes(TINY), what="x.pth")
     assert str(caught.value).splitlines() == [
         "x.pth; keys: 2 missing, 3 unexpected, 2 of another shape",
         "  missing: layer1.0.conv2.weight [4, 4, 3, 3]",
@@ -163,30 +163,30 @@ def test_one_error_lists_every_difference():
 
 
 def test_a_transposed_shape_is_a_difference_even_with_as_many_numbers():
-    theirs = to_keys(torchvision.TABLE, leaves())
+    theirs = to_keys(timm.PLAIN_TABLE, leaves())
     theirs["fc.weight"] = theirs["fc.weight"].T
     with pytest.raises(
         ValueError, match=r"fc.weight must be \[3, 128\] for the network, got \[128, 3\]"
     ):
-        to_leaves(torchvision.TABLE, theirs, leaf_shapes(TINY), what="file")
+        to_leaves(timm.PLAIN_TABLE, theirs, leaf_shapes(TINY), what="file")
 
 
 def test_counters_beside_expected_norms_are_excused():
-    theirs = to_keys(torchvision.TABLE, leaves())
+    theirs = to_keys(timm.PLAIN_TABLE, leaves())
     theirs |= {
         "bn1.num_batches_tracked": np.zeros(()),
         "layer2.0.downsample.1.num_batches_tracked": np.zeros(()),
     }
-    assert len(to_leaves(torchvision.TABLE, theirs, leaf_shapes(TINY), what="file")) == len(
+    assert len(to_leaves(timm.PLAIN_TABLE, theirs, leaf_shapes(TINY), what="file")) == len(
         leaf_shapes(TINY)
     )
 
 
 @given(st.data())
 def test_whatever_single_key_goes_missing_is_named(data):
-    theirs = to_keys(torchvision.TABLE, leaves())
+    theirs = to_keys(timm.PLAIN_TABLE, leaves())
     lost = data.draw(st.sampled_from(sorted(theirs)))
     del theirs[lost]
     with pytest.raises(ValueError, match="1 missing, 0 unexpected, 0 of") as caught:
-        to_leaves(torchvision.TABLE, theirs, leaf_shapes(TINY), what="file")
+        to_leaves(timm.PLAIN_TABLE, theirs, leaf_shapes(TINY), what="file")
     assert f"missing: {lost} " in str(caught.value)

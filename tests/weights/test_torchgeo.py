@@ -23,7 +23,7 @@ from flaxtransfer.weights import (
     normalize_measured,
     save,
 )
-from flaxtransfer.weights.naming import timm, torchgeo
+from flaxtransfer.weights.naming import published, timm
 from flaxtransfer.weights.naming.key_map import to_keys
 
 ALL = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)
@@ -71,16 +71,16 @@ OTHERS = [
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_names(name):
-    assert torchgeo.published(name) == PUBLISHED[name]
+    assert published.by_torchgeo(name) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_names_that_only_look_like_them(name):
-    assert torchgeo.published(name) is None
+    assert published.by_torchgeo(name) is None
 
 
 def test_every_sensor_is_the_one_of_some_published_name():
-    assert set(torchgeo.SENSORS) == set(PUBLISHED.values())
+    assert set(published.SENSORS) == set(PUBLISHED.values())
 
 
 def test_a_published_file_brings_its_bands(write):
@@ -134,7 +134,7 @@ ETM = (
     [("landsat_tm_toa", TM), ("landsat_etm_toa", ETM), ("landsat_etm_sr", ETM)],
 )
 def test_centers_are_the_middles_of_the_bands_limits(sensor, limits):
-    found = torchgeo.SENSORS[sensor]
+    found = published.SENSORS[sensor]
     middles = [sum(limits[band]) / 2 for band in found.bands]
     np.testing.assert_array_equal(found.wavelengths, middles)
 
@@ -160,10 +160,10 @@ def test_centers_are_the_middles_of_the_bands_limits(sensor, limits):
     ],
 )
 def test_what_the_network_sees(sensor, measured, expected):
-    found = normalize_measured(np.array([[measured]]), torchgeo.SENSORS[sensor])
+    found = normalize_measured(np.array([[measured]]), published.SENSORS[sensor])
     np.testing.assert_allclose(found[0, 0], expected, atol=2e-6)
     # By way of stored pixels it is the same, but for the rounding and what is beyond the ends.
-    own = torchgeo.SENSORS[sensor]
+    own = published.SENSORS[sensor]
     stored = np.round(255 * measured_to_pixels([[measured]], own))[0] / 255
     seen = (stored - own.mean) / own.std
     inside = (np.array(measured) >= own.black) & (np.array(measured) <= own.white)
@@ -189,7 +189,7 @@ def test_where_the_name_says_nothing_the_caller_does(write):
     assert load(path).preprocessing.bands == ()
     assert any("sensor= supports landsat_tm_toa, landsat_oli_sr" in n for n in load(path).notes)
     found = load(path, sensor="landsat_tm_toa")
-    assert found.preprocessing == torchgeo.SENSORS["landsat_tm_toa"]
+    assert found.preprocessing == published.SENSORS["landsat_tm_toa"]
     assert any("that of landsat_tm_toa, as requested" in note for note in found.notes)
 
 
@@ -213,7 +213,7 @@ def test_a_file_from_before_there_were_bands(basic, write, tmp_path):
 
 
 def test_measurements_that_do_not_fit():
-    sensor = torchgeo.SENSORS["sentinel1_all"]
+    sensor = published.SENSORS["sentinel1_all"]
     with pytest.raises(ValueError, match=r"shape \[..., 2\], got \[4, 3\]; .* bands VV, VH"):
         measured_to_pixels(np.zeros((4, 3)), sensor)
     with pytest.raises(ValueError, match="finite numbers"):

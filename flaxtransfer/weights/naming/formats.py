@@ -20,7 +20,6 @@ from flaxtransfer.weights.naming import (
     native,
     onnx,
     timm,
-    torchvision,
 )
 from flaxtransfer.weights.preprocessing import Preprocessing
 
@@ -56,7 +55,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "torchvision": Format(lambda keys: torchvision.TABLE, prepare=timm.narrowed, variants=True),
+    "torchvision": Format(lambda keys: timm.PLAIN_TABLE, prepare=timm.narrowed, variants=True),
     "timm": Format(timm.table_of, prepare=timm.narrowed, variants=True),
     "timm-v2": Format(timm.v2_table_of, implied=timm.with_big_transfer, variants=True),
     "huggingface": Format(lambda keys: huggingface.TABLE, variants=True),
@@ -157,8 +156,8 @@ def with_head(
         place: names that lead to the network; some say that no classifier follows.
         outside: what the layers around a Keras network are.
 
-    >>> from flaxtransfer.weights.naming import torchvision
-    >>> head = with_head(torchvision.TABLE, {"fc.1.weight": np.ones((3, 8))}, {}, 8)
+    >>> from flaxtransfer.weights.naming import timm
+    >>> head = with_head(timm.PLAIN_TABLE, {"fc.1.weight": np.ones((3, 8))}, {}, 8)
     >>> [(key, array.shape) for key, array in head.arrays.items()], head.notes[0]
     ([('fc.weight', (3, 8)), ('fc.bias', (3,))], "the head is the linear layer 'fc.1'")
     """

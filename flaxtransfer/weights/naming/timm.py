@@ -1,4 +1,4 @@
-"""Key tables of timm: ResNets, pre-activation ResNets, its fixed stem width, and BiT.
+"""Key tables of torchvision and timm: ResNets, pre-activation ResNets, fixed stem width, BiT.
 
 In a network with GroupNorm the keys are those of BatchNorms without statistics, but our leaves have
 names of their own ("gn1"), because no BatchNorm policy applies to them. timm's plain stem has 64
@@ -23,13 +23,13 @@ import numpy as np
 
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES
-from flaxtransfer.weights.naming import torchvision
 from flaxtransfer.weights.naming.key_map import CONV, DENSE, Rule, Table, batch_norm
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
     "BIT_PREPROCESSING",
     "BIT_TABLE",
+    "PLAIN_TABLE",
     "STEM_WIDTH",
     "TABLE",
     "has_groups",
@@ -51,8 +51,23 @@ __all__ = [
 
 _BLOCK, _PATH = "layer{s}.{b}", "layer{s}/{b}"
 
+PLAIN_TABLE: Table = (
+    # torchvision has no adapters; `fold_adapter` removes a linear one before a file is written.
+    Rule("adapter.weight", "params/adapter/kernel", CONV),
+    Rule("adapter.curves", "params/adapter/curves"),
+    Rule("conv1.weight", "params/conv1/kernel", CONV),
+    *batch_norm("bn1", "bn1"),
+    Rule("layer{s}.{b}.conv{k}.weight", "params/layer{s}/{b}/conv{k}/kernel", CONV),
+    *batch_norm("layer{s}.{b}.bn{k}", "layer{s}/{b}/bn{k}"),
+    Rule("layer{s}.{b}.downsample.0.weight", "params/layer{s}/{b}/downsample/0/kernel", CONV),
+    *batch_norm("layer{s}.{b}.downsample.1", "layer{s}/{b}/downsample/1"),
+    Rule("fc.weight", "params/fc/kernel", DENSE),
+    Rule("fc.bias", "params/fc/bias"),
+)
+"""torchvision's keys, which timm's plain ResNets have too."""
+
 TABLE: Table = (
-    *torchvision.TABLE,
+    *PLAIN_TABLE,
     Rule("conv1.0.weight", "params/conv1/0/kernel", CONV),
     *batch_norm("conv1.1", "conv1/bn1"),
     Rule("conv1.3.weight", "params/conv1/3/kernel", CONV),

@@ -16,7 +16,7 @@ from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import Pretrained, load, pretrained
 from flaxtransfer.weights.exports import exporting
-from flaxtransfer.weights.naming import timm, torchgeo
+from flaxtransfer.weights.naming import published, timm
 
 PREPROCESSING = ft.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size=32, resize=37)
 TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
@@ -334,7 +334,7 @@ def test_convert_says_what_it_wrote(tmp_path, capsys):
 
 def test_bands_that_another_program_has_no_place_for_are_said(tmp_path):
     plain = checkpoint_of(dataclasses.replace(TINY, in_channels=2))
-    radar = dataclasses.replace(plain, preprocessing=torchgeo.SENSORS["sentinel1_all"])
+    radar = dataclasses.replace(plain, preprocessing=published.SENSORS["sentinel1_all"])
     written = exporting.export(radar, tmp_path / "net", to="timm")
     assert written.notes[-1].startswith(
         "timm cannot store the description of the bands: bands ['VV', 'VH']; black [-50.0, -50.0]"

@@ -1,25 +1,139 @@
-"""Sensors of torchgeo: bands, wavelengths and pixel scale of its ResNets for satellite images.
+"""Weights that their publishers know by the names of their files: what such a name states.
 
-The keys are timm's. What a file was trained on is stated only in its name, and the number of bands
-is ambiguous: seven bands are Landsat 5 with its thermal band or Landsat 8's surface reflectance. A
-sensor here is what belongs to such weights: names of the bands, centers in nm, and the measurements
-that are black and white. Published weights are recognized by their names, others by
-``load(..., sensor=)``.
+torchvision publishes its weights as ``<model>-<first 8 digits of the sha256>.pth``, made by a first
+and a second training recipe. torchxrayvision's ResNet-50 for chest radiographs has one input
+channel with pixels between -1024 and 1024, and independent outputs with one sigmoid each.
 
-References: A. J. Stewart et al., "TorchGeo: Deep Learning With Geospatial Data", 2022, and
-"SSL4EO-L: Datasets and Foundation Models for Landsat Imagery", 2023. Y. Wang et al.,
-"SSL4EO-S12", 2022, and "DeCUR", 2023. O. Mañas et al., "Seasonal Contrast", 2021. F. Bastani et
-al., "SatlasPretrain", 2023. M. Drusch et al., "Sentinel-2", 2012. U.S. Geological Survey, "What
-are the band designations for the Landsat satellites?", 2013-.
+torchgeo's ResNets for satellite images state only in their names what they were trained on, and the
+number of bands is ambiguous: seven bands are Landsat 5 with its thermal band or Landsat 8's surface
+reflectance. A sensor here is what belongs to such weights: names of the bands, centers in nm, and
+the measurements that are black and white. Other weights get theirs by ``load(..., sensor=)``.
+
+References: PyTorch contributors, ``torchvision.models.resnet``, 2016-. J. P. Cohen et al.,
+"TorchXRayVision: A library of chest X-ray datasets and models", 2022. A. J. Stewart et al.,
+"TorchGeo: Deep Learning With Geospatial Data", 2022, and "SSL4EO-L: Datasets and Foundation Models
+for Landsat Imagery", 2023. Y. Wang et al., "SSL4EO-S12", 2022, and "DeCUR", 2023. O. Mañas et al.,
+"Seasonal Contrast", 2021. F. Bastani et al., "SatlasPretrain", 2023. M. Drusch et al.,
+"Sentinel-2", 2012. U.S. Geological Survey, "What are the band designations for the Landsat
+satellites?", 2013-.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
 from flaxtransfer.paths import suggest
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 
-__all__ = ["SENSORS", "check", "note", "published", "wavelengths"]
+__all__ = [
+    "RADIOGRAPHS",
+    "RADIOGRAPH_CLASSES",
+    "RESIZE",
+    "SENSORS",
+    "by_torchgeo",
+    "by_torchvision",
+    "is_of_radiographs",
+    "note",
+    "of_sensor",
+    "wavelengths",
+]
+
+
+# Shorter side before the 224 px crop, by the digits in the file name. The first recipe resized to
+# 256 px, the second to 232 px; 173b62eb is called V1 and was made by the second.
+RESIZE: dict[str, int] = {
+    **dict.fromkeys(
+        (
+            "f37072fd",
+            "5c106cde",  # resnet18
+            "b627a593",
+            "333f7ec4",  # resnet34
+            "0676ba61",
+            "19c8e357",  # resnet50
+            "63fe2227",
+            "5d3b4d8f",  # resnet101
+            "394f9c45",
+            "b121ed2d",  # resnet152
+            "95faca4d",
+            "32ee1156",  # wide_resnet50_2, wide_resnet101_2
+            "7cdf4587",
+            "8ba56ff5",  # resnext50_32x4d, resnext101_32x8d
+        ),
+        256,
+    ),
+    **dict.fromkeys(
+        (
+            "11ad3fa6",
+            "cd907fc2",
+            "f82ba261",  # resnet50, resnet101, resnet152
+            "9ba9bcbe",
+            "d733dc28",  # wide_resnet50_2, wide_resnet101_2
+            "1a0047aa",
+            "110c445d",
+            "173b62eb",  # resnext50_32x4d, 101_32x8d, 101_64x4d
+        ),
+        232,
+    ),
+}
+
+
+def by_torchvision(file_name: str, sha256: str) -> Preprocessing | None:
+    """The preprocessing of a file that torchvision published under this name; None for others.
+
+    Args:
+        file_name: without the folder.
+        sha256: of the file's bytes, in hexadecimal.
+
+    Raises:
+        ValueError: the name is a published one, but the checksum differs.
+
+    >>> by_torchvision("mine.pth", "00") is None
+    True
+    """
+    found = re.search(r"-([0-9a-f]{8})\.pth$", file_name)
+    if found is None or found[1] not in RESIZE:
+        return None
+    if not sha256.startswith(found[1]):
+        raise ValueError(
+            f"{file_name} is damaged or another file: its sha256 must start with {found[1]}, as "
+            f"torchvision published it, got {sha256[:8]}; download it again, or rename it if it is "
+            "your own"
+        )
+    return dataclasses.replace(IMAGENET, resize=RESIZE[found[1]])
+
+
+RADIOGRAPHS = Preprocessing((0.5,), (1 / 2048,), size=512, resize=512)
+"""Of torchxrayvision's ResNet-50."""
+
+RADIOGRAPH_CLASSES = (
+    "Atelectasis",
+    "Consolidation",
+    "Infiltration",
+    "Pneumothorax",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Effusion",
+    "Pneumonia",
+    "Pleural_Thickening",
+    "Cardiomegaly",
+    "Nodule",
+    "Mass",
+    "Hernia",
+    "Lung Lesion",
+    "Fracture",
+    "Lung Opacity",
+    "Enlarged Cardiomediastinum",
+)
+
+
+def is_of_radiographs(file_name: str) -> bool:
+    """Whether a file has the name of torchxrayvision's published ResNet-50.
+
+    >>> is_of_radiographs("pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt")
+    True
+    """
+    return file_name == "pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt"
 
 
 SENTINEL_2 = {
@@ -155,14 +269,14 @@ _NAMES: dict[str, str] = {
 }
 
 
-def published(*names: str) -> str | None:
+def by_torchgeo(*names: str) -> str | None:
     """The sensor of weights, by the name of their file or repository; None for other names.
 
-    >>> published("resnet50_landsat_tm_toa_moco-ba1ce753.pth")
+    >>> by_torchgeo("resnet50_landsat_tm_toa_moco-ba1ce753.pth")
     'landsat_tm_toa'
-    >>> published("model.safetensors", "hf://torchgeo/resnet50_sentinel2_all_moco@main")
+    >>> by_torchgeo("model.safetensors", "hf://torchgeo/resnet50_sentinel2_all_moco@main")
     'sentinel2_all'
-    >>> published("sentinel2_all_and_mine.pth") is None
+    >>> by_torchgeo("sentinel2_all_and_mine.pth") is None
     True
     """
     for name in names:
@@ -186,15 +300,15 @@ def note(sensor: str) -> str:
     return f"{text}; the pixels 0 and 1 are the measurements {black} and {white}"
 
 
-def check(sensor: str, bands: int) -> Preprocessing:
+def of_sensor(sensor: str, bands: int) -> Preprocessing:
     """The preprocessing of a sensor, checked against the number of bands of a stem.
 
     Raises:
         ValueError: an unknown sensor, or one with another number of bands.
 
-    >>> check("landsat_oli_sr", 7).bands
+    >>> of_sensor("landsat_oli_sr", 7).bands
     ('B1', 'B2', 'B3', 'B4', 'B5', 'B6', 'B7')
-    >>> check("sentinel2_all", 12)
+    >>> of_sensor("sentinel2_all", 12)
     Traceback (most recent call last):
     ValueError: sentinel2_all has 13 bands, but the stem takes 12; sensors with 12 bands: none
     """
