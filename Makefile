@@ -15,7 +15,7 @@ demo: install-test
 test: install-test
 	$(RUN)python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: install-test
+test-slow: install-slow
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN)python -m pytest -m slow $(ARGS)
 
 check: install-dev
@@ -53,7 +53,7 @@ clean:
 # it, so that a second call costs a comparison, and another PYTHON makes the environment anew.
 # --no-compile: Python compiles what it imports, and pip would compile all that is installed, which
 # takes as long as the rest.
-.PHONY: venv install-test install-dev install-parity install-parity-shift
+.PHONY: venv install-test install-slow install-dev install-parity install-parity-shift
 
 venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -65,7 +65,7 @@ venv:
 	  rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
 	fi
 
-install-test install-dev install-parity install-parity-shift: install-%: venv
+install-test install-slow install-dev install-parity install-parity-shift: install-%: venv
 	@want=$$(cat pyproject.toml constraints.txt | cksum); \
 	if [ "$$want" != "$$(cat $(VENV)/.installed-$* 2>/dev/null)" ]; then \
 	  echo "installing flaxtransfer[$*] into $(VENV)"; \

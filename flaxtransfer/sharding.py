@@ -13,6 +13,8 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,82 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, axis: str = "data"
     if not devices or len(set(devices)) != len(devices):
         raise ValueError(f"devices must be at least one, each only once, got {devices}")
     return Mesh(np.asarray(devices), (axis,), axis_types=(AxisType.Auto,))
+
+
+TPU_MEMORY = {
+    "TPU v2": 16,
+    "TPU v3": 32,
+    "TPU v4": 32,
+    "TPU v5": 95,
+    "TPU v5 lite": 16,
+    "TPU v6 lite": 32,
+    "TPU7x": 192,
+}
+"""GiB of a chip, by ``jax.Device.device_kind`` (Google, "TPU architecture", 2026)."""
+
+
+def topology_mesh(topology: str) -> Mesh:
+    """A mesh of TPUs that need not exist here: programs are compiled for it and cannot run on it.
+
+    Args:
+        topology: kind and shape of a slice, such as "v5e:4x4".
+
+    Raises:
+        ImportError: without libtpu, which describes the slice and compiles for it.
+        ValueError: a slice that does not exist.
+
+    >>> topology_mesh("v5e")
+    Traceback (most recent call last):
+    ValueError: `topology` must be kind and shape of a slice, such as v5e:4x4, got 'v5e'
+    """
+    if not re.fullmatch(r"[a-z0-9]+:\d+(x\d+){1,2}", topology):
+        raise ValueError(
+            f"`topology` must be kind and shape of a slice, such as v5e:4x4, got {topology!r}"
+        )
+    if find_spec("libtpu") is None:
+        raise ImportError("compiling for a TPU needs libtpu: pip install 'flaxtransfer[tpu]'")
+    from jax.experimental import topologies
+
+    # It would ask the cloud for the machine that it is on, and log what it does not find.
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"`topology` must be a slice that libtpu {version('libtpu')} knows, such as v5e:4x4, "
+            f"v6e:2x4 or v5p:2x2x2, got {topology!r}: {reason[:200]}"
+        ) from None
+    return make_mesh(described.devices)
+
+
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    # Programs are compiled and not run: who holds the TPUs of this machine is no matter.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def memory_of(mesh: Mesh) -> int | None:
+    """Bytes of memory of each device of a mesh; None where that is not known.
+
+    >>> memory_of(make_mesh(jax.devices("cpu")[:1])) is None
+    True
+    """
+    one: Any = mesh.devices.flat[0]
+    if one.device_kind in TPU_MEMORY:
+        # A chip of two cores can be two devices, which have one memory between them.
+        cores = sum(device.coords == one.coords for device in mesh.devices.flat)
+        return int(TPU_MEMORY[one.device_kind] * 2**30 // cores)
+    if one.platform == "cpu" or one.process_index != jax.process_index():
+        return None
+    limit = (one.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

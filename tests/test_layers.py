@@ -180,3 +180,12 @@ def test_a_small_file_is_shared_or_a_chapter_of_its_own():
         and room_of(name) not in ("commands", "weights", "__main__")
     ]
     assert small == []
+
+
+def test_devices_are_asked_for_by_the_mesh():
+    """A program can be compiled for other devices than those of the machine."""
+    asking = {name for name, path in MODULES.items() if "default_backend" in path.read_text()}
+    assert {name.removeprefix("flaxtransfer.") for name in asking} == {
+        "models.layers",  # where nobody says for which devices
+        "models.model",
+    }

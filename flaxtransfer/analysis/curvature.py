@@ -99,13 +99,14 @@ def mean_gradient(
     """
     mesh = mesh or make_mesh()
     variables = place_replicated(network.variables, mesh)
+    model = network.model.on(mesh)
     mean, std = network.preprocessing.mean, network.preprocessing.std
 
     @jax.jit
     def of_batch(params: Params, images: Any, labels: Any, weights: Any) -> Params:
         def total(params: Params) -> jax.Array:
             inputs = normalize(images, mean, std)
-            logits, _ = network.model.apply({**variables, "params": params}, inputs, norm="running")
+            logits, _ = model.apply({**variables, "params": params}, inputs, norm="running")
             targets = network.task.targets(labels)
             losses = network.task.loss(logits, targets, jax.random.key(0))
             return jnp.sum(losses * weights)

@@ -1,4 +1,4 @@
-"""``flaxtransfer stem``, ``models``, ``params``, ``convert``: what needs weights and no images."""
+"""``flaxtransfer stem``, ``models``, ``params``, ``compile``, ``convert``: without images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from rich.table import Table
 
 from flaxtransfer.analysis.stem import stem_report
 from flaxtransfer.batchnorm import policy
-from flaxtransfer.commands.job import load_weights
+from flaxtransfer.commands.job import load_weights, strategy_plan
 from flaxtransfer.commands.subcommands import (
     RATES,
+    Compile,
     Convert,
     Models,
     Params,
@@ -37,7 +38,10 @@ from flaxtransfer.models.registry import ARCHITECTURES, costs, named, resnet
 from flaxtransfer.optimizers import layerwise_decay
 from flaxtransfer.overview import parameter_table, plain
 from flaxtransfer.paths import flatten, shortened, suggest
+from flaxtransfer.sharding import make_mesh, memory_of, topology_mesh
+from flaxtransfer.training.prefix_cache import bytes_text
 from flaxtransfer.training.run_folder import weights_of
+from flaxtransfer.training.step import StepCost, step_cost
 from flaxtransfer.weights.exports.exporting import export
 from flaxtransfer.weights.loading import described, load, locate
 from flaxtransfer.weights.locations import BUILTIN_PREFIX, HUB_PREFIX
@@ -284,6 +288,49 @@ def params(options: Params, console: Console) -> None:
     labels, groups = _labels_and_groups(options, variables["params"])
     norm = policy(variables["params"], trainable_mask(labels, groups))
     console.print(parameter_table(variables, labels, groups, norm))
+
+
+def compile(options: Compile, console: Console) -> None:
+    """Runs ``flaxtransfer compile``."""
+    config = replace(named(options.model, "--model"), classes=options.classes)
+    config = replace(config, in_channels=options.bands)
+    mesh = make_mesh() if options.topology is None else topology_mesh(options.topology)
+    model = resnet(config, dtype=options.compute)
+    plan = strategy_plan(options.strategy, model.abstract()["params"], {})
+    trained = [phase for phase in plan.phases if phase.steps]
+    if not trained:
+        raise ValueError(f"--strategy {options.strategy} trains no step: its head is solved")
+    if options.batch_size % mesh.size:
+        raise ValueError(
+            f"--batch-size must be a multiple of the {mesh.size} devices, got {options.batch_size}"
+        )
+    image, memory = (options.size, options.size, options.bands), memory_of(mesh)
+    console.print(
+        f"{options.model}, {options.compute}; {mesh.size} x {mesh.devices.flat[0].device_kind}"
+        f"{'' if memory is None else f' with {bytes_text(memory)}'}, "
+        f"{options.batch_size // mesh.size:,} images of {options.size} px each"
+    )
+    table = Table("phase", "memory", "activations", "GFLOP", "traffic", "exchanges")
+    for phase in trained:
+        with console.status(f"compiling {phase.name}"):
+            cost = step_cost(model, phase, mesh, options.batch_size, image)
+        table.add_row(phase.name, *_cost_cells(cost))
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    console.print(table)
+    console.print("per device and step, without a cache of frozen segments", highlight=False)
+
+
+def _cost_cells(cost: StepCost) -> tuple[str, ...]:
+    exchanges = ", ".join(f"{count} {kind}" for kind, count in cost.collectives.items())
+    share = "" if cost.capacity is None else f" {cost.memory / cost.capacity:.0%}"
+    return (
+        bytes_text(cost.memory) + share,
+        bytes_text(cost.temporary),
+        f"{cost.flops / 1e9:,.3g}",
+        bytes_text(cost.traffic),
+        exchanges or "none",
+    )
 
 
 def _labels_and_groups(

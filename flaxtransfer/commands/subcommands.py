@@ -53,6 +53,7 @@ __all__ = [
     "FILES",
     "SUBCOMMANDS",
     "Advise",
+    "Compile",
     "Convert",
     "Diagnose",
     "Evaluate",
@@ -127,6 +128,39 @@ class Plan:
         yield from strategy_problems(self.strategy)
         yield from model_problems(self.model)
         yield from output_problems("--out", self.out, suffixes=PLAN_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Say what a training step takes of each device, a TPU's too.
+
+    Memory, arithmetic and exchanges; --topology needs no such device (extra tpu).
+
+    Example: flaxtransfer compile --topology v5e:4x4 --batch-size 1024
+
+    Args:
+        model: Network by name, such as resnet18 or resnet50w32; "flaxtransfer models" lists them.
+        classes: Outputs of the head.
+        bands: Channels of the images.
+        topology: Kind and shape of a slice of TPUs, such as v5e:4x4, v6e:2x4 or v5p:2x2x2.
+        batch_size: Images per step, of all devices together.
+        size: Height and width of the images in pixels.
+        compute: Number type of the convolutions.
+    """
+
+    strategy: Annotated[str, described(f"Strategy: {RECIPES_HELP}.")] = "head_then_fine_tune"
+    model: str = "resnet18"
+    classes: Count = 10
+    bands: Count = 3
+    topology: Annotated[str | None, default("the devices of this machine")] = None
+    batch_size: Count = 64
+    size: Count = 224
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+    def problems(self) -> Iterator[str]:
+        """An unknown strategy or architecture."""
+        yield from strategy_problems(self.strategy)
+        yield from model_problems(self.model)
 
 
 @dataclass(frozen=True)
@@ -564,6 +598,7 @@ SUBCOMMANDS: dict[str, type] = {
     "train": Train,
     "advise": Advise,
     "plan": Plan,
+    "compile": Compile,
     "probe": Probe,
     "find-rate": FindRate,
     "stem": Stem,
@@ -581,7 +616,7 @@ SEVERAL_PROCESSES = ("train", "evaluate")
 """What spreads its images over the processes of a run; all else would do the same in each."""
 
 FILES = {
-    **dict.fromkeys(("stem", "models", "params", "convert"), "networks"),
+    **dict.fromkeys(("stem", "models", "params", "convert", "compile"), "networks"),
     **dict.fromkeys(("advise", "probe", "find_rate", "diagnose"), "measure"),
     **dict.fromkeys(("evaluate", "explain"), "predict"),
     "plan": "job",

@@ -22,7 +22,9 @@ reverse mode, ``vmap`` and second derivatives all work.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -45,6 +47,7 @@ __all__ = [
     "conv",
     "lax_conv",
     "max_pool",
+    "traced_for",
 ]
 
 
@@ -53,6 +56,32 @@ MOMENTUM = 0.9
 
 Convolution = Callable[..., jax.Array]
 """A function with the signature of ``flaxtransfer.models.layers.conv``."""
+
+
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextmanager
+def traced_for(platform: str | None) -> Iterator[None]:
+    """What is traced in here takes the route of these devices, wherever the trace is made.
+
+    Args:
+        platform: as in ``jax.Device.platform``, such as "tpu"; None: of the default device.
+
+    >>> with traced_for("tpu"):
+    ...     program = jax.make_jaxpr(max_pool)(jnp.ones((1, 4, 4, 1)))
+    >>> "reduce_window" in str(program)
+    True
+    """
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def _is_for_cpu() -> bool:
+    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
 
 
 class Conv(nn.Module):
@@ -204,7 +233,7 @@ def max_pool(x: jax.Array, *, window: int = 3, stride: int = 2, padding: int = 1
     [[5.0, 7.0], [13.0, 15.0]]
     """
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    if jax.default_backend() != "cpu":
+    if not _is_for_cpu():
         result: jax.Array = lax.reduce_window(
             x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), edges
         )
@@ -318,7 +347,7 @@ def conv(
     (1, 2, 2, 32)
     """
     static = _checked(x, kernel, strides, padding, groups)
-    if jax.default_backend() == "cpu" and by_taps(x.shape, kernel.shape, *static):
+    if _is_for_cpu() and by_taps(x.shape, kernel.shape, *static):
         return _sum_over_taps(x, kernel, *static)
     return _lax(x, kernel, *static)
 

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import Norm, check
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.layers import Convolution, conv, lax_conv
+from flaxtransfer.models.layers import Convolution, conv, lax_conv, traced_for
 from flaxtransfer.models.layout import RESNET, Layout
 from flaxtransfer.models.resnet import Network, segments_of
 from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
@@ -52,6 +53,8 @@ class Model:
             pre-activations the last kernel), so that blocks start as identities; for training from
             scratch.
         convolution: the function that convolves.
+        platform: of the devices that programs are compiled for ("cpu", "gpu", "tpu"), which decides
+            how some layers are computed; None: that of jax's default device. See ``on``.
 
     Raises:
         TypeError: ``config`` is not a ``ResNetConfig``, ``dtype`` is not a floating dtype, or
@@ -63,6 +66,7 @@ class Model:
     zero_head: bool = False
     zero_init_residual: bool = False
     convolution: Convolution = conv
+    platform: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, ResNetConfig):
@@ -84,6 +88,18 @@ class Model:
         'fc'
         """
         return RESNET
+
+    def on(self, mesh: Mesh) -> "Model":
+        """The same network, compiled for the devices of a mesh, which need not be of this machine.
+
+        >>> from flaxtransfer.sharding import make_mesh
+        >>> model = Model(ResNetConfig())
+        >>> model.on(make_mesh()) == model
+        True
+        """
+        platform = mesh.devices.flat[0].platform
+        # Equal programs stay equal: most meshes are of the default devices.
+        return self if platform == jax.default_backend() else replace(self, platform=platform)
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -198,11 +214,12 @@ class Model:
         if segments:
             _check_input(segments[0], self.config, images.shape)
         network = Network(self.dtype, self.convolution, self.config)
-        if norm == "running":
-            output: Any = network.apply(variables, images, norm, segments)
-            return output, variables["batch_stats"]
-        # flax's signature does not say that `mutable` makes it a pair.
-        result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
+        with traced_for(self.platform):
+            if norm == "running":
+                output: Any = network.apply(variables, images, norm, segments)
+                return output, variables["batch_stats"]
+            # flax's signature does not say that `mutable` makes it a pair.
+            result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
         output, updated = result
         return output, updated.get("batch_stats", {})
 

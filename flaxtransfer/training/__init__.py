@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flaxtransfer.sharding import make_mesh as make_mesh
     from flaxtransfer.sharding import place_batch as place_batch
     from flaxtransfer.sharding import place_replicated as place_replicated
+    from flaxtransfer.sharding import topology_mesh as topology_mesh
     from flaxtransfer.training.cached_loader import cached_feed as cached_feed
     from flaxtransfer.training.console import Interrupted as Interrupted
     from flaxtransfer.training.console import read_metrics as read_metrics
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
     from flaxtransfer.training.prefix_cache import split_state as split_state
     from flaxtransfer.training.run_folder import environment as environment
     from flaxtransfer.training.run_folder import kept_splits as kept_splits
+    from flaxtransfer.training.step import StepCost as StepCost
     from flaxtransfer.training.step import start as start
+    from flaxtransfer.training.step import step_cost as step_cost
     from flaxtransfer.training.step import train_step as train_step
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -328,7 +328,7 @@ def _budget(cache: Cache) -> str:
     )
 
 
-def bytes_text(count: int) -> str:
+def bytes_text(count: float) -> str:
     """A number of bytes for a person.
 
     >>> bytes_text(2_500_000)
@@ -337,7 +337,7 @@ def bytes_text(count: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
+    return f"{count:g} bytes"
 
 
 def _count(number: int, what: str) -> str:

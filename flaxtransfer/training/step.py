@@ -2,14 +2,16 @@
 
 ``State`` is everything that a run changes, as one pytree. The step is pure, donated, and takes the
 gradient of the trainable leaves only. Equal phases of equal models share a compiled program, which
-``CompileKey`` decides.
+``CompileKey`` decides. ``step_cost`` says what a step will take of devices that need not be here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import Scaled, migrate
 from flaxtransfer.paths import Params, Variables, merge
-from flaxtransfer.sharding import replicated
+from flaxtransfer.sharding import batch_sharding, memory_of, replicated
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
@@ -213,6 +215,8 @@ def _shared(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metric
 
 def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metrics]]:
     model, phase = program.model, program.phase
+    if program.mesh is not None:
+        model = model.on(program.mesh)
     update = optimizer(phase).update
     norm, task = phase.batch_norm_policy(), program.task
     loss_of = phase.loss or task.loss
@@ -252,6 +256,135 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
     if program.mesh is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=replicated(program.mesh))
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step takes of each device, as the compiler counts it.
+
+    Args:
+        device: kind of the devices.
+        devices: how many.
+        arguments: bytes of state and batch.
+        temporary: bytes of what lives within the step, such as activations.
+        results: bytes of the following state and the metrics that do not take the place of the
+            arguments.
+        program: bytes of machine code.
+        flops: floating-point operations, as the compiler counts them.
+        traffic: bytes read and written.
+        collectives: how often devices exchange arrays, by the kind of exchange.
+        capacity: bytes of memory of a device; None where that is not known.
+
+    >>> cost = StepCost("TPU v5 lite", 16, 2**30, 2**34, 0, 0, 1e12, 1e10, {}, 2**34)
+    >>> cost.memory / 2**30, cost.fits
+    (17.0, False)
+    """
+
+    device: str
+    devices: int
+    arguments: int
+    temporary: int
+    results: int
+    program: int
+    flops: float
+    traffic: float
+    collectives: Mapping[str, int]
+    capacity: int | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a device that the step needs at least."""
+        return self.arguments + self.temporary + self.results + self.program
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether that is at most what a device has; None where that is not known."""
+        return None if self.capacity is None else self.memory <= self.capacity
+
+
+def step_cost(
+    model: Model,
+    phase: Phase,
+    mesh: Mesh,
+    batch_size: int,
+    image_shape: tuple[int, int, int],
+) -> StepCost:
+    """Compiles the training step of a phase, from shapes alone, and reads off what it takes.
+
+    Nothing is allocated and nothing runs. With a mesh of ``flaxtransfer.sharding.topology_mesh``
+    the devices need not exist here.
+
+    Args:
+        model: the network.
+        phase: of a plan, resolved or not.
+        mesh: devices.
+        batch_size: images of all devices together.
+        image_shape: ``(height, width, bands)``.
+
+    Raises:
+        ValueError: a batch size that the devices do not divide, a phase that takes no step; or the
+            compiler says that the program does not fit the devices.
+
+    >>> from flaxtransfer.models.registry import resnet
+    >>> from flaxtransfer.recipes import discriminative_fine_tuning
+    >>> from flaxtransfer.sharding import make_mesh
+    >>> model = resnet("resnet18w4", classes=2)
+    >>> plan = discriminative_fine_tuning(model.abstract()["params"], steps=10)
+    >>> cost = step_cost(model, plan.phases[0], make_mesh(jax.devices()[:1]), 4, (32, 32, 3))
+    >>> cost.devices, cost.flops > 1e6, dict(cost.collectives)
+    (1, True, {})
+    """
+    if not phase.steps:
+        raise ValueError(f"phase {phase.name!r} takes no step: its head is solved")
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the {mesh.size} devices, got {batch_size}"
+        )
+    variables = model.abstract()
+    resolved = phase.resolve(variables["params"])
+    held: Callable[..., Any] = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
+    state = jax.tree.map(
+        lambda leaf: held(leaf.shape, leaf.dtype),
+        jax.eval_shape(lambda variables: start(variables, resolved, 0), variables),
+    )
+    bands = image_shape[-1]
+    pixels = Preprocessing((0.5,) * bands, (0.5,) * bands, image_shape[0], image_shape[0])
+    step: Any = _compiled(CompileKey(model, resolved, pixels, None, SINGLE_LABEL, mesh))
+    split: Callable[..., Any] = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    batch = {
+        "image": split((batch_size, *image_shape), jnp.uint8),
+        "label": split((batch_size,), jnp.int32),
+    }
+    try:
+        program = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used \S+ of \S+ \w+", str(error))
+        raise ValueError(
+            f"the step of phase {phase.name!r} does not fit "
+            f"{mesh.devices.flat[0].device_kind} with {batch_size // mesh.size:,} images of "
+            f"{image_shape[0]} x {image_shape[1]} px a device; take a smaller batch. "
+            + (used[0] if used else " ".join(str(error).split())[:200])
+        ) from None
+    sizes, counts = program.memory_analysis(), program.cost_analysis()
+    return StepCost(
+        mesh.devices.flat[0].device_kind,
+        mesh.size,
+        sizes.argument_size_in_bytes,
+        sizes.temp_size_in_bytes,
+        sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        sizes.generated_code_size_in_bytes,
+        counts.get("flops", float("nan")),
+        counts.get("bytes accessed", float("nan")),
+        dict(Counter(_COLLECTIVE.findall(program.as_text()))),
+        memory_of(mesh),
+    )
+
+
+_COLLECTIVE = re.compile(
+    r"[ )](all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 
 
 def network_input(images: jax.Array, preprocessing: Preprocessing, start: str | None) -> jax.Array:
