@@ -30,6 +30,8 @@ from flaxtransfer.models.band_init import (
 from flaxtransfer.paths import flatten
 from tests.support.terminal import train
 
+pytestmark = pytest.mark.once
+
 TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=5)
 PREPROCESSING = ft.Preprocessing((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), 16, 16)
 RANDOM = np.random.default_rng(0)

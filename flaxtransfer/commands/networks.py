@@ -324,10 +324,11 @@ def compile(options: Compile, console: Console) -> None:
 def _cost_cells(cost: StepCost) -> tuple[str, ...]:
     exchanges = ", ".join(f"{count} {kind}" for kind, count in cost.collectives.items())
     share = "" if cost.capacity is None else f" {cost.memory / cost.capacity:.0%}"
+    billions = cost.flops / 1e9
     return (
         bytes_text(cost.memory) + share,
         bytes_text(cost.temporary),
-        f"{cost.flops / 1e9:,.3g}",
+        f"{billions:,.0f}" if billions >= 100 else f"{billions:.3g}",
         bytes_text(cost.traffic),
         exchanges or "none",
     )

@@ -12,6 +12,8 @@ from flaxtransfer.cli import run
 from flaxtransfer.report.pages import render_advice
 from tests.support.targets import pretrained, source
 
+pytestmark = pytest.mark.once
+
 KNOWN = {
     "colors": {"depth"},
     "fine gratings": {"early"},

@@ -12,6 +12,8 @@ from PIL import Image
 from flaxtransfer.cli import run
 from tests.support.terminal import only_line, train
 
+pytestmark = pytest.mark.once
+
 
 def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys):
     """Progressive unfreezing by way of a file: the decisions are printed, and in the metrics."""

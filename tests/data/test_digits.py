@@ -13,6 +13,8 @@ from sklearn.datasets import load_digits
 from flaxtransfer.data import open_source
 from flaxtransfer.data import tfds as module
 
+pytestmark = pytest.mark.once
+
 DATA_SET = "sklearn_digits/1.0.0"
 RECORDS = f"{DATA_SET}/sklearn_digits-train.array_record-00000-of-00001"
 OPEN = "import sys; from flaxtransfer.data import open_source as o; "
