@@ -20,5 +20,8 @@ if TYPE_CHECKING:
     from flaxtransfer.advice.race import Prior as Prior
     from flaxtransfer.advice.race import Race as Race
     from flaxtransfer.advice.race import race as race
+    from flaxtransfer.advice.understanding import Understanding as Understanding
+    from flaxtransfer.advice.understanding import source_distance as source_distance
+    from flaxtransfer.advice.understanding import understand as understand
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

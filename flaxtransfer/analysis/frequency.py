@@ -176,7 +176,8 @@ class FrequencyResponse:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table("", *OCTAVE_NAMES, "-3 dB band", "", box=None, padding=(0, 1), pad_edge=False)
+        octaves = (name.replace("-", "-\n") for name in OCTAVE_NAMES)
+        table = Table("", *octaves, "-3 dB band", "", box=None, padding=(0, 1), pad_edge=False)
         for number, column in enumerate(table.columns):
             column.justify = "left" if number in (0, 7) else "right"
             column.no_wrap = True

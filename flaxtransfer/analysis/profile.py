@@ -4,7 +4,9 @@
 the features of a new data set are separable. ``learning_curve`` says how the error of a probe falls
 with the number of labels, and how far it may. Two of its numbers are stable enough to be reported:
 the error at the labels at hand, and what half of them would cost. The exponent is fixed, for three
-parameters fitted to as many points say nothing.
+parameters fitted to as many points say nothing. ``error_split`` divides the error into what stays
+with other labels and what comes and goes with them, and ``label_suspects`` names examples whose
+labels the others contradict.
 """
 
 from __future__ import annotations
@@ -12,25 +14,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import scipy.optimize
+import scipy.special
 
 from flaxtransfer.features.inputs import (
+    blas_threads,
     checked_examples,
     singleton_classes,
     standardization,
     stratified_folds,
 )
-from flaxtransfer.features.ridge import cross_validate
+from flaxtransfer.features.ridge import cross_validate, ridge_splits
 from flaxtransfer.features.sweep import sweep_head
 
 __all__ = [
+    "ErrorSplit",
+    "LabelSuspects",
     "LearningCurve",
     "Profile",
     "SegmentProbe",
+    "error_split",
+    "label_suspects",
     "learning_curve",
     "probe_profile",
 ]
@@ -350,3 +358,189 @@ def _law(
     (floor, slope), _ = scipy.optimize.nnls(design, errors * weights)
     (a, b), (c, d) = np.linalg.inv(design.T @ design)
     return float(floor), float(slope), ((float(a), float(b)), (float(c), float(d)))
+
+
+@dataclass(frozen=True)
+class ErrorSplit:
+    """The error of a head, divided by what would change it.
+
+    Args:
+        bias: share of examples that the vote of all heads has wrong: more labels of the same kind
+            would not mend them, other features might.
+        variance: how often a single head differs from the vote: more labels would lower it.
+        error: of a single head.
+        draws: heads, each fitted to one half of the labels.
+        examples: that were judged.
+    """
+
+    bias: float
+    variance: float
+    error: float
+    draws: int
+    examples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self)
+
+
+def error_split(
+    features: Any, labels: Any, *, classes: int | None = None, draws: int = 20, seed: int = 0
+) -> ErrorSplit:
+    """Bias and variance of a ridge head, by heads on random halves of the labels.
+
+    Each half has the shares of the classes, and each head is judged on the examples that it has not
+    seen. The vote of all heads that have not seen an example is what one head would say on average.
+    The penalty is that which folds of all labels choose.
+
+    Args:
+        features: ``[examples, features]``, finite, standardized.
+        labels: integers ``[examples]``, 0 .. classes - 1.
+        classes: number of classes; default: the largest label plus 1.
+        draws: pairs of halves make two heads each; even, 4 or more.
+        seed: of the halves.
+
+    Raises:
+        ValueError: draws that are odd or fewer than 4, a class with fewer than 2 examples; and as
+            ``cross_validate``.
+        TypeError: labels that are not integers.
+
+    References:
+        P. Domingos, "A Unified Bias-Variance Decomposition for Zero-One and Squared Loss", 2000.
+
+    >>> labels = np.arange(60) % 3
+    >>> split = error_split(np.eye(3)[labels], labels)
+    >>> split.bias, split.variance
+    (0.0, 0.0)
+    """
+    if draws < 4 or draws % 2:
+        raise ValueError(f"`draws` must be even and >= 4, got {draws}")
+    matrix, label, number = checked_examples(features, labels, classes)
+    counts = np.bincount(label, minlength=number)
+    if counts.min() < 2:
+        raise ValueError(
+            f"every class must have 2 examples to be halved, got {int(counts.min())} of class "
+            f"{int(counts.argmin())}"
+        )
+    strength = cross_validate(matrix, label, classes=number, seed=seed).strength
+    votes = np.zeros((len(label), number), int)
+    predicted = []
+    with blas_threads(matrix):
+        for draw in range(draws // 2):
+            halves = stratified_folds(label, 2, seed + draw)
+            said = np.zeros(len(label), int)
+            for split in ridge_splits(matrix, label, number, halves):
+                said[split.out] = split.scores(strength).argmax(axis=1)
+            votes[np.arange(len(label)), said] += 1
+            predicted.append(said)
+    every = np.array(predicted)
+    vote = votes.argmax(axis=1)
+    return ErrorSplit(
+        float((vote != label).mean()),
+        float((every != vote).mean()),
+        float((every != label).mean()),
+        draws,
+        len(label),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class LabelSuspects:
+    """Examples whose labels are contradicted by a head that has not seen them.
+
+    Args:
+        rows: of the suspects, int ``[suspects]``, the most contradicted first.
+        labels: that they have, int ``[suspects]``.
+        instead: what the head says with confidence, int ``[suspects]``.
+        margins: by how much the head finds that more probable, ``[suspects]``.
+        agreement: share of each class whose held-out prediction is its label, ``[classes]``.
+        examples: how many were looked at.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    instead: np.ndarray
+    margins: np.ndarray
+    agreement: np.ndarray
+    examples: int
+
+    @property
+    def share(self) -> float:
+        """Suspects among the examples."""
+        return len(self.rows) / self.examples
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "examples": self.examples,
+            "rows": self.rows.tolist(),
+            "labels": self.labels.tolist(),
+            "instead": self.instead.tolist(),
+            "margins": [round(float(margin), 4) for margin in self.margins],
+            "agreement": [round(float(share), 4) for share in self.agreement],
+        }
+
+
+def label_suspects(
+    features: Any,
+    labels: Any,
+    *,
+    classes: int | None = None,
+    groups: Any = None,
+    seed: int = 0,
+) -> LabelSuspects:
+    """Labels that may be wrong: those that a held-out head contradicts with confidence.
+
+    An example is a suspect if another class than its label is the most probable one, and the head
+    is confident of it: it is ten times as probable as the label (strong evidence, by Jeffreys), or
+    twice, and as probable as that class is on average where it is the label (Northcutt et al.).
+    Where features say little no head is confident, and there are few suspects. A hard example is a
+    suspect, too: look before you change a label.
+
+    Args:
+        features: ``[examples, features]``, finite, standardized.
+        labels: integers ``[examples]``, 0 .. classes - 1.
+        classes: number of classes; default: the largest label plus 1.
+        groups: ``[examples]``, held out as a whole.
+        seed: of the folds.
+
+    Raises:
+        ValueError: as ``cross_validate``.
+        TypeError: labels that are not integers.
+
+    References:
+        C. Northcutt, L. Jiang, I. Chuang, "Confident Learning: Estimating Uncertainty in Dataset
+        Labels", 2021. H. Jeffreys, "Theory of Probability", 1961 (a scale of odds).
+
+    >>> labels = np.arange(60) % 3
+    >>> features = np.eye(3)[labels]
+    >>> labels[7] = 0
+    >>> found = label_suspects(features, labels)
+    >>> found.rows.tolist(), found.instead.tolist()
+    ([7], [1])
+    """
+    matrix, label, number = checked_examples(features, labels, classes)
+    found = cross_validate(matrix, label, classes=number, seed=seed, groups=groups)
+    sure = scipy.special.softmax(found.scale * found.scores, axis=1)
+    judged = np.flatnonzero(found.held_out)
+    mine, sure = label[judged], sure[judged]
+    said = sure.argmax(axis=1)
+    threshold = np.array(
+        [sure[mine == one, one].mean() if (mine == one).any() else 1.0 for one in range(number)]
+    )
+    every = np.arange(len(judged))
+    most, of_label = sure[every, said], sure[every, mine]
+    confident = (most >= _STRONG * of_label) | (
+        (most >= _WEAK * of_label) & (most >= threshold[said])
+    )
+    margins = most - of_label
+    rows = np.flatnonzero(confident & (said != mine))
+    rows = rows[np.argsort(-margins[rows], kind="stable")]
+    agreement = [float((said == mine)[mine == one].mean()) for one in range(number)]
+    return LabelSuspects(
+        judged[rows], mine[rows], said[rows], margins[rows], np.array(agreement), len(judged)
+    )
+
+
+_STRONG, _WEAK = 10.0, 2.0
+"""How much more probable than the label another class has to be, by itself and with the average."""

@@ -1,8 +1,9 @@
-"""What is measured, and nothing trained: ``advise``, ``probe``, ``find-rate``, ``diagnose``."""
+"""``advise``, ``understand``, ``probe``, ``find-rate``, ``diagnose``: nothing is trained."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from rich.table import Table
 
 from flaxtransfer.adapt.scores import ModelOutputs, model_outputs
 from flaxtransfer.advice.advise import advise as give_advice
+from flaxtransfer.advice.understanding import understand as understood
 from flaxtransfer.analysis.profile import probe_profile
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.commands.job import (
     Job,
+    Start,
     begin,
     kept_validation,
     leveled,
@@ -32,7 +35,8 @@ from flaxtransfer.commands.job import (
     split,
     trained_network,
 )
-from flaxtransfer.commands.subcommands import Advise, Diagnose, FindRate, Probe
+from flaxtransfer.commands.predict import cell_text
+from flaxtransfer.commands.subcommands import Advise, Diagnose, FindRate, Probe, Understand
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source, open_unlabeled
 from flaxtransfer.data.source import Source, UnlabeledImages, task_of_source
@@ -65,17 +69,8 @@ MOST_CSV_BYTES = 1 << 26
 
 def advise(options: Advise, console: Console) -> None:
     """Runs ``flaxtransfer advise``."""
-    start = begin(options.data, options.weights, options.input, options.split)
-    positions = start.splits.train
-    print_notes(start.source, console)
-    _say_levels(start.levels, console)
-    console.print(
-        f"{options.data.name}: {len(positions)} training images, "
-        f"{len(start.source.class_names)} classes; {start.checkpoint!r}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    found = give_advice(start.network, start.source, positions, seed=options.split.seed)
+    start = _begun(options, console)
+    found = give_advice(start.network, start.source, start.splits.train, seed=options.split.seed)
     console.print(found)
     if options.json is not None:
         write_json(options.json, found.to_json())
@@ -91,6 +86,45 @@ def advise(options: Advise, console: Console) -> None:
         console.print(f"{options.plan} is not written: no strategy is recommended", highlight=False)
     written = [options.json, options.html, options.plan if found.plan is not None else None]
     for path in filter(None, written):
+        console.print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def _begun(options: Advise | Understand, console: Console) -> Start:
+    """Images and network, said in a line."""
+    start = begin(options.data, options.weights, options.input, options.split)
+    print_notes(start.source, console)
+    _say_levels(start.levels, console)
+    console.print(
+        f"{options.data.name}: {len(start.splits.train)} training images, "
+        f"{len(start.source.class_names)} classes; {start.checkpoint!r}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return start
+
+
+def understand(options: Understand, console: Console) -> None:
+    """Runs ``flaxtransfer understand``."""
+    start = _begun(options, console)
+    found = understood(start.network, start.source, start.splits.train, seed=options.split.seed)
+    console.print(found)
+    if options.json is not None:
+        write_json(options.json, found.to_json())
+    if options.html is not None:
+        from flaxtransfer.report.pages import render_understanding
+
+        page = render_understanding(found, data=options.data.name, weights=repr(start.checkpoint))
+        with atomic_write(options.html) as made:
+            write_file(made, page.encode())
+    if options.suspects is not None:
+        text = io.StringIO()
+        rows = csv.writer(text)
+        rows.writerow(("image", "label", "instead", "margin"))
+        for name, label, instead, margin in found.suspected():
+            rows.writerow((*map(cell_text, (name, label, instead)), f"{margin:.4f}"))
+        with atomic_write(options.suspects) as made:
+            write_file(made, text.getvalue().encode("utf-8", "surrogateescape"))
+    for path in filter(None, (options.json, options.html, options.suspects)):
         console.print(f"written to {path}", highlight=False, soft_wrap=True)
 
 

@@ -66,6 +66,7 @@ __all__ = [
     "Probe",
     "Stem",
     "Train",
+    "Understand",
     "named_values",
     "rate_problems",
 ]
@@ -190,6 +191,35 @@ class Advise:
         yield from output_problems("--json", self.json, suffixes=(".json",))
         yield from output_problems("--html", self.html, suffixes=(".html",))
         yield from output_problems("--plan", self.plan, suffixes=PLAN_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Understand:
+    """Say what a network makes of your images, and which labels look wrong.
+
+    Depths, frequencies, distance from its training, bias and variance; nothing is trained.
+
+    Example: flaxtransfer understand --data folder:scans --html scans.html
+
+    Args:
+        json: Also write all numbers to this .json file.
+        html: Also write a report to this .html file.
+        suspects: Also write all suspected labels to this .csv file.
+    """
+
+    json: Annotated[Path | None, default("none")] = None
+    html: Annotated[Path | None, default("none")] = None
+    suspects: Annotated[Path | None, default("none")] = None
+    data: DataOptions = field(default_factory=DataOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    weights: WeightsOptions = field(default_factory=WeightsOptions)
+    input: InputOptions = field(default_factory=InputOptions)
+
+    def problems(self) -> Iterator[str]:
+        """Files that cannot be written."""
+        yield from output_problems("--json", self.json, suffixes=(".json",))
+        yield from output_problems("--html", self.html, suffixes=(".html",))
+        yield from output_problems("--suspects", self.suspects, suffixes=(".csv",))
 
 
 @dataclass(frozen=True)
@@ -597,6 +627,7 @@ class Convert:
 SUBCOMMANDS: dict[str, type] = {
     "train": Train,
     "advise": Advise,
+    "understand": Understand,
     "plan": Plan,
     "compile": Compile,
     "probe": Probe,
@@ -617,7 +648,7 @@ SEVERAL_PROCESSES = ("train", "evaluate")
 
 FILES = {
     **dict.fromkeys(("stem", "models", "params", "convert", "compile"), "networks"),
-    **dict.fromkeys(("advise", "probe", "find_rate", "diagnose"), "measure"),
+    **dict.fromkeys(("advise", "understand", "probe", "find_rate", "diagnose"), "measure"),
     **dict.fromkeys(("evaluate", "explain"), "predict"),
     "plan": "job",
 }

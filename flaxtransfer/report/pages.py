@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -12,9 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.advice.advise import Advice
+from flaxtransfer.advice.understanding import Understanding
+from flaxtransfer.analysis.profile import LearningCurve
+from flaxtransfer.analysis.spectrum import Bottleneck
 from flaxtransfer.overview import plain
 from flaxtransfer.paths import visible
-from flaxtransfer.report.figures import plot_advice
+from flaxtransfer.report.figures import plot_advice, plot_frequency
 from flaxtransfer.shift.prevalence import Prevalence
 from flaxtransfer.shift.report import ShiftReport
 from flaxtransfer.shift.statistics import HypothesisTest
@@ -29,6 +33,7 @@ __all__ = [
     "print_report",
     "render_advice",
     "render_html",
+    "render_understanding",
     "section",
 ]
 
@@ -124,10 +129,58 @@ def render_advice(advice: Advice, *, data: str, weights: str) -> str:
         section("What cannot be known from these images", bullets(advice.unknown)),
         section("What heads know at each depth", picture("Accuracy by depth", drawn.getvalue())),
         section("Heads", _heads(advice)),
-        section("Labels", _labels(advice)),
+        section("Labels", _labels(evidence.curve)),
         section("Plan", f"<pre>{escape(str(advice.plan))}</pre>") if advice.plan else "",
     ]
     return page(f"Advice: {data}", parts)
+
+
+def render_understanding(found: Understanding, *, data: str, weights: str) -> str:
+    """The text of one HTML file: what was found, and the tables and pictures it follows from.
+
+    Args:
+        found: from ``flaxtransfer.advice.understand``.
+        data: what was looked at.
+        weights: through which network.
+    """
+    evidence, drawn = found.evidence, io.BytesIO()
+    plot_frequency(drawn, found.response)
+    about = f"{data}: {evidence.examples} of {evidence.available} images, {evidence.classes} "
+    about += f"classes, the rarest with {evidence.smallest}; {weights}"
+    heads = [
+        (
+            escape(head.name),
+            f"{100 * head.accuracy:.1f} ± {100 * head.standard_error:.1f} %",
+            str(head.features),
+            f"{head.degrees_of_freedom:.1f}",
+            f"{found.distance[head.name]:.2f}" if head.name in found.distance else "",
+        )
+        for head in evidence.depths
+    ]
+    suspected = [
+        (escape(name), escape(label), escape(instead), f"{100 * margin:.0f} %")
+        for name, label, instead, margin in found.suspected()
+    ]
+    columns = ("segment", "head, held out", "features", "used", "distance from training, sd")
+    doubts = ("image", "label", "looks like", "more probable by")
+    agreed = [
+        (escape(name), "" if math.isnan(share) else f"{100 * share:.0f} %")
+        for name, share in zip(found.class_names, found.suspects.agreement, strict=True)
+    ]
+    parts = [
+        f"<h1>{escape(data)}, as the network sees it</h1>",
+        f'<p class="about">{escape(about)}</p>',
+        section("What was found", bullets(found.findings())),
+        section("By depth", html_table(columns, heads, {1, 2, 3, 4})),
+        section("By frequency", picture("Response by frequency", drawn.getvalue())),
+        section("Pixels and depths", _pixels(evidence.bottleneck)),
+        section("Labels", _labels(evidence.curve)),
+        section("Suspected labels", html_table(doubts, suspected, {3})) if suspected else "",
+        section(
+            "Labels that a held-out head confirms", html_table(("class", "confirmed"), agreed, {1})
+        ),
+    ]
+    return page(f"Understanding: {data}", parts)
 
 
 def _strategies(advice: Advice) -> str:
@@ -167,8 +220,25 @@ def _heads(advice: Advice) -> str:
     return html_table(headings, rows, {1, 2, 3, 4})
 
 
-def _labels(advice: Advice) -> str:
-    curve = advice.evidence.curve
+def _pixels(found: Bottleneck) -> str:
+    rows = [("the pixels' power spectrum", f"{100 * found.reference:.1f} %", "")]
+    rows += [
+        (f"spectrum, {escape(name)} cycles per pixel", f"{100 * accuracy:.1f} %", "")
+        for name, accuracy in found.octaves
+    ]
+    rows += [
+        (
+            escape(row.segment),
+            f"{100 * row.accuracy:.1f} %",
+            f"{100 * row.difference:+.1f} ± {100 * row.standard_error:.1f}",
+        )
+        for row in found.rows
+    ]
+    headings = ("head on", "accuracy, held out", "spectrum - segment, points")
+    return html_table(headings, rows, {1, 2}) + f"<p>{escape(found.summary())}</p>"
+
+
+def _labels(curve: LearningCurve | None) -> str:
     if curve is None:
         return "<p>Too few images of a class for a learning curve.</p>"
     rows = [

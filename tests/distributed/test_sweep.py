@@ -179,8 +179,10 @@ def test_two_workers_of_ray_train_what_one_process_trains(tmp_path):
             subprocess.run(command, check=True, env=environment)
         results[name] = dict(np.load(folder / "out-0.npz"))
     assert results["ray"].keys() == results["alone"].keys()
-    for leaf, value in results["alone"].items():
-        np.testing.assert_allclose(results["ray"][leaf], value, atol=2e-6, err_msg=leaf)
+    numbers = {name: value for name, value in results["alone"].items() if value.dtype.kind == "f"}
+    assert len(numbers) > 10
+    for name, value in numbers.items():
+        np.testing.assert_allclose(results["ray"][name], value, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.slow
