@@ -195,9 +195,9 @@ class Advise:
 
 @dataclass(frozen=True)
 class Understand:
-    """Say what a network makes of your images, and which labels look wrong.
+    """Say what a network makes of your images; name doubtful labels.
 
-    Depths, frequencies, distance from its training, bias and variance; nothing is trained.
+    Depths, frequencies, distance from its training, bias and variance.
 
     Example: flaxtransfer understand --data folder:scans --html scans.html
 
@@ -459,7 +459,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class Explain:
-    """Show which parts of images decide, and whether that can be trusted.
+    """Show which parts of images decide, and whether to trust that.
 
     Saliency maps for the predicted classes are drawn over the images.
 
