@@ -264,7 +264,7 @@ def assumptions(
         or (format.startswith("huggingface") and "downsample_in_bottleneck" in settings)
         or architecture in ARCHITECTURES
         or torchvision.is_published(name)
-        or torchvision.published(name, file.sha256) is not None
+        or torchvision.published(name, file.digest) is not None
         or torchgeo.published(name, source) is not None
     )
     text = _assumed(config, told)

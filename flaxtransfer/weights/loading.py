@@ -207,7 +207,7 @@ def load(
         preprocessing=metadata.preprocessing,
         source=name,
         format=chosen,
-        sha256=file.sha256,
+        sha256=file.digest(),
         class_names=metadata.class_names,
         task=metadata.task,
         notes=(
@@ -568,7 +568,7 @@ def _preprocessing(
                 "sensor=, or rename the file"
             ) from None
         return of_sensor, [f"preprocessing: that of torchgeo's {sensor}; {torchgeo.note(sensor)}"]
-    published = torchvision.published(file.path.name, file.sha256)
+    published = torchvision.published(file.path.name, file.digest)
     if published is not None:
         return published, [
             "preprocessing: that of the file that torchvision publishes under this name"

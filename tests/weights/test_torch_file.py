@@ -169,6 +169,21 @@ def test_most_of_a_file_is_read_in_place(compression):
             read_torch(broken)
 
 
+@pytest.mark.parametrize(
+    ("at", "byte"), [(0, b"X"), (6, b"\x01"), (6, b"\x20"), (6, b"\x40"), (30, b"X")]
+)
+def test_the_header_of_a_file_in_place_is_that_of_the_archive(at, byte):
+    """Its mark, its flags (encrypted, patched, strongly encrypted), its name."""
+    many = np.arange(5000, dtype=np.float32)
+    content = dictionary(a=tensor(count=5000, shape=(5000,)))
+    data = bytearray(zipped(content, data_0=many.tobytes()))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        place = archive.getinfo("archive/data/0").header_offset + at
+    data[place : place + 1] = byte
+    with pytest.raises(ValueError, match="header of the file 'archive/data/0' is not that of"):
+        read_torch(bytes(data))
+
+
 def test_views_of_the_former_layout():
     view = b"(" + text("1") + number(1) + number(2) + b"t"
     content = dictionary(a=tensor(shape=(2,), view=view), b=tensor(offset=1, shape=(3,)))

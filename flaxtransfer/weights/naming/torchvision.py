@@ -11,6 +11,7 @@ References: PyTorch contributors, ``torchvision.models.resnet``, 2016-. J. P. Co
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 from flaxtransfer.weights.naming.key_map import CONV, DENSE, Rule, Table, batch_norm
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
@@ -70,22 +71,23 @@ RESIZE: dict[str, int] = {
 }
 
 
-def published(file_name: str, sha256: str) -> Preprocessing | None:
+def published(file_name: str, digest: Callable[[], str]) -> Preprocessing | None:
     """The preprocessing of a file that torchvision published under this name; None for others.
 
     Args:
         file_name: without the folder.
-        sha256: of the file's bytes, in hexadecimal.
+        digest: gives the SHA-256 of the file's bytes, in hexadecimal; asked for such a name only.
 
     Raises:
         ValueError: the name is a published one, but the checksum differs.
 
-    >>> published("mine.pth", "00") is None
+    >>> published("mine.pth", lambda: "00") is None
     True
     """
     found = re.search(r"-([0-9a-f]{8})\.pth$", file_name)
     if found is None or found[1] not in RESIZE:
         return None
+    sha256 = digest()
     if not sha256.startswith(found[1]):
         raise ValueError(
             f"{file_name} is damaged or another file: its sha256 must start with {found[1]}, as "
