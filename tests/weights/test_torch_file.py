@@ -330,7 +330,7 @@ def test_there_is_an_end_to_instructions(monkeypatch):
             legacy(dictionary(a=tensor()), pickle.dumps({}, 2), **{"0": FOUR}),
             "must be little-endian",
         ),
-        (pickle.dumps({"a": 1}, 2), "not written by torch.save"),
+        (pickle.dumps({"a": 1}, 2), "a pickle that torch.save did not write"),
         (
             zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), byteorder="?"),
             "byteorder must be little or big",

@@ -250,7 +250,10 @@ def _streamed(data: bytes | memoryview) -> Iterator[_Content]:
     file = archives.as_file(data)
     first, _ = torch_pickle.read_pickle(file)
     if first != _MAGIC:
-        raise ValueError("the pickle was not written by torch.save")
+        raise Undamaged(
+            "it is a pickle that torch.save did not write; if you trust its author, unpickle it "
+            "and save its arrays with numpy.savez or as .safetensors"
+        )
     protocol, _ = torch_pickle.read_pickle(file)
     system, _ = torch_pickle.read_pickle(file)
     if protocol != _PROTOCOL:
