@@ -234,6 +234,22 @@ def test_a_name_that_is_on_no_list_is_refused_and_not_looked_up(audit, content, 
     assert seen == []
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02cposix\x0b\x1b[2J\nsystem\n.",
+        pickle.dumps({"a\nb\u2028c": {"d": 1}}, 2),
+        pickle.dumps(["a\x85\nb"], 2)[:-1] + b"R.",
+    ],
+)
+@pytest.mark.parametrize("layout", [zipped, legacy])
+def test_names_in_a_file_stay_in_one_line(content, layout):
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        read_torch(layout(content))
+    assert len(str(caught.value).splitlines()) == 1
+    assert "\x1b" not in str(caught.value)
+
+
 class Whole:
     """What a pickled network looks like: a class of some module, with its state."""
 
