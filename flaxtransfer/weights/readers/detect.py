@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flaxtransfer.files import check_regular, check_seal
-from flaxtransfer.paths import shortened
+from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights.naming import native, onnx
 from flaxtransfer.weights.readers import (
     archives,
@@ -419,7 +419,7 @@ def _unpacked(
 
 def _neighbor(path: Path, name: str) -> tuple[memoryview, str]:
     """The bytes of another file in the folder of a file that names it, and their checksum."""
-    if not folders.PART_NAME.fullmatch(name):
+    if not folders.is_part_name(name):
         raise ValueError(f"it must name files in its own folder, got {shortened(repr(name), 100)}")
     other = path.with_name(name)
     if not other.exists():
@@ -448,7 +448,7 @@ def _parts(index: Path) -> _Read:
         if odd := sorted(expected ^ held.keys()):
             raise ValueError(
                 f"{name} must hold what the index says, but {len(odd)} keys differ: "
-                f"{shortened(', '.join(odd), 200)}"
+                f"{visible(shortened(', '.join(odd), 200))}"
             )
         arrays |= held
         metadata |= more
