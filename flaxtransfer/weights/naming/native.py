@@ -506,9 +506,9 @@ def _preferred(
     if len(averages) == len(plain) == 1 and not shapes[averages[0]] < shapes[plain[0]]:
         return plain[0] if swapped else averages[0]
     if len(places) == 2:
-        for ours, theirs in (places, places[::-1]):
-            if _MOMENTUM.sub("", theirs) == ours != theirs:
-                return ours
+        for place, follower in (places, places[::-1]):
+            if _MOMENTUM.sub("", follower) == place != follower:
+                return place
         for first, second in _RIVALS:
             ours, theirs = (
                 {p: q for p in places for q in alike[p] if name in _names(q)}
