@@ -6,8 +6,9 @@
 keys, checks every number, and gives arrays in place. `safetensors.torch.load_file` maps the file
 and reads nothing, so that one contestant copies each tensor, as whoever uses it will, and another
 one also takes the SHA-256 of the file. Each contestant is a process of its own, and they take
-turns. Memory is the peak of what the process holds during its first turn, less what it held
-before. Figures: experiments/results/reading.md.
+turns. CPU is the least time that all threads of the process took in a turn. Memory is the peak of
+what the process holds during its first turn, less what it held before. Figures:
+experiments/results/reading.md.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def main() -> None:
     options = tyro.cli(Reading)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     print(f"Python {platform.python_version()}, {versions}\n")
-    print("| file | contestant | best | median | peak memory | best, ratio | memory, ratio |")
-    print("|---|---|---|---|---|---|---|")
+    heads = ("best", "median", "CPU", "peak memory", "best, ratio", "memory, ratio")
+    print(f"| file | contestant | {' | '.join(heads)} |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write(options.model, Path(folder))
         for kind, name in FILES.items():
@@ -78,7 +80,7 @@ def row(file: str, each: Contestant, own: Contestant, peers: list[Contestant]) -
         ratios = [f"{own.best / each.best:.2f}", f"{own.facts['peak'] / each.facts['peak']:.2f}"]
     cells = [
         *(file, each.name, f"{1e3 * each.best:.0f} ms", f"{1e3 * each.median:.0f} ms"),
-        *(f"{each.facts['peak'] / 1e6:.0f} MB", *ratios),
+        *(f"{1e3 * each.facts['cpu']:.0f} ms", f"{each.facts['peak'] / 1e6:.0f} MB", *ratios),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -112,12 +114,15 @@ def prepare(job: Facts) -> tuple[Facts, Callable[[], Facts]]:
     peak = held("VmHWM") - before
     del result
 
+    cpu: list[float] = []
+
     def turn() -> Facts:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         result = load()
         seconds = time.perf_counter() - began
+        cpu.append(time.process_time() - used)
         del result
-        return {"seconds": seconds}
+        return {"seconds": seconds, "cpu": min(cpu)}
 
     return {"peak": peak}, turn
 

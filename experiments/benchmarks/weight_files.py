@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import peer_training  # noqa: F401  adds to PROGRAMS
 import torch
 import tyro
 from peer_files import PEERS, SHAPES, SIZE, Peer, Written, features, other

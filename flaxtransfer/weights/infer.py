@@ -264,7 +264,7 @@ def assumptions(
         or (format.startswith("huggingface") and "downsample_in_bottleneck" in settings)
         or architecture in ARCHITECTURES
         or published.is_of_radiographs(name)
-        or published.by_torchvision(name, file.sha256) is not None
+        or published.by_torchvision(name, file.digest) is not None
         or published.by_torchgeo(name, source) is not None
     )
     text = _assumed(config, told)

@@ -206,7 +206,7 @@ def load(
         preprocessing=metadata.preprocessing,
         source=name,
         format=chosen,
-        sha256=file.sha256,
+        sha256=file.digest(),
         class_names=metadata.class_names,
         task=metadata.task,
         notes=(
@@ -566,7 +566,7 @@ def _preprocessing(
                 "sensor=, or rename the file"
             ) from None
         return of_sensor, [f"preprocessing: that of torchgeo's {sensor}; {published.note(sensor)}"]
-    known = published.by_torchvision(file.path.name, file.sha256)
+    known = published.by_torchvision(file.path.name, file.digest)
     if known is not None:
         return known, ["preprocessing: that of the file that torchvision publishes under this name"]
     return None, []

@@ -8,7 +8,7 @@ the preprocessing in ``preprocessor_config.json``. Other JSON files with these n
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +382,12 @@ FAMILIES: tuple[Family, ...] = (
         "take Google's own, such as hf://timm/resnetv2_50x1_bit.goog_in21k",
     ),
     Family("a DLA network", r"^dla\d", r"^level\d\.tree1\."),
+    Family(
+        "a ResNet under Detectron2's names, which do not say its strides and colors",
+        r"(?!)",
+        r"^res2\.0\.conv1\.norm\.",
+        "take the file that it was made from, torchvision's or Microsoft's",
+    ),
     Family("a DPN", r"^dpn\d", r"^features\.conv2_1\."),
     Family("a TResNet", "tresnet", r"^body\.(layer1\.0\.)?conv1\.(0|conv)\."),
     Family("a VoVNet", "vovnet", r"\.conv_mid\.0\."),
@@ -400,6 +406,30 @@ FAMILIES: tuple[Family, ...] = (
 )
 """In the order in which they are tried: the first that fits is the answer."""
 
+_WRAPPERS = re.compile(
+    r"(?i)(state_dict(_ema)?|(model|model_ema|ema|net|network|module|teacher|student)(_state(_dict)?)?|"
+    r"base_model|backbone|(vision_|image_)?encoder|trunk|_orig_mod|state|params)[./]"
+)
+"""What programs put before the keys of a network."""
+
+
+def _starts(names: Sequence[str]) -> list[str]:
+    """What stands before the keys of a network, the shortest first: nothing, and wrappers.
+
+    >>> _starts(["state_dict/backbone.level2.tree1.conv1.weight", "state_dict/head.weight"])
+    ['', 'state_dict/', 'state_dict/backbone.']
+    """
+    found = [""]
+    for name in names:
+        start = ""
+        while (wrapper := _WRAPPERS.match(name, len(start))) and len(found) < _MOST_STARTS:
+            start += wrapper[0]
+            if start not in found:
+                found.append(start)
+    return sorted(found, key=len)
+
+
+_MOST_STARTS = 6
 _INSIDE = re.compile(r"(.+[./])(layer1[./]0[./]conv1[./](weight|kernel))")
 _RESNET = re.compile(r"res_?ne|senet|timm_wrapper")
 
@@ -476,14 +506,17 @@ def _family(
     first = next((key for key in volumes if "layer1" in key), "")
     if first:
         return _VOLUMES, f"{shortened(first, 60)} has five axes"
-    keys = "\n".join(map(str, arrays))
-    for row in FAMILIES:
-        found = re.search(row.keys, keys, re.MULTILINE)
-        if found is not None:
-            key = keys.split("\n")[keys[: found.end()].count("\n")]
-            evidence = f"as its keys are like {shortened(key, 60)}"
-            unknown = told and not _RESNET.search(str(stated).lower())
-            return row, f"{evidence}; {told}" if unknown else evidence
+    names = list(map(str, arrays))
+    # Under the names of wrappers, too: the patterns know where keys begin.
+    for start in _starts(names):
+        keys = "\n".join(name.removeprefix(start) for name in names)
+        for row in FAMILIES:
+            found = re.search(row.keys, keys, re.MULTILINE)
+            if found is not None:
+                key = names[keys[: found.end()].count("\n")]
+                evidence = f"as its keys are like {shortened(key, 60)}"
+                unknown = told and not _RESNET.search(str(stated).lower())
+                return row, f"{evidence}; {told}" if unknown else evidence
     if volumes:
         volume = dataclasses.replace(_VOLUMES, name="a three-dimensional network")
         return volume, f"{shortened(volumes[0], 60)} has five axes"

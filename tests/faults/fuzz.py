@@ -6,6 +6,7 @@ TypeError or FileNotFoundError; within 5 seconds and 1 GB of memory.
 
     python -m tests.faults.fuzz --rounds 1000                # of every kind, about 3 minutes
     python -m tests.faults.fuzz --kinds plan json --seed 7   # of two kinds, other inputs
+    python -m tests.faults.fuzz --kinds weights              # of all containers of weights
 
 It prints one row per kind, and every input that failed; the exit code is 1 if there is one.
 """
@@ -17,7 +18,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -49,8 +49,9 @@ from flaxtransfer.report.figures import wrap_text
 from flaxtransfer.report.pages import escape
 from flaxtransfer.training import console, run_folder
 from flaxtransfer.training.plan_yaml import plan_from_yaml
+from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import detect, safetensors_file
-from tests.faults.readers import single_files
+from tests.faults.readers import DAMAGES, hdf5, single_files
 from tests.support.scans import bundled, geotiff
 
 MOST_SECONDS, MOST_BYTES, MOST_TEXT = 5.0, 1 << 30, 600
@@ -482,10 +483,6 @@ def some_archive(draw: random.Random) -> bytes:
     return changed(draw, bytes(data), (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\xff\xff\xff\x7f", b"O"))
 
 
-SAFETENSORS = safetensors_file.write_safetensors(
-    {"fc.weight": np.ones((3, 2), np.float32), "fc.bias": np.ones(3, np.float32)}, {"format": "pt"}
-)
-ONNX = single_files()["onnx"][1]
 ONNX_WORDS = (
     *(
         b"Conv",
@@ -495,6 +492,9 @@ ONNX_WORDS = (
         b"Identity",
         b"Constant",
         b"Reshape",
+        b"Pad",
+        b"Shape",
+        b"Gather",
         b"BatchNormalization",
     ),
     *(
@@ -504,37 +504,104 @@ ONNX_WORDS = (
         b"\x72\x01",
     ),
 )
+PICKLE_WORDS = (
+    *(b"N0" * 20_000, b"(" * 5000, b"]" * 5000, b"2" * 5000, b"\x80\2", b"cos\nsystem\n"),
+    *(b"R", b"b", b"q\0", b"h\0", b"\x8a\xff", b"\x94", b"ctorch\nFloatStorage\n", b"Q", b"t"),
+)
 OPCODES = b"(N0]})l}u\x85\x86\x87\x94h\0q\0K\1JKKKKcos\nsystem\n\x93RbXaaaa2t."
+MSGPACK_WORDS = (
+    *(b"\xdf\xff\xff\xff\xff", b"\xdd\x7f\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xc1"),
+    *(b"\x91" * 3000, b"\x81\xa1a" * 900, b"\xc7\x05\x01", b"\xd9\xff", b"\xcb" + b"\xff" * 8),
+    *(b"\xa7float64", b"\xa6object", b"\xa2V8", b"\xc0", b"\xdc\xff\xff"),
+)
+HDF5_WORDS = (
+    *(b"\x89HDF\r\n\x1a\n", b"TREE", b"SNOD", b"HEAP", b"OHDR", b"FRHP", b"GCOL", b"\xff" * 8),
+    *(b"\0" * 8, b"\xff\xff\xff\x7f", b"\1\0\0\0", b"\x11\0", b"\x03\0", b"\x0b\0"),
+)
+ZIP_WORDS = (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\xff\xff\xff\x7f", b"\1\0", b"\x08\0", b"O")
 
 
-def weights(draw: random.Random) -> Made:
-    """The bytes of a file of weights, in five formats."""
-    match draw.randrange(5):
-        case 4:
-            data = changed(draw, ONNX, ONNX_WORDS)
-        case 0:
-            data = changed(draw, SAFETENSORS, (*JSON_WORDS, b"data_offsets", b"F64", b"shape"))
-        case 1:
-            data = some_archive(draw)
-        case 2:
-            sound = pickle.dumps({"a": [1, (2, "x")], "b": {3: 4.5}}, 2)
-            words = (
-                b"N0" * 20_000,
-                b"(" * 5000,
-                b"]" * 5000,
-                b"2" * 5000,
-                b"\x80\2",
-                b"cos\nsystem\n",
-            )
-            data = changed(draw, sound, (*words, b"R", b"b", b"q\0", b"h\0", b"\x8a\xff"))
-        case _:
-            data = b"\x80\2" + bytes(draw.choices(OPCODES, k=draw.choice((5, 40, 2000)))) + b"."
+def _containers() -> dict[str, tuple[bytes, tuple[bytes, ...]]]:
+    """A small sound file of every container, and the words that mean something in it."""
+    files = single_files()
+    two = {"fc.weight": np.ones((3, 2), np.float32), "fc.bias": np.ones(3, np.float32)}
+    arrays, keras = io.BytesIO(), io.BytesIO()
+    np.savez(arrays, **two)
+    hdf5_bytes = hdf5({"conv1_conv/kernel": np.ones((7, 7, 3, 4)), "conv1_conv/bias": np.ones(4)})
+    with zipfile.ZipFile(keras, "w") as archive:
+        archive.writestr("config.json", json.dumps({"config": {"layers": []}}))
+        archive.writestr("model.weights.h5", hdf5_bytes)
+    json_words = (*JSON_WORDS, b"data_offsets", b"F64", b"shape", b"__metadata__")
+    torch = {kind: GOLDEN.joinpath(f"{kind}.pth").read_bytes() for kind in ("zip", "legacy")}
+    return {
+        "safetensors": (files["safetensors"][1], json_words),
+        "msgpack": (files["flax"][1], MSGPACK_WORDS),
+        "torch-zip": (torch["zip"], (*ZIP_WORDS, *PICKLE_WORDS)),
+        "torch-legacy": (torch["legacy"], PICKLE_WORDS),
+        "onnx": (files["onnx"][1], ONNX_WORDS),
+        "npz": (arrays.getvalue(), ZIP_WORDS),
+        "hdf5": (hdf5_bytes, HDF5_WORDS),
+        "keras": (keras.getvalue(), (*ZIP_WORDS, *HDF5_WORDS)),
+    }
 
-    def read() -> None:
-        container, _ = detect.recognize(data, "w")
-        container.read(data)
 
-    return data, read
+GOLDEN = Path(__file__).parents[1] / "golden" / "torch_files"
+CONTAINERS = _containers()
+
+
+def damaged(draw: random.Random, kind: str) -> bytes:
+    """A file of weights of one container, changed as bytes, as what it is, or made from nothing."""
+    sound, words = CONTAINERS[kind]
+    if draw.randrange(8) == 0:
+        if kind == "npz":
+            return some_archive(draw)
+        if kind == "torch-legacy":
+            codes = bytes(draw.choices(OPCODES, k=draw.choice((5, 40, 2000))))
+            return b"\x80\2" + codes + b"."
+    if draw.randrange(3) == 0:
+        return changed(draw, sound, words)
+    return draw.choice(DAMAGES)(bytearray(sound), draw)
+
+
+def a_file(kind: str) -> Callable[[random.Random], Made]:
+    """Inputs of one container: its arrays are read, and the network is found among them."""
+
+    def make(draw: random.Random) -> Made:
+        data = damaged(draw, kind)
+
+        def read() -> None:
+            container, _ = detect.recognize(data, "w")
+            search = detect._Search(None)
+            arrays, *_ = detect._unpacked(PLACE / "w", memoryview(data), container, search.wanted)
+            if search.found is None:
+                native.find(arrays, None)
+
+        return data, read
+
+    return make
+
+
+def indices(draw: random.Random) -> Made:
+    """A folder of two files with an index, of which one is changed."""
+    folder = PLACE / "index"
+    sound = {}
+    for number in (1, 2):
+        one = {f"layer{number}.0.conv1.weight": np.full((2, 2, 1, 1), number, np.float32)}
+        name = f"model-0000{number}-of-00002.safetensors"
+        sound[name] = safetensors_file.write_safetensors(one, {})
+    places = {f"layer{n}.0.conv1.weight": name for n, name in enumerate(sound, 1)}
+    index = {"metadata": {"total_size": 32}, "weight_map": places}
+    sound["model.safetensors.index.json"] = json.dumps(index).encode()
+    name = draw.choice(list(sound))
+    words = (*JSON_WORDS, b"../", b"/etc/passwd", b"weight_map", b"data_offsets")
+    given = {**sound, name: changed(draw, sound[name], words)}
+    if draw.randrange(20) == 0:
+        del given[name]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for each, data in given.items():
+        (folder / each).write_bytes(data)
+    return (name, given.get(name)), lambda: detect.read_tensors(folder)
 
 
 KINDS: dict[str, Callable[[random.Random], Made]] = {
@@ -546,15 +613,19 @@ KINDS: dict[str, Callable[[random.Random], Made]] = {
     "name": names,
     "image": images,
     "table": tables,
-    "weights": weights,
+    **{kind: a_file(kind) for kind in CONTAINERS},
+    "index": indices,
 }
+WEIGHTS = (*CONTAINERS, "index")
+"""Kinds of files of weights."""
 
 PER_ROUND = {
     "json": 30,
     "glob": 20,
     "expression": 10,
     "image": 10,
-    "weights": 5,
+    **{"safetensors": 20, "msgpack": 20, "torch-zip": 15, "torch-legacy": 15, "onnx": 10},
+    **{"npz": 10, "hdf5": 4, "keras": 4, "index": 2},
     "run": 5,
     "table": 3,
 }
@@ -575,16 +646,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    choices = [*KINDS, "weights"]
+    parser.add_argument("--kinds", nargs="+", choices=choices, default=list(KINDS))
     given = parser.parse_args()
+    kinds = [k for kind in given.kinds for k in (WEIGHTS if kind == "weights" else (kind,))]
     failed = 0
-    print(f"{'kind':<12}{'inputs':>10}{'read':>10}{'refused':>10}{'failed':>8}{'slowest':>10}")
+    heads = ("inputs", "read", "refused", "failed", "slowest", "CPU")
+    print(f"{'kind':<12}" + "".join(f"{head:>12}" for head in heads))
     with clean():
-        for kind in given.kinds:
+        for kind in kinds:
+            start = time.process_time()
             found = fuzz(kind, given.rounds * PER_ROUND.get(kind, 1), given.seed)
             print(
-                f"{kind:<12}{found.inputs:>10,}{found.read:>10,}{found.refused:>10,}"
-                f"{len(found.failures):>8,}{found.slowest:>8.2f} s",
+                f"{kind:<12}{found.inputs:>12,}{found.read:>12,}{found.refused:>12,}"
+                f"{len(found.failures):>12,}{found.slowest:>10.2f} s"
+                f"{time.process_time() - start:>10.0f} s",
                 flush=True,
             )
             for line in found.failures[:5]:

@@ -133,6 +133,28 @@ FILES = {
         }
         | {key: array for key, array in a.items() if key.startswith("fc.")}
     ),
+    # Its hook exchanges the two before they are saved.
+    "MMEngine's average": lambda a: {
+        "meta": {"epoch": 3},
+        "state_dict": renamed("backbone.fc.", "head.fc.", under("backbone.", a)),
+        "ema_state_dict": {
+            "steps": COUNT,
+            **under("module.", renamed("backbone.fc.", "head.fc.", under("backbone.", other(a)))),
+        },
+    },
+    "mmcv's average": lambda a: {
+        "state_dict": renamed("backbone.fc.", "head.fc.", under("backbone.", a))
+        | {f"ema_backbone_{key.replace('.', '_')}": array for key, array in other(a).items()}
+    },
+    "a copy that follows": lambda a: {
+        "state_dict": under("backbone.", body(a))
+        | under("momentum_backbone.", other(body(a)))
+        | {"projector.0.weight": matrix(8, 32), "momentum_projector.0.weight": matrix(8, 32)}
+        | {f"classifier.{name}": a[f"fc.{name}"] for name in ("weight", "bias")}
+    },
+    "a copy that follows, named after it": lambda a: (
+        under("net_momentum.", other(a)) | under("net.", a)
+    ),
     "counted average": lambda a: {"n_averaged": COUNT, **under("module.", a)},
     "a plain network beside others": lambda a: {**a, "optimizer": optimizer(a), "epoch": 3},
 }
@@ -190,6 +212,11 @@ SEVERAL = {
         ["ema", "swa", "model"],
         "swa",
     ),
+    "a copy of another network": (
+        lambda a: {"momentum_left": other(a), "right": a},
+        ["momentum_left", "right"],
+        "right",
+    ),
     "one at the top": (lambda a: {**a, "last": other(a)}, [".", "last"], "."),
 }
 
@@ -225,6 +252,16 @@ def test_the_plain_network_beside_an_average(basic, plain, tmp_path):
     assert same(load(save_torch(content, tmp_path / "w.pth"), key="model"), plain)
 
 
+def test_an_encoder_that_is_stored_twice_is_that_of_self_supervised_training(basic, tmp_path):
+    """BYOL of lucidrains: the network itself, the online encoder that it is in, and its target."""
+    networks = under("net.", basic) | under("online_encoder.net.", basic)
+    networks |= under("target_encoder.net.", other(basic))
+    found = load(save_torch(networks, tmp_path / "w.pth"))
+    kernel = np.transpose(basic["conv1.weight"], (2, 3, 1, 0))
+    assert np.array_equal(found.variables["params"]["conv1"]["kernel"], kernel)
+    assert "self-supervised" in found.no_head
+
+
 def test_the_teacher_of_self_supervised_training_is_an_average(basic, tmp_path):
     teacher = under("backbone.", body(basic)) | {"head.mlp.0.weight": np.ones((8, 32), np.float32)}
     student = under("module.", other(teacher))
@@ -240,6 +277,8 @@ def test_the_teacher_of_self_supervised_training_is_an_average(basic, tmp_path):
     ("old", "new"),
     [
         ("layer1.0.conv1.weight", "layer1.0.conv1.parametrizations.weight.original0"),
+        ("layer2.0.conv1.weight", "layer2.0.conv1.base_layer.weight"),
+        ("layer2.0.conv1.weight", "layer2.0.conv1.lora_A.default.weight"),
         ("layer2.0.conv1.weight", "layer2.0.conv1.parametrizations.weight.original1"),
         ("layer2.0.conv1.weight", "layer2.0.conv1.weight_orig"),
         ("bn1.weight", "conv1.weight_fake_quant.scale"),

@@ -224,7 +224,7 @@ def test_the_encoder_of_self_supervised_training(basic, write, prefix, others, s
 def test_torchxrayvisions_file_knows_its_findings(tmp_path):
     path = tmp_path / "pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt"
     config = ResNetConfig("bottleneck", (3, 4, 6, 3), classes=18, in_channels=1)
-    found = collect_metadata(Tensors(path, {}, {}, "", ()), config, "torchvision")
+    found = collect_metadata(Tensors(path, {}, {}, str, ()), config, "torchvision")
     (mean,), (std,) = found.preprocessing.mean, found.preprocessing.std
     # The darkest and the brightest pixel become -1024 and 1024.
     assert [(pixel - mean) / std for pixel in (0, 1)] == [-1024, 1024]

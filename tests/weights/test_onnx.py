@@ -330,6 +330,60 @@ def test_pooling_over_the_edge(tmp_path, form):
     assert load(saved(graph, tmp_path / "net.onnx")).config == before.config
 
 
+def with_computed_pads(graph, side):
+    """The padding SAME of TensorFlow before the stem's pooling, computed from its input's shape."""
+    constants = {name: np.array(n) for n, name in enumerate(("0", "1", "2", "3"))}
+    constants |= {"front": np.zeros(1, np.int64), "rest": np.zeros(2, np.int64)}
+
+    def ends(size, axis):
+        def then(kind, x, y):
+            nodes.append(Node(kind, (x, y), (f"{axis} {len(nodes)}",)))
+            return nodes[-1].output
+
+        nodes = [Node("Gather", (size, axis), (f"side {axis}",), {"axis": 0})]
+        side = nodes[-1].output
+        outputs = then("Div", then("Add", side, "1"), "2")
+        last = then("Add", then("Mul", then("Sub", outputs, "1"), "2"), "3")
+        total = then("Sub", last, side)
+        begin = then("Div", total, "2")
+        pair = begin, then("Sub", total, begin)
+        return nodes, [then("Unsqueeze", end, "front") for end in pair]
+
+    def change(node):
+        if node.kind != "MaxPool":
+            return None
+        rows, (top, bottom) = ends("size", "2")
+        columns, (left, right) = ends("size", "3")
+        return [
+            Node("Shape", (node.inputs[0],), ("size",)),
+            *rows,
+            *columns,
+            Node("Concat", ("rest", top, left, "rest", bottom, right), ("pads",), {"axis": 0}),
+            Node("Pad", (node.inputs[0], "pads"), ("padded",), {"mode": "edge"}),
+            changed(dataclasses.replace(node, inputs=("padded",)), pads=(0, 0, 0, 0)),
+        ]
+
+    found = edited(graph, change, constants)
+    return dataclasses.replace(found, inputs={"images": ("batch", 3, side, side)})
+
+
+@pytest.mark.parametrize(("side", "pool"), [(64, "ceil"), (62, "max"), (224, "ceil")])
+def test_pads_that_are_computed_from_a_fixed_size(side, pool):
+    """SAME pads an even number of pixels at the end alone, an odd number on both sides."""
+    graph = plain(checkpoint_of(TINY))
+    leaves, metadata, _ = read_onnx(data_of(with_computed_pads(graph, side)))
+    assert f'"stem_pool": "{pool}"' in metadata["graph of the file"]
+    expected, _, _ = read_onnx(data_of(graph))
+    assert all(np.array_equal(leaves[path], expected[path]) for path in expected)
+
+
+def test_pads_that_depend_on_the_images_are_refused():
+    graph = with_computed_pads(plain(checkpoint_of(TINY)), "side")
+    with pytest.raises(ValueError, match=r"\(Pad\) must have a constant as input 1") as caught:
+        read_onnx(data_of(graph))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "most"),
     [(0.2, 0.25, 1), (123.7, 58.4, 255), (0, 255, 255), (127.5, 127.5, 255)],

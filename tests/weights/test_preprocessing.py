@@ -259,14 +259,14 @@ def test_a_record_of_something_else_is_none(read):
 @pytest.mark.parametrize(("digits", "resize"), [("f37072fd", 256), ("11ad3fa6", 232)])
 def test_a_published_file_name_brings_its_recipe(digits, resize):
     name = f"resnet-{digits}.pth"
-    assert published.by_torchvision(name, digits + "0" * 56) == dataclasses.replace(
+    assert published.by_torchvision(name, lambda: digits + "0" * 56) == dataclasses.replace(
         IMAGENET, resize=resize
     )
     with pytest.raises(
         ValueError, match=f"must start with {digits}, as torchvision published it, got 00000000"
     ):
-        published.by_torchvision(name, "0" * 64)
-    assert published.by_torchvision(f"resnet-{digits}.safetensors", "0" * 64) is None
+        published.by_torchvision(name, lambda: "0" * 64)
+    assert published.by_torchvision(f"resnet-{digits}.safetensors", lambda: "0" * 64) is None
 
 
 # --- in order of trust ---------------------------------------------------------------------------

@@ -74,6 +74,9 @@ def changed(place):
     return change
 
 
+LAST = "model-00003-of-00003.safetensors"
+
+
 def missing(index):
     return {"weight_map": {k: p for k, p in index["weight_map"].items() if k != "fc.bias"}}
 
@@ -84,6 +87,11 @@ def missing(index):
         (changed("../plain.safetensors"), "must name files in its own folder, got '../plain"),
         (changed("/etc/passwd"), "must name files in its own folder"),
         (changed(".hidden"), "must name files in its own folder"),
+        (changed("w" * 256), "must name files in its own folder, got 'www"),
+        (
+            lambda index: {"weight_map": index["weight_map"] | {"a\nb\u2028": LAST}},
+            r"but 1 keys differ: a\\x0ab\\u2028$",
+        ),
         (changed("nowhere.safetensors"), "needs 4 files, and 1 of them are not in the folder: now"),
         (changed("model-00003-of-00003.safetensors"), "must hold what the index says, but 1 keys"),
         (missing, "must hold what the index says, but 1 keys differ: fc.bias"),
@@ -94,8 +102,9 @@ def missing(index):
 )
 def test_an_index_that_does_not_fit(split, change, said):
     folder = split(change=change)
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         load(folder)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_one_part_alone(split):

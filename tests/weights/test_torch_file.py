@@ -169,6 +169,21 @@ def test_most_of_a_file_is_read_in_place(compression):
             read_torch(broken)
 
 
+@pytest.mark.parametrize(
+    ("at", "byte"), [(0, b"X"), (6, b"\x01"), (6, b"\x20"), (6, b"\x40"), (30, b"X")]
+)
+def test_the_header_of_a_file_in_place_is_that_of_the_archive(at, byte):
+    """Its mark, its flags (encrypted, patched, strongly encrypted), its name."""
+    many = np.arange(5000, dtype=np.float32)
+    content = dictionary(a=tensor(count=5000, shape=(5000,)))
+    data = bytearray(zipped(content, data_0=many.tobytes()))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        place = archive.getinfo("archive/data/0").header_offset + at
+    data[place : place + 1] = byte
+    with pytest.raises(ValueError, match="header of the file 'archive/data/0' is not that of"):
+        read_torch(bytes(data))
+
+
 def test_views_of_the_former_layout():
     view = b"(" + text("1") + number(1) + number(2) + b"t"
     content = dictionary(a=tensor(shape=(2,), view=view), b=tensor(offset=1, shape=(3,)))
@@ -217,6 +232,22 @@ def test_a_name_that_is_on_no_list_is_refused_and_not_looked_up(audit, content, 
         read_torch(data)
     seen, audit["seen"] = audit["seen"], None
     assert seen == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02cposix\x0b\x1b[2J\nsystem\n.",
+        pickle.dumps({"a\nb\u2028c": {"d": 1}}, 2),
+        pickle.dumps(["a\x85\nb"], 2)[:-1] + b"R.",
+    ],
+)
+@pytest.mark.parametrize("layout", [zipped, legacy])
+def test_names_in_a_file_stay_in_one_line(content, layout):
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        read_torch(layout(content))
+    assert len(str(caught.value).splitlines()) == 1
+    assert "\x1b" not in str(caught.value)
 
 
 class Whole:
@@ -315,7 +346,7 @@ def test_there_is_an_end_to_instructions(monkeypatch):
             legacy(dictionary(a=tensor()), pickle.dumps({}, 2), **{"0": FOUR}),
             "must be little-endian",
         ),
-        (pickle.dumps({"a": 1}, 2), "not written by torch.save"),
+        (pickle.dumps({"a": 1}, 2), "a pickle that torch.save did not write"),
         (
             zipped(dictionary(a=tensor()), data_0=FOUR.tobytes(), byteorder="?"),
             "byteorder must be little or big",

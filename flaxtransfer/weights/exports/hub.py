@@ -116,10 +116,57 @@ def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
         parts = (f"{name}={getattr(config, name)!r}" for name in fields if _unusual(config, name))
         problem = f"with {', '.join(parts)}"
     if problem:
-        raise ValueError(f"timm has no network {problem}, which {config.name} has; {_OTHERS}")
+        near = vars(_nearest(config))
+        other = [f"{name}={value!r}" for name, value in near.items() if value != vars(config)[name]]
+        hint = f"; the nearest has {', '.join(other)}" if other else ""
+        raise ValueError(f"timm has no network {problem}, which {config.name} has{hint}; {_OTHERS}")
     arguments = {name: _arguments(ARCHITECTURES[name], config) for name in like}
     base = min(like, key=lambda name: len(arguments[name]))
     return base, arguments[base]
+
+
+def _nearest(config: ResNetConfig) -> ResNetConfig:
+    """The nearest network that timm builds; the same for fewer stages, of which it has none.
+
+    >>> _nearest(ResNetConfig("bottleneck", stride_in="1x1", stem_pool="ceil")).name
+    'resnet26'
+    """
+    if len(config.depths) < 4:
+        return config
+    plain = ResNetConfig()
+    near = dataclasses.replace(
+        config,
+        **{name: getattr(plain, name) for name in ("stride_in", "stride_at", "stem_bias")},
+        stem_pool="max" if config.stem_pool == "ceil" else config.stem_pool,
+    )
+    if near.preactivation:
+        near = _divisible(near)
+    elif near.stem == "plain" and timm.stem_problem(near):
+        near = dataclasses.replace(near, stem_width=timm.STEM_WIDTH)
+    # Only names set the ratio of the hidden channels.
+    ratios = sorted(
+        {each.se_ratio for each in ARCHITECTURES.values()},
+        key=lambda ratio: abs(math.log(ratio / near.se_ratio)),
+    )
+    others = [dataclasses.replace(near, se_ratio=ratio) for ratio in (near.se_ratio, *ratios)]
+    built = (o for o in others if any(_same(known, o) for known in ARCHITECTURES.values()))
+    return next(built, near)
+
+
+def _divisible(config: ResNetConfig) -> ResNetConfig:
+    """The nearest pre-activation network whose channels are those of timm's."""
+
+    def near(number: int) -> list[int]:
+        return sorted(range(8, 513, 8), key=lambda other: abs(math.log(other / number)))
+
+    if config.stem_channels[-1] % 8:
+        config = dataclasses.replace(config, stem_width=near(config.stem_width or config.width)[0])
+    sizes = [(width, base) for width in near(config.width)[:3] for base in near(config.base_width)]
+    found = (
+        dataclasses.replace(config, width=width, base_width=base)
+        for width, base in [(config.width, config.base_width), *sizes]
+    )
+    return next((other for other in found if not _alien_v2(other)), config)
 
 
 _OTHERS = "use --to onnx or stablehlo, or huggingface for plain stems and blocks"

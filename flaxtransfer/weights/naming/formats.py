@@ -117,7 +117,10 @@ _PROJECTION = re.compile(
 """Layers beside a network that lead to no class: projections, decoders, heads for each pixel."""
 _BETWEEN = re.compile(r"(?i)(.*_)?(proj|embeddings?|neck|fpn|laterals?|upsample)\d*(_.*)?")
 """Layers that others may follow: no classifier by themselves, and none behind them is linear."""
-_NO_LAYER = re.compile(r"(?i)(.*_)?(loss|criterion|metrics?|mean|std|n_averaged|queue)(_.*)?\d*")
+_NO_LAYER = re.compile(
+    r"(?i)(.*_)?(loss|criterion|metrics?|mean|std|n_averaged|queue)(_.*)?\d*|ema_.*"
+)
+"""Measures, buffers, and the plain weights that mmcv's hook for averages keeps beside them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,11 +114,18 @@ _RIVALS = (
 SELF_SUPERVISED = frozenset(name for pair in _RIVALS[:3] for name in pair)
 """Names of encoders that are trained without labels: what follows them is no classifier."""
 
+_SWAPPED = "ema_state_dict/steps"
+"""The counter of MMEngine's hook for averages. Its files have the average in the place of the
+network, "state_dict", and the network in that of the average."""
+
+_MOMENTUM = re.compile(r"(?i)(?<![a-z])momentum_|_momentum(?![a-z])")
+"""In the name of a copy that follows an encoder: solo-learn, lightly."""
+
 _BODY = re.compile(r"(conv1|bn1|layer\d|maxpool|stem|stages|norm|resnet)\.")
 _STAGE = re.compile(r"layer[1-4]\.")
 _STUBS = re.compile(
     r"(.*\.)?(parametrizations\..*|weight_(orig|mask|g|v)|weight_fake_quant\..*|"
-    r"activation_post_process\..*|_packed_params.*|zero_point)"
+    r"activation_post_process\..*|_packed_params.*|zero_point|base_layer\..*|lora_.*)"
 )
 
 
@@ -199,8 +206,9 @@ def find(
         first = shortened(stubs[0], 100)
         raise ValueError(
             f"its layers must be plain, got {first!r}, which a parametrization, a "
-            "pruning mask or quantization leaves; remove it in torch (parametrize."
-            "remove_parametrizations, prune.remove, the float network) and save the weights again"
+            "pruning mask, quantization or an adapter leaves; remove it in torch (parametrize."
+            "remove_parametrizations, prune.remove, the float network, peft's merge_and_unload) "
+            "and save the weights again"
         )
     if any(arrays[name].shape == (0,) for name in keys):
         raise ValueError(
@@ -467,34 +475,49 @@ def _chosen(
         or any(short.endswith(("running_var", "/var")) for short, _ in shapes[place])
         or not any(shapes[place] < shapes[other] for other in places)
     ]
-    distinct: list[str] = []
+    alike: dict[str, list[str]] = {}
     for place in whole:
-        if not any(_equal(arrays, networks[place], networks[q], same) for q in distinct):
-            distinct.append(place)
-    place = distinct[0] if len(distinct) == 1 else _preferred(distinct, shapes)
+        equal = (q for q in alike if _equal(arrays, networks[place], networks[q], same))
+        alike.setdefault(next(equal, place), []).append(place)
+    place = whole[0] if len(alike) == 1 else _preferred(alike, shapes, _SWAPPED in arrays)
     others = [other for other in places if other != place]
     if key is not None or not others:
         return place, []
-    return place, [f"the file holds several networks; not those under {_listed(others)}"]
+    why = ": MMEngine keeps its average under 'state_dict'" if _SWAPPED in arrays else ""
+    return place, [f"the file holds several networks; not those under {_listed(others)}{why}"]
 
 
-def _preferred(places: list[str], shapes: Mapping[str, set[Any]]) -> str:
+def _preferred(
+    alike: Mapping[str, list[str]], shapes: Mapping[str, set[Any]], swapped: bool
+) -> str:
     """The average or the preferred of two rivals.
+
+    Args:
+        alike: by place, all places with the same numbers.
+        shapes: of the arrays of a network, by place.
+        swapped: whether the average is in the place of the other network.
 
     Raises:
         ValueError: no rule says which network is meant.
     """
+    places = list(alike)
     averages = [place for place in places if _averaged(place)]
     plain = [place for place in places if place not in averages]
     if len(averages) == len(plain) == 1 and not shapes[averages[0]] < shapes[plain[0]]:
-        return averages[0]
+        return plain[0] if swapped else averages[0]
     if len(places) == 2:
+        for place, follower in (places, places[::-1]):
+            if _MOMENTUM.sub("", follower) == place != follower:
+                return place
         for first, second in _RIVALS:
-            ours, theirs = ([p for p in places if name in _names(p)] for name in (first, second))
+            ours, theirs = (
+                {p: q for p in places for q in alike[p] if name in _names(q)}
+                for name in (first, second)
+            )
             # A teacher with a classifier may be another network, not an average of the student.
             classify = first == "teacher" and any(_classifies(shapes[p]) for p in places)
-            if len(ours) == len(theirs) == 1 and ours != theirs and not classify:
-                return ours[0]
+            if len(ours) == len(theirs) == 1 and ours.keys() != theirs.keys() and not classify:
+                return next(iter(ours.values()))
     raise ValueError(
         f"`key` (--weights-key) must name one of {len(places)} networks, got none; their places: "
         f"{_listed(places)}"

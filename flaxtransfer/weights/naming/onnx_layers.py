@@ -63,11 +63,17 @@ class Flow:
         self.copies: dict[str, str] = {}
         # Whether the channels are the last axis of a tensor.
         self.last: dict[str, bool] = {}
+        # Shapes, 0 for the number of images, as far as images of a fixed size give them; and which
+        # tensors are the shapes of others.
+        self.sides: dict[str, Sequence[int]] = {}
+        self.measured: dict[str, str] = {}
         self.used: dict[str, list[Node]] = {}
         given = {name: shape for name, shape in graph.inputs.items() if name not in self.arrays}
         for name, shape in given.items():
             sizes = [size if isinstance(size, int) else 0 for size in shape]
             self.last[name] = len(shape) == 4 and 0 < sizes[3] <= 16 and not 0 < sizes[1] <= 16
+            if len(shape) == 4 and min(sizes[1:]) > 0:
+                self.sides[name] = (0, *sizes[1:])
         for node in graph.nodes:
             if "Quantize" in node.kind or node.kind.startswith("QLinear") or "Integer" in node.kind:
                 raise unfit(node, "is of a quantized network; give the float one")
@@ -80,6 +86,9 @@ class Flow:
         inputs = [self.arrays[name] for name in node.inputs if name in self.arrays]
         if node.kind == "CastLike" and inputs and node.inputs[0] in self.arrays:
             self.arrays[node.output] = inputs[0]
+            return True
+        if node.kind == "Gather" and (side := self._side(node)) is not None:
+            self.arrays[node.output] = side
             return True
         if len(inputs) < len([name for name in node.inputs if name]) or not node.outputs:
             return False
@@ -97,6 +106,55 @@ class Flow:
             self.arrays[node.output] = value
         return value is not None
 
+    def _side(self, node: Node) -> np.ndarray | None:
+        """Height or width that a node takes from the shape of a tensor; None if it is not fixed."""
+        sides = self.sides.get(self.measured.get(node.inputs[0] if node.inputs else "", ""), ())
+        place = self.arrays.get(node.inputs[1]) if len(node.inputs) == 2 else None
+        if (
+            place is None
+            or place.size != 1
+            or not -len(sides) <= int(place.ravel()[0]) < len(sides)
+        ):
+            return None
+        side = sides[int(place.ravel()[0])]
+        return np.full(place.shape, side, np.int64) if side else None
+
+    def _sides_of(self, node: Node, moving: Sequence[str]) -> Sequence[int] | None:
+        """The shape of what a node of a stem gives; None for others, and where it is not fixed."""
+        sides = self.sides.get(moving[0]) if len(moving) == 1 else None
+        if sides is None or node.kind in ("Relu", "Clip", "BatchNormalization"):
+            return sides
+        if node.kind in _ARITHMETIC:
+            shape = np.broadcast_shapes(
+                *(self.arrays[n].shape for n in node.inputs if n != moving[0])
+            )
+            own = tuple(reversed(sides))[: len(shape)]
+            fits = len(shape) <= 4 and all(
+                size in (1, side) for size, side in zip(reversed(shape), own, strict=True)
+            )
+            return sides if fits else None
+        last = self.last[moving[0]]
+        if node.kind == "Pad" and len(node.inputs) > 1 and node.inputs[1] in self.arrays:
+            pads = [int(pad) for pad in self.arrays[node.inputs[1]].ravel()]
+            grown = [side + pads[n] + pads[n + 4] for n, side in enumerate(sides) if len(pads) == 8]
+            return (0, *grown[1:]) if grown else None
+        if node.kind not in ("Conv", "MaxPool", "AveragePool") or last:
+            return None
+        weight = self.arrays.get(node.inputs[1]) if node.kind == "Conv" else None
+        kernel = node.attributes.get("kernel_shape", () if weight is None else weight.shape[2:])
+        strides, dilations = (node.attributes.get(n, (1, 1)) for n in ("strides", "dilations"))
+        pads = node.attributes.get("pads", (0,) * 4)
+        known = len(kernel) == len(strides) == 2 and len(pads) == 4 and min(strides) > 0
+        fixed = node.attributes.get("auto_pad", "NOTSET") == "NOTSET" and set(dilations) == {1}
+        if not known or not fixed or node.attributes.get("ceil_mode", 0):
+            return None
+        outputs = sides[1] if weight is None else weight.shape[0]
+        ends = [
+            (side + pads[n] + pads[n + 2] - kernel[n]) // strides[n] + 1
+            for n, side in enumerate(sides[2:])
+        ]
+        return (0, outputs, *ends) if min(ends) > 0 else None
+
     def _tensor(self, node: Node) -> None:
         moving = [name for name in node.inputs if name and name not in self.arrays]
         if any(name not in self.last for name in moving):
@@ -112,7 +170,13 @@ class Flow:
         if turned or cast or node.kind in ("Identity", "Dropout"):
             self.copies[node.output] = self.base(moving[0])
             self.last[node.output] = last != turned
+            if (sides := self.sides.get(moving[0])) is not None:
+                self.sides[node.output] = [sides[n] for n in _ORDERS[last]] if turned else sides
             return
+        if node.kind == "Shape" and not node.attributes:
+            self.measured[node.output] = moving[0]
+        elif (sides := self._sides_of(node, moving)) is not None:
+            self.sides[node.output] = sides
         for name in dict.fromkeys(map(self.base, moving)):
             self.used.setdefault(name, []).append(node)
 
@@ -190,11 +254,18 @@ class Flow:
 
 _DTYPES = {1: np.float32, 6: np.int32, 7: np.int64, 10: np.float16, 11: np.float64}
 
+
+def _quotient(x: np.ndarray, y: np.ndarray) -> Any:
+    """Of whole numbers without the rest, as the operator is defined."""
+    whole = x.dtype.kind in "iu" and y.dtype.kind in "iu"
+    return (np.abs(x) // np.abs(y)) * np.sign(x) * np.sign(y) if whole else np.divide(x, y)
+
+
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
-    "Div": np.divide,
+    "Div": _quotient,
 }
 
 

@@ -20,7 +20,7 @@ satellites?", 2013-.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flaxtransfer.paths import suggest
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
@@ -77,22 +77,23 @@ RESIZE: dict[str, int] = {
 }
 
 
-def by_torchvision(file_name: str, sha256: str) -> Preprocessing | None:
+def by_torchvision(file_name: str, digest: Callable[[], str]) -> Preprocessing | None:
     """The preprocessing of a file that torchvision published under this name; None for others.
 
     Args:
         file_name: without the folder.
-        sha256: of the file's bytes, in hexadecimal.
+        digest: gives the SHA-256 of the file's bytes, in hexadecimal; asked for such a name only.
 
     Raises:
         ValueError: the name is a published one, but the checksum differs.
 
-    >>> by_torchvision("mine.pth", "00") is None
+    >>> by_torchvision("mine.pth", lambda: "00") is None
     True
     """
     found = re.search(r"-([0-9a-f]{8})\.pth$", file_name)
     if found is None or found[1] not in RESIZE:
         return None
+    sha256 = digest()
     if not sha256.startswith(found[1]):
         raise ValueError(
             f"{file_name} is damaged or another file: its sha256 must start with {found[1]}, as "

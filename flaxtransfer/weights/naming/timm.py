@@ -38,6 +38,7 @@ __all__ = [
     "of_pooled_shortcuts",
     "other_graph",
     "pools_shortcuts",
+    "stem_problem",
     "table_for",
     "table_of",
     "unnumbered",
@@ -288,6 +289,23 @@ _SILENT = {
 }
 
 
+def stem_problem(config: ResNetConfig) -> str:
+    """Why a plain stem does not become one of timm's width; "" if it does.
+
+    GroupNorm's groups would be others with silent channels. A shortcut behind the stem that timm
+    lacks cannot be added.
+
+    >>> stem_problem(ResNetConfig(stem_width=80))
+    'but that of resnet18s80 has 80'
+    """
+    width = config.stem_channels[-1]
+    if width > STEM_WIDTH or (config.norm == "group" and width != STEM_WIDTH):
+        return f"but that of {config.name} has {width}"
+    if width != STEM_WIDTH == config.width * config.expansion:
+        return f"as layer1, to which {config.name} has a shortcut with weights"
+    return ""
+
+
 def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str, np.ndarray]:
     """Adds silent channels to a plain stem with timm's keys, up to timm's stem width.
 
@@ -295,16 +313,12 @@ def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str,
         ValueError: a wider stem; GroupNorm, whose groups silent channels would change; or a
             shortcut behind the stem that timm lacks.
     """
-    width, outputs = config.stem_channels[-1], config.width * config.expansion
-    problem = ""
-    if width > STEM_WIDTH or config.norm == "group":
-        problem = f"but that of {config.name} has {width}"
-    elif outputs == STEM_WIDTH:
-        problem = f"as layer1, to which {config.name} has a shortcut with weights"
-    if problem:
+    width = config.stem_channels[-1]
+    if problem := stem_problem(config):
         raise ValueError(
             f"timm has no network with stem_width={width} and norm={config.norm!r}: its plain stem "
-            f"has {STEM_WIDTH} channels, {problem}; use --to huggingface, onnx or stablehlo"
+            f"has {STEM_WIDTH} channels, {problem}; the nearest has stem_width={STEM_WIDTH}; use "
+            "--to huggingface, onnx or stablehlo"
         )
     wide = dict(arrays)
     for key, (axis, value) in _of_the_stem(arrays).items():

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from flaxtransfer.files import check_regular, check_seal
-from flaxtransfer.paths import shortened
+from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights.naming import native, onnx
 from flaxtransfer.weights.readers import (
     archives,
@@ -197,7 +198,8 @@ class Tensors:
         path: where it was read.
         arrays: by the file's keys, with the file's dtypes and axes.
         metadata: text by name, as in a safetensors header.
-        sha256: of the bytes, in hexadecimal.
+        digest: waits for the SHA-256 of the bytes, in hexadecimal, which is computed while the
+            arrays are used. Before it, nothing may be written to them.
         notes: what was removed or converted.
         beside: arrays around the network, by key; its head may be there.
         place: the names in the file that lead to the network.
@@ -207,7 +209,7 @@ class Tensors:
     path: Path
     arrays: Mapping[str, np.ndarray]
     metadata: Mapping[str, str]
-    sha256: str
+    digest: Callable[[], str]
     notes: tuple[str, ...]
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     place: tuple[str, ...] = ()
@@ -236,7 +238,7 @@ def read_tensors(path: Path, key: str | None = None) -> Tensors:
             read = _parts(path)
         else:
             read = _file(path, search.wanted)
-        arrays, metadata, sha256, told = read
+        arrays, metadata, digest, told = read
         found = search.found or native.find(arrays, key)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
@@ -250,7 +252,7 @@ def read_tensors(path: Path, key: str | None = None) -> Tensors:
         path,
         network,
         metadata,
-        sha256,
+        digest,
         (*chosen, *told, *found.notes),
         {short: arrays[name] for name, short in found.beside.items()},
         found.place,
@@ -277,7 +279,7 @@ def _alike(ours: torch_pickle.Tensor, theirs: torch_pickle.Tensor) -> bool:
     return dataclasses.astuple(ours) == dataclasses.astuple(theirs)
 
 
-_Read = tuple[dict[str, np.ndarray], dict[str, str], str, list[str]]
+_Read = tuple[dict[str, np.ndarray], dict[str, str], Callable[[], str], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,34 +348,55 @@ def _opened(path: Path) -> Iterator[tuple[memoryview, Future[str]]]:
         held = np.empty(size, np.uint8)
     except MemoryError as error:
         raise ValueError(f"it does not fit into memory: it has {size:,} bytes") from error
-    checksum, place = hashlib.sha256(), 0
-    with ThreadPoolExecutor(1) as thread:
+    place, ends, thread = 0, SimpleQueue[int](), ThreadPoolExecutor(1)
+    sha256 = thread.submit(_checksum, held, ends)
+    thread.shutdown(wait=False)
+    try:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(memoryview(held)[place : place + _PIECE]):
-                thread.submit(checksum.update, held[place : place + count])
                 place += count
+                ends.put(place)
             if place < size or file.read(1):
                 raise ValueError(f"it must not change while it is read, got {place:,} bytes first")
-        sha256 = thread.submit(checksum.hexdigest)
-        try:
-            yield memoryview(held), sha256
-        finally:
-            check_seal(path, sha256.result())
+    finally:
+        ends.put(_NO_MORE)
+    try:
+        yield memoryview(held), sha256
+    finally:
+        check_seal(path, sha256.result)
 
 
 _PIECE = 1 << 22
-"""Bytes between two steps of the checksum: milliseconds."""
+"""Bytes that are read at once: a millisecond."""
+_NO_MORE = -1
+
+
+def _checksum(held: np.ndarray, ends: SimpleQueue[int]) -> str:
+    """The SHA-256 of bytes that arrive, of which each number in the queue is the end so far.
+
+    A step takes all that has arrived: between two steps, the thread waits for the interpreter,
+    which others hold for up to 5 ms.
+    """
+    checksum, start, more = hashlib.sha256(), 0, True
+    while more:
+        news = [ends.get()]
+        while not ends.empty():
+            news.append(ends.get())
+        more, end = _NO_MORE not in news, max(start, *news)
+        checksum.update(held[start:end])
+        start = end
+    return checksum.hexdigest()
 
 
 def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
     with _opened(path) as (data, own):
         container, named = recognize(data, path.name)
         arrays, metadata, notes, others = _unpacked(path, data, container, wanted)
-    sha256 = own.result()
-    if others:
-        # As of a checkpoint in parts: the checksum of their checksums.
-        sha256 = hashlib.sha256(b"".join(map(bytes.fromhex, (sha256, *others)))).hexdigest()
-    return arrays, metadata, sha256, [*named, *notes]
+    if not others:
+        return arrays, metadata, own.result, [*named, *notes]
+    # As of a checkpoint in parts: the checksum of their checksums.
+    sha256 = hashlib.sha256(b"".join(map(bytes.fromhex, (own.result(), *others)))).hexdigest()
+    return arrays, metadata, lambda: sha256, [*named, *notes]
 
 
 def _unpacked(
@@ -396,7 +419,7 @@ def _unpacked(
 
 def _neighbor(path: Path, name: str) -> tuple[memoryview, str]:
     """The bytes of another file in the folder of a file that names it, and their checksum."""
-    if not folders.PART_NAME.fullmatch(name):
+    if not folders.is_part_name(name):
         raise ValueError(f"it must name files in its own folder, got {shortened(repr(name), 100)}")
     other = path.with_name(name)
     if not other.exists():
@@ -420,18 +443,18 @@ def _parts(index: Path) -> _Read:
     checksum = hashlib.sha256()
     notes = [f"read from {len(names)} files"]
     for name in names:
-        held, more, sha256, told = _file(index.parent / name)
+        held, more, digest, told = _file(index.parent / name)
         expected = {key for key, place in places.items() if place == name}
         if odd := sorted(expected ^ held.keys()):
             raise ValueError(
                 f"{name} must hold what the index says, but {len(odd)} keys differ: "
-                f"{shortened(', '.join(odd), 200)}"
+                f"{visible(shortened(', '.join(odd), 200))}"
             )
         arrays |= held
         metadata |= more
         notes += [note for note in told if note not in notes]
-        checksum.update(bytes.fromhex(sha256))
-    return arrays, metadata, checksum.hexdigest(), notes
+        checksum.update(bytes.fromhex(digest()))
+    return arrays, metadata, checksum.hexdigest, notes
 
 
 def _folder(path: Path) -> _Read:
@@ -445,4 +468,4 @@ def _folder(path: Path) -> _Read:
         array = arrays[name]
         checksum.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
         checksum.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return arrays, metadata, checksum.hexdigest(), notes
+    return arrays, metadata, checksum.hexdigest, notes

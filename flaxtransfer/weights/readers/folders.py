@@ -17,8 +17,8 @@ from flaxtransfer.paths import shortened, suggest
 __all__ = [
     "INDEX",
     "IN_A_FOLDER",
-    "PART_NAME",
     "find",
+    "is_part_name",
     "nothing_in",
     "originals",
     "weight_map",
@@ -41,8 +41,7 @@ _COUNTED = re.compile(
     r"(?i)(?<![a-z])(epoch|ep|steps?|iter|iteration|checkpoint|ckpt|model)[-_=]?(\d+)(?![a-z])"
 )
 _STEP = re.compile(r"(?i)((global_)?(epoch|ep|steps?|iter|iteration|checkpoint|ckpt)[-_=]?)?\d+")
-PART_NAME = re.compile(r"(?!\.)[\w.+ -]+")
-"""Names of files that stay in their folder."""
+_PART_NAME, _LONGEST_NAME = re.compile(r"(?!\.)[\w.+ -]+"), 255
 _BEST = re.compile(r"(?i)(?<![a-z])best(?![a-z])")
 _LAST = re.compile(r"(?i)(?<![a-z])(last|latest|final)(?![a-z])")
 _NO_NETWORK = re.compile(
@@ -57,6 +56,15 @@ _PLACES = ("checkpoints", "models", "weights")
 Suffixes = tuple[str, ...]
 
 
+def is_part_name(name: str) -> bool:
+    """Whether a file of this name is in the folder that it is looked for in, and can be there.
+
+    >>> is_part_name("model-00001-of-00002.bin"), is_part_name("../w.bin"), is_part_name("a" * 256)
+    (True, False, False)
+    """
+    return bool(_PART_NAME.fullmatch(name)) and len(name.encode()) <= _LONGEST_NAME
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """The file of each array, by the array's key, as an index states it.
 
@@ -68,7 +76,7 @@ def weight_map(index: Path) -> dict[str, str]:
     places = found if isinstance(found, dict) else {}
     if not places or not all(isinstance(place, str) for place in places.values()):
         raise ValueError("an index must have a weight_map with the file of each array")
-    strange = [name for name in places.values() if not PART_NAME.fullmatch(name)]
+    strange = [name for name in places.values() if not is_part_name(name)]
     if strange:
         raise ValueError(
             f"an index must name files in its own folder, got {shortened(repr(strange[0]), 100)}"

@@ -9,14 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import Pretrained, load, pretrained
-from flaxtransfer.weights.exports import exporting
+from flaxtransfer.weights.exports import exporting, hub
 from flaxtransfer.weights.naming import published, timm
+from tests.support.random_networks import networks
 
 PREPROCESSING = ft.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size=32, resize=37)
 TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
@@ -158,7 +160,7 @@ def test_stablehlo_and_its_words(tiny, tmp_path):
         (
             {"width": 96},
             "timm",
-            "no network with stem_width=96 and norm='batch': its plain stem has",
+            "no network with stem_width=96 and norm='batch': .* the nearest has stem_width=64; use",
         ),
         ({"stem_pool": "ceil"}, "timm", r"timm has no network with stem_pool='ceil'"),
         ({"attention": "se", "se_ratio": 0.5}, "timm", "attention='se', se_ratio=0.5"),
@@ -173,6 +175,34 @@ def test_what_another_program_has_not_is_refused_and_leaves_nothing(
     with pytest.raises(ValueError, match=text):
         exporting.export(checkpoint_of(dataclasses.replace(TINY, **changes)), target, to=layout)
     assert entries(tmp_path) == []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(networks(most_blocks=2, widths=(8, 12, 30, 32, 64, 96)))
+def test_the_nearest_network_of_timm_is_one_that_it_builds(config):
+    config = dataclasses.replace(config, standardized=None)
+    near = hub._nearest(config)
+    hub._network(near)
+    plain = not near.preactivation and near.stem == "plain"
+    assert not (plain and timm.stem_problem(near))
+    assert hub._nearest(near) == near
+
+
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [
+        ({"stride_in": "1x1", "stem_pool": "ceil"}, "stem_pool='max', stride_in='3x3'"),
+        ({"attention": "se", "se_ratio": 0.5}, "se_ratio=0.25"),
+        ({"attention": "se", "se_ratio": 0.1}, "se_ratio=0.0625"),
+        ({"attention": "se", "se_ratio": 0.05, "block": "basic"}, "se_ratio=0.0625"),
+        ({"width": 12, "preactivation": True}, "width=16"),
+        ({"width": 64, "base_width": 30, "preactivation": True}, "base_width=32"),
+    ],
+)
+def test_the_nearest_network_of_timm_is_named(changes, nearest):
+    config = dataclasses.replace(TINY, **{"block": "bottleneck", "width": 64} | changes)
+    with pytest.raises(ValueError, match=f"the nearest has {nearest}; use"):
+        hub._network(config)
 
 
 @pytest.mark.parametrize(
