@@ -315,6 +315,7 @@ def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
     """
     if replicated(mesh).is_fully_addressable:
         return jax.device_get(tree)
+    distributed.arrive()
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), _replicate(mesh)(tree))
 
 

@@ -8,6 +8,7 @@ is that of the command line: 2 for an error, 143 after SIGTERM.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -31,10 +32,12 @@ JOB: dict[str, Any] = {
     "bad": None,
     "signal": None,
     "struck": 1,
+    "full": None,
     "versions": None,
 }
 """What a run is, and what befalls it: ``bad`` is an image that process 1 cannot read, ``signal`` a
-signal and the step at which process ``struck`` gets it, ``versions`` those of its packages."""
+signal and the step at which process ``struck`` gets it (-1: both), ``full`` the first step whose
+checkpoint finds no room on the disk, ``versions`` those of its packages."""
 
 
 def main(folder: Path, job: dict[str, Any]) -> int:
@@ -81,7 +84,18 @@ def main(folder: Path, job: dict[str, Any]) -> int:
         devices = sorted(jax.devices(), key=lambda d: (d.id % 4, d.process_index))
         mesh = make_mesh(devices)
         assert [d.process_index for d in devices[:4]] == [0, 1, 0, 1]
-    if job["signal"] and number == job["struck"]:
+    if job["full"] is not None:
+        from flaxtransfer.checkpoint import step_files
+
+        started = step_files.start
+
+        def filled(writer: Any, folder: Path, step: int, *more: Any) -> None:
+            if step >= job["full"]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            started(writer, folder, step, *more)
+
+        step_files.start = filled
+    if job["signal"] and job["struck"] in (number, -1):
         logged = loop._log
 
         def struck(run: Any, phase: Any, pending: Any) -> str:
@@ -182,9 +196,10 @@ def plan_of(job: dict[str, Any], params: Any) -> Any:
 if __name__ == "__main__":
     try:
         code = main(Path(sys.argv[1]), {**JOB, **json.loads(sys.argv[2])})
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         from flaxtransfer import distributed
 
-        print(f"flaxtransfer: {error}", flush=True)
-        distributed.leave(str(error), 2)
+        line = distributed.lost(error) or str(error)
+        print(f"flaxtransfer: {line}", flush=True)
+        distributed.leave(line)
     sys.exit(code)
