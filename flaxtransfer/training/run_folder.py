@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxtransfer.classifier import Classifier
@@ -256,9 +257,7 @@ def task_of(folder: Path) -> Task:
         ValueError: the task is unknown, or the configuration is damaged.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder (it has no {CONFIG_FILE})")
-    config = read_json(path)
+    config = _config_of(folder)
     name = config.get("task") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise ValueError(f"{path} is damaged: it names no task")
@@ -269,6 +268,31 @@ def task_of(folder: Path) -> Task:
         return task.ranked_by(config.get("metric", task.ranking))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def compute_of(folder: Path) -> str:
+    """The number type that a run's network computes in, such as bfloat16.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+        ValueError: the configuration is damaged.
+    """
+    path = folder / CONFIG_FILE
+    config = _config_of(folder)
+    name = config.get("compute") if isinstance(config, dict) else None
+    try:
+        if isinstance(name, str) and jnp.issubdtype(jnp.dtype(name), jnp.floating):
+            return name
+    except TypeError:
+        pass
+    raise ValueError(f"{path} is damaged: it names no number type to compute in")
+
+
+def _config_of(folder: Path) -> Any:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder (it has no {CONFIG_FILE})")
+    return read_json(path)
 
 
 def weights_of(folder: Path) -> Path:
