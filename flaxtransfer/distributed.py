@@ -71,6 +71,9 @@ _FAILED, _LEFT, _SIGNS = "flaxtransfer/failed/", "flaxtransfer/left/", "flaxtran
 """Where the coordinator keeps why a process has failed, who has ended after that, and the signs of
 life, each with the number of places that the process has come to."""
 
+_ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")
+"""Settings of jax that change what it computes."""
+
 _ending = threading.Event()
 """This process has begun to end by itself."""
 
@@ -94,7 +97,7 @@ def start(*, stop_together: bool = True) -> None:
 
     Raises:
         ValueError: the variables are incomplete or out of range; the processes have other versions
-            or other numbers of devices, or another ``FT_LONGEST_WAIT``.
+            or other numbers of devices, another ``FT_LONGEST_WAIT`` or another arithmetic of jax.
         OSError: jax could not connect them. Where others do not come within five minutes, jax ends
             the process with words of its own.
 
@@ -140,7 +143,8 @@ def start(*, stop_together: bool = True) -> None:
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} in process {number}" for number, count in counts.items())
         raise ValueError(f"all processes must have the same number of devices, got {listed}")
-    check_alike({"versions": _versions(), LONGEST_WAIT: _longest_wait()})
+    settings = {name: str(getattr(jax.config, name)) for name in _ARITHMETIC}
+    check_alike({"versions": _versions(), LONGEST_WAIT: _longest_wait(), **settings})
 
 
 def share() -> tuple[int, int]:

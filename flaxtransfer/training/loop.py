@@ -21,7 +21,7 @@ from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
-from flaxtransfer.distributed import from_first, held_by_first, share
+from flaxtransfer.distributed import check_alike, from_first, held_by_first, share
 from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.files import folder_lock
 from flaxtransfer.metrics import shown
@@ -207,7 +207,7 @@ def fit(
     network, plan = prepared(network, plan, data)
     check_feed(plan, data)
     _check_pooled(network, data, pooled)
-    _check_processes(data, mesh)
+    _check_processes(data, mesh, {"options": asdict(options), "cache": asdict(cache)}, resume)
     from_first(lambda: identity.check_place(folder))
     with held_by_first(lambda: folder_lock(folder)), _checkpoints(folder, options) as store:
         from_first(lambda: run_folder.remove_leftovers(folder))
@@ -316,11 +316,18 @@ def _check_run(
     return identity.Found(*map(tuple, found))
 
 
-def _check_processes(data: DataLoaders, mesh: Mesh | None) -> None:
-    """Refuses what would count examples twice, or train without some of the processes."""
+def _check_processes(
+    data: DataLoaders, mesh: Mesh | None, settings: Mapping[str, Any], resume: bool
+) -> None:
+    """Refuses what would count examples twice, or train without some of the processes.
+
+    Settings that are no part of the identity decide, too, what the processes do in which order.
+    """
     _, count = share()
     if count == 1:
         return
+    devices = None if mesh is None else [device.id for device in mesh.devices.flat]
+    check_alike({**settings, "resume": resume, "mesh": devices})
     if data.examples is None:
         raise ValueError(
             "data must be made by ft.loaders in a run over several processes, which gives each "

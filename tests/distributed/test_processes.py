@@ -362,7 +362,7 @@ def test_several_processes_keep_no_activations_on_disk(monkeypatch):
 
 
 def test_different_processes_are_refused_by_name(tmp_path):
-    jobs = [CACHED, {**CACHED, "seed": 1, "steps": 9}]
+    jobs = [CACHED, {**CACHED, "seed": 1, "steps": 9, "compute": "bfloat16", "images": 16}]
     ended = run(tmp_path / "two", {}, jobs=jobs)
     assert ended.codes == [2, 2], ended.said
     assert ended.seconds < 60
@@ -370,6 +370,8 @@ def test_different_processes_are_refused_by_name(tmp_path):
         assert "all processes of a run must do the same, got" in said
         assert "seed is 1 in process 1 and 0 in process 0" in said
         assert "steps is 9 in process 1 and 8 in process 0" in said
+        assert "compute is 'bfloat16' in process 1 and 'float32' in process 0" in said
+        assert "that of the data is " in said
     assert not (tmp_path / "two/run/config.json").exists()
 
 
@@ -471,6 +473,20 @@ def test_an_error_in_one_process_ends_all_and_is_named(tmp_path):
     assert ended.seconds < 60
     assert "flaxtransfer: process 1 of 2 has ended: image 5 cannot be read" in ended.said[0]
     assert "Traceback" not in ended.said[0]
+
+
+@pytest.mark.slow
+def test_the_folder_of_another_run_is_refused_in_every_process(tmp_path):
+    """By process 0, which alone looks; a job that is started again with the same goes on."""
+    job = {"steps": 1}
+    for again in range(2):
+        ended = run(tmp_path / "run", job)
+        assert ended.codes == [0, 0], (again, ended.said)
+    ended = run(tmp_path / "run", {**job, "seed": 1})
+    assert ended.codes == [2, 2], ended.said
+    for said in ended.said:
+        assert "/run belongs to another run: " in said
+        assert "seed is 0 there and 1 here" in said
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ JOB: dict[str, Any] = {
     "mesh": "plain",
     "cache": "off",
     "every": None,
+    "compute": None,
     "bad": None,
     "signal": None,
     "struck": 1,
@@ -77,6 +78,8 @@ def main(folder: Path, job: dict[str, Any]) -> int:
     splits = ft.data.Splits.of(order[: job["images"]], order[job["images"] :])
     data = ft.loaders(source, splits, PREPROCESSING, batch_size=16, seed=job["seed"])
     model, variables = network()
+    if job["compute"]:
+        model = ft.resnet(model.config, dtype=job["compute"])
     classifier = ft.Classifier(model, variables, PREPROCESSING)
     plan = plan_of(job, variables["params"])
     mesh = make_mesh()
