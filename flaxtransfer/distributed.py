@@ -15,6 +15,8 @@ import itertools
 import json
 import os
 import platform
+import secrets
+import selectors
 import signal
 import socket
 import sys
@@ -70,6 +72,9 @@ _STAYS_S = 10.0
 _FAILED, _LEFT, _SIGNS = "flaxtransfer/failed/", "flaxtransfer/left/", "flaxtransfer/signs/"
 """Where the coordinator keeps why a process has failed, who has ended after that, and the signs of
 life, each with the number of places that the process has come to."""
+
+_LINE = "flaxtransfer/line"
+"""And where process 0 is to be called, by whom knows the word."""
 
 _ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")
 """Settings of jax that change what it computes."""
@@ -137,7 +142,8 @@ def start(*, stop_together: bool = True) -> None:
     atexit.register(_ending.set)
     sys.excepthook = _leave_with_traceback
     _delay_abort()
-    for watch in (_watch,) if is_first() else (_watch, _watch_first):
+    others = (_hold_lines,) if is_first() else (_watch_first, _hold_line_to_first)
+    for watch in (_watch, *others):
         threading.Thread(target=watch, daemon=True).start()
     counts = Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
@@ -485,7 +491,7 @@ def _watch() -> None:
                 others.look(dict(client.key_value_dir_get(_SIGNS)))
         except Exception:
             unanswered += 1
-            if unanswered == 2:
+            if unanswered * _WATCH_S > 2 * _HEARD_S:
                 _end_without_first("it does not answer")
             continue
         _answers.set()
@@ -510,20 +516,59 @@ def _watch_first() -> None:
         _answers.clear()
         if quiet * _WATCH_S >= _SILENT_S:
             _end_without_first(f"it has not answered for {_SILENT_S:g} s")
-        elif quiet * _WATCH_S > _HEARD_S and not _first_listens():
-            _end_without_first("it does not answer")
 
 
-def _first_listens() -> bool:
-    """Whether process 0 still takes connections; in doubt it does."""
-    host, _, port = _state().coordinator_address.rpartition(":")
+def _hold_lines() -> None:
+    """Process 0 keeps a connection to each other process, which breaks when that one is gone.
+
+    Where no connection comes to be, for a firewall say, there are still the signs of life.
+    """
+    token, lines = secrets.token_hex(8), selectors.DefaultSelector()
+    with contextlib.suppress(OSError), socket.create_server(("", 0)) as door:
+        _client().key_value_set(_LINE, f"{door.getsockname()[1]} {token}")
+        lines.register(door, selectors.EVENT_READ)
+        names: dict[Any, int] = {}
+        while True:
+            for key, _ in lines.select():
+                line: Any = key.fileobj
+                if line is door:
+                    line, _ = door.accept()
+                    lines.register(line, selectors.EVENT_READ)
+                    continue
+                said = b""
+                with contextlib.suppress(OSError):
+                    said = line.recv(64)
+                found, _, number = said.decode(errors="replace").partition(" ")
+                if found == token and number.isdecimal():
+                    names[line] = int(number)
+                    continue
+                lines.unregister(line)
+                line.close()
+                if line in names:
+                    # It may have said why, and then this comes too late.
+                    threading.Timer(_HEARD_S, _line_broken, (names.pop(line),)).start()
+
+
+def _line_broken(number: int) -> None:
+    if not (_ending.is_set() or _told.is_set()):
+        with contextlib.suppress(Exception):
+            _fail(number, "is gone: its connection has ended", gone=True)
+
+
+def _hold_line_to_first() -> None:
+    """The other end; see ``_hold_lines``."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_WATCH_S).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        pass
-    return True
+        port, token = _client().blocking_key_value_get(_LINE, 60_000).split()
+    except Exception:
+        return
+    host = _state().coordinator_address.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port))) as line:
+        line.sendall(f"{token} {jax.process_index()}".encode())
+        with contextlib.suppress(ConnectionError):
+            while line.recv(64):
+                pass
+        time.sleep(_HEARD_S)
+        _end_without_first("its connection has ended")
 
 
 def _end_without_first(why: str) -> None:

@@ -178,8 +178,8 @@ def _leaves(tree):
 
 
 ENDINGS = {
-    ("SIGKILL", 0): "process 0 of 2 is gone: it does not answer",
-    ("SIGKILL", 1): "process 1 of 2 is gone: it has given no sign of life for 3 s",
+    ("SIGKILL", 0): "process 0 of 2 is gone: its connection has ended",
+    ("SIGKILL", 1): "process 1 of 2 is gone: its connection has ended",
     ("SIGSTOP", 1): "process 1 of 2 is gone: it has given no sign of life for 3 s",
     ("hang", 1): "process 1 of 2 hangs: the others have waited for it for 2 s (FT_LONGEST_WAIT)",
     ("error", 1): "process 1 of 2 has ended: OSError: [Errno 28] No space left on device: '/full/"
@@ -503,9 +503,12 @@ def test_a_full_disk_of_process_0_ends_all_and_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("draw", range(10))
 def test_sigterm_to_a_random_process_at_a_random_step(reference, tmp_path, draw):
-    """To one or both, at steps of both phases; resumed on one device it is the run of nobody."""
+    """To one or both, in both phases of 8 steps; resumed, it is the run that nobody stopped.
+
+    Word of it takes some steps to come round: at the last ones the run would be complete before.
+    """
     random = np.random.default_rng(draw)
-    struck, step = random.choice([0, 1, -1]), int(random.integers(1, 16))
+    struck, step = random.choice([0, 1, -1]), int(random.integers(1, 13))
     ended = run(tmp_path / "run", {**CACHED, "signal": ["SIGTERM", step], "struck": int(struck)})
     lines = [[line for line in said.splitlines() if "ended by" in line] for said in ended.said]
     assert ended.codes == [143, 143], (struck, step, ended.said)
