@@ -34,12 +34,11 @@ from flaxtransfer.files import (
     write_file,
     write_json,
 )
-from flaxtransfer.paths import flatten
+from flaxtransfer.paths import Params, flatten
 from flaxtransfer.task import SINGLE_LABEL, Task, Units, task_named
 from flaxtransfer.training.console import METRICS_FILE
 from flaxtransfer.training.evaluation import Evaluation, Predictions
 from flaxtransfer.training.plan import Phase
-from flaxtransfer.training.step import State
 from flaxtransfer.weights.pretrained import Pretrained, save
 from flaxtransfer.weights.readers.archives import read_npz
 
@@ -69,14 +68,14 @@ class Audit:
         return f"{self.phase}: all {self.leaves} frozen leaves are bit-identical to their start"
 
 
-def frozen_digests(state: State, phase: Phase) -> dict[str, str]:
+def frozen_digests(params: Params, batch_stats: Params, phase: Phase) -> dict[str, str]:
     """SHA-256 of shape, dtype and bytes of every leaf that ``phase`` may not move."""
     digests = {
         f"params/{path}": digest(leaf)
-        for path, leaf in flatten(phase.param_groups.frozen(state.params)).items()
+        for path, leaf in flatten(phase.param_groups.frozen(params)).items()
     }
     norm = phase.batch_norm_policy()
-    for path, leaf in flatten(state.batch_stats).items():
+    for path, leaf in flatten(batch_stats).items():
         module = path.rpartition("/")[0]
         if norm == "running" or (norm != "batch" and module not in norm):
             digests[f"batch_stats/{path}"] = digest(leaf)

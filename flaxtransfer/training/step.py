@@ -22,7 +22,7 @@ from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import Scaled, migrate
 from flaxtransfer.paths import Params, Variables, merge
-from flaxtransfer.sharding import replicated
+from flaxtransfer.sharding import leaf_shardings, replicated
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
@@ -120,7 +120,8 @@ class CompileKey:
         preprocessing: whose mean and deviation the images are normalized by.
         start: segment that the batches enter at; None for images.
         task: what the labels are.
-        mesh: devices, on which the state stays replicated; None where the compiler decides.
+        mesh: devices, on which the state stays as it was placed; None where the compiler decides.
+        above: bytes from which a leaf of the state is split over them; None splits nothing.
     """
 
     model: Model
@@ -129,6 +130,7 @@ class CompileKey:
     start: str | None
     task: Task = SINGLE_LABEL
     mesh: Mesh | None = None
+    above: float | None = None
 
     @cached_property
     def identity(self) -> Hashable | None:
@@ -143,7 +145,7 @@ class CompileKey:
             return None
         preprocessing = (self.preprocessing.mean, self.preprocessing.std)
         decides = tuple(phase.in_step().items())
-        parts = (self.model, preprocessing, self.start, self.task, self.mesh)
+        parts = (self.model, preprocessing, self.start, self.task, self.mesh, self.above)
         identity = (type(phase), decides, *parts)
         try:
             hash(identity)
@@ -185,6 +187,7 @@ def train_step(
     feed: DataLoaders,
     task: Task = SINGLE_LABEL,
     mesh: Mesh | None = None,
+    above: float | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of one phase, to be compiled once.
 
@@ -195,14 +198,16 @@ def train_step(
 
     Equal phases of equal models share a program (``CompileKey``), so that the second run of
     a plan, on other data or from another seed, neither traces nor compiles. With a ``mesh`` the
-    state leaves a step as it came, replicated: otherwise the compiler may choose another sharding
-    for it, and the next step would be compiled anew.
+    state leaves a step as it came, as ``place_replicated(state, mesh, above)`` placed it: otherwise
+    the compiler may choose another sharding for it, and the next step would be compiled anew.
+    What is split is joined for the pass through the network, so that every device convolves its
+    images with whole kernels; the optimizer updates its part of them.
 
     Returns:
         ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
         ``loss``, the mean of the task's score (``accuracy``), ``gradient_norm`` before clipping.
     """
-    program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh)
+    program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh, above)
     return _shared(program) if program.identity is not None else _compiled(program)
 
 
@@ -217,8 +222,20 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
     norm, task = phase.batch_norm_policy(), program.task
     loss_of = phase.loss or task.loss
 
+    mesh, above = program.mesh, program.above
+    constrain: Callable[..., Any] = jax.lax.with_sharding_constraint
+
+    def whole(tree: Any) -> Any:
+        return tree if mesh is None or above is None else constrain(tree, replicated(mesh))
+
+    def parted(tree: Any) -> Any:
+        if mesh is None or above is None:
+            return tree
+        return constrain(tree, leaf_shardings(tree, mesh, above))
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        still = phase.param_groups.frozen(state.params)
+        joined = whole(state.params)
+        still = phase.param_groups.frozen(joined)
         inputs = network_input(batch["image"], program.preprocessing, program.start)
         loss_key = jax.random.fold_in(state.key, state.step)
         targets = task.targets(batch["label"])
@@ -229,10 +246,10 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             losses = loss_of(logits, targets, loss_key)
             return losses.mean(), (batch_stats, logits)
 
-        moving = phase.param_groups.trainable(state.params)
         (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(
-            moving
+            phase.param_groups.trainable(joined)
         )
+        moving, gradient = phase.param_groups.trainable(state.params), parted(gradient)
         updates, opt_state = update(gradient, state.opt_state, moving)
         moved = optax.apply_updates(moving, updates)
         ema = state.ema
@@ -243,15 +260,15 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             task.score_name: jnp.mean(task.score(logits, targets)),
             "gradient_norm": optax.tree.norm(gradient),
         }
-        params = merge(still, moved)
+        params = merge(phase.param_groups.frozen(state.params), moved)
         following = State(
             state.step + 1, params, batch_stats, opt_state, ema, state.ema_stats, state.key
         )
-        return following, metrics
+        return parted(following), whole(metrics)
 
-    if program.mesh is None:
+    if mesh is None or above is not None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(program.mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def network_input(images: jax.Array, preprocessing: Preprocessing, start: str | None) -> jax.Array:

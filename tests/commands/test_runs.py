@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
+from flaxtransfer.commands import train as commands_train
 from flaxtransfer.commands.job import prepare, run_data, trained_network
 from flaxtransfer.commands.options import DataOptions, JobOptions, WeightsOptions
 from flaxtransfer.paths import flatten
@@ -84,6 +85,20 @@ def test_evaluate_repeats_what_training_reported(finished, capsys):
     trained = json.loads((finished / "summary.json").read_text())["results"][0]
     assert result["accuracy"] == trained["accuracy"]
     assert result["examples"] == 8
+
+
+def test_large_leaves_are_split_where_it_was_asked_for(folder, weights, tmp_path, monkeypatch):
+    asked = []
+
+    def fitted(*arguments, shard_above, **more):
+        asked.append(shard_above)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(commands_train, "fit", fitted)
+    words = train(folder, weights, tmp_path / "run", "--strategy", "feature_extraction")
+    assert run([*words, "--steps", "1", "--shard-above-mb", "0.5"]) == 2
+    assert run([*words, "--steps", "1"]) == 2
+    assert asked == [500_000, None]
 
 
 def test_the_number_type_is_the_runs_in_evaluation_and_prediction_too(

@@ -405,6 +405,19 @@ def test_devices_and_processes_do_not_matter(reference, tmp_path, count, devices
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("split_first", [True, False])
+def test_large_leaves_are_split_and_joined_across_a_resume(tmp_path, split_first):
+    """In two processes; stopped, and then as the other way on eight devices of one."""
+    job, split = {**CACHED, "cache": "off"}, {**CACHED, "cache": "off", "above": 1024}
+    stopped = {**(split if split_first else job), "signal": ["SIGTERM", 10]}
+    ended = run(tmp_path / "run", stopped)
+    assert ended.codes == [143, 143], ended.said
+    ended = run(tmp_path / "run", job if split_first else split, 1, 8)
+    assert ended.codes == [0], ended.said
+    assert_same(tmp_path / "run", alone(tmp_path / "one", job), 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "within"),
     [
@@ -413,11 +426,12 @@ def test_devices_and_processes_do_not_matter(reference, tmp_path, count, devices
         # Measured statistics, and a head that an iteration ends within its tolerance.
         ({"plan": "measured"}, 2e-5),
         ({"mesh": "alternating", "steps": 8}, 1e-6),
+        ({"mesh": "alternating", "steps": 8, "above": 1024, "ema": 0.9}, 1e-5),
     ],
     ids=str,
 )
 def test_every_pass_over_images_is_shared(job, within, tmp_path):
-    one = alone(tmp_path / "one", {**job, "mesh": "plain"})
+    one = alone(tmp_path / "one", {**job, "mesh": "plain", "above": None})
     ended = run(tmp_path / "two", job)
     assert ended.codes == [0, 0], ended.said
     assert_same(tmp_path / "two", one, 2, within=within)

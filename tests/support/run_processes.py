@@ -27,6 +27,7 @@ JOB: dict[str, Any] = {
     "images": 17,
     "held_out": 17,
     "mesh": "plain",
+    "above": None,
     "cache": "off",
     "every": None,
     "compute": None,
@@ -122,6 +123,7 @@ def main(folder: Path, job: dict[str, Any]) -> int:
                 cache=cache,
                 mesh=mesh,
                 resume=True,
+                shard_above=job["above"],
             )
     except Interrupted as interruption:
         print(f"flaxtransfer: {interruption}", flush=True)
