@@ -75,10 +75,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if _was_ended(error):
             raise
         known = isinstance(error, (ValueError, TypeError, OSError, ImportError))
+        known = known and not _is_broken(error)
         line = _one_line(error if known else _unforeseen(error), options)
         print(line, file=sys.stderr)
         _end_others(line)
         return USER_ERROR
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether jax says, by whatever class of error, that another process may be gone."""
+    distributed = sys.modules.get("flaxtransfer.distributed")
+    return distributed is not None and bool(distributed.is_broken(error))
 
 
 def _end_others(line: str) -> None:
@@ -86,7 +93,7 @@ def _end_others(line: str) -> None:
     # Before jax is imported there is no run.
     distributed = sys.modules.get("flaxtransfer.distributed")
     if distributed is not None and distributed.several():
-        distributed.leave(line.removeprefix("flaxtransfer: "), USER_ERROR)
+        distributed.leave(line.removeprefix("flaxtransfer: "))
 
 
 def help_text() -> str:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib.util
 import itertools
 import json
 import os
 import platform
+import secrets
+import selectors
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,32 +40,50 @@ T = TypeVar("T")
 
 COORDINATOR, PROCESSES, PROCESS = "FT_COORDINATOR", "FT_PROCESSES", "FT_PROCESS"
 
-_HEARTBEAT_S = 30
-"""A process that is silent for so long is taken for dead, and all others end."""
+LONGEST_WAIT = "FT_LONGEST_WAIT"
+"""The variable with the seconds that the others wait for one process, in place of the below."""
+
+LONGEST_WAIT_S = 1800.0
+"""What one process may have to do alone, such as a download, or a program that it alone compiles.
+More than that is taken for a hang: a deadlock, or a disk that does not answer."""
+
+FAILURE = 2
+"""The exit code of all processes where one of them has failed."""
+
+_WATCH_S = 0.5
+"""Between two signs of life, and two looks at the others."""
+
+_SILENT_S = 20.0
+"""A process without a sign of life for so long is gone. With what it takes to end the others, on a
+busy machine too, it is within a minute."""
+
+_HEARTBEAT_S = 100
+"""The same in jax, which ends the processes without saying who is gone: only where this cannot."""
 
 _SHUTDOWN_S = 10
 """How long a process that is done waits for the others, which are done then too (``finish``)."""
 
-_WATCH_S = 0.5
-"""Between two looks at whether another process has ended with an error."""
-
 _HEARD_S = 3 * _WATCH_S
 """How long a process that ends stays: once its connections break, nobody hears its words."""
 
-_FAILED = "flaxtransfer/failed/"
-"""Where the coordinator keeps the last words of processes that have failed."""
-
-_LEFT = "flaxtransfer/left/"
-"""Where it keeps who has ended after that."""
-
 _STAYS_S = 10.0
 """How long process 0, which is the coordinator, waits for the others to end before it does."""
+
+_FAILED, _LEFT, _SIGNS = "flaxtransfer/failed/", "flaxtransfer/left/", "flaxtransfer/signs/"
+"""Where the coordinator keeps why a process has failed, who has ended after that, and the signs of
+life, each with the number of places that the process has come to."""
+
+_LINE = "flaxtransfer/line"
+"""And where process 0 is to be called, by whom knows the word."""
+
+_ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")
+"""Settings of jax that change what it computes."""
 
 _ending = threading.Event()
 """This process has begun to end by itself."""
 
 _told = threading.Event()
-"""Another process has failed, and this one has printed its words and ends."""
+"""Another process has failed, and this one has printed why and ends."""
 
 
 def start(*, stop_together: bool = True) -> None:
@@ -70,8 +92,9 @@ def start(*, stop_together: bool = True) -> None:
     Call it before the first array. It takes ``FT_COORDINATOR`` (``host:port`` of process 0),
     ``FT_PROCESSES`` and ``FT_PROCESS`` from the environment; else what SLURM, Open MPI, GKE or a
     Cloud TPU says, where one of them has started this process; else it does nothing. With
-    ``FT_PROCESSES=1`` it does nothing in any case. From then on an error in one process ends all.
-    A program calls ``finish`` at its end.
+    ``FT_PROCESSES=1`` it does nothing in any case. From then on all end with code 2 where one has
+    an error, is gone, or lets the others wait for longer than ``FT_LONGEST_WAIT`` (seconds;
+    ``LONGEST_WAIT_S``), and each says why. A program calls ``finish`` at its end.
 
     Args:
         stop_together: whether SIGTERM to any process is kept for ``stop_requested``, as training
@@ -79,7 +102,7 @@ def start(*, stop_together: bool = True) -> None:
 
     Raises:
         ValueError: the variables are incomplete or out of range; the processes have other versions
-            or other numbers of devices.
+            or other numbers of devices, another ``FT_LONGEST_WAIT`` or another arithmetic of jax.
         OSError: jax could not connect them. Where others do not come within five minutes, jax ends
             the process with words of its own.
 
@@ -90,6 +113,7 @@ def start(*, stop_together: bool = True) -> None:
     given = _given()
     if jax.distributed.is_initialized() or (given is None and not _is_launched()):
         return
+    _longest_wait()
     if given is not None and given[1] == 1:
         return
     names = ("coordinator_address", "num_processes", "process_id")
@@ -117,12 +141,16 @@ def start(*, stop_together: bool = True) -> None:
         return
     atexit.register(_ending.set)
     sys.excepthook = _leave_with_traceback
-    threading.Thread(target=_watch, daemon=True).start()
+    _delay_abort()
+    others = (_hold_lines,) if is_first() else (_watch_first, _hold_line_to_first)
+    for watch in (_watch, *others):
+        threading.Thread(target=watch, daemon=True).start()
     counts = Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} in process {number}" for number, count in counts.items())
         raise ValueError(f"all processes must have the same number of devices, got {listed}")
-    check_alike({"versions": _versions()})
+    settings = {name: str(getattr(jax.config, name)) for name in _ARITHMETIC}
+    check_alike({"versions": _versions(), LONGEST_WAIT: _longest_wait(), **settings})
 
 
 def share() -> tuple[int, int]:
@@ -247,6 +275,7 @@ def any_process(flag: bool) -> bool:
     """
     if not several():
         return flag
+    arrive()
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
@@ -258,6 +287,7 @@ def total(count: int) -> int:
     """
     if not several():
         return count
+    arrive()
     return int(np.sum(multihost_utils.process_allgather(np.asarray(count, np.int32))))
 
 
@@ -299,7 +329,25 @@ def stop_requested() -> bool:
     >>> stop_requested()
     False
     """
-    return several() and bool(multihost_utils.reached_preemption_sync_point(next(_questions)))
+    if not several():
+        return False
+    arrive()
+    return bool(multihost_utils.reached_preemption_sync_point(next(_questions)))
+
+
+_places = 0
+"""How many places that all come to this process has come to."""
+
+
+def arrive() -> None:
+    """Counts a place that every process comes to, before it waits there for the others.
+
+    The functions of this file do so. The counts tell which process lets the others wait.
+
+    >>> arrive()
+    """
+    global _places
+    _places += 1
 
 
 def check_alone(what: str) -> None:
@@ -329,47 +377,72 @@ def finish() -> None:
         jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
 
+_BROKEN = ("UNKNOWN: ", "INTERNAL: ", "UNAVAILABLE: ", "ABORTED: ", "CANCELLED: ", "DEADLINE_")
+"""How errors of jax begin, of whatever class, where a connection may be broken."""
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether an error may come of a connection to another process that is gone.
+
+    >>> is_broken(ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"))
+    False
+    """
+    return several() and str(error).startswith(_BROKEN)
+
+
 def lost(error: BaseException) -> str:
     """What an error says about another process that may be gone; "" where it says nothing.
 
     Args:
         error: of jax, which reports broken connections as errors of the device.
     """
-    if not several() or not isinstance(error, jax.errors.JaxRuntimeError):
+    if not is_broken(error):
         return ""
     _listen()
     text = shortened(" ".join(str(error).split()), 200)
     return f"another process of the run may have ended: jax cannot go on without it ({text})"
 
 
-def leave(text: str, code: int) -> NoReturn:
-    """Ends this process at once and tells the others why, so that they end too.
+def leave(text: str) -> NoReturn:
+    """Ends this process with code 2 at once, and tells the others why, so that they end likewise.
 
     An ordinary end would wait for the others, which wait for this one.
 
     Args:
         text: one line, which the others print.
-        code: of the exit, theirs too.
     """
-    tell(text, code)
+    tell(text, FAILURE)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(FAILURE)
 
 
 def tell(text: str, code: int) -> None:
-    """Tells the other processes that this one ends, and why; see ``leave``."""
+    """Tells the other processes that this one ends, and why; they end with the same code."""
     if not several():
         return
     _ending.set()
-    with contextlib.suppress(Exception):  # The coordinator may be gone: nobody is left to tell.
-        said = json.dumps({"text": text, "code": code})
-        _client().key_value_set(f"{_FAILED}{jax.process_index()}", said)
-    time.sleep(_HEARD_S)
-    _go()
+
+    def last_words() -> None:
+        with contextlib.suppress(Exception):
+            _fail(jax.process_index(), f"has ended: {text}", code)
+        time.sleep(_HEARD_S)
+        _go()
+
+    # The coordinator may be gone, and asking it may take for ever: nobody is left to tell.
+    teller = threading.Thread(target=last_words, daemon=True)
+    teller.start()
+    teller.join(2 * _STAYS_S)
 
 
-def _go() -> None:
+def _fail(number: int, what: str, code: int = FAILURE, *, gone: bool = False) -> None:
+    """Lets all processes know what has become of one of them."""
+    text = f"process {number} of {jax.process_count()} {what}"
+    words = json.dumps({"text": text, "code": code, "gone": gone})
+    _client().key_value_set(f"{_FAILED}{number}", words)
+
+
+def _go(gone: bool = False) -> None:
     """The last thing before a process ends: process 0 is the last to go, for it keeps the words."""
     with contextlib.suppress(Exception):
         if not is_first():
@@ -377,46 +450,200 @@ def _go() -> None:
             return
         until = time.monotonic() + _STAYS_S
         while time.monotonic() < until:
-            if len(_client().key_value_dir_get(_LEFT)) == jax.process_count() - 1:
+            if len(_client().key_value_dir_get(_LEFT)) >= jax.process_count() - 1 - gone:
                 return
             time.sleep(_WATCH_S / 5)
 
 
 def _listen() -> None:
-    """Gives a process that can say why it has ended the time to do so; then this one ends, too."""
-    time.sleep(_HEARD_S)
-    if _told.is_set():
-        time.sleep(_HEARTBEAT_S)
+    """Waits until it is known who has ended.
+
+    The watch knows it at once from a process that could say why, and else after its silence; it
+    ends this one, too.
+    """
+    if _told.wait(_SILENT_S + 10 * _WATCH_S):
+        time.sleep(2 * _STAYS_S)
 
 
 def _leave_with_traceback(kind: Any, error: BaseException, trace: Any) -> None:
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if is_broken(error):
         _listen()
     sys.__excepthook__(kind, error, trace)
-    leave("".join(traceback.format_exception_only(kind, error)).strip(), 1)
+    leave("".join(traceback.format_exception_only(kind, error)).strip())
 
 
 def _watch() -> None:
-    """Ends this process when another one has failed: the main thread may wait for it for ever."""
-    while not _ending.wait(_WATCH_S):
+    """Gives signs of life, and ends this process when another has failed.
+
+    The main thread may wait for the other for ever. All time is counted in looks: a process that
+    was stopped itself, or had no core, has not seen others be silent.
+    """
+    first, others, unanswered = is_first(), _Others(), 0
+    for look in itertools.count():
+        if _ending.wait(_WATCH_S):
+            return
         try:
-            words = _client().key_value_dir_get(_FAILED)
+            client = _client()
+            sign = f"{_SIGNS}{jax.process_index()}"
+            client.key_value_set(sign, f"{look} {_places}", allow_overwrite=True)
+            words = client.key_value_dir_get(_FAILED)
+            if not words and first:
+                others.look(dict(client.key_value_dir_get(_SIGNS)))
         except Exception:
-            return  # The coordinator is gone, and jax ends the process.
+            unanswered += 1
+            if unanswered * _WATCH_S > 2 * _HEARD_S:
+                _end_without_first("it does not answer")
+            continue
+        _answers.set()
+        unanswered = 0
         if words and not _ending.is_set():
-            key, said = min(words)
-            found, number = json.loads(said), key.rpartition("/")[2]
-            line = f"flaxtransfer: process {number} has ended: {found['text']}"
-            _told.set()
-            print(line, file=sys.stderr, flush=True)
-            _go()
+            _, said = min(words)
+            found = json.loads(said)
+            _say(found["text"])
+            _go(found["gone"])
             os._exit(found["code"])
 
 
+_answers = threading.Event()
+"""Process 0 has answered since it was last asked."""
+
+
+def _watch_first() -> None:
+    """Ends this process when process 0 is silent: the other watch may wait for it for ever."""
+    quiet = 0
+    while not _ending.wait(_WATCH_S):
+        quiet = 0 if _answers.is_set() else quiet + 1
+        _answers.clear()
+        if quiet * _WATCH_S >= _SILENT_S:
+            _end_without_first(f"it has not answered for {_SILENT_S:g} s")
+
+
+def _hold_lines() -> None:
+    """Process 0 keeps a connection to each other process, which breaks when that one is gone.
+
+    Where no connection comes to be, for a firewall say, there are still the signs of life.
+    """
+    token, lines = secrets.token_hex(8), selectors.DefaultSelector()
+    with contextlib.suppress(OSError), socket.create_server(("", 0)) as door:
+        _client().key_value_set(_LINE, f"{door.getsockname()[1]} {token}")
+        lines.register(door, selectors.EVENT_READ)
+        names: dict[Any, int] = {}
+        while True:
+            for key, _ in lines.select():
+                line: Any = key.fileobj
+                if line is door:
+                    line, _ = door.accept()
+                    lines.register(line, selectors.EVENT_READ)
+                    continue
+                said = b""
+                with contextlib.suppress(OSError):
+                    said = line.recv(64)
+                found, _, number = said.decode(errors="replace").partition(" ")
+                if found == token and number.isdecimal():
+                    names[line] = int(number)
+                    continue
+                lines.unregister(line)
+                line.close()
+                if line in names:
+                    # It may have said why, and then this comes too late.
+                    threading.Timer(_HEARD_S, _line_broken, (names.pop(line),)).start()
+
+
+def _line_broken(number: int) -> None:
+    if not (_ending.is_set() or _told.is_set()):
+        with contextlib.suppress(Exception):
+            _fail(number, "is gone: its connection has ended", gone=True)
+
+
+def _hold_line_to_first() -> None:
+    """The other end; see ``_hold_lines``."""
+    try:
+        port, token = _client().blocking_key_value_get(_LINE, 60_000).split()
+    except Exception:
+        return
+    host = _state().coordinator_address.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port))) as line:
+        line.sendall(f"{token} {jax.process_index()}".encode())
+        with contextlib.suppress(ConnectionError):
+            while line.recv(64):
+                pass
+        time.sleep(_HEARD_S)
+        _end_without_first("its connection has ended")
+
+
+def _end_without_first(why: str) -> None:
+    if not _ending.is_set():
+        _say(f"process 0 of {jax.process_count()} is gone: {why}")
+        os._exit(FAILURE)
+
+
+def _say(text: str) -> None:
+    _told.set()
+    print(f"flaxtransfer: {text}", file=sys.stderr, flush=True)
+
+
+class _Others:
+    """What process 0 knows of all processes, from their signs of life."""
+
+    def __init__(self) -> None:
+        self.signs: dict[int, str] = {}
+        self.silent = dict.fromkeys(range(jax.process_count()), 0)
+        self.places: dict[int, int] = {}
+        self.waiting = 0
+
+    def look(self, found: Mapping[str, str]) -> None:
+        """Compares the signs with those of the look before; says so where a process has failed."""
+        signs = {int(key.rpartition("/")[2]): sign for key, sign in found.items()}
+        for number in self.silent:
+            same = signs.get(number) == self.signs.get(number)
+            self.silent[number] = self.silent[number] + 1 if same else 0
+            if self.silent[number] * _WATCH_S >= _SILENT_S:
+                why = f"it has given no sign of life for {_SILENT_S:g} s"
+                _fail(number, f"is gone: {why}", gone=True)
+                return
+        places = {number: int(sign.split()[1]) for number, sign in signs.items()}
+        # Where all are at the same place they are at work.
+        waiting = places == self.places and len(set(places.values())) > 1
+        self.waiting = self.waiting + 1 if waiting else 0
+        self.signs, self.places = signs, places
+        longest = _longest_wait()
+        last = min(places, key=places.__getitem__, default=0)
+        # One that is silent, too, has not begun to hang.
+        if self.waiting * _WATCH_S >= longest and self.silent[last] * _WATCH_S < _HEARD_S:
+            _fail(last, f"hangs: the others have waited for it for {longest:g} s ({LONGEST_WAIT})")
+
+
+def _delay_abort() -> None:
+    """Delays the end by SIGABRT, so that the watch can say why before.
+
+    jax ends a process so as soon as its connection to process 0 is broken, with words of its own
+    that name nobody. ``sleep`` may be called where a signal is handled, and takes the number of the
+    signal for its seconds, which are 6.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Only where C has them.
+        library = ctypes.CDLL(None)
+        library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), None
+        library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+
+
+def _longest_wait() -> float:
+    """The seconds that the others wait for one process."""
+    given = os.environ.get(LONGEST_WAIT, "")
+    with contextlib.suppress(ValueError):
+        seconds = float(given) if given else LONGEST_WAIT_S
+        if seconds > 0:
+            return seconds
+    raise ValueError(f"{LONGEST_WAIT} must be seconds above 0, got {given!r}")
+
+
 def _client() -> Any:
+    return _state().client
+
+
+def _state() -> Any:
     from jax._src import distributed  # It has no public name.
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def _given() -> tuple[str, int, int] | None:
@@ -473,6 +700,7 @@ def _versions() -> dict[str, str]:
 
 def _all_bytes(own: bytes) -> list[bytes]:
     """The bytes of all processes, in their order."""
+    arrive()
     sizes = np.asarray(multihost_utils.process_allgather(np.asarray(len(own), np.int32)))
     # Few sizes, because each is compiled for.
     padded = np.zeros(max(1024, 1 << int(sizes.max()).bit_length()), np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from jax.sharding import AxisType
 from flaxtransfer.sharding import (
     batch_sharding,
     guard_cpu_thread_pool,
+    leaf_shardings,
     make_mesh,
     place_batch,
     place_replicated,
@@ -210,6 +212,59 @@ def test_eight_devices_compute_what_one_computes():
     assert refused(place_batch, np.ones(7), make_mesh(jax.devices()[2:5])).endswith("is 6 or 9")
     """
     finish(child(code, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+
+
+def test_large_leaves_are_split_and_the_rest_is_as_before():
+    """One device is the reference; float64, so that only the order of sums differs.
+
+    The bytes of a device are computed from shapes; a kernel that eight does not divide stays whole.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "tests/support/run_sharded.py"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+            "NPROC": "16",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bytes"] == found["computed"] < found["whole"] / 5
+    assert 0 < found["divided"] < found["large"]
+    assert "layer4/0/conv1/kernel" in found["split"]
+    assert "conv1/kernel" not in found["split"]
+    assert found["split in the average"] == found["split"]
+    assert [found[f"programs of {name}"] for name in ("one", "eight", "split")] == [1, 1, 1]
+    assert found["difference of eight"] < 1e-12
+    assert found["difference of split"] < 1e-12
+    # Kernels are joined, and no image is sent: convolutions stay those of a device's own images.
+    assert found["all-gather"] == len(found["split"])
+    assert found["all-to-all"] == found["collective-permute"] == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "above", "spec"),
+    [
+        ((3, 3, 16, 32), 1024, (None, None, None, "data")),
+        ((3, 3, 32, 16), 1024, (None, None, "data")),
+        ((512, 512), 1024, (None, "data")),
+        # Not larger than what is large; not divisible; nothing is split.
+        ((256,), 1024, ()),
+        ((257,), 1024, ("data",)),
+        ((512, 512), None, ()),
+        ((), 0, ()),
+    ],
+)
+def test_a_large_leaf_is_split_along_its_longest_axis(shape, above, spec):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    found = leaf_shardings({"w": leaf, "key": jax.random.key(0)}, make_mesh(), above)
+    assert tuple(found["w"].spec) == spec
+    assert tuple(found["key"].spec) == ()
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import (
     CONFIG_FILE,
     SPLIT_FILE,
+    compute_of,
     split_of,
     validation_of,
     weights_of,
@@ -557,13 +558,14 @@ def kept_validation(run: Path) -> Kept:
 
 
 def trained_network(run: Path) -> Classifier:
-    """The network of a finished run.
+    """The network of a finished run, which computes in the number type of the run.
 
     Raises:
         FileNotFoundError: it is not a run folder, or the run has not finished.
-        ValueError: the weights are damaged.
+        ValueError: weights or configuration are damaged.
     """
-    return Classifier.of(load(weights_of(run)))
+    weights = load(weights_of(run))
+    return Classifier.of(weights, dtype=compute_of(run))
 
 
 def run_bands(run: Path, network: Classifier) -> int:

@@ -304,6 +304,7 @@ def compile(options: Compile, console: Console) -> None:
         raise ValueError(
             f"--batch-size must be a multiple of the {mesh.size} devices, got {options.batch_size}"
         )
+    above = None if options.shard_above_mb is None else 1e6 * options.shard_above_mb
     image, memory = (options.size, options.size, options.bands), memory_of(mesh)
     console.print(
         f"{options.model}, {options.compute}; {mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -313,7 +314,7 @@ def compile(options: Compile, console: Console) -> None:
     table = Table("phase", "memory", "activations", "GFLOP", "traffic", "exchanges")
     for phase in trained:
         with console.status(f"compiling {phase.name}"):
-            cost = step_cost(model, phase, mesh, options.batch_size, image)
+            cost = step_cost(model, phase, mesh, options.batch_size, image, above)
         table.add_row(phase.name, *_cost_cells(cost))
     for column in table.columns[1:5]:
         column.justify = "right"

@@ -507,6 +507,8 @@ class RunOptions:
             in folds.
         scratch_learning_rate: Peak learning rate of that comparison.
         tensorboard: Also write TensorBoard events (extra tb).
+        shard_above_mb: Split parameters of more than so many megabytes over the devices, with their
+            moments and averages; 4 is what other programs take.
     """
 
     run: Annotated[
@@ -516,6 +518,9 @@ class RunOptions:
     compare: Annotated[Literal["auto", "yes", "no"], UNRECORDED] = "auto"
     scratch_learning_rate: Rate = 3e-3
     tensorboard: Annotated[Flag, UNRECORDED] = False
+    shard_above_mb: Annotated[
+        float | None, NOT_NEGATIVE, UNRECORDED, default("every device holds all")
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ class Compile:
         batch_size: Images per step, of all devices together.
         size: Height and width of the images in pixels.
         compute: Number type of the convolutions.
+        shard_above_mb: Split parameters of more than so many megabytes over the devices.
     """
 
     strategy: Annotated[str, described(f"Strategy: {RECIPES_HELP}.")] = "head_then_fine_tune"
@@ -157,6 +158,7 @@ class Compile:
     batch_size: Count = 64
     size: Count = 224
     compute: Literal["float32", "bfloat16"] = "float32"
+    shard_above_mb: Annotated[float | None, NOT_NEGATIVE, default("every device holds all")] = None
 
     def problems(self) -> Iterator[str]:
         """An unknown strategy or architecture."""

@@ -323,9 +323,11 @@ def _fit(
     folder: Path,
     pooled: Pooled | None = None,
 ) -> FitResult:
+    above = options.run.shard_above_mb
     return fit(
         **_arguments(options, network, plan, data, folder),
         resume=options.run.resume,
+        shard_above=None if above is None else 1e6 * above,
         pooled=pooled,
     )
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders
 from flaxtransfer.data.splits import Split
@@ -91,6 +93,7 @@ def identity_of(
     """
     raw = {
         "model": network.model.config.to_json(),
+        "compute": jnp.dtype(network.model.dtype or jnp.float32).name,
         "task": network.task.name,
         "metric": network.task.ranking,
         "seed": seed,

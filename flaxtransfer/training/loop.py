@@ -21,12 +21,12 @@ from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
-from flaxtransfer.distributed import from_first, held_by_first, share
+from flaxtransfer.distributed import check_alike, from_first, held_by_first, share
 from flaxtransfer.features.inputs import pooled_features
 from flaxtransfer.files import folder_lock
 from flaxtransfer.metrics import shown
 from flaxtransfer.paths import Variables, listing
-from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
+from flaxtransfer.sharding import gather, make_mesh, place_batch, place_replicated
 from flaxtransfer.training import identity, run_folder
 from flaxtransfer.training.cached_loader import cached_feed
 from flaxtransfer.training.console import (
@@ -142,6 +142,7 @@ class _Run:
     store: CheckpointManager
     metrics: MetricsWriter
     request: Request
+    shard_above: float | None
     pooled: tuple[np.ndarray, np.ndarray] | None
     sealed: dict[str, str]
     audits: list[run_folder.Audit] = field(default_factory=list)
@@ -150,8 +151,16 @@ class _Run:
     caches: dict[str, bool] = field(default_factory=dict)
 
     def with_state(self, state: State) -> Classifier:
-        """The network as evaluation sees it: with the average where there is one."""
-        return self.network.with_variables(state.variables())
+        """The network as evaluation sees it: whole, with the average where there is one."""
+        return self.network.with_variables(self.joined(state.variables()))
+
+    def place(self, tree: Any) -> Any:
+        """A state on the devices, where it shares nothing with what was given."""
+        return place_replicated(tree, self.mesh, self.shard_above)
+
+    def joined(self, tree: Any) -> Any:
+        """The tree as it is whole on every device."""
+        return tree if self.shard_above is None else gather(tree, self.mesh)
 
 
 def fit(
@@ -166,6 +175,7 @@ def fit(
     options: FitOptions | None = None,
     cache: Cache | None = None,
     mesh: Mesh | None = None,
+    shard_above: float | None = None,
     pooled: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> FitResult:
     """Trains a network through the phases of ``plan`` and leaves a complete run folder.
@@ -185,6 +195,10 @@ def fit(
         cache: whether the frozen part of the network is run once per phase instead of in every
             step; by default never, ``Cache()`` where it pays.
         mesh: devices; by default all of them.
+        shard_above: bytes from which a parameter is split over the devices, and with it its moments
+            and its average (``sharding.leaf_shardings``); it is joined in every step, and for
+            evaluation. By default every device holds all. Other programs use 4 MB. Checkpoints are
+            the same, and a run may be resumed with another value.
         pooled: what ``ft.features.pooled_features`` gives for the network, ended where the plan
             ends it, and ``data.calibration()``, where it is known already: a head that is solved
             before the first step then costs no pass over the images.
@@ -207,7 +221,11 @@ def fit(
     network, plan = prepared(network, plan, data)
     check_feed(plan, data)
     _check_pooled(network, data, pooled)
-    _check_processes(data, mesh)
+    if shard_above is not None and not shard_above >= 0:
+        raise ValueError(f"shard_above must be bytes >= 0, or None, got {shard_above}")
+    settings = {"options": asdict(options), "cache": asdict(cache), "resume": resume}
+    settings["shard_above"] = shard_above
+    _check_processes(data, mesh, settings)
     from_first(lambda: identity.check_place(folder))
     with held_by_first(lambda: folder_lock(folder)), _checkpoints(folder, options) as store:
         from_first(lambda: run_folder.remove_leftovers(folder))
@@ -241,6 +259,7 @@ def fit(
                     store,
                     metrics,
                     request,
+                    shard_above,
                     pooled,
                     sealed=dict(seals),
                     audits=[run_folder.Audit.from_json(row) for row in meta.get("audits", [])],
@@ -253,7 +272,7 @@ def fit(
                     run.notes.append(text)
                 for text in filter(None, (*skipped, metrics.damage)):
                     _say_loss(run, position, text)
-                return _train(run, place_replicated(state, mesh), position)
+                return _train(run, run.place(state), position)
 
 
 def check_same_run(
@@ -316,11 +335,16 @@ def _check_run(
     return identity.Found(*map(tuple, found))
 
 
-def _check_processes(data: DataLoaders, mesh: Mesh | None) -> None:
-    """Refuses what would count examples twice, or train without some of the processes."""
+def _check_processes(data: DataLoaders, mesh: Mesh | None, settings: Mapping[str, Any]) -> None:
+    """Refuses what would count examples twice, or train without some of the processes.
+
+    Settings that are no part of the identity decide, too, what the processes do in which order.
+    """
     _, count = share()
     if count == 1:
         return
+    devices = None if mesh is None else [device.id for device in mesh.devices.flat]
+    check_alike({**settings, "mesh": devices})
     if data.examples is None:
         raise ValueError(
             "data must be made by ft.loaders in a run over several processes, which gives each "
@@ -405,14 +429,14 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
             feed = _feed_of(run, phase, state, position)
         state, position = _run_phase(run, phase, feed, state, position)
         with run.request.at_once(f"at step {position.step}, {kept}"):
-            after = run_folder.frozen_digests(state, phase)
+            after = _frozen_digests(run, state, phase)
             run.audits.append(run_folder.compare(phase, before, after))
             from_first(lambda: run_folder.write_audits(run.folder, run.audits))
             state, kept_best = _best(run, state, position)
             if not _decide(run, position):
                 break
             position = kept_best.next_phase()
-            state = place_replicated(advance(state, run.plan.phases[position.phase]), run.mesh)
+            state = run.place(advance(state, run.plan.phases[position.phase]))
     with run.request.at_once(f"at step {position.step}, {kept}"):
         trained = run.with_state(state)
         predicted = _predict(run, run.feed, state, features=True)
@@ -452,7 +476,7 @@ def _recalibrate(run: _Run, phase: Phase, state: State) -> State:
         run.with_state(state), run.feed.calibration(), phase.recalibrate, run.mesh
     )
     variables = {"params": state.params, "batch_stats": measured}
-    placed: State = place_replicated(with_variables(state, variables, phase), run.mesh)
+    placed: State = run.place(with_variables(state, variables, phase))
     return placed
 
 
@@ -469,8 +493,8 @@ def _with_statistics_of_average(run: _Run, phase: Phase, state: State) -> State:
         return state
     with sample(run.feed) as batches:
         found = measure_moments(run.with_state(state), batches, moving, mesh=run.mesh)
-    measured = with_statistics(state.batch_stats, found)
-    return state._replace(ema_stats=place_replicated(measured, run.mesh))
+    measured = with_statistics(run.joined(state.batch_stats), found)
+    return state._replace(ema_stats=run.place(measured))
 
 
 def _probe(run: _Run, phase: Phase, state: State, position: Progress) -> State:
@@ -488,7 +512,7 @@ def _probe(run: _Run, phase: Phase, state: State, position: Progress) -> State:
     if not phase.only_solves:
         log(run.notes[-1])
     variables = {"params": params, "batch_stats": state.batch_stats}
-    placed: State = place_replicated(with_variables(state, variables, phase), run.mesh)
+    placed: State = run.place(with_variables(state, variables, phase))
     return placed
 
 
@@ -512,7 +536,7 @@ def _run_phase(
     ranking = task.ranking
     segments = model.segments
     part = split_phase(phase, segments, feed.start)
-    step_function = train_step(model, part, feed, task, run.mesh)
+    step_function = train_step(model, part, feed, task, run.mesh, run.shard_above)
     working, below = split_state(state, segments, feed.start)
     pending: list[tuple[int, Metrics]] = []
     text = ""
@@ -577,7 +601,7 @@ def _feed_of(run: _Run, phase: Phase, state: State, position: Progress) -> DataL
     if before is False:
         log(f"phase {phase.name!r}: nothing is cached, as before the interruption")
         return run.feed
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = run.joined({"params": state.params, "batch_stats": state.batch_stats})
     folder = run.cache.folder or run.folder / run_folder.FEATURES
     cached = cached_feed(choice, run.network.model, variables, run.feed, run.mesh, folder, log)
     if cached is None and before:
@@ -709,7 +733,7 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
         )
     if restored.step != position.step:
         whole = restored.tree._replace(step=np.int32(position.step))
-        state = place_replicated(whole, run.mesh)
+        state = run.place(whole)
     if restored.step == position.best_step and restored.metric == position.best:
         return state, position
     reasons = "".join(f"; step {step}: {reason}" for step, reason in restored.skipped)
@@ -731,6 +755,11 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
     )
 
 
+def _frozen_digests(run: _Run, state: State, phase: Phase) -> dict[str, str]:
+    params, batch_stats = run.joined((state.params, state.batch_stats))
+    return run_folder.frozen_digests(params, batch_stats, phase)
+
+
 def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[str, str]:
     """Digests of the leaves that this phase may not move, kept in a file across interruptions."""
     name = run_folder.frozen_file(position.phase)
@@ -739,7 +768,7 @@ def _digests_at_start(run: _Run, state: State, position: Progress) -> Mapping[st
         kept = from_first(lambda: run_folder.read_frozen(run.folder, name, sealed))
         if kept is not None:
             return kept
-    digests = run_folder.frozen_digests(state, run.plan.phases[position.phase])
+    digests = _frozen_digests(run, state, run.plan.phases[position.phase])
     sha256 = from_first(lambda: run_folder.write_frozen(run.folder, name, digests))
     if position.phase_step > 0:
         wrong = f"{run.folder / name} is damaged or missing"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxtransfer.classifier import Classifier
@@ -33,12 +34,11 @@ from flaxtransfer.files import (
     write_file,
     write_json,
 )
-from flaxtransfer.paths import flatten
+from flaxtransfer.paths import Params, flatten
 from flaxtransfer.task import SINGLE_LABEL, Task, Units, task_named
 from flaxtransfer.training.console import METRICS_FILE
 from flaxtransfer.training.evaluation import Evaluation, Predictions
 from flaxtransfer.training.plan import Phase
-from flaxtransfer.training.step import State
 from flaxtransfer.weights.pretrained import Pretrained, save
 from flaxtransfer.weights.readers.archives import read_npz
 
@@ -68,14 +68,14 @@ class Audit:
         return f"{self.phase}: all {self.leaves} frozen leaves are bit-identical to their start"
 
 
-def frozen_digests(state: State, phase: Phase) -> dict[str, str]:
+def frozen_digests(params: Params, batch_stats: Params, phase: Phase) -> dict[str, str]:
     """SHA-256 of shape, dtype and bytes of every leaf that ``phase`` may not move."""
     digests = {
         f"params/{path}": digest(leaf)
-        for path, leaf in flatten(phase.param_groups.frozen(state.params)).items()
+        for path, leaf in flatten(phase.param_groups.frozen(params)).items()
     }
     norm = phase.batch_norm_policy()
-    for path, leaf in flatten(state.batch_stats).items():
+    for path, leaf in flatten(batch_stats).items():
         module = path.rpartition("/")[0]
         if norm == "running" or (norm != "batch" and module not in norm):
             digests[f"batch_stats/{path}"] = digest(leaf)
@@ -256,9 +256,7 @@ def task_of(folder: Path) -> Task:
         ValueError: the task is unknown, or the configuration is damaged.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder (it has no {CONFIG_FILE})")
-    config = read_json(path)
+    config = _config_of(folder)
     name = config.get("task") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise ValueError(f"{path} is damaged: it names no task")
@@ -269,6 +267,31 @@ def task_of(folder: Path) -> Task:
         return task.ranked_by(config.get("metric", task.ranking))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def compute_of(folder: Path) -> str:
+    """The number type that a run's network computes in, such as bfloat16.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+        ValueError: the configuration is damaged.
+    """
+    path = folder / CONFIG_FILE
+    config = _config_of(folder)
+    name = config.get("compute") if isinstance(config, dict) else None
+    try:
+        if isinstance(name, str) and jnp.issubdtype(jnp.dtype(name), jnp.floating):
+            return name
+    except TypeError:
+        pass
+    raise ValueError(f"{path} is damaged: it names no number type to compute in")
+
+
+def _config_of(folder: Path) -> Any:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder (it has no {CONFIG_FILE})")
+    return read_json(path)
 
 
 def weights_of(folder: Path) -> Path:

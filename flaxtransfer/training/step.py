@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
 from flaxtransfer.optimizers import Scaled, migrate
 from flaxtransfer.paths import Params, Variables, merge
-from flaxtransfer.sharding import batch_sharding, memory_of, replicated
+from flaxtransfer.sharding import batch_sharding, leaf_shardings, memory_of, replicated
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
@@ -122,7 +122,8 @@ class CompileKey:
         preprocessing: whose mean and deviation the images are normalized by.
         start: segment that the batches enter at; None for images.
         task: what the labels are.
-        mesh: devices, on which the state stays replicated; None where the compiler decides.
+        mesh: devices, on which the state stays as it was placed; None where the compiler decides.
+        above: bytes from which a leaf of the state is split over them; None splits nothing.
     """
 
     model: Model
@@ -131,6 +132,7 @@ class CompileKey:
     start: str | None
     task: Task = SINGLE_LABEL
     mesh: Mesh | None = None
+    above: float | None = None
 
     @cached_property
     def identity(self) -> Hashable | None:
@@ -145,7 +147,7 @@ class CompileKey:
             return None
         preprocessing = (self.preprocessing.mean, self.preprocessing.std)
         decides = tuple(phase.in_step().items())
-        parts = (self.model, preprocessing, self.start, self.task, self.mesh)
+        parts = (self.model, preprocessing, self.start, self.task, self.mesh, self.above)
         identity = (type(phase), decides, *parts)
         try:
             hash(identity)
@@ -187,6 +189,7 @@ def train_step(
     feed: DataLoaders,
     task: Task = SINGLE_LABEL,
     mesh: Mesh | None = None,
+    above: float | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of one phase, to be compiled once.
 
@@ -197,14 +200,16 @@ def train_step(
 
     Equal phases of equal models share a program (``CompileKey``), so that the second run of
     a plan, on other data or from another seed, neither traces nor compiles. With a ``mesh`` the
-    state leaves a step as it came, replicated: otherwise the compiler may choose another sharding
-    for it, and the next step would be compiled anew.
+    state leaves a step as it came, as ``place_replicated(state, mesh, above)`` placed it: otherwise
+    the compiler may choose another sharding for it, and the next step would be compiled anew.
+    What is split is joined for the pass through the network, so that every device convolves its
+    images with whole kernels; the optimizer updates its part of them.
 
     Returns:
         ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
         ``loss``, the mean of the task's score (``accuracy``), ``gradient_norm`` before clipping.
     """
-    program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh)
+    program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh, above)
     return _shared(program) if program.identity is not None else _compiled(program)
 
 
@@ -215,14 +220,25 @@ def _shared(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metric
 
 def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metrics]]:
     model, phase = program.model, program.phase
-    if program.mesh is not None:
-        model = model.on(program.mesh)
     update = optimizer(phase).update
     norm, task = phase.batch_norm_policy(), program.task
     loss_of = phase.loss or task.loss
 
+    mesh, above = program.mesh, program.above
+    model = model if mesh is None else model.on(mesh)
+    constrain: Callable[..., Any] = jax.lax.with_sharding_constraint
+
+    def whole(tree: Any) -> Any:
+        return tree if mesh is None or above is None else constrain(tree, replicated(mesh))
+
+    def parted(tree: Any) -> Any:
+        if mesh is None or above is None:
+            return tree
+        return constrain(tree, leaf_shardings(tree, mesh, above))
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        still = phase.param_groups.frozen(state.params)
+        joined = whole(state.params)
+        still = phase.param_groups.frozen(joined)
         inputs = network_input(batch["image"], program.preprocessing, program.start)
         loss_key = jax.random.fold_in(state.key, state.step)
         targets = task.targets(batch["label"])
@@ -233,10 +249,10 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             losses = loss_of(logits, targets, loss_key)
             return losses.mean(), (batch_stats, logits)
 
-        moving = phase.param_groups.trainable(state.params)
         (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(
-            moving
+            phase.param_groups.trainable(joined)
         )
+        moving, gradient = phase.param_groups.trainable(state.params), parted(gradient)
         updates, opt_state = update(gradient, state.opt_state, moving)
         moved = optax.apply_updates(moving, updates)
         ema = state.ema
@@ -247,15 +263,15 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             task.score_name: jnp.mean(task.score(logits, targets)),
             "gradient_norm": optax.tree.norm(gradient),
         }
-        params = merge(still, moved)
+        params = merge(phase.param_groups.frozen(state.params), moved)
         following = State(
             state.step + 1, params, batch_stats, opt_state, ema, state.ema_stats, state.key
         )
-        return following, metrics
+        return parted(following), whole(metrics)
 
-    if program.mesh is None:
+    if mesh is None or above is not None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(program.mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 @dataclass(frozen=True)
@@ -308,6 +324,7 @@ def step_cost(
     mesh: Mesh,
     batch_size: int,
     image_shape: tuple[int, int, int],
+    above: float | None = None,
 ) -> StepCost:
     """Compiles the training step of a phase, from shapes alone, and reads off what it takes.
 
@@ -320,6 +337,7 @@ def step_cost(
         mesh: devices.
         batch_size: images of all devices together.
         image_shape: ``(height, width, bands)``.
+        above: bytes from which a leaf of the state is split over the devices, as in ``ft.fit``.
 
     Raises:
         ValueError: a batch size that the devices do not divide, a phase that takes no step; or the
@@ -342,18 +360,20 @@ def step_cost(
         )
     variables = model.abstract()
     resolved = phase.resolve(variables["params"])
-    held: Callable[..., Any] = partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
+    shaped: Callable[..., Any] = jax.ShapeDtypeStruct
+    plain = jax.eval_shape(lambda variables: start(variables, resolved, 0), variables)
     state = jax.tree.map(
-        lambda leaf: held(leaf.shape, leaf.dtype),
-        jax.eval_shape(lambda variables: start(variables, resolved, 0), variables),
+        lambda leaf, held: shaped(leaf.shape, leaf.dtype, sharding=held),
+        plain,
+        leaf_shardings(plain, mesh, above),
     )
     bands = image_shape[-1]
     pixels = Preprocessing((0.5,) * bands, (0.5,) * bands, image_shape[0], image_shape[0])
-    step: Any = _compiled(CompileKey(model, resolved, pixels, None, SINGLE_LABEL, mesh))
-    split: Callable[..., Any] = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    step: Any = _compiled(CompileKey(model, resolved, pixels, None, SINGLE_LABEL, mesh, above))
+    split = batch_sharding(mesh)
     batch = {
-        "image": split((batch_size, *image_shape), jnp.uint8),
-        "label": split((batch_size,), jnp.int32),
+        "image": shaped((batch_size, *image_shape), jnp.uint8, sharding=split),
+        "label": shaped((batch_size,), jnp.int32, sharding=split),
     }
     try:
         program = step.lower(state, batch).compile()

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
-from flaxtransfer.commands.job import prepare
+from flaxtransfer.commands import train as commands_train
+from flaxtransfer.commands.job import prepare, run_data, trained_network
 from flaxtransfer.commands.options import DataOptions, JobOptions, WeightsOptions
 from flaxtransfer.paths import flatten
-from flaxtransfer.training.run_folder import seal_run
+from flaxtransfer.training.run_folder import seal_run, weights_of
 from tests.support.terminal import train
 
 
@@ -84,6 +85,43 @@ def test_evaluate_repeats_what_training_reported(finished, capsys):
     trained = json.loads((finished / "summary.json").read_text())["results"][0]
     assert result["accuracy"] == trained["accuracy"]
     assert result["examples"] == 8
+
+
+def test_large_leaves_are_split_where_it_was_asked_for(folder, weights, tmp_path, monkeypatch):
+    asked = []
+
+    def fitted(*arguments, shard_above, **more):
+        asked.append(shard_above)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(commands_train, "fit", fitted)
+    words = train(folder, weights, tmp_path / "run", "--strategy", "feature_extraction")
+    assert run([*words, "--steps", "1", "--shard-above-mb", "0.5"]) == 2
+    assert run([*words, "--steps", "1"]) == 2
+    assert asked == [500_000, None]
+
+
+def test_the_number_type_is_the_runs_in_evaluation_and_prediction_too(
+    folder, weights, tmp_path, capsys
+):
+    """A control in float32 gives other digits of the loss."""
+    target = tmp_path / "run"
+    words = train(folder, weights, target, "--strategy", "feature_extraction", "--steps", 2)
+    assert run([*words, "--compute", "bfloat16"]) == 0
+    (trained,) = json.loads((target / "summary.json").read_text())["results"]
+    capsys.readouterr()
+    assert run(["evaluate", str(target)]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == trained["loss"]
+    assert run([*words, "--resume"]) == 2
+    assert "compute is 'bfloat16' there and 'float32' here" in capsys.readouterr().err
+    source, parts = run_data(target)
+    found = {}
+    for network in (trained_network(target), ft.Classifier.of(ft.load(weights_of(target)))):
+        batches = ft.eval_batches(source, parts.test, network.preprocessing)
+        found[str(network.model.dtype)] = ft.evaluate(network, batches).loss
+    assert found["bfloat16"] == trained["loss"]
+    assert found["None"] == pytest.approx(trained["loss"], rel=0.02)
+    assert found["None"] != trained["loss"]
 
 
 @pytest.fixture

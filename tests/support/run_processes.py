@@ -8,6 +8,7 @@ is that of the command line: 2 for an error, 143 after SIGTERM.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,15 +27,19 @@ JOB: dict[str, Any] = {
     "images": 17,
     "held_out": 17,
     "mesh": "plain",
+    "above": None,
     "cache": "off",
     "every": None,
+    "compute": None,
     "bad": None,
     "signal": None,
     "struck": 1,
+    "full": None,
     "versions": None,
 }
 """What a run is, and what befalls it: ``bad`` is an image that process 1 cannot read, ``signal`` a
-signal and the step at which process ``struck`` gets it, ``versions`` those of its packages."""
+signal and the step at which process ``struck`` gets it (-1: both), ``full`` the first step whose
+checkpoint finds no room on the disk, ``versions`` those of its packages."""
 
 
 def main(folder: Path, job: dict[str, Any]) -> int:
@@ -74,6 +79,8 @@ def main(folder: Path, job: dict[str, Any]) -> int:
     splits = ft.data.Splits.of(order[: job["images"]], order[job["images"] :])
     data = ft.loaders(source, splits, PREPROCESSING, batch_size=16, seed=job["seed"])
     model, variables = network()
+    if job["compute"]:
+        model = ft.resnet(model.config, dtype=job["compute"])
     classifier = ft.Classifier(model, variables, PREPROCESSING)
     plan = plan_of(job, variables["params"])
     mesh = make_mesh()
@@ -81,7 +88,18 @@ def main(folder: Path, job: dict[str, Any]) -> int:
         devices = sorted(jax.devices(), key=lambda d: (d.id % 4, d.process_index))
         mesh = make_mesh(devices)
         assert [d.process_index for d in devices[:4]] == [0, 1, 0, 1]
-    if job["signal"] and number == job["struck"]:
+    if job["full"] is not None:
+        from flaxtransfer.checkpoint import step_files
+
+        started = step_files.start
+
+        def filled(writer: Any, folder: Path, step: int, *more: Any) -> None:
+            if step >= job["full"]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            started(writer, folder, step, *more)
+
+        step_files.start = filled
+    if job["signal"] and job["struck"] in (number, -1):
         logged = loop._log
 
         def struck(run: Any, phase: Any, pending: Any) -> str:
@@ -105,6 +123,7 @@ def main(folder: Path, job: dict[str, Any]) -> int:
                 cache=cache,
                 mesh=mesh,
                 resume=True,
+                shard_above=job["above"],
             )
     except Interrupted as interruption:
         print(f"flaxtransfer: {interruption}", flush=True)
@@ -182,9 +201,10 @@ def plan_of(job: dict[str, Any], params: Any) -> Any:
 if __name__ == "__main__":
     try:
         code = main(Path(sys.argv[1]), {**JOB, **json.loads(sys.argv[2])})
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         from flaxtransfer import distributed
 
-        print(f"flaxtransfer: {error}", flush=True)
-        distributed.leave(str(error), 2)
+        line = distributed.lost(error) or str(error)
+        print(f"flaxtransfer: {line}", flush=True)
+        distributed.leave(line)
     sys.exit(code)

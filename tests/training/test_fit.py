@@ -308,6 +308,15 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         assert store.latest() == 10
 
 
+def test_a_size_below_zero_is_refused_before_anything_is_written(tmp_path):
+    model, variables = network()
+    plan = two_phases(variables["params"], steps=2)
+    classifier = ft.Classifier(model, variables, feed().preprocessing)
+    with pytest.raises(ValueError, match="shard_above must be bytes >= 0, or None, got -1"):
+        ft.fit(classifier, plan, feed(), tmp_path / "run", shard_above=-1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_configuration_is_refused_and_an_unfinished_run_needs_resume(tmp_path):
     model, variables = network()
     plan = two_phases(variables["params"], steps=2)

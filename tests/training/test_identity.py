@@ -56,7 +56,7 @@ def run(root, folder, *, at=None, splits=None, **changes):
                 yield batch
 
         data = dataclasses.replace(data, train=train)
-    model = ft.resnet(CONFIG)
+    model = ft.resnet(CONFIG, dtype=settings.get("dtype"))
     variables = model.init(jax.random.key(settings["weights"]), (SIZE, SIZE, 3))
     network = ft.Classifier(model, variables, preprocessing, tuple(source.class_names))
     plan = ft.recipes.feature_extraction(variables["params"], steps=12)
@@ -95,6 +95,7 @@ def copies(images, interrupted, tmp_path):
         ({"seed": 1}, "order_seed is 0 there and 1 here"),
         ({"every": 3}, "evaluate_every is 4 there and 3 here"),
         ({"run_seed": 1}, "seed is 0 there and 1 here"),
+        ({"dtype": "bfloat16"}, "compute is 'float32' there and 'bfloat16' here"),
         ({"weights": 1}, "the weights that training starts from are others"),
         (
             {"preprocessing": dataclasses.replace(PREPROCESSING, mean=(0.4,) * 3)},
