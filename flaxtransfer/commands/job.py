@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from flaxtransfer.commands.options import (
     AUTO,
     DEFAULT,
     TASK_NAMES,
+    Augmentation,
     DataOptions,
     InputOptions,
     JobOptions,
@@ -80,6 +81,20 @@ from flaxtransfer.training.run_folder import (
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
+
+_Geometry = Literal["affine", "crop", "none"]
+_Policy = Literal["none", "trivial", "randaugment"]
+
+AUGMENTATIONS: dict[Augmentation, tuple[_Geometry, _Policy]] = {
+    "affine": ("affine", "none"),
+    "crop": ("crop", "none"),
+    "none": ("none", "none"),
+    "trivial": ("none", "trivial"),
+    "randaugment": ("none", "randaugment"),
+    "crop-trivial": ("crop", "trivial"),
+    "crop-randaugment": ("crop", "randaugment"),
+}
+"""Geometry and policy of ``training_transform``, by what ``--augment`` calls them."""
 
 MOST_IMAGES_FOR_HEADS = 2000
 """Images that heads on the frozen network are judged on; more hardly change their accuracy."""
@@ -181,9 +196,18 @@ def prepare(
     preprocessing = network.preprocessing
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
 
+    geometry, policy = AUGMENTATIONS[batch.augment]
+
     def feed(parts: Splits) -> DataLoaders:
         transform = training_transform(
-            preprocessing, geometry=batch.augment, flip=flip, channels=len(preprocessing.mean)
+            preprocessing,
+            geometry=geometry,
+            flip=flip,
+            policy=policy,
+            erasing=batch.random_erasing,
+            channels=len(preprocessing.mean),
+            # Bands that an adapter reads are no colors, though there be three of them.
+            rgb=network.model.config.adapter is None,
         )
         return loaders(
             source,

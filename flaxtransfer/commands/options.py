@@ -51,6 +51,7 @@ AT_LEAST_3 = Limit(">= 3", lambda value: value >= 3)
 AT_LEAST_20 = Limit(">= 20", lambda value: value >= 20)
 POSITIVE = Limit("> 0", lambda value: value > 0)
 SHARE = Limit(">= 0 and < 1", lambda value: 0 <= value < 1)
+UP_TO_1 = Limit(">= 0 and <= 1", lambda value: 0 <= value <= 1)
 LEVEL = Limit("> 0 and < 1", lambda value: 0 < value < 1)
 
 UNRECORDED = "unrecorded"
@@ -72,6 +73,9 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 """An option without a value, off by default."""
 
 Count = Annotated[int, AT_LEAST_1]
+Augmentation = Literal[
+    "affine", "crop", "none", "trivial", "randaugment", "crop-trivial", "crop-randaugment"
+]
 Rate = Annotated[float, POSITIVE]
 
 RECIPES_HELP = f"a recipe ({', '.join(RECIPE_NAMES)}), or the path of a plan, such as plan.yaml"
@@ -402,8 +406,11 @@ class BatchOptions:
     Args:
         batch_size: Images per step.
         flip: Mirror images in training; auto decides by the names of the classes.
-        augment: Change of the geometry in training: affine turns, shifts and magnifies a little,
-            crop cuts out a part, as for photographs.
+        augment: Change of images in training: affine turns, shifts and magnifies a little; crop
+            cuts out a part, as for photographs; trivial and randaugment draw from a set of strong
+            operations (TrivialAugment turns by up to 135 degrees), with crop- in front after a
+            crop. Gray images and bands get those of them that keep their meaning.
+        random_erasing: Share of training images that lose a random rectangle.
         compute: Number type of the convolutions; bfloat16 is for accelerators, and parameters and
             statistics stay float32.
         workers: Processes that decode images; 0 uses threads.
@@ -411,7 +418,8 @@ class BatchOptions:
 
     batch_size: Count = 64
     flip: Literal["auto", "yes", "no"] = "auto"
-    augment: Literal["affine", "crop", "none"] = "affine"
+    augment: Augmentation = "affine"
+    random_erasing: Annotated[float, UP_TO_1] = 0.0
     compute: Literal["float32", "bfloat16"] = "float32"
     workers: Annotated[int, NOT_NEGATIVE, UNRECORDED] = 0
 
@@ -652,7 +660,8 @@ def recorded(options: Any, *, unrecorded: bool = False) -> dict[str, Any]:
         unrecorded: also those that do not decide it.
 
     >>> recorded(BatchOptions())
-    {'batch_size': 64, 'flip': 'auto', 'augment': 'affine', 'compute': 'float32'}
+    {'batch_size': 64, 'flip': 'auto', 'augment': 'affine', 'random_erasing': 0.0, \
+'compute': 'float32'}
     """
     found: dict[str, Any] = {}
     for name, value, notes in _entries(options):
@@ -679,7 +688,8 @@ def from_record(options: Options, record: Mapping[str, Any]) -> Options:
         record: from ``recorded``.
 
     >>> from_record(BatchOptions(), {"batch_size": 8})
-    BatchOptions(batch_size=8, flip='auto', augment='affine', compute='float32', workers=0)
+    BatchOptions(batch_size=8, flip='auto', augment='affine', random_erasing=0.0, \
+compute='float32', workers=0)
     """
     given: dict[str, Any] = {}
     for name, value, notes in _entries(options):
