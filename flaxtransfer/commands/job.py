@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from flaxtransfer.commands.options import (
     DataOptions,
     InputOptions,
     JobOptions,
+    RegularizationOptions,
     SplitOptions,
     WeightsOptions,
     flag,
@@ -67,8 +68,8 @@ from flaxtransfer.recipes.measurement import (
 )
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.evaluation import Evaluation, evaluate, recalibrate
+from flaxtransfer.training.plan import Phase, plan_table
 from flaxtransfer.training.plan import Plan as TrainingPlan
-from flaxtransfer.training.plan import plan_table
 from flaxtransfer.training.plan_yaml import load_plan, save_plan
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import (
@@ -175,6 +176,7 @@ def prepare(
     # Whoever says how long to train, with which loss, or brings a head, wants to train.
     open_to_heads = (
         options.strategy.strategy is None
+        and options.regularization == RegularizationOptions()
         and options.strategy.head == "new"
         and options.strategy.balance == "no"
         and all(value is None for value in settings.values())
@@ -228,6 +230,8 @@ def prepare(
             strategy = "solved_head"
             evidence = _nothing_to_train_for(frozen)
     if choosing is not None and strategy == AUTO:
+        if options.regularization != RegularizationOptions():
+            choosing.say("strategies are compared without regularization; the chosen one gets it")
         choice = choose(
             network,
             source,
@@ -250,7 +254,7 @@ def prepare(
         evidence = measure(strategy, network, batches, len(splits.train))
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
-    plan = balanced(plan, options.strategy.balance, task)
+    plan = regularized(balanced(plan, options.strategy.balance, task), options, task)
     network = ending_at(network, plan.ends_at)
     return Job(source, splits, checkpoint, network, data, plan, evidence, levels, ranking, frozen)
 
@@ -352,6 +356,41 @@ def balanced(plan: TrainingPlan, balance: str, task: Task) -> TrainingPlan:
         raise ValueError(f"--balance must be no for phases {why}: {', '.join(own or solved)}")
     loss = losses[balance, task.name]
     return replace(plan, phases=[replace(phase, loss=loss) for phase in plan.phases])
+
+
+def regularized(plan: TrainingPlan, options: JobOptions, task: Task) -> TrainingPlan:
+    """The plan with the options of regularization, accumulation and recomputation in its phases.
+
+    Raises:
+        ValueError: no phase takes steps, or label smoothing of another loss than cross-entropy.
+    """
+    given = asdict(options.regularization) | {
+        "accumulate": options.batch.accumulate,
+        "remat": options.batch.remat or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    smoothing = given.pop("label_smoothing", None)
+    if not given and smoothing is None:
+        return plan
+    phases = [phase if phase.only_solves else replace(phase, **given) for phase in plan.phases]
+    if all(phase.only_solves for phase in phases):
+        names = ", ".join(flag(n) for n in (*given, *["label_smoothing"] * (smoothing is not None)))
+        raise ValueError(f"{names} must be left out where the head is solved, not trained")
+    if smoothing is not None:
+        phases = [p if p.only_solves else _smoothed(p, smoothing, task) for p in phases]
+    return replace(plan, phases=phases)
+
+
+def _smoothed(phase: Phase, smoothing: float, task: Task) -> Phase:
+    """The phase with a smoothed loss."""
+    losses = {"single_label": CrossEntropy(), "multi_label": BinaryCrossEntropy()}
+    loss: Any = losses.get(task.name) if phase.loss is None else phase.loss
+    if not isinstance(loss, CrossEntropy | BinaryCrossEntropy):
+        raise ValueError(
+            f"--label-smoothing must be left out for the task {task.name} with the loss "
+            f"{loss or task.loss!r}: it smooths cross-entropy"
+        )
+    return replace(phase, loss=replace(loss, label_smoothing=smoothing))
 
 
 class Start(NamedTuple):

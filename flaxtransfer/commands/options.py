@@ -411,6 +411,11 @@ class BatchOptions:
             operations (TrivialAugment turns by up to 135 degrees), with crop- in front after a
             crop. Gray images and bands get those of them that keep their meaning.
         random_erasing: Share of training images that lose a random rectangle.
+        accumulate: Parts in which a batch is computed, one after the other, so that it needs less
+            memory; a step is still a whole batch. A BatchNorm that uses batch statistics takes
+            those of each part.
+        remat: Compute each block once more in the backward pass instead of keeping what is in it
+            (gradient checkpointing): for large images on accelerators; a CPU saves nothing by it.
         compute: Number type of the convolutions; bfloat16 is for accelerators, and parameters and
             statistics stay float32.
         workers: Processes that decode images; 0 uses threads.
@@ -420,8 +425,35 @@ class BatchOptions:
     flip: Literal["auto", "yes", "no"] = "auto"
     augment: Augmentation = "affine"
     random_erasing: Annotated[float, UP_TO_1] = 0.0
+    accumulate: Annotated[int | None, AT_LEAST_1, default("1, or the plan's")] = None
+    remat: Flag = False
     compute: Literal["float32", "bfloat16"] = "float32"
     workers: Annotated[int, NOT_NEGATIVE, UNRECORDED] = 0
+
+
+_PLANS = default("0, or the plan's")
+
+
+@dataclass(frozen=True)
+class RegularizationOptions:
+    """What keeps training from learning images by heart; in every phase that takes steps.
+
+    Args:
+        mixup: Alpha of MixUp, such as 0.2: images are blended in pairs, and what is to be said of
+            them. Targets of a regression are blended themselves, which is wrong for angles.
+        cutmix: Alpha of CutMix, such as 1.0: images get a rectangle of another one, and its class
+            or labels by the share of the area. With both, one is drawn in each step.
+        label_smoothing: Share of a class or label that is spread over all of them, such as 0.1.
+        dropout: Share of the features before the head that are dropped.
+        stochastic_depth: Probability with which the last block is passed by its shortcut alone;
+            earlier ones in proportion to their depth, and frozen ones never.
+    """
+
+    mixup: Annotated[float | None, NOT_NEGATIVE, _PLANS] = None
+    cutmix: Annotated[float | None, NOT_NEGATIVE, _PLANS] = None
+    label_smoothing: Annotated[float | None, SHARE, _PLANS] = None
+    dropout: Annotated[float | None, SHARE, _PLANS] = None
+    stochastic_depth: Annotated[float | None, SHARE, _PLANS] = None
 
 
 @dataclass(frozen=True)
@@ -433,6 +465,7 @@ class JobOptions:
     weights: WeightsOptions = field(default_factory=WeightsOptions)
     input: InputOptions = field(default_factory=InputOptions)
     strategy: StrategyOptions = field(default_factory=StrategyOptions)
+    regularization: RegularizationOptions = field(default_factory=RegularizationOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
 
 
@@ -659,9 +692,8 @@ def recorded(options: Any, *, unrecorded: bool = False) -> dict[str, Any]:
         options: a dataclass of options, with groups in it.
         unrecorded: also those that do not decide it.
 
-    >>> recorded(BatchOptions())
-    {'batch_size': 64, 'flip': 'auto', 'augment': 'affine', 'random_erasing': 0.0, \
-'compute': 'float32'}
+    >>> recorded(BatchOptions(batch_size=8))["batch_size"]
+    8
     """
     found: dict[str, Any] = {}
     for name, value, notes in _entries(options):
@@ -687,9 +719,8 @@ def from_record(options: Options, record: Mapping[str, Any]) -> Options:
         options: a dataclass of options, whose values stay where the record has none.
         record: from ``recorded``.
 
-    >>> from_record(BatchOptions(), {"batch_size": 8})
-    BatchOptions(batch_size=8, flip='auto', augment='affine', random_erasing=0.0, \
-compute='float32', workers=0)
+    >>> from_record(BatchOptions(), {"batch_size": 8}) == BatchOptions(batch_size=8)
+    True
     """
     given: dict[str, Any] = {}
     for name, value, notes in _entries(options):

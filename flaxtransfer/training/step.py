@@ -7,22 +7,24 @@ gradient of the trainable leaves only. Equal phases of equal models share a comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
+from flaxtransfer.models.resnet import Noise, depth_rates
 from flaxtransfer.optimizers import Scaled, migrate
 from flaxtransfer.paths import Params, Variables, merge
-from flaxtransfer.sharding import replicated
+from flaxtransfer.sharding import batch_rows, replicated
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
@@ -193,6 +195,11 @@ def train_step(
     again as soon as a norm over all gradients is logged.) Clipping, decay, the average and the
     logged norms therefore see trainable leaves only.
 
+    Images are blended here (MixUp, CutMix) and not where they are read: labels stay labels until
+    the loss, a process needs no image of another one, and the draws are functions of the run's key
+    and the step. In parts (``Phase.accumulate``) the gradients of equal parts are averaged before
+    anything is made of them.
+
     Equal phases of equal models share a program (``CompileKey``), so that the second run of
     a plan, on other data or from another seed, neither traces nor compiles. With a ``mesh`` the
     state leaves a step as it came, replicated: otherwise the compiler may choose another sharding
@@ -201,7 +208,16 @@ def train_step(
     Returns:
         ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
         ``loss``, the mean of the task's score (``accuracy``), ``gradient_norm`` before clipping.
+        Of blended images the score is blended like the loss.
+
+    Raises:
+        ValueError: batches of activations are to be blended.
     """
+    if feed.start is not None and (phase.mixup or phase.cutmix):
+        raise ValueError(
+            f"mixup and cutmix must be 0 for batches of activations, got {phase.mixup} and "
+            f"{phase.cutmix} in phase {phase.name!r}; they blend images"
+        )
     program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh)
     return _shared(program) if program.identity is not None else _compiled(program)
 
@@ -217,22 +233,70 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
     norm, task = phase.batch_norm_policy(), program.task
     loss_of = phase.loss or task.loss
 
+    depth = depth_rates(model.config, phase.stochastic_depth, phase.param_groups.trainable_paths)
+
+    def loss_and_score(
+        logits: jax.Array, part: Part, key: jax.Array, blend: Blend | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Losses and scores of examples, [rows]."""
+        targets = task.targets(part.label)
+        if blend is None or part.other_label is None:
+            return loss_of(logits, targets, key), task.score(logits, targets)
+        others = task.targets(part.other_label)
+        if task.standardizes:
+            targets = blend.of(targets, others)
+            return loss_of(logits, targets, key), task.score(logits, targets)
+        losses = blend.of(loss_of(logits, targets, key), loss_of(logits, others, key))
+        return losses, blend.of(task.score(logits, targets), task.score(logits, others))
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         still = phase.param_groups.frozen(state.params)
-        inputs = network_input(batch["image"], program.preprocessing, program.start)
-        loss_key = jax.random.fold_in(state.key, state.step)
-        targets = task.targets(batch["label"])
-
-        def objective(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-            variables = {"params": merge(still, moving), "batch_stats": state.batch_stats}
-            logits, batch_stats = model.apply(variables, inputs, norm=norm, start=program.start)
-            losses = loss_of(logits, targets, loss_key)
-            return losses.mean(), (batch_stats, logits)
-
         moving = phase.param_groups.trainable(state.params)
-        (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(
-            moving
-        )
+        key = jax.random.fold_in(state.key, state.step)
+        count = len(batch["label"])
+        rows = batch_rows(program.mesh, count)
+        blend = None
+        if phase.mixup or phase.cutmix:
+            size = batch["image"].shape[1:3]
+            blend = draw_blend(jax.random.fold_in(key, _BLEND), phase.mixup, phase.cutmix, size)
+        noise_key = jax.random.fold_in(key, _NOISE)
+
+        def objective(
+            moving: Any, batch_stats: Params, part: Part, loss_key: jax.Array
+        ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+            variables = {"params": merge(still, moving), "batch_stats": batch_stats}
+            inputs = network_input(part.image, program.preprocessing, program.start)
+            if blend is not None and part.other_image is not None:
+                others = network_input(part.other_image, program.preprocessing, program.start)
+                inputs = blend.images(inputs, others)
+            noise = None
+            if phase.dropout or depth:
+                noise = Noise(noise_key, part.rows, count, phase.dropout, depth)
+            logits, batch_stats = model.apply(
+                variables,
+                inputs,
+                norm=norm,
+                start=program.start,
+                noise=noise,
+                remat=phase.remat,
+            )
+            losses, scores = loss_and_score(logits, part, loss_key, blend)
+            return losses.mean(), (batch_stats, scores.mean())
+
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        whole = whole_batch(batch, rows, blended=blend is not None)
+        if phase.accumulate == 1:
+            (loss, (batch_stats, score)), gradient = differentiate(
+                moving, state.batch_stats, whole, key
+            )
+        else:
+            batch_stats, (loss, score, gradient) = accumulated(
+                lambda stats, part, part_key: differentiate(moving, stats, part, part_key),
+                state.batch_stats,
+                whole,
+                phase.accumulate,
+                key,
+            )
         updates, opt_state = update(gradient, state.opt_state, moving)
         moved = optax.apply_updates(moving, updates)
         ema = state.ema
@@ -240,7 +304,7 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             ema = optax.incremental_update(moved, ema, 1 - phase.ema)
         metrics = {
             "loss": loss,
-            task.score_name: jnp.mean(task.score(logits, targets)),
+            task.score_name: score,
             "gradient_norm": optax.tree.norm(gradient),
         }
         params = merge(still, moved)
@@ -252,6 +316,169 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
     if program.mesh is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=replicated(program.mesh))
+
+
+_BLEND, _NOISE = 0x626C656E, 0x6E6F6973
+"""Streams of a step's key. That of the loss is the key itself."""
+
+
+class Part(NamedTuple):
+    """The rows of a batch that are computed at once.
+
+    Args:
+        image: [rows, height, width, channels], or activations.
+        label: [rows, ...].
+        rows: which rows of the batch they are, int [rows].
+        other_image: what each image is blended with; None for nothing.
+        other_label: its label.
+    """
+
+    image: jax.Array
+    label: jax.Array
+    rows: jax.Array
+    other_image: jax.Array | None = None
+    other_label: jax.Array | None = None
+
+
+def whole_batch(batch: Batch, rows: np.ndarray, *, blended: bool) -> Part:
+    """The batch, each example beside the one that it is blended with: that of the mirrored row.
+
+    Orders are random, so that this is as good as another draw, and no example meets itself, but for
+    the one in the middle of an odd batch.
+
+    Args:
+        batch: placed.
+        rows: from ``batch_rows``.
+        blended: whether there are others.
+    """
+    image, label = batch["image"], batch["label"]
+    if not blended:
+        return Part(image, label, jnp.asarray(rows))
+    # Where rows are in order, devices then exchange their halves instead of gathering all.
+    in_order = np.array_equal(rows, np.arange(len(rows)))
+    others = slice(None, None, -1) if in_order else np.argsort(rows)[len(rows) - 1 - rows]
+    return Part(image, label, jnp.asarray(rows), image[others], label[others])
+
+
+class Blend(NamedTuple):
+    """How two images become one: by their values (MixUp), or by a rectangle (CutMix).
+
+    Args:
+        own: share of each image's own label.
+        value: share of its own values outside of the rectangle.
+        other: bool [height, width, 1], the rectangle, in which the other image is.
+    """
+
+    own: jax.Array
+    value: jax.Array
+    other: jax.Array
+
+    def of(self, own: jax.Array, other: jax.Array) -> jax.Array:
+        """Blends what belongs to the labels, [batch, ...]."""
+        return self.own * own + (1 - self.own) * other
+
+    def images(self, own: jax.Array, other: jax.Array) -> jax.Array:
+        """Blends images [batch, height, width, channels]."""
+        return jnp.where(self.other, other, self.value * own + (1 - self.value) * other)
+
+
+def draw_blend(key: jax.Array, mixup: float, cutmix: float, size: tuple[int, int]) -> Blend:
+    """The blend of one step.
+
+    Args:
+        key: of this draw.
+        mixup: alpha of MixUp, or 0.
+        cutmix: alpha of CutMix, or 0; with both, each is drawn with probability 1/2.
+        size: height and width of the images, in px.
+
+    >>> blend = draw_blend(jax.random.key(0), 0.0, 1.0, (8, 8))
+    >>> float(blend.own) == 1 - float(blend.other.mean())
+    True
+    """
+    choose, first, second, *places = jax.random.split(key, 5)
+    cuts = jnp.asarray(cutmix > 0)
+    if mixup and cutmix:
+        cuts = jax.random.bernoulli(choose)
+    value = jax.random.beta(first, mixup, mixup) if mixup else jnp.ones(())
+    area = jax.random.beta(second, cutmix, cutmix) if cutmix else jnp.ones(())
+    center = [jax.random.randint(k, (), 0, n) for k, n in zip(places, size, strict=True)]
+    box = cuts & cut_out(1 - area, center, size)
+    return Blend(jnp.where(cuts, 1 - box.mean(), value), jnp.where(cuts, 1.0, value), box)
+
+
+def cut_out(share: jax.Array, center: Sequence[Any], size: tuple[int, int]) -> jax.Array:
+    """CutMix's rectangle, bool [height, width, 1]: cut off at the edges of the image.
+
+    Args:
+        share: of the area, before it is cut off.
+        center: row and column, in px.
+        size: height and width of the image, in px.
+
+    >>> int(cut_out(jnp.asarray(0.25), (4, 4), (8, 8)).sum())
+    16
+    """
+    inside = []
+    for middle, length in zip(center, size, strict=True):
+        side = (length * jnp.sqrt(share)).astype(int)
+        place = jnp.arange(length) - (middle - side // 2)
+        inside.append((place >= 0) & (place < side))
+    rows, columns = inside
+    rectangle: jax.Array = rows[:, None, None] & columns[:, None]
+    return rectangle
+
+
+def accumulated(
+    differentiate: Callable[..., Any], batch_stats: Params, whole: Part, parts: int, key: jax.Array
+) -> tuple[Params, tuple[jax.Array, jax.Array, Any]]:
+    """Statistics after all parts of a batch, and the means of loss, score and gradient.
+
+    A part takes every ``parts``-th row, so that a batch that is split over devices stays where it
+    is. On the CPU the parts are written out: a loop with convolutions in it is slow there.
+
+    Args:
+        differentiate: ``(batch_stats, part, key) -> ((loss, (batch_stats, score)), gradient)``.
+        batch_stats: before the step.
+        whole: the batch.
+        parts: how many.
+        key: of the loss, from which each part gets its own.
+
+    Raises:
+        ValueError: the batch cannot be divided into as many parts.
+    """
+    count = len(whole.label)
+    if count % parts:
+        raise ValueError(f"accumulate must divide the batch size {count}, got {parts}")
+
+    def divided(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(count // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+
+    def body(carry: Any, given: tuple[Part, jax.Array]) -> tuple[Any, None]:
+        stats, sums = carry
+        part, number = given
+        part = part._replace(image=after(part.image, sums))
+        (loss, (stats, score)), gradient = differentiate(
+            stats, part, jax.random.fold_in(key, number)
+        )
+        return (stats, jax.tree.map(jnp.add, sums, (loss, score, gradient))), None
+
+    given = jax.tree.map(divided, whole), jnp.arange(parts)
+    first = jax.tree.map(lambda leaf: leaf[0], given)
+    shapes = jax.eval_shape(lambda: differentiate(batch_stats, first[0], key))
+    (loss, (_, score)), gradient = shapes
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, score, gradient))
+    unroll = parts if jax.default_backend() == "cpu" else 1
+    (stats, sums), _ = jax.lax.scan(body, (batch_stats, zeros), given, unroll=unroll)
+    return stats, jax.tree.map(lambda leaf: leaf / parts, sums)
+
+
+def after(images: jax.Array, sums: Any) -> jax.Array:
+    """The images, as a result of what has to be computed before them.
+
+    A compiler may take independent parts at the same time, which then take their memory at the same
+    time. (``optimization_barrier`` says it more plainly, and is dropped on the CPU.)
+    """
+    none = sum(jnp.minimum(jnp.abs(leaf.ravel()[0]), 0) for leaf in jax.tree.leaves(sums))
+    return images + jnp.asarray(none).astype(images.dtype)
 
 
 def network_input(images: jax.Array, preprocessing: Preprocessing, start: str | None) -> jax.Array:

@@ -1,10 +1,14 @@
-"""Operations and spaces of the augmentation policies against torchvision's, on Pillow images."""
+"""Augmentation policies against torchvision's on Pillow images; MixUp, CutMix against timm's."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from flaxtransfer.data.augment import OPERATIONS, RGB, RandomErasing, apply_operation
+from flaxtransfer.losses import CrossEntropy
+from flaxtransfer.training.step import Blend, cut_out
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -94,3 +98,53 @@ def test_erased_boxes_are_distributed_like_torchvisions(torch, torchvision):
     a, b = features(ours), features(theirs)
     error = np.sqrt(a.var(0) / 4000 + b.var(0) / 4000)
     assert (np.abs(a.mean(0) - b.mean(0)) < 5 * error).all()
+
+
+def _fix_draws(monkeypatch, mixup, *centers):
+    draws = iter(centers)
+    monkeypatch.setattr(mixup.np.random, "randint", lambda *a, **k: next(draws))
+
+
+def test_cut_out_rectangles_are_timms(torchvision, monkeypatch):
+    """`rand_bbox` of timm (its `cutmix_bbox_and_lam`), with the same center and share."""
+    from timm.data import mixup
+
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        share, row, column = generator.random(), generator.integers(24), generator.integers(32)
+        _fix_draws(monkeypatch, mixup, row, column)
+        (top, bottom, left, right), own = mixup.cutmix_bbox_and_lam((8, 3, 24, 32), 1 - share)
+        wanted = np.zeros((24, 32, 1), bool)
+        wanted[top:bottom, left:right] = True
+        found = np.asarray(cut_out(np.float32(share), (row, column), (24, 32)))
+        np.testing.assert_array_equal(found, wanted)
+        assert own == pytest.approx(1 - found.mean(), abs=1e-6)
+
+
+def test_blended_images_and_their_loss_are_timms(torch, torchvision, monkeypatch):
+    """`Mixup` with label smoothing and `SoftTargetCrossEntropy` of timm, to float32's rounding."""
+    from timm.data import mixup
+    from timm.loss import SoftTargetCrossEntropy
+
+    loss = SoftTargetCrossEntropy()
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(6, 3, 8, 8)).astype(np.float32)
+    logits = generator.normal(size=(6, 4)).astype(np.float32)
+    labels = np.array([0, 1, 2, 3, 0, 1])
+    for settings in ({"mixup_alpha": 0.4}, {"mixup_alpha": 0.0, "cutmix_alpha": 1.0}):
+        theirs = mixup.Mixup(**settings, label_smoothing=0.1, num_classes=4)
+        monkeypatch.setattr(mixup.np.random, "beta", lambda *a, **k: 0.3)
+        _fix_draws(monkeypatch, mixup, 2, 5)
+        mixed, soft = theirs(torch.tensor(images), torch.tensor(labels))
+        cuts = "cutmix_alpha" in settings
+        box = cut_out(jnp.float32(0.7 if cuts else 0.0), (2, 5), (8, 8))
+        own = 1 - box.mean() if cuts else jnp.float32(0.3)
+        blend = Blend(own, jnp.float32(1.0 if cuts else 0.3), box)
+        ours = np.moveaxis(images, 1, -1)
+        found = np.moveaxis(np.asarray(blend.images(ours, ours[::-1])), -1, 1)
+        np.testing.assert_allclose(found, mixed.numpy(), atol=1e-6)
+        each = CrossEntropy(label_smoothing=0.1)
+        key = jax.random.key(0)
+        losses = blend.of(each(logits, labels, key), each(logits, labels[::-1], key))
+        wanted = float(loss(torch.tensor(logits), soft))
+        assert float(losses.mean()) == pytest.approx(wanted, rel=1e-5)
