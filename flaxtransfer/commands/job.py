@@ -425,6 +425,9 @@ def begin(
         resumed: the folder of a run that is resumed, whose split is kept.
     """
     checkpoint = load_weights(weights.weights, weights, measure=weights.statistics == "measure")
+    if channels.image_size is not None:
+        resized = checkpoint.preprocessing.at_size(channels.image_size)
+        checkpoint = replace(checkpoint, preprocessing=resized)
     source = open_source(
         data.name,
         download=data.download,

@@ -335,6 +335,8 @@ class InputOptions:
         wavelengths: Center of each band in nm, from which an adapter starts.
         window: Center and width of the measurements between black and white, such as 40 400, for
             images of more than 8 bits.
+        image_size: Side of the images that the network gets, in px. Networks take any; larger ones
+            show more and cost more, by the square.
     """
 
     bands: Annotated[
@@ -348,6 +350,7 @@ class InputOptions:
         tuple[float, float] | None,
         default("each DICOM file's own, else measured on the training images"),
     ] = None
+    image_size: Annotated[int | None, AT_LEAST_1, default("that of the weights")] = None
 
     def problems(self) -> Iterator[str]:
         """Options that mean nothing without another, and a window without a width."""

@@ -80,6 +80,9 @@ class Phase:
             BatchNorm that uses batch statistics: it takes those of each part.
         remat: compute what is in a block once more in the backward pass instead of keeping it
             (gradient checkpointing): less memory, more time, the same gradient to rounding.
+        image_size: side to which training images are made smaller on the device, in px, so that
+            early phases cost less (progressive resizing); None for what the batches have.
+            Validation sees whole images, so the last phase had better train on them.
 
     A field of a subclass is part of everything that derives from the fields. Its metadata may say
     ``in_step=False`` where no compiled step depends on it, and ``treatment=False`` where two phases
@@ -114,6 +117,7 @@ class Phase:
     stochastic_depth: float = 0.0
     accumulate: int = 1
     remat: bool = field(default=False, metadata={"treatment": False})
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -121,7 +125,7 @@ class Phase:
             problems.append(
                 f"give steps or epochs, one of them; got {self.steps} and {self.epochs}"
             )
-        for name in ("steps", "epochs", "clip", "patience"):
+        for name in ("steps", "epochs", "clip", "patience", "image_size"):
             value = getattr(self, name)
             solved = name == "steps" and value == 0 and self.probe is not None
             if value is not None and not value > 0 and not solved:
@@ -141,6 +145,8 @@ class Phase:
         ]
         if idle:
             problems.append(f"{', '.join(idle)} must be 0 in a phase that only solves the head")
+        if isinstance(self.image_size, bool | float):
+            problems.append(f"image_size must be a whole number of px, got {self.image_size!r}")
         if isinstance(self.accumulate, bool | float) or not self.accumulate >= 1:
             problems.append(f"accumulate must be a whole number >= 1, got {self.accumulate!r}")
         if self.probe not in (None, "logistic", "ridge"):
@@ -539,7 +545,12 @@ def _together(plan: Plan) -> list[str]:
         for p in plan.phases
         if p.accumulate > 1 and p.batch_norm_policy() not in ("running", frozenset())
     ]
-    return parts + [
+    idle = [
+        f"Phase {p.name!r} drops no block by stochastic_depth: all are frozen."
+        for p, paths in zip(plan.phases, moving, strict=True)
+        if p.stochastic_depth and not any(path.startswith("layer") for path in paths)
+    ]
+    return [*parts, *idle] + [
         f"Phase {plan.phases[n].name!r} moves the same leaves as {plan.phases[n - 1].name!r}."
         for n in range(1, len(moving))
         if moving[n] == moving[n - 1]

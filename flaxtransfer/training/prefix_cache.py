@@ -313,6 +313,8 @@ def _never(cache: Cache, cut: str | None, feed: DataLoaders, phase: Phase) -> st
     if mixed := [name for name in ("mixup", "cutmix") if getattr(phase, name)]:
         blend = "blends" if len(mixed) == 1 else "blend"
         return f"for {' and '.join(mixed)} {blend} images, not what the network makes of them"
+    if phase.image_size is not None:
+        return f"for images are made smaller in the step (image_size {phase.image_size})"
     if cut is None:
         return "for training moves the network from its input on"
     if feed.examples is None:

@@ -211,12 +211,14 @@ def train_step(
         Of blended images the score is blended like the loss.
 
     Raises:
-        ValueError: batches of activations are to be blended.
+        ValueError: batches of activations are to be blended or made smaller.
     """
-    if feed.start is not None and (phase.mixup or phase.cutmix):
+    on_images = {name: getattr(phase, name) for name in ("mixup", "cutmix", "image_size")}
+    if feed.start is not None and any(on_images.values()):
+        named = ", ".join(f"{name} {value}" for name, value in on_images.items() if value)
         raise ValueError(
-            f"mixup and cutmix must be 0 for batches of activations, got {phase.mixup} and "
-            f"{phase.cutmix} in phase {phase.name!r}; they blend images"
+            f"batches must hold images for what phase {phase.name!r} does to them ({named}), got "
+            f"activations before {feed.start}"
         )
     program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh)
     return _shared(program) if program.identity is not None else _compiled(program)
@@ -249,6 +251,14 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
         losses = blend.of(loss_of(logits, targets, key), loss_of(logits, others, key))
         return losses, blend.of(task.score(logits, targets), task.score(logits, others))
 
+    def entered(images: jax.Array) -> jax.Array:
+        """What enters the network, in the size of the phase."""
+        inputs = network_input(images, program.preprocessing, program.start)
+        if phase.image_size is not None:
+            shape = resized_shape(inputs.shape, phase.image_size)
+            inputs = jax.image.resize(inputs, shape, "linear")
+        return inputs
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         still = phase.param_groups.frozen(state.params)
         moving = phase.param_groups.trainable(state.params)
@@ -257,7 +267,7 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
         rows = batch_rows(program.mesh, count)
         blend = None
         if phase.mixup or phase.cutmix:
-            size = batch["image"].shape[1:3]
+            _, *size, _ = resized_shape(batch["image"].shape, phase.image_size)
             blend = draw_blend(jax.random.fold_in(key, _BLEND), phase.mixup, phase.cutmix, size)
         noise_key = jax.random.fold_in(key, _NOISE)
 
@@ -265,10 +275,9 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             moving: Any, batch_stats: Params, part: Part, loss_key: jax.Array
         ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
             variables = {"params": merge(still, moving), "batch_stats": batch_stats}
-            inputs = network_input(part.image, program.preprocessing, program.start)
+            inputs = entered(part.image)
             if blend is not None and part.other_image is not None:
-                others = network_input(part.other_image, program.preprocessing, program.start)
-                inputs = blend.images(inputs, others)
+                inputs = blend.images(inputs, entered(part.other_image))
             noise = None
             if phase.dropout or depth:
                 noise = Noise(noise_key, part.rows, count, phase.dropout, depth)
@@ -360,6 +369,15 @@ def whole_batch(batch: Batch, rows: np.ndarray, *, blended: bool) -> Part:
     return Part(image, label, jnp.asarray(rows), image[others], label[others])
 
 
+def resized_shape(shape: Sequence[int], side: int | None) -> tuple[int, ...]:
+    """The shape of images [batch, height, width, channels] of this side; None leaves it.
+
+    >>> resized_shape((2, 8, 8, 3), 4)
+    (2, 4, 4, 3)
+    """
+    return tuple(shape) if side is None else (shape[0], side, side, shape[3])
+
+
 class Blend(NamedTuple):
     """How two images become one: by their values (MixUp), or by a rectangle (CutMix).
 
@@ -382,7 +400,7 @@ class Blend(NamedTuple):
         return jnp.where(self.other, other, self.value * own + (1 - self.value) * other)
 
 
-def draw_blend(key: jax.Array, mixup: float, cutmix: float, size: tuple[int, int]) -> Blend:
+def draw_blend(key: jax.Array, mixup: float, cutmix: float, size: Sequence[int]) -> Blend:
     """The blend of one step.
 
     Args:
@@ -406,7 +424,7 @@ def draw_blend(key: jax.Array, mixup: float, cutmix: float, size: tuple[int, int
     return Blend(jnp.where(cuts, 1 - box.mean(), value), jnp.where(cuts, 1.0, value), box)
 
 
-def cut_out(share: jax.Array, center: Sequence[Any], size: tuple[int, int]) -> jax.Array:
+def cut_out(share: jax.Array, center: Sequence[Any], size: Sequence[int]) -> jax.Array:
     """CutMix's rectangle, bool [height, width, 1]: cut off at the edges of the image.
 
     Args:

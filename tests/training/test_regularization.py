@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
@@ -347,6 +348,9 @@ def test_batch_norm_takes_the_statistics_of_each_part():
     phase = phase_of(variables["params"], norm="batch", accumulate=2)
     assert "takes the statistics of each part" in text_of(phase)
     assert "statistics of each" not in text_of(phase_of(variables["params"], accumulate=2))
+    assert "drops no block" not in text_of(phase_of(variables["params"], stochastic_depth=0.1))
+    head = {"new": ft.head(), "frozen": ft.rest()}, {"new": GROUPS["all"], "frozen": ft.FROZEN}
+    assert "drops no block" in text_of(phase_of(variables["params"], *head, stochastic_depth=0.1))
 
 
 def text_of(phase):
@@ -394,6 +398,21 @@ def test_the_settings_are_part_of_a_plan_file():
     assert "stochastic_depth 0.3" in str(ft.Plan([phase]))
 
 
+def test_images_are_made_smaller_in_the_step():
+    """As Pillow does it, to one level in 255, which is a hundredth of the loss here."""
+    model, variables = network()
+    pictures = [Image.fromarray(image) for image in batch(0)["image"]]
+    small = [np.asarray(p.resize((8, 8), Image.Resampling.BILINEAR)) for p in pictures]
+    images = normalize(np.stack(small), PREPROCESSING.mean, PREPROCESSING.std)
+    logits = model.apply(variables, images)[0]
+    wanted = float(SINGLE_LABEL.loss(logits, batch(0)["label"], None).mean())
+    whole, found = stepped(), stepped(image_size=8)
+    assert float(found[1]["loss"]) == pytest.approx(wanted, rel=1e-3)
+    assert float(whole[1]["loss"]) != pytest.approx(wanted, rel=1e-2)
+    blended = stepped(image_size=8, **EVERYTHING)[1]
+    assert np.isfinite(blended["loss"])
+
+
 def test_blended_images_are_not_cached():
     model, variables = network()
     rules = {"new": ft.head(), "frozen": ft.rest()}
@@ -410,8 +429,9 @@ def test_blended_images_are_not_cached():
     found = chosen(mixup=0.2, cutmix=1.0)
     assert found.cut is None
     assert "nothing is cached, for mixup and cutmix blend images" in found.text
+    assert "nothing is cached, for images are made smaller" in chosen(image_size=8).text
     phase = phase_of(variables["params"], cutmix=1.0)
-    with pytest.raises(ValueError, match="must be 0 for batches of activations, got 0"):
+    with pytest.raises(ValueError, match=r"does to them \(cutmix 1.0\), got activations before he"):
         train_step(model, phase, dataclasses.replace(feed(), start="head"))
 
 
@@ -422,6 +442,7 @@ def test_blended_images_are_not_cached():
         ({"cutmix": float("inf")}, "cutmix must be >= 0, got inf"),
         ({"dropout": 1.0}, r"dropout must be >= 0 and < 1, got 1\.0"),
         ({"stochastic_depth": -0.1}, r"stochastic_depth must be >= 0 and < 1, got -0\.1"),
+        ({"image_size": 0}, "image_size must be positive, got 0"),
         ({"accumulate": 0}, "accumulate must be a whole number >= 1, got 0"),
         ({"accumulate": 2.0}, r"accumulate must be a whole number >= 1, got 2\.0"),
         (
@@ -445,6 +466,9 @@ def test_what_does_not_fit_the_task_or_the_batch_is_refused():
     data = ft.loaders(source, ft.data.Splits.of(range(6)), PREPROCESSING, batch_size=2)
     with pytest.raises(ValueError, match="accumulate of phase 'fine-tune' must divide the batch s"):
         check_feed(plan, data)
+    larger = ft.Plan([ft.Phase(RULES, GROUPS, steps=3, image_size=SIZE + 1)])
+    with pytest.raises(ValueError, match="must be at most that of the batches, 16 px, got 17"):
+        check_feed(larger, data)
 
 
 def test_an_interrupted_run_draws_what_it_would_have_drawn(tmp_path):
