@@ -222,6 +222,31 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: join(sharding, _canonical(leaf)), batch)
 
 
+def batch_rows(mesh: Mesh | None, count: int) -> np.ndarray:
+    """Which row of the batch each row of a placed batch is, int ``[count]``.
+
+    Whoever draws a number per example looks it up by this, so that an example gets the same number
+    on every mesh.
+
+    Args:
+        mesh: on which the batch was placed; None for the order of the batch.
+        count: rows of the whole batch.
+
+    >>> batch_rows(make_mesh(jax.devices()[:1]), 3)
+    array([0, 1, 2])
+    """
+    devices = [] if mesh is None else list(mesh.devices.flat)
+    if len({device.process_index for device in devices}) < 2 or count % len(devices):
+        return np.arange(count)
+    each = count // len(devices)
+    processes = [device.process_index for device in devices]
+    # A process passes its rows in order, and its devices take them in the order of the mesh.
+    by_process = sorted(range(len(devices)), key=lambda number: processes[number])
+    starts = np.empty(len(devices), int)
+    starts[by_process] = each * np.arange(len(devices))
+    return np.asarray((starts[:, None] + np.arange(each)).ravel())
+
+
 def place_replicated(tree: PyTree, mesh: Mesh, above: float | None = None) -> PyTree:
     """Copies every leaf of a tree to every device of the mesh; large ones are split if asked for.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +19,11 @@ from flaxtransfer.commands.options import (
     AUTO,
     DEFAULT,
     TASK_NAMES,
+    Augmentation,
     DataOptions,
     InputOptions,
     JobOptions,
+    RegularizationOptions,
     SplitOptions,
     WeightsOptions,
     flag,
@@ -66,8 +68,8 @@ from flaxtransfer.recipes.measurement import (
 )
 from flaxtransfer.task import SINGLE_LABEL, Task
 from flaxtransfer.training.evaluation import Evaluation, evaluate, recalibrate
+from flaxtransfer.training.plan import Phase, plan_table
 from flaxtransfer.training.plan import Plan as TrainingPlan
-from flaxtransfer.training.plan import plan_table
 from flaxtransfer.training.plan_yaml import load_plan, save_plan
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import (
@@ -81,6 +83,20 @@ from flaxtransfer.training.run_folder import (
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
+
+_Geometry = Literal["affine", "crop", "none"]
+_Policy = Literal["none", "trivial", "randaugment"]
+
+AUGMENTATIONS: dict[Augmentation, tuple[_Geometry, _Policy]] = {
+    "affine": ("affine", "none"),
+    "crop": ("crop", "none"),
+    "none": ("none", "none"),
+    "trivial": ("none", "trivial"),
+    "randaugment": ("none", "randaugment"),
+    "crop-trivial": ("crop", "trivial"),
+    "crop-randaugment": ("crop", "randaugment"),
+}
+"""Geometry and policy of ``training_transform``, by what ``--augment`` calls them."""
 
 MOST_IMAGES_FOR_HEADS = 2000
 """Images that heads on the frozen network are judged on; more hardly change their accuracy."""
@@ -161,6 +177,7 @@ def prepare(
     # Whoever says how long to train, with which loss, or brings a head, wants to train.
     open_to_heads = (
         options.strategy.strategy is None
+        and options.regularization == RegularizationOptions()
         and options.strategy.head == "new"
         and options.strategy.balance == "no"
         and all(value is None for value in settings.values())
@@ -182,9 +199,18 @@ def prepare(
     preprocessing = network.preprocessing
     flip = batch.flip == "yes" or (batch.flip == "auto" and flip_keeps_labels(source.class_names))
 
+    geometry, policy = AUGMENTATIONS[batch.augment]
+
     def feed(parts: Splits) -> DataLoaders:
         transform = training_transform(
-            preprocessing, geometry=batch.augment, flip=flip, channels=len(preprocessing.mean)
+            preprocessing,
+            geometry=geometry,
+            flip=flip,
+            policy=policy,
+            erasing=batch.random_erasing,
+            channels=len(preprocessing.mean),
+            # Bands that an adapter reads are no colors, though there be three of them.
+            rgb=network.model.config.adapter is None,
         )
         return loaders(
             source,
@@ -205,6 +231,8 @@ def prepare(
             strategy = "solved_head"
             evidence = _nothing_to_train_for(frozen)
     if choosing is not None and strategy == AUTO:
+        if options.regularization != RegularizationOptions():
+            choosing.say("strategies are compared without regularization; the chosen one gets it")
         choice = choose(
             network,
             source,
@@ -227,7 +255,7 @@ def prepare(
         evidence = measure(strategy, network, batches, len(splits.train))
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
-    plan = balanced(plan, options.strategy.balance, task)
+    plan = regularized(balanced(plan, options.strategy.balance, task), options, task)
     network = ending_at(network, plan.ends_at)
     return Job(source, splits, checkpoint, network, data, plan, evidence, levels, ranking, frozen)
 
@@ -331,6 +359,41 @@ def balanced(plan: TrainingPlan, balance: str, task: Task) -> TrainingPlan:
     return replace(plan, phases=[replace(phase, loss=loss) for phase in plan.phases])
 
 
+def regularized(plan: TrainingPlan, options: JobOptions, task: Task) -> TrainingPlan:
+    """The plan with the options of regularization, accumulation and recomputation in its phases.
+
+    Raises:
+        ValueError: no phase takes steps, or label smoothing of another loss than cross-entropy.
+    """
+    given = asdict(options.regularization) | {
+        "accumulate": options.batch.accumulate,
+        "remat": options.batch.remat or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    smoothing = given.pop("label_smoothing", None)
+    if not given and smoothing is None:
+        return plan
+    phases = [phase if phase.only_solves else replace(phase, **given) for phase in plan.phases]
+    if all(phase.only_solves for phase in phases):
+        names = ", ".join(flag(n) for n in (*given, *["label_smoothing"] * (smoothing is not None)))
+        raise ValueError(f"{names} must be left out where the head is solved, not trained")
+    if smoothing is not None:
+        phases = [p if p.only_solves else _smoothed(p, smoothing, task) for p in phases]
+    return replace(plan, phases=phases)
+
+
+def _smoothed(phase: Phase, smoothing: float, task: Task) -> Phase:
+    """The phase with a smoothed loss."""
+    losses = {"single_label": CrossEntropy(), "multi_label": BinaryCrossEntropy()}
+    loss: Any = losses.get(task.name) if phase.loss is None else phase.loss
+    if not isinstance(loss, CrossEntropy | BinaryCrossEntropy):
+        raise ValueError(
+            f"--label-smoothing must be left out for the task {task.name} with the loss "
+            f"{loss or task.loss!r}: it smooths cross-entropy"
+        )
+    return replace(phase, loss=replace(loss, label_smoothing=smoothing))
+
+
 class Start(NamedTuple):
     """Images, their parts, a network that is made for them, and a note on gray levels or ""."""
 
@@ -363,6 +426,9 @@ def begin(
         resumed: the folder of a run that is resumed, whose split is kept.
     """
     checkpoint = load_weights(weights.weights, weights, measure=weights.statistics == "measure")
+    if channels.image_size is not None:
+        resized = checkpoint.preprocessing.at_size(channels.image_size)
+        checkpoint = replace(checkpoint, preprocessing=resized)
     source = open_source(
         data.name,
         download=data.download,

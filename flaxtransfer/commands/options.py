@@ -51,6 +51,7 @@ AT_LEAST_3 = Limit(">= 3", lambda value: value >= 3)
 AT_LEAST_20 = Limit(">= 20", lambda value: value >= 20)
 POSITIVE = Limit("> 0", lambda value: value > 0)
 SHARE = Limit(">= 0 and < 1", lambda value: 0 <= value < 1)
+UP_TO_1 = Limit(">= 0 and <= 1", lambda value: 0 <= value <= 1)
 LEVEL = Limit("> 0 and < 1", lambda value: 0 < value < 1)
 
 UNRECORDED = "unrecorded"
@@ -72,6 +73,9 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 """An option without a value, off by default."""
 
 Count = Annotated[int, AT_LEAST_1]
+Augmentation = Literal[
+    "affine", "crop", "none", "trivial", "randaugment", "crop-trivial", "crop-randaugment"
+]
 Rate = Annotated[float, POSITIVE]
 
 RECIPES_HELP = f"a recipe ({', '.join(RECIPE_NAMES)}), or the path of a plan, such as plan.yaml"
@@ -331,6 +335,8 @@ class InputOptions:
         wavelengths: Center of each band in nm, from which an adapter starts.
         window: Center and width of the measurements between black and white, such as 40 400, for
             images of more than 8 bits.
+        image_size: Side of the images that the network gets, in px. Networks take any; larger ones
+            show more and cost more, by the square.
     """
 
     bands: Annotated[
@@ -344,6 +350,7 @@ class InputOptions:
         tuple[float, float] | None,
         default("each DICOM file's own, else measured on the training images"),
     ] = None
+    image_size: Annotated[int | None, AT_LEAST_1, default("that of the weights")] = None
 
     def problems(self) -> Iterator[str]:
         """Options that mean nothing without another, and a window without a width."""
@@ -402,8 +409,16 @@ class BatchOptions:
     Args:
         batch_size: Images per step.
         flip: Mirror images in training; auto decides by the names of the classes.
-        augment: Change of the geometry in training: affine turns, shifts and magnifies a little,
-            crop cuts out a part, as for photographs.
+        augment: Change of images in training: affine turns, shifts and magnifies a little; crop
+            cuts out a part, as for photographs; trivial and randaugment draw from a set of strong
+            operations (TrivialAugment turns by up to 135 degrees), with crop- in front after a
+            crop. Gray images and bands get those of them that keep their meaning.
+        random_erasing: Share of training images that lose a random rectangle.
+        accumulate: Parts in which a batch is computed, one after the other, so that it needs less
+            memory; a step is still a whole batch. A BatchNorm that uses batch statistics takes
+            those of each part.
+        remat: Compute each block once more in the backward pass instead of keeping what is in it
+            (gradient checkpointing): for large images on accelerators; a CPU saves nothing by it.
         compute: Number type of the convolutions; bfloat16 is for accelerators, and parameters and
             statistics stay float32.
         workers: Processes that decode images; 0 uses threads.
@@ -411,9 +426,37 @@ class BatchOptions:
 
     batch_size: Count = 64
     flip: Literal["auto", "yes", "no"] = "auto"
-    augment: Literal["affine", "crop", "none"] = "affine"
+    augment: Augmentation = "affine"
+    random_erasing: Annotated[float, UP_TO_1] = 0.0
+    accumulate: Annotated[int | None, AT_LEAST_1, default("1, or the plan's")] = None
+    remat: Flag = False
     compute: Literal["float32", "bfloat16"] = "float32"
     workers: Annotated[int, NOT_NEGATIVE, UNRECORDED] = 0
+
+
+_PLANS = default("0, or the plan's")
+
+
+@dataclass(frozen=True)
+class RegularizationOptions:
+    """What keeps training from learning images by heart; in every phase that takes steps.
+
+    Args:
+        mixup: Alpha of MixUp, such as 0.2: images are blended in pairs, and what is to be said of
+            them. Targets of a regression are blended themselves, which is wrong for angles.
+        cutmix: Alpha of CutMix, such as 1.0: images get a rectangle of another one, and its class
+            or labels by the share of the area. With both, one is drawn in each step.
+        label_smoothing: Share of a class or label that is spread over all of them, such as 0.1.
+        dropout: Share of the features before the head that are dropped.
+        stochastic_depth: Probability with which the last block is passed by its shortcut alone;
+            earlier ones in proportion to their depth, and frozen ones never.
+    """
+
+    mixup: Annotated[float | None, NOT_NEGATIVE, _PLANS] = None
+    cutmix: Annotated[float | None, NOT_NEGATIVE, _PLANS] = None
+    label_smoothing: Annotated[float | None, SHARE, _PLANS] = None
+    dropout: Annotated[float | None, SHARE, _PLANS] = None
+    stochastic_depth: Annotated[float | None, SHARE, _PLANS] = None
 
 
 @dataclass(frozen=True)
@@ -425,6 +468,7 @@ class JobOptions:
     weights: WeightsOptions = field(default_factory=WeightsOptions)
     input: InputOptions = field(default_factory=InputOptions)
     strategy: StrategyOptions = field(default_factory=StrategyOptions)
+    regularization: RegularizationOptions = field(default_factory=RegularizationOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
 
 
@@ -656,8 +700,8 @@ def recorded(options: Any, *, unrecorded: bool = False) -> dict[str, Any]:
         options: a dataclass of options, with groups in it.
         unrecorded: also those that do not decide it.
 
-    >>> recorded(BatchOptions())
-    {'batch_size': 64, 'flip': 'auto', 'augment': 'affine', 'compute': 'float32'}
+    >>> recorded(BatchOptions(batch_size=8))["batch_size"]
+    8
     """
     found: dict[str, Any] = {}
     for name, value, notes in _entries(options):
@@ -683,8 +727,8 @@ def from_record(options: Options, record: Mapping[str, Any]) -> Options:
         options: a dataclass of options, whose values stay where the record has none.
         record: from ``recorded``.
 
-    >>> from_record(BatchOptions(), {"batch_size": 8})
-    BatchOptions(batch_size=8, flip='auto', augment='affine', compute='float32', workers=0)
+    >>> from_record(BatchOptions(), {"batch_size": 8}) == BatchOptions(batch_size=8)
+    True
     """
     given: dict[str, Any] = {}
     for name, value, notes in _entries(options):

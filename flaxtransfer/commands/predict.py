@@ -50,9 +50,9 @@ from flaxtransfer.metrics import report
 from flaxtransfer.paths import listing, suggest, visible
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
 from flaxtransfer.task import MULTI_LABEL, SINGLE_LABEL, Task, for_classes
+from flaxtransfer.training.evaluation import TestTime, forward_averaged
 from flaxtransfer.training.evaluation import predict as run_network
 from flaxtransfer.training.run_folder import split_of
-from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
 
@@ -95,7 +95,8 @@ def evaluate(options: Evaluate, console: Console) -> None:
         told = {"data": name, **_unmatched(source, trained)}
         if note := levels_note(source, chosen, network):
             told["gray_levels"] = note.removeprefix("gray levels: ")
-        _print_json(told | _measured(network, batches, trained, _groups(source, chosen)), console)
+        told |= _measured(network, batches, trained, _groups(source, chosen), options.tta)
+        _print_json(told, console)
         return
     matched = match_classes(source, trained)
     labels = matched.labels()[chosen]
@@ -116,17 +117,22 @@ def evaluate(options: Evaluate, console: Console) -> None:
     if note := levels_note(source, chosen, network):
         found["gray_levels"] = note.removeprefix("gray levels: ")
     batches = eval_batches(matched, chosen, network.preprocessing, batch_size=reading.batch_size)
-    found |= _measured(network, batches, trained, _groups(source, chosen))
+    found |= _measured(network, batches, trained, _groups(source, chosen), options.tta)
     _print_json(found, console)
 
 
 def _measured(
-    network: Classifier, batches: Any, names: Sequence[str], groups: np.ndarray | None
+    network: Classifier,
+    batches: Any,
+    names: Sequence[str],
+    groups: np.ndarray | None,
+    tta: TestTime,
 ) -> dict[str, Any]:
     """The metrics of a set, and the report with intervals and a row for each output."""
-    found, task = run_network(network, batches), network.task
+    found, task = run_network(network, batches, tta=tta), network.task
     whole = report(task.name, task.probabilities(found.logits), found.labels, names, groups=groups)
-    return {**found.evaluation().to_json(), "report": whole}
+    views = {} if tta == "none" else {"tta": tta}
+    return {**found.evaluation().to_json(), **views, "report": whole}
 
 
 def _groups(source: Source, chosen: np.ndarray) -> np.ndarray | None:
@@ -492,7 +498,7 @@ def _outputs(
     if note := levels_note(source, np.arange(len(files)), network):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
-    run = forward_with_features(network.model, preprocessing)
+    run = forward_averaged(network, options.tta)
     random = np.random.default_rng(0)  # evaluation draws no number from it
     mesh = make_mesh()
     variables = place_replicated(network.variables, mesh)

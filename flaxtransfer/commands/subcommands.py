@@ -402,6 +402,8 @@ class Evaluate:
     Args:
         run: Run folder.
         skip_unknown_classes: Leave out images of classes that the run does not know.
+        tta: Average the probabilities over views of each image: flip also mirrors it, dihedral
+            takes the eight positions of a square.
     """
 
     run: tyro.conf.Positional[Path]
@@ -410,6 +412,7 @@ class Evaluate:
         described(f"Data set: {SCHEMES_HELP}.", default="the test images of the run"),
     ] = None
     skip_unknown_classes: Flag = False
+    tta: Literal["none", "flip", "dihedral"] = "none"
     columns: ColumnOptions = field(default_factory=ColumnOptions)
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
@@ -437,6 +440,8 @@ class Predict:
             common; it is refused where the images have changed or are too few.
         prior: Known share of each class, in place of the estimate: numbers in the order of the
             run's classes (0.2 0.8), or dark=0.2 bright=0.8.
+        tta: Average the probabilities over views of each image: flip also mirrors it, dihedral
+            takes the eight positions of a square.
     """
 
     run: tyro.conf.Positional[Path]
@@ -448,10 +453,16 @@ class Predict:
     adjust_prior: Flag = False
     prior: Annotated[tuple[str, ...], default("none")] = ()
     image_column: ImageColumn = None
+    tta: Literal["none", "flip", "dihedral"] = "none"
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def problems(self) -> Iterator[str]:
-        """Images that do not exist."""
+        """Images that do not exist, and views that a correction does not know."""
+        if self.tta != "none" and (self.adjust_prior or self.prior):
+            yield (
+                f"--tta must be none with --adjust-prior and --prior, got {self.tta}: they correct "
+                "by validation examples of which the run kept one view"
+            )
         if not self.images:
             yield "no image was given: flaxtransfer predict <run> <image> [<image> ...]"
         files = [path for path in self.images if not is_source(path)]

@@ -25,6 +25,7 @@ from flaxtransfer.commands.job import (
     frozen_heads,
     prepare,
     print_notes,
+    regularized,
     run_data,
     trained_network,
 )
@@ -309,6 +310,7 @@ def _train_from_scratch(
         patience=training.patience,
     )
     plan = balanced(plan, options.job.strategy.balance, network.task)
+    plan = regularized(plan, options.job, network.task)
     resume = options.run.resume or from_first((folder / SCRATCH).exists)
     inner = replace(options, run=replace(options.run, resume=resume))
     fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 from flaxtransfer.lazy import attach
 
 if TYPE_CHECKING:
+    from flaxtransfer.data.augment import RandAugment as RandAugment
+    from flaxtransfer.data.augment import RandomErasing as RandomErasing
+    from flaxtransfer.data.augment import TrivialAugment as TrivialAugment
     from flaxtransfer.data.folder import FolderSource as FolderSource
     from flaxtransfer.data.loader import DataLoaders as DataLoaders
     from flaxtransfer.data.loader import IndexedExamples as IndexedExamples

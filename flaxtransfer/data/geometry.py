@@ -122,7 +122,7 @@ def resize_crop(
         whole = _resized_once_rounded(image, found.width, found.height, interpolation)
         return whole[found.top : bottom, found.left : right]
     shape, box = (found.width, found.height), (found.left, found.top, right, bottom)
-    method = _resampling(interpolation)
+    method = resampling(interpolation)
     return _apply_by_band(image, lambda p: p.resize(shape, method).crop(box))
 
 
@@ -136,7 +136,7 @@ def _resized_once_rounded(
     """
     from PIL import Image
 
-    method = _resampling(interpolation)
+    method = resampling(interpolation)
     bands = []
     for band in np.moveaxis(image.astype(np.float32), -1, 0):
         wide = Image.fromarray(np.ascontiguousarray(band)).resize((width, len(band)), method)
@@ -156,7 +156,7 @@ def resize_box(
     """
     check_image(image)
     left, top, right, bottom = box
-    method = _resampling(interpolation)
+    method = resampling(interpolation)
     part = image[top:bottom, left:right]
     return _apply_by_band(part, lambda p: p.resize((size, size), method))
 
@@ -219,7 +219,7 @@ def affine(
     if not single_pass:
         across = down = 1.0
     matrix = (across * xx, across * xy, across * from_x, down * yx, down * yy, down * from_y)
-    method = _resampling(interpolation)
+    method = resampling(interpolation)
     mapping = method if single_pass else Image.Resampling.BILINEAR
 
     def apply(picture: Image.Image) -> Image.Image:
@@ -233,7 +233,8 @@ def affine(
     return _apply_by_band(image, apply)
 
 
-def _resampling(name: str) -> Image.Resampling:
+def resampling(name: str) -> Image.Resampling:
+    """Pillow's value of an interpolation; ValueError unless it is one of ``INTERPOLATIONS``."""
     from PIL import Image
 
     check_interpolation(name)

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
+from flaxtransfer.data.augment import RandAugment, RandomErasing, TrivialAugment
 from flaxtransfer.data.geometry import (
     affine,
     check_image,
@@ -316,7 +317,10 @@ def training_transform(
     geometry: Literal["affine", "crop", "none"] = "affine",
     flip: bool = False,
     jitter: bool = False,
+    policy: Literal["none", "trivial", "randaugment"] = "none",
+    erasing: float = 0.0,
     channels: int = 3,
+    rgb: bool = True,
 ) -> Compose:
     """The default training augmentation, around the preprocessing of the weights.
 
@@ -328,10 +332,17 @@ def training_transform(
             its defaults; ``"none"`` for that of evaluation.
         flip: whether images may be mirrored; see ``flip_keeps_labels``.
         jitter: whether brightness and contrast vary.
+        policy: "trivial" for ``TrivialAugment``, "randaugment" for ``RandAugment``, each with its
+            defaults, after the geometry.
+        erasing: probability of ``RandomErasing``, which comes last.
         channels: of the network's input.
+        rgb: whether images of three channels are red, green and blue; see ``TrivialAugment``.
 
     Returns:
         Maps any image to uint8 ``[size, size, channels]``.
+
+    Raises:
+        ValueError: an unknown geometry or policy, or a probability out of range.
     """
     p = preprocessing
     choices: dict[str, Transform] = {
@@ -346,11 +357,24 @@ def training_transform(
             f"unknown geometry {geometry!r}{suggest(geometry, choices)}; known: "
             f"{', '.join(choices)}"
         )
+    policies: dict[str, list[Transform]] = {
+        "none": [],
+        "trivial": [TrivialAugment(rgb=rgb)],
+        "randaugment": [RandAugment(rgb=rgb)],
+    }
+    if policy not in policies:
+        raise ValueError(
+            f"policy must be one of {', '.join(policies)}, got {policy!r}"
+            f"{suggest(policy, policies)}"
+        )
     steps: list[Transform] = [choices[geometry]]
     if flip:
         steps.append(HorizontalFlip())
     if jitter:
         steps.append(Jitter())
+    steps += policies[policy]
+    if erasing:
+        steps.append(RandomErasing(erasing))
     # Replication comes last, so that gray is processed as one channel.
     return Compose((*steps, Channels(channels)))
 

@@ -21,7 +21,7 @@ from flaxtransfer.batchnorm import Norm, check
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.layers import Convolution, conv, lax_conv, traced_for
 from flaxtransfer.models.layout import RESNET, Layout
-from flaxtransfer.models.resnet import Network, segments_of
+from flaxtransfer.models.resnet import Network, Noise, segments_of
 from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
 
 __all__ = [
@@ -102,6 +102,11 @@ class Model:
         return self if platform == jax.default_backend() else replace(self, platform=platform)
 
     @property
+    def is_for_cpu(self) -> bool:
+        """Whether programs are compiled for a CPU."""
+        return (self.platform or jax.default_backend()) == "cpu"
+
+    @property
     def segments(self) -> tuple[str, ...]:
         """Names of the segments, from input to output.
 
@@ -167,6 +172,8 @@ class Model:
         norm: Norm = "running",
         start: str | None = None,
         stop: str | None = None,
+        noise: Noise | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array, Params]:
         """Runs the network, or a slice of its segments.
 
@@ -184,6 +191,9 @@ class Model:
                 it is part of the program and not an argument.
             start: first segment to run; None starts at the first one.
             stop: segment before which to stop, as in a Python slice; None runs to the end.
+            noise: what training drops at random; None for nothing, as in evaluation.
+            remat: whether the backward pass computes what is in a block once more instead of
+                keeping it (gradient checkpointing): less memory, about a third more time.
 
         Returns:
             The output, and the whole tree of BatchNorm statistics, in which statistics that were
@@ -216,10 +226,12 @@ class Model:
         network = Network(self.dtype, self.convolution, self.config)
         with traced_for(self.platform):
             if norm == "running":
-                output: Any = network.apply(variables, images, norm, segments)
+                output: Any = network.apply(variables, images, norm, segments, noise, remat)
                 return output, variables["batch_stats"]
             # flax's signature does not say that `mutable` makes it a pair.
-            result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
+            result: Any = network.apply(
+                variables, images, norm, segments, noise, remat, mutable=["batch_stats"]
+            )
         output, updated = result
         return output, updated.get("batch_stats", {})
 

@@ -4,6 +4,10 @@ The layers have the names that torchvision and timm give them. ``Network`` is a 
 runs any slice of its segments. ``models.model.Model`` is the interface to it.
 """
 
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,75 @@ from flaxtransfer.models import adapters
 from flaxtransfer.models.config import Adapter, ResNetConfig, eca_size, squeezed
 from flaxtransfer.models.layers import Layers, anti_aliased, average_pool, blur_pool, max_pool
 
-__all__ = ["Network", "attention", "block_of", "segments_of"]
+__all__ = ["Network", "Noise", "attention", "block_of", "depth_rates", "segments_of"]
+
+
+class Noise(NamedTuple):
+    """What is dropped at random in training: features before the head, and whole blocks.
+
+    Numbers are drawn for the whole batch, by the name of the place, so that an example loses the
+    same whether the batch is computed at once, in parts, on several devices, or from a cut on.
+
+    Args:
+        key: of the step.
+        rows: which rows of the batch are computed, int ``[rows]``.
+        batch_size: rows of the whole batch.
+        dropout: share of the features before the head that become 0.
+        depth: with which probability an example passes a block by its shortcut alone, by the
+            block's path ("layer4/0"); see ``depth_rates``.
+
+    References:
+        N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting",
+        2014. G. Huang et al., "Deep Networks with Stochastic Depth", 2016.
+    """
+
+    key: jax.Array
+    rows: jax.Array
+    batch_size: int
+    dropout: float = 0.0
+    depth: Mapping[str, float] = {}
+
+    def features(self, x: jax.Array) -> jax.Array:
+        """``x`` [rows, features] with some of them 0 and the others as much larger."""
+        if not self.dropout:
+            return x
+        kept = self._kept("head", self.dropout, (x.shape[-1],))
+        return jnp.where(kept, x / (1 - self.dropout), 0)
+
+    def factor(self, block: str, dtype: jnp.dtype) -> jax.Array | None:
+        """What a block's output is multiplied with, [rows, 1, 1, 1]; None for a factor of 1."""
+        rate = self.depth.get(block, 0.0)
+        if not rate:
+            return None
+        kept = self._kept(block, rate, (1, 1, 1))
+        return (kept / (1 - rate)).astype(dtype)
+
+    def _kept(self, place: str, rate: float, shape: tuple[int, ...]) -> jax.Array:
+        key = jax.random.fold_in(self.key, zlib.crc32(place.encode()))
+        return jax.random.bernoulli(key, 1 - rate, (self.batch_size, *shape))[self.rows]
+
+
+def depth_rates(config: ResNetConfig, rate: float, moving: Iterable[str]) -> dict[str, float]:
+    """With which probability each block is dropped: linear in its depth, up to ``rate``.
+
+    A block without a trainable leaf computes as in evaluation and is never dropped.
+
+    Args:
+        config: of the network.
+        rate: of the last block.
+        moving: paths of the trainable leaves.
+
+    >>> depth_rates(ResNetConfig(depths=(1, 1, 1, 1)), 0.2, ["layer2/0/bn1/scale", "fc/bias"])
+    {'layer2/0': 0.1}
+    """
+    stages = enumerate(config.depths, start=1)
+    blocks = [f"layer{stage}/{index}" for stage, depth in stages for index in range(depth)]
+    moved = {"/".join(path.split("/")[:2]) for path in moving}
+    return {
+        block: rate * number / len(blocks)
+        for number, block in enumerate(blocks, start=1)
+        if block in moved and rate
+    }
 
 
 class Dense1x1(nn.Module):
@@ -129,8 +201,8 @@ class Block(Layers):
         alias = self.config.anti_alias
         return anti_aliased(x, alias) if alias and self.stride != 1 else x
 
-    def join(self, x: jax.Array, y: jax.Array, norm: Norm) -> jax.Array:
-        """Adds the shortcut of the input ``x`` to the output ``y``."""
+    def join(self, x: jax.Array, y: jax.Array, norm: Norm, factor: jax.Array | None) -> jax.Array:
+        """Adds the shortcut of the input ``x`` to the output ``y``, times ``factor``."""
         if (scaled := attention(self.config, "se")) is not None:
             y = scaled(y)
         if self.config.has_shortcut(self.stage, self.index):
@@ -141,7 +213,7 @@ class Block(Layers):
                 f"and the block {y.shape[1]}x{y.shape[2]}: with average anti-aliasing, the sides "
                 "of images must be multiples of 32"
             )
-        return nn.relu(x + y)
+        return nn.relu(x + (y if factor is None else y * factor))
 
     def downsample(self, x: jax.Array, norm: Norm) -> jax.Array:
         """Projects ``x`` to the shape of the block's output."""
@@ -154,19 +226,19 @@ class Basic(Block):
     """Basic block: two 3x3 convolutions; the first one has the stride."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+    def __call__(self, x: jax.Array, norm: Norm, factor: jax.Array | None = None) -> jax.Array:
         y = self.convolve("conv1", x, self.planes // self.config.reduce_first, 3, self.convolved)
         y = self.lower(nn.relu(self.normalize("bn1", y, norm)))
         y = self.convolve("conv2", y, self.planes, 3)
         y = self.normalize("bn2", y, norm)
-        return self.join(x, y, norm)
+        return self.join(x, y, norm, factor)
 
 
 class Bottleneck(Block):
     """Bottleneck block: 1x1, 3x3 and 1x1 convolutions; one of the first two has the stride."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+    def __call__(self, x: jax.Array, norm: Norm, factor: jax.Array | None = None) -> jax.Array:
         config = self.config
         inner = config.inner(self.stage)
         first, second = (self.stride, 1) if config.stride_in == "1x1" else (1, self.convolved)
@@ -176,14 +248,14 @@ class Bottleneck(Block):
         y = self.lower(nn.relu(self.normalize("bn2", y, norm)))
         y = self.convolve("conv3", y, 4 * self.planes, 1)
         y = self.normalize("bn3", y, norm)
-        return self.join(x, y, norm)
+        return self.join(x, y, norm, factor)
 
 
 class Preactivated(Block):
     """Pre-activation block: norm and activation precede each convolution, and none follows."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+    def __call__(self, x: jax.Array, norm: Norm, factor: jax.Array | None = None) -> jax.Array:
         inner, stride = self.config.inner(self.stage), self.stride
         first = inner // self.config.reduce_first
         if self.config.block == "basic":
@@ -203,7 +275,7 @@ class Preactivated(Block):
             if number > 1:
                 y = nn.relu(self.normalize(f"bn{number}", y, norm))
             y = self.convolve(f"conv{number}", y, *layer)
-        return x + y
+        return x + (y if factor is None else y * factor)
 
 
 def block_of(config: ResNetConfig) -> type[Block]:
@@ -268,12 +340,18 @@ class Stage(Layers):
     number: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, norm: Norm, noise: Noise | None = None, remat: bool = False
+    ) -> jax.Array:
         config = self.config
         kind = block_of(config)
+        if remat:
+            # What a block computes is not kept for the backward pass, but computed again there.
+            kind = nn.remat(kind, static_argnums=(2,))
         for index in range(config.depths[self.number - 1]):
             parts = (self.dtype, self.convolution, config, self.number, index)
-            x = kind(*parts, name=str(index))(x, norm)
+            factor = None if noise is None else noise.factor(f"layer{self.number}/{index}", x.dtype)
+            x = kind(*parts, name=str(index))(x, norm, factor)
         if config.preactivation and self.number == 4:
             x = nn.relu(self.normalize("bn1", x, norm))
         return x
@@ -284,7 +362,12 @@ class Network(Layers):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, norm: Norm, segments: tuple[str, ...] | None = None
+        self,
+        x: jax.Array,
+        norm: Norm,
+        segments: tuple[str, ...] | None = None,
+        noise: Noise | None = None,
+        remat: bool = False,
     ) -> jax.Array:
         for segment in segments_of(self.config) if segments is None else segments:
             if segment == "adapter" and self.config.adapter is not None:
@@ -296,11 +379,11 @@ class Network(Layers):
             elif segment == "head":
                 # `Model.init` draws the kernel.
                 head = nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="fc")
-                x = head(_wide(x))
+                x = head(_wide(x) if noise is None else noise.features(_wide(x)))
             else:
                 number = int(segment.removeprefix("layer"))
                 stage = Stage(self.dtype, self.convolution, self.config, number, name=segment)
-                x = stage(x, norm)
+                x = stage(x, norm, noise, remat)
         return x
 
     def _stem(self, x: jax.Array, norm: Norm) -> jax.Array:

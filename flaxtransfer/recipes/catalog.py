@@ -1,4 +1,4 @@
-"""The recipes that move the network, one function each; ``heads`` has those that do not.
+"""The recipes, one function each: first those that leave the network as it is.
 
 A recipe is a function of the parameters that returns a ``Plan``, with ``@recipe`` above it: that
 puts it into ``RECIPES`` and writes down the arguments that it shares with the others.
@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from flaxtransfer.groups import FROZEN
 from flaxtransfer.labels import rest
@@ -17,7 +18,6 @@ from flaxtransfer.masks import Mask, batch_norm, everything
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import scaled
 from flaxtransfer.paths import Params
-from flaxtransfer.recipes import heads
 from flaxtransfer.recipes.parts import (
     RECIPES,
     Groups,
@@ -42,8 +42,10 @@ __all__ = [
     "RECIPES",
     "batch_norm_only",
     "curvature_scaled",
+    "depth_head",
     "discriminative",
     "early_layers",
+    "feature_extraction",
     "from_scratch",
     "full_fine_tuning",
     "gradient_scaled",
@@ -52,11 +54,79 @@ __all__ = [
     "l2_sp",
     "linear_probe_then_fine_tune",
     "progressive_unfreezing",
+    "solved_head",
     "surgical",
 ]
 
 
-assert set(heads.__all__) <= set(RECIPES)  # They come first: they move least.
+@recipe
+def solved_head(params: Params, *, kind: Literal["ridge", "logistic"] = "ridge") -> Plan:
+    """A head that is solved and not trained: closed form, its penalty by cross-validation.
+
+    Use it first: it costs one pass over the images, at equal labels it is often better than a head
+    trained for some hundred steps, and what costs more has to beat it. It sees the images without
+    augmentation.
+
+    Args:
+        kind: "ridge", least squares in closed form; or "logistic" regression to its optimum, which
+            takes longer and knows probabilities better.
+
+    References:
+        R. Rifkin, R. Lippert, "Notes on Regularized Least Squares", 2007. S. Kornblith, J. Shlens,
+        Q. V. Le, "Do Better ImageNet Models Transfer Better?", 2019 (logistic regression on
+        features).
+    """
+    parts = head_and_backbone(params, adamw(3e-3, 0.0), FROZEN)
+    return one_phase(*parts, 0, None, "head", clip=None, probe=kind)
+
+
+@recipe
+def depth_head(
+    params: Params, *, segment: str, kind: Literal["ridge", "logistic"] = "ridge"
+) -> Plan:
+    """A solved head on an earlier output of the network; what follows that output is dropped.
+
+    Use it where images differ from those of the pre-training in kind: color, texture and fine
+    detail are known in the early segments and lost in the late ones, so that the last is often the
+    wrong one to read. The network is cheaper in use, too. Which segment knows most is found in one
+    pass, by cross-validation (``probe_profile``); the command line does so by itself.
+
+    Args:
+        segment: Name of the segment that the head reads, as in ``model.segments``.
+        kind: Of head, see ``solved_head``.
+
+    References:
+        G. Alain, Y. Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes",
+        2016. A. Royer, C. Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer
+        Learning", 2020 (an intermediate or early layer is often the best).
+    """
+    return replace(solved_head(params, kind=kind), ends_at=segment)
+
+
+@recipe
+def feature_extraction(
+    params: Params,
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 1e-2,
+    patience: int | None = None,
+) -> Plan:
+    """Feature extraction: the head alone, on the network as it is.
+
+    Use it with very few labels of images like those of the pre-training, as the baseline that
+    costlier recipes have to beat, and where one network serves several heads. It cannot do more
+    than the features do: where images differ from the pre-training in kind, a probe stays behind.
+
+    Args:
+        learning_rate: Peak rate of the head.
+
+    References:
+        J. Donahue et al., "DeCAF: A Deep Convolutional Activation Feature for Generic Visual
+        Recognition", 2014.
+    """
+    parts = head_and_backbone(params, adamw(learning_rate, weight_decay), FROZEN)
+    return one_phase(*parts, steps, patience, "head", clip=None)
 
 
 @recipe

@@ -6,9 +6,10 @@ the batches were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -31,9 +32,9 @@ from flaxtransfer.masks import Mask, everything
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.moments import Mixture, Moments, apply_measuring
 from flaxtransfer.models.moments import merge as merge_moments
-from flaxtransfer.paths import Params, Variables, flatten, merge, unflatten
+from flaxtransfer.paths import Params, Variables, flatten, merge, suggest, unflatten
 from flaxtransfer.sharding import make_mesh, map_batches, place_replicated
-from flaxtransfer.task import SINGLE_LABEL, Task
+from flaxtransfer.task import MULTI_LABEL, SINGLE_LABEL, Task
 from flaxtransfer.training.step import forward_with_features
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
@@ -48,6 +49,26 @@ __all__ = [
     "with_statistics",
     "without_padding",
 ]
+
+
+def _turned(images: Any, turns: int, mirrored: bool) -> Any:
+    turned = jax.numpy.rot90(images, turns, axes=(1, 2))
+    return turned[:, :, ::-1] if mirrored else turned
+
+
+TestTime = Literal["none", "flip", "dihedral"]
+
+VIEWS: dict[TestTime, tuple[Callable[[Any], Any], ...]] = {
+    "none": (lambda images: images,),
+    "flip": (lambda images: images, lambda images: images[:, :, ::-1]),
+    "dihedral": tuple(
+        partial(_turned, turns=turns, mirrored=mirrored)
+        for mirrored in (False, True)
+        for turns in range(4)
+    ),
+}
+"""Views of images ``[batch, side, side, channels]``: as they are, also mirrored, or in all eight
+positions of a square. They are for labels that these do not change."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,7 @@ def predict(
     *,
     start: str | None = None,
     features: bool = False,
+    tta: TestTime = "none",
 ) -> Predictions:
     """Runs the network over all batches, with running statistics, leaving out padding.
 
@@ -128,12 +150,14 @@ def predict(
         mesh: devices; by default all of them.
         start: the segment that ``image`` enters, where it holds activations instead of pixels.
         features: keep what the head saw, too.
+        tta: the views of each image whose probabilities are averaged; see ``VIEWS``.
 
     Raises:
-        ValueError: no example at all.
+        ValueError: no example at all, an unknown ``tta``, or views of activations.
     """
     mesh = mesh or make_mesh()
-    run = forward_with_features(network.model.on(mesh), network.preprocessing, start)
+    here = replace(network, model=network.model.on(mesh))
+    run = forward_averaged(here, tta, start)
     variables = place_replicated(network.variables, mesh)
     logits, labels, seen = [], [], []
     for (output, before_head), batch in map_batches(
@@ -153,6 +177,58 @@ def predict(
     )
 
 
+def forward_averaged(
+    network: Classifier, tta: TestTime = "none", start: str | None = None
+) -> Callable[[Variables, Any], tuple[jax.Array, jax.Array]]:
+    """``forward_with_features``, averaged over views of each image (test-time augmentation).
+
+    Probabilities are averaged, and of a regression values. Of a mean probability p the output is
+    log p, and log p / (1 - p) of several labels, so that it can be used as any other.
+
+    Args:
+        network: whose task says what outputs are.
+        tta: name of the views.
+        start: see ``predict``.
+
+    Raises:
+        ValueError: an unknown name, or views of activations.
+    """
+    if tta not in VIEWS:
+        raise ValueError(f"tta must be one of {', '.join(VIEWS)}, got {tta!r}{suggest(tta, VIEWS)}")
+    if start is not None and tta != "none":
+        raise ValueError(f"tta must be none for batches of activations, got {tta!r}")
+    run = forward_with_features(network.model, network.preprocessing, start)
+    if tta == "none":
+        return run
+
+    def seen(variables: Variables, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = [run(variables, view(images)) for view in VIEWS[tta]]
+        logits, features = (jax.numpy.stack(each) for each in zip(*found, strict=True))
+        return mean_output(logits, network.task.name), features.mean(0)
+
+    return seen
+
+
+@partial(jax.jit, static_argnums=1)
+def mean_output(outputs: jax.Array, task: str) -> jax.Array:
+    """The output of the mean probability, from outputs ``[views, examples, outputs]``.
+
+    >>> mean_output(jax.numpy.array([[[0.0, 100.0]], [[100.0, 0.0]]]), "single_label").round(3)
+    Array([[-0.693, -0.693]], dtype=float32)
+    """
+    if task == SINGLE_LABEL.name:
+        return _log_mean(jax.nn.log_softmax(outputs))
+    if task == MULTI_LABEL.name:
+        positive, negative = jax.nn.log_sigmoid(outputs), jax.nn.log_sigmoid(-outputs)
+        return _log_mean(positive) - _log_mean(negative)
+    return outputs.mean(0)
+
+
+def _log_mean(logarithms: jax.Array) -> jax.Array:
+    total: jax.Array = jax.nn.logsumexp(logarithms, axis=0)
+    return total - math.log(len(logarithms))
+
+
 def evaluate(
     network: Classifier,
     batches: Iterable[Batch],
@@ -160,14 +236,15 @@ def evaluate(
     *,
     start: str | None = None,
     loss: Loss | None = None,
+    tta: TestTime = "none",
 ) -> Evaluation:
     """The task's metrics and the loss of the network on ``batches``.
 
     Args:
-        network, batches, mesh, start: as for ``predict``.
+        network, batches, mesh, start, tta: as for ``predict``.
         loss: that was trained; by default the task's.
     """
-    return predict(network, batches, mesh, start=start).evaluation(loss)
+    return predict(network, batches, mesh, start=start, tta=tta).evaluation(loss)
 
 
 def init_head_from_probe(

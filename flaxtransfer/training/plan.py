@@ -65,6 +65,24 @@ class Phase:
             validation set.
         loss: one of ``losses.LOSSES`` or a function, see ``Loss``; None is the task's own.
             Validation reports it too.
+        mixup: alpha of MixUp, 0 for none: each image is blended with another one of its batch,
+            with a share drawn once per step from Beta(alpha, alpha). The losses of the two labels
+            are blended alike, so that a label that is missing counts in neither; the targets of a
+            regression are blended themselves. Not for angles, nor for other targets whose mean is
+            not that of a blend.
+        cutmix: alpha of CutMix, 0 for none: each image gets a rectangle of another one, and its
+            label by the share of the area. With both, one of them is drawn in each step.
+        dropout: share of the features before the head that are dropped in a step.
+        stochastic_depth: with which probability an example passes the last block by its shortcut
+            alone; earlier blocks in proportion to their depth, and those that are frozen never.
+        accumulate: parts in which a batch is computed, one after the other, for batches that do
+            not fit into memory. Nothing else changes, for a step is a whole batch, except in a
+            BatchNorm that uses batch statistics: it takes those of each part.
+        remat: compute what is in a block once more in the backward pass instead of keeping it
+            (gradient checkpointing): less memory, more time, the same gradient to rounding.
+        image_size: side to which training images are made smaller on the device, in px, so that
+            early phases cost less (progressive resizing); None for what the batches have.
+            Validation sees whole images, so the last phase had better train on them.
 
     A field of a subclass is part of everything that derives from the fields. Its metadata may say
     ``in_step=False`` where no compiled step depends on it, and ``treatment=False`` where two phases
@@ -73,6 +91,12 @@ class Phase:
     Raises:
         ValueError: both or neither of steps and epochs, or numbers out of range; the text names
             them all.
+
+    References:
+        H. Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. S. Yun et al., "CutMix:
+        Regularization Strategy to Train Strong Classifiers with Localizable Features", 2019. G.
+        Huang et al., "Deep Networks with Stochastic Depth", 2016. T. Chen et al., "Training Deep
+        Nets with Sublinear Memory Cost", 2016 (gradient checkpointing).
     """
 
     labels: Mapping[str, Any]
@@ -87,6 +111,13 @@ class Phase:
     ema: float | None = None
     patience: int | None = field(default=None, metadata=_LENGTH)
     loss: Loss | None = field(default=None, repr=False)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    accumulate: int = 1
+    remat: bool = field(default=False, metadata={"treatment": False})
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -94,13 +125,30 @@ class Phase:
             problems.append(
                 f"give steps or epochs, one of them; got {self.steps} and {self.epochs}"
             )
-        for name in ("steps", "epochs", "clip", "patience"):
+        for name in ("steps", "epochs", "clip", "patience", "image_size"):
             value = getattr(self, name)
             solved = name == "steps" and value == 0 and self.probe is not None
             if value is not None and not value > 0 and not solved:
                 problems.append(f"{name} must be positive, got {value}")
         if self.ema is not None and not 0 <= self.ema < 1:
             problems.append(f"ema must be in [0, 1), got {self.ema}")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                problems.append(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"{name} must be >= 0 and < 1, got {getattr(self, name)}")
+        idle = [
+            name
+            for name in ("mixup", "cutmix", "dropout", "stochastic_depth")
+            if self.steps == 0 and getattr(self, name)
+        ]
+        if idle:
+            problems.append(f"{', '.join(idle)} must be 0 in a phase that only solves the head")
+        if isinstance(self.image_size, bool | float):
+            problems.append(f"image_size must be a whole number of px, got {self.image_size!r}")
+        if isinstance(self.accumulate, bool | float) or not self.accumulate >= 1:
+            problems.append(f"accumulate must be a whole number >= 1, got {self.accumulate!r}")
         if self.probe not in (None, "logistic", "ridge"):
             problems.append(f"probe must be 'logistic' or 'ridge', got {self.probe!r}")
         if problems:
@@ -286,10 +334,17 @@ class Plan:
         """The plan whose losses have what they need of the training set; see ``losses.bound``.
 
         Raises:
-            ValueError: a loss that does not fit the task or the names; the text names the phase.
+            ValueError: a loss that does not fit the task or the names, or CutMix for a regression;
+                the text names the phase.
         """
         phases = []
         for phase in self.phases:
+            if phase.cutmix and task == "regression":
+                raise ValueError(
+                    f"phase {phase.name!r}: cutmix must be 0 for the task regression, got "
+                    f"{phase.cutmix}: a part of an image has no share of its numbers; mixup blends "
+                    "them"
+                )
             try:
                 phases.append(replace(phase, loss=bound(phase.loss, task, names, labels)))
             except ValueError as error:
@@ -411,7 +466,7 @@ def plan_table(plan: Plan, params: Params | None = None) -> Any:
             table.add_row(*map(plain, cells), end_section=number == len(phase.groups) - 1)
     for column in table.columns[3:]:
         column.no_wrap = True
-    notes = _notes(plan) + ([] if params is None else _repeats(resolved))
+    notes = _notes(plan) + ([] if params is None else _together(resolved))
     return RichGroup(table, *map(plain, notes))
 
 
@@ -478,10 +533,24 @@ def _notes(plan: Plan) -> list[str]:
     return ends + rule
 
 
-def _repeats(plan: Plan) -> list[str]:
-    """Phases that move the leaves of the one before: meant for another pace, or a mistake."""
+def _together(plan: Plan) -> list[str]:
+    """What two settings of a resolved plan mean together, where one might not think of it.
+
+    A phase that moves the leaves of the one before is meant for another pace, or a mistake.
+    """
     moving = [p.param_groups.trainable_paths for p in plan.phases]
-    return [
+    parts = [
+        f"Phase {p.name!r} computes a batch in {p.accumulate} parts, and BatchNorm takes the "
+        "statistics of each part."
+        for p in plan.phases
+        if p.accumulate > 1 and p.batch_norm_policy() not in ("running", frozenset())
+    ]
+    idle = [
+        f"Phase {p.name!r} drops no block by stochastic_depth: all are frozen."
+        for p, paths in zip(plan.phases, moving, strict=True)
+        if p.stochastic_depth and not any(path.startswith("layer") for path in paths)
+    ]
+    return [*parts, *idle] + [
         f"Phase {plan.phases[n].name!r} moves the same leaves as {plan.phases[n - 1].name!r}."
         for n in range(1, len(moving))
         if moving[n] == moving[n - 1]

@@ -247,7 +247,7 @@ def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: DataL
     """
     moving = phase.param_groups.trainable_paths
     cut = lowest_moving(model.segments, params, moving, phase.batch_norm_policy())
-    reason = _never(cache, cut, feed)
+    reason = _never(cache, cut, feed, phase)
     if reason or feed.examples is None or cut is None:
         return Choice(None, f"phase {phase.name!r}: nothing is cached, {reason}")
     examples = feed.examples
@@ -307,9 +307,14 @@ def activation_shape(model: Model, feed: DataLoaders, cut: str) -> tuple[int, ..
     return tuple(jax.eval_shape(prefix, model.abstract(), image).shape[1:])
 
 
-def _never(cache: Cache, cut: str | None, feed: DataLoaders) -> str:
+def _never(cache: Cache, cut: str | None, feed: DataLoaders, phase: Phase) -> str:
     if cache.where == "off":
         return "as it was asked for"
+    if mixed := [name for name in ("mixup", "cutmix") if getattr(phase, name)]:
+        blend = "blends" if len(mixed) == 1 else "blend"
+        return f"for {' and '.join(mixed)} {blend} images, not what the network makes of them"
+    if phase.image_size is not None:
+        return f"for images are made smaller in the step (image_size {phase.image_size})"
     if cut is None:
         return "for training moves the network from its input on"
     if feed.examples is None:

@@ -338,7 +338,8 @@ def check_feed(plan: Plan, feed: DataLoaders) -> None:
 
     Raises:
         ValueError: patience without a validation set, recalibration or a probe without a pass over
-            the training images; all in one text.
+            the training images, a batch that cannot be divided into the parts of a phase, larger
+            images than there are; all in one text.
     """
     problems = []
     if feed.validation is None:
@@ -359,6 +360,21 @@ def check_feed(plan: Plan, feed: DataLoaders) -> None:
                 ("begins with a probe", phase.probe),
             )
             if asked
+        ]
+    side = feed.preprocessing.size
+    problems += [
+        f"image_size of phase {phase.name!r} must be at most that of the batches, {side} px, got "
+        f"{phase.image_size}"
+        for phase in plan.phases
+        if phase.image_size is not None and phase.image_size > side
+    ]
+    if feed.examples is not None:
+        size = feed.examples.batch_size
+        problems += [
+            f"accumulate of phase {phase.name!r} must divide the batch size {size}, got "
+            f"{phase.accumulate}"
+            for phase in plan.phases
+            if size % phase.accumulate
         ]
     if problems:
         raise ValueError("; ".join(problems))

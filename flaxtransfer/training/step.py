@@ -22,10 +22,25 @@ from jax.sharding import Mesh
 from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.model import Model
+from flaxtransfer.models.resnet import Noise, depth_rates
 from flaxtransfer.optimizers import Scaled, migrate
 from flaxtransfer.paths import Params, Variables, merge
-from flaxtransfer.sharding import batch_sharding, leaf_shardings, memory_of, replicated
+from flaxtransfer.sharding import (
+    batch_rows,
+    batch_sharding,
+    leaf_shardings,
+    memory_of,
+    replicated,
+)
 from flaxtransfer.task import SINGLE_LABEL, Task
+from flaxtransfer.training.blend import (
+    Blend,
+    Part,
+    accumulated,
+    draw_blend,
+    resized_shape,
+    whole_batch,
+)
 from flaxtransfer.training.plan import Phase
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
 
@@ -198,6 +213,11 @@ def train_step(
     again as soon as a norm over all gradients is logged.) Clipping, decay, the average and the
     logged norms therefore see trainable leaves only.
 
+    Images are blended here (MixUp, CutMix) and not where they are read: labels stay labels until
+    the loss, a process needs no image of another one, and the draws are functions of the run's key
+    and the step. In parts (``Phase.accumulate``) the gradients of equal parts are averaged before
+    anything is made of them.
+
     Equal phases of equal models share a program (``CompileKey``), so that the second run of
     a plan, on other data or from another seed, neither traces nor compiles. With a ``mesh`` the
     state leaves a step as it came, as ``place_replicated(state, mesh, above)`` placed it: otherwise
@@ -208,7 +228,18 @@ def train_step(
     Returns:
         ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
         ``loss``, the mean of the task's score (``accuracy``), ``gradient_norm`` before clipping.
+        Of blended images the score is blended like the loss.
+
+    Raises:
+        ValueError: batches of activations are to be blended or made smaller.
     """
+    on_images = {name: getattr(phase, name) for name in ("mixup", "cutmix", "image_size")}
+    if feed.start is not None and any(on_images.values()):
+        named = ", ".join(f"{name} {value}" for name, value in on_images.items() if value)
+        raise ValueError(
+            f"batches must hold images for what phase {phase.name!r} does to them ({named}), got "
+            f"activations before {feed.start}"
+        )
     program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh, above)
     return _shared(program) if program.identity is not None else _compiled(program)
 
@@ -216,6 +247,10 @@ def train_step(
 @lru_cache(maxsize=32)
 def _shared(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metrics]]:
     return _compiled(program)
+
+
+_BLEND, _NOISE = 0x626C656E, 0x6E6F6973
+"""Streams of a step's key. That of the loss is the key itself."""
 
 
 def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -236,22 +271,79 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             return tree
         return constrain(tree, leaf_shardings(tree, mesh, above))
 
+    depth = depth_rates(model.config, phase.stochastic_depth, phase.param_groups.trainable_paths)
+
+    def loss_and_score(
+        logits: jax.Array, part: Part, key: jax.Array, blend: Blend | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Losses and scores of examples, [rows]."""
+        targets = task.targets(part.label)
+        if blend is None or part.other_label is None:
+            return loss_of(logits, targets, key), task.score(logits, targets)
+        others = task.targets(part.other_label)
+        if task.standardizes:
+            targets = blend.of(targets, others)
+            return loss_of(logits, targets, key), task.score(logits, targets)
+        losses = blend.of(loss_of(logits, targets, key), loss_of(logits, others, key))
+        return losses, blend.of(task.score(logits, targets), task.score(logits, others))
+
+    def entered(images: jax.Array) -> jax.Array:
+        """What enters the network, in the size of the phase."""
+        inputs = network_input(images, program.preprocessing, program.start)
+        if phase.image_size is not None:
+            shape = resized_shape(inputs.shape, phase.image_size)
+            inputs = jax.image.resize(inputs, shape, "linear")
+        return inputs
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         joined = whole(state.params)
         still = phase.param_groups.frozen(joined)
-        inputs = network_input(batch["image"], program.preprocessing, program.start)
-        loss_key = jax.random.fold_in(state.key, state.step)
-        targets = task.targets(batch["label"])
+        key = jax.random.fold_in(state.key, state.step)
+        count = len(batch["label"])
+        rows = batch_rows(mesh, count)
+        blend = None
+        if phase.mixup or phase.cutmix:
+            _, *size, _ = resized_shape(batch["image"].shape, phase.image_size)
+            blend = draw_blend(jax.random.fold_in(key, _BLEND), phase.mixup, phase.cutmix, size)
+        noise_key = jax.random.fold_in(key, _NOISE)
 
-        def objective(moving: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-            variables = {"params": merge(still, moving), "batch_stats": state.batch_stats}
-            logits, batch_stats = model.apply(variables, inputs, norm=norm, start=program.start)
-            losses = loss_of(logits, targets, loss_key)
-            return losses.mean(), (batch_stats, logits)
+        def objective(
+            moving: Any, batch_stats: Params, part: Part, loss_key: jax.Array
+        ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+            variables = {"params": merge(still, moving), "batch_stats": batch_stats}
+            inputs = entered(part.image)
+            if blend is not None and part.other_image is not None:
+                inputs = blend.images(inputs, entered(part.other_image))
+            noise = None
+            if phase.dropout or depth:
+                noise = Noise(noise_key, part.rows, count, phase.dropout, depth)
+            logits, batch_stats = model.apply(
+                variables,
+                inputs,
+                norm=norm,
+                start=program.start,
+                noise=noise,
+                remat=phase.remat,
+            )
+            losses, scores = loss_and_score(logits, part, loss_key, blend)
+            return losses.mean(), (batch_stats, scores.mean())
 
-        (loss, (batch_stats, logits)), gradient = jax.value_and_grad(objective, has_aux=True)(
-            phase.param_groups.trainable(joined)
-        )
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        everyone = whole_batch(batch, rows, blended=blend is not None)
+        moving = phase.param_groups.trainable(joined)
+        if phase.accumulate == 1:
+            (loss, (batch_stats, score)), gradient = differentiate(
+                moving, state.batch_stats, everyone, key
+            )
+        else:
+            batch_stats, (loss, score, gradient) = accumulated(
+                lambda stats, part, part_key: differentiate(moving, stats, part, part_key),
+                state.batch_stats,
+                everyone,
+                phase.accumulate,
+                key,
+                unrolled=model.is_for_cpu,
+            )
         moving, gradient = phase.param_groups.trainable(state.params), parted(gradient)
         updates, opt_state = update(gradient, state.opt_state, moving)
         moved = optax.apply_updates(moving, updates)
@@ -260,7 +352,7 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             ema = optax.incremental_update(moved, ema, 1 - phase.ema)
         metrics = {
             "loss": loss,
-            task.score_name: jnp.mean(task.score(logits, targets)),
+            task.score_name: score,
             "gradient_norm": optax.tree.norm(gradient),
         }
         params = merge(phase.param_groups.frozen(state.params), moved)

@@ -182,6 +182,14 @@ class Preprocessing:
         plain: dict[str, Any] = dict.fromkeys(OF_BANDS, ())
         return dataclasses.replace(self, mean=tuple(mean), std=tuple(std), **plain)
 
+    def at_size(self, size: int) -> Preprocessing:
+        """The same for images of another size, of which as large a part is cut out.
+
+        >>> IMAGENET.at_size(112).resize
+        128
+        """
+        return dataclasses.replace(self, size=size, resize=round(self.resize * size / self.size))
+
     @classmethod
     def from_json(cls, fields: Mapping[str, Any] | str) -> Preprocessing:
         """The value from the output of ``to_json``, as a dictionary or as JSON text.

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import flaxtransfer as ft
 from flaxtransfer.cli import run
+from flaxtransfer.commands.job import regularized
+from flaxtransfer.commands.options import BatchOptions, JobOptions, RegularizationOptions
+from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy
 from tests.support.terminal import only_line, train
 
 pytestmark = pytest.mark.once
@@ -108,3 +112,47 @@ def test_rates_of_a_later_phase_are_printed_and_drawn(folder, weights, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["rates.png"]
     with Image.open(tmp_path / "rates.png") as picture:
         assert picture.size[0] > 1000
+
+
+def regularized_plan(
+    task=ft.task.SINGLE_LABEL, recipe="head_then_fine_tune", batch=None, **options
+):
+    params = ft.resnet(ft.models.ResNetConfig(depths=(1, 1), width=4)).abstract()["params"]
+    job = JobOptions(
+        regularization=RegularizationOptions(**options), batch=BatchOptions(**(batch or {}))
+    )
+    return regularized(ft.recipes.RECIPES[recipe](params), job, task)
+
+
+def test_regularization_goes_into_every_phase_that_takes_steps():
+    plain = regularized_plan()
+    assert plain == regularized_plan(mixup=None)
+    batch = {"accumulate": 2, "remat": True}
+    plan = regularized_plan(mixup=0.2, dropout=0.1, label_smoothing=0.1, batch=batch)
+    for phase in plan.phases:
+        assert (phase.mixup, phase.dropout, phase.accumulate, phase.remat) == (0.2, 0.1, 2, True)
+        assert phase.loss == CrossEntropy(label_smoothing=0.1)
+        assert phase.cutmix == phase.stochastic_depth == 0
+    several = regularized_plan(ft.task.MULTI_LABEL, label_smoothing=0.1)
+    assert several.phases[0].loss == BinaryCrossEntropy(label_smoothing=0.1)
+    # What a plan says itself stays, unless it is given.
+    again = regularized(plan, JobOptions(batch=BatchOptions(accumulate=4)), ft.task.SINGLE_LABEL)
+    assert (again.phases[0].mixup, again.phases[0].accumulate) == (0.2, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"recipe": "solved_head", "mixup": 0.2, "label_smoothing": 0.1},
+            "--mixup, --label-smoothing must be left out where the head is solved, not trained",
+        ),
+        (
+            {"task": ft.task.REGRESSION, "label_smoothing": 0.1},
+            "--label-smoothing must be left out for the task regression with the loss SquaredError",
+        ),
+    ],
+)
+def test_regularization_that_does_nothing_is_refused(settings, text):
+    with pytest.raises(ValueError, match=text):
+        regularized_plan(**settings)

@@ -337,6 +337,17 @@ def test_two_processes_train_and_evaluate_as_one(reference, tmp_path):
     assert any("'all but the stem' is kept" in note for note in notes)
 
 
+@pytest.mark.slow
+def test_two_processes_blend_drop_and_accumulate_as_one(tmp_path):
+    """Partners, shares and what is dropped belong to the rows of a batch, not to the devices."""
+    settings = {"mixup": 0.4, "cutmix": 1.0, "dropout": 0.3, "stochastic_depth": 0.3}
+    job = {"settings": {**settings, "accumulate": 2}, "steps": 4, "every": 4}
+    one = alone(tmp_path / "one", job)
+    ended = run(tmp_path / "two", {**job, "mesh": "alternating"})
+    assert ended.codes == [0, 0], ended.said
+    assert_same(tmp_path / "two", one, 2)
+
+
 def test_several_processes_keep_no_activations_on_disk(monkeypatch):
     """What is said; one process, the control, keeps them there."""
     from flaxtransfer.training import prefix_cache

@@ -24,6 +24,7 @@ JOB: dict[str, Any] = {
     "steps": 4,
     "seed": 0,
     "ema": None,
+    "settings": {},
     "images": 17,
     "held_out": 17,
     "mesh": "plain",
@@ -37,9 +38,10 @@ JOB: dict[str, Any] = {
     "full": None,
     "versions": None,
 }
-"""What a run is, and what befalls it: ``bad`` is an image that process 1 cannot read, ``signal`` a
-signal and the step at which process ``struck`` gets it (-1: both), ``full`` the first step whose
-checkpoint finds no room on the disk, ``versions`` those of its packages."""
+"""What a run is, and what befalls it: ``settings`` are those of both phases, ``bad`` is an image
+that process 1 cannot read, ``signal`` a signal and the step at which process ``struck`` gets it
+(-1: both), ``full`` the first step whose checkpoint finds no room on the disk, ``versions`` those
+of its packages."""
 
 
 def main(folder: Path, job: dict[str, Any]) -> int:
@@ -188,7 +190,7 @@ def plan_of(job: dict[str, Any], params: Any) -> Any:
     from tests.support.small import two_phases
 
     if job["plan"] == "two_phases":
-        return two_phases(params, steps=job["steps"], ema=job["ema"])
+        return two_phases(params, steps=job["steps"], ema=job["ema"], **job["settings"])
     if job["plan"] == "measured":
         # Statistics are measured and the head is solved before the first step.
         first = two_phases(params, steps=job["steps"]).phases[0]

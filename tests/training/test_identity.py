@@ -45,6 +45,7 @@ def run(root, folder, *, at=None, splits=None, **changes):
         preprocessing,
         batch_size=settings["batch_size"],
         seed=settings["seed"],
+        transform=settings.get("transform"),
     )
     if at is not None:
         whole = data.train
@@ -93,6 +94,10 @@ def copies(images, interrupted, tmp_path):
     [
         ({"batch_size": 5}, "batch_size is 6 there and 5 here"),
         ({"seed": 1}, "order_seed is 0 there and 1 here"),
+        (
+            {"transform": ft.data.training_transform(PREPROCESSING, policy="trivial")},
+            r"augmentation is .* there and .*TrivialAugment\(rgb=True, .* here",
+        ),
         ({"every": 3}, "evaluate_every is 4 there and 3 here"),
         ({"run_seed": 1}, "seed is 0 there and 1 here"),
         ({"dtype": "bfloat16"}, "compute is 'float32' there and 'bfloat16' here"),

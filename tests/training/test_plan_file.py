@@ -225,28 +225,28 @@ def test_what_has_no_name_is_refused_and_nothing_is_written(tmp_path):
 
 
 @dataclass(frozen=True)
-class Accumulating(Phase):
+class Repeating(Phase):
     """A phase with one more field, as a later version could have."""
 
-    accumulate: int = 1
+    repeats: int = 1
 
 
 def test_a_new_field_is_part_of_everything_that_derives_from_the_fields():
     rules = {"new": ft.head(), "frozen": ft.rest()}
     groups = {"new": ft.Group(optax.adamw, 1e-3), "frozen": ft.FROZEN}
-    one, two = (Accumulating(rules, groups, steps=5, accumulate=n) for n in (1, 2))
+    one, two = (Repeating(rules, groups, steps=5, repeats=n) for n in (1, 2))
     params = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4)).abstract()["params"]
     # The file, in both directions; the default is not written.
     text = plan_to_yaml(ft.Plan([two]))
-    assert "accumulate: 2" in text
-    assert "accumulate" not in plan_to_yaml(ft.Plan([one]))
-    assert plan_from_yaml(text, Accumulating).phases == (two,)
-    with pytest.raises(ValueError, match="has no setting 'accumulate'"):
+    assert "repeats: 2" in text
+    assert "repeats" not in plan_to_yaml(ft.Plan([one]))
+    assert plan_from_yaml(text, Repeating).phases == (two,)
+    with pytest.raises(ValueError, match="has no setting 'repeats'"):
         plan_from_yaml(text)
     # The table.
-    assert "accumulate 2" in str(ft.Plan([two]))
+    assert "repeats 2" in str(ft.Plan([two]))
     # The identity of a run, and of a compiled step.
-    assert [phase.resolve(params).identity()["accumulate"] for phase in (one, two)] == [1, 2]
+    assert [phase.resolve(params).identity()["repeats"] for phase in (one, two)] == [1, 2]
     assert one.resolve(params).in_step() != two.resolve(params).in_step()
     # Validation may decide about a phase that differs in it alone.
     again = replace(two, name="again")
