@@ -1,16 +1,18 @@
 """``auto``: advice, a race of the strategies that it cannot tell apart, and the training of one.
 
 The currency is steps, not seconds: what is decided by a clock falls out differently when a run goes
-on after an interruption. Every run of the race is a run folder of its own, so that a race that was
-killed goes on where it stopped, and decides the same.
+on after an interruption. A budget in minutes is turned into runs once, and kept. Every run of the
+race is a run folder of its own, so that a race that was killed goes on where it stopped, and
+decides the same.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,19 @@ from jax.sharding import Mesh
 from flaxtransfer.advice.advise import Advice, Candidate, advise
 from flaxtransfer.advice.race import Race, prior_of, race
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders
+from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders, reading
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Splits, groups_of
 from flaxtransfer.features.inputs import folds_with_singletons
-from flaxtransfer.files import write_json
+from flaxtransfer.files import read_json, write_json
+from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training.evaluation import predict
 from flaxtransfer.training.loop import FitResult, fit
+from flaxtransfer.training.plan import Plan
 from flaxtransfer.training.prefix_cache import Cache
 from flaxtransfer.training.run_folder import RACE
+from flaxtransfer.training.selection import prepared
+from flaxtransfer.training.step import start, train_step
 
 __all__ = ["Auto", "Choice", "auto", "beginning", "budget_runs", "choose"]
 
@@ -38,6 +44,10 @@ FOLDS = 3
 """Folds of the race: two thirds of the labels train, one third judges."""
 
 CHOICE_FILE = "choice.json"
+BUDGET_FILE = "budget.json"
+
+TIMED_STEPS = 3
+"""Steps that are timed, after one that compiles; the median is taken for all."""
 
 Feed = Callable[[Splits], DataLoaders]
 
@@ -103,20 +113,26 @@ class Auto:
         return self.choice.advice
 
 
-def budget_runs(budget: str) -> int:
+def budget_runs(budget: str, seconds: Callable[[], float] = lambda: 60.0) -> int:
     """Full runs that a budget allows, the last one on all labels included.
 
-    Raises:
-        ValueError: not of the form "4x", or less than one run.
+    Args:
+        budget: a number of runs, "4x", or of minutes, "10m".
+        seconds: says how long a run takes, where the budget is in minutes.
 
-    >>> budget_runs("4x")
-    4
+    Raises:
+        ValueError: a budget of another form, or of nothing.
+
+    >>> budget_runs("4x"), budget_runs("10m", lambda: 150.0)
+    (4, 4)
     """
-    if not (found := re.fullmatch(r"(\d{1,3})x", budget)) or int(found[1]) < 1:
+    if not (found := re.fullmatch(r"([1-9]\d{0,3})([xm])", budget)):
         raise ValueError(
-            f"budget must be a number of full runs, 1 or more, such as '4x', got {budget!r}"
+            "budget must be a number of full runs or of minutes, such as '4x' or '10m', got "
+            f"{budget!r}"
         )
-    return int(found[1])
+    number = int(found[1])
+    return number if found[2] == "x" else int(60 * number / max(seconds(), 1e-9))
 
 
 def choose(
@@ -142,7 +158,9 @@ def choose(
         source: images and labels.
         splits: whose training part is looked at and raced on, and no other.
         folder: of the race; one that was interrupted goes on there.
-        budget: full runs for all, the training of the choice included: "4x".
+        budget: for all, the training of the choice included: full runs, "4x", or minutes, "10m".
+            Minutes are turned into runs by timing a few steps, once: a race that goes on has the
+            runs that it began with.
         batch_size: examples a step.
         seed: of folds, order and augmentation.
         feed: makes the batches of a split; by default ``ft.loaders``.
@@ -156,7 +174,8 @@ def choose(
         ValueError: nothing is learnable from these features; a budget of another form; and as
             ``ft.advise`` and ``ft.fit``.
     """
-    runs, folder = budget_runs(budget), Path(folder)
+    budget_runs(budget)  # A budget of another form is refused before anything is computed.
+    folder = Path(folder)
     feed = feed or partial(_loaders, source, network, batch_size, seed)
     found = advise(
         network, source, splits.train, seed=seed, batch_size=batch_size, mesh=mesh, gains=gains
@@ -169,8 +188,17 @@ def choose(
     about = partial(prior_of, found.verdict, network=found.evidence.network, gains=gains)
     challengers.sort(key=lambda one: -about(one.strategy).mean)
     priors = {one.strategy: about(one.strategy) for one in challengers}
-    if found.verdict in ("ceiling", "level") or not challengers or runs < 2:
+    if found.verdict in ("ceiling", "level") or not challengers:
         return Choice(found.best, found, None, 0)
+    slowest = max(challengers, key=lambda one: one.moves)
+
+    def seconds() -> float:
+        plan = slowest.plan(network.params, lengths(slowest.strategy))
+        return run_seconds(network, plan, feed(splits), mesh)
+
+    runs = _kept_runs(folder, budget, seconds, say)
+    if runs < 2:
+        return Choice(found.best if runs else free, found, None, 0)
     costs = {one.strategy: float(one.moves) for one in (free, *challengers)}
     labels = np.asarray(source.labels())[splits.train]
     groups = groups_of(source)
@@ -211,6 +239,59 @@ def choose(
     return choice
 
 
+def _kept_runs(
+    folder: Path, budget: str, seconds: Callable[[], float], say: Callable[[str], None]
+) -> int:
+    """The runs of a budget; for one in minutes, those that the folder has, where it has them."""
+    if not budget.endswith("m"):
+        return budget_runs(budget)
+    path = folder / BUDGET_FILE
+    kept = read_json(path) if path.exists() else {}
+    if kept.get("budget") != budget:
+        found = seconds()
+        runs = budget_runs(budget, lambda: found)
+        kept = {"budget": budget, "seconds_of_a_run": round(found, 3), "runs": runs}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, kept)
+    runs = int(kept["runs"])
+    what = "no full run: the free head is taken" if not runs else f"{runs} full runs"
+    say(f"a full run takes about {kept['seconds_of_a_run'] / 60:.1f} minutes; {budget} are {what}")
+    return runs
+
+
+def run_seconds(
+    network: Classifier, plan: Plan, data: DataLoaders, mesh: Mesh | None = None
+) -> float:
+    """About how long the steps of a plan take, by timing a few steps of its longest phase.
+
+    Compilation, validation and checkpoints come on top.
+
+    Args:
+        network: that is trained; not changed.
+        plan: whose steps are counted.
+        data: whose first batches are used.
+        mesh: devices; by default all of them.
+    """
+    phase = max(plan.phases, key=lambda one: one.steps or 0)
+    if not phase.steps:
+        return 0.0
+    mesh = mesh or make_mesh()
+    network, alone = prepared(network, Plan([replace(phase, patience=None)]), data)
+    timed = alone.phases[0]
+    state = place_replicated(start(network.variables, timed, 0), mesh)
+    step = train_step(network.model, timed, data, network.task, mesh)
+    seconds = []
+    with reading(data, 0) as batches:
+        for _ in range(1 + TIMED_STEPS):
+            began = time.perf_counter()
+            batch = next(batches)
+            placed = place_batch({k: batch[k] for k in ("image", "label")}, mesh)
+            state, metrics = step(state, placed)
+            float(metrics["loss"])
+            seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:])) * sum(one.steps or 0 for one in plan.phases)
+
+
 def beginning(strategy: str, network: Classifier, seed: int) -> Classifier:
     """The network that a strategy begins with: random weights for ``from_scratch``."""
     if strategy != "from_scratch":
@@ -246,7 +327,7 @@ def auto(
         source: images and labels.
         splits: to train, to validate, to test on; the race sees the training part alone.
         folder: the run folder; the race is in it.
-        budget: full runs for all, such as "4x".
+        budget: for all, such as "4x" (full runs) or "10m" (minutes); see ``choose``.
         batch_size: examples a step.
         seed: of everything that is drawn.
         resume: continue in the folder, race included; start where there is nothing.

@@ -389,7 +389,9 @@ class StrategyOptions:
         ),
     ] = None
     balance: Literal["no", "weights", "logits"] = "no"
-    budget: Annotated[str, described(f"Full runs for {AUTO}, the last one included.")] = "4x"
+    budget: Annotated[
+        str, described(f"Full runs (4x) or minutes (10m) for {AUTO}, the last run included.")
+    ] = "4x"
 
     def problems(self) -> Iterator[str]:
         """An unknown recipe or metric, a plan that does not exist, a budget of another form."""
@@ -398,8 +400,11 @@ class StrategyOptions:
             yield f"--metric must be one of {METRICS_HELP}, got {self.metric!r}{near}"
         if self.strategy not in (None, AUTO):
             yield from strategy_problems(self.strategy, AUTO)
-        if not re.fullmatch(r"[1-9]\d{0,2}x", self.budget):
-            yield f"--budget must be a number of full runs, such as 4x, got {self.budget!r}"
+        if not re.fullmatch(r"[1-9]\d{0,3}[xm]", self.budget):
+            yield (
+                "--budget must be a number of full runs or of minutes, such as 4x or 10m, got "
+                f"{self.budget!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,32 @@ def test_auto_trains_the_choice_on_all_labels(setting, tmp_path, monkeypatch):
     assert again.advice.verdict == found.advice.verdict
 
 
+def test_minutes_become_runs_once(setting, tmp_path, monkeypatch):
+    """A race that goes on has the runs that it began with, on a machine of any speed."""
+    said, speed = [], [25.0]
+    monkeypatch.setattr(module, "run_seconds", lambda *args: speed[0])
+    first = chosen(setting, tmp_path, budget="1m", say=said.append)
+    assert first.runs == 1
+    assert any("a full run takes about 0.4 minutes; 1m are 2 full runs" in text for text in said)
+    speed[0] = 1.0
+    again = chosen(setting, tmp_path, budget="1m")
+    assert json.dumps(again.to_json()["race"]) == json.dumps(first.to_json()["race"])
+    speed[0] = 90.0
+    small = chosen(setting, tmp_path / "small", budget="1m", say=said.append)
+    assert (small.race, small.candidate.cost) == (None, 0)
+    assert "no full run: the free head is taken" in said[-1]
+
+
+def test_a_run_is_as_long_as_its_steps(setting):
+    """By the clock of this machine, which others use too: the steps go in by their number."""
+    network, images, splits = setting
+    data = ft.loaders(images, splits, network.preprocessing, batch_size=16)
+    plans = [ft.recipes.feature_extraction(network.params, steps=steps) for steps in (10, 1000)]
+    one, hundred = (module.run_seconds(network, plan, data) for plan in plans)
+    assert 5 < hundred / one < 2000
+    assert module.run_seconds(network, ft.recipes.solved_head(network.params), data) == 0
+
+
 def _short_plan(real):
     def plan(self, params, lengths=None):
         return real(self, params, short(self.strategy) | dict(lengths or {}))
@@ -128,7 +154,9 @@ def test_labels_that_say_nothing_are_not_raced_for(setting, tmp_path):
 
 def test_budgets():
     assert budget_runs("4x") == 4
-    for text in ("0x", "4", "x", "10m", "-1x", "4.5x"):
+    assert budget_runs("10m", lambda: 130.0) == 4
+    assert budget_runs("1m", lambda: 61.0) == 0
+    for text in ("0x", "4", "x", "0m", "10s", "-1x", "4.5x"):
         with pytest.raises(ValueError, match="budget must be a number of full runs"):
             budget_runs(text)
 
