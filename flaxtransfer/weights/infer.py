@@ -180,7 +180,7 @@ def unfit(file: Tensors, problem: str) -> ValueError:
         file.beside, settings
     )
     if family:
-        return ValueError(visible(f"{shortened(str(file.path), 150)} {family}"))
+        return ValueError(shortened(visible(f"{shortened(str(file.path), 150)} {family}"), 600))
     first, *lines = problem.splitlines()
     text, room = shortened(first, 450), 560
     # One of each kind in turn, so that a long list of one kind does not hide the others.
@@ -192,7 +192,7 @@ def unfit(file: Tensors, problem: str) -> ValueError:
     while told < len(turns) and len(text) + len(turns[told]) + 2 <= room:
         text, told = f"{text}; {turns[told]}", told + 1
     more = f"; and {len(turns) - told} more" if told < len(turns) else ""
-    return ValueError(visible(text) + more)
+    return ValueError(shortened(visible(text), 560) + more)
 
 
 def statistics_problem(

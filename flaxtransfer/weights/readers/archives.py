@@ -116,7 +116,7 @@ def opened(data: bytes | memoryview) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         # RuntimeError: an archive with a password, or an unknown compression.
-        reason = visible(shortened(str(error), 200))
+        reason = shortened(visible(str(error)), 200)
         raise ValueError(f"incomplete or damaged zip archive: {reason}") from error
 
 
@@ -237,7 +237,7 @@ def read_npz(data: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict[str,
             arrays[name.removesuffix(".npy")] = _array(content)
         except Exception as error:
             # The exception of numpy for a damaged header depends on the damaged byte.
-            reason = visible(shortened(str(error), 200))
+            reason = shortened(visible(str(error)), 200)
             raise ValueError(
                 f"{shortened(repr(name))} in it is not a valid array: {reason}"
             ) from error

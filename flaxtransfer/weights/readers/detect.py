@@ -183,7 +183,7 @@ def _kind_of_archive(names: list[str]) -> str:
             "the file is a program of torch.export; load it in torch with torch.export.load and "
             "save its state_dict, preferably as .safetensors"
         )
-    held = visible(shortened(", ".join(names[:5]), 200)) + (", ..." if len(names) > 5 else "")
+    held = shortened(visible(", ".join(names[:5])), 200) + (", ..." if len(names) > 5 else "")
     raise ValueError(
         "unknown zip archive: torch's holds data.pkl, Keras' holds model.weights.h5, numpy's "
         f"holds only .npy files, got {held or 'nothing'}"
@@ -448,7 +448,7 @@ def _parts(index: Path) -> _Read:
         if odd := sorted(expected ^ held.keys()):
             raise ValueError(
                 f"{name} must hold what the index says, but {len(odd)} keys differ: "
-                f"{visible(shortened(', '.join(odd), 200))}"
+                f"{shortened(visible(', '.join(odd)), 200)}"
             )
         arrays |= held
         metadata |= more
