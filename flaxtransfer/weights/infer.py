@@ -16,7 +16,7 @@ import numpy as np
 
 from flaxtransfer.models.config import Adapter, ResNetConfig, squeezed
 from flaxtransfer.models.registry import ARCHITECTURES, named
-from flaxtransfer.paths import shortened
+from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights import pretrained, sidecar
 from flaxtransfer.weights.naming import native, published, timm
 from flaxtransfer.weights.naming.formats import FORMATS
@@ -180,7 +180,7 @@ def unfit(file: Tensors, problem: str) -> ValueError:
         file.beside, settings
     )
     if family:
-        return ValueError(f"{shortened(str(file.path), 150)} {family}")
+        return ValueError(shortened(visible(f"{shortened(str(file.path), 150)} {family}"), 600))
     first, *lines = problem.splitlines()
     text, room = shortened(first, 450), 560
     # One of each kind in turn, so that a long list of one kind does not hide the others.
@@ -191,7 +191,8 @@ def unfit(file: Tensors, problem: str) -> ValueError:
     told = 0
     while told < len(turns) and len(text) + len(turns[told]) + 2 <= room:
         text, told = f"{text}; {turns[told]}", told + 1
-    return ValueError(text + (f"; and {len(turns) - told} more" if told < len(turns) else ""))
+    more = f"; and {len(turns) - told} more" if told < len(turns) else ""
+    return ValueError(shortened(visible(text), 560) + more)
 
 
 def statistics_problem(

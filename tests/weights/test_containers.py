@@ -119,6 +119,9 @@ def test_archives_of_other_things():
     data = bytes_of(lambda file: np.savez(file, **ONES)).replace(b"a.npy", b"a.txt")
     with pytest.raises(ValueError, match=r"unknown zip archive.*, got a\.txt"):
         recognize(data, "w.npz")
+    odd = data.replace(b"a.txt", b"a\x0b\nbt")
+    with pytest.raises(ValueError, match=r"unknown zip archive.*, got a\\x0b\\x0abt$"):
+        recognize(odd, "w.npz")
     two = bytes_of(lambda file: np.savez(file, b=np.ones(1), **ONES)).replace(b"b.npy", b"b.txt")
     with pytest.raises(ValueError, match=r"unknown zip archive.*, got b\.txt, a\.npy"):
         recognize(two, "w.npz")

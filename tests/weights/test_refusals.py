@@ -169,6 +169,17 @@ def test_a_resnet_is_no_other_family(basic, config):
     assert family_text(basic, {"architecture": config}) == ""
 
 
+@pytest.mark.parametrize(
+    "keys", [["a\x0bb", "c\u2028\nd"], ["x\x0b.level2.tree1.conv1", "level2.tree1.\x85conv1"]]
+)
+def test_keys_of_any_characters_stay_in_one_line(write, basic, keys):
+    odd = {key: np.zeros(3, np.float32) for key in keys}
+    for arrays in (odd, basic | odd):
+        with pytest.raises(ValueError, match=r"\S") as caught:
+            load(write(arrays))
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_long_list_of_differences_is_cut_and_counted(basic, write):
     text = refusal(write({f"{key}.more": array for key, array in basic.items()} | basic))
     assert "unexpected" in text

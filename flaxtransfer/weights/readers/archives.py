@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from flaxtransfer.paths import shortened
+from flaxtransfer.paths import shortened, visible
 
 __all__ = ["as_file", "check", "members", "most", "names", "opened", "read", "read_npz", "stored"]
 
@@ -116,7 +116,7 @@ def opened(data: bytes | memoryview) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         # RuntimeError: an archive with a password, or an unknown compression.
-        reason = shortened(str(error), 200)
+        reason = shortened(visible(str(error)), 200)
         raise ValueError(f"incomplete or damaged zip archive: {reason}") from error
 
 
@@ -237,7 +237,7 @@ def read_npz(data: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict[str,
             arrays[name.removesuffix(".npy")] = _array(content)
         except Exception as error:
             # The exception of numpy for a damaged header depends on the damaged byte.
-            reason = shortened(str(error), 200)
+            reason = shortened(visible(str(error)), 200)
             raise ValueError(
                 f"{shortened(repr(name))} in it is not a valid array: {reason}"
             ) from error

@@ -183,7 +183,7 @@ def _kind_of_archive(names: list[str]) -> str:
             "the file is a program of torch.export; load it in torch with torch.export.load and "
             "save its state_dict, preferably as .safetensors"
         )
-    held = shortened(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")
+    held = shortened(visible(", ".join(names[:5])), 200) + (", ..." if len(names) > 5 else "")
     raise ValueError(
         "unknown zip archive: torch's holds data.pkl, Keras' holds model.weights.h5, numpy's "
         f"holds only .npy files, got {held or 'nothing'}"
@@ -241,7 +241,7 @@ def read_tensors(path: Path, key: str | None = None) -> Tensors:
         arrays, metadata, digest, told = read
         found = search.found or native.find(arrays, key)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error.__cause__
+        raise ValueError(f"{path}: {visible(error)}") from error.__cause__
     if not arrays:
         raise ValueError(f"{path} holds no arrays")
     network = {short: arrays[name] for name, short in found.keys.items()}
@@ -329,7 +329,7 @@ def list_arrays(path: Path) -> Listing:
                 arrays, _, told, _ = _unpacked(path, data, kind, note)
                 told = [*named, *told]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error.__cause__
+        raise ValueError(f"{path}: {visible(error)}") from error.__cause__
     listed.update(arrays)
     return Listing(path, container, size, listed, (*chosen, *told))
 
@@ -448,7 +448,7 @@ def _parts(index: Path) -> _Read:
         if odd := sorted(expected ^ held.keys()):
             raise ValueError(
                 f"{name} must hold what the index says, but {len(odd)} keys differ: "
-                f"{visible(shortened(', '.join(odd), 200))}"
+                f"{shortened(visible(', '.join(odd)), 200)}"
             )
         arrays |= held
         metadata |= more

@@ -76,7 +76,9 @@ def read_torch(
             near = {name.rpartition("/")[0] for name in wanted}
             dense = [n for n in named if n in sound or n.rpartition("/")[0] not in near]
             if len(dense) < len(named):
-                odd = [f"{visible(n[:80])} ({NOT_DENSE})" for n in named if n not in dense]
+                odd = [
+                    f"{shortened(visible(n), 80)} ({NOT_DENSE})" for n in named if n not in dense
+                ]
                 raise Undamaged(f"it holds other things than tensors by name: {', '.join(odd[:5])}")
             weights = {name: sound[name] for name in wanted}
             room = archives.most(len(data))
@@ -93,11 +95,11 @@ def read_torch(
     except (Undamaged, MemoryError):
         raise
     except Refused as error:
-        raise ValueError(_refusal(visible(shortened(error.name)))) from error
+        raise ValueError(_refusal(shortened(visible(error.name)))) from error
     except Exception as error:
         # The exception for a damaged pickle depends on the damaged byte; no list is complete.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(_DAMAGED + visible(shortened(reason, 300))) from error
+        raise ValueError(_DAMAGED + shortened(visible(reason), 300)) from error
 
 
 def tensors(content: Any) -> dict[str, Tensor | Foreign]:
@@ -121,7 +123,7 @@ def tensors(content: Any) -> dict[str, Tensor | Foreign]:
     if not any(isinstance(each, Tensor) for each in found.values()):
         what = content.what if isinstance(content, Foreign) else type(content).__name__
         held = list(found) or (list(map(str, content)) if isinstance(content, Mapping) else [])
-        of = f" of {visible(shortened(', '.join(held), 200))}" if held else ""
+        of = f" of {shortened(visible(', '.join(held)), 200)}" if held else ""
         why = f" ({NOT_DENSE})" if found else ""
         raise Undamaged(f"it must hold tensors by name, got a {what}{of}{why}")
     return found
