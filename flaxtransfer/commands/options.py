@@ -326,7 +326,7 @@ def model_problems(name: str | None) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class InputOptions:
-    """The channels of the images.
+    """The channels and the size of the images.
 
     Args:
         bands: Channels of the images, each normalized by its own statistics over the training

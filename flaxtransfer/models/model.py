@@ -193,7 +193,7 @@ class Model:
             stop: segment before which to stop, as in a Python slice; None runs to the end.
             noise: what training drops at random; None for nothing, as in evaluation.
             remat: whether the backward pass computes what is in a block once more instead of
-                keeping it (gradient checkpointing): less memory, about a third more time.
+                keeping it (gradient checkpointing): less memory, about 1.3 times the arithmetic.
 
         Returns:
             The output, and the whole tree of BatchNorm statistics, in which statistics that were

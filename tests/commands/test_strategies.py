@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,8 +12,13 @@ from PIL import Image
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
-from flaxtransfer.commands.job import regularized
-from flaxtransfer.commands.options import BatchOptions, JobOptions, RegularizationOptions
+from flaxtransfer.commands.job import AUGMENTATIONS, regularized
+from flaxtransfer.commands.options import (
+    Augmentation,
+    BatchOptions,
+    JobOptions,
+    RegularizationOptions,
+)
 from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy
 from tests.support.terminal import only_line, train
 
@@ -112,6 +118,22 @@ def test_rates_of_a_later_phase_are_printed_and_drawn(folder, weights, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["rates.png"]
     with Image.open(tmp_path / "rates.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_every_augmentation_of_the_command_line_is_one_of_the_library():
+    assert list(AUGMENTATIONS) == list(get_args(Augmentation))
+    weights = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, size=8, resize=8)
+    made = [
+        ft.data.training_transform(weights, geometry=geometry, policy=policy)
+        for geometry, policy in AUGMENTATIONS.values()
+    ]
+    assert len({repr(transform) for transform in made}) == len(made)
+    names = {
+        name: [type(step).__name__ for step in t.steps]
+        for name, t in zip(AUGMENTATIONS, made, strict=True)
+    }
+    assert names["crop-trivial"] == ["RandomResizedCrop", "TrivialAugment", "Channels"]
+    assert names["randaugment"] == ["ResizeCrop", "RandAugment", "Channels"]
 
 
 def regularized_plan(

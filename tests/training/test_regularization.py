@@ -368,7 +368,9 @@ def test_recomputed_blocks_have_the_same_gradient():
 def test_recomputed_blocks_keep_less_for_the_backward_pass():
     """Bytes that differentiation keeps, by jax itself: inputs of blocks and parameters.
 
-    Measured: 0.11. Compiled for the CPU the step takes no less memory, as the help says.
+    Measured: 0.11. Eight blocks of 32 and 64 channels on 16 maps of 112 px, compiled for a TPU v5e
+    by libtpu, take 624 MB of temporary memory instead of 1,731, and 218 GFLOP instead of 169.
+    Compiled for the CPU they take no less memory, as the help says.
     """
     model = ft.resnet(dataclasses.replace(CONFIG, depths=(8, 8), width=16))
     variables = model.abstract()
