@@ -20,7 +20,7 @@ from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights import pretrained, sidecar
 from flaxtransfer.weights.naming import native, published, timm
 from flaxtransfer.weights.naming.formats import FORMATS
-from flaxtransfer.weights.readers import flax_file
+from flaxtransfer.weights.readers import array_files
 from flaxtransfer.weights.readers.detect import Tensors
 
 __all__ = [
@@ -254,7 +254,7 @@ def assumptions(
     source: str,
 ) -> list[str]:
     """What was assumed of a network because neither a leaf nor a file shows it."""
-    headers = (native.HEADER_KEY, flax_file.MODEL)
+    headers = (native.HEADER_KEY, array_files.MODEL)
     if not FORMATS[format].variants or any(key in file.metadata for key in headers):
         return []
     settings, name = sidecar.beside(file), file.path.name

@@ -43,7 +43,7 @@ from flaxtransfer.weights.naming import (
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
-from flaxtransfer.weights.readers import detect, flax_file, hdf5_file
+from flaxtransfer.weights.readers import array_files, detect, hdf5_file
 from flaxtransfer.weights.readers.detect import Tensors
 from flaxtransfer.weights.readers.torch_file import NAMES, names_of, tells_names
 
@@ -315,8 +315,10 @@ def _network(
         format: its naming.
     """
     path, beside = file.path, file.path.with_name("config.json")
-    if flax_file.MODEL in file.metadata:
-        own = ResNetConfig.from_json(parse_json(file.metadata[flax_file.MODEL].encode(), str(path)))
+    if array_files.MODEL in file.metadata:
+        own = ResNetConfig.from_json(
+            parse_json(file.metadata[array_files.MODEL].encode(), str(path))
+        )
         if leaf_shapes(own) != leaf_shapes(seen):
             raise ValueError(
                 f"{path} holds {seen.name} ({described(seen)}), but its run trains {own.name}"

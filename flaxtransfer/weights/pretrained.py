@@ -28,7 +28,7 @@ from flaxtransfer.weights.naming import key_map
 from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.naming.timm import table_for
 from flaxtransfer.weights.preprocessing import Preprocessing
-from flaxtransfer.weights.readers import safetensors_file
+from flaxtransfer.weights.readers import array_files
 
 __all__ = ["Header", "Pretrained", "fold_adapter", "read_header", "save", "write_header"]
 
@@ -258,7 +258,7 @@ def save(path: str | os.PathLike[str], checkpoint: Pretrained, dtype: Any = np.f
         raise ValueError(
             f"variables must be finite as {kind}, got NaN or infinite numbers in: {broken}"
         )
-    data = safetensors_file.write_safetensors(
+    data = array_files.write_safetensors(
         key_map.to_keys(table_for(checkpoint.config), leaves), write_header(checkpoint)
     )
     with atomic_write(path) as made:

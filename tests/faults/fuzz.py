@@ -50,7 +50,7 @@ from flaxtransfer.report.pages import escape
 from flaxtransfer.training import console, run_folder
 from flaxtransfer.training.plan_yaml import plan_from_yaml
 from flaxtransfer.weights.naming import native
-from flaxtransfer.weights.readers import detect, safetensors_file
+from flaxtransfer.weights.readers import array_files, detect
 from tests.faults.readers import DAMAGES, hdf5, single_files
 from tests.support.scans import bundled, geotiff
 
@@ -588,7 +588,7 @@ def indices(draw: random.Random) -> Made:
     for number in (1, 2):
         one = {f"layer{number}.0.conv1.weight": np.full((2, 2, 1, 1), number, np.float32)}
         name = f"model-0000{number}-of-00002.safetensors"
-        sound[name] = safetensors_file.write_safetensors(one, {})
+        sound[name] = array_files.write_safetensors(one, {})
     places = {f"layer{n}.0.conv1.weight": name for n, name in enumerate(sound, 1)}
     index = {"metadata": {"total_size": 32}, "weight_map": places}
     sound["model.safetensors.index.json"] = json.dumps(index).encode()

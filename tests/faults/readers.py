@@ -36,7 +36,7 @@ from flaxtransfer.paths import unflatten
 from flaxtransfer.weights import Preprocessing, Pretrained, load
 from flaxtransfer.weights.exports import onnx
 from flaxtransfer.weights.naming import huggingface, keras, key_map, timm
-from flaxtransfer.weights.readers import safetensors_file
+from flaxtransfer.weights.readers import array_files
 
 TINY = ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=3)
 BOTTLENECK = dataclasses.replace(TINY, block="bottleneck")
@@ -124,9 +124,7 @@ def damage(files: Files, chance: random.Random) -> Files:
 def single_files() -> dict[str, tuple[str, bytes]]:
     """A small file of every container that is one, by name: its suffix and its bytes."""
     torch_keys = key_map.to_keys(timm.table_for(TINY), leaves(TINY))
-    found = {
-        "safetensors": (".safetensors", safetensors_file.write_safetensors(torch_keys, {"a": "b"}))
-    }
+    found = {"safetensors": (".safetensors", array_files.write_safetensors(torch_keys, {"a": "b"}))}
     archive = io.BytesIO()
     np.savez(archive, **key_map.to_keys(timm.BIT_TABLE, leaves(BIT)))
     found["npz"] = (".npz", archive.getvalue())

@@ -14,8 +14,8 @@ from safetensors.numpy import save
 
 from flaxtransfer.weights import load
 from flaxtransfer.weights.readers import detect
+from flaxtransfer.weights.readers.array_files import read_safetensors
 from flaxtransfer.weights.readers.detect import CONTAINERS, has_weights_name, recognize
-from flaxtransfer.weights.readers.safetensors_file import read_safetensors
 
 ONES = {"a": np.ones(3, np.float32)}
 

@@ -8,7 +8,7 @@ import pytest
 
 from flaxtransfer import files
 from flaxtransfer.weights import load
-from flaxtransfer.weights.readers import safetensors_file, torch_file
+from flaxtransfer.weights.readers import array_files, torch_file
 
 
 def file_of(data, name="weights.safetensors"):
@@ -83,7 +83,7 @@ FILES = {
         ["incomplete or damaged safetensors file", "its header is damaged"],
     ),
     "a few letters": (file_of(b"weights"), ["incomplete or damaged safetensors file"]),
-    "no arrays": (file_of(safetensors_file.write_safetensors({}, {})), ["holds no arrays"]),
+    "no arrays": (file_of(array_files.write_safetensors({}, {})), ["holds no arrays"]),
     "pointer": (
         file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         ["Git LFS pointer", "git lfs pull"],

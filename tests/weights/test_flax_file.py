@@ -13,7 +13,7 @@ from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import load
 from flaxtransfer.weights.naming import huggingface
 from flaxtransfer.weights.naming.key_map import to_keys
-from flaxtransfer.weights.readers.flax_file import read_flax
+from flaxtransfer.weights.readers.array_files import read_flax
 
 
 def packed(shape, dtype, content):

@@ -11,7 +11,7 @@ from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load
 from flaxtransfer.weights.loading import collect_metadata
-from flaxtransfer.weights.readers import safetensors_file
+from flaxtransfer.weights.readers import array_files
 from flaxtransfer.weights.readers.detect import Tensors
 
 
@@ -58,7 +58,7 @@ def test_other_precisions_become_float32_and_that_is_said(basic, tmp_path, kind)
         for key, array in basic.items()
     }
     path = tmp_path / "other.safetensors"
-    path.write_bytes(safetensors_file.write_safetensors(stored, {}))
+    path.write_bytes(array_files.write_safetensors(stored, {}))
     checkpoint = load(path)
     leaves = flatten(checkpoint.variables)
     assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("f4")}

@@ -17,7 +17,7 @@ from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import IMAGENET, Preprocessing, Pretrained, load, save
-from flaxtransfer.weights.readers import safetensors_file
+from flaxtransfer.weights.readers import array_files
 
 CONFIG = ResNetConfig("bottleneck", (1, 2, 1, 1), 4, 32, 4, classes=3, in_channels=5)
 BANDS = Preprocessing((0.1, 0.2, 0.3, 0.4, 1 / 3), (0.5,) * 5, 64, 72, "bicubic")
@@ -176,9 +176,7 @@ def rewritten(path, change):
     with safe_open(path, "np") as file:
         content = json.loads(file.metadata()["flaxtransfer"])
     change(content)
-    path.write_bytes(
-        safetensors_file.write_safetensors(arrays, {"flaxtransfer": json.dumps(content)})
-    )
+    path.write_bytes(array_files.write_safetensors(arrays, {"flaxtransfer": json.dumps(content)}))
     return path
 
 

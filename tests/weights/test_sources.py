@@ -14,7 +14,7 @@ import pytest
 from flaxtransfer.cli import run
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load, locations
-from flaxtransfer.weights.readers.safetensors_file import read_safetensors, write_safetensors
+from flaxtransfer.weights.readers.array_files import read_safetensors, write_safetensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "timm/tiny.in1k"

@@ -26,7 +26,7 @@ from flaxtransfer.weights.naming import huggingface, key_map, timm
 from flaxtransfer.weights.naming.timm import table_for
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
-from flaxtransfer.weights.readers import safetensors_file
+from flaxtransfer.weights.readers import array_files
 
 __all__ = ["HUGGINGFACE_FILES", "TIMM_FILES", "huggingface_files", "timm_files"]
 
@@ -86,7 +86,7 @@ def timm_files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
         "model_args": arguments,
     }
     return {
-        "model.safetensors": safetensors_file.write_safetensors(arrays, {"format": "pt"}),
+        "model.safetensors": array_files.write_safetensors(arrays, {"format": "pt"}),
         "config.json": (json.dumps(settings, indent=2) + "\n").encode(),
     }, checkpoint
 
@@ -337,7 +337,7 @@ def huggingface_files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrai
     if checkpoint.task.name in _PROBLEMS:
         settings["problem_type"] = _PROBLEMS[checkpoint.task.name]
     return {
-        "model.safetensors": safetensors_file.write_safetensors(arrays, {"format": "pt"}),
+        "model.safetensors": array_files.write_safetensors(arrays, {"format": "pt"}),
         "config.json": _json(settings),
         "preprocessor_config.json": _json(_processor(checkpoint.preprocessing)),
     }, checkpoint

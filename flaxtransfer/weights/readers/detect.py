@@ -20,10 +20,9 @@ from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights.naming import native, onnx
 from flaxtransfer.weights.readers import (
     archives,
-    flax_file,
+    array_files,
     folders,
     hdf5_file,
-    safetensors_file,
     torch_file,
     torch_pickle,
 )
@@ -61,9 +60,7 @@ class Container:
 
 
 CONTAINERS: dict[str, Container] = {
-    "safetensors": Container(
-        "a safetensors file", (".safetensors",), safetensors_file.read_safetensors
-    ),
+    "safetensors": Container("a safetensors file", (".safetensors",), array_files.read_safetensors),
     "torch": Container(
         "a file of torch.save",
         (".pth", ".pt", ".bin", ".ckpt", ".pth.tar"),
@@ -73,7 +70,7 @@ CONTAINERS: dict[str, Container] = {
     "npz": Container("an archive of numpy's", (".npz",), archives.read_npz),
     "hdf5": Container("an HDF5 file", (".h5", ".hdf5"), hdf5_file.read_hdf5),
     "keras": Container("an archive of Keras'", (".keras",), hdf5_file.read_keras_archive),
-    "msgpack": Container("a msgpack of flax's", (".msgpack",), flax_file.read_flax),
+    "msgpack": Container("a msgpack of flax's", (".msgpack",), array_files.read_flax),
     "onnx": Container("an ONNX model", (".onnx",), onnx.read_onnx, spread=True),
 }
 
@@ -459,7 +456,7 @@ def _parts(index: Path) -> _Read:
 
 def _folder(path: Path) -> _Read:
     """Reads a tree of orbax; the checksum is that of its leaves, sorted by path."""
-    found = flax_file.read_orbax(path)
+    found = array_files.read_orbax(path)
     if found is None:
         raise FileNotFoundError(folders.nothing_in(path, SUFFIXES))
     arrays, metadata, notes = found
