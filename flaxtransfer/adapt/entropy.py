@@ -189,7 +189,7 @@ def tent(
         logits = logits_of(variables)[np.argsort(order)]
         return variables, EntropyReport(False, tuple(refusals), tuple(notes), logits, (), (), 0)
 
-    functions = _tent_functions(network.model, network.preprocessing, learning_rate)
+    functions = _tent_functions(network.model.on(mesh), network.preprocessing, learning_rate)
     run = _adapt_batches(functions, variables, parts, reference, steps, episodic, mesh)
     report = EntropyReport(
         adapted=not episodic,

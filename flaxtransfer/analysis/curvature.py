@@ -100,12 +100,13 @@ def mean_gradient(
     mesh = mesh or make_mesh()
     variables = place_replicated(network.variables, mesh)
     mean, std = network.preprocessing.mean, network.preprocessing.std
+    model = network.model.on(mesh)
 
     @jax.jit
     def of_batch(params: Params, images: Any, labels: Any, weights: Any) -> Params:
         def total(params: Params) -> jax.Array:
             inputs = normalize(images, mean, std)
-            logits, _ = network.model.apply({**variables, "params": params}, inputs, norm="running")
+            logits, _ = model.apply({**variables, "params": params}, inputs, norm="running")
             targets = network.task.targets(labels)
             losses = network.task.loss(logits, targets, jax.random.key(0))
             return jnp.sum(losses * weights)

@@ -84,7 +84,7 @@ def segment_features(
     """
     chosen = _chosen(network.model, segments)
     mesh = mesh or make_mesh()
-    run = _pooled(network.model, network.preprocessing, chosen)
+    run = _pooled(network.model.on(mesh), network.preprocessing, chosen)
     placed = place_replicated(network.variables, mesh)
     found: list[tuple[np.ndarray, ...]] = []
     labels = []

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import Norm, check
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.layers import Convolution, conv, lax_conv
+from flaxtransfer.models.layers import Convolution, conv, for_platform, lax_conv
 from flaxtransfer.models.layout import RESNET, Layout
 from flaxtransfer.models.resnet import Network, segments_of
 from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
@@ -52,6 +53,8 @@ class Model:
             pre-activations the last kernel), so that blocks start as identities; for training from
             scratch.
         convolution: the function that convolves.
+        platform: of the devices that ``apply`` is traced for, such as "tpu"; see ``on``. None is
+            that of the devices that jax takes by itself.
 
     Raises:
         TypeError: ``config`` is not a ``ResNetConfig``, ``dtype`` is not a floating dtype, or
@@ -63,6 +66,7 @@ class Model:
     zero_head: bool = False
     zero_init_residual: bool = False
     convolution: Convolution = conv
+    platform: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, ResNetConfig):
@@ -96,6 +100,17 @@ class Model:
         ('adapter', 'stem')
         """
         return segments_of(self.config)
+
+    def on(self, mesh: Mesh) -> "Model":
+        """The model for the devices of a mesh: what is fast differs between platforms.
+
+        Use it where ``apply`` is compiled for a mesh; results are the same to rounding.
+
+        >>> from flaxtransfer.sharding import make_mesh
+        >>> Model(ResNetConfig()).on(make_mesh()).platform == jax.devices()[0].platform
+        True
+        """
+        return replace(self, platform=mesh.devices.flat[0].platform)
 
     def abstract(self) -> Variables:
         """The variables as ``jax.ShapeDtypeStruct``; allocates nothing.
@@ -198,11 +213,12 @@ class Model:
         if segments:
             _check_input(segments[0], self.config, images.shape)
         network = Network(self.dtype, self.convolution, self.config)
-        if norm == "running":
-            output: Any = network.apply(variables, images, norm, segments)
-            return output, variables["batch_stats"]
-        # flax's signature does not say that `mutable` makes it a pair.
-        result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
+        with for_platform(self.platform):
+            if norm == "running":
+                output: Any = network.apply(variables, images, norm, segments)
+                return output, variables["batch_stats"]
+            # flax's signature does not say that `mutable` makes it a pair.
+            result: Any = network.apply(variables, images, norm, segments, mutable=["batch_stats"])
         output, updated = result
         return output, updated.get("batch_stats", {})
 

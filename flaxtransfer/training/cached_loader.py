@@ -492,7 +492,7 @@ class _Job:
 
     def _activations(self, batches: Iterable[Batch], predict: int) -> Iterator[np.ndarray]:
         """The prefix's output for every example, batch by batch; ``predict`` of them are timed."""
-        prefix = forward(self.model, self.feed.preprocessing, None, self.cut)
+        prefix = forward(self.model.on(self.mesh), self.feed.preprocessing, None, self.cut)
         placed = place_replicated(self.variables, self.mesh)
         ended: list[float] = []
 

@@ -133,7 +133,7 @@ def predict(
         ValueError: no example at all.
     """
     mesh = mesh or make_mesh()
-    run = forward_with_features(network.model, network.preprocessing, start)
+    run = forward_with_features(network.model.on(mesh), network.preprocessing, start)
     variables = place_replicated(network.variables, mesh)
     logits, labels, seen = [], [], []
     for (output, before_head), batch in map_batches(
@@ -302,7 +302,7 @@ def measure_moments(
         ValueError: no image.
     """
     mesh = mesh or make_mesh()
-    of_batch = _of_batch(network.model, network.preprocessing, chosen, by_batch, kind)
+    of_batch = _of_batch(network.model.on(mesh), network.preprocessing, chosen, by_batch, kind)
     placed = place_replicated(network.variables, mesh)
     merged: dict[str, Moments] | None = None
     for output, _ in map_batches(

@@ -207,6 +207,7 @@ def train_step(
         ``(state, batch) -> (state, metrics)``; the state is donated. Metrics are float scalars:
         ``loss``, the mean of the task's score (``accuracy``), ``gradient_norm`` before clipping.
     """
+    model = model if mesh is None else model.on(mesh)
     program = CompileKey(model, phase, feed.preprocessing, feed.start, task, mesh, above)
     return _shared(program) if program.identity is not None else _compiled(program)
 
