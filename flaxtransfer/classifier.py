@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.config import Adapter, Method
@@ -126,6 +127,10 @@ class Classifier:
     def with_variables(self, variables: Variables) -> "Classifier":
         """The same network with other parameters and statistics."""
         return dataclasses.replace(self, variables=variables)
+
+    def on(self, mesh: Mesh) -> "Classifier":
+        """The same network, compiled for the devices of a mesh; see ``Model.on``."""
+        return dataclasses.replace(self, model=self.model.on(mesh))
 
     def __repr__(self) -> str:
         config = self.model.config

@@ -498,9 +498,9 @@ def _outputs(
     if note := levels_note(source, np.arange(len(files)), network):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
-    run = forward_averaged(network, options.tta)
     random = np.random.default_rng(0)  # evaluation draws no number from it
     mesh = make_mesh()
+    run = forward_averaged(network.on(mesh), options.tta)
     variables = place_replicated(network.variables, mesh)
     # One list per batch of images that could be read, filled before the network runs on it.
     readable: list[list[str]] = []

@@ -4,8 +4,9 @@
 an argument and passes it on; the policy decides by path ("layer4/0/bn1"). Max-pooling has a
 gradient that is fast on CPU.
 
-On GPU and TPU ``conv`` is ``jax.lax.conv_general_dilated``. XLA's CPU compiler is slow in three
-cases that every ResNet or ResNeXt contains:
+What is fast depends on the platform of the devices that a program is for, which ``for_platform``
+says. On GPU and TPU ``conv`` is ``jax.lax.conv_general_dilated``. XLA's CPU compiler is slow in
+three cases that every ResNet or ResNeXt contains:
 
 * A 1x1 convolution is one matrix product over the channels, but XLA's convolution takes up to one
   and a half times as long forward and almost three times as long in the gradient of the kernel.
@@ -45,10 +46,44 @@ __all__ = [
     "blur_pool",
     "by_taps",
     "conv",
+    "for_platform",
     "lax_conv",
     "max_pool",
-    "traced_for",
+    "platform_at_hand",
 ]
+
+
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextmanager
+def for_platform(name: str | None) -> Iterator[None]:
+    """What is traced in the block is for devices of a platform: "cpu", "gpu" or "tpu".
+
+    A program is compiled for the devices of its arguments, which nobody knows while it is traced,
+    and which need not be those that jax takes by itself. None is those.
+
+    >>> with for_platform("tpu"):
+    ...     program = jax.make_jaxpr(max_pool)(jnp.ones((1, 4, 4, 1)))
+    >>> "reduce_window" in str(program)
+    True
+    """
+    before = _platform.set(name)
+    try:
+        yield
+    finally:
+        _platform.reset(before)
+
+
+def platform_at_hand() -> str:
+    """The platform that programs are traced for.
+
+    >>> with for_platform("tpu"):
+    ...     platform_at_hand()
+    'tpu'
+    """
+    device = _platform.get() or getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+    return device if isinstance(device, str) else str(device.platform)
 
 
 MOMENTUM = 0.9
@@ -56,32 +91,6 @@ MOMENTUM = 0.9
 
 Convolution = Callable[..., jax.Array]
 """A function with the signature of ``flaxtransfer.models.layers.conv``."""
-
-
-_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
-
-
-@contextmanager
-def traced_for(platform: str | None) -> Iterator[None]:
-    """What is traced in here takes the route of these devices, wherever the trace is made.
-
-    Args:
-        platform: as in ``jax.Device.platform``, such as "tpu"; None: of the default device.
-
-    >>> with traced_for("tpu"):
-    ...     program = jax.make_jaxpr(max_pool)(jnp.ones((1, 4, 4, 1)))
-    >>> "reduce_window" in str(program)
-    True
-    """
-    token = _PLATFORM.set(platform)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
-
-
-def _is_for_cpu() -> bool:
-    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
 
 
 class Conv(nn.Module):
@@ -233,7 +242,7 @@ def max_pool(x: jax.Array, *, window: int = 3, stride: int = 2, padding: int = 1
     [[5.0, 7.0], [13.0, 15.0]]
     """
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    if not _is_for_cpu():
+    if platform_at_hand() != "cpu":
         result: jax.Array = lax.reduce_window(
             x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), edges
         )
@@ -322,10 +331,10 @@ def conv(
     padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
     groups: int = 1,
 ) -> jax.Array:
-    """Two-dimensional convolution by the fastest algorithm on the current backend.
+    """Two-dimensional convolution by the fastest algorithm on the platform at hand.
 
     The result equals that of ``lax_conv`` up to rounding; only the order of the additions differs,
-    and only on CPU. The backend is determined when the function is traced.
+    and only on CPU. The platform is that of ``for_platform`` when the function is traced.
 
     Args:
         x: images ``[batch, height, width, channels]``, of a floating dtype.
@@ -347,7 +356,7 @@ def conv(
     (1, 2, 2, 32)
     """
     static = _checked(x, kernel, strides, padding, groups)
-    if _is_for_cpu() and by_taps(x.shape, kernel.shape, *static):
+    if platform_at_hand() == "cpu" and by_taps(x.shape, kernel.shape, *static):
         return _sum_over_taps(x, kernel, *static)
     return _lax(x, kernel, *static)
 

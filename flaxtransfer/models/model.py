@@ -19,7 +19,13 @@ from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import Norm, check
 from flaxtransfer.models.config import ResNetConfig
-from flaxtransfer.models.layers import Convolution, conv, lax_conv, traced_for
+from flaxtransfer.models.layers import (
+    Convolution,
+    conv,
+    for_platform,
+    lax_conv,
+    platform_at_hand,
+)
 from flaxtransfer.models.layout import RESNET, Layout
 from flaxtransfer.models.resnet import Network, Noise, segments_of
 from flaxtransfer.paths import Params, Variables, flatten, listing, suggest, unflatten
@@ -98,13 +104,13 @@ class Model:
         True
         """
         platform = mesh.devices.flat[0].platform
-        # Equal programs stay equal: most meshes are of the default devices.
-        return self if platform == jax.default_backend() else replace(self, platform=platform)
+        # Equal programs stay equal: most meshes are of the devices that jax takes by itself.
+        return replace(self, platform=None if platform == platform_at_hand() else platform)
 
     @property
     def is_for_cpu(self) -> bool:
         """Whether programs are compiled for a CPU."""
-        return (self.platform or jax.default_backend()) == "cpu"
+        return (self.platform or platform_at_hand()) == "cpu"
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -224,7 +230,7 @@ class Model:
         if segments:
             _check_input(segments[0], self.config, images.shape)
         network = Network(self.dtype, self.convolution, self.config)
-        with traced_for(self.platform):
+        with for_platform(self.platform):
             if norm == "running":
                 output: Any = network.apply(variables, images, norm, segments, noise, remat)
                 return output, variables["batch_stats"]

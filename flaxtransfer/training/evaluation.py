@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -156,8 +156,7 @@ def predict(
         ValueError: no example at all, an unknown ``tta``, or views of activations.
     """
     mesh = mesh or make_mesh()
-    here = replace(network, model=network.model.on(mesh))
-    run = forward_averaged(here, tta, start)
+    run = forward_averaged(network.on(mesh), tta, start)
     variables = place_replicated(network.variables, mesh)
     logits, labels, seen = [], [], []
     for (output, before_head), batch in map_batches(

@@ -436,10 +436,10 @@ def step_cost(
             compiler says that the program does not fit the devices.
 
     >>> from flaxtransfer.models.registry import resnet
-    >>> from flaxtransfer.recipes import discriminative_fine_tuning
+    >>> from flaxtransfer.recipes import full_fine_tuning
     >>> from flaxtransfer.sharding import make_mesh
     >>> model = resnet("resnet18w4", classes=2)
-    >>> plan = discriminative_fine_tuning(model.abstract()["params"], steps=10)
+    >>> plan = full_fine_tuning(model.abstract()["params"], steps=10)
     >>> cost = step_cost(model, plan.phases[0], make_mesh(jax.devices()[:1]), 4, (32, 32, 3))
     >>> cost.devices, cost.flops > 1e6, dict(cost.collectives)
     (1, True, {})

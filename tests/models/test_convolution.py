@@ -1,5 +1,7 @@
 """Convolution: equal to `lax.conv_general_dilated`, the peer here, by every way it is computed."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.models import layers
-from flaxtransfer.models.layers import by_taps, conv, lax_conv
+from flaxtransfer.models import ResNetConfig, layers
+from flaxtransfer.models.layers import by_taps, conv, for_platform, lax_conv
+from flaxtransfer.models.registry import resnet
 from tests.support.rounding import rounding
 
 NONE = ((0, 0), (0, 0))
@@ -87,15 +90,33 @@ def test_on_cpu_the_slow_shapes_are_summed_over_taps(image, kernel, stride, padd
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 @pytest.mark.parametrize(("image", "kernel", "stride", "padding", "groups", "taps"), ROUTES)
-def test_on_accelerators_it_is_lax(
-    image, kernel, stride, padding, groups, taps, backend, monkeypatch
-):
+def test_on_accelerators_it_is_lax(image, kernel, stride, padding, groups, taps, backend):
     del taps
     how = {"strides": (stride, stride), "padding": padding, "groups": groups}
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (image, kernel))
     plain = jax.make_jaxpr(lambda x, w: lax_conv(x, w, **how))(x, w)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert str(jax.make_jaxpr(lambda x, w: conv(x, w, **how))(x, w)) == str(plain)
+    with for_platform(backend):
+        assert str(jax.make_jaxpr(lambda x, w: conv(x, w, **how))(x, w)) == str(plain)
+
+
+def test_a_model_takes_the_routes_of_its_mesh_and_not_of_the_process():
+    """A mesh of another platform, as a process that also has a CPU can make one."""
+    model = resnet(ResNetConfig(depths=(1, 1, 1, 1), width=16))
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), model.abstract())
+
+    def program(model):
+        return primitives(lambda v, x: model.apply(v, x)[0], variables, jnp.zeros((1, 32, 32, 3)))
+
+    def mesh(platform):
+        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+
+    assert "reduce_window_max" in program(model.on(mesh("tpu")))
+    assert "reduce_window_max" not in program(model.on(mesh("cpu")))
+    assert program(model) == program(model.on(mesh("cpu")))
+    with jax.default_device(jax.devices()[0]):
+        assert program(model) == program(model.on(mesh("cpu")))
+    assert model.on(mesh("tpu")) != model  # Or they would share a compiled program.
+    assert model.on(mesh("tpu")).on(mesh("cpu")) == model.on(mesh("cpu"))
 
 
 @pytest.mark.parametrize(
