@@ -415,6 +415,7 @@ DETERMINISM = {
         "kind of device",
         "versions of jax and jaxlib",
         "activations cached or not",
+        "large parameters split or not",
     ],
 }
 """Which changes keep the bits of a result; README says the same."""

@@ -32,6 +32,7 @@ JOB: dict[str, Any] = {
     "cache": "off",
     "every": None,
     "compute": None,
+    "x64": False,
     "bad": None,
     "signal": None,
     "struck": 1,
@@ -51,8 +52,10 @@ def main(folder: Path, job: dict[str, Any]) -> int:
     guard_cpu_thread_pool()
     if job["versions"]:
         distributed._versions = lambda: job["versions"]
-    distributed.start()
     import jax
+
+    jax.config.update("jax_enable_x64", job["x64"])
+    distributed.start()
 
     import flaxtransfer as ft
     from flaxtransfer.sharding import make_mesh
@@ -81,6 +84,8 @@ def main(folder: Path, job: dict[str, Any]) -> int:
     splits = ft.data.Splits.of(order[: job["images"]], order[job["images"] :])
     data = ft.loaders(source, splits, PREPROCESSING, batch_size=16, seed=job["seed"])
     model, variables = network()
+    if job["x64"]:
+        variables = jax.tree.map(lambda leaf: leaf.astype("float64"), variables)
     if job["compute"]:
         model = ft.resnet(model.config, dtype=job["compute"])
     classifier = ft.Classifier(model, variables, PREPROCESSING)
