@@ -8,7 +8,7 @@ the preprocessing in ``preprocessor_config.json``. Other JSON files with these n
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -407,29 +407,23 @@ FAMILIES: tuple[Family, ...] = (
 """In the order in which they are tried: the first that fits is the answer."""
 
 _WRAPPERS = re.compile(
-    r"(?i)(state_dict(_ema)?|(model|model_ema|ema|net|network|module|teacher|student)(_state(_dict)?)?|"
-    r"base_model|backbone|(vision_|image_)?encoder|trunk|_orig_mod|state|params)[./]"
+    r"(?i)(?:(?:state_dict(_ema)?|(model|model_ema|ema|net|network|module|teacher|student)"
+    r"(_state(_dict)?)?|base_model|backbone|(vision_|image_)?encoder|trunk|_orig_mod|state|params)"
+    r"[./])*"
 )
 """What programs put before the keys of a network."""
 
 
-def _starts(names: Sequence[str]) -> list[str]:
-    """What stands before the keys of a network, the shortest first: nothing, and wrappers.
+def _bare(name: str) -> str:
+    """A key without what programs put before it.
 
-    >>> _starts(["state_dict/backbone.level2.tree1.conv1.weight", "state_dict/head.weight"])
-    ['', 'state_dict/', 'state_dict/backbone.']
+    >>> _bare("state_dict/module.backbone.level2.tree1.conv1.weight"), _bare("models.0.weight")
+    ('level2.tree1.conv1.weight', 'models.0.weight')
     """
-    found = [""]
-    for name in names:
-        start = ""
-        while (wrapper := _WRAPPERS.match(name, len(start))) and len(found) < _MOST_STARTS:
-            start += wrapper[0]
-            if start not in found:
-                found.append(start)
-    return sorted(found, key=len)
+    found = _WRAPPERS.match(name)
+    return name[found.end() :] if found else name
 
 
-_MOST_STARTS = 6
 _INSIDE = re.compile(r"(.+[./])(layer1[./]0[./]conv1[./](weight|kernel))")
 _RESNET = re.compile(r"res_?ne|senet|timm_wrapper")
 
@@ -506,10 +500,11 @@ def _family(
     first = next((key for key in volumes if "layer1" in key), "")
     if first:
         return _VOLUMES, f"{shortened(first, 60)} has five axes"
-    names = list(map(str, arrays))
-    # Under the names of wrappers, too: the patterns know where keys begin.
-    for start in _starts(names):
-        keys = "\n".join(name.removeprefix(start) for name in names)
+    names = [str(name).replace("\n", " ") for name in arrays]
+    # The patterns know where keys begin, which may be behind the names of wrappers.
+    bare = list(map(_bare, names))
+    for spelled in (names, bare) if bare != names else (names,):
+        keys = "\n".join(spelled)
         for row in FAMILIES:
             found = re.search(row.keys, keys, re.MULTILINE)
             if found is not None:

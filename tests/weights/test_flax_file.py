@@ -71,6 +71,17 @@ def test_what_is_no_dictionary_of_arrays(content, text):
         read_flax(msgpack.packb(content))
 
 
+@pytest.mark.parametrize("name", ["float32" * 2000, "float\n\x1b[2J" * 99])
+def test_what_a_file_says_is_quoted_in_a_short_line(tmp_path, name):
+    path = tmp_path / "w.msgpack"
+    path.write_bytes(msgpack.packb({"params": {"a": packed([1], name, bytes(4))}}))
+    with pytest.raises(ValueError, match="dtype of an array must be numeric") as caught:
+        load(path)
+    text = str(caught.value).removeprefix(str(path))
+    assert len(text) <= 502
+    assert len(text.splitlines()) == 1
+
+
 def test_truncated(tmp_path):
     data = serialization.msgpack_serialize({"params": {"a": np.ones(100)}})
     for share in (0.1, 0.5, 0.99):

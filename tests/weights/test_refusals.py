@@ -170,7 +170,12 @@ def test_a_resnet_is_no_other_family(basic, config):
 
 
 @pytest.mark.parametrize(
-    "keys", [["a\x0bb", "c\u2028\nd"], ["x\x0b.level2.tree1.conv1", "level2.tree1.\x85conv1"]]
+    "keys",
+    [
+        ["a\x0bb", "c\u2028\nd"],
+        ["x\x0b.level2.tree1.conv1", "level2.tree1.\x85conv1"],
+        ["a\n\n\nb", "net.level2.tree1.conv1"],
+    ],
 )
 def test_keys_of_any_characters_stay_in_one_line(write, basic, keys):
     odd = {key: np.zeros(3, np.float32) for key in keys}

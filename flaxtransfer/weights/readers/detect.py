@@ -408,10 +408,18 @@ def _unpacked(
         return read[name][0]
 
     more = ([wanted] if container.nested else []) + ([beside] if container.spread else [])
-    arrays, metadata, notes = container.read(data, *more)
+    try:
+        arrays, metadata, notes = container.read(data, *more)
+    except ValueError as error:
+        # Readers quote names and values of the file, which may be as long as the file.
+        raise ValueError(shortened(visible(error), _TOLD)) from error.__cause__
     if read:
         notes = [f"arrays were read from {', '.join(sorted(read))} next to the file", *notes]
     return arrays, metadata, notes, [read[name][1] for name in sorted(read)]
+
+
+_TOLD = 500
+"""Characters of what a reader says; the path comes before it."""
 
 
 def _neighbor(path: Path, name: str) -> tuple[memoryview, str]:
