@@ -220,6 +220,7 @@ def prepare(
             transform=transform,
             seed=seed,
             workers=batch.workers,
+            balanced=options.strategy.balance == "sampling" and task.name == SINGLE_LABEL.name,
         )
 
     data, evidence, frozen = feed(splits), Measurement(), None
@@ -346,15 +347,19 @@ def balanced(plan: TrainingPlan, balance: str, task: Task) -> TrainingPlan:
     losses: dict[tuple[str, str], Any] = {
         ("weights", "single_label"): CrossEntropy(class_weights="balanced"),
         ("logits", "single_label"): CrossEntropy(logit_adjustment=1.0),
+        ("sampling", "single_label"): None,
         ("weights", "multi_label"): BinaryCrossEntropy(positive_weights="balanced"),
     }
     if (balance, task.name) not in losses:
         raise ValueError(f"--balance must be no for the task {task.name}, got {balance}")
-    own = [phase.name for phase in plan.phases if phase.loss is not None]
+    sampled = balance == "sampling"  # The batches are balanced, with any loss.
+    own = [phase.name for phase in plan.phases if phase.loss is not None and not sampled]
     solved = [phase.name for phase in plan.phases if phase.only_solves]
     if own or solved:
         why = "whose losses the plan sets" if own else "which are solved, not trained"
         raise ValueError(f"--balance must be no for phases {why}: {', '.join(own or solved)}")
+    if sampled:
+        return plan
     loss = losses[balance, task.name]
     return replace(plan, phases=[replace(phase, loss=loss) for phase in plan.phases])
 

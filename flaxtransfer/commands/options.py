@@ -369,7 +369,7 @@ class StrategyOptions:
             its first rows.
         balance: For rare classes: weights lets them count as much as frequent ones (for multiple
             labels, positives as much as negatives); logits adds the log frequency of each class to
-            the logits in training.
+            the logits in training; sampling shows rare classes as often as frequent ones.
     """
 
     strategy: Annotated[
@@ -388,7 +388,7 @@ class StrategyOptions:
             default="by the task; balanced_accuracy where classes are unequal",
         ),
     ] = None
-    balance: Literal["no", "weights", "logits"] = "no"
+    balance: Literal["no", "weights", "logits", "sampling"] = "no"
     budget: Annotated[
         str, described(f"Full runs (4x) or minutes (10m) for {AUTO}, the last run included.")
     ] = "4x"

@@ -134,6 +134,7 @@ def loaders(
     transform: Transform | None = None,
     seed: int = 0,
     workers: int = 0,
+    balanced: bool = False,
 ) -> DataLoaders:
     """The batches of a data source; in a run over several processes, this one's rows of each.
 
@@ -147,9 +148,12 @@ def loaders(
             where the class names do not speak against them.
         seed: of order and augmentation.
         workers: processes that decode; 0 uses threads.
+        balanced: whether training sees each class as often as every other: rare examples come more
+            often, and an epoch still has as many. Validation is as it is.
 
     Raises:
-        ValueError: no training example, or labels that no class can have.
+        ValueError: no training example, or labels that no class can have; ``balanced`` for labels
+            that are not one class each.
     """
     train, validation = splits.train, splits.val
     if not len(train):
@@ -160,6 +164,9 @@ def loaders(
         files = getattr(source, "files", None)
         names = [files[i] if files else f"example {i}" for i in used.tolist()]
         check_classes(labels[used], len(source.class_names), names)
+    if balanced and labels.ndim != 1:
+        raise ValueError("`balanced` must be False for images with several labels or values each")
+    classes = labels[train] if balanced else None
     source = with_levels(source, Levels.of(preprocessing))
     _warn_of_levels(source, train)
     channels = len(preprocessing.mean)
@@ -179,6 +186,7 @@ def loaders(
             start_step=start,
             workers=workers,
             shard=share(),
+            classes=classes,
         )
 
     def once(positions: np.ndarray, form: Transform = plain) -> Iterable[Batch]:
@@ -195,7 +203,9 @@ def loaders(
         labels=labels[train],
         validation_labels=labels[validation],
         batch_size=batch_size,
-        rows=lambda k: training_rows(len(train), batch_size=batch_size, seed=seed, step=k),
+        rows=lambda k: training_rows(
+            len(train), batch_size=batch_size, seed=seed, step=k, classes=classes
+        ),
         view=lambda k: once(train, FixedView(augmentation, seed, k)),
         random=is_random(augmentation),
         fingerprint=fingerprint,
@@ -213,6 +223,7 @@ def loaders(
         settings={
             "batch_size": batch_size,
             "order_seed": seed,
+            **({"balanced": True} if balanced else {}),
             # A function prints with its place in memory, which is another one in each process.
             "augmentation": re.sub(r" at 0x[0-9a-f]+", "", repr(augmentation)),
         },

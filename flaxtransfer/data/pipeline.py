@@ -48,6 +48,7 @@ def train_batches(
     num_threads: int = DEFAULT_THREADS,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
+    classes: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Endless shuffled, augmented batches, starting with that of ``start_step``.
 
@@ -69,6 +70,8 @@ def train_batches(
             == "__main__":``.
         shard: (index, count): rows ``index * batch_size / count`` onwards of each batch. The shards
             of a batch, one after the other, are the unsharded batch.
+        classes: integers ``[examples]``, of ``indices``, where each class is to be seen as often as
+            every other; see ``Order``.
 
     Returns:
         An iterator over dicts of ``image``, ``label`` and ``index``; its ``close()`` ends threads
@@ -81,7 +84,13 @@ def train_batches(
     """
     _check(source, indices, batch_size, shard, seed, start_step, num_threads, workers)
     dataset = train_dataset(
-        source, indices, batch_size=batch_size, transform=transform, seed=seed, shard=shard
+        source,
+        indices,
+        batch_size=batch_size,
+        transform=transform,
+        seed=seed,
+        shard=shard,
+        classes=classes,
     )
     return _iterate(dataset[start_step:], num_threads, workers)
 
@@ -94,6 +103,7 @@ def train_dataset(
     transform: Transform,
     seed: int,
     shard: tuple[int, int] = (0, 1),
+    classes: np.ndarray | None = None,
 ) -> grain.MapDataset:
     """The batches of ``train_batches`` with random access: item k is the batch of step k.
 
@@ -108,7 +118,7 @@ def train_dataset(
     order_seed, draw_seed = seeds(seed)
     ids = grain.MapDataset.source(np.asarray(indices, np.int64))
     dataset = (
-        Shuffled(ids, order_seed)
+        Shuffled(ids, Order(len(ids), order_seed, classes))
         .repeat()
         .map(Load(source))
         # Before the shards are cut, where the generator depends on the place in the run alone.
@@ -290,33 +300,79 @@ class FixedView:
 
 
 def training_rows(
-    count: int, *, batch_size: int, seed: int, step: int
+    count: int, *, batch_size: int, seed: int, step: int, classes: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The examples of which batch ``step`` of ``train_batches`` is made, without making it.
 
     Returns:
-        For each row its example, as a position in the indices that training was given, and the
-        number of the pass over them; both int64 ``[batch_size]``.
+        For each row its example, as a position in the indices that training was given, and how
+        often it was seen before; both int64 ``[batch_size]``.
 
     >>> rows, passes = training_rows(3, batch_size=4, seed=0, step=0)
     >>> sorted(rows[:3].tolist()), passes.tolist()
     ([0, 1, 2], [0, 0, 0, 1])
     """
     passes, places = np.divmod(step * batch_size + np.arange(batch_size), count)
-    order, _ = seeds(seed)
-    rows = [permutation(order, int(n), count)[places[passes == n]] for n in np.unique(passes)]
-    return np.concatenate(rows), passes
+    order = Order(count, seeds(seed)[0], classes)
+    found = [[each[places[passes == n]] for each in order(int(n))] for n in np.unique(passes)]
+    rows, seen = (np.concatenate(each) for each in zip(*found, strict=True))
+    return rows, seen
+
+
+class Order:
+    """Which example comes when, a pure function of seed and epoch.
+
+    Args:
+        count: examples.
+        seed: of the order.
+        classes: integers ``[count]``; by default every example comes once an epoch. With classes,
+            an epoch of as many examples has each class as often as every other, to one example,
+            and over all epochs exactly so; within a class all examples come in turn.
+
+    >>> rows, seen = Order(5, 0, np.array([0, 0, 0, 0, 1]))(0)
+    >>> np.bincount(rows == 4).tolist(), sorted(seen[rows == 4].tolist())
+    ([2, 3], [0, 1, 2])
+    """
+
+    def __init__(self, count: int, seed: int, classes: np.ndarray | None = None) -> None:
+        self._count, self._seed = count, seed
+        labels = np.zeros(count, int) if classes is None else np.asarray(classes)
+        self._members = [np.flatnonzero(labels == one) for one in np.unique(labels)]
+        self._last: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
+
+    def __call__(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of an epoch, and how often each was seen before; int64 ``[count]``."""
+        number = len(self._members)
+        if number == 1:
+            return permutation(self._seed, epoch, self._count), np.full(self._count, epoch)
+        last = self._last
+        if last is not None and last[0] == epoch:
+            return last[1]
+        rows, seen = [], []
+        for place, members in enumerate(self._members):
+            # The floors of (n + place) / number over all places sum to n (Hermite's identity).
+            first, end = ((n * self._count + place) // number for n in (epoch, epoch + 1))
+            times, own = np.divmod(np.arange(first, end), len(members))
+            for time in np.unique(times):
+                order = permutation(self._seed, int(time), len(members), 1 + place)
+                rows.append(members[order[own[times == time]]])
+            seen.append(times)
+        mixed = permutation(self._seed, epoch, self._count)
+        found = np.concatenate(rows)[mixed], np.concatenate(seen)[mixed]
+        self._last = epoch, found
+        return found
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch, int64 ``[count]``.
+def permutation(seed: int, epoch: int, count: int, stream: int = 0) -> np.ndarray:
+    """A random order, int64 ``[count]``.
 
     >>> sorted(permutation(0, 1, 5).tolist())
     [0, 1, 2, 3, 4]
     """
     # Raw generator output, unlike ``permutation``, is the same in every release of NumPy.
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    entropy = [seed, epoch, stream] if stream else [seed, epoch]
+    keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
     order = np.argsort(keys, kind="stable")
     order.flags.writeable = False  # shared by all callers
     return order
@@ -340,9 +396,9 @@ class Shuffled(grain.MapDataset):  # type: ignore[misc]  # untyped library
     small sets, and for a million examples a tenth of a second per epoch.
     """
 
-    def __init__(self, parent: grain.MapDataset, seed: int) -> None:
+    def __init__(self, parent: grain.MapDataset, order: Order) -> None:
         super().__init__(parent)
-        self._seed = seed
+        self._order = order
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -351,7 +407,7 @@ class Shuffled(grain.MapDataset):  # type: ignore[misc]  # untyped library
         if isinstance(index, slice):
             return self.slice(index)
         epoch, place = divmod(index, len(self))
-        return self._parent[int(permutation(self._seed, epoch, len(self))[place])]
+        return self._parent[int(self._order(epoch)[0][place])]
 
 
 class Rows(grain.MapDataset):  # type: ignore[misc]  # untyped library

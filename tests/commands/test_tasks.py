@@ -166,6 +166,7 @@ def test_unequal_classes_rank_by_balanced_accuracy_which_is_said(
         (["--metric", "accurracy"], "--metric must be one of accuracy, .* did you mean"),
         (["--metric", "mae"], "metric must be one of accuracy, .* for the task single_label"),
         (["--balance", "weights", "--strategy", "solved_head"], "--balance must be no for phases"),
+        (["--balance", "sampling", "--strategy", "solved_head"], "--balance must be no for phases"),
     ],
 )
 def test_a_metric_or_balance_that_does_not_fit_is_refused(

@@ -25,7 +25,7 @@ from flaxtransfer.data import (
     train_dataset,
     training_transform,
 )
-from flaxtransfer.data.pipeline import _closing, permutation
+from flaxtransfer.data.pipeline import Order, _closing, permutation, seeds, training_rows
 from flaxtransfer.weights import Preprocessing
 
 PREPROCESSING = Preprocessing((0.5,), (0.25,), size=12, resize=12, interpolation="bilinear")
@@ -112,6 +112,53 @@ def test_every_order_is_as_likely_as_another():
     counts = [orders.count(order) for order in itertools.permutations(range(3))]
     assert sum(counts) == 3000
     assert max(abs(count - 500) for count in counts) < 5 * 20.4
+
+
+@settings(max_examples=60)
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    batch=st.integers(1, 9),
+    step=st.integers(0, 30),
+    seed=st.integers(0, 3),
+)
+def test_balanced_epochs_have_each_class_as_often_as_every_other(labels, batch, step, seed):
+    labels = np.array(labels)
+    present, members = np.unique(labels, return_counts=True)
+    order = Order(len(labels), seed, labels)
+    epochs = [order(epoch) for epoch in range(len(present))]
+    for rows, _ in epochs:
+        assert len(rows) == len(labels)
+        counts = [int((labels[rows] == one).sum()) for one in present]
+        assert max(counts) - min(counts) <= 1
+    rows, seen = (np.concatenate(each) for each in zip(*epochs, strict=True))
+    assert {int((labels[rows] == one).sum()) for one in present} == {len(labels)}
+    # Within a class all come in turn, and it is known how often each was there before.
+    times = np.bincount(rows, minlength=len(labels))
+    for one, count in zip(present, members, strict=True):
+        own = times[labels == one]
+        assert own.max() - own.min() <= 1
+        assert own.sum() == len(labels)
+        assert seen[labels[rows] == one].max() == -(-len(labels) // count) - 1
+    assert len(set(zip(rows.tolist(), seen.tolist(), strict=True))) == len(rows)
+    # Any batch can be asked for alone.
+    found, _ = training_rows(len(labels), batch_size=batch, seed=seed, step=step, classes=labels)
+    places = step * batch + np.arange(batch)
+    whole = Order(len(labels), seeds(seed)[0], labels)
+    expected = [whole(int(n // len(labels)))[0][n % len(labels)] for n in places]
+    assert found.tolist() == expected
+
+
+def test_balanced_batches_are_those_rows_in_any_shards():
+    labels = SOURCE.labels() > 3
+    options = {"classes": labels.astype(int), "transform": AUGMENT}
+    whole = train(6, **options)
+    for step, batch in enumerate(whole):
+        rows, _ = training_rows(23, batch_size=8, seed=0, step=step, classes=options["classes"])
+        assert batch["index"].tolist() == rows.tolist()
+    parts = [train(6, shard=(number, 2), **options) for number in range(2)]
+    both = [np.concatenate([one["image"] for one in pair]) for pair in zip(*parts, strict=True)]
+    np.testing.assert_array_equal(np.stack(both), np.stack([batch["image"] for batch in whole]))
+    assert digest(train(2, start_step=4, **options)) == digest(whole[4:])
 
 
 def test_the_order_does_not_depend_on_augmentation_or_batch_size():
