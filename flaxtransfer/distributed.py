@@ -484,6 +484,8 @@ def _watch() -> None:
             return
         try:
             client = _client()
+            if client is None:
+                return  # A program has parted the processes itself.
             sign = f"{_SIGNS}{jax.process_index()}"
             client.key_value_set(sign, f"{look} {_places}", allow_overwrite=True)
             words = client.key_value_dir_get(_FAILED)
@@ -572,7 +574,7 @@ def _hold_line_to_first() -> None:
 
 
 def _end_without_first(why: str) -> None:
-    if not _ending.is_set():
+    if not _ending.is_set() and _client() is not None:
         _say(f"process 0 of {jax.process_count()} is gone: {why}")
         os._exit(FAILURE)
 

@@ -211,8 +211,9 @@ def fit(
             prepared or labeled for another network; ``pooled`` of other examples or of another
             width; the folder holds another run, or an unfinished
             one and ``resume`` is not set, or somebody else is writing it; the loss is not finite
-            (``NonFiniteLoss``); processes with other arguments than process 0, batches that are not
-            divided among the processes, a mesh without some of them.
+            (``NonFiniteLoss``); ``shard_above`` below 0; processes with other arguments than
+            process 0, batches that are not divided among the processes, a mesh without some of
+            them.
         OSError: the folder cannot be written.
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """

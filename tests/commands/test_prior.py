@@ -153,7 +153,8 @@ def test_features_that_changed_are_missing_or_damaged_are_refused(
 
 
 def test_a_run_without_validation_says_how_to_have_some(trained, target, tmp_path, capsys):
-    (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
     seal_run(tmp_path)
     text = "keeps no validation examples (no validation.npz); train with --val-per-class"
     refused(capsys, [str(tmp_path), target[0][0], "--adjust-prior"], text)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 import flaxtransfer as ft
+from flaxtransfer.files import write_json
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.training import run_folder
 from flaxtransfer.training.step import forward_with_features
@@ -76,4 +77,5 @@ def finish_run(folder: Path) -> None:
     logits, features = map(np.concatenate, zip(*parts, strict=True))
     trained = ft.Classifier(model, variables, PREPROCESSING, ("dark", "bright"))
     predicted = ft.training.Predictions(logits, known, features)
+    write_json(folder / run_folder.CONFIG_FILE, {"compute": "float32"})
     run_folder.finish(folder, trained, 1, predicted, predicted.evaluation())

@@ -20,9 +20,12 @@ STEP = 3
 
 
 def main(fate: str, struck: int) -> int:
-    distributed._SILENT_S = 3.0
+    distributed._SILENT_S = 6.0
     distributed.start()
     number, _ = distributed.share()
+    distributed.total(1)
+    # Not before: on a busy machine one starts later than the other.
+    os.environ[distributed.LONGEST_WAIT] = "4"
     for step in range(1, 10_000):
         if step == STEP and number == struck:
             if fate == "hang":
