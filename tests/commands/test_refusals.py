@@ -27,7 +27,7 @@ ERRORS = [
     (["train", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
     (["train", "--data", "tfds:no_such_set"], "no_such_set"),
     (["train", "--labels-per-class", "500"], "class"),
-    (["train", "--strategy", "l2sp"], "--strategy must be auto, or a recipe (depth_head, "),
+    (["train", "--strategy", "l2sp"], "--strategy must be auto, or a recipe (batch_norm_only, "),
     (["train", "--strategy", "surgicl"], "got 'surgicl'; did you mean 'surgical'?"),
     (["train", "--strategy", "nowhere.yaml"], "there is no plan nowhere.yaml"),
     (["train", "--strategy", "l2_sp", "--head-steps", "5"], "l2_sp does not take --head-steps"),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from flaxtransfer.data.augment import OPERATIONS, RGB, RandomErasing, apply_operation
 from flaxtransfer.losses import CrossEntropy
-from flaxtransfer.training.step import Blend, cut_out
+from flaxtransfer.training.blend import Blend, cut_out
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

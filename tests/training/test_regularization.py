@@ -21,19 +21,12 @@ from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from flaxtransfer.models.resnet import Noise, depth_rates
 from flaxtransfer.sharding import batch_rows
 from flaxtransfer.task import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Units
+from flaxtransfer.training.blend import Blend, cut_out, draw_blend, whole_batch
 from flaxtransfer.training.plan import plan_text
 from flaxtransfer.training.plan_yaml import plan_from_yaml, plan_to_yaml
 from flaxtransfer.training.prefix_cache import Cache, choose
 from flaxtransfer.training.selection import check_feed
-from flaxtransfer.training.step import (
-    _BLEND,
-    Blend,
-    cut_out,
-    draw_blend,
-    start,
-    train_step,
-    whole_batch,
-)
+from flaxtransfer.training.step import _BLEND, start, train_step
 from flaxtransfer.weights.preprocessing import normalize
 from tests.support.small import PREPROCESSING, SIZE, batch, feed
 
