@@ -169,6 +169,7 @@ def heavy_imports(name):
         ("pyarrow", ("data",)),
         ("pydicom", ("data",)),
         ("tifffile", ("data",)),
+        ("nibabel", ("data",)),
         ("matplotlib", ("report",)),
         ("tyro", ("commands", "cli")),
     ],

@@ -28,7 +28,10 @@ from flaxtransfer.data.scans import (
     Picture,
     dicom_frames,
     dicom_group,
+    is_nifti,
+    nifti_frames,
     read_dicom,
+    read_nifti,
     read_tiff,
     to_pixels,
     whole_range,
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-HEAD_BYTES = 132
-"""First bytes of a file that tell its format: those of DICOM come after a preamble."""
+HEAD_BYTES = 512
+"""First bytes of a file that tell its format: those of NIfTI end at 348, and may be compressed."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,10 @@ def _check_file(path: str | os.PathLike[str]) -> None:
 
 
 def count_frames(path: str | os.PathLike[str], *, name: str) -> int:
-    """How many examples a file is: the frames of a DICOM file, 1 for any other.
+    """How many examples a file is: the frames of DICOM, the slices of NIfTI, 1 for any other.
 
     Raises:
-        ImageError: not an image, or a DICOM file whose header cannot be read.
+        ImageError: not an image, or a scan whose header cannot be read.
     """
     _check_file(path)
     with open(path, "rb") as file:
@@ -252,7 +255,7 @@ def _tiff(file: IO[bytes], asked: Asked) -> Picture | None:
     return read_tiff(file, asked, lambda: _pillow("TIFF", file, asked))
 
 
-_LIBRARIES = r"(PIL|pydicom|tifffile)\."
+_LIBRARIES = r"(PIL|pydicom|tifffile|nibabel)\."
 _IGNORED = ("ignore", None, Warning, re.compile(_LIBRARIES), 0)
 
 
@@ -265,7 +268,7 @@ def _silence() -> None:
     """
     if _IGNORED not in warnings.filters:
         warnings.filterwarnings("ignore", module=_LIBRARIES)
-    for name in ("PIL", "pydicom", "tifffile"):
+    for name in ("PIL", "pydicom", "tifffile", "nibabel"):
         logger = logging.getLogger(name)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)
@@ -293,6 +296,7 @@ DECODERS = (
         frames=dicom_frames,
         group=dicom_group,
     ),
+    Decoder("NIfTI", is_nifti, read_nifti, frames=nifti_frames),
     Decoder(
         "TIFF",
         _prefix(b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0"),

@@ -1,20 +1,24 @@
-"""Pictures of more than 8 bits: gray levels, DICOM and GeoTIFF.
+"""Pictures of more than 8 bits: gray levels, DICOM, NIfTI and GeoTIFF.
 
 A ``Picture`` holds what a file measures, ``Levels`` says which measurements are black and white,
-and ``to_pixels`` makes uint8 of both. The readers need the extras ``dicom`` and ``geo``.
+and ``to_pixels`` makes uint8 of both. The readers need the extras ``dicom``, ``nifti`` and ``geo``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import io
 import itertools
 import logging
 import math
 import os
 import re
+import struct
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
@@ -49,7 +53,7 @@ class Asked:
         name: of the image, for errors.
         bands: channels; one and three are gray and RGB, every other number is taken as it is.
         min_side: see ``decode``.
-        frame: of a file of several pictures, from 0; only DICOM has more than one.
+        frame: of a file of several pictures, from 0; only DICOM and NIfTI have more than one.
         measured: whether a picture of 8 bits is of no interest: then None is returned for it.
     """
 
@@ -473,6 +477,153 @@ def _window(part: Any) -> Callable[[np.ndarray], np.ndarray] | None:
 
 def _first(value: Any) -> float:
     return float(value if isinstance(value, int | float | str) else value[0])
+
+
+# NIfTI
+
+_MOST_VOLUME = 2**30
+"""Bytes of a volume, which is held in memory while its slices are read."""
+
+_GZIP, _NIFTI_HEADER = b"\x1f\x8b", 544
+
+
+def is_nifti(head: bytes) -> bool:
+    """Whether a file that begins so is a NIfTI volume, compressed or not.
+
+    >>> is_nifti(b"label,path")
+    False
+    """
+    with contextlib.suppress(zlib.error):
+        head = _unzipped(head, _NIFTI_HEADER)
+    for order in "<>":
+        if len(head) >= 56 and struct.unpack_from(f"{order}i", head)[0] == 348:
+            magic = head[344:348]  # Not all of it may be there, if it is compressed.
+            return (
+                b"n+1\0".startswith(magic)
+                and 1 <= struct.unpack_from(f"{order}h", head, 40)[0] <= 7
+            )
+    return head[4:8] == b"n+2\0"
+
+
+def _unzipped(data: bytes, most: int) -> bytes:
+    """The first bytes of a file, decompressed where it is compressed."""
+    if not data.startswith(_GZIP):
+        return data[:most]
+    return zlib.decompressobj(31).decompress(data, most)
+
+
+def _nifti(name: str) -> Any:
+    with _extra("nifti", name):
+        import nibabel
+    return nibabel
+
+
+def _nifti_header(head: bytes, name: str) -> tuple[Any, tuple[int, ...], list[int]]:
+    """Header, shape of three or four axes, and which axis of the body each of three axes is."""
+    library = _nifti(name)
+    kind = library.Nifti1Header if head[4:8] != b"n+2\0" else library.Nifti2Header
+    try:
+        header = kind.from_fileobj(io.BytesIO(head), check=False)
+        found = tuple(int(n) for n in header.get_data_shape())
+        shape = (*found, 1, 1, 1)[:3] + tuple(n for n in found[3:] if n != 1)
+        axes = library.orientations.io_orientation(header.get_best_affine())[:, 0]
+        of_body = [0, 1, 2] if np.isnan(axes).any() else [int(axis) for axis in axes]
+        dtype = header.get_data_dtype()
+    except Exception as error:  # Of many kinds, on damaged bytes.
+        raise ImageError(f"{name}: the NIfTI header cannot be read ({_brief(error)})") from error
+    if min(shape) < 1 or len(shape) > 4 or dtype.kind not in "iuf":
+        raise ImageError(
+            f"{name}: a NIfTI volume must have numbers on three axes, or four with bands, got "
+            f"{dtype.name} {list(found)}"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    if size > _MOST_VOLUME:
+        raise ImageError(
+            f"{name}: a NIfTI volume must have at most {_MOST_VOLUME:,} bytes, got {size:,}"
+        )
+    return header, shape, of_body
+
+
+def nifti_frames(path: str | os.PathLike[str], name: str) -> int:
+    """How many slices across the body a NIfTI file states, from the feet to the head.
+
+    Raises:
+        ImageError: no readable header.
+    """
+    with open(path, "rb") as file:
+        head = _unzipped(file.read(2**16), _NIFTI_HEADER)
+    _, shape, of_body = _nifti_header(head, name)
+    return shape[of_body.index(2)]
+
+
+def read_nifti(file: IO[bytes], asked: Asked) -> Picture | None:
+    """Reads one slice of a NIfTI volume, across the body, as a radiologist sees it.
+
+    The volume is turned to the closest of the standard orientations. The first row of a slice is
+    the front of the body, and the first column its right side. A fourth axis holds bands. Values
+    are scaled as the header says; its display range is used where no levels are given.
+
+    References:
+        R. W. Cox et al., "A (Sort of) New Image Data Format Standard: NIfTI-1", 2004.
+    """
+    state = os.fstat(file.fileno()) if hasattr(file, "fileno") else None
+    key = None if state is None else (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    with _VOLUME:
+        volume = _LAST.get(key) if key is not None else None
+        if volume is None:
+            volume = _nifti_volume(file, asked)
+            _LAST.clear()
+            _LAST[key] = volume
+    values, window, final = volume
+    if asked.measured and final:
+        return None
+    if not asked.frame < values.shape[2]:
+        raise ImageError(f"{asked.name}: there are {values.shape[2]} slices, got {asked.frame + 1}")
+    piece = values[:, :, asked.frame]
+    pixels = np.flip(piece, (0, 1)).swapaxes(0, 1)
+    _bands_of(pixels.shape[2], asked)
+    return Picture(np.ascontiguousarray(pixels), window, window is not None)
+
+
+_VOLUME = threading.Lock()
+_LAST: dict[Any, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray] | None, bool]] = {}
+"""The volume that was read last: its slices are asked for one after the other."""
+
+
+def _nifti_volume(
+    file: IO[bytes], asked: Asked
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray] | None, bool]:
+    """Values ``[left to right, back to front, feet to head, bands]``, own window, and whether they
+    are pixels of 8 bits.
+    """
+    library, name = _nifti(asked.name), asked.name
+    file.seek(0)
+    data = file.read(_MOST_VOLUME)
+    try:
+        header, shape, _ = _nifti_header(_unzipped(data, _NIFTI_HEADER), name)
+        check_size(shape[0], shape[1], 1, header.get_data_dtype().itemsize * 8, name)
+        most = int(header.get_data_offset()) + math.prod(shape) * header.get_data_dtype().itemsize
+        whole = _unzipped(data, most)
+        kind = library.Nifti1Image if len(header.binaryblock) == 348 else library.Nifti2Image
+        image = kind.from_bytes(whole)
+        values = np.asanyarray(library.as_closest_canonical(image).dataobj)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{name}: the volume cannot be read ({_brief(error)})") from error
+    stored = header.get_data_dtype()
+    height, width, slices = (*values.shape, 1, 1, 1)[:3]
+    values = values.reshape(height, width, slices, -1)
+    if values.dtype == np.float64 and stored.itemsize <= 2:
+        values = values.astype(np.float32)
+    elif values.dtype.kind in "iu" and values.itemsize > 2:
+        values = values.astype(np.float64)
+    elif values.dtype == np.int8:
+        values = values.astype(np.int16)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    low, high = float(header["cal_min"]), float(header["cal_max"])
+    window = functools.partial(between, black=low, white=high) if high > low else None
+    return values, window, values.dtype == np.uint8
 
 
 # TIFF

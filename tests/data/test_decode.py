@@ -166,7 +166,7 @@ def test_min_side_decodes_a_large_jpeg_smaller_and_never_below():
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"", "x.png: not an image in PNG, JPEG, BMP, GIF, DICOM, TIFF, WEBP"),
+        (b"", "x.png: not an image in PNG, JPEG, BMP, GIF, DICOM, NIfTI, TIFF, WEBP"),
         (b"label,path\n", "x.png: not an image in PNG"),
         (encoded(Image.fromarray(COLOR))[:-30], "x.png: the image cannot be decoded"),
         (encoded(Image.fromarray(COLOR), "JPEG")[:-200], "x.png: the image cannot be decoded"),

@@ -109,7 +109,7 @@ def test_skipping_a_whole_class_is_an_error(tree):
 def test_many_bad_files_are_counted(tree):
     for index in range(8):
         (tree / "class2" / f"{index}.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"class2/4\.csv: not an image[^,]*(,[^,]*){6} and 3 more"):
+    with pytest.raises(ValueError, match=r"class2/4\.csv: not an image[^,]*(,[^,]*){7} and 3 more"):
         open_source(f"folder:{tree}")
 
 
