@@ -481,7 +481,7 @@ def _first(value: Any) -> float:
 
 # NIfTI
 
-_MOST_VOLUME = 2**30
+_MOST_VOLUME = 2**29
 """Bytes of a volume, which is held in memory while its slices are read."""
 
 _GZIP, _NIFTI_HEADER = b"\x1f\x8b", 544

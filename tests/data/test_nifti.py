@@ -140,7 +140,7 @@ def test_the_next_volume_is_another_one(tmp_path):
         (lambda data: data[:70] + struct.pack("<h", 999) + data[72:], "cannot be read"),
         (
             lambda data: data[:40] + struct.pack("<4h", 3, 20000, 20000, 20000) + data[48:],
-            "must have at most 1,073,741,824 bytes, got 16,000,000,000,000",
+            "must have at most 536,870,912 bytes, got 16,000,000,000,000",
         ),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -104,6 +106,78 @@ def test_the_jobset_has_a_process_for_each_machine_and_goes_on_after_a_restart()
     assert "--resume" in container["command"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def strict(**properties):
+    """An object with these fields and no other."""
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+COUNT = {"type": "integer", "minimum": 0}
+JOBSET = strict(
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+    kind={"const": "JobSet"},
+    metadata=strict(name={"type": "string"}, labels=TEXTS, annotations=TEXTS),
+    spec=strict(
+        failurePolicy=strict(
+            maxRestarts=COUNT,
+            restartStrategy={"enum": ["Recreate", "BlockingRecreate"]},
+            rules={"type": "array"},
+        ),
+        successPolicy=strict(
+            operator={"enum": ["All", "Any"]}, targetReplicatedJobs={"type": "array"}
+        ),
+        startupPolicy=strict(startupPolicyOrder={"enum": ["AnyOrder", "InOrder"]}),
+        network=strict(
+            enableDNSHostnames={"type": "boolean"},
+            subdomain={"type": "string"},
+            publishNotReadyAddresses={"type": "boolean"},
+        ),
+        suspend={"type": "boolean"},
+        ttlSecondsAfterFinished=COUNT,
+        managedBy={"type": "string"},
+        replicatedJobs={
+            "type": "array",
+            "minItems": 1,
+            "items": strict(
+                name={"type": "string"},
+                groupName={"type": "string"},
+                replicas=COUNT,
+                dependsOn={"type": "array"},
+                template=strict(metadata={"type": "object"}, spec={"type": "object"}),
+            ),
+        },
+    ),
+)
+"""The fields of a JobSet of v1alpha2; what is in the template of a job, Kubernetes itself defines."""
+
+
+def test_the_jobset_has_no_field_that_jobsets_do_not_have():
+    found = yaml.safe_load((LAUNCH / "gke-jobset.yaml").read_text())
+    jsonschema.validate(found, JOBSET)
+    for place, name in (((), "specs"), (("spec",), "replicatedJob"), (("metadata",), "label")):
+        misspelt = copy.deepcopy(found)
+        inner = misspelt
+        for key in place:
+            inner = inner[key]
+        inner[name] = {}
+        with pytest.raises(jsonschema.ValidationError, match=name):
+            jsonschema.validate(misspelt, JOBSET)
+
+
+@pytest.mark.slow
+def test_the_job_of_the_jobset_is_one_of_kubernetes():
+    """By the schemas that Kubernetes publishes, without fields that they do not have."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    found = yaml.safe_load((LAUNCH / "gke-jobset.yaml").read_text())
+    (replicated,) = found["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}}
+    job |= replicated["template"]
+    kubernetes_validate.validate(job, "1.34", strict=True)
+    job["spec"]["template"]["spec"]["nodeSelectors"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="nodeSelectors"):
+        kubernetes_validate.validate(job, "1.34", strict=True)
 
 
 def test_processes_of_this_machine_are_numbered_and_their_errors_told(tmp_path):
