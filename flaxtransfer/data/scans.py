@@ -566,14 +566,17 @@ def read_nifti(file: IO[bytes], asked: Asked) -> Picture | None:
     References:
         R. W. Cox et al., "A (Sort of) New Image Data Format Standard: NIfTI-1", 2004.
     """
-    state = os.fstat(file.fileno()) if hasattr(file, "fileno") else None
-    key = None if state is None else (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    key = None
+    with contextlib.suppress(OSError):  # Bytes in memory are no file.
+        state = os.fstat(file.fileno())
+        key = state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
     with _VOLUME:
-        volume = _LAST.get(key) if key is not None else None
+        volume = None if key is None else _LAST.get(key)
         if volume is None:
             volume = _nifti_volume(file, asked)
             _LAST.clear()
-            _LAST[key] = volume
+            if key is not None:
+                _LAST[key] = volume
     values, window, final = volume
     if asked.measured and final:
         return None

@@ -16,6 +16,7 @@ from flaxtransfer.data import scans
 from flaxtransfer.data.decode import count_frames, decode_bands, is_image, read_picture
 from flaxtransfer.data.folder import open_folder
 from flaxtransfer.data.scans import Asked, ImageError, Levels, MissingExtra
+from tests.support.scans import nifti
 
 BODY = np.random.default_rng(0).integers(-1000, 2000, (5, 7, 4)).astype(np.int16)
 """[left to right, back to front, feet to head]"""
@@ -65,6 +66,12 @@ def test_compressed_or_not_the_first_bytes_tell(tmp_path, kind, suffix):
     assert is_image(hidden.read_bytes()[:512])
     np.testing.assert_array_equal(slice_of(hidden, 3)[..., 0], as_seen(BODY, 3))
     assert not is_image(gzip.compress(b"label,path\n" * 100)[:512])
+
+
+def test_bytes_in_memory_are_a_volume_too():
+    pixels = decode_bands(nifti(), name="a", bands=1, levels=Levels((0,), (139,)))
+    assert pixels.shape == (7, 5, 1)
+    assert pixels[0, 0, 0] == round(255 * (4 * 28 + 6 * 4) / 139)
 
 
 def test_the_other_order_of_bytes(tmp_path):

@@ -150,7 +150,7 @@ JOBSET = strict(
         },
     ),
 )
-"""The fields of a JobSet of v1alpha2; what is in the template of a job, Kubernetes itself defines."""
+"""The fields of a JobSet of v1alpha2. What is in the template of a job, Kubernetes defines."""
 
 
 def test_the_jobset_has_no_field_that_jobsets_do_not_have():

@@ -52,7 +52,7 @@ from flaxtransfer.training.plan_yaml import plan_from_yaml
 from flaxtransfer.weights.naming import native
 from flaxtransfer.weights.readers import array_files, detect
 from tests.faults.readers import DAMAGES, hdf5, single_files
-from tests.support.scans import bundled, geotiff
+from tests.support.scans import bundled, geotiff, nifti
 
 MOST_SECONDS, MOST_BYTES, MOST_TEXT = 5.0, 1 << 30, 600
 
@@ -368,6 +368,7 @@ IMAGES = (
         for kind in (None, "zlib", "lzw")
     ),
     *(bundled(name).read_bytes() for name in ("MR_small_RLE.dcm", "rtdose.dcm")),
+    *(nifti(suffix) for suffix in (".nii", ".nii.gz")),
 )
 IMAGE_WORDS = (
     *(

@@ -1,4 +1,4 @@
-"""DICOM and GeoTIFF files, written by pydicom and tifffile."""
+"""DICOM, NIfTI and GeoTIFF files, written by pydicom, nibabel and tifffile."""
 
 from __future__ import annotations
 
@@ -69,3 +69,14 @@ def band_items(name, texts) -> str:
         f'<Item name="{name}" sample="{i}" role="{name.lower()}">{text}</Item>'
         for i, text in enumerate(texts)
     )
+
+
+def nifti(suffix: str = ".nii") -> bytes:
+    """A small NIfTI volume, compressed with the suffix ".nii.gz"."""
+    import gzip
+
+    import nibabel
+
+    values = np.arange(5 * 7 * 4, dtype=np.int16).reshape(5, 7, 4)
+    data = nibabel.Nifti1Image(values, np.eye(4)).to_bytes()
+    return gzip.compress(data) if suffix.endswith(".gz") else data
