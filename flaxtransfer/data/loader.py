@@ -18,7 +18,14 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from flaxtransfer.data.pipeline import FixedView, batches_in_order, train_batches, training_rows
+from flaxtransfer.data.pipeline import (
+    FixedView,
+    Order,
+    batches_in_order,
+    seeds,
+    train_batches,
+    training_rows,
+)
 from flaxtransfer.data.scans import Levels, Picture
 from flaxtransfer.data.source import (
     Example,
@@ -167,6 +174,7 @@ def loaders(
     if balanced and labels.ndim != 1:
         raise ValueError("`balanced` must be False for images with several labels or values each")
     classes = labels[train] if balanced else None
+    order = Order(len(train), seeds(seed)[0], classes)
     source = with_levels(source, Levels.of(preprocessing))
     _warn_of_levels(source, train)
     channels = len(preprocessing.mean)
@@ -204,7 +212,7 @@ def loaders(
         validation_labels=labels[validation],
         batch_size=batch_size,
         rows=lambda k: training_rows(
-            len(train), batch_size=batch_size, seed=seed, step=k, classes=classes
+            len(train), batch_size=batch_size, seed=seed, step=k, order=order
         ),
         view=lambda k: once(train, FixedView(augmentation, seed, k)),
         random=is_random(augmentation),

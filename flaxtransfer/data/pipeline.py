@@ -300,7 +300,7 @@ class FixedView:
 
 
 def training_rows(
-    count: int, *, batch_size: int, seed: int, step: int, classes: np.ndarray | None = None
+    count: int, *, batch_size: int, seed: int, step: int, order: Order | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The examples of which batch ``step`` of ``train_batches`` is made, without making it.
 
@@ -313,7 +313,7 @@ def training_rows(
     ([0, 1, 2], [0, 0, 0, 1])
     """
     passes, places = np.divmod(step * batch_size + np.arange(batch_size), count)
-    order = Order(count, seeds(seed)[0], classes)
+    order = order or Order(count, seeds(seed)[0])
     found = [[each[places[passes == n]] for each in order(int(n))] for n in np.unique(passes)]
     rows, seen = (np.concatenate(each) for each in zip(*found, strict=True))
     return rows, seen
@@ -336,18 +336,23 @@ class Order:
 
     def __init__(self, count: int, seed: int, classes: np.ndarray | None = None) -> None:
         self._count, self._seed = count, seed
-        labels = np.zeros(count, int) if classes is None else np.asarray(classes)
+        labels = np.zeros(0) if classes is None else np.asarray(classes)
         self._members = [np.flatnonzero(labels == one) for one in np.unique(labels)]
-        self._last: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
+        # Asked for once per example, by threads that may be at the end of an epoch or behind it.
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The examples of an epoch, and how often each was seen before; int64 ``[count]``."""
+        found = self._kept.get(epoch)
+        if found is None:
+            found = self._made(epoch)
+            self._kept = {epoch: found, **dict(list(self._kept.items())[:3])}
+        return found
+
+    def _made(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         number = len(self._members)
-        if number == 1:
+        if number < 2:
             return permutation(self._seed, epoch, self._count), np.full(self._count, epoch)
-        last = self._last
-        if last is not None and last[0] == epoch:
-            return last[1]
         rows, seen = [], []
         for place, members in enumerate(self._members):
             # The floors of (n + place) / number over all places sum to n (Hermite's identity).
@@ -358,9 +363,7 @@ class Order:
                 rows.append(members[order[own[times == time]]])
             seen.append(times)
         mixed = permutation(self._seed, epoch, self._count)
-        found = np.concatenate(rows)[mixed], np.concatenate(seen)[mixed]
-        self._last = epoch, found
-        return found
+        return np.concatenate(rows)[mixed], np.concatenate(seen)[mixed]
 
 
 @functools.lru_cache(maxsize=4)

@@ -141,19 +141,32 @@ def test_balanced_epochs_have_each_class_as_often_as_every_other(labels, batch, 
         assert seen[labels[rows] == one].max() == -(-len(labels) // count) - 1
     assert len(set(zip(rows.tolist(), seen.tolist(), strict=True))) == len(rows)
     # Any batch can be asked for alone.
-    found, _ = training_rows(len(labels), batch_size=batch, seed=seed, step=step, classes=labels)
-    places = step * batch + np.arange(batch)
     whole = Order(len(labels), seeds(seed)[0], labels)
+    found, _ = training_rows(len(labels), batch_size=batch, seed=seed, step=step, order=whole)
+    places = step * batch + np.arange(batch)
     expected = [whole(int(n // len(labels)))[0][n % len(labels)] for n in places]
     assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("classes", [None, np.arange(23) % 2])
+def test_an_epoch_is_put_in_order_once_and_not_for_each_example(monkeypatch, classes):
+    made = []
+    real = Order._made
+    monkeypatch.setattr(Order, "_made", lambda self, epoch: made.append(epoch) or real(self, epoch))
+    order = Order(23, 0, classes)
+    for epoch in (0, 1, 0, 1, 2, 1, 2):  # Threads do not come in turn at the end of an epoch.
+        order(epoch)
+    assert made == [0, 1, 2]
+    assert len(order._kept) <= 4
 
 
 def test_balanced_batches_are_those_rows_in_any_shards():
     labels = SOURCE.labels() > 3
     options = {"classes": labels.astype(int), "transform": AUGMENT}
     whole = train(6, **options)
+    order = Order(23, seeds(0)[0], options["classes"])
     for step, batch in enumerate(whole):
-        rows, _ = training_rows(23, batch_size=8, seed=0, step=step, classes=options["classes"])
+        rows, _ = training_rows(23, batch_size=8, seed=0, step=step, order=order)
         assert batch["index"].tolist() == rows.tolist()
     parts = [train(6, shard=(number, 2), **options) for number in range(2)]
     both = [np.concatenate([one["image"] for one in pair]) for pair in zip(*parts, strict=True)]
