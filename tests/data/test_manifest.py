@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -365,3 +367,36 @@ def test_a_large_table_is_listed_without_opening_images(tmp_path, monkeypatch):
     source = open_source(f"csv:{tmp_path}/table.csv")
     assert len(source) == count
     assert opened == []
+
+
+DAMAGE = """
+import sys
+from pathlib import Path
+from flaxtransfer.data import open_source
+whole, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[1]).with_name("damaged")
+end = len(whole) - 8
+for place in range(end - int.from_bytes(whole[-8:-4], "little"), end):
+    for value in (0x01, 0x18, 0x29):
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        try:
+            open_source(f"parquet:{path}")
+        except ValueError:
+            pass
+"""
+
+
+def test_a_damaged_footer_of_parquet_never_ends_the_process(tmp_path):
+    """At some damage pyarrow ends it, without an error, where a column's metadata are asked for."""
+    names = [f"{number}.png" for number in range(4)]
+    for name in names:
+        Image.new("L", (2, 2)).save(tmp_path / name)
+    # Text with values that are missing has histograms of its levels.
+    table = pa.table({"path": names, "label": ["a", "b", "a", "b"], "other": ["x", None, "y", "z"]})
+    pq.write_table(table, tmp_path / "sound")
+    done = subprocess.run(
+        [sys.executable, "-c", DAMAGE, str(tmp_path / "sound")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
