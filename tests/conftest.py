@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A loaded machine is slow at everything, drawing examples included: that says nothing about the
@@ -47,6 +49,24 @@ _made = None if _CACHE in os.environ else tempfile.mkdtemp(prefix="flaxtransfer-
 if _made is not None:
     os.environ[_CACHE] = _made
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+
+
+# CI tries these on one interpreter: they reach jax, flax and numpy through the rooms below, whose
+# tests, and the examples in the docstrings of every room, run on both.
+_UPPER_ROOMS = re.compile(
+    "(advice|analysis|commands|distributed|experiments|faults|recipes|report)/"
+    "|weights/(test_|exports/test_exports)"
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what CI tries on one interpreter."""
+    tests = Path(__file__).parent
+    for item in items:
+        inside = item.path.is_relative_to(tests)
+        if inside and _UPPER_ROOMS.match(item.path.relative_to(tests).as_posix()):
+            item.add_marker("once")
 
 
 def pytest_unconfigure() -> None:

@@ -12,8 +12,6 @@ from flaxtransfer.cli import run
 from flaxtransfer.report.pages import render_advice
 from tests.support.targets import pretrained, source
 
-pytestmark = pytest.mark.once
-
 KNOWN = {
     "colors": {"depth"},
     "fine gratings": {"early"},

@@ -14,8 +14,6 @@ from flaxtransfer.paths import flatten
 from flaxtransfer.training.run_folder import split_of
 from tests.support.targets import source
 
-pytestmark = pytest.mark.once
-
 STEPS = 3
 
 

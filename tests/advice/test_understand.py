@@ -14,8 +14,6 @@ from flaxtransfer.analysis import error_split, label_suspects
 from flaxtransfer.cli import run
 from flaxtransfer.models.config import ResNetConfig
 
-pytestmark = pytest.mark.once
-
 PREPROCESSING = ft.weights.Preprocessing((0.5,) * 3, (0.25,) * 3, size=32, resize=32)
 
 

@@ -27,8 +27,6 @@ from flaxtransfer.files import write_json
 from flaxtransfer.training.run_folder import seal_run
 from tests.support.brightness import draw, finish_run, write
 
-pytestmark = pytest.mark.once
-
 SCHEMA = json.loads(
     Path(flaxtransfer.shift.diagnosis.__file__).with_name("report.schema.json").read_text()
 )

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.once
-
 PROGRAM = """
 import os, signal, sys
 def hook(event, arguments):

@@ -11,8 +11,6 @@ from flaxtransfer.cli import run
 from flaxtransfer.report.figures import plot_frequency, plot_saliency
 from tests.support.terminal import only_line
 
-pytestmark = pytest.mark.once
-
 
 def test_explains_the_test_images_of_a_run(finished, tmp_path, capsys):
     out = tmp_path / "new" / "explained"

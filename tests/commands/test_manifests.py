@@ -13,8 +13,6 @@ import pytest
 from flaxtransfer.cli import run
 from tests.support.terminal import only_line
 
-pytestmark = pytest.mark.once
-
 SHORT = ("--batch-size", 8, "--strategy", "solved_head", "--compare", "no")
 
 

@@ -15,8 +15,6 @@ from flaxtransfer.cli import run
 from flaxtransfer.commands.predict import cell_text
 from tests.support.terminal import only_line, train
 
-pytestmark = pytest.mark.once
-
 CLASSES = {"dark": "=dark\udcff[bold]", "bright": "[red]\x1b]0;owned\x07$x$"}
 
 

@@ -17,8 +17,6 @@ from flaxtransfer import cli
 from flaxtransfer.cli import run
 from tests.support.terminal import SIZE, only_line, train
 
-pytestmark = pytest.mark.once
-
 ERRORS = [
     (["train", "--data", "digit"], "unknown data source 'digit'; did you mean 'digits'?"),
     (["train", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),

@@ -18,8 +18,6 @@ from flaxtransfer.weights import load
 from tests.support.scans import band_items, geotiff, write_dicom
 from tests.support.terminal import SIZE, only_line, train
 
-pytestmark = pytest.mark.once
-
 QUICK = ("--strategy", "solved_head", "--labels-per-class", 4, "--batch-size", 8)
 
 

@@ -10,8 +10,6 @@ import pytest
 
 from flaxtransfer.commands.subcommands import SUBCOMMANDS
 
-pytestmark = pytest.mark.once
-
 HEAVY = (
     "jax",
     "flax",

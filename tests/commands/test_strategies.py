@@ -22,8 +22,6 @@ from flaxtransfer.commands.options import (
 from flaxtransfer.losses import BinaryCrossEntropy, CrossEntropy
 from tests.support.terminal import only_line, train
 
-pytestmark = pytest.mark.once
-
 
 def test_a_strategy_is_printed_edited_and_run(folder, weights, tmp_path, capsys):
     """Progressive unfreezing by way of a file: the decisions are printed, and in the metrics."""

@@ -16,8 +16,6 @@ from flaxtransfer.cli import run
 from flaxtransfer.data import open as opening
 from tests.support.terminal import SIZE
 
-pytestmark = pytest.mark.once
-
 NAMES = ("red", "bright")
 
 

@@ -12,8 +12,6 @@ import jsonschema
 import pytest
 import yaml
 
-pytestmark = pytest.mark.once
-
 LAUNCH = Path(__file__).parents[2] / "experiments/launch"
 
 

@@ -24,8 +24,6 @@ import flaxtransfer as ft
 from flaxtransfer import distributed
 from flaxtransfer.training.console import read_metrics
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/support/run_processes.py"
 

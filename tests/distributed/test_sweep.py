@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "experiments/launch/sweep.py"
 RAY_JOB = ROOT / "experiments/launch/ray_job.py"

@@ -13,8 +13,6 @@ from drawing.glyphs import glyph_templates, thin
 from drawing.render import draw_batch, make_bank
 from drawing.templates import TEMPLATE_SIZE, TEMPLATES_PER_CLASS
 
-pytestmark = pytest.mark.once
-
 GLYPHS, FRACTALS, SIZE = 40, 3, 24
 
 

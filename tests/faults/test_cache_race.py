@@ -12,8 +12,6 @@ from flaxtransfer.files import discard_folder, publish_folder
 from flaxtransfer.training import cached_loader
 from tests.faults.cache_race import BEFORE, SHAPE, Round, race
 
-pytestmark = pytest.mark.once
-
 
 def test_two_processes_that_fill_one_cache_do_not_disturb_each_other(tmp_path):
     """A sample; ``python -m tests.faults.cache_race --rounds 1000`` is the whole."""

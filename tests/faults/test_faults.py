@@ -8,8 +8,6 @@ import pytest
 
 from tests.faults import damage, harness, kills
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

@@ -8,8 +8,6 @@ import pytest
 
 from tests.faults import fuzz
 
-pytestmark = pytest.mark.once
-
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_no_input_hangs_fills_memory_or_ends_in_a_traceback(kind):

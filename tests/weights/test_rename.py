@@ -14,8 +14,6 @@ from flaxtransfer.weights.naming import huggingface, timm
 from flaxtransfer.weights.naming.key_map import CONV, Rule, leaf_of, to_keys, to_leaves
 from flaxtransfer.weights.naming.timm import table_for
 
-pytestmark = pytest.mark.once
-
 TABLES = {"torchvision": timm.PLAIN_TABLE, "huggingface": huggingface.TABLE}
 TINY = ResNetConfig("bottleneck", (2, 1, 1, 1), width=4, classes=3)
 
