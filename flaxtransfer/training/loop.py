@@ -738,12 +738,13 @@ def _best(run: _Run, state: State, position: Progress) -> tuple[State, Progress]
     if restored.step == position.best_step and restored.metric == position.best:
         return state, position
     reasons = "".join(f"; step {step}: {reason}" for step, reason in restored.skipped)
+    score = "not validated" if restored.metric is None else f"score {restored.metric:.4f}"
     _say_loss(
         run,
         position,
         f"the best checkpoint of the run, that of step {position.best_step} (score "
         f"{position.best:.4f}), is lost{reasons}; that of step {restored.step} takes its place "
-        f"(score {restored.metric})",
+        f"({score})",
     )
     kept = Progress(**restored.meta["position"])
     return state, replace(
