@@ -65,9 +65,9 @@ def test_the_recipes_have_one_list():
     assert sorted(ft.recipes.RECIPE_NAMES) == sorted(ft.recipes.RECIPES)
 
 
-def test_every_top_level_name_is_used_in_the_readme_or_an_experiment():
+def test_every_top_level_name_is_used_in_the_readme_the_guide_or_an_experiment():
     root = Path(__file__).parents[1]
-    text = (root / "README.md").read_text()
+    text = (root / "README.md").read_text() + (root / "experiments/guide.md").read_text()
     text += "".join(path.read_text() for path in (root / "experiments").rglob("*.py"))
     words = set(re.findall(r"\w+", text))
     assert [name for name in ft.__all__ if name not in words] == []
