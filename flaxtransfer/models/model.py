@@ -143,12 +143,15 @@ class Model:
                 is only checked against the network.
 
         Raises:
+            TypeError: ``rng`` is no key.
             ValueError: the network cannot take images of this shape.
 
         >>> model = Model(ResNetConfig(width=8, classes=2), zero_head=True)
         >>> model.init(jax.random.key(0), (32, 32, 3))["params"]["fc"]["kernel"].any()
         Array(False, dtype=bool)
         """
+        if not isinstance(rng, jax.Array):
+            raise TypeError(f"`rng` must be a key, such as jax.random.key(0), got {rng!r}")
         if image_shape is not None:
             _check_input(self.segments[0], self.config, (1, *image_shape))
         abstract = self.abstract()

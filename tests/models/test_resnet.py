@@ -329,3 +329,8 @@ class TestErrors:
         given = small[1]["params"] if which == "params" else None
         with pytest.raises(ValueError, match=r"variables must be \{'params'"):
             small[0].apply(given, noise(4, 16, 16, 3))
+
+
+def test_a_seed_is_no_key():
+    with pytest.raises(TypeError, match=r"`rng` must be a key, such as jax.random.key\(0\), got 7"):
+        resnet(SMALL).init(7)
