@@ -98,7 +98,10 @@ def load(
             ``training.recalibrate`` has measured them on your images.
 
     Returns:
-        A ``Pretrained`` with float32 numpy arrays, which may be views of the bytes that were read.
+        A ``Pretrained`` with float32 numpy arrays, which may be views of the bytes that were read
+        and then cannot be written to. Its ``sha256`` is that of these bytes; it is computed beside
+        their use, and waited for where it is first read, or here, where the name of the file or its
+        run states what it has to be.
 
     Raises:
         FileNotFoundError: the file does not exist; the text names the nearest one.
@@ -148,11 +151,14 @@ def load(
     if problem := statistics_problem(model, shapes, chosen, file):
         raise unfit(file, problem)
     try:
-        features = (short or infer(shapes)).features
-        head = with_head(table, arrays, file.beside, features, file.place, outside)
+        found = short or infer(shapes)
+        head = with_head(table, arrays, file.beside, found.features, file.place, outside)
+        before = {key: array.shape for key, array in arrays.items()}
         arrays, headless = dict(head.arrays), bool(head.missing)
-        shapes = _shapes(table, arrays)
-        seen = short or FORMATS[chosen].implied(infer(shapes))
+        if {key: array.shape for key, array in arrays.items()} != before:
+            shapes = _shapes(table, arrays)
+            found = short or infer(shapes)
+        seen = short or FORMATS[chosen].implied(found)
         graph = onnx.stated(file.metadata)
         seen = seen if graph is None else graph.of(seen)
     except ValueError as error:
@@ -206,7 +212,7 @@ def load(
         preprocessing=metadata.preprocessing,
         source=name,
         format=chosen,
-        sha256=file.digest(),
+        sha256=file.digest,
         class_names=metadata.class_names,
         task=metadata.task,
         notes=(
@@ -375,7 +381,9 @@ def described(config: ResNetConfig) -> str:
 def _as_float32(
     leaves: Mapping[str, np.ndarray], path: Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    stored = {leaf: array.dtype.name for leaf, array in leaves.items()}
+    # numpy composes the name of a dtype anew each time.
+    kinds_of = {dtype: dtype.name for dtype in {array.dtype for array in leaves.values()}}
+    stored = {leaf: kinds_of[array.dtype] for leaf, array in leaves.items()}
     foreign = {
         leaf: kind
         for leaf, kind in stored.items()
