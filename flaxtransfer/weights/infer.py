@@ -258,6 +258,8 @@ def assumptions(
     if not FORMATS[format].variants or any(key in file.metadata for key in headers):
         return []
     settings, name = sidecar.beside(file), file.path.name
+    if timm.own(settings) is not None:
+        return []
     architecture = sidecar.timm_architecture(settings)[0]
     told = (
         model is not None
