@@ -2,13 +2,15 @@
 
     python experiments/benchmarks/reading.py
 
-`flaxtransfer.load` reads the bytes of a file, takes their SHA-256, finds the network among the
-keys, checks every number, and gives arrays in place. `safetensors.torch.load_file` maps the file
-and reads nothing, so that one contestant copies each tensor, as whoever uses it will, and another
-one also takes the SHA-256 of the file. Each contestant is a process of its own, and they take
-turns. Programs load once: before each turn, memory of the last one goes back to the system. CPU is
-the least time that all threads of the process took in a turn. Memory is the peak of what the
-process holds during its first turn, less what it held before. Figures:
+`flaxtransfer.load` reads the bytes of a file, finds the network among the keys, checks every
+number, and gives arrays in place; their SHA-256 is computed beside this and after it, and one
+contestant waits for it. `safetensors.torch.load_file` maps the file and reads nothing, so that one
+contestant copies each tensor, as whoever uses it will, and another one also takes the SHA-256 of
+the file; `safetensors.numpy.load_file` copies by itself. Each contestant is a process of its own,
+and they take turns; a turn ends with the checksum, so that none is computed while others are timed.
+Programs load once: before each turn, memory of the last one goes back to the system. CPU is the
+least time that all threads of the process took in a turn, checksum included. Memory is the peak of
+what the process holds during its first turn, less what it held before. Figures:
 experiments/results/reading.md.
 """
 
@@ -32,7 +34,11 @@ import tyro
 from turns import Contestant, Facts, alternate, serve
 
 FILES = {"safetensors": "model.safetensors", "torch.save": "model.pt"}
-CONTESTANTS = ("flaxtransfer", "peer", "peer, copied", "peer, copied and hashed")
+OWN = ("flaxtransfer", "flaxtransfer, hashed")
+PEERS = {
+    "safetensors": ("peer", "peer, in numpy", "peer, copied", "peer, copied and hashed"),
+    "torch.save": ("peer", "peer, copied", "peer, copied and hashed"),
+}
 LIBRARIES = ("flaxtransfer", "torch", "safetensors", "numpy")
 
 
@@ -70,21 +76,22 @@ def main() -> None:
                     stack.enter_context(
                         Contestant(who, Path(__file__).name, {"who": who, "path": str(path)})
                     )
-                    for who in CONTESTANTS
+                    for who in (*OWN, *PEERS[kind])
                 ]
                 if options.first:
                     for each in contestants:
                         each.go_first()
                 alternate(contestants, options.rounds)
-                own, *peers = contestants
+                own, hashed, *peers = contestants
                 for each in contestants:
-                    print(row(f"{kind}, {size:.0f} MB", each, own, peers))
+                    ours = hashed if each.name.endswith("hashed") else own
+                    print(row(f"{kind}, {size:.0f} MB", each, ours if each in peers else None))
 
 
-def row(file: str, each: Contestant, own: Contestant, peers: list[Contestant]) -> str:
-    """One line of the table; the ratio is ours over the peer's of the line."""
+def row(file: str, each: Contestant, own: Contestant | None) -> str:
+    """One line of the table; the ratio is ours over the peer's of the line, hashed or not."""
     ratios = ["", ""]
-    if each in peers:
+    if own is not None:
         ratios = [f"{own.best / each.best:.2f}", f"{own.facts['peak'] / each.facts['peak']:.2f}"]
     cells = [
         *(file, each.name, f"{1e3 * each.best:.0f} ms", f"{1e3 * each.median:.0f} ms"),
@@ -119,6 +126,7 @@ def prepare(job: Facts) -> tuple[Facts, Callable[[], Facts]]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = held("VmRSS")
     result = load()
+    settle(result)
     peak = held("VmHWM") - before
     del result
 
@@ -131,6 +139,7 @@ def prepare(job: Facts) -> tuple[Facts, Callable[[], Facts]]:
         began, used = time.perf_counter(), time.process_time()
         result = load()
         seconds = time.perf_counter() - began
+        settle(result)
         cpu.append(time.process_time() - used)
         del result
         return {"seconds": seconds, "cpu": min(cpu)}
@@ -138,13 +147,29 @@ def prepare(job: Facts) -> tuple[Facts, Callable[[], Facts]]:
     return {"peak": peak}, turn
 
 
+def settle(result: Any) -> None:
+    """Waits for the checksum of ours."""
+    getattr(result, "sha256", "")
+
+
 def loader(who: str, path: Path) -> Callable[[], Any]:
     """What a contestant does in a turn."""
-    if who == "flaxtransfer":
+    if who in OWN:
         import flaxtransfer as ft
 
         ft.load("builtin")  # what is imported on first use is not counted
-        return lambda: ft.load(path)
+
+        def own() -> ft.Pretrained:
+            checkpoint = ft.load(path)
+            if who.endswith("hashed"):
+                settle(checkpoint)
+            return checkpoint
+
+        return own
+    if who.endswith("in numpy"):
+        from safetensors import numpy as in_numpy
+
+        return lambda: in_numpy.load_file(path)
     import torch
     from safetensors.torch import load_file
 

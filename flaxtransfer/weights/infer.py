@@ -258,6 +258,8 @@ def assumptions(
     if not FORMATS[format].variants or any(key in file.metadata for key in headers):
         return []
     settings, name = sidecar.beside(file), file.path.name
+    if timm.own(settings) is not None:
+        return []
     architecture = sidecar.timm_architecture(settings)[0]
     told = (
         model is not None
@@ -296,9 +298,10 @@ _AFTER_STEM = ("conv1/kernel", "downsample/0/kernel", "downsample/1/kernel")
 def _parts(shapes: Mapping[str, Shape], expansion: int) -> dict[str, Any]:
     """The fields that the presence of leaves shows."""
     parts: dict[str, Any] = {}
+    paths = "\n".join(shapes)
 
     def some(pattern: str) -> bool:
-        return any(re.search(pattern, path) for path in shapes)
+        return re.search(pattern, paths, re.MULTILINE) is not None
 
     if some("^params/layer4/[bg]n1/"):
         parts["preactivation"] = True

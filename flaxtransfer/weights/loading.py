@@ -98,7 +98,10 @@ def load(
             ``training.recalibrate`` has measured them on your images.
 
     Returns:
-        A ``Pretrained`` with float32 numpy arrays, which may be views of the bytes that were read.
+        A ``Pretrained`` with float32 numpy arrays, which may be views of the bytes that were read
+        and then cannot be written to. Its ``sha256`` is that of these bytes; it is computed beside
+        their use, and waited for where it is first read, or here, where the name of the file or its
+        run states what it has to be.
 
     Raises:
         FileNotFoundError: the file does not exist; the text names the nearest one.
@@ -141,18 +144,21 @@ def load(
     if chosen == "timm-v2":
         table = timm.v2_table_of(arrays, _pools_shortcuts(model, file))
     shapes = _shapes(table, arrays)
-    short = _stated_short(file)
-    if short is None and not any(leaf.startswith("params/layer") for leaf in shapes):
+    stated = _stated(file, shapes)
+    if stated is None and not any(leaf.startswith("params/layer") for leaf in shapes):
         raise unfit(file, _no_resnet(file, format))
     _check_graph(file, chosen)
     if problem := statistics_problem(model, shapes, chosen, file):
         raise unfit(file, problem)
     try:
-        features = (short or infer(shapes)).features
-        head = with_head(table, arrays, file.beside, features, file.place, outside)
+        found = _with_stated(infer(shapes), stated)
+        head = with_head(table, arrays, file.beside, found.features, file.place, outside)
+        before = {key: array.shape for key, array in arrays.items()}
         arrays, headless = dict(head.arrays), bool(head.missing)
-        shapes = _shapes(table, arrays)
-        seen = short or FORMATS[chosen].implied(infer(shapes))
+        if {key: array.shape for key, array in arrays.items()} != before:
+            shapes = _shapes(table, arrays)
+            found = _with_stated(infer(shapes), stated)
+        seen = FORMATS[chosen].implied(found) if stated is None else found
         graph = onnx.stated(file.metadata)
         seen = seen if graph is None else graph.of(seen)
     except ValueError as error:
@@ -206,7 +212,7 @@ def load(
         preprocessing=metadata.preprocessing,
         source=name,
         format=chosen,
-        sha256=file.digest(),
+        sha256=file.digest,
         class_names=metadata.class_names,
         task=metadata.task,
         notes=(
@@ -218,13 +224,26 @@ def load(
     )
 
 
-def _stated_short(file: Tensors) -> ResNetConfig | None:
-    """The network of a file that says itself that it ends before layer4.
+def _stated(file: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> ResNetConfig | None:
+    """The network that a file says itself, where its leaves do not show it whole; None otherwise.
 
     Another file without layer4 is a damaged one, which has to be said.
     """
     header = pretrained.read_header(file.metadata)
-    return header.config if header is not None and len(header.config.depths) < 4 else None
+    if header is not None:
+        return header.config if len(header.config.depths) < 4 else None
+    said = timm.own(sidecar.beside(file))
+    if said is not None and sum(said.depths) > len(shapes):  # their leaves would take for ever
+        raise ValueError(
+            f"{file.path} has {len(shapes)} leaves, but config.json states {sum(said.depths):,} "
+            "blocks"
+        )
+    return said
+
+
+def _with_stated(seen: ResNetConfig, stated: ResNetConfig | None) -> ResNetConfig:
+    """What a file says itself, with the head and channels of its leaves; else what they show."""
+    return seen if stated is None else _like(stated, seen)
 
 
 def locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
@@ -349,7 +368,9 @@ def _network(
         said, asked = model, f"{model.name} ({described(model)})"
     else:
         known = seen if model == seen.name else named(model, "`model` (--model)")
-        said, asked = with_unseen(known, seen), model
+        # What these files imply, to be Big Transfer's, is a guess where nobody says anything.
+        guessed = format == "timm-v2" and "pretrained_cfg" not in settings
+        said, asked = known if guessed else with_unseen(known, seen), model
     if leaf_shapes(_like(said, seen)) != leaf_shapes(seen):
         raise ValueError(f"{path} holds {seen.name} ({described(seen)}), not {asked}")
     return _like(said, seen)
@@ -375,7 +396,9 @@ def described(config: ResNetConfig) -> str:
 def _as_float32(
     leaves: Mapping[str, np.ndarray], path: Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    stored = {leaf: array.dtype.name for leaf, array in leaves.items()}
+    # numpy composes the name of a dtype anew each time.
+    kinds_of = {dtype: dtype.name for dtype in {array.dtype for array in leaves.values()}}
+    stored = {leaf: kinds_of[array.dtype] for leaf, array in leaves.items()}
     foreign = {
         leaf: kind
         for leaf, kind in stored.items()

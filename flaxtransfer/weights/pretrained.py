@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,22 @@ from flaxtransfer.weights.readers import array_files
 __all__ = ["Header", "Pretrained", "fold_adapter", "read_header", "save", "write_header"]
 
 
+class _Digest:
+    """A text, or a function that waits for it: called once, when the text is first read."""
+
+    def __get__(self, instance: Pretrained | None, owner: type) -> str:
+        if instance is None:
+            return ""  # the default
+        held = vars(instance)["sha256"]
+        if callable(held):
+            held = vars(instance)["sha256"] = held()
+        text: str = held
+        return text
+
+    def __set__(self, instance: Pretrained, given: str | Callable[[], str]) -> None:
+        vars(instance)["sha256"] = given
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """Pre-trained weights with the metadata that is needed to use them.
@@ -42,12 +58,15 @@ class Pretrained:
 
     Args:
         variables: {"params": ..., "batch_stats": ...}, nested dictionaries of float32 arrays;
-            kernels are [height, width, in, out] and [in, out].
+            kernels are [height, width, in, out] and [in, out]. Those that ``load`` gives may be
+            views of the bytes of the file, and then cannot be written to.
         config: configuration of the network.
         preprocessing: how an image is prepared for these weights.
         source: where the weights came from, for a person to read.
         format: the naming of the file, a name in ``formats.FORMATS``.
-        sha256: checksum of the file in hexadecimal; "" for weights that are not from a file.
+        sha256: checksum of the file in hexadecimal; "" for weights that are not from a file. A
+            function that gives it is called when it is first read: ``load`` returns before the
+            checksum of the bytes is complete, and what goes wrong with it is raised then.
         class_names: a name per output of the head; None if unknown.
         task: what the outputs of the head mean; one class per image where no file says it.
         notes: what was changed or assumed (conversions, prefixes, preprocessing).
@@ -62,7 +81,7 @@ class Pretrained:
     preprocessing: Preprocessing
     source: str = "memory"
     format: str = "torchvision"
-    sha256: str = ""
+    sha256: _Digest = _Digest()
     class_names: tuple[str, ...] | None = None
     task: Task = SINGLE_LABEL
     notes: tuple[str, ...] = ()
@@ -81,6 +100,9 @@ class Pretrained:
                 f"preprocessing must have {self.config.bands} channels, as the network has, got "
                 f"{len(self.preprocessing.mean)} ({self.source})"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "sha256": self.sha256}  # a copy holds the text
 
     def __repr__(self) -> str:
         parameters = sum(int(np.size(leaf)) for leaf in flatten(self.variables["params"]).values())

@@ -1,6 +1,9 @@
 """What is tolerated in a file, and said; and what does not fit a network is refused by name."""
 
+import copy
+import hashlib
 import re
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load
 from flaxtransfer.weights.loading import collect_metadata
-from flaxtransfer.weights.readers import array_files
+from flaxtransfer.weights.readers import array_files, detect
 from flaxtransfer.weights.readers.detect import Tensors
 
 
@@ -27,6 +30,62 @@ def test_the_result_is_complete_float32_and_of_this_file(golden):
     assert set(checkpoint.variables) == {"params", "batch_stats"}
     assert len(checkpoint.sha256) == 64
     assert checkpoint.source == str(path)
+
+
+@pytest.fixture
+def held_checksum(monkeypatch):
+    """The checksum of a file begins when this is called; with an error, it raises that."""
+    checksum, begin, errors = detect._checksum, threading.Event(), []
+
+    def waiting(*arguments):
+        assert begin.wait(60)
+        if errors:
+            raise errors[0]
+        return checksum(*arguments)
+
+    def started(error=None):
+        errors.extend([error] if error else [])
+        begin.set()
+
+    monkeypatch.setattr(detect, "_checksum", waiting)
+    yield started
+    begin.set()
+
+
+@pytest.mark.parametrize("read", [lambda c: c.sha256, lambda c: repr(c), copy.deepcopy])
+def test_the_checksum_is_waited_for_where_it_is_read(basic, write, held_checksum, read):
+    path = write(basic)
+    checkpoint = load(path)
+    assert callable(vars(checkpoint)["sha256"])
+    held_checksum()
+    read(checkpoint)
+    wanted = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert vars(checkpoint)["sha256"] == checkpoint.sha256 == wanted
+
+
+def test_what_is_hashed_is_what_the_arrays_hold(basic, write, held_checksum):
+    """Neither the file, nor who has the arrays, can change the bytes before they are hashed."""
+    path = write(basic)
+    wanted = hashlib.sha256(path.read_bytes()).hexdigest()
+    checkpoint = load(path)
+    write({**basic, "fc.bias": basic["fc.bias"] + 1})
+    leaves = flatten(checkpoint.variables)
+    for leaf in leaves.values():
+        with pytest.raises(ValueError, match="read-only"):
+            leaf[...] = 0
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            leaf.flags.writeable = True
+    held_checksum()
+    assert checkpoint.sha256 == wanted
+    np.testing.assert_array_equal(leaves["params/fc/bias"], basic["fc.bias"])
+
+
+def test_an_error_of_the_checksum_is_raised_where_it_is_read(basic, write, held_checksum):
+    checkpoint = load(write(basic))
+    held_checksum(MemoryError("no room"))
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no room"):
+            checkpoint.sha256  # noqa: B018 -- reading it is the test
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,9 @@ def export(
         target: a file, or a folder for "timm" and "huggingface".
         to: "safetensors" (for this package, torchvision's or timm's names), "torchvision" (the
             same, refused unless torchvision has the network), "timm" (a folder for
-            ``timm.create_model("local-dir:...", pretrained=True)``), "huggingface" (a folder for
+            ``timm.create_model("local-dir:...", pretrained=True)``, with a Python file to import
+            before it where timm's arguments do not suffice; the notes say so), "huggingface" (a
+            folder for
             ``AutoModelForImageClassification.from_pretrained``), "keras" (an ``.h5`` file for
             ``load_weights`` of ``keras.applications.ResNet50`` and similar; needs the extra
             ``keras``), "onnx" (one file with BatchNorm folded; input ``[batch, bands, height,

@@ -7,6 +7,7 @@ Reference: R. Wightman, "PyTorch Image Models", 2019-, ``timm/models/_hub.py``.
 """
 
 import dataclasses
+import importlib.resources
 import json
 import math
 from typing import Any
@@ -31,29 +32,41 @@ from flaxtransfer.weights.readers import array_files
 __all__ = ["HUGGINGFACE_FILES", "TIMM_FILES", "huggingface_files", "timm_files"]
 
 
-TIMM_FILES = ("model.safetensors", "config.json")
+TIMM_FILES = ("model.safetensors", "config.json", *(f"{name}.py" for name in timm.OWN.values()))
 
 
 def timm_files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     """The files of the folder by name, and the checkpoint that they hold.
 
+    Where timm's arguments do not suffice, a short Python file in the folder builds the network from
+    timm's own blocks, under a name that timm does not know without it.
+
     Raises:
-        ValueError: a network that timm lacks, or a resize that timm cannot express.
+        ValueError: an adapter with tone curves, or a resize that timm cannot express.
     """
     checkpoint = without_stem_bias(canonicalize(checkpoint, exporting="timm"))
-    # Only Big Transfer's own networks standardize weights there.
-    bit = any(_same(known, checkpoint.config) for known in ARCHITECTURES.values())
-    checkpoint = with_own_standardization(checkpoint, timm.V2_EPSILON if bit else None)
+    lacking = _lacking(checkpoint.config)
+    if not lacking and checkpoint.config.standardized:
+        # Big Transfer's own networks, which standardize weights there.
+        checkpoint = with_own_standardization(checkpoint, timm.V2_EPSILON)
     config = checkpoint.config
-    base, arguments = _network(config)
+    base, arguments = _own_network(config) if lacking else _network(config)
     table, leaves = table_for(config), flatten(checkpoint.variables)
     arrays = key_map.to_keys(table, leaves)
-    stem = config.stem_channels[-1]
-    if not config.preactivation and config.stem == "plain" and stem != timm.STEM_WIDTH:
+    stem, notes, code = config.stem_channels[-1], [], {}
+    if lacking:
+        code = {f"{base}.py": _code(base)}
+        values = {**vars(config), "stem_width": config.stem_width or config.width}
+        told = ", ".join(f"{name}={values[name]!r}" for name in lacking)
+        notes = [
+            f"timm has no arguments for {told}: run `import {base}`, of {base}.py in the folder, "
+            "before timm.create_model, which knows no such network otherwise"
+        ]
+    elif not config.preactivation and config.stem == "plain" and stem != timm.STEM_WIDTH:
         arrays = timm.widened(arrays, config)
         silent = timm.STEM_WIDTH - stem
-        note = f"timm's stem has {timm.STEM_WIDTH} channels, of which {silent} are silent"
-        checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
+        notes = [f"timm's stem has {timm.STEM_WIDTH} channels, of which {silent} are silent"]
+    checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *notes))
     preprocessing = checkpoint.preprocessing
     labels = {"label_names": list(checkpoint.class_names)} if checkpoint.class_names else {}
     single = checkpoint.task.name == "single_label"
@@ -88,6 +101,7 @@ def timm_files(checkpoint: Pretrained) -> tuple[dict[str, bytes], Pretrained]:
     return {
         "model.safetensors": array_files.write_safetensors(arrays, {"format": "pt"}),
         "config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        **code,
     }, checkpoint
 
 
@@ -102,117 +116,72 @@ def _crop(preprocessing: Preprocessing) -> float:
     )
 
 
-def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
-    """The name of timm's nearest architecture, and the arguments that differ from it.
+def _lacking(config: ResNetConfig) -> list[str]:
+    """The fields of a network for which timm has neither a name nor an argument.
 
-    Raises:
-        ValueError: a network that timm cannot build.
+    >>> _lacking(ResNetConfig("bottleneck", stride_in="1x1", stem_pool="ceil"))
+    ['stride_in', 'stem_pool']
     """
-    problem = _alien(config) or (_alien_v2(config) if config.preactivation else "")
+    plain = ResNetConfig()
+    fixed = ("stride_in", "stride_at", "stem_bias")
+    found = [name for name in fixed if getattr(config, name) != getattr(plain, name)]
+    if config.stem_pool == "ceil":
+        found.append("stem_pool")
+    if len(config.depths) < 4:
+        found.append("depths")
+    if config.preactivation:
+        found += _rounded(config)
+    elif not timm.takes_stem(config):
+        found.append("stem_width")
+    return found or ([] if _named(config) else _without_name(config))
+
+
+def _named(config: ResNetConfig) -> bool:
+    """Whether the arguments of some named architecture make a network."""
+    return any(_same(known, config) for known in ARCHITECTURES.values())
+
+
+def _without_name(config: ResNetConfig) -> list[str]:
+    """The fields that only names set, and that no name has beside the others.
+
+    >>> _without_name(ResNetConfig("bottleneck", attention="se", se_ratio=0.5))
+    ['se_ratio']
+    """
+    plain = ResNetConfig()
+    fields = ("standardized", "se_ratio", "anti_alias", "attention")
+    odd = {name: getattr(plain, name) for name in fields}
+    odd = {name: usual for name, usual in odd.items() if getattr(config, name) != usual}
+    alone = [n for n, usual in odd.items() if _named(dataclasses.replace(config, **{n: usual}))]
+    return alone[:1] or list(odd)
+
+
+def _rounded(config: ResNetConfig) -> list[str]:
+    """The fields of a pre-activation network whose channels timm rounds to multiples of 8."""
+    found = ["stem_width"] if config.stem_channels[-1] % 8 or config.stem_channels[0] % 8 else []
+    if config.width % 8:
+        return [*found, "width"]
+    uneven = any(config.inner(stage) % 8 for stage in range(1, 1 + len(config.depths)))
+    return [*found, "base_width"] if uneven else found
+
+
+def _network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
+    """The name of timm's nearest architecture, and the arguments that differ from it."""
     like = [name for name, known in ARCHITECTURES.items() if _same(known, config)]
-    if not problem and not like:
-        # The fields that only the name of an architecture sets.
-        fields = ("block", "anti_alias", "attention", "se_ratio", "norm", "standardized")
-        parts = (f"{name}={getattr(config, name)!r}" for name in fields if _unusual(config, name))
-        problem = f"with {', '.join(parts)}"
-    if problem:
-        near = vars(_nearest(config))
-        other = [f"{name}={value!r}" for name, value in near.items() if value != vars(config)[name]]
-        hint = f"; the nearest has {', '.join(other)}" if other else ""
-        raise ValueError(f"timm has no network {problem}, which {config.name} has{hint}; {_OTHERS}")
     arguments = {name: _arguments(ARCHITECTURES[name], config) for name in like}
     base = min(like, key=lambda name: len(arguments[name]))
     return base, arguments[base]
 
 
-def _nearest(config: ResNetConfig) -> ResNetConfig:
-    """The nearest network that timm builds; the same for fewer stages, of which it has none.
-
-    >>> _nearest(ResNetConfig("bottleneck", stride_in="1x1", stem_pool="ceil")).name
-    'resnet26'
-    """
-    if len(config.depths) < 4:
-        return config
-    plain = ResNetConfig()
-    near = dataclasses.replace(
-        config,
-        **{name: getattr(plain, name) for name in ("stride_in", "stride_at", "stem_bias")},
-        stem_pool="max" if config.stem_pool == "ceil" else config.stem_pool,
-    )
-    if near.preactivation:
-        near = _divisible(near)
-    elif near.stem == "plain" and timm.stem_problem(near):
-        near = dataclasses.replace(near, stem_width=timm.STEM_WIDTH)
-    # Only names set the ratio of the hidden channels.
-    ratios = sorted(
-        {each.se_ratio for each in ARCHITECTURES.values()},
-        key=lambda ratio: abs(math.log(ratio / near.se_ratio)),
-    )
-    others = [dataclasses.replace(near, se_ratio=ratio) for ratio in (near.se_ratio, *ratios)]
-    built = (o for o in others if any(_same(known, o) for known in ARCHITECTURES.values()))
-    return next(built, near)
+def _own_network(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
+    """The name that the file of ``_code`` gives a network, and the arguments of its function."""
+    head = ("classes", "in_channels", "preactivation")
+    fields = {name: value for name, value in config.to_json().items() if name not in head}
+    return timm.OWN[config.preactivation], fields
 
 
-def _divisible(config: ResNetConfig) -> ResNetConfig:
-    """The nearest pre-activation network whose channels are those of timm's."""
-
-    def near(number: int) -> list[int]:
-        return sorted(range(8, 513, 8), key=lambda other: abs(math.log(other / number)))
-
-    if config.stem_channels[-1] % 8:
-        config = dataclasses.replace(config, stem_width=near(config.stem_width or config.width)[0])
-    sizes = [(width, base) for width in near(config.width)[:3] for base in near(config.base_width)]
-    found = (
-        dataclasses.replace(config, width=width, base_width=base)
-        for width, base in [(config.width, config.base_width), *sizes]
-    )
-    return next((other for other in found if not _alien_v2(other)), config)
-
-
-_OTHERS = "use --to onnx or stablehlo, or huggingface for plain stems and blocks"
-
-
-def _unusual(config: ResNetConfig, name: str) -> bool:
-    return name == "block" or getattr(config, name) != getattr(ResNetConfig(), name)
-
-
-def _alien(config: ResNetConfig) -> str:
-    """What of a network no argument and no name of timm's sets; "" for nothing."""
-    plain = ResNetConfig()
-    if len(config.depths) < 4:
-        return f"of {len(config.depths)} stages"
-    words = {
-        "stride_in": "the stride in the first convolution",
-        "stride_at": "the stride in the last block",
-        "stem_bias": "a bias in the stem that no running mean absorbs",
-    }
-    found = (
-        f"with {name}={getattr(config, name)!r} ({text})"
-        for name, text in words.items()
-        if getattr(config, name) != getattr(plain, name)
-    )
-    if config.stem_pool == "ceil":
-        return "with stem_pool='ceil' (a stem pool that is not padded)"
-    return next(found, "")
-
-
-def _alien_v2(config: ResNetConfig) -> str:
-    """What of a pre-activation network timm cannot build; "" for nothing."""
-    channels = _all_arguments(config)
-    numbers = [channels["stem_chs"], *channels["channels"], *map(config.inner, (1, 2, 3, 4))]
-    if any(number % 8 for number in numbers):
-        return (
-            "with stem_width, width or base_width that give pre-activation blocks channels that "
-            f"are no multiples of 8 ({numbers})"
-        )
-    ratio = channels["bottle_ratio"]
-    middle = [round(ratio * outer / 8) * 8 for outer in channels["channels"]]
-    if config.block == "bottleneck" and middle != [config.inner(stage) for stage in (1, 2, 3, 4)]:
-        return (
-            f"with base_width={config.base_width} (pre-activation blocks whose middle has "
-            f"{numbers[5:]} channels)"
-        )
-    return ""
+def _code(name: str) -> bytes:
+    """The Python file that teaches timm to build our networks under a name."""
+    return (importlib.resources.files(__package__ or "") / f"{name}.py.txt").read_bytes()
 
 
 def _same(known: ResNetConfig, config: ResNetConfig) -> bool:

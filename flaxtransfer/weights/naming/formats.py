@@ -82,7 +82,15 @@ FORMATS: dict[str, Format] = {
 
 def detect_naming(arrays: Arrays) -> str:
     """The format that matches most keys; the first of equal ones."""
-    return max(FORMATS, key=lambda name: _matches(FORMATS[name], arrays))
+    # Torch's counters are nobody's leaves, and no format adds keys to those of a file of another.
+    most = sum(not key.endswith(".num_batches_tracked") for key in arrays)
+    best, score = "", -2
+    for name, format in FORMATS.items():
+        if (matches := _matches(format, arrays)) > score:
+            best, score = name, matches
+        if score == most:
+            break
+    return best
 
 
 def _matches(format: Format, arrays: Arrays) -> int:

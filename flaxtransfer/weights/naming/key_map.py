@@ -52,7 +52,7 @@ class Rule:
 
     def key_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the file for a leaf."""
-        sizes = iter(shape if self.axes is None else (shape[i] for i in np.argsort(self.axes)))
+        sizes = iter(shape if self.axes is None else (shape[i] for i in _inverse(self.axes)))
         count = len(shape) + len(self.units)
         return tuple(1 if axis in self.units else next(sizes) for axis in range(count))
 
@@ -63,8 +63,13 @@ class Rule:
 
     def to_key(self, array: np.ndarray) -> np.ndarray:
         """Converts a leaf to the array of the file."""
-        array = array if self.axes is None else np.transpose(array, np.argsort(self.axes))
+        array = array if self.axes is None else np.transpose(array, _inverse(self.axes))
         return np.expand_dims(array, self.units)
+
+
+@functools.cache
+def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axes.index(axis) for axis in range(len(axes)))
 
 
 Table = tuple[Rule, ...]

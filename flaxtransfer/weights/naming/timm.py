@@ -21,14 +21,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.config import BASE_FIELDS, ResNetConfig
 from flaxtransfer.models.registry import ARCHITECTURES
+from flaxtransfer.paths import shortened, visible
 from flaxtransfer.weights.naming.key_map import CONV, DENSE, Rule, Table, batch_norm
 from flaxtransfer.weights.preprocessing import Preprocessing
 
 __all__ = [
     "BIT_PREPROCESSING",
     "BIT_TABLE",
+    "OWN",
     "PLAIN_TABLE",
     "STEM_WIDTH",
     "TABLE",
@@ -37,10 +39,11 @@ __all__ = [
     "of_groups",
     "of_pooled_shortcuts",
     "other_graph",
+    "own",
     "pools_shortcuts",
-    "stem_problem",
     "table_for",
     "table_of",
+    "takes_stem",
     "unnumbered",
     "v2_table_of",
     "widened",
@@ -156,7 +159,8 @@ def v2_table_of(keys: Iterable[str], pooled: bool | None = None) -> Table:
     'params/conv1/gn1/bias'
     """
     keys = set(keys)
-    groups = "norm.weight" in keys and "norm.running_mean" not in keys
+    norms = any(re.search(r"(^|\.)norm\d?\.weight$", key) for key in keys)
+    groups = norms and not any(key.endswith(".running_mean") for key in keys)
     return _variant(V2_TABLE, "stem.conv1.weight" in keys if pooled is None else pooled, groups)
 
 
@@ -170,6 +174,48 @@ def with_big_transfer(config: ResNetConfig) -> ResNetConfig:
     if config.norm == "group" and config.stem == "plain":
         return dataclasses.replace(config, standardized=V2_EPSILON, stem_pool="zero-padded")
     return config
+
+
+OWN = {False: "flaxtransfer_resnet", True: "flaxtransfer_resnetv2"}
+"""The names of networks that exported folders teach timm to build, without and with
+pre-activation. The arguments of their functions are the fields of our configuration."""
+
+_FIELDS = {field.name for field in dataclasses.fields(ResNetConfig)} - {
+    *("classes", "in_channels"),  # timm has names of its own for these
+    *("preactivation", "epsilon", "adapter"),  # the name says the first; no export has the others
+}
+
+
+def own(config: Mapping[str, Any]) -> ResNetConfig | None:
+    """The network of a ``config.json`` with one of our names for timm; None for others.
+
+    Its classes and bands are those of the default configuration.
+
+    Raises:
+        ValueError: fields that are missing, or that do not describe a network.
+
+    >>> own({"architecture": "flaxtransfer_resnet"})
+    Traceback (most recent call last):
+    ValueError: model_args in config.json must state all fields of flaxtransfer_resnet, got ...
+    """
+    kinds = {name: preactivation for preactivation, name in OWN.items()}
+    name = config.get("architecture")
+    if not isinstance(name, str) or name not in kinds:
+        return None
+    stated = config.get("model_args")
+    given = stated.items() if isinstance(stated, Mapping) else ()
+    fields = {field: value for field, value in given if field in _FIELDS}
+    needed = [field for field in BASE_FIELDS if field in _FIELDS - fields.keys()]
+    if needed:
+        raise ValueError(
+            f"model_args in config.json must state all fields of {name}, got none of "
+            f"{', '.join(needed)}"
+        )
+    try:
+        return ResNetConfig.from_json({**fields, "preactivation": kinds[name]})
+    except (ValueError, TypeError) as error:
+        reason = shortened(visible(error), 300)
+        raise ValueError(f"model_args in config.json must describe a {name}: {reason}") from None
 
 
 _SHOWN = {
@@ -197,8 +243,10 @@ _GRAPH: dict[str, tuple[Any, ...]] = {
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a network in a ``config.json``, nested ones too, without None."""
-    own = config.get("model_args")
-    stated = {"global_pool": config.get("global_pool")} | (dict(own) if own else {})
+    given = config.get("model_args")
+    ours = _FIELDS if config.get("architecture") in OWN.values() else ()
+    stated = {"global_pool": config.get("global_pool")} | (dict(given) if given else {})
+    stated = {name: value for name, value in stated.items() if name not in ours}
     for group in ("block_args", "attn_kwargs"):
         inner = stated.pop(group, None)
         stated |= inner if isinstance(inner, Mapping) else {group: inner}
@@ -238,6 +286,9 @@ def other_graph(config: Mapping[str, Any], seen: ResNetConfig | None = None) -> 
 
 def has_groups(config: Mapping[str, Any]) -> bool:
     """Whether the arguments in a ``config.json`` ask for GroupNorms."""
+    ours = own(config)
+    if ours is not None:
+        return ours.norm == "group"
     return _arguments(config).get("norm_layer") == "groupnorm"
 
 
@@ -247,7 +298,7 @@ def pools_shortcuts(config: Mapping[str, Any]) -> bool | None:
     >>> pools_shortcuts({"architecture": "resnetv2_50d", "model_args": {"avg_down": False}})
     False
     """
-    stated = ARCHITECTURES.get(str(config.get("architecture")))
+    stated = own(config) or ARCHITECTURES.get(str(config.get("architecture")))
     if stated is None:
         return None
     return bool(_arguments(config).get("avg_down", stated.shortcut == "average"))
@@ -289,37 +340,28 @@ _SILENT = {
 }
 
 
-def stem_problem(config: ResNetConfig) -> str:
-    """Why a plain stem does not become one of timm's width; "" if it does.
+def takes_stem(config: ResNetConfig) -> bool:
+    """Whether silent channels can make a stem one that timm's arguments give.
 
     GroupNorm's groups would be others with silent channels. A shortcut behind the stem that timm
     lacks cannot be added.
 
-    >>> stem_problem(ResNetConfig(stem_width=80))
-    'but that of resnet18s80 has 80'
+    >>> takes_stem(ResNetConfig(width=32)), takes_stem(ResNetConfig(stem_width=80))
+    (True, False)
     """
     width = config.stem_channels[-1]
-    if width > STEM_WIDTH or (config.norm == "group" and width != STEM_WIDTH):
-        return f"but that of {config.name} has {width}"
-    if width != STEM_WIDTH == config.width * config.expansion:
-        return f"as layer1, to which {config.name} has a shortcut with weights"
-    return ""
+    if config.stem != "plain" or width == STEM_WIDTH:
+        return True
+    lacks = config.width * config.expansion == STEM_WIDTH
+    return width < STEM_WIDTH and config.norm == "batch" and not lacks
 
 
 def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str, np.ndarray]:
     """Adds silent channels to a plain stem with timm's keys, up to timm's stem width.
 
-    Raises:
-        ValueError: a wider stem; GroupNorm, whose groups silent channels would change; or a
-            shortcut behind the stem that timm lacks.
+    Only where ``takes_stem`` says that this is the same network.
     """
     width = config.stem_channels[-1]
-    if problem := stem_problem(config):
-        raise ValueError(
-            f"timm has no network with stem_width={width} and norm={config.norm!r}: its plain stem "
-            f"has {STEM_WIDTH} channels, {problem}; the nearest has stem_width={STEM_WIDTH}; use "
-            "--to huggingface, onnx or stablehlo"
-        )
     wide = dict(arrays)
     for key, (axis, value) in _of_the_stem(arrays).items():
         pads = [(0, 0)] * arrays[key].ndim

@@ -6,7 +6,7 @@ several files, and finds the network among the keys.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -336,8 +336,8 @@ def _opened(path: Path) -> Iterator[tuple[memoryview, Future[str]]]:
     """The bytes of a file and their checksum, which is computed while they are read and used.
 
     The bytes are read once, into memory of numpy's, whose pages are large. They become the arrays,
-    and no mapped file can change under them. That a file is not what its run wrote is said before
-    what else is wrong with it.
+    and no mapped file can change under them; nor can who has the arrays, before the checksum has
+    seen them. That a file is not what its run wrote is said before what else is wrong with it.
     """
     check_regular(path)
     size = path.stat().st_size
@@ -357,6 +357,7 @@ def _opened(path: Path) -> Iterator[tuple[memoryview, Future[str]]]:
                 raise ValueError(f"it must not change while it is read, got {place:,} bytes first")
     finally:
         ends.put(_NO_MORE)
+    held.flags.writeable = False
     try:
         yield memoryview(held), sha256
     finally:
@@ -389,18 +390,20 @@ def _file(path: Path, wanted: torch_file.Choice = list) -> _Read:
     with _opened(path) as (data, own):
         container, named = recognize(data, path.name)
         arrays, metadata, notes, others = _unpacked(path, data, container, wanted)
-    if not others:
-        return arrays, metadata, own.result, [*named, *notes]
-    # As of a checkpoint in parts: the checksum of their checksums.
-    sha256 = hashlib.sha256(b"".join(map(bytes.fromhex, (own.result(), *others)))).hexdigest()
-    return arrays, metadata, lambda: sha256, [*named, *notes]
+    digest = _of_all([own.result, *others]) if others else own.result
+    return arrays, metadata, digest, [*named, *notes]
+
+
+def _of_all(digests: Sequence[Callable[[], str]]) -> Callable[[], str]:
+    """Waits for the checksums of several files: the checksum of them, in order."""
+    return lambda: hashlib.sha256(bytes.fromhex("".join(each() for each in digests))).hexdigest()
 
 
 def _unpacked(
     path: Path, data: memoryview, container: Container, wanted: torch_file.Choice
-) -> tuple[dict[str, np.ndarray], dict[str, str], list[str], list[str]]:
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str], list[Callable[[], str]]]:
     """Arrays, metadata and notes of a container; checksums of other files that it keeps some in."""
-    read: dict[str, tuple[memoryview, str]] = {}
+    read: dict[str, tuple[memoryview, Callable[[], str]]] = {}
 
     def beside(name: str) -> memoryview:
         if name not in read:
@@ -422,7 +425,7 @@ _TOLD = 500
 """Characters of what a reader says; the path comes before it."""
 
 
-def _neighbor(path: Path, name: str) -> tuple[memoryview, str]:
+def _neighbor(path: Path, name: str) -> tuple[memoryview, Callable[[], str]]:
     """The bytes of another file in the folder of a file that names it, and their checksum."""
     if not folders.is_part_name(name):
         raise ValueError(f"it must name files in its own folder, got {shortened(repr(name), 100)}")
@@ -430,7 +433,7 @@ def _neighbor(path: Path, name: str) -> tuple[memoryview, str]:
     if not other.exists():
         raise ValueError(f"it needs {name!r} in the same folder, which is not there")
     with _opened(other) as (data, sha256):
-        return data, sha256.result()
+        return data, sha256.result
 
 
 def _parts(index: Path) -> _Read:
@@ -445,7 +448,7 @@ def _parts(index: Path) -> _Read:
         )
     arrays: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
-    checksum = hashlib.sha256()
+    digests: list[Callable[[], str]] = []
     notes = [f"read from {len(names)} files"]
     for name in names:
         held, more, digest, told = _file(index.parent / name)
@@ -458,8 +461,8 @@ def _parts(index: Path) -> _Read:
         arrays |= held
         metadata |= more
         notes += [note for note in told if note not in notes]
-        checksum.update(bytes.fromhex(digest()))
-    return arrays, metadata, checksum.hexdigest, notes
+        digests.append(digest)
+    return arrays, metadata, _of_all(digests), notes
 
 
 def _folder(path: Path) -> _Read:

@@ -4,21 +4,21 @@ tests/parity.
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
 
 import flaxtransfer as ft
 from flaxtransfer.cli import run
-from flaxtransfer.paths import flatten
+from flaxtransfer.models.model import leaf_shapes
+from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import Pretrained, load, pretrained
 from flaxtransfer.weights.exports import exporting, hub
 from flaxtransfer.weights.naming import published, timm
-from tests.support.random_networks import networks
 
 PREPROCESSING = ft.Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size=32, resize=37)
 TINY = ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2)
@@ -63,7 +63,6 @@ def test_a_folder_is_read_again_as_what_it_was(tiny, tmp_path, layout):
     [
         ({"width": 8, "stem_bias": True}, {"stem_bias": False}),
         ({"width": 32, "norm": "group", "epsilon": 1e-3}, {"epsilon": 1e-5}),
-        ({"width": 32, "norm": "group", "standardized": 1e-10}, {"standardized": None}),
         ({"width": 8, "stem": "deep", "stem_width": 8}, {}),
         ({"width": 8, "shortcut": "average"}, {}),
     ],
@@ -152,19 +151,6 @@ def test_stablehlo_and_its_words(tiny, tmp_path):
         ({"attention": "se"}, "huggingface", "transformers' ResNet does not support attention se"),
         ({"attention": "se"}, "torchvision", "torchvision has no seresnet10w4; use --to timm"),
         ({"width": 64}, "torchvision", "torchvision has no resnet10"),
-        (
-            {"block": "bottleneck", "stride_in": "1x1"},
-            "timm",
-            r"timm has no network with stride_in='1x1' \(the stride in the first convolution\)",
-        ),
-        (
-            {"width": 96},
-            "timm",
-            "no network with stem_width=96 and norm='batch': .* the nearest has stem_width=64; use",
-        ),
-        ({"stem_pool": "ceil"}, "timm", r"timm has no network with stem_pool='ceil'"),
-        ({"attention": "se", "se_ratio": 0.5}, "timm", "attention='se', se_ratio=0.5"),
-        ({"preactivation": True}, "timm", "stem_width, width or base_width that .* multiples of 8"),
         ({"adapter": ft.models.Adapter(2, "curves")}, "timm", "ONNX and StableHLO support curves"),
     ],
 )
@@ -177,32 +163,114 @@ def test_what_another_program_has_not_is_refused_and_leaves_nothing(
     assert entries(tmp_path) == []
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(networks(most_blocks=2, widths=(8, 12, 30, 32, 64, 96)))
-def test_the_nearest_network_of_timm_is_one_that_it_builds(config):
-    config = dataclasses.replace(config, standardized=None)
-    near = hub._nearest(config)
-    hub._network(near)
-    plain = not near.preactivation and near.stem == "plain"
-    assert not (plain and timm.stem_problem(near))
-    assert hub._nearest(near) == near
+def write_for_timm(checkpoint, folder):
+    """Writes what an export writes, which also compares logits and takes longer."""
+    files, plain = hub.timm_files(checkpoint)
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return plain.notes
+
+
+def drawn(changes):
+    """A checkpoint with leaves of 0.5, for what no number matters to."""
+    config = dataclasses.replace(TINY, **changes)
+    leaves = {path: np.full(s, 0.5, np.float32) for path, s in leaf_shapes(config).items()}
+    variables = {"params": {}, "batch_stats": {}, **unflatten(leaves)}
+    return Pretrained(variables, config, PREPROCESSING)
+
+
+V1 = {"block": "bottleneck", "stride_in": "1x1"}
+V2 = {"block": "bottleneck", "preactivation": True}
 
 
 @pytest.mark.parametrize(
-    ("changes", "nearest"),
+    ("changes", "lacking"),
     [
-        ({"stride_in": "1x1", "stem_pool": "ceil"}, "stem_pool='max', stride_in='3x3'"),
-        ({"attention": "se", "se_ratio": 0.5}, "se_ratio=0.25"),
-        ({"attention": "se", "se_ratio": 0.1}, "se_ratio=0.0625"),
-        ({"attention": "se", "se_ratio": 0.05, "block": "basic"}, "se_ratio=0.0625"),
-        ({"width": 12, "preactivation": True}, "width=16"),
-        ({"width": 64, "base_width": 30, "preactivation": True}, "base_width=32"),
+        ({}, ""),
+        ({"preactivation": True, "width": 8}, ""),
+        (V1, "stride_in='1x1'"),
+        ({"width": 96}, "stem_width=96"),
+        ({"width": 64, "stem_width": 32}, "stem_width=32"),
+        ({"width": 32, "norm": "group"}, "stem_width=32"),
+        ({"stem_pool": "ceil"}, "stem_pool='ceil'"),
+        ({"attention": "se", "se_ratio": 0.5}, "se_ratio=0.5"),
+        ({"anti_alias": "blur", "attention": "se", "se_ratio": 0.25}, "se_ratio=0.25"),
+        ({"width": 32, "stem_width": 64, "norm": "group", "standardized": 1e-5}, "standardized="),
+        ({"depths": (1, 1)}, r"depths=\(1, 1\)"),
+        ({"depths": ()}, r"depths=\(\)"),
+        (V2, "stem_width=4, width=4"),
+        ({**V2, "width": 16, "base_width": 30}, "base_width=30"),
+        ({**V2, "width": 8, "stride_at": "last"}, "stride_at='last'"),
+        ({**V2, "width": 32, "norm": "group", "standardized": 1e-5}, "standardized=1e-05"),
+        ({**V2, "width": 32, "norm": "group", "depths": (1, 1)}, "depths="),
     ],
 )
-def test_the_nearest_network_of_timm_is_named(changes, nearest):
-    config = dataclasses.replace(TINY, **{"block": "bottleneck", "width": 64} | changes)
-    with pytest.raises(ValueError, match=f"the nearest has {nearest}; use"):
-        hub._network(config)
+def test_what_timm_has_no_argument_for_is_built_by_a_file(tmp_path, changes, lacking):
+    """tests/parity asks timm; here, config.json alone gives the same network and leaves."""
+    before = drawn(changes)
+    notes = write_for_timm(before, tmp_path / "net")
+    name = timm.OWN[before.config.preactivation]
+    told = [note for note in notes if f"run `import {name}`" in note]
+    assert len(told) == bool(lacking)
+    assert not lacking or re.search(f"timm has no arguments for {lacking}.*: run", told[0])
+    code = [f"{name}.py"] if lacking else []
+    assert entries(tmp_path / "net") == ["config.json", *code, "model.safetensors"]
+    settings = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert (settings["architecture"] == name) == bool(lacking)
+    again = load(tmp_path / "net")
+    assert again.config == before.config
+    own, back = flatten(before.variables), flatten(again.variables)
+    assert own.keys() == back.keys()
+    assert all(np.asarray(own[path]).tobytes() == back[path].tobytes() for path in own)
+    assert not lacking or not any("assumed" in note for note in again.notes)
+
+
+def test_an_earlier_export_with_such_a_file_is_replaced(tiny, tmp_path):
+    before = checkpoint_of(dataclasses.replace(TINY, stem_pool="ceil"))
+    assert exporting.export(before, tmp_path / "net", to="timm").difference <= 1e-6
+    assert len(entries(tmp_path / "net")) == 3
+    exporting.export(tiny, tmp_path / "net", to="timm")
+    assert entries(tmp_path / "net") == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            None,
+            "must state all fields of flaxtransfer_resnet, got none of block, depths, ",
+        ),
+        ({"width": None}, r"must describe a flaxtransfer_resnet: .*width must be an integer"),
+        ({"depths": 3}, "must describe a flaxtransfer_resnet"),
+        ({"depths": [10**12, 1, 1, 1]}, r"87 leaves, but config.json states 1,000,000,000,003 b"),
+        ({"depths": [2, 1, 1, 1]}, r"does not fit .*missing: layer1\.1\.conv1\.weight"),
+        ({"width": 8}, "does not fit"),
+        ({"stem_pool": "softmax"}, "stem_pool must be 'max'"),
+        ({"preactivation": True}, "preactivation must not be given, as it is not known here"),
+        ({"act_layer": "silu"}, "act_layer must be 'relu', got 'silu'"),
+        ({"global_pool": "max"}, "global_pool must be 'avg'"),
+    ],
+)
+def test_what_a_file_of_ours_for_timm_says_is_honored_or_refused(tmp_path, arguments, text):
+    """Nothing that the folder holds is run, so that the arguments are all that is known."""
+    folder = tmp_path / "net"
+    write_for_timm(drawn(V1), folder)
+    (folder / "flaxtransfer_resnet.py").write_text("raise SystemExit('was run')")
+    settings = json.loads((folder / "config.json").read_text())
+    # As timm's own save_for_hf adds them.
+    settings["model_args"] |= {"in_chans": 3, "num_classes": 2, "global_pool": "avg"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert load(folder).config.stride_in == "1x1"
+    if arguments is None:
+        del settings["model_args"]
+    else:
+        settings["model_args"] |= arguments
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=text) as refused:
+        load(folder)
+    assert len(str(refused.value)) <= 600 + len(str(tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +451,6 @@ def test_a_network_that_ends_earlier_is_exported(tmp_path, depths):
 @pytest.mark.parametrize(
     ("name", "to", "text"),
     [
-        ("net", "timm", "timm has no network of 2 stages"),
         ("net", "huggingface", "transformers' ResNet has 4 stages, and .* 2; use --to"),
         ("net.safetensors", "torchvision", "torchvision has no resnet-basic-1-1w4"),
     ],
