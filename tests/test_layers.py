@@ -170,6 +170,7 @@ def heavy_imports(name):
         ("pydicom", ("data",)),
         ("tifffile", ("data",)),
         ("nibabel", ("data",)),
+        ("datasets", ("data",)),
         ("matplotlib", ("report",)),
         ("tyro", ("commands", "cli")),
     ],

@@ -101,7 +101,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".stablehlo", ".h5")
 TASK_NAMES = {"single": "single_label", "multi": "multi_label", "regression": "regression"}
 """The tasks by what ``--task`` calls them."""
 
-TABLES_HELP = " and ".join(scheme.form for scheme in SCHEMES.values() if scheme.columns)
+TABLES_HELP = ", ".join(scheme.form for scheme in SCHEMES.values() if scheme.columns)
 
 
 def _column(kind: str, text: str, none: str = "an error where there is none") -> Any:
@@ -111,7 +111,7 @@ def _column(kind: str, text: str, none: str = "an error where there is none") ->
 
 @dataclass(frozen=True)
 class ColumnOptions:
-    """Columns of a table with one row per image (csv: and parquet:).
+    """Columns of a table with one row per image (csv:, parquet: and hf:).
 
     Args:
         label_separator: Mark between several labels of an image in one column.
@@ -123,8 +123,8 @@ class ColumnOptions:
         UNRECORDED,
         _column(
             "image",
-            "Column with the paths of the images, relative to the table or absolute; or a pattern, "
-            "such as images/{id}.png.",
+            "Column with the images (hf:) or their paths, relative to the table or absolute; or a "
+            "pattern, such as images/{id}.png.",
         ),
     ] = None
     label_column: Annotated[
@@ -181,7 +181,7 @@ class DataOptions:
     Args:
         task: What an image has: a single class, any of multiple labels, or numbers (regression).
         skip_corrupt: Leave out unreadable images instead of stopping.
-        download: Allow a TensorFlow Datasets data set to be downloaded.
+        download: Allow a data set of tfds: or hf: to be downloaded.
     """
 
     name: Annotated[

@@ -74,7 +74,9 @@ __all__ = [
 
 ImageColumn = Annotated[
     str | None,
-    described("Column with the paths, of csv: and parquet:.", default="its usual names"),
+    described(
+        "Column with the paths (csv: and parquet:) or images (hf:).", default="its usual names"
+    ),
 ]
 
 
@@ -495,7 +497,8 @@ class Explain:
         str | None,
         described(
             "Images: folder:<path> (at any depth), csv:<path>, parquet:<path>, npz:<file> (an "
-            'array "image") or tfds:<name>[/config][:split]. Labels in it are not used.',
+            'array "image"), tfds:<name>[/config][:split] or hf:<name or folder>[:config][:split]. '
+            "Labels in it are not used.",
             default="the test images of the run",
         ),
     ] = None
@@ -536,8 +539,8 @@ class Diagnose:
     Args:
         run: Run folder.
         target: Target images: folder:<path> (images at any depth), csv:<path>, parquet:<path>,
-            npz:<file> (an array "image") or tfds:<name>[/config][:split]. Labels in it are not
-            used.
+            npz:<file> (an array "image"), tfds:<name>[/config][:split] or
+            hf:<name or folder>[:config][:split]. Labels in it are not used.
         target_labels: CSV file with the classes of a few target images drawn at random: a column
             "image" (path below the folder, or number) and a column "label".
         out: Folder for the report.

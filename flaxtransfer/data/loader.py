@@ -11,7 +11,7 @@ import itertools
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
@@ -36,7 +36,7 @@ from flaxtransfer.data.source import (
     task_of_source,
     with_levels,
 )
-from flaxtransfer.data.splits import Split, Splits, check_classes, subsample
+from flaxtransfer.data.splits import Split, Splits, check_classes, groups_of, subsample
 from flaxtransfer.data.transforms import (
     Transform,
     evaluation_transform,
@@ -117,6 +117,8 @@ class DataLoaders:
         record: makes the record of which examples are in which part, for the run folder; reads
             each of them, and calls its argument with how many it has read. None where the examples
             cannot be told apart: such a run is resumed on trust, and says so.
+        groups: gives what each example of ``calibration`` belongs to, such as a patient, in that
+            order; None, or a function that gives None, where each is one by itself.
     """
 
     train: Callable[[int], Iterator[Batch]]
@@ -130,6 +132,7 @@ class DataLoaders:
     start: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     record: Callable[[Callable[[int], object] | None], Split] | None = None
+    groups: Callable[[], Sequence[str] | None] | None = None
 
 
 def loaders(
@@ -207,6 +210,10 @@ def loaders(
             {"images": digest(source, validation), "augmentation": f"{plain!r}"},
         )
 
+    def groups() -> Sequence[str] | None:
+        every = groups_of(source)
+        return None if every is None else [every[i] for i in train.tolist()]
+
     examples = IndexedExamples(
         labels=labels[train],
         validation_labels=labels[validation],
@@ -236,6 +243,7 @@ def loaders(
             "augmentation": re.sub(r" at 0x[0-9a-f]+", "", repr(augmentation)),
         },
         record=lambda progress: Split.of(source, splits, read=True, progress=progress),
+        groups=groups,
     )
 
 

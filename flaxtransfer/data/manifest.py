@@ -144,11 +144,11 @@ def open_manifest(
     (('cyst', 'none'), [0, 1], 2)
     """
     wanted = columns or Columns()
-    table = _Table.read(path, kind, lambda names: _Used.of(names, wanted, labeled=True))
+    table = Table.read(path, kind, lambda names: Used.of(names, wanted, labeled=True))
     used = table.used
     files, notes = _paths(table)
     problems = _duplicates(table, files)
-    found = _labels(table, wanted, problems)
+    found = read_labels(table, wanted, problems)
     skipped: dict[str, str] = {}
     keep = found.keep
     missing = _missing(table, files, keep)
@@ -157,10 +157,10 @@ def open_manifest(
         keep[list(missing)] = False
     elif missing:
         problems.append(_missing_text(table, files, missing))
-    part_of = _parts(table, problems)
+    part_of = parts_of(table, problems)
     groups = None if used.group is None else table.cells[used.group]
     if groups is not None and part_of is not None:
-        problems += _torn_groups(table, groups, part_of, keep)
+        problems += torn_groups(table, groups, part_of, keep)
     if problems:
         raise ValueError(f"{table.path}: {'; '.join(problems)}")
     kept = np.flatnonzero(keep)
@@ -182,7 +182,7 @@ def open_manifest(
                 f"{table.path}: there must be at least 2 classes, got {listing(map(repr, names))} "
                 f"in the column {used.label[0]!r}"
             )
-    splits = None if part_of is None else _splits(part_of[kept])
+    splits = None if part_of is None else splits_of(part_of[kept])
     if splits is not None and found.task == "single_label":
         if not partial:
             check_trained(splits, targets, names, str(table.path))
@@ -200,11 +200,11 @@ def open_manifest(
         frames=frames,
         scans=bool(scans),
         splits=splits,
-        notes=(*table.notes, *used.notes(), *notes, *found.notes, *_group_notes(used, groups)),
+        notes=(*table.notes, *used.notes(), *notes, *found.notes, *group_notes(used, groups)),
         name=f"{kind}:{table.path.absolute()}",
         task=found.task,
-        group_of=None if groups is None else _digests(groups, kept),
-        opened=_opened(used, wanted),
+        group_of=None if groups is None else group_digests(groups, kept),
+        opened=opened_with(used, wanted),
     )
 
 
@@ -228,8 +228,8 @@ def open_unlabeled_manifest(
     Raises:
         FileNotFoundError, ValueError: as for ``open_manifest``.
     """
-    table = _Table.read(
-        path, kind, lambda names: _Used.of(names, Columns(image=image), labeled=False)
+    table = Table.read(
+        path, kind, lambda names: Used.of(names, Columns(image=image), labeled=False)
     )
     files, _ = _paths(table)
     problems = _duplicates(table, files)
@@ -255,7 +255,7 @@ def open_unlabeled_manifest(
     return UnlabeledImages(source, tuple(files), reasons, notes)
 
 
-class _Used(NamedTuple):
+class Used(NamedTuple):
     """The columns that are read, and what is said about it."""
 
     image: tuple[str, ...]
@@ -267,7 +267,7 @@ class _Used(NamedTuple):
     unused: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: Sequence[str], wanted: Columns, *, labeled: bool) -> _Used:
+    def of(cls, names: Sequence[str], wanted: Columns, *, labeled: bool) -> Used:
         """The columns that are meant.
 
         Raises:
@@ -279,7 +279,7 @@ class _Used(NamedTuple):
         for each in dict.fromkeys(asked):
             if each not in names:
                 problems.append(f"there is no column {each!r}{suggest(each, names)}")
-        image = wanted.image or _guess("image", names)
+        image = wanted.image or guess("image", names)
         if image is None:
             problems.append("no column is usually called so for images; name it (--image-column)")
         taken = set(_fields(image)) if image else set()
@@ -290,13 +290,13 @@ class _Used(NamedTuple):
             split = _optional(wanted.split, "split", free)
             group = _optional(wanted.group, "group", free)
             rest = [name for name in free if name and name not in (split, group)]
-            usual = _guess("label", rest)
+            usual = guess("label", rest)
             label = wanted.label or ((usual,) if usual else tuple(rest) if len(rest) == 1 else ())
             if not label:
                 problems.append("which column holds the labels must be said (--label-column)")
             taken |= {*label, split or "", group or ""}
         if problems:
-            raise ValueError(f"{'; '.join(problems)}; the columns are {_named(names)}")
+            raise ValueError(f"{'; '.join(problems)}; the columns are {named(names)}")
         assert image is not None  # or there was a problem
         guesses = {"image": (image,), "label": label, "split": (split,), "group": (group,)}
         given = {"image": wanted.image, "label": wanted.label, "split": wanted.split}
@@ -319,7 +319,7 @@ class _Used(NamedTuple):
         if "weight" in map(str.lower, self.unused):
             yield "the column 'weight' is not used: all images count alike"
         if others := [name for name in self.unused if name.lower() != "weight"]:
-            yield f"columns that are not used: {_named(others)}"
+            yield f"columns that are not used: {named(others)}"
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -335,7 +335,7 @@ def _fields(image: str | None) -> tuple[str, ...]:
     return tuple(re.findall(r"\{([^{}]+)\}", image)) or (image,)
 
 
-def _guess(kind: str, names: Sequence[str]) -> str | None:
+def guess(kind: str, names: Sequence[str]) -> str | None:
     alike = {re.sub(r"[ -]+", "_", name.strip().lower()): name for name in reversed(names)}
     return next((alike[usual] for usual in USUAL_COLUMNS[kind] if usual in alike), None)
 
@@ -343,19 +343,19 @@ def _guess(kind: str, names: Sequence[str]) -> str | None:
 def _optional(given: str | None, kind: str, names: Sequence[str]) -> str | None:
     if given == NONE and NONE not in names:
         return None
-    return given or _guess(kind, names)
+    return given or guess(kind, names)
 
 
-def _named(names: Iterable[str]) -> str:
+def named(names: Iterable[str]) -> str:
     return listing((repr(shortened(name, 60)) for name in names), most=12)
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
+class Table:
     """The columns of a file that are used, as text without blanks around it."""
 
     path: Path
-    used: _Used
+    used: Used
     cells: dict[str, list[str]]
     lines: Sequence[int]
     unit: str
@@ -363,8 +363,8 @@ class _Table:
 
     @classmethod
     def read(
-        cls, path: str | os.PathLike[str], kind: str, choose: Callable[[list[str]], _Used]
-    ) -> _Table:
+        cls, path: str | os.PathLike[str], kind: str, choose: Callable[[list[str]], Used]
+    ) -> Table:
         """Reads a file.
 
         Args:
@@ -414,7 +414,7 @@ class _Table:
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _read_csv(path: Path, choose: Callable[[list[str]], _Used]) -> _Table:
+def _read_csv(path: Path, choose: Callable[[list[str]], Used]) -> Table:
     size = path.stat().st_size
     if size > MOST_CSV_BYTES:
         raise ValueError(
@@ -455,7 +455,7 @@ def _read_csv(path: Path, choose: Callable[[list[str]], _Used]) -> _Table:
             f"{listing(uneven, most=10)}"
         )
     notes = () if mark == "," else (f"cells are separated by {mark!r}",)
-    return _Table(path, used, dict(zip(used.all, columns, strict=True)), numbers, "line", notes)
+    return Table(path, used, dict(zip(used.all, columns, strict=True)), numbers, "line", notes)
 
 
 def _lines(file: Any) -> Iterator[str]:
@@ -488,10 +488,10 @@ def _check_names(names: Sequence[str]) -> None:
     if not any(names):
         raise ValueError("the first line must name the columns, got an empty one")
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
-        raise ValueError(f"names of columns must differ, got twice: {_named(twice)}")
+        raise ValueError(f"names of columns must differ, got twice: {named(twice)}")
 
 
-def _read_parquet(path: Path, choose: Callable[[list[str]], _Used]) -> _Table:
+def _read_parquet(path: Path, choose: Callable[[list[str]], Used]) -> Table:
     import pyarrow as pa  # Here: help and other sources need no pyarrow.
     import pyarrow.parquet as pq
 
@@ -516,13 +516,13 @@ def _read_parquet(path: Path, choose: Callable[[list[str]], _Used]) -> _Table:
         # A value that comes up again is decoded once, however often a small file repeats it.
         with pq.ParquetFile(path, read_dictionary=list(used.all)) as file:
             read = file.read(columns=list(used.all))
-            cells = {name: _texts(read.column(name)) for name in used.all}
+            cells = {name: texts(read.column(name)) for name in used.all}
         if any(len(column) != count for column in cells.values()):
             raise OSError("it has other rows than it states")
     except (pa.ArrowException, OSError, KeyError) as error:
         text = shortened(" ".join(str(error).split()), 200)
         raise ValueError(f"not a readable Parquet file ({text})") from None
-    return _Table(path, used, cells, range(1, count + 1), "row")
+    return Table(path, used, cells, range(1, count + 1), "row")
 
 
 def _unpacked(metadata: Any, names: Sequence[str]) -> int:
@@ -544,7 +544,7 @@ def _is_plain(kind: Any) -> bool:
     return any(test(kind) for test in (*tests, types.is_boolean, types.is_null))
 
 
-def _texts(column: Any) -> list[str]:
+def texts(column: Any) -> list[str]:
     """The values of a column as a CSV file has them; "" for null and NaN."""
     import pyarrow.types as types
 
@@ -564,7 +564,7 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()
 
 
-def _paths(table: _Table) -> tuple[list[str], list[str]]:
+def _paths(table: Table) -> tuple[list[str], list[str]]:
     """The paths of the images, as they are opened and recorded, and what is said about them."""
     used, notes = table.used, []
     if used.pattern in used.image:
@@ -599,11 +599,11 @@ def _filled(pattern: str, names: Sequence[str], row: Sequence[str]) -> str:
     return pattern
 
 
-def _duplicates(table: _Table, files: Sequence[str]) -> list[str]:
+def _duplicates(table: Table, files: Sequence[str]) -> list[str]:
     """Rows without an image, and images with several rows."""
     problems = []
     if empty := [i for i, file in enumerate(files) if not file]:
-        problems.append(f"{_count(empty, 'row')} without an image: {table.rows(empty)}")
+        problems.append(f"{counted(empty, 'row')} without an image: {table.rows(empty)}")
     first: dict[str, int] = {}
     again, inside = [], os.path.normpath(table.root) + "/"
     for i, file in enumerate(files):
@@ -611,13 +611,13 @@ def _duplicates(table: _Table, files: Sequence[str]) -> list[str]:
             again.append(i)
     if again:
         problems.append(
-            f"{_count(again, 'row')} with the image of an earlier row: "
+            f"{counted(again, 'row')} with the image of an earlier row: "
             + table.rows(again, lambda i: files[i])
         )
     return problems
 
 
-def _missing(table: _Table, files: Sequence[str], keep: np.ndarray) -> list[int]:
+def _missing(table: Table, files: Sequence[str], keep: np.ndarray) -> list[int]:
     """Rows whose image is no file; nothing is opened."""
     root = os.fspath(table.root)
     rows = [i for i in np.flatnonzero(keep).tolist() if files[i]]
@@ -625,8 +625,8 @@ def _missing(table: _Table, files: Sequence[str], keep: np.ndarray) -> list[int]
     return [i for i in rows if not there[files[i]]]
 
 
-def _missing_text(table: _Table, files: Sequence[str], missing: Sequence[int]) -> str:
-    text = f"{_count(missing, 'image')} missing: {table.rows(missing, lambda i: files[i])}"
+def _missing_text(table: Table, files: Sequence[str], missing: Sequence[int]) -> str:
+    text = f"{counted(missing, 'image')} missing: {table.rows(missing, lambda i: files[i])}"
     path = Path(files[missing[0]])
     for place in (table.root, *_subfolders(table.root)):
         with suppress(OSError, ValueError):  # Names that no file can have.
@@ -649,11 +649,11 @@ def _subfolders(root: Path) -> list[Path]:
     return [Path(path) for path in sorted(found)[:20]]
 
 
-def _count(rows: Sequence[int], what: str) -> str:
+def counted(rows: Sequence[int], what: str) -> str:
     return f"{len(rows)} {what}{'' if len(rows) == 1 else 's'}"
 
 
-def _parts(table: _Table, problems: list[str]) -> np.ndarray | None:
+def parts_of(table: Table, problems: list[str]) -> np.ndarray | None:
     """The part of each row, 0 to 2, or 3 for none; None without a split."""
     if table.used.split is None:
         return None
@@ -667,12 +667,12 @@ def _parts(table: _Table, problems: list[str]) -> np.ndarray | None:
     return np.array([known[each] for each in cells])
 
 
-def _splits(part_of: np.ndarray) -> Splits:
+def splits_of(part_of: np.ndarray) -> Splits:
     return Splits(*(np.flatnonzero(part_of == part).astype(np.int64) for part in range(4)))
 
 
-def _torn_groups(
-    table: _Table, groups: Sequence[str], part_of: np.ndarray, keep: np.ndarray
+def torn_groups(
+    table: Table, groups: Sequence[str], part_of: np.ndarray, keep: np.ndarray
 ) -> Iterator[str]:
     """Groups that the split of the data tears; by their rows, since names may be personal."""
     first: dict[str, int] = {}
@@ -683,13 +683,13 @@ def _torn_groups(
     ]
     if torn:
         yield (
-            f"no group may be in two parts of the split, got {_count(torn, 'row')} in another part "
-            f"than the first of their {table.used.group!r}: "
+            f"no group may be in two parts of the split, got {counted(torn, 'row')} in another "
+            f"part than the first of their {table.used.group!r}: "
             + table.rows(torn, lambda i: f"{table.unit} {table.lines[first[groups[i]]]}")
         )
 
 
-def _group_notes(used: _Used, groups: Sequence[str] | None) -> Iterator[str]:
+def group_notes(used: Used, groups: Sequence[str] | None) -> Iterator[str]:
     if groups is None:
         return
     count, empty = len(set(groups) - {""}), sum(not each for each in groups)
@@ -698,12 +698,12 @@ def _group_notes(used: _Used, groups: Sequence[str] | None) -> Iterator[str]:
         yield f"{empty} rows without one are groups of their own"
 
 
-def _digests(groups: Sequence[str], kept: np.ndarray) -> tuple[str, ...]:
+def group_digests(groups: Sequence[str], kept: np.ndarray) -> tuple[str, ...]:
     texts = (groups[i] or f"\0{i}" for i in kept.tolist())
     return tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 
 
-def _opened(used: _Used, wanted: Columns) -> dict[str, Any]:
+def opened_with(used: Used, wanted: Columns) -> dict[str, Any]:
     """The arguments of ``open_source`` that find the same columns, whatever else is added later."""
     found: dict[str, Any] = {
         "image_column": used.pattern,
@@ -717,7 +717,7 @@ def _opened(used: _Used, wanted: Columns) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-class _Labels(NamedTuple):
+class RowLabels(NamedTuple):
     """Labels of all rows; those of rows that are not kept mean nothing."""
 
     targets: np.ndarray
@@ -733,7 +733,7 @@ _MISSING = {"nan", "n/a", "#n/a", "<na>", "null"}
 _WHOLE = re.compile(r"[+-]?\d+")
 
 
-def _labels(table: _Table, wanted: Columns, problems: list[str]) -> _Labels:
+def read_labels(table: Table, wanted: Columns, problems: list[str]) -> RowLabels:
     used = table.used.label
     columns = [table.cells[name] for name in used]
     ignored = np.array([[_same(cell, wanted.ignore) for cell in column] for column in columns]).T
@@ -749,7 +749,7 @@ def _labels(table: _Table, wanted: Columns, problems: list[str]) -> _Labels:
         notes.append(said)
     if blank := np.flatnonzero(nothing & ~ignored.any(axis=1)).tolist():
         problems.append(
-            f"{_count(blank, 'row')} without a label: {table.rows(blank)}; --ignore-label '' "
+            f"{counted(blank, 'row')} without a label: {table.rows(blank)}; --ignore-label '' "
             "leaves them out"
         )
     known = ~(empty | ignored)
@@ -758,7 +758,7 @@ def _labels(table: _Table, wanted: Columns, problems: list[str]) -> _Labels:
     task = wanted.task or _task_of(values, len(columns), wanted.separator)
     if task not in ("single_label", "multi_label", "regression"):
         raise ValueError(f"task must be single_label, multi_label or regression, got {task!r}")
-    blank_labels = _Labels(np.zeros(len(table), np.int64), used, task, keep, notes)
+    blank_labels = RowLabels(np.zeros(len(table), np.int64), used, task, keep, notes)
     if not values:
         problems.append("no row has a label")
         return blank_labels
@@ -834,8 +834,8 @@ def _are_flags(values: set[str]) -> bool:
 
 
 def _classes(
-    table: _Table, cells: Sequence[str], values: set[str], found: _Labels, problems: list[str]
-) -> _Labels:
+    table: Table, cells: Sequence[str], values: set[str], found: RowLabels, problems: list[str]
+) -> RowLabels:
     """One class per row."""
     whole = {value for value in values if _WHOLE.fullmatch(value)}
     odd: set[str] = set()
@@ -863,7 +863,7 @@ def _classes(
     return found._replace(targets=targets, names=tuple(names))
 
 
-def _tags(cells: Sequence[str], column: str, separator: str, found: _Labels) -> _Labels:
+def _tags(cells: Sequence[str], column: str, separator: str, found: RowLabels) -> RowLabels:
     """Any number of labels per row, in one column."""
     rows = [cell.split(separator) if separator else [cell] for cell in cells]
     rows = [[tag.strip() for tag in row if tag.strip()] for row in rows]
@@ -878,7 +878,7 @@ def _tags(cells: Sequence[str], column: str, separator: str, found: _Labels) -> 
     return found._replace(targets=targets, names=tuple(names))
 
 
-def _one_hot(table: _Table, numbers: np.ndarray, found: _Labels, problems: list[str]) -> _Labels:
+def _one_hot(table: Table, numbers: np.ndarray, found: RowLabels, problems: list[str]) -> RowLabels:
     """Several columns of which one is 1 in each row."""
     wrong = np.flatnonzero(found.keep & ((numbers == 1).sum(axis=1) != 1)).tolist()
     if wrong:
@@ -890,8 +890,8 @@ def _one_hot(table: _Table, numbers: np.ndarray, found: _Labels, problems: list[
 
 def _said(task: str, used: Sequence[str], numbers: np.ndarray) -> str:
     if task == "regression":
-        return f"labels are values of {_named(used)}"
-    text = f"labels are 0 or 1 for each of {_named(used)}, empty for unknown"
+        return f"labels are values of {named(used)}"
+    text = f"labels are 0 or 1 for each of {named(used)}, empty for unknown"
     if len(used) > 1 and (np.nansum(numbers, axis=1) == 1).all():
         text += "; each row has one 1: task='single_label' would make one class of it"
     return text

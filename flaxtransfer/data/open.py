@@ -69,7 +69,7 @@ class Scheme:
             images without labels only.
         unlabeled: opens it without regard to labels; None where that is ``labeled`` with the labels
             ignored and positions as names.
-        columns: whether it is a table, whose columns the options name.
+        columns: whether it has columns, which the options name.
     """
 
     form: str
@@ -109,15 +109,18 @@ def open_source(
         spec: ``"digits"`` (scikit-learn's handwritten digits, 8 x 8 px, built on first use),
             ``"tfds:<name>[/config][:version][:split]"`` (a prepared TensorFlow Datasets data set,
             read without TensorFlow; the split may be a slice such as ``train[:80%]``; default
-            ``train``), ``"folder:<path>"`` (one sub-folder of images per class, or folders train,
-            val and test of such), ``"csv:<path>"`` or ``"parquet:<path>"`` (a row per image).
-        cache_dir: where prepared data sets are, in the layout of TensorFlow Datasets. Default for
-            ``digits``: the environment variable FLAXTRANSFER_CACHE, else ``~/.cache/flaxtransfer``;
-            for ``tfds:`` that library's own default (TFDS_DATA_DIR, else
-            ``~/tensorflow_datasets``).
-        download: whether a ``tfds:`` data set that is not prepared may be downloaded.
-        skip_corrupt: for files, leave out those that are missing, not an image or cannot be
-            decoded, and list them in ``source.skipped``; every file is read once to find them.
+            ``train``), ``"hf:<name or folder>[:config][:split]"`` (a Hugging Face data set in its
+            cache, or a folder that ``save_to_disk`` wrote; extra ``hf``), ``"folder:<path>"`` (one
+            sub-folder of images per class, or folders train, val and test of such),
+            ``"csv:<path>"`` or ``"parquet:<path>"`` (a row per image).
+        cache_dir: where prepared data sets are, in the layout of the library that prepared them.
+            Default for ``digits``: the environment variable FLAXTRANSFER_CACHE, else
+            ``~/.cache/flaxtransfer``; for ``tfds:`` and ``hf:`` that library's own default
+            (TFDS_DATA_DIR, else ``~/tensorflow_datasets``; HF_DATASETS_CACHE).
+        download: whether a ``tfds:`` or ``hf:`` data set that is not there may be downloaded.
+        skip_corrupt: for files and ``hf:``, leave out those that are missing, not an image or
+            cannot be decoded, and list them in ``source.skipped``; every one is read once to find
+            them.
         min_side: for images from files: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size
             as long as its shorter side keeps this many pixels. It is several times faster, and
             differs slightly from resizing the full image.
@@ -126,11 +129,11 @@ def open_source(
         partial: for files, allow one class alone, and leave out classes without an image; to
             evaluate on whatever there is.
         image_column: for ``csv:`` and ``parquet:``, the column of the paths, relative to the file
-            or absolute, or a pattern such as ``"images/{id}.png"``. These six are guessed where
-            they are left out; ``source.notes`` say what was.
+            or absolute, or a pattern such as ``"images/{id}.png"``; for ``hf:``, the column of the
+            images. These six are guessed where they are left out; ``source.notes`` say what was.
         label_column: the column of the labels, or one column per output.
         split_column: the column with train, val or test, which gives ``source.splits``; "none" for
-            no such column.
+            no such column, and for ``hf:`` to take its own splits as one set.
         group_column: the column of what must stay in one part of a split, such as patients, which
             gives ``source.groups()``; "none" for no such column.
         label_separator: between several labels of an image in one column; default ``|``, and "" for
@@ -186,7 +189,7 @@ def open_unlabeled(
         spec: ``"folder:<path>"`` (images at any depth, in class folders or not), ``"npz:<file>"``
             (an array called "image", uint8 or floats in 0 .. 1, ``[examples, height, width(,
             channels)]``), or any other name that ``open_source`` takes; of a ``csv:`` or
-            ``parquet:`` only the images are read.
+            ``parquet:`` and of ``hf:`` only the images are read.
         skip_corrupt: leave out files that are not an image; they are listed in ``skipped``.
         bands: channels to read from image files; default RGB.
         image_column: as for ``open_source``.
@@ -219,6 +222,37 @@ def _tfds(rest: str, options: OpenOptions) -> Source:
         download=options.download,
         min_side=options.min_side,
     )
+
+
+def _hub(rest: str, options: OpenOptions) -> Source:
+    from flaxtransfer.data.hub import open_hub
+    from flaxtransfer.data.manifest import Columns
+
+    return open_hub(
+        rest,
+        Columns(**options.columns()),
+        cache_dir=options.cache_dir,
+        download=options.download,
+        skip_corrupt=options.skip_corrupt,
+        min_side=options.min_side,
+        bands=3 if options.bands is None else options.bands,
+        partial=options.partial,
+    )
+
+
+def _unlabeled_hub(rest: str, options: OpenOptions) -> UnlabeledImages:
+    from flaxtransfer.data.hub import open_hub
+    from flaxtransfer.data.manifest import Columns
+
+    source = open_hub(
+        rest,
+        Columns(image=options.image_column),
+        skip_corrupt=options.skip_corrupt,
+        bands=3 if options.bands is None else options.bands,
+        labeled=False,
+    )
+    names = tuple(map(str, source.rows.tolist()))
+    return UnlabeledImages(source, names, source.skipped, source.notes)
 
 
 def _folder(rest: str, options: OpenOptions) -> Source:
@@ -304,6 +338,13 @@ SCHEMES = {
         "a prepared TensorFlow Datasets data set",
         _tfds,
     ),
+    "hf": Scheme(
+        "hf:<name or folder>[:config][:split]",
+        "a Hugging Face data set in its cache, or saved to a folder",
+        _hub,
+        _unlabeled_hub,
+        columns=True,
+    ),
     "folder": Scheme(
         "folder:<path>", "images in one sub-folder per class", _folder, _unlabeled_folder
     ),
@@ -331,7 +372,7 @@ def _check_columns(scheme: Scheme, options: OpenOptions) -> None:
     if scheme.columns or not options.columns():
         return
     given = [name for name in _COLUMN_OPTIONS if getattr(options, name) not in (None, (), [])]
-    forms = " and ".join(repr(each.form) for each in SCHEMES.values() if each.columns)
+    forms = listing(repr(each.form) for each in SCHEMES.values() if each.columns)
     raise ValueError(f"{listing(given)} must be given for {forms} only, got {scheme.form!r}")
 
 

@@ -404,6 +404,8 @@ def _grouped(
         # Held out at once, they would leave nothing of the class to train on.
         if len(own) > 1 and len(set(fold_of[own].tolist()) | {-2}) == 2 and fold_of[own[0]] >= 0:
             fold_of[own[0]] = -1
+    held = fold_of >= 0
+    fold_of[held] = np.unique(fold_of[held], return_inverse=True)[1]  # None of them is empty.
     return np.asarray(fold_of[units])
 
 

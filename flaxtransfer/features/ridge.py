@@ -375,6 +375,10 @@ def cross_validate(
         )
         for n in range(repeats)
     ]
+    if not all(draws):
+        raise ValueError(
+            "there must be a group that can be held out without its class, got each class in one"
+        )
     errors = np.zeros(len(tried))
     for split in (split for draw in draws for split in draw):
         targets = np.where(label[split.out, None] == np.arange(number), 1.0, -1.0)

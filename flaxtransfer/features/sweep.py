@@ -87,6 +87,7 @@ def fit_linear_probe(
     kind: Kind = "logistic",
     folds: int = FOLDS,
     seed: int = 0,
+    groups: Sequence[Any] | None = None,
 ) -> LinearProbe:
     """Linear probe: a head solved to its optimum, with a cross-validated penalty.
 
@@ -106,6 +107,8 @@ def fit_linear_probe(
             held-out examples best.
         folds: of the cross-validation.
         seed: of the folds.
+        groups: ``[examples]``, such as patients, each of which is held out as a whole. Where each
+            class is in one group, none can be, and the strength is fixed.
 
     Raises:
         ValueError: another kind, a class without examples, and as ``logistic_path``.
@@ -125,11 +128,13 @@ def fit_linear_probe(
         raise ValueError(f"kind must be {' or '.join(map(repr, KINDS))}, got {kind!r}")
     _, label, _ = checked_examples(features, labels, classes)
     begin = f"{'logistic' if kind == 'logistic' else 'ridge'} regression on {len(label)} examples"
-    alone = np.bincount(label, minlength=classes).max() == 1
+    alone = _why_alone(label, folds, seed, groups)
     scaling = standardization(features)
     strength, accuracy, scale = _ONE_SHOT_STRENGTH, 0.0, 1.0
     if kind == "logistic" and not alone:
-        swept = sweep_head(features, label, folds=folds, seeds=(seed,), classes=classes)
+        swept = sweep_head(
+            features, label, folds=folds, seeds=(seed,), classes=classes, groups=groups
+        )
         kernel, bias = swept.kernel, swept.bias
         strength, accuracy = swept.strength, swept.accuracy
     elif kind == "logistic":
@@ -138,20 +143,41 @@ def fit_linear_probe(
     else:
         matrix = scaling(np.asarray(features, np.float64))
         if not alone:
-            found = cross_validate(matrix, label, classes=classes, folds=folds, seed=seed)
+            found = cross_validate(
+                matrix, label, classes=classes, folds=folds, seed=seed, groups=groups
+            )
             strength, accuracy, scale = found.strength, found.accuracy, found.scale
         solved = ridge_path(matrix, label, [strength], classes=classes)
         kernel, bias = scaling.undo(scale * solved.kernel, scale * solved.bias)
     end = (
-        f"strength {strength:g}, because each class has one example"
+        f"strength {strength:g}, because {alone}"
         if alone
-        else f"strength {strength:.3g}; held-out accuracy {100 * accuracy:.1f} %"
+        else f"strength {strength:.3g}; held-out accuracy {100 * accuracy:.1f} %{_by(groups)}"
     )
     return LinearProbe(kernel, bias, f"{begin}, {end}")
 
 
+def _by(groups: Sequence[Any] | None) -> str:
+    return "" if groups is None else f", {len(set(groups))} groups held out whole"
+
+
+def _why_alone(label: np.ndarray, folds: int, seed: int, groups: Sequence[Any] | None) -> str:
+    """Why nothing can be held out; "" where it can."""
+    if np.bincount(label).max() == 1:
+        return "each class has one example"
+    if groups is None:
+        return ""
+    held_out = folds_with_singletons(label, min(folds, len(set(groups))), seed, groups) >= 0
+    return "" if held_out.any() else "no group can be held out without its class"
+
+
 def fit_label_probes(
-    features: Any, labels: np.ndarray, names: Sequence[str] = (), *, kind: Kind = "logistic"
+    features: Any,
+    labels: np.ndarray,
+    names: Sequence[str] = (),
+    *,
+    kind: Kind = "logistic",
+    groups: Sequence[Any] | None = None,
 ) -> LinearProbe:
     """The head of several independent labels: a linear probe of each, as ``fit_linear_probe``.
 
@@ -162,7 +188,7 @@ def fit_label_probes(
         features: ``[examples, features]``, finite.
         labels: float ``[examples, labels]``: 0, 1, or NaN where nobody knows.
         names: of the labels, for the text.
-        kind: see ``fit_linear_probe``.
+        kind, groups: see ``fit_linear_probe``.
 
     Returns:
         Kernel ``[features, labels]`` and bias, whose outputs are logits for the sigmoid.
@@ -185,7 +211,8 @@ def fit_label_probes(
             bias[k] = np.log((counts[1] + 1) / (counts[0] + 1))
             alone.append(names[k] if names else str(k))
             continue
-        head = fit_linear_probe(matrix[known], positive, 2, kind=kind)
+        own = None if groups is None else np.asarray(groups)[known].tolist()
+        head = fit_linear_probe(matrix[known], positive, 2, kind=kind, groups=own)
         kernel[:, k], bias[k] = (part[..., 1] - part[..., 0] for part in (head.kernel, head.bias))
         right = (matrix[known] @ kernel[:, k] + bias[k] > 0) == positive
         accuracies.append(right.mean())
@@ -194,20 +221,26 @@ def fit_label_probes(
         text += f", {100 * np.mean(accuracies):.1f} % of the known labels fitted"
     if alone:
         text += f"; one value alone: {listing(alone)}"
-    return LinearProbe(kernel, bias, text)
+    return LinearProbe(kernel, bias, text + _by(groups))
 
 
 def fit_target_probe(
-    features: Any, labels: np.ndarray, *, folds: int = FOLDS, seed: int = 0
+    features: Any,
+    labels: np.ndarray,
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
+    groups: Sequence[Any] | None = None,
 ) -> LinearProbe:
     """The head of a regression: ridge with a cross-validated penalty for each target.
 
     Args:
         features: ``[examples, features]``, finite.
         labels: float ``[examples, targets]``, best standardized; NaN where nobody knows.
-        folds: of the cross-validation; with fewer than three known examples of a target its
-            strength is fixed.
+        folds: of the cross-validation; with fewer than three known examples of a target, or one
+            group alone, its strength is fixed.
         seed: of the folds.
+        groups: ``[examples]``, such as patients, each of which is held out as a whole.
 
     Returns:
         Kernel ``[features, targets]`` and bias, for the original features.
@@ -226,8 +259,10 @@ def fit_target_probe(
         known = ~np.isnan(labels[:, k])
         x, y = matrix[known], labels[known, k].astype(np.float64)
         strength = _ONE_SHOT_STRENGTH
-        if len(y) >= 3:
-            errors = _target_errors(x, y, min(folds, len(y)), seed)
+        own = None if groups is None else np.asarray(groups)[known].tolist()
+        units = len(y) if own is None else len(set(own))
+        if len(y) >= 3 and units >= 2:
+            errors = _target_errors(x, y, min(folds, units), seed, own)
             strength = RIDGE_STRENGTHS[int(np.flatnonzero(errors == errors.min())[-1])]
             explained.append(1 - errors.min() / max(float(y.var()), 1e-12))
         with blas_threads(x):
@@ -238,16 +273,18 @@ def fit_target_probe(
     kernel, bias = scaling.undo(kernel, bias)
     text = f"ridge regression of {labels.shape[1]} targets on {len(labels)} examples"
     if explained:
-        text += f"; held-out R2 {np.mean(explained):.3f}"
+        text += f"; held-out R2 {np.mean(explained):.3f}{_by(groups)}"
     return LinearProbe(kernel, bias, text)
 
 
-def _target_errors(x: np.ndarray, y: np.ndarray, folds: int, seed: int) -> np.ndarray:
+def _target_errors(
+    x: np.ndarray, y: np.ndarray, folds: int, seed: int, groups: Sequence[Any] | None
+) -> np.ndarray:
     """Mean squared held-out error of each strength, float64 ``[strengths]``."""
-    fold_of = folds_with_singletons(np.zeros(len(y), np.int64), folds, seed)
+    fold_of = folds_with_singletons(np.zeros(len(y), np.int64), folds, seed, groups)
     errors = np.zeros(len(RIDGE_STRENGTHS))
     with blas_threads(x):
-        for fold in range(folds):
+        for fold in range(int(fold_of.max()) + 1):
             out = fold_of == fold
             center, mean = x[~out].mean(axis=0), y[~out].mean()
             rest = x[~out] - center
@@ -331,6 +368,7 @@ def sweep_head(
     rule: Rule = "loss",
     standardize: bool = True,
     classes: int | None = None,
+    groups: Sequence[Any] | None = None,
 ) -> HeadSweep:
     """Cross-validates the penalty of a linear head, and refits with the best one on all examples.
 
@@ -356,9 +394,11 @@ def sweep_head(
             within one standard error of the smallest ("one_standard_error").
         standardize: whether to standardize; if not, the penalty is in the units of the features.
         classes: number of classes; default: the largest label plus 1.
+        groups: ``[examples]``, such as patients, each of which is held out as a whole.
 
     Raises:
-        ValueError: as ``logistic_path`` and ``ridge_path``; no class with two examples; folds,
+        ValueError: as ``logistic_path`` and ``ridge_path``; no class with two examples, no group
+            that can be held out without its class; folds,
             seeds, kind or rule out of range.
         TypeError: labels that are not integers.
 
@@ -388,7 +428,11 @@ def sweep_head(
     smallest_class(label)
     if single := singleton_classes(label):
         notes.append(f"Classes {single} have one example, which is never held out.")
-    fold_of = [folds_with_singletons(label, folds, seed) for seed in seeds]
+    if groups is not None:
+        folds = min(folds, len(set(groups)))
+    fold_of = [folds_with_singletons(label, folds, seed, groups) for seed in seeds]
+    if min(each.max() for each in fold_of) < 0:
+        raise ValueError("no group can be held out without its class; give no groups")
     if kind == "ridge":
         checked_strengths(len(label), tried.tolist())
         splits = [split for each in fold_of for split in ridge_splits(matrix, label, number, each)]

@@ -7,7 +7,7 @@ the batches were.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -252,12 +252,14 @@ def init_head_from_probe(
     mesh: Mesh | None = None,
     *,
     kind: Literal["logistic", "ridge"] = "logistic",
+    groups: Sequence[Any] | None = None,
 ) -> tuple[Params, str]:
     """The parameters with the head that is optimal on the features as they are.
 
     Args:
         network, batches, mesh: as for ``pooled_features``.
         kind: of probe, see ``fit_linear_probe``.
+        groups: ``[examples]``, in the order of the batches, each held out as a whole.
 
     Returns:
         All parameters, in which the head's kernel and bias are new; and how they were found.
@@ -265,7 +267,8 @@ def init_head_from_probe(
     Raises:
         ValueError: a class without examples, features that are not finite.
     """
-    return head_from_features(network, *pooled_features(network, batches, mesh), kind=kind)
+    pooled = pooled_features(network, batches, mesh)
+    return head_from_features(network, *pooled, kind=kind, groups=lambda: groups)
 
 
 def head_from_features(
@@ -274,13 +277,14 @@ def head_from_features(
     labels: np.ndarray,
     *,
     kind: Literal["logistic", "ridge"] = "logistic",
+    groups: Callable[[], Sequence[Any] | None] | None = None,
 ) -> tuple[Params, str]:
     """The same where it is known what the head sees; see ``pooled_features``."""
     text = ""
 
     def solved() -> dict[str, np.ndarray]:
         nonlocal text
-        head = _solved(network, features, labels, kind)
+        head = _solved(network, features, labels, kind, None if groups is None else groups())
         text = head.text
         return {"kernel": np.asarray(head.kernel), "bias": np.asarray(head.bias)}
 
@@ -297,15 +301,18 @@ def _solved(
     features: np.ndarray,
     labels: np.ndarray,
     kind: Literal["logistic", "ridge"],
+    groups: Sequence[Any] | None,
 ) -> LinearProbe:
     """The head of the network's task; a regression's is ridge, whatever kind is asked for."""
     task = network.task
     if task.standardizes:
         fitted = task.fitted(labels)
-        return fit_target_probe(features, np.asarray(fitted.targets(labels), np.float64))
+        targets = np.asarray(fitted.targets(labels), np.float64)
+        return fit_target_probe(features, targets, groups=groups)
     if labels.ndim == 2:
-        return fit_label_probes(features, labels, network.class_names, kind=kind)
-    return fit_linear_probe(features, labels, network.model.config.classes, kind=kind)
+        return fit_label_probes(features, labels, network.class_names, kind=kind, groups=groups)
+    classes = network.model.config.classes
+    return fit_linear_probe(features, labels, classes, kind=kind, groups=groups)
 
 
 def recalibrate(

@@ -507,7 +507,7 @@ def _probe(run: _Run, phase: Phase, state: State, position: Progress) -> State:
     pooled = run.pooled if untouched else None
     if pooled is None:
         pooled = pooled_features(network, run.feed.calibration(), run.mesh)
-    params, text = head_from_features(network, *pooled, kind=phase.probe)
+    params, text = head_from_features(network, *pooled, kind=phase.probe, groups=run.feed.groups)
     begins = "is" if phase.only_solves else "begins with"
     run.notes.append(f"phase {phase.name!r} {begins} {text}")
     if not phase.only_solves:

@@ -43,7 +43,7 @@ from flaxtransfer.weights.naming import (
 from flaxtransfer.weights.naming.formats import FORMATS, detect_naming, with_head
 from flaxtransfer.weights.preprocessing import IMAGENET, Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
-from flaxtransfer.weights.readers import array_files, detect, hdf5_file
+from flaxtransfer.weights.readers import array_files, detect
 from flaxtransfer.weights.readers.detect import Tensors
 from flaxtransfer.weights.readers.torch_file import NAMES, names_of, tells_names
 
@@ -347,8 +347,8 @@ def _network(
             return own
     settings = sidecar.beside(file)
     _check_graph(file, format, seen)
-    if format == "keras" and hdf5_file.CONFIG in file.metadata:
-        text = file.metadata[hdf5_file.CONFIG].encode()
+    if format == "keras" and array_files.CONFIG in file.metadata:
+        text = file.metadata[array_files.CONFIG].encode()
         seen, odd = keras_model.stated(parse_json(text, f"the graph in {path}"), seen)
         if odd:
             raise unfit(file, f"{path} states another network: {'; '.join(odd)}")

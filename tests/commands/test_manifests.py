@@ -307,3 +307,40 @@ def test_tables_of_several_labels_or_values_are_trained(trained, weights, tmp_pa
     assert run([str(w) for w in ["train", *data, *given, "--folds", 2]]) == 0
     assert "(mean and standard deviation of 2 folds" in capsys.readouterr().out
     assert len((tmp_path / "folds/out_of_fold.csv").read_text().splitlines()) == 17
+
+
+def test_a_hugging_face_data_set_is_trained_resumed_and_evaluated(
+    folder, weights, tmp_path, capsys
+):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = rows_of(folder)
+    data = {
+        "scan": [{"bytes": None, "path": path} for path, *_ in rows],
+        "tone": [name for _, name, _ in rows],
+        "patient": [patient for *_, patient in rows],
+    }
+    features = {
+        "scan": datasets.Image(),
+        "tone": datasets.ClassLabel(names=["dark", "bright"]),
+        "patient": datasets.Value("string"),
+    }
+    whole = datasets.Dataset.from_dict(data, features=datasets.Features(features))
+    whole.save_to_disk(tmp_path / "saved")
+    command = words(f"hf:{tmp_path / 'saved'}", weights, tmp_path / "run", "--val-fraction", 0.25,
+                    "--test-fraction", 0.25)  # fmt: skip
+    assert run(command) == 0
+    said = capsys.readouterr().out
+    assert "columns by their usual names: image 'scan', label 'tone', group 'patient'" in said
+    assert "Jane" not in (tmp_path / "run" / "split.json").read_text()
+    assert run([*command, "--resume"]) == 0
+    capsys.readouterr()
+    assert run(["evaluate", str(tmp_path / "run")]) == 0
+    assert run(["evaluate", str(tmp_path / "run"), "--data", f"hf:{tmp_path / 'saved'}"]) == 0
+    capsys.readouterr()
+    other = whole.map(lambda row: {"scan": whole[0]["scan"]})
+    shutil.rmtree(tmp_path / "saved")
+    other.save_to_disk(tmp_path / "saved")
+    assert run([*command, "--resume"]) == 2
+    assert "belongs to another run" in only_line(capsys)

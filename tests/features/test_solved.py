@@ -6,6 +6,7 @@ from sklearn.preprocessing import StandardScaler
 
 import flaxtransfer as ft
 from flaxtransfer.features import fit_linear_probe, logistic_path, standardization, sweep_head
+from flaxtransfer.features.sweep import fit_label_probes, fit_target_probe
 from tests.support.peers import logistic_regression
 from tests.support.small import PREPROCESSING, batch, network
 
@@ -70,3 +71,75 @@ def test_two_examples_of_one_class_are_enough_for_two_folds():
 def test_a_class_without_examples():
     with pytest.raises(ValueError, match="class"):
         fit_linear_probe(FEATURES, LABELS, 4)
+
+
+def patients(seed: int, each: int = 6, count: int = 20):
+    """Images of a patient are alike, and labels are drawn by patient: there is nothing to learn."""
+    random = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(count), each)
+    features = random.normal(size=(count, 40))[groups] + 0.3 * random.normal(size=(len(groups), 40))
+    labels = random.permutation(np.arange(count) % 2)[groups]
+    return features, labels, [f"patient {group}" for group in groups]
+
+
+def held_out(text: str) -> float:
+    return float(text.split("held-out ")[1].split("accuracy ")[-1].split("R2 ")[-1].split()[0][:5])
+
+
+@pytest.mark.parametrize("kind", ["logistic", "ridge"])
+def test_groups_are_held_out_whole(kind):
+    """Else the head of a patient is judged on the same patient, and everything looks right."""
+    alone, together = [], []
+    for seed in range(3):
+        features, labels, groups = patients(seed)
+        alone.append(held_out(fit_linear_probe(features, labels, 2, kind=kind).text))
+        head = fit_linear_probe(features, labels, 2, kind=kind, groups=groups)
+        assert head.text.endswith("%, 20 groups held out whole")
+        together.append(held_out(head.text))
+    assert min(alone) > 95
+    assert np.mean(together) < 75
+
+
+def test_strengths_of_labels_and_targets_are_chosen_by_groups():
+    """An analytic case: of a new patient nothing can be known, of a known one everything."""
+    features, labels, groups = patients(3)
+    heads = [
+        fit_label_probes(features, labels[:, None].astype(float), kind="ridge", groups=given)
+        for given in (None, groups)
+    ]
+    assert heads[1].text.endswith("20 groups held out whole")
+    # Nothing can be learned of a new patient, so that the penalty shrinks the head.
+    assert np.abs(heads[1].kernel).sum() < 0.5 * np.abs(heads[0].kernel).sum()
+    values = (labels - 0.5)[:, None]
+    alone, together = (fit_target_probe(features, values, groups=each) for each in (None, groups))
+    assert held_out(alone.text) > 0.8
+    assert held_out(together.text) < 0.3
+
+
+def test_where_no_group_can_be_held_out_the_strength_is_fixed_and_said():
+    features, labels, _ = patients(0)
+    head = fit_linear_probe(features, labels, 2, groups=labels.tolist())
+    assert "because no group can be held out without its class" in head.text
+    with pytest.raises(ValueError, match="no group can be held out without its class"):
+        sweep_head(features, labels, groups=labels.tolist())
+    one = fit_target_probe(features, labels[:, None].astype(float), groups=["a"] * len(labels))
+    assert "R2" not in one.text
+
+
+def test_a_run_solves_its_head_by_the_groups_of_its_source(tmp_path):
+    class Grouped(ft.ArraySource):
+        def groups(self):
+            return [f"patient {i // 3}" for i in range(len(self))]
+
+    model, variables = network()
+    images = np.random.default_rng(0).integers(0, 255, (36, 32, 32, 3), np.uint8)
+    source = Grouped(images, np.arange(36) // 3 % 3, ("a", "b", "c"))
+    splits = ft.data.Splits.of(range(30), (), range(30, 36))
+    start = ft.Classifier(model, variables, PREPROCESSING)
+    data = ft.loaders(source, splits, PREPROCESSING, batch_size=8)
+    plan = ft.recipes.solved_head(variables["params"])
+    fitted = ft.fit(start, plan, data, tmp_path)
+    assert "10 groups held out whole" in fitted.notes[0]
+    pooled, labels = ft.features.pooled_features(start, data.calibration())
+    head = fit_linear_probe(pooled, labels, 3, groups=source.groups()[:30], kind="ridge")
+    np.testing.assert_allclose(fitted.variables["params"]["fc"]["kernel"], head.kernel, rtol=1e-5)

@@ -11,7 +11,7 @@ from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.weights.naming import keras
 from flaxtransfer.weights.naming.formats import FORMATS
 from flaxtransfer.weights.naming.key_map import to_keys, to_leaves
-from flaxtransfer.weights.readers.hdf5_file import read_hdf5, read_keras_archive
+from flaxtransfer.weights.readers.array_files import read_hdf5, read_keras_archive
 
 
 def file_of(fill):

@@ -36,7 +36,7 @@ from flaxtransfer.weights.naming import keras
 from flaxtransfer.weights.naming.native import HEADER_KEY
 from flaxtransfer.weights.preprocessing import OF_BANDS
 from flaxtransfer.weights.pretrained import Pretrained, save, write_header
-from flaxtransfer.weights.readers import hdf5_file
+from flaxtransfer.weights.readers import array_files
 
 __all__ = [
     "LAYOUTS",
@@ -179,7 +179,7 @@ def _export_file(
         elif layout == "keras":
             arrays = keras.to_keras(flatten(checkpoint.variables), checkpoint.config)
             header = {HEADER_KEY: write_header(checkpoint)[HEADER_KEY]}
-            write_file(made, hdf5_file.write_hdf5(arrays, header))
+            write_file(made, array_files.write_hdf5(arrays, header))
             difference = _difference(checkpoint, _loaded(made))
             notes = (*checkpoint.notes, _in_keras(checkpoint))
         elif layout == "onnx":

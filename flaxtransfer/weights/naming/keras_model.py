@@ -18,7 +18,7 @@ from flaxtransfer.files import parse_json
 from flaxtransfer.models.config import ResNetConfig
 from flaxtransfer.paths import shortened
 from flaxtransfer.weights.preprocessing import Preprocessing
-from flaxtransfer.weights.readers.hdf5_file import CONFIG, LAYERS
+from flaxtransfer.weights.readers.array_files import CONFIG, LAYERS
 
 __all__ = ["Around", "around", "head", "split", "stated"]
 

@@ -22,7 +22,6 @@ from flaxtransfer.weights.readers import (
     archives,
     array_files,
     folders,
-    hdf5_file,
     torch_file,
     torch_pickle,
 )
@@ -68,8 +67,8 @@ CONTAINERS: dict[str, Container] = {
         nested=True,
     ),
     "npz": Container("an archive of numpy's", (".npz",), archives.read_npz),
-    "hdf5": Container("an HDF5 file", (".h5", ".hdf5"), hdf5_file.read_hdf5),
-    "keras": Container("an archive of Keras'", (".keras",), hdf5_file.read_keras_archive),
+    "hdf5": Container("an HDF5 file", (".h5", ".hdf5"), array_files.read_hdf5),
+    "keras": Container("an archive of Keras'", (".keras",), array_files.read_keras_archive),
     "msgpack": Container("a msgpack of flax's", (".msgpack",), array_files.read_flax),
     "onnx": Container("an ONNX model", (".onnx",), onnx.read_onnx, spread=True),
 }
