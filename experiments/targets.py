@@ -101,6 +101,30 @@ def _photographs(labels: np.ndarray, random: np.random.Generator, test: bool) ->
     return np.stack(crops).astype(float)
 
 
+def photograph_strips(per_class: int, seed: int, *, test: bool = False, size: int = 64) -> Target:
+    """Which quarter of which photograph a crop is from; tests have every second strip of 80 px.
+
+    For networks that need larger crops than those of the target "photographs", of the same classes.
+
+    Args:
+        per_class: images of each class.
+        seed: of the draw.
+        test: test images.
+        size: side of a crop in px, up to 80.
+    """
+    random = np.random.default_rng([seed, int(test), size])
+    labels = random.permutation(np.repeat(np.arange(8), per_class))
+    photographs, crops = load_sample_images().images, []
+    for label in labels:
+        photograph = photographs[label // 4]
+        height, width = photograph.shape[0] // 2, photograph.shape[1] // 2
+        strip = 2 * random.integers(0, width // 160) + int(test)
+        y = (label % 4) // 2 * height + random.integers(0, height - size + 1)
+        x = (label % 4) % 2 * width + 80 * strip + random.integers(0, 80 - size + 1)
+        crops.append(photograph[y : y + size, x : x + size])
+    return Target(np.stack(crops), labels, 8)
+
+
 def _gratings(
     labels: np.ndarray,
     random: np.random.Generator,

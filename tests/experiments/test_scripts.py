@@ -241,6 +241,19 @@ def test_measured_gray_levels_are_worth_more_than_the_scale_to_65535():
     assert high > low + 5
 
 
+@pytest.mark.slow
+def test_claims_are_judged_and_computed_once(tmp_path):
+    arguments = ["bias_variance", "unfreezing", "gray", "--seeds", "2", "--processes", "1"]
+    arguments += ["--scale.steps", "6", "--scale.tests", "40"]
+    arguments += ["--results", str(tmp_path / "results.jsonl")]
+    shown = run("claims.py", *arguments)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["run"]["what"] for row in rows} >= {"heads", "gradual", "gray, curves"}
+    assert "## unfreezing, built-in: " in shown
+    assert run("claims.py", *arguments) == shown
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
 def test_what_a_script_imports_is_there(name):
     importlib.import_module(name)
