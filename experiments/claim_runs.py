@@ -23,13 +23,13 @@ import flaxtransfer as ft
 import targets
 from strategy_grid import shifted
 
-BUILT_IN, THIN, RANDOM = "built-in", "thin ResNet-50", "random weights"
+BUILT_IN, THIN = "built-in", "thin ResNet-50"
 DEPTHS = ("stem", "layer1", "layer2", "layer3", "layer4")
 LABELS = (5, 20, 50, 100)
 """Labels per class."""
 
 HELD = 20
-"""Images per class that rates are chosen on: the last of the 100, which nothing else uses."""
+"""Images per class that rates are chosen on: the last of the 100; such runs train on the first."""
 
 SPLIT_TARGETS = ("digits", "polygons", "counts")
 """Targets whose error is split into bias and variance."""
@@ -43,10 +43,10 @@ class Run:
     """One measurement.
 
     Args:
-        network: BUILT_IN, THIN or RANDOM.
+        network: BUILT_IN or THIN.
         target: of targets.py.
         what: "heads", "freezing", "gray, ..." or one of STRATEGIES.
-        per_class: labels per class; of heads the largest number, they are made with all of LABELS.
+        per_class: labels per class; heads are made with all of LABELS at once.
     """
 
     network: str
@@ -67,7 +67,7 @@ class Scale:
     """
 
     steps: int = 200
-    batch_size: int = 32
+    batch_size: int = 16
     tests: int = 400
     thin_size: int = 64
 
@@ -174,9 +174,6 @@ def checkpoint(network: str, weights: Path | None, size: int) -> ft.Pretrained:
         mean = (123 / 255, 117 / 255, 104 / 255)
         return replace(found, preprocessing=ft.Preprocessing(mean, (1 / 255,) * 3, size, size))
     found = ft.load("builtin")
-    if network == RANDOM:
-        random = ft.resnet(found.config).init(jax.random.key(0))
-        found = replace(found, variables=jax.tree.map(np.asarray, random))
     return replace(found, preprocessing=replace(found.preprocessing, size=size, resize=size))
 
 

@@ -13,6 +13,8 @@ file, one line each, and what is there already is not computed again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import shutil
 import sys
 import textwrap
 import time
@@ -92,26 +94,35 @@ def read(config: Claims) -> dict[tuple[Run, int], dict[str, float]]:
     }
 
 
-def own(config: Claims) -> list[Run]:
-    """The runs of this process. Equal programs go to one process, which compiles them once."""
-    programs: dict[tuple[str, str, str], list[Run]] = {}
+def programs(config: Claims) -> list[list[Run]]:
+    """The runs in groups that are compiled once, long groups first."""
+    found: dict[tuple[str, str, str], list[Run]] = {}
     for run in config.runs():
-        programs.setdefault((run.network, run.what, run.target), []).append(run)
-    loads = [0.0] * config.processes
-    shares: list[list[Run]] = [[] for _ in loads]
-    for runs in sorted(programs.values(), key=lambda runs: (-len(runs), runs)):
-        least = int(np.argmin(loads))
-        # A program costs about as much as a run, and heads cost less than either.
-        loads[least] += 1 + len(runs)
-        shares[least] += runs
-    return shares[config.worker or 0]
+        found.setdefault((run.network, run.what, run.target), []).append(run)
+    return sorted(found.values(), key=len, reverse=True)
+
+
+def taken(config: Claims) -> Path:
+    """Marks of the groups that a process has begun, a file each."""
+    return config.results.with_suffix(".taken")
+
+
+def take(config: Claims, number: int) -> bool:
+    """Whether a group is this process's: the first to mark it has it."""
+    try:
+        (taken(config) / str(number)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def compute(config: Claims) -> None:
     """Appends what is missing, in this process."""
     compile_once(config.results.parent / "compiled")
-    for run in own(config) if config.worker is not None else config.runs():
-        for seed in range(config.seeds):
+    for number, runs in enumerate(programs(config)):
+        if config.worker is not None and not take(config, number):
+            continue
+        for run, seed in itertools.product(runs, range(config.seeds)):
             if (run, seed) in read(config):
                 continue
             began = time.perf_counter()
@@ -298,6 +309,8 @@ def main(config: Claims) -> None:
     if config.worker is not None or (config.processes == 1 and not config.print_only):
         compute(config)
     elif not config.print_only:
+        shutil.rmtree(taken(config), ignore_errors=True)
+        taken(config).mkdir()
         share(config.processes)
     if config.worker is None:
         table = Table(read(config), range(config.seeds))

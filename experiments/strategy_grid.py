@@ -56,6 +56,9 @@ def shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return padded[top : top + targets.SIZE, left : left + targets.SIZE]
 
 
+shifted.random = True  # declared: a cache of activations then has several versions of each image
+
+
 @dataclass(frozen=True)
 class Grid:
     """Which targets, label counts, seeds and strategies.
