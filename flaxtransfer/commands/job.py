@@ -59,7 +59,7 @@ from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import Params, flatten, visible
 from flaxtransfer.recipes import RECIPES
-from flaxtransfer.recipes.measurement import (
+from flaxtransfer.recipes.parts import (
     MEASURED,
     MOST_IMAGES,
     Measurement,
