@@ -358,7 +358,7 @@ MOST_COMPILED_BYTES = 1 << 30
 """Of compiled programs that are kept; the longest unused go first. A run has a few megabytes."""
 
 
-def keep_compiled(folder: Path) -> Path | None:
+def keep_compiled(folder: Path, chosen: str | None = None) -> Path | None:
     """Keeps compiled programs, so that a second start does not compile them again.
 
     What jax is told stays: JAX_COMPILATION_CACHE_DIR (another folder, or a bucket),
@@ -368,10 +368,18 @@ def keep_compiled(folder: Path) -> Path | None:
 
     Args:
         folder: for all kinds of CPU; made where it can be.
+        chosen: another folder, or an address gs:// (extra ``gcs``), in which nothing is removed to
+            keep a limit; it goes before what jax is told.
 
     Returns:
         Where they are kept; None where that was said otherwise, or nothing can be written.
     """
+    update: Any = jax.config.update  # which has no types
+    if chosen is not None:
+        update("jax_compilation_cache_max_size", -1)
+        update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        update("jax_compilation_cache_dir", chosen)
+        return None
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return None
     place = folder / _cpu_name()
@@ -381,7 +389,6 @@ def keep_compiled(folder: Path) -> Path | None:
         return None
     if not os.access(place, os.W_OK):
         return None
-    update: Any = jax.config.update  # which has no types
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
         update("jax_compilation_cache_max_size", MOST_COMPILED_BYTES)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -550,7 +550,8 @@ class RunOptions:
     """The run folder, and what is written and compared.
 
     Args:
-        run: Run folder.
+        run: Run folder; or gs://bucket/path (extra gcs), to which a local folder is mirrored while
+            the run trains, and from which --resume goes on.
         resume: Continue the run in the folder, if there is one.
         compare: Also train from scratch; auto does so with at most 1000 training images, and not
             in folds.
@@ -558,6 +559,8 @@ class RunOptions:
         tensorboard: Also write TensorBoard events (extra tb).
         shard_above_mb: Split parameters of more than so many megabytes over the devices, with their
             moments and averages; 4 is what other programs take.
+        compilation_cache: Folder or gs://bucket/path (extra gcs) that keeps compiled programs for
+            later runs, also on other machines of the kind.
     """
 
     run: Annotated[
@@ -569,6 +572,9 @@ class RunOptions:
     tensorboard: Annotated[Flag, UNRECORDED] = False
     shard_above_mb: Annotated[
         float | None, NOT_NEGATIVE, UNRECORDED, default("every device holds all")
+    ] = None
+    compilation_cache: Annotated[
+        str | None, UNRECORDED, default("the cache folder of this machine")
     ] = None
 
 

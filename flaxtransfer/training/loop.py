@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from flaxtransfer.batchnorm import modules
 from flaxtransfer.checkpoint.manager import CheckpointManager
 from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
+from flaxtransfer.checkpoint.mirror import mirrored
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
 from flaxtransfer.distributed import check_alike, from_first, held_by_first, share
 from flaxtransfer.features.inputs import pooled_features
-from flaxtransfer.files import folder_lock
+from flaxtransfer.files import bucket_address, folder_lock
 from flaxtransfer.metrics import shown
 from flaxtransfer.paths import Variables, listing
 from flaxtransfer.sharding import gather, make_mesh, place_batch, place_replicated
@@ -187,7 +188,10 @@ def fit(
         network: from ``ft.transfer``, or made of a model and its weights; not changed.
         plan: what moves, how fast and when.
         data: batches as functions of the step, from ``ft.loaders``.
-        folder: the run folder; new, or with ``resume`` one of the very same run.
+        folder: the run folder; new, or with ``resume`` one of the very same run. With an address
+            such as ``gs://bucket/runs/scans`` (extra ``gcs``) the run works in
+            ``runs/bucket/runs/scans``, which is mirrored there while it trains; with ``resume``
+            what is there is fetched first.
         seed: of the run's random key.
         config: further JSON values that identify the run; a resumed run must have the same.
         resume: continue from the last sound checkpoint, exactly; start where there is none.
@@ -214,9 +218,26 @@ def fit(
             (``NonFiniteLoss``); ``shard_above`` below 0; processes with other arguments than
             process 0, batches that are not divided among the processes, a mesh without some of
             them.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written; a bucket does not allow it, or at the end of the run
+            had not taken all: the text says what is safe where.
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
+    if (address := bucket_address(folder)) is not None:
+        with mirrored(address, resume=resume, say=log) as local:
+            return fit(
+                network,
+                plan,
+                data,
+                local,
+                seed=seed,
+                config=config,
+                resume=resume,
+                options=options,
+                cache=cache,
+                mesh=mesh,
+                shard_above=shard_above,
+                pooled=pooled,
+            )
     folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
     _check_data(network, data)
     network, plan = prepared(network, plan, data)
