@@ -326,7 +326,7 @@ def _train_from_scratch(
     plan = balanced(plan, options.job.strategy.balance, network.task)
     plan = regularized(plan, options.job, network.task)
     resume = options.run.resume or from_first((folder / SCRATCH).exists)
-    inner = replace(options, run=replace(options.run, resume=resume))
+    inner = replace(options, run=replace(options.run, resume=resume, profile=None))
     fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)
     return _row("from scratch", job.test(fitted.network), fitted, started)
 
@@ -360,7 +360,9 @@ def _arguments(
         "seed": options.job.split.seed,
         "config": {"options": recorded(options)},
         "options": FitOptions(
-            evaluate_every=options.training.evaluate_every, tensorboard=options.run.tensorboard
+            evaluate_every=options.training.evaluate_every,
+            tensorboard=options.run.tensorboard,
+            profile=options.run.steps_to_trace(),
         ),
         "cache": _cache(options),
     }
