@@ -33,6 +33,7 @@ from flaxtransfer.commands.subcommands import (
     Predict,
     Train,
 )
+from flaxtransfer.files import bucket_address
 from flaxtransfer.paths import nearest, shortened, suggest, visible
 
 USER_ERROR = 2
@@ -203,13 +204,17 @@ def _near(option: str, known: Sequence[str]) -> str:
 
 def _execute(options: Any) -> int:
     from flaxtransfer import distributed
+    from flaxtransfer.checkpoint.mirror import Bucket
     from flaxtransfer.overview import terminal
     from flaxtransfer.sharding import guard_cpu_thread_pool, keep_compiled
     from flaxtransfer.training.console import Interrupted
     from flaxtransfer.weights.locations import cache_folder
 
     guard_cpu_thread_pool()
-    keep_compiled(cache_folder() / "compiled")
+    chosen = options.run.compilation_cache if isinstance(options, Train) else None
+    if chosen is not None and bucket_address(chosen) is not None:
+        Bucket.at(chosen)  # jax would say of a bucket that cannot be used only that it is not.
+    keep_compiled(cache_folder() / "compiled", chosen)
     distributed.start(stop_together=isinstance(options, Train))
     # For Python's process that frees the shared memory of decode workers: where they, or the run,
     # were ended from outside, it would add two lines of its own to the one that says so.

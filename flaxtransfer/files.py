@@ -27,6 +27,7 @@ __all__ = [
     "LOCK_NAME",
     "MAKE_AGAIN",
     "atomic_write",
+    "bucket_address",
     "check_regular",
     "check_seal",
     "discard_folder",
@@ -49,6 +50,20 @@ __all__ = [
 
 
 LOCK_NAME = ".lock"
+
+
+def bucket_address(path: str | os.PathLike[str] | None) -> str | None:
+    """The address of a place in a bucket of Cloud Storage; None for a path of this machine.
+
+    A ``Path`` that was made of an address has lost one of its slashes.
+
+    >>> bucket_address(Path("gs://bucket/runs/one")), bucket_address("runs/one")
+    ('gs://bucket/runs/one', None)
+    """
+    text = "" if path is None else os.fspath(path)
+    found = text == "gs:" or text.startswith("gs:/")
+    return f"gs://{text[3:].strip('/')}" if found else None
+
 
 MOST_JSON_BYTES = 1 << 27
 """The largest JSON file of ours, the split of a million images, has about 100 MB."""

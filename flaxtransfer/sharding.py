@@ -132,6 +132,51 @@ def memory_of(mesh: Mesh) -> int | None:
     return None if limit is None else int(limit)
 
 
+PEAK_TFLOPS = {
+    "TPU v2": (45, 45),
+    "TPU v3": (123, 123),
+    "TPU v4": (275, 275),
+    "TPU v5": (459, 459),
+    "TPU v5 lite": (197, 197),
+    "TPU v6 lite": (918, 918),
+    "TPU7x": (2307, 2307),
+    "NVIDIA A100": (312, 156),
+    "NVIDIA L4": (121, 60),
+    "NVIDIA L40S": (362, 183),
+    "NVIDIA H100 PCIe": (756, 378),
+    "NVIDIA H100 NVL": (835, 417),
+    "NVIDIA H100": (989, 494),
+    "NVIDIA H200": (989, 494),
+    "NVIDIA B200": (2250, 1100),
+}
+"""10^12 floating-point operations per second and chip, dense, in bfloat16 and in what XLA makes of
+float32 by default: one pass of bfloat16 on a TPU, TF32 on a GPU (Google, "TPU architecture", 2026;
+NVIDIA's data sheets of the A100, L4, L40S, H100, H200 and HGX B200)."""
+
+
+def peak_flops(mesh: Mesh, compute: str) -> float | None:
+    """Floating-point operations per second of all devices of a mesh; None where they are not known.
+
+    Args:
+        mesh: devices.
+        compute: number type of the convolutions, float32 or bfloat16.
+
+    >>> peak_flops(make_mesh(jax.devices("cpu")[:1]), "float32") is None
+    True
+    """
+    one: Any = mesh.devices.flat[0]
+    # The longest name: "NVIDIA H100 80GB HBM3" is no "NVIDIA H100 PCIe".
+    known = [k for k in PEAK_TFLOPS if re.match(rf"{re.escape(k)}(?![\w])", one.device_kind)]
+    if one.platform == "tpu":
+        known = [kind for kind in known if kind == one.device_kind]
+    if not known or compute not in ("bfloat16", "float32"):
+        return None
+    half, single = PEAK_TFLOPS[max(known, key=len)]
+    # A chip of two cores can be two devices.
+    chips = len({getattr(d, "coords", None) or d.id for d in mesh.devices.flat})
+    return 1e12 * chips * (half if compute == "bfloat16" else single)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds completely.
 
@@ -358,7 +403,7 @@ MOST_COMPILED_BYTES = 1 << 30
 """Of compiled programs that are kept; the longest unused go first. A run has a few megabytes."""
 
 
-def keep_compiled(folder: Path) -> Path | None:
+def keep_compiled(folder: Path, chosen: str | None = None) -> Path | None:
     """Keeps compiled programs, so that a second start does not compile them again.
 
     What jax is told stays: JAX_COMPILATION_CACHE_DIR (another folder, or a bucket),
@@ -368,10 +413,18 @@ def keep_compiled(folder: Path) -> Path | None:
 
     Args:
         folder: for all kinds of CPU; made where it can be.
+        chosen: another folder, or an address gs:// (extra ``gcs``), in which nothing is removed to
+            keep a limit; it goes before what jax is told.
 
     Returns:
         Where they are kept; None where that was said otherwise, or nothing can be written.
     """
+    update: Any = jax.config.update  # which has no types
+    if chosen is not None:
+        update("jax_compilation_cache_max_size", -1)
+        update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        update("jax_compilation_cache_dir", chosen)
+        return None
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return None
     place = folder / _cpu_name()
@@ -381,7 +434,6 @@ def keep_compiled(folder: Path) -> Path | None:
         return None
     if not os.access(place, os.W_OK):
         return None
-    update: Any = jax.config.update  # which has no types
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
         update("jax_compilation_cache_max_size", MOST_COMPILED_BYTES)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

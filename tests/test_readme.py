@@ -52,4 +52,4 @@ def test_the_links_lead_somewhere():
 
 
 def test_there_are_examples():
-    assert (len(EXAMPLES), len(COMMANDS)) == (6, 11)
+    assert (len(EXAMPLES), len(COMMANDS)) == (6, 13)

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from flaxtransfer.advice.auto import beginning, choose
+from flaxtransfer.checkpoint.mirror import fetch_run
 from flaxtransfer.classifier import Classifier, Head, ending_at, transfer
 from flaxtransfer.commands.options import (
     AUTO,
@@ -59,7 +60,7 @@ from flaxtransfer.models.adapters import change_input
 from flaxtransfer.models.registry import resnet
 from flaxtransfer.paths import Params, flatten, visible
 from flaxtransfer.recipes import RECIPES
-from flaxtransfer.recipes.measurement import (
+from flaxtransfer.recipes.parts import (
     MEASURED,
     MOST_IMAGES,
     Measurement,
@@ -81,6 +82,7 @@ from flaxtransfer.training.run_folder import (
     weights_of,
 )
 from flaxtransfer.weights.loading import load
+from flaxtransfer.weights.locations import cache_folder
 from flaxtransfer.weights.preprocessing import Preprocessing
 from flaxtransfer.weights.pretrained import Pretrained
 
@@ -626,6 +628,16 @@ def kept_validation(run: Path) -> Kept:
     if found.features is None:
         raise ValueError(f"the run in {run} keeps no features of its validation examples")
     return Kept(found.logits, found.labels, found.features)
+
+
+def local_run(run: Path) -> Path:
+    """The folder of a finished run; that of an address gs:// is fetched first.
+
+    Raises:
+        FileNotFoundError: the run in the bucket has not finished, or there is none.
+        OSError: the storage refuses.
+    """
+    return fetch_run(run, cache_folder())
 
 
 def trained_network(run: Path) -> Classifier:

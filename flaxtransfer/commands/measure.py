@@ -27,6 +27,7 @@ from flaxtransfer.commands.job import (
     leveled,
     levels_note,
     load_weights,
+    local_run,
     measured,
     prepare,
     print_notes,
@@ -263,6 +264,7 @@ def _planned(phase: Phase, name: str | None) -> str:
 
 def diagnose(options: Diagnose, console: Console) -> None:
     """Runs ``flaxtransfer diagnose``."""
+    options = replace(options, run=local_run(options.run))
     network = trained_network(options.run)
     for_classes(network.task, "a diagnosis of label shift")
     names = network.class_names or tuple(map(str, range(network.model.config.classes)))

@@ -550,14 +550,18 @@ class RunOptions:
     """The run folder, and what is written and compared.
 
     Args:
-        run: Run folder.
+        run: Run folder; or gs://bucket/path (extra gcs), to which a local folder is mirrored while
+            the run trains, and from which --resume goes on.
         resume: Continue the run in the folder, if there is one.
         compare: Also train from scratch; auto does so with at most 1000 training images, and not
             in folds.
         scratch_learning_rate: Peak learning rate of that comparison.
         tensorboard: Also write TensorBoard events (extra tb).
+        profile: Steps to trace into the run folder, such as 10:15, for xprof or TensorBoard.
         shard_above_mb: Split parameters of more than so many megabytes over the devices, with their
             moments and averages; 4 is what other programs take.
+        compilation_cache: Folder or gs://bucket/path (extra gcs) that keeps compiled programs for
+            later runs, also on other machines of the kind.
     """
 
     run: Annotated[
@@ -567,9 +571,28 @@ class RunOptions:
     compare: Annotated[Literal["auto", "yes", "no"], UNRECORDED] = "auto"
     scratch_learning_rate: Rate = 3e-3
     tensorboard: Annotated[Flag, UNRECORDED] = False
+    profile: Annotated[str | None, UNRECORDED, default("none")] = None
     shard_above_mb: Annotated[
         float | None, NOT_NEGATIVE, UNRECORDED, default("every device holds all")
     ] = None
+    compilation_cache: Annotated[
+        str | None, UNRECORDED, default("the cache folder of this machine")
+    ] = None
+
+    def problems(self) -> Iterator[str]:
+        """Steps to trace that are none."""
+        if self.profile is not None and self.steps_to_trace() is None:
+            yield f"--profile must be first:last step, from 1, such as 10:15, got {self.profile!r}"
+
+    def steps_to_trace(self) -> tuple[int, int] | None:
+        """The first and the last step to trace; None without, or for what is none.
+
+        >>> RunOptions(profile="10:15").steps_to_trace()
+        (10, 15)
+        """
+        found = re.fullmatch(r"([1-9]\d{0,9}):([1-9]\d{0,9})", self.profile or "")
+        steps = None if found is None else (int(found[1]), int(found[2]))
+        return steps if steps is not None and steps[0] <= steps[1] else None
 
 
 @dataclass(frozen=True)

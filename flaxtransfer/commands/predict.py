@@ -25,6 +25,7 @@ from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import (
     kept_validation,
     levels_note,
+    local_run,
     print_notes,
     run_bands,
     run_data,
@@ -66,6 +67,7 @@ _FEWEST_VALIDATION = 5
 
 def evaluate(options: Evaluate, console: Console) -> None:
     """Runs ``flaxtransfer evaluate``."""
+    options = replace(options, run=local_run(options.run))
     network, reading = trained_network(options.run), options.reading
     if options.data is None:
         source, splits = run_data(options.run, skip_corrupt=reading.skip_corrupt)
@@ -408,6 +410,7 @@ def _calibrated(source: Calibration) -> str:
 
 def predict(options: Predict, console: Console) -> None:
     """Runs ``flaxtransfer predict``; predictions go to standard output, notes to ``console``."""
+    options = replace(options, run=local_run(options.run))
     network = trained_network(options.run)
     options = replace(options, images=tuple(_files(options, console)))
     classes = network.model.config.classes
@@ -446,7 +449,7 @@ def _files(options: Predict, console: Console) -> Iterator[Path]:
             yield image
             continue
         skip, column = options.reading.skip_corrupt, options.image_column
-        table = not str(image).startswith("folder:")
+        table = str(image).startswith(("csv:", "parquet:"))
         found = open_unlabeled(
             str(image), skip_corrupt=skip, image_column=column if table else None
         )

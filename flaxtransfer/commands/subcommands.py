@@ -6,6 +6,7 @@ imported only then. This module imports no jax.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ from flaxtransfer.commands.options import (
     output_problems,
     strategy_problems,
 )
+from flaxtransfer.files import bucket_address
 from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.figures import FIGURE_SUFFIXES
 
@@ -82,7 +84,7 @@ ImageColumn = Annotated[
 
 def is_source(image: Path) -> bool:
     """Whether a word in the place of an image names a data source with files."""
-    return str(image).startswith(("folder:", "csv:", "parquet:")) and not image.exists()
+    return str(image).startswith(("folder:", "csv:", "parquet:", "gs:/")) and not image.exists()
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ class Train:
 
     def problems(self) -> Iterator[str]:
         """Folders that cannot be written."""
-        yield from output_problems("--run", self.run.run or Path("runs"), folder=True)
+        if re.match(r"(?!gs:)[a-z0-9]{2,}:/", str(self.run.run)):
+            yield f"--run must be a folder or an address gs://bucket/path, got {self.run.run}"
+        elif bucket_address(self.run.run) is None:  # A bucket is asked before all is computed.
+            yield from output_problems("--run", self.run.run or Path("runs"), folder=True)
         yield from output_problems("--cache-dir", self.cache.folder, folder=True)
 
 
@@ -402,7 +407,7 @@ class Evaluate:
     Data that come with a split are evaluated on its test part, if there is one.
 
     Args:
-        run: Run folder.
+        run: Run folder, or its address gs://bucket/path.
         skip_unknown_classes: Leave out images of classes that the run does not know.
         tta: Average the probabilities over views of each image: flip also mirrors it, dihedral
             takes the eight positions of a square.
@@ -432,9 +437,9 @@ class Predict:
     Example: flaxtransfer predict runs/scans-seed0 new/*.png --top 3
 
     Args:
-        run: Run folder.
-        images: Image files; or folder:<path>, csv:<path> or parquet:<path>, of which labels are not
-            used.
+        run: Run folder, or its address gs://bucket/path.
+        images: Image files; or folder:<path>, csv:<path>, parquet:<path> or gs://bucket/path, of
+            which labels are not used.
         format: Output: one JSON object per line, or CSV.
         top: Classes to list per image, the most probable first.
         adjust_prior: Estimate the share of each class among these images, and correct the
@@ -537,7 +542,7 @@ class Diagnose:
     Example: flaxtransfer diagnose --run runs/scans-seed0 --target folder:other
 
     Args:
-        run: Run folder.
+        run: Run folder, or its address gs://bucket/path.
         target: Target images: folder:<path> (images at any depth), csv:<path>, parquet:<path>,
             npz:<file> (an array "image"), tfds:<name>[/config][:split] or
             hf:<name or folder>[:config][:split]. Labels in it are not used.
@@ -566,6 +571,9 @@ class Diagnose:
         if not self.target.startswith("npz:"):
             yield from data_problems("--target", self.target)
         out = self.run / "diagnosis" if self.out is None else self.out
+        if self.out is None and bucket_address(self.run) is not None:
+            yield f"--out must name a folder for the report of a run in a bucket, got {self.run}"
+            return
         yield from output_problems("--out", out, folder=True)
         # The report replaces the folder as a whole.
         if self.out is not None and self.out.is_dir() and not _holds(self.out, "report.json"):

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from flaxtransfer.checkpoint.mirror import mirrored
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.commands.job import (
     Choosing,
@@ -36,12 +37,19 @@ from flaxtransfer.data.loader import DataLoaders, eval_batches
 from flaxtransfer.data.source import near_duplicates
 from flaxtransfer.data.splits import Splits
 from flaxtransfer.distributed import check_alone, from_first
-from flaxtransfer.files import MANIFEST_FILE, atomic_write, read_json, write_file, write_json
+from flaxtransfer.files import (
+    MANIFEST_FILE,
+    atomic_write,
+    bucket_address,
+    read_json,
+    write_file,
+    write_json,
+)
 from flaxtransfer.metrics import shown
 from flaxtransfer.paths import listing, visible
 from flaxtransfer.recipes.catalog import from_scratch
 from flaxtransfer.task import SINGLE_LABEL, Task
-from flaxtransfer.training.console import read_metrics
+from flaxtransfer.training.console import log, read_metrics
 from flaxtransfer.training.evaluation import Evaluation, predict
 from flaxtransfer.training.loop import FitOptions, FitResult, check_same_run, fit
 from flaxtransfer.training.plan import Plan, plan_table
@@ -63,8 +71,14 @@ MOST_IMAGES_FOR_COMPARISON = 1000
 
 
 def train(options: Train, console: Console) -> None:
-    """Runs ``flaxtransfer train`` and prints its results; the run folder keeps everything."""
-    if options.job.split.folds is not None and options.job.split.fold is None:
+    """Runs ``flaxtransfer train`` and prints its results; the run folder keeps everything.
+
+    With an address of a bucket the run works in a local folder, which is mirrored there.
+    """
+    if (address := bucket_address(options.run.run)) is not None:
+        with mirrored(address, resume=options.run.resume, say=log) as folder:
+            train(replace(options, run=replace(options.run, run=folder)), console)
+    elif options.job.split.folds is not None and options.job.split.fold is None:
         cross_validate(options, console)
     else:
         train_once(options, console)
@@ -312,7 +326,7 @@ def _train_from_scratch(
     plan = balanced(plan, options.job.strategy.balance, network.task)
     plan = regularized(plan, options.job, network.task)
     resume = options.run.resume or from_first((folder / SCRATCH).exists)
-    inner = replace(options, run=replace(options.run, resume=resume))
+    inner = replace(options, run=replace(options.run, resume=resume, profile=None))
     fitted = _fit(inner, network, plan, job.data, folder / SCRATCH)
     return _row("from scratch", job.test(fitted.network), fitted, started)
 
@@ -346,7 +360,9 @@ def _arguments(
         "seed": options.job.split.seed,
         "config": {"options": recorded(options)},
         "options": FitOptions(
-            evaluate_every=options.training.evaluate_every, tensorboard=options.run.tensorboard
+            evaluate_every=options.training.evaluate_every,
+            tensorboard=options.run.tensorboard,
+            profile=options.run.steps_to_trace(),
         ),
         "cache": _cache(options),
     }

@@ -79,11 +79,12 @@ class FolderSource:
     frames: Mapping[str, tuple[str, int]] = field(default_factory=dict, repr=False)
     scans: bool = False  # whether files say whose they are
     levels: Levels | None = None
+    origin: str = ""  # what it was opened by, where it is not a folder of this machine
 
     @property
     def address(self) -> str:
         """What ``open_source`` opens it by."""
-        return f"folder:{self.root.absolute()}"
+        return self.origin or f"folder:{self.root.absolute()}"
 
     def __len__(self) -> int:
         return len(self.files)

@@ -89,7 +89,7 @@ class ManifestSource(FolderSource):
     @property
     def address(self) -> str:
         """What ``open_source`` opens it by, with the keyword arguments ``opened``."""
-        return self.name
+        return self.origin or self.name
 
     def groups(self) -> Sequence[str] | None:
         """A digest of the group of each image: of its column, else of its file; None without.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flaxtransfer.data.source import ArraySource, Source, UnlabeledImages
-from flaxtransfer.files import check_regular
+from flaxtransfer.files import bucket_address, check_regular
 from flaxtransfer.paths import listing, suggest
 
 __all__ = ["SCHEMES", "OpenOptions", "Scheme", "open_source", "open_unlabeled"]
@@ -112,9 +112,11 @@ def open_source(
             ``train``), ``"hf:<name or folder>[:config][:split]"`` (a Hugging Face data set in its
             cache, or a folder that ``save_to_disk`` wrote; extra ``hf``), ``"folder:<path>"`` (one
             sub-folder of images per class, or folders train, val and test of such),
-            ``"csv:<path>"`` or ``"parquet:<path>"`` (a row per image).
+            ``"csv:<path>"`` or ``"parquet:<path>"`` (a row per image); ``"gs://bucket/scans"`` is
+            such a folder in a bucket, and ``csv:gs://...`` such a table: all files of its folder
+            are fetched to the cache, and compared there the next time.
         cache_dir: where prepared data sets are, in the layout of the library that prepared them.
-            Default for ``digits``: the environment variable FLAXTRANSFER_CACHE, else
+            Default for ``digits`` and buckets: the environment variable FLAXTRANSFER_CACHE, else
             ``~/.cache/flaxtransfer``; for ``tfds:`` and ``hf:`` that library's own default
             (TFDS_DATA_DIR, else ``~/tensorflow_datasets``; HF_DATASETS_CACHE).
         download: whether a ``tfds:`` or ``hf:`` data set that is not there may be downloaded.
@@ -258,31 +260,69 @@ def _unlabeled_hub(rest: str, options: OpenOptions) -> UnlabeledImages:
 def _folder(rest: str, options: OpenOptions) -> Source:
     from flaxtransfer.data.folder import open_folder
 
-    return open_folder(
-        rest,
+    place, address, notes = _local(rest, options)
+    found = open_folder(
+        place,
         skip_corrupt=options.skip_corrupt,
         min_side=options.min_side,
         bands=3 if options.bands is None else options.bands,
         partial=options.partial,
     )
+    return replace(found, origin=f"folder:{address}" if address else "", notes=notes + found.notes)
 
 
 def _unlabeled_folder(rest: str, options: OpenOptions) -> UnlabeledImages:
     from flaxtransfer.data.folder import open_unlabeled_folder
 
-    return open_unlabeled_folder(
-        rest,
+    place, _, notes = _local(rest, options)
+    found = open_unlabeled_folder(
+        place,
         skip_corrupt=options.skip_corrupt,
         bands=3 if options.bands is None else options.bands,
     )
+    return replace(found, notes=notes + found.notes)
+
+
+def _in_bucket(
+    opened: Callable[[str, OpenOptions], Any],
+) -> Callable[[str, OpenOptions], Any]:
+    """A folder by its address alone: what follows "gs:" is that without the scheme."""
+    return lambda rest, options: opened(f"gs:{rest}", options)
+
+
+def _local(
+    rest: str, options: OpenOptions, *, table: bool = False
+) -> tuple[str, str, tuple[str, ...]]:
+    """The path of a folder or table on this machine; from a bucket it is fetched first.
+
+    Args:
+        rest: a path, or an address of a bucket.
+        options: whose cache takes what is fetched.
+        table: whether it is a file; all of its folder is fetched, where its images are.
+
+    Returns:
+        The path, the address or "", and what was fetched.
+    """
+    address = bucket_address(rest)
+    if address is None:
+        return rest, "", ()
+    from flaxtransfer.checkpoint.mirror import cached_folder, fetch_tree
+    from flaxtransfer.weights.locations import cache_folder
+
+    fetched, _, name = address.rpartition("/") if table else (address, "", "")
+    cache = cache_folder() if options.cache_dir is None else Path(options.cache_dir)
+    folder = cached_folder(fetched, cache / "buckets")
+    note = fetch_tree(fetched, folder)
+    return str(folder / name) if table else str(folder), address, (note,)
 
 
 def _manifest(kind: str) -> Callable[[str, OpenOptions], Source]:
     def opened(rest: str, options: OpenOptions) -> Source:
         from flaxtransfer.data.manifest import Columns, open_manifest
 
-        return open_manifest(
-            rest,
+        place, address, notes = _local(rest, options, table=True)
+        found = open_manifest(
+            place,
             kind,
             Columns(**options.columns()),
             skip_corrupt=options.skip_corrupt,
@@ -290,6 +330,8 @@ def _manifest(kind: str) -> Callable[[str, OpenOptions], Source]:
             bands=3 if options.bands is None else options.bands,
             partial=options.partial,
         )
+        origin = f"{kind}:{address}" if address else ""
+        return replace(found, origin=origin, notes=notes + found.notes)
 
     return opened
 
@@ -298,13 +340,15 @@ def _unlabeled_manifest(kind: str) -> Callable[[str, OpenOptions], UnlabeledImag
     def opened(rest: str, options: OpenOptions) -> UnlabeledImages:
         from flaxtransfer.data.manifest import open_unlabeled_manifest
 
-        return open_unlabeled_manifest(
-            rest,
+        place, _, notes = _local(rest, options, table=True)
+        found = open_unlabeled_manifest(
+            place,
             kind,
             options.image_column,
             skip_corrupt=options.skip_corrupt,
             bands=3 if options.bands is None else options.bands,
         )
+        return replace(found, notes=notes + found.notes)
 
     return opened
 
@@ -358,6 +402,12 @@ SCHEMES = {
         )
         for kind, text in (("csv", "CSV"), ("parquet", "Parquet"))
     },
+    "gs": Scheme(
+        "gs://<bucket>/<path>",
+        "such a folder in a bucket of Cloud Storage (extra gcs)",
+        _in_bucket(_folder),
+        _in_bucket(_unlabeled_folder),
+    ),
     "npz": Scheme("npz:<file>", "an array 'image' in a .npz file", None, _npz),
 }
 """All schemes. To add one, add a row."""

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from flaxtransfer.recipes.catalog import progressive_unfreezing as progressive_unfreezing
     from flaxtransfer.recipes.catalog import solved_head as solved_head
     from flaxtransfer.recipes.catalog import surgical as surgical
-    from flaxtransfer.recipes.measurement import Measurement as Measurement
-    from flaxtransfer.recipes.measurement import measure as measure
-    from flaxtransfer.recipes.measurement import most_images as most_images
+    from flaxtransfer.recipes.parts import Measurement as Measurement
     from flaxtransfer.recipes.parts import adamw as adamw
+    from flaxtransfer.recipes.parts import measure as measure
+    from flaxtransfer.recipes.parts import most_images as most_images
     from flaxtransfer.recipes.parts import units as units
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

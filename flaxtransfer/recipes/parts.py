@@ -1,28 +1,50 @@
-"""What recipes are made of: their registry, an optimizer with its schedule, a network's parts."""
+"""What recipes are made of, and what they measure before they decide.
+
+The registry, an optimizer with its schedule, and a network's parts; measurements on the training
+images, which a recipe takes as arguments.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
 
+import jax
 import numpy as np
 import optax
 
+from flaxtransfer.analysis.curvature import (
+    curvature_by_part,
+    fisher_diagonal,
+    mean_gradient,
+    relative_gradient_norms,
+)
+from flaxtransfer.analysis.profile import probe_profile
+from flaxtransfer.classifier import Classifier
+from flaxtransfer.data.loader import Batch
+from flaxtransfer.distributed import check_alone
+from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.groups import FROZEN, Frozen, Group, WarmupCosine
 from flaxtransfer.labels import Rest, rest
 from flaxtransfer.masks import Mask, adapter, as_mask, glob, head, selected, stage, stem
 from flaxtransfer.models.layout import By
 from flaxtransfer.optimizers import by_parts, scaled
 from flaxtransfer.paths import Params, listing, suggest
+from flaxtransfer.task import for_classes
+from flaxtransfer.training.evaluation import init_head_from_probe
 from flaxtransfer.training.plan import Phase, Plan
+from flaxtransfer.weights.preprocessing import normalize
 
 __all__ = [
+    "MEASURED",
+    "MOST_IMAGES",
     "RECIPES",
     "Groups",
     "Labels",
+    "Measurement",
     "adamw",
     "below_head",
     "check_decay",
@@ -31,7 +53,9 @@ __all__ = [
     "curvature_rates",
     "fresh",
     "head_and_backbone",
+    "measure",
     "measured_below_head",
+    "most_images",
     "one_phase",
     "recipe",
     "scaled_groups",
@@ -41,6 +65,12 @@ __all__ = [
 
 RECIPES: dict[str, Callable[..., Plan]] = {}
 """The recipes by name, those that move least first."""
+
+MEASURED: list[str] = []
+"""Those that measure, or can."""
+
+_MEASUREMENTS = ("curvature", "gradients", "segment")
+"""The arguments that are measured."""
 
 _ARGUMENTS = {
     "params": "Parameters or their shapes.",
@@ -61,6 +91,8 @@ Groups = dict[str, Group | Frozen]
 def recipe(function: Callable[P, Plan]) -> Callable[P, Plan]:
     """Adds a function to ``RECIPES``, and to its docstring the arguments that recipes share."""
     RECIPES[function.__name__] = function
+    if set(_MEASUREMENTS) & set(inspect.signature(function).parameters):
+        MEASURED.append(function.__name__)
     text = inspect.getdoc(function) or ""
     if "Args:" not in text:
         text = text.replace("References:", "Args:\n\nReferences:")
@@ -223,3 +255,106 @@ def chosen_part(
         )
     check_measured(body, "gradients")
     return parts[max(body, key=lambda name: body[name])]
+
+
+MOST_IMAGES = 512
+"""More images than that are not looked at: each costs a backward pass of its own."""
+
+MOST_IMAGES_FOR_DEPTH = 5000
+"""The same where an image costs a forward pass alone."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement.
+
+    Args:
+        settings: arguments of the recipe, rounded to what is printed, so that a run that is resumed
+            elsewhere measures the same.
+        text: the same as a table.
+        pooled: features ``[examples, channels]`` of the segment that was chosen, and the labels,
+            for whoever would run the network for them again; None where no segment is chosen.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    pooled: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False, compare=False)
+
+
+def most_images(strategy: str) -> int:
+    """How many images a strategy looks at."""
+    return MOST_IMAGES_FOR_DEPTH if strategy == "depth_head" else MOST_IMAGES
+
+
+def measure(
+    strategy: str,
+    network: Classifier,
+    batches: Iterable[Batch],
+    examples: int,
+) -> Measurement:
+    """Measures what a recipe asks for.
+
+    Gradients are those with a linear probe as the head: below a new head that is zero nothing
+    pulls.
+
+    Args:
+        strategy: one of ``MEASURED``.
+        network: pre-trained.
+        batches: of the training images, without augmentation; see ``most_images``.
+        examples: training images there are in all.
+
+    Raises:
+        ValueError: a class without examples, gradients that are not finite; a curvature in several
+            processes.
+    """
+    for_classes(network.task, f"what the strategy {strategy} measures")
+    if strategy == "depth_head":
+        return _best_depth(network, batches)
+    if strategy == "curvature_scaled":
+        check_alone("the measurement of curvature_scaled")
+    batches = list(batches)
+    params, text = init_head_from_probe(network, batches)
+    probed = network.with_variables({**network.variables, "params": params})
+    lines = [f"measured with {text}:"]
+    if strategy == "curvature_scaled":
+        fisher, count = fisher_diagonal(_logits(network), params, _images(batches))
+        found = curvature_by_part(fisher, units(params), count)
+        means = {name: _rounded(value) for name, value in found.means().items()}
+        return Measurement(
+            {"curvature": means, "examples": examples}, "\n".join([*lines, str(found)])
+        )
+    gradient = mean_gradient(probed, batches)
+    norms = relative_gradient_norms(params, gradient, units(params))
+    rounded = {name: _rounded(value) for name, value in norms.items()}
+    lines.append(f"{'part':<10} {'gradient / weights':>18}")
+    lines += [f"{name:<10} {value:>18.3g}" for name, value in rounded.items()]
+    return Measurement({"gradients": rounded}, "\n".join(lines))
+
+
+def _best_depth(network: Classifier, batches: Iterable[Batch]) -> Measurement:
+    """The segment whose features know most, by cross-validation of a solved head on each."""
+    segments = network.model.segments
+    depths = segments[segments.index("stem") : segments.index("pool")]
+    features, labels = segment_features(network, batches, depths)
+    profile = probe_profile(features, labels, classes=network.model.config.classes)
+    best = profile.best.segment
+    return Measurement({"segment": best}, str(profile), (features[best], labels))
+
+
+def _logits(network: Classifier) -> Any:
+    mean, std = network.preprocessing.mean, network.preprocessing.std
+
+    def logits(params: Params, images: Any) -> jax.Array:
+        variables = {**network.variables, "params": params}
+        return network.model.apply(variables, normalize(images, mean, std), norm="running")[0]
+
+    return logits
+
+
+def _images(batches: Iterable[Batch]) -> Iterable[np.ndarray]:
+    for batch in batches:
+        yield batch["image"][np.asarray(batch.get("weight", np.ones(len(batch["label"])))) > 0]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

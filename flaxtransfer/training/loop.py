@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,30 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.batchnorm import modules
 from flaxtransfer.checkpoint.manager import CheckpointManager
 from flaxtransfer.checkpoint.manifest import DamagedCheckpointError
+from flaxtransfer.checkpoint.mirror import mirrored
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, reading, sample
 from flaxtransfer.data.splits import Split
-from flaxtransfer.distributed import check_alike, from_first, held_by_first, share
+from flaxtransfer.distributed import check_alike, from_first, held_by_first, is_first, share
 from flaxtransfer.features.inputs import pooled_features
-from flaxtransfer.files import folder_lock
+from flaxtransfer.files import bucket_address, folder_lock
 from flaxtransfer.metrics import shown
 from flaxtransfer.paths import Variables, listing
-from flaxtransfer.sharding import gather, make_mesh, place_batch, place_replicated
+from flaxtransfer.sharding import gather, make_mesh, peak_flops, place_batch, place_replicated
 from flaxtransfer.training import identity, run_folder
 from flaxtransfer.training.cached_loader import cached_feed
 from flaxtransfer.training.console import (
+    LONG_S,
+    Clock,
     Extent,
     Interrupted,
     MetricsWriter,
     Request,
+    Times,
+    Tracer,
     log,
     progress_bar,
+    read_times,
+    seconds_text,
     watch_signals,
 )
 from flaxtransfer.training.evaluation import (
@@ -82,15 +91,17 @@ class FitOptions:
             chosen, so that a resumed run must have the same.
         keep_best: how many of the best validated checkpoints are kept besides the latest.
         tensorboard: also write TensorBoard events (extra ``tb``).
+        profile: first and last of the steps that are traced into the run folder, from 1.
 
     Raises:
-        ValueError: numbers below 1; all in one text.
+        ValueError: numbers below 1, steps in the wrong order; all in one text.
     """
 
     log_every: int = 10
     evaluate_every: int | None = None
     keep_best: int = 1
     tensorboard: bool = False
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         numbers = {"log_every": self.log_every, "evaluate_every": self.evaluate_every}
@@ -98,6 +109,8 @@ class FitOptions:
         small = [
             f"{k} must be >= 1, got {v}" for k, v in numbers.items() if v is not None and v < 1
         ]
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            small.append(f"profile must be first and last step, from 1, got {self.profile}")
         if small:
             raise ValueError("; ".join(small))
 
@@ -114,6 +127,8 @@ class FitResult:
         audits: one per phase.
         notes: what happened that a person should know: what was found damaged, and what was done
             about it; decisions between phases; examples that are new since the run was started.
+        times: where the time went, that of interrupted processes among it; zeros in all processes
+            but the first.
     """
 
     network: Classifier
@@ -121,6 +136,7 @@ class FitResult:
     validation: Evaluation | None
     audits: tuple[run_folder.Audit, ...]
     notes: tuple[str, ...] = ()
+    times: Times = field(default_factory=Times)
 
     @property
     def variables(self) -> Variables:
@@ -142,6 +158,8 @@ class _Run:
     store: CheckpointManager
     metrics: MetricsWriter
     request: Request
+    clock: Clock
+    tracer: Tracer
     shard_above: float | None
     pooled: tuple[np.ndarray, np.ndarray] | None
     sealed: dict[str, str]
@@ -187,7 +205,10 @@ def fit(
         network: from ``ft.transfer``, or made of a model and its weights; not changed.
         plan: what moves, how fast and when.
         data: batches as functions of the step, from ``ft.loaders``.
-        folder: the run folder; new, or with ``resume`` one of the very same run.
+        folder: the run folder; new, or with ``resume`` one of the very same run. With an address
+            such as ``gs://bucket/runs/scans`` (extra ``gcs``) the run works in
+            ``runs/bucket/runs/scans``, which is mirrored there while it trains; with ``resume``
+            what is there is fetched first.
         seed: of the run's random key.
         config: further JSON values that identify the run; a resumed run must have the same.
         resume: continue from the last sound checkpoint, exactly; start where there is none.
@@ -214,9 +235,27 @@ def fit(
             (``NonFiniteLoss``); ``shard_above`` below 0; processes with other arguments than
             process 0, batches that are not divided among the processes, a mesh without some of
             them.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written; a bucket does not allow it, or at the end of the run
+            had not taken all: the text says what is safe where.
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
+    if (address := bucket_address(folder)) is not None:
+        with mirrored(address, resume=resume, say=log) as local:
+            return fit(
+                network,
+                plan,
+                data,
+                local,
+                seed=seed,
+                config=config,
+                resume=resume,
+                options=options,
+                cache=cache,
+                mesh=mesh,
+                shard_above=shard_above,
+                pooled=pooled,
+            )
+    started = time.perf_counter()
     folder, options, cache = Path(folder), options or FitOptions(), cache or OFF
     _check_data(network, data)
     network, plan = prepared(network, plan, data)
@@ -224,6 +263,12 @@ def fit(
     _check_pooled(network, data, pooled)
     if shard_above is not None and not shard_above >= 0:
         raise ValueError(f"shard_above must be bytes >= 0, or None, got {shard_above}")
+    total = sum(phase.total_steps(data.steps_per_epoch) for phase in plan.phases)
+    if options.profile is not None and options.profile[1] > total:
+        raise ValueError(
+            f"profile must be steps of the run, which has {total:,}, got "
+            f"{options.profile[0]}:{options.profile[1]}"
+        )
     settings = {"options": asdict(options), "cache": asdict(cache), "resume": resume}
     settings["shard_above"] = shard_above
     _check_processes(data, mesh, settings)
@@ -243,12 +288,19 @@ def fit(
                 lambda: identity.seals_at_start(folder, wanted)
             )
             position = Progress(**meta.get("position", {}))
-            with MetricsWriter(
-                folder,
-                written=Extent(*meta["metrics"]) if meta else None,
-                step=position.step,
-                tensorboard=options.tensorboard,
-            ) as metrics:
+            if options.profile is not None and position.step >= options.profile[1]:
+                begin, end = options.profile
+                log(f"steps {begin} to {end} were made before: nothing is traced")
+            with (
+                MetricsWriter(
+                    folder,
+                    written=Extent(*meta["metrics"]) if meta else None,
+                    step=position.step,
+                    tensorboard=options.tensorboard,
+                ) as metrics,
+                Clock(folder, started) as clock,
+                Tracer(folder, options.profile) as tracer,
+            ):
                 run = _Run(
                     replace(network, class_names=data.class_names),
                     plan,
@@ -260,6 +312,8 @@ def fit(
                     store,
                     metrics,
                     request,
+                    clock,
+                    tracer,
                     shard_above,
                     pooled,
                     sealed=dict(seals),
@@ -421,7 +475,7 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
     while True:
         phase = run.plan.phases[position.phase]
         where = f"at step {position.step}, {kept}" if position.step else "before the first step"
-        with run.request.at_once(where):
+        with run.request.at_once(where), run.clock.during("prepare"):
             if position.phase_step == 0 and phase.recalibrate is not None:
                 state = _recalibrate(run, phase, state)
             if position.phase_step == 0 and phase.probe:
@@ -443,10 +497,14 @@ def _train(run: _Run, state: State, position: Progress) -> FitResult:
         predicted = _predict(run, run.feed, state, features=True)
         validation = None if predicted is None else predicted.evaluation(phase.loss)
     from_first(lambda: _finish(run, trained, position.step, predicted, validation))
+    run.clock.write(phase.name, position.step)
+    times = read_times(run.folder) if is_first() else Times()
+    if is_first():
+        log(str(times))
     if run.request.signal_number is not None:
         raise Interrupted(run.request.signal_number, "after the last step; the run is complete")
     notes = (*run.damage, *run.notes)
-    return FitResult(trained, position.step, validation, tuple(run.audits), notes)
+    return FitResult(trained, position.step, validation, tuple(run.audits), notes, times)
 
 
 def _finish(
@@ -540,29 +598,42 @@ def _run_phase(
     step_function = train_step(model, part, feed, task, run.mesh, run.shard_above)
     working, below = split_state(state, segments, feed.start)
     pending: list[tuple[int, Metrics]] = []
-    text = ""
+    text, told, flops = "", False, 0.0
+    metrics: Metrics = {}
+    run.clock.begin_phase()
     with (
         reading(feed, position.step) as batches,
         progress_bar(phase.name, total, start=position.phase_step) as show,
     ):
         while position.phase_step < total and not position.out_of_patience(phase):
+            asked = time.perf_counter()
             batch = next(batches)
             placed = place_batch({k: batch[k] for k in ("image", "label")}, run.mesh)
-            working, metrics = step_function(working, placed)
+            began, first, images = time.perf_counter(), not metrics, len(placed["label"])
+            if first:
+                flops = _flops(run, step_function, working, placed) / images
+            with run.tracer.step(position.step + 1, metrics):
+                working, metrics = step_function(working, placed)
+            run.clock.step(asked, began, images, metrics, first=first)
             position = replace(position, phase_step=position.phase_step + 1)
+            left = None if told else run.clock.forecast(total - position.phase_step)
+            if left is not None:
+                told = True
+                _say_length(run, phase, left, total, every, position.phase_step)
             pending.append((position.step, metrics))
             done = position.phase_step == total
             interrupted = run.request.asked()
             validate = done or position.phase_step % every == 0
             if validate or interrupted or position.phase_step % run.options.log_every == 0:
-                text = _log(run, phase, pending)
+                text = _log(run, phase, pending) + _pace(run, flops)
                 pending.clear()
             if validate or interrupted:
                 state = join_state(working, below)
             if validate:
-                state = _with_statistics_of_average(run, phase, state)
-                working, below = split_state(state, segments, feed.start)
-                position, found, metric = _validate(run, feed, state, position)
+                with run.clock.during("evaluate"):
+                    state = _with_statistics_of_average(run, phase, state)
+                    working, below = split_state(state, segments, feed.start)
+                    position, found, metric = _validate(run, feed, state, position)
                 text = text if found is None else f"{text} validation {shown(ranking, found)}"
                 _save(run, state, position, metric)
             elif interrupted:
@@ -574,10 +645,43 @@ def _run_phase(
     return state, position
 
 
+def _say_length(run: _Run, phase: Phase, left: float, total: int, every: int, done: int) -> None:
+    """Says how long a phase takes, where that is long."""
+    if left < LONG_S or not is_first():
+        return
+    steps, validations = total - done, math.ceil(total / every) - done // every
+    beside = f", and {validations} validations beside" if run.feed.validation is not None else ""
+    log(
+        f"phase {phase.name!r}: {steps:,} more steps take about {seconds_text(left)} "
+        f"({left / steps:.3g} s each){beside}"
+    )
+
+
+def _flops(run: _Run, step_function: Any, state: State, batch: Any) -> float:
+    """Floating-point operations of a step on all devices; 0 where their peak is not known."""
+    compute = jnp.dtype(run.network.model.dtype or jnp.float32).name
+    if peak_flops(run.mesh, compute) is None:
+        return 0.0
+    counted = step_function.lower(state, batch).cost_analysis() or {}
+    return float(counted.get("flops", 0.0))
+
+
+def _pace(run: _Run, flops: float) -> str:
+    """Images per second since the last line, and the share of the peak that this is."""
+    speed = run.clock.speed()
+    if speed is None:
+        return ""
+    compute = jnp.dtype(run.network.model.dtype or jnp.float32).name
+    peak = peak_flops(run.mesh, compute)
+    share = f" ({speed * flops / peak:.0%} of peak FLOP/s)" if peak and flops else ""
+    return f" {speed:,.0f} images/s{share}"
+
+
 def _solved(run: _Run, state: State, position: Progress) -> tuple[State, Progress]:
     """A phase whose one step was to solve the head: it is validated and saved."""
     if position.phase_step == 0:
-        position, _, metric = _validate(run, run.feed, state, replace(position, phase_step=1))
+        with run.clock.during("evaluate"):
+            position, _, metric = _validate(run, run.feed, state, replace(position, phase_step=1))
         _save(run, state, position, metric)
         run.request.asked()
     if run.request.signal_number is not None:
@@ -670,6 +774,12 @@ def _validate(
 
 
 def _save(run: _Run, state: State, position: Progress, metric: float | None) -> None:
+    with run.clock.during("save"):
+        _save_step(run, state, position, metric)
+    run.clock.write(run.plan.phases[position.phase].name, position.step)
+
+
+def _save_step(run: _Run, state: State, position: Progress, metric: float | None) -> None:
     meta = {
         "position": asdict(position),
         "sealed": run.sealed,

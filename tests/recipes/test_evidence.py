@@ -38,7 +38,7 @@ def weights(tmp_path_factory):
 
 
 def test_a_rare_class_is_measured_too(rare, weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("flaxtransfer.recipes.measurement.MOST_IMAGES", 2)
+    monkeypatch.setattr("flaxtransfer.recipes.parts.MOST_IMAGES", 2)
     monkeypatch.setattr("flaxtransfer.commands.job.MOST_IMAGES_FOR_HEADS", 3)
     few = ("--strategy", "gradient_scaled", "--steps", 1, "--batch-size", 8, "--test-fraction", 0.4)
     code = run(train(rare, weights, tmp_path / "run", *few))

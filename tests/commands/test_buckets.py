@@ -1,0 +1,127 @@
+"""Runs and images at gs:// on the command line; the bucket is in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import flaxtransfer as ft
+from flaxtransfer.checkpoint import mirror
+from flaxtransfer.cli import run
+from flaxtransfer.training.run_folder import split_of
+from tests.support.bucket import BucketFileSystem, Store
+from tests.support.terminal import only_line, train
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path, folder):
+    """A bucket "runs", and one "data" with the images and a table of them."""
+    found = Store("runs", "data")
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
+    rows = [f"{name},{name.split('/')[0]}" for name in sorted(files)]
+    table = "\n".join(["image,label", *rows]).encode()
+    found.objects["data"] = {f"scans/{name}": data for name, data in files.items()}
+    found.objects["data"] |= {f"table/{name}": data for name, data in files.items()}
+    found.objects["data"]["table/all.csv"] = table
+    monkeypatch.setattr(BucketFileSystem, "store", found)
+    monkeypatch.setattr(fsspec, "filesystem", lambda name: BucketFileSystem())
+    monkeypatch.setattr(mirror, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setenv("FLAXTRANSFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+SHORT = ("--strategy", "solved_head", "--labels-per-class", 4, "--batch-size", 8)
+
+
+def test_a_run_in_a_bucket_is_evaluated_and_predicts_elsewhere(store, weights, tmp_path, capsys):
+    words = train("unused", weights, "gs://runs/one", *SHORT)
+    words[2] = "gs://data/scans"
+    assert run(words) == 0
+    told = capsys.readouterr()
+    assert "16 files (0.0 MB) of gs://data/scans were fetched to" in told.out
+    assert "runs/runs/one is mirrored to gs://runs/one" in told.err
+    assert split_of(Path("runs/runs/one")).address == "folder:gs://data/scans"
+    # Another machine: neither the run nor the images are there.
+    shutil.rmtree("runs")
+    shutil.rmtree("cache")
+    assert run(["evaluate", "gs://runs/one"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"] == "folder:gs://data/scans"
+    assert found["examples"] == 8
+    assert run(["predict", "gs://runs/one", "gs://data/scans/dark"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert not Path("runs").exists()
+    # And the run is not made again.
+    assert run([*words, "--resume"]) == 0
+    told = capsys.readouterr()
+    assert "of gs://runs/one was fetched to runs/runs/one" in told.err
+    assert "test accuracy" in told.out
+
+
+def test_a_table_in_a_bucket_is_read_with_its_images(store):
+    source = ft.open_source("csv:gs://data/table/all.csv")
+    assert source.class_names == ("bright", "dark")
+    assert len(source) == 16
+    assert source.address == "csv:gs://data/table/all.csv"
+    assert source.notes[0].startswith("17 files (0.0 MB) of gs://data/table were fetched to ")
+    assert source[0]["image"].shape == (16, 16, 3)
+    again = ft.open_source(source.address, **source.opened)
+    assert again.notes[0].endswith(", 17 were there")
+
+
+def no_extra(name: str) -> None:
+    raise ImportError("Please install gcsfs to access Google Storage")
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["train", "--run", "gs://none/one"], "there is no bucket none for gs://none/one"),
+        (["train", "--run", "gs://"], "the address must be gs://<bucket>/<path>, got gs://"),
+        (["train", "--run", "s3://runs/one"], "--run must be a folder or an address gs://bucket/"),
+        (["train", "--data", "gs://data/nothing"], "there is nothing at gs://data/nothing"),
+        (["evaluate", "gs://runs/nothing"], "there is nothing at gs://runs/nothing"),
+        (["evaluate", "gs://data/table"], "the run in gs://data/table has not finished"),
+        (["diagnose", "--run", "gs://runs/one", "--target", "folder:."], "--out must name"),
+        (["train", "--run", "gs://runs/deny"], "it needs the role Storage Object User"),
+    ],
+)
+def test_errors_are_one_line(store, capsys, words, wanted):
+    store.fault = lambda kind, path: 403 if "deny" in path else None
+    assert run(words) == 2
+    assert wanted in only_line(capsys)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--run", "gs://runs/one"],
+        ["train", "--data", "gs://data/scans"],
+        ["train", "--compilation-cache", "gs://runs/compiled"],
+        ["evaluate", "gs://runs/one"],
+    ],
+)
+def test_without_the_extra_it_is_named(store, monkeypatch, capsys, words):
+    monkeypatch.setattr(fsspec, "filesystem", no_extra)
+    assert run(words) == 2
+    assert "need the extra 'gcs': pip install 'flaxtransfer[gcs]'" in only_line(capsys)
+
+
+def test_a_run_that_could_not_be_sent_is_complete_here(store, weights, folder, capsys):
+    store.fault = lambda kind, path: 503 if path.endswith("model.safetensors") else None
+    assert run(train(folder, weights, "gs://runs/one", *SHORT)) == 2
+    told = capsys.readouterr()
+    assert "test accuracy" in told.out
+    last = told.err.strip().splitlines()[-1]
+    assert "could not be written in 3 tries" in last
+    assert "all is safe in runs/runs/one: the same command with --resume sends the rest" in last
+    store.fault = None
+    assert run([*train(folder, weights, "gs://runs/one", *SHORT), "--resume"]) == 0
+    assert "one/model.safetensors" in store.objects["runs"]
+    assert run(["evaluate", "gs://runs/one"]) == 0
