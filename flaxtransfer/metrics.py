@@ -22,9 +22,12 @@ import numpy as np
 from flaxtransfer.paths import suggest
 
 __all__ = [
+    "ACCURACY",
     "METRICS",
     "Draws",
     "Metric",
+    "Skill",
+    "compared",
     "confusion",
     "interval",
     "metric_named",
@@ -368,6 +371,119 @@ def resampled(
             drawn = np.concatenate([members[group] for group in drawn])
         found[n] = of(predictions[drawn], labels[drawn])
     return found
+
+
+def compared(first: np.ndarray | Draws, second: np.ndarray | Draws) -> tuple[float, float]:
+    """By how much the first of two predictors is better on the same set, and the standard error.
+
+    Args:
+        first, second: bool ``[examples]``, what was right; or draws on the same samples.
+
+    References:
+        Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or
+        Percentages", 1947.
+
+    >>> compared(np.array([True, True, True, False]), np.array([True, False, False, False]))
+    (0.5, 0.3535533905932738)
+    >>> gain, error = compared(Draws(0.75, (0.75, 0.5), 9), Draws(0.5, (0.25, 0.5), 9))
+    >>> gain, round(error, 4)
+    (0.25, 0.3536)
+    """
+    if isinstance(first, Draws) and isinstance(second, Draws):
+        apart = np.array(first.samples) - np.array(second.samples)
+        apart = apart[~np.isnan(apart)]
+        error = float(apart.std(ddof=1)) if len(apart) > 1 else float("inf")
+        return first.value - second.value, error
+    ours, theirs = np.asarray(first, bool), np.asarray(second, bool)
+    won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    return (won - lost) / len(ours), float(np.sqrt(won + lost)) / len(ours)
+
+
+_SAMPLES = 100
+"""Bootstrap samples of a skill: its standard error is then known to 7 %."""
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A metric on a scale where 1 is perfect, so that thresholds in points mean something.
+
+    A metric of which larger is better is its own skill. That of an error is the share of it that is
+    gone, compared with the best guess that looks at no image. A point is a hundredth.
+
+    Args:
+        metric: a row of ``METRICS``.
+        guess: the value of the metric for that guess.
+
+    >>> labels = np.array([[1.0], [2.0], [3.0]])
+    >>> skill = Skill.of(METRICS["regression"]["mae"], labels)
+    >>> skill(labels + 0.5, labels), skill.text(0.25, 0.01)
+    (0.25, '25.0 ± 1.0 % below a guess')
+    """
+
+    metric: Metric
+    guess: float = 0.0
+
+    @classmethod
+    def of(cls, metric: Metric, labels: np.ndarray) -> Skill:
+        """The skill on data with these labels: classes, 0 and 1, or values."""
+        if labels.ndim == 1:
+            shares = np.bincount(labels) / len(labels)
+            constant = np.tile(shares, (len(labels), 1))
+        else:
+            constant = np.tile(np.nanmean(labels, axis=0), (len(labels), 1))
+        return cls(metric, metric.of(constant, labels))
+
+    def __call__(self, predictions: np.ndarray, labels: np.ndarray) -> float:
+        """The skill of predictions (see the module) on a set."""
+        value = self.metric.of(predictions, labels)
+        return value if self.metric.larger_is_better else 1 - value / max(self.guess, 1e-12)
+
+    @property
+    def of_guess(self) -> float:
+        """Of the best guess that looks at no image."""
+        return self.guess if self.metric.larger_is_better else 0.0
+
+    @property
+    def name(self) -> str:
+        """The metric in words."""
+        plain = self.metric.name.replace("_", " ")
+        return plain.upper() if plain in ("r2", "mae", "rmse") else plain
+
+    @property
+    def point(self) -> str:
+        """What a point is."""
+        if not self.metric.larger_is_better:
+            return f"a hundredth of the {self.name} of a guess that looks at no image"
+        return f"a hundredth of {self.name}"
+
+    def text(self, value: float, error: float | None = None) -> str:
+        """A skill for a person, with its standard error."""
+        scale, digits, unit = 100.0, 1, " %"
+        if not self.metric.larger_is_better:
+            unit = " % below a guess"
+        elif not self.metric.is_share:
+            scale, digits, unit = 1.0, 3, ""
+        more = "" if error is None else f" ± {scale * error:.{digits}f}"
+        return f"{scale * value:.{digits}f}{more}{unit}"
+
+    def judged(
+        self, predictions: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+    ) -> np.ndarray | Draws:
+        """What ``compared`` takes: what was right for accuracy, else draws of the skill.
+
+        Args:
+            predictions, labels: of a set.
+            groups: ``[examples]``, which are drawn together.
+        """
+        if self.metric.name == "accuracy":
+            right: np.ndarray = predictions.argmax(axis=1) == labels
+            return right
+        drawn = resampled(self, predictions, labels, _SAMPLES, groups=groups)
+        return Draws(self(predictions, labels), tuple(drawn.tolist()), len(labels))
+
+
+ACCURACY = Skill(METRICS["single_label"]["accuracy"])
+"""Of one class per image, by which advice judges it whatever validation ranks by."""
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:

@@ -399,6 +399,10 @@ TASKS = {task.name: task for task in (SINGLE_LABEL, MULTI_LABEL, REGRESSION)}
 """The tasks by the names that files record."""
 
 
+OUTPUTS = {"single_label": "classes", "multi_label": "labels", "regression": "targets"}
+"""What the outputs of a task are called."""
+
+
 def task_named(name: str) -> Task:
     """The task of that name.
 

@@ -15,20 +15,21 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather, paired
+from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather
 from flaxtransfer.advice.race import Prior, prior_of
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source, task_of_source
 from flaxtransfer.features.class_means import leaves_nothing
+from flaxtransfer.metrics import Draws, Skill, compared
 from flaxtransfer.overview import terminal
-from flaxtransfer.paths import Params, flatten
+from flaxtransfer.paths import Params, flatten, listing
 from flaxtransfer.recipes.catalog import RECIPES
-from flaxtransfer.task import for_classes
+from flaxtransfer.task import REGRESSION, SINGLE_LABEL
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["SCHEMA", "Advice", "Candidate", "Verdict", "advise", "decide"]
+__all__ = ["SCHEMA", "Advice", "Candidate", "Verdict", "advise", "decide", "known_gains"]
 
 Verdict = Literal["nothing", "ceiling", "early", "depth", "level", "train"]
 """What the evidence says: nothing is learnable from these features; a head is as good as anything;
@@ -40,7 +41,7 @@ CHANCE = 4.0
 to the images, none is beyond it."""
 
 LEVEL = 0.01
-"""Differences in accuracy below this are none: one point."""
+"""Differences in skill below this are none: one point."""
 
 LITTLE = 0.03
 """What depths that are level may leave to be gained, for the cheapest to be taken."""
@@ -56,8 +57,8 @@ class Candidate:
     Args:
         strategy: the name of a recipe.
         settings: its arguments, beside the defaults.
-        accuracy: held out, of heads that were solved; None for what has to be trained to know.
-        error: standard error of the accuracy.
+        skill: held out, of heads that were solved; None for what has to be trained to know.
+        error: standard error of the skill.
         moves: parameters that move.
         cost: in full runs of the strategy that trains everything; a solved head costs nothing.
         why: in one sentence.
@@ -66,19 +67,18 @@ class Candidate:
 
     strategy: str
     settings: dict[str, Any]
-    accuracy: float | None
+    skill: float | None
     error: float | None
     moves: int
     cost: float
     why: str
     tried: bool = True
 
-    @property
-    def accuracy_text(self) -> str:
-        """The accuracy, or why there is none."""
-        if self.accuracy is None or self.error is None:
+    def skill_text(self, measure: Skill) -> str:
+        """The skill, or why there is none."""
+        if self.skill is None or self.error is None:
             return "to be trained" if self.tried else "not tried"
-        return f"{100 * self.accuracy:.1f} ± {100 * self.error:.1f} %"
+        return measure.text(self.skill, self.error)
 
     def plan(self, params: Params, lengths: Mapping[str, int] | None = None) -> Plan:
         """The strategy as a plan for a network; by default with the recipe's own lengths."""
@@ -124,12 +124,12 @@ class Advice:
     @property
     def challengers(self) -> tuple[Candidate, ...]:
         """Strategies that only training can compare with the recommended one; at most four."""
-        return tuple(one for one in self.candidates[1:] if one.tried and one.accuracy is None)
+        return tuple(one for one in self.candidates[1:] if one.tried and one.skill is None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that follow ``SCHEMA``."""
         return {
-            "version": 1,
+            "version": 2,
             "verdict": self.verdict,
             "summary": self.summary,
             "candidates": [one.to_json() for one in self.candidates],
@@ -147,20 +147,21 @@ class Advice:
         from rich.console import Group
         from rich.table import Table
 
-        heads = Table("head on", "accuracy, 5 folds", "features", "used")
+        measure = self.evidence.measure
+        heads = Table("head on", f"{measure.name}, 5 folds", "features", "used")
         for head in (*self.evidence.depths, self.evidence.reference):
             heads.add_row(
                 "pixels' spectrum" if head is self.evidence.reference else head.name,
-                f"{100 * head.accuracy:.1f} ± {100 * head.standard_error:.1f} %",
+                measure.text(head.skill, head.standard_error),
                 str(head.features),
                 f"{head.degrees_of_freedom:.0f}",
             )
         for column in heads.columns[1:]:
             column.justify = "right"
-        table = Table("strategy", "accuracy", "moves", "costs")
+        table = Table("strategy", measure.name, "moves", "costs")
         for one in self.candidates:
             cost = "0" if one.cost == 0 else f"{one.cost:.1f}x"
-            table.add_row(f"{one}\n  {one.why}", one.accuracy_text, f"{one.moves:,}", cost)
+            table.add_row(f"{one}\n  {one.why}", one.skill_text(measure), f"{one.moves:,}", cost)
         for column in table.columns[1:]:
             column.justify = "right"
             column.no_wrap = True
@@ -186,9 +187,12 @@ def advise(
     """Which strategy fits these images, from one pass over them; nothing is trained.
 
     A head in closed form is judged on each depth of the network, and on the power spectrum of the
-    pixels, which needs no network, by the same stratified folds. The depth that knows most is the
-    recommendation that costs nothing; the differences say whether training can be better, and of
-    which part.
+    pixels, which needs no network, by the same folds: stratified, and of whole groups where the
+    source has them. The depth that knows most is the recommendation that costs nothing; the
+    differences say whether training can be better, and of which part.
+
+    Classes are judged by accuracy; several labels and numbers by the metric that ranks the task, as
+    a skill whose hundredths are points (``metrics.Skill``).
 
     Args:
         network: pre-trained weights from ``ft.load``; or a ``Classifier``, whose input and
@@ -203,8 +207,8 @@ def advise(
             ``experiments/strategy_grid.py`` measures it; by default known of the built-in one.
 
     Raises:
-        ValueError: too few images or classes, images of other bands than the network's, features
-            that are not finite.
+        ValueError: too few images or classes, no label or target with two values, images of other
+            bands than the network's, another task than the network's, features that are not finite.
 
     References:
         A. Royer, C. Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer Learning",
@@ -221,10 +225,15 @@ def advise(
     >>> ft.advise(ft.load("builtin"), source).verdict
     'ceiling'
     """
-    for_classes(task_of_source(source), "advice on a strategy")
+    task = task_of_source(source)
     if isinstance(network, Pretrained):
         names = tuple(source.class_names)
-        network = transfer(network, classes=len(names), class_names=names)
+        network = transfer(network, classes=len(names), class_names=names, task=task)
+    elif network.task.name != task.name:
+        raise ValueError(
+            f"network must have the task of the data, {task.name}, got {network.task.name}; give "
+            f"task= to ft.transfer"
+        )
     evidence = gather(network, source, positions, batch_size=batch_size, seed=seed, mesh=mesh)
     return decide(evidence, network.params, gains)
 
@@ -240,7 +249,7 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
     best, last, reference = evidence.best, evidence.last, evidence.reference
     strongest = max((*evidence.depths, reference), key=lambda head: head.alignment)
     known = strongest.alignment > CHANCE
-    gain, error = paired(best.right, last.right)
+    gain, error = compared(best.judged, last.judged)
     deeper = best is not last and gain > max(LEVEL, 2 * error)
     level = all(_is_level(best, head) for head in evidence.depths) and best.left < LITTLE
     verdict: Verdict
@@ -248,7 +257,7 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
         verdict = "nothing"
     elif evidence.bottleneck.whole:
         verdict = "early"
-    elif leaves_nothing(best.accuracy, len(best.right), evidence.majority):
+    elif _leaves_nothing(best, evidence):
         verdict = "ceiling"
     elif deeper:
         verdict = "depth"
@@ -256,7 +265,7 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
         verdict = "level"
     else:
         verdict = "train"
-    about = partial(prior_of, verdict, network=evidence.network, gains=gains)
+    about = partial(prior_of, verdict, network=evidence.network, gains=known_gains(evidence, gains))
     candidates = _candidates(verdict, evidence, params, about)
     recommended = candidates[0] if verdict != "nothing" else None
     return Advice(
@@ -270,15 +279,30 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
     )
 
 
+def _leaves_nothing(best: HeadEvidence, evidence: Evidence) -> bool:
+    if isinstance(best.judged, Draws):
+        return best.left < LEVEL
+    return leaves_nothing(best.skill, best.examples, evidence.measure.of_guess)
+
+
+def known_gains(evidence: Evidence, gains: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What is known of gains: those that the package holds are of accuracies."""
+    if gains is None and evidence.task != SINGLE_LABEL.name:
+        return {"network": None, "gains": {}}
+    return gains
+
+
 def _error(head: HeadEvidence) -> float:
     """Standard error that is not 0 where every example is right: as if half of one were wrong."""
-    count = len(head.right)
-    share = min(max(head.accuracy, 0.5 / count), 1 - 0.5 / count)
+    if isinstance(head.judged, Draws):
+        return head.standard_error
+    count = head.examples
+    share = min(max(head.skill, 0.5 / count), 1 - 0.5 / count)
     return math.sqrt(share * (1 - share) / count)
 
 
 def _is_level(best: HeadEvidence, head: HeadEvidence) -> bool:
-    gain, error = paired(best.right, head.right)
+    gain, error = compared(best.judged, head.judged)
     return gain <= max(LEVEL, error)
 
 
@@ -294,17 +318,18 @@ def _candidates(
     verdict: Verdict, evidence: Evidence, params: Params, about: Callable[[str], Prior]
 ) -> list[Candidate]:
     best, last = evidence.best, evidence.last
+    of_last = evidence.measure.text(last.skill)
     if verdict in ("ceiling", "level"):
         # The last of equal ones: what generalizes most, and a whole network fits every export.
         best = [head for head in evidence.depths if _is_level(evidence.best, head)][-1]
     head = Candidate(
         "depth_head" if best is not last else "solved_head",
         {"segment": best.name} if best is not last else {},
-        best.accuracy,
+        best.skill,
         _error(best),
-        (best.features + 1) * evidence.classes,
+        (best.features + 1) * evidence.outputs,
         0.0,
-        f"costs no training; {last.name} has {_percent(last)}"
+        f"costs no training; {last.name} has {of_last}"
         if best is not last
         else "costs no training; no depth knows more than the last",
     )
@@ -337,7 +362,7 @@ def _candidates(
                 ("discriminative", "if late layers have only to be turned"),
                 ("from_scratch", "the late layers are of little use here"),
             ]
-            struck = [("feature_extraction", f"what it reads has {_percent(last)}")]
+            struck = [("feature_extraction", f"what it reads has {of_last}")]
     made = [_trained(name, why, params) for name, why in rows]
     out = [_trained(name, why, params, tried=False) for name, why in struck]
     if verdict == "early":
@@ -354,8 +379,8 @@ def _trained(strategy: str, why: str, params: Params, *, tried: bool = True) -> 
     return Candidate(strategy, {}, None, None, _moves(strategy, {}, params), cost, why, tried)
 
 
-def _percent(head: HeadEvidence) -> str:
-    return f"{100 * head.accuracy:.1f} %"
+def _nouns(evidence: Evidence) -> str:
+    return "classes" if evidence.task == SINGLE_LABEL.name else "labels"
 
 
 def _summary(verdict: Verdict, evidence: Evidence, chosen: Candidate | None) -> str:
@@ -367,7 +392,8 @@ def _summary(verdict: Verdict, evidence: Evidence, chosen: Candidate | None) -> 
             "labels first."
         )
     text = {
-        "early": "The network loses what the classes are made of: early layers have to move.",
+        "early": f"The network loses what the {_nouns(evidence)} are made of: early layers have to "
+        "move.",
         "ceiling": "A head leaves nothing to gain: take it.",
         "depth": f"{best.name} knows more than the layers behind it: a head there is the one to "
         "beat.",
@@ -384,7 +410,7 @@ def _reasons(
     chosen: Candidate | None,
     about: Callable[[str], Prior],
 ) -> list[str]:
-    best, last = evidence.best, evidence.last
+    best, last, text = evidence.best, evidence.last, evidence.measure.text
     found = [
         f"Held-out scores are {strongest.alignment:.1f} standard deviations from those of shuffled "
         f"labels (threshold {CHANCE:g}): "
@@ -396,13 +422,18 @@ def _reasons(
     ]
     if verdict == "nothing":
         return found
+    if evidence.task != SINGLE_LABEL.name:
+        found.append(
+            f"Heads are judged by {evidence.measure.name}, by which this task ranks; 1 point is "
+            f"{evidence.measure.point}, and a guess has {text(evidence.measure.of_guess)}."
+        )
     if evidence.bottleneck.segment is not None:
         found.append(evidence.bottleneck.summary())
     found.append(
-        f"The best head has {_percent(best)} of {len(best.right)} images: {100 * best.left:.1f} "
+        f"The best head has {text(best.skill)} of {best.examples} images: {100 * best.left:.1f} "
         "points are left that training may gain (threshold: 1 point)."
     )
-    if chosen is not None and chosen.accuracy is None and verdict != "early":
+    if chosen is not None and chosen.skill is None and verdict != "early":
         prior = about(chosen.strategy)
         found.append(
             f"On {prior.targets} other kinds of images this network gained "
@@ -411,7 +442,7 @@ def _reasons(
             "says."
         )
     if best is not last:
-        gain, error = paired(best.right, last.right)
+        gain, error = compared(best.judged, last.judged)
         found.append(
             f"{best.name} is {100 * gain:.1f} ± {100 * error:.1f} points above {last.name} on the "
             f"same images (threshold: 2 standard errors and 1 point): "
@@ -424,8 +455,8 @@ def _reasons(
     found += _augmentation(verdict, evidence)
     found.append(
         f"The head uses {best.degrees_of_freedom:.0f} of {best.features} degrees of freedom, "
-        f"{best.degrees_of_freedom / len(best.right):.2f} per label; the whole network has "
-        f"{evidence.parameters / len(best.right):,.0f} parameters per label, which by itself "
+        f"{best.degrees_of_freedom / best.examples:.2f} per image; the whole network has "
+        f"{evidence.parameters / best.examples:,.0f} parameters per image, which by itself "
         "foretells little."
     )
     curve = evidence.curve
@@ -445,13 +476,13 @@ def _reasons(
 
 def _augmentation(verdict: Verdict, evidence: Evidence) -> list[str]:
     """Augmentations that change what the classes are made of, as far as a spectrum shows it."""
-    reference, found = evidence.reference, []
-    drop = reference.accuracy - evidence.mirrored
+    reference, found, text = evidence.reference, [], evidence.measure.text
+    drop = reference.skill - evidence.mirrored
     if reference.alignment > CHANCE and drop > max(0.1, 2 * math.sqrt(2) * _error(reference)):
         found.append(
-            f"On mirrored images the head on the pixels' spectrum falls from {_percent(reference)} "
-            f"to {100 * evidence.mirrored:.1f} % (threshold: 10 points and 2 standard errors): "
-            "train with --flip no."
+            f"On mirrored images the head on the pixels' spectrum falls from "
+            f"{text(reference.skill)} to {text(evidence.mirrored)} (threshold: 10 points and 2 "
+            "standard errors): train with --flip no."
         )
     if verdict == "early" and evidence.bottleneck.octave == OCTAVE_NAMES[-1]:
         found.append(
@@ -472,10 +503,23 @@ def _unknown(evidence: Evidence) -> list[str]:
             "What more labels would bring: a learning curve would tear groups (patients, scenes, "
             "sites) apart, which the folds hold out as a whole."
         )
-    if evidence.smallest < 5:
+    if evidence.task != SINGLE_LABEL.name:
         found.append(
-            f"Much of the rarest class, which has {evidence.smallest} images to learn and to judge "
-            "by."
+            "How much strategies gained elsewhere, and how a head's error falls with more labels: "
+            "both were measured for classes alone."
+        )
+    if evidence.constant:
+        found.append(
+            f"Anything of {listing(map(repr, evidence.constant))}, of which all images have one "
+            "value: left out."
+        )
+    if evidence.smallest < 5:
+        rarest = {
+            SINGLE_LABEL.name: "class, which has {} images",
+            REGRESSION.name: "known target, which has {} images",
+        }.get(evidence.task, "label, of whose rarer value there are {} images")
+        found.append(
+            f"Much of the rarest {rarest.format(evidence.smallest)} to learn and to judge by."
         )
     if evidence.repeated:
         found.append(
@@ -493,18 +537,18 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["version", "verdict", "summary", "candidates", "reasons", "unknown", "evidence"],
     "properties": {
-        "version": {"const": 1},
+        "version": {"const": 2},
         "verdict": {"enum": ["nothing", "ceiling", "early", "depth", "level", "train"]},
         "summary": {"type": "string"},
         "candidates": {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["strategy", "settings", "accuracy", "error", "moves", "cost", "why"],
+                "required": ["strategy", "settings", "skill", "error", "moves", "cost", "why"],
                 "properties": {
                     "strategy": {"type": "string"},
                     "settings": {"type": "object"},
-                    "accuracy": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+                    "skill": {"type": ["number", "null"], "maximum": 1},
                     "error": {"type": ["number", "null"], "minimum": 0},
                     "moves": {"type": "integer", "minimum": 1},
                     "cost": {"type": "number", "minimum": 0},
@@ -517,7 +561,15 @@ SCHEMA: dict[str, Any] = {
         "unknown": {"type": "array", "items": {"type": "string"}},
         "evidence": {
             "type": "object",
-            "required": ["examples", "classes", "majority", "depths", "reference", "bottleneck"],
+            "required": [
+                "examples",
+                "task",
+                "metric",
+                "guess",
+                "depths",
+                "reference",
+                "bottleneck",
+            ],
         },
     },
 }

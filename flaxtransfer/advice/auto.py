@@ -21,14 +21,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.advice.advise import Advice, Candidate, advise
+from flaxtransfer.advice.advise import Advice, Candidate, advise, known_gains
 from flaxtransfer.advice.race import Race, prior_of, race
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders, reading
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import Splits, groups_of
 from flaxtransfer.features.inputs import folds_with_singletons
+from flaxtransfer.features.ridge import target_folds
 from flaxtransfer.files import read_json, write_json
+from flaxtransfer.metrics import Draws
 from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
 from flaxtransfer.training.evaluation import predict
 from flaxtransfer.training.loop import FitResult, fit
@@ -75,7 +77,7 @@ class Choice:
     def pooled(self) -> tuple[np.ndarray, np.ndarray] | None:
         """What a head that was chosen reads of all images, and their labels; see ``Evidence``."""
         seen = self.advice.evidence.features
-        if seen is None or self.candidate.accuracy is None:
+        if seen is None or self.candidate.skill is None:
             return None
         features, labels = seen
         return features[
@@ -183,9 +185,10 @@ def choose(
     if found.best is None:
         raise ValueError(f"{found.summary} To train all the same, name a strategy")
     say(str(found))
-    free = next(one for one in found.candidates if one.accuracy is not None)
+    free = next(one for one in found.candidates if one.skill is not None)
     challengers = [one for one in found.candidates if one.tried and one is not free]
-    about = partial(prior_of, found.verdict, network=found.evidence.network, gains=gains)
+    known = known_gains(found.evidence, gains)
+    about = partial(prior_of, found.verdict, network=found.evidence.network, gains=known)
     challengers.sort(key=lambda one: -about(one.strategy).mean)
     priors = {one.strategy: about(one.strategy) for one in challengers}
     if found.verdict in ("ceiling", "level") or not challengers:
@@ -203,9 +206,12 @@ def choose(
     labels = np.asarray(source.labels())[splits.train]
     groups = groups_of(source)
     own = None if groups is None else [groups[i] for i in splits.train.tolist()]
-    fold_of = folds_with_singletons(labels, FOLDS, seed, own)
+    if labels.ndim == 1:
+        fold_of = folds_with_singletons(labels, FOLDS, seed, own)
+    else:
+        fold_of = target_folds(labels, FOLDS, seed, own)
     by_name = {one.strategy: one for one in (free, *challengers)}
-    folds: list[dict[str, np.ndarray]] = []
+    folds: list[dict[str, np.ndarray | Draws]] = []
     state = race(folds, priors, costs, free.strategy)
     done = 0
     for fold in range(FOLDS):
@@ -229,7 +235,12 @@ def choose(
                 mesh=mesh,
             )
             judged = eval_batches(source, parts.test, network.preprocessing)
-            folds[-1][name] = np.asarray(predict(fitted.network, judged, mesh).scores, bool)
+            said = predict(fitted.network, judged, mesh)
+            folds[-1][name] = found.evidence.measure.judged(
+                said.task.probabilities(said.logits),
+                said.labels,
+                None if groups is None else np.array([groups[i] for i in parts.test.tolist()]),
+            )
         done += len(alive)
         state = race(folds, priors, costs, free.strategy)
     say(str(state))

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from scipy.special import log_ndtr, ndtri_exp
 
-from flaxtransfer.analysis.profile import LearningCurve, learning_curve
+from flaxtransfer.analysis.profile import LearningCurve, Outputs, learning_curve
 from flaxtransfer.analysis.spectrum import (
     Bottleneck,
     SpectralFeatures,
@@ -31,10 +32,12 @@ from flaxtransfer.data.splits import groups_of, subsample
 from flaxtransfer.distributed import check_alone
 from flaxtransfer.features.class_means import expected_error
 from flaxtransfer.features.inputs import segment_features, standardization
-from flaxtransfer.features.ridge import CrossValidation, cross_validate
+from flaxtransfer.features.ridge import TargetValidation, cross_validate
+from flaxtransfer.metrics import ACCURACY, Draws, Skill
 from flaxtransfer.paths import flatten
+from flaxtransfer.task import OUTPUTS
 
-__all__ = ["Evidence", "HeadEvidence", "alignment", "gather", "paired"]
+__all__ = ["Evidence", "HeadEvidence", "alignment", "gather", "most_images"]
 
 MOST_IMAGES = 5000
 """More images than that are not looked at: they change an accuracy by less than half a point."""
@@ -50,48 +53,40 @@ class HeadEvidence:
     Args:
         name: of the segment it reads, or "pixels" for their power spectrum.
         features: how many it reads.
-        accuracy: held out.
-        standard_error: binomial, of the accuracy.
+        skill: held out, by the metric that ranks; see ``metrics.Skill``. For classes, accuracy.
+        standard_error: of the skill: binomial, or by the bootstrap.
         degrees_of_freedom: effective ones, at the penalty that was chosen.
         alignment: how far held-out scores go with the labels, in standard deviations of labels
             that are drawn anew; features without information are within 4.
-        right: whether each example was classified rightly, bool ``[examples]``.
+        judged: whether each example was classified rightly, bool ``[examples]``; or draws.
     """
 
     name: str
     features: int
-    accuracy: float
+    skill: float
     standard_error: float
     degrees_of_freedom: float
     alignment: float
-    right: np.ndarray = field(repr=False)
+    judged: np.ndarray | Draws = field(repr=False)
+
+    @property
+    def examples(self) -> int:
+        """That it was judged on."""
+        return self.judged.examples if isinstance(self.judged, Draws) else len(self.judged)
 
     @property
     def left(self) -> float:
-        """Share of new images that it is expected to get wrong: all that training can gain."""
-        return expected_error(self.accuracy, len(self.right))
-
-    @classmethod
-    def of(
-        cls, name: str, found: CrossValidation, features: int, labels: np.ndarray
-    ) -> HeadEvidence:
-        """From a cross-validation."""
-        return cls(
-            name,
-            features,
-            found.accuracy,
-            found.standard_error,
-            found.degrees_of_freedom,
-            alignment(found.scores, labels),
-            (found.scores.argmax(axis=1) == labels) & found.held_out,
-        )
+        """All that training can gain; of classes, the share of new images expected to be wrong."""
+        if isinstance(self.judged, Draws):
+            return max(1 - self.skill, 0.0)
+        return expected_error(self.skill, self.examples)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, without the examples."""
         return {
             "name": self.name,
             "features": self.features,
-            "accuracy": self.accuracy,
+            "skill": self.skill,
             "standard_error": self.standard_error,
             "degrees_of_freedom": self.degrees_of_freedom,
             "alignment": self.alignment,
@@ -107,15 +102,19 @@ class Evidence:
         examples: images that were looked at.
         available: images there are.
         repeated: images that are there before, pixel for pixel, and were left out.
-        classes: number of classes.
-        smallest: examples of the rarest class.
-        majority: share of the largest class.
+        task: what the labels are, by its name.
+        measure: what heads are judged by.
+        outputs: number of classes, labels or targets that something can be learned of.
+        constant: names of labels and targets of which all images have one value; they are left out.
+        smallest: examples of the rarest class; of labels, of the rarer value of the rarest label;
+            of targets, known values of the one with the fewest.
         parameters: of the whole network.
         depths: a head on each segment, from the input to the output.
         reference: a head on the power spectrum of the pixels, which needs no network.
-        mirrored: accuracy of that reference on mirrored images, fitted to images as they are.
+        mirrored: skill of that reference on mirrored images, fitted to images as they are.
         bottleneck: where the network knows less than that reference.
-        curve: of the best head by number of labels; None with too few of a class.
+        curve: of the best head by number of labels; None with too few of a class, with groups, and
+            for labels that are no classes.
         seconds: that it took.
         grouped: whether images belong together, such as those of a patient; the folds then hold
             each group out as a whole.
@@ -128,9 +127,11 @@ class Evidence:
     examples: int
     available: int
     repeated: int
-    classes: int
+    task: str
+    measure: Skill
+    outputs: int
+    constant: tuple[str, ...]
     smallest: int
-    majority: float
     parameters: int
     depths: tuple[HeadEvidence, ...]
     reference: HeadEvidence
@@ -143,8 +144,13 @@ class Evidence:
 
     @property
     def best(self) -> HeadEvidence:
-        """The depth with the highest accuracy; of equal ones the earliest, which is cheapest."""
-        return max(self.depths, key=lambda head: head.accuracy)
+        """The depth with the most skill; of equal ones the earliest, which is cheapest."""
+        return max(self.depths, key=lambda head: head.skill)
+
+    @property
+    def outputs_text(self) -> str:
+        """How many classes, labels or targets there are."""
+        return f"{self.outputs} {OUTPUTS[self.task]}"
 
     @property
     def last(self) -> HeadEvidence:
@@ -158,9 +164,12 @@ class Evidence:
             "examples": self.examples,
             "available": self.available,
             "repeated": self.repeated,
-            "classes": self.classes,
-            "smallest_class": self.smallest,
-            "majority": self.majority,
+            "task": self.task,
+            "metric": self.measure.metric.name,
+            "outputs": self.outputs,
+            "constant": list(self.constant),
+            "smallest": self.smallest,
+            "guess": self.measure.of_guess,
             "parameters": self.parameters,
             "depths": [head.to_json() for head in self.depths],
             "reference": self.reference.to_json(),
@@ -201,7 +210,7 @@ def gather(
     chosen = np.arange(len(labels)) if positions is None else np.asarray(positions)
     if not len(chosen):
         raise ValueError("there must be images to advise on, got none")
-    looked = subsample(chosen, MOST_IMAGES, labels)
+    looked = subsample(chosen, most_images(labels), labels)
     segments = network.model.segments
     depths = segments[segments.index("stem") : segments.index("pool")]
     few = np.isin(looked, subsample(looked, MOST_FOR_SPECTRA, labels))
@@ -213,45 +222,68 @@ def gather(
     _, first = np.unique(pixels.digests, return_index=True)
     kept = np.zeros(len(label), bool)
     kept[first] = True
-    label = np.unique(label[kept], return_inverse=True)[1]
-    if len(label) < 3:
-        raise ValueError(f"there must be 3 or more different images to advise on, got {len(label)}")
+    if kept.sum() < 3:
+        raise ValueError(f"there must be 3 or more different images to advise on, got {kept.sum()}")
     every = groups_of(source)
     groups = None if every is None else np.unique(every, return_inverse=True)[1][looked][kept]
-    heads = tuple(_head(name, features[name][kept], label, seed, groups) for name in depths)
+    known: _Classes | Outputs
+    if label.ndim == 1:
+        known = _Classes.of(label[kept], groups, seed)
+    else:
+        known = Outputs.of(label[kept], network.task, groups, seed)
+    found = {name: _head(name, features[name][kept], known) for name in depths}
     few, spectra = pixels.wanted[kept], kept[pixels.wanted]
-    own = None if groups is None else groups[few]
-    reference = _head("pixels", pixels.spectra()[spectra], label[few], seed, own)
-    mirrored = _judged(pixels.spectra()[spectra], pixels.mirrored()[spectra], label[few], seed, own)
+    some = known.part(few)
+    own, mirrored = pixels.spectra()[spectra], pixels.mirrored()[spectra]
+    reference, _ = _head("pixels", own, some)
     by_octave = {
-        name: _head(name, part[spectra], label[few], seed, own).right
-        for name, part in pixels.octaves().items()
+        name: _head(name, part[spectra], some)[0].judged for name, part in pixels.octaves().items()
     }
-    counts = np.bincount(label)
-    best = max(heads, key=lambda head: head.accuracy)
+    heads = tuple(head for head, _ in found.values())
+    best = max(heads, key=lambda head: head.skill)
+    left = (
+        []
+        if isinstance(known, _Classes)
+        else np.delete(np.arange(label.shape[1]), known.kept).tolist()
+    )
     return Evidence(
         network.model.config.name,
-        len(label),
+        int(kept.sum()),
         len(chosen),
         int((~kept).sum()),
-        len(counts),
-        int(counts.min()),
-        float(counts.max() / len(label)),
+        network.task.name,
+        known.measure,
+        int(known.values.max()) + 1 if known.values.ndim == 1 else known.values.shape[1],
+        tuple(source.class_names[k] for k in left),
+        _smallest(known),
         sum(math.prod(leaf.shape) for leaf in flatten(network.params).values()),
         heads,
         reference,
-        mirrored,
+        _head("pixels", own, some, mirrored)[0].skill,
         bottleneck(
-            reference.right,
-            {head.name: head.right[few] for head in heads},
+            reference.judged,
+            {name: _judged_on(*one, known, few) for name, one in found.items()},
             octave_correct=by_octave,
+            measure=known.measure,
         ),
-        # Its parts would tear groups apart.
-        None if groups is not None else _curve(features[best.name][kept], label, seed),
+        _curve(features[best.name][kept], known),
         time.perf_counter() - began,
         groups is not None,
         seen,
     )
+
+
+MOST_WITH_GAPS = 1000
+"""Images that are looked at where labels are missing here and there: heads of labels that other
+images know share no decomposition."""
+
+
+def most_images(labels: np.ndarray) -> int:
+    """How many images are looked at."""
+    if labels.ndim == 1:
+        return MOST_IMAGES
+    patterns = np.unique(np.isnan(labels).T, axis=0)
+    return MOST_IMAGES if len(patterns) == 1 else MOST_WITH_GAPS
 
 
 class _Pixels:
@@ -287,78 +319,175 @@ class _Pixels:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+@dataclass(frozen=True, eq=False)
+class _Classes:
+    """One class per image, and how ridge heads of them are judged; beside ``Outputs``.
+
+    Args:
+        values: 0 .. n - 1, int ``[examples]``, each with an example.
+        measure: accuracy.
+        groups: int ``[examples]``, held out as a whole.
+        seed: of the folds.
+    """
+
+    values: np.ndarray
+    measure: Skill
+    groups: np.ndarray | None
+    seed: int
+
+    @classmethod
+    def of(cls, values: np.ndarray, groups: np.ndarray | None, seed: int) -> _Classes:
+        values = np.unique(values, return_inverse=True)[1]
+        return cls(values, Skill.of(ACCURACY.metric, values), groups, seed)
+
+    def part(self, rows: np.ndarray) -> _Classes:
+        """Some of the examples."""
+        groups = None if self.groups is None else self.groups[rows]
+        return _Classes.of(self.values[rows], groups, self.seed)
+
+
 def _head(
-    name: str, features: np.ndarray, label: np.ndarray, seed: int, groups: np.ndarray | None
-) -> HeadEvidence:
+    name: str, features: np.ndarray, known: _Classes | Outputs, others: np.ndarray | None = None
+) -> tuple[HeadEvidence, np.ndarray]:
+    """A head on features, and what it predicts of each held-out example.
+
+    Args:
+        name: of what it reads.
+        features: ``[examples, features]``.
+        known: the labels.
+        others: the features of the same images in another state, of which the predictions are.
+    """
+    width = features.shape[1]
     try:
-        matrix = standardization(features)(np.asarray(features, np.float64))
-        found = cross_validate(matrix, label, seed=seed, groups=groups)
+        if isinstance(known, Outputs):
+            of_all = known.head(features, others)
+            head = HeadEvidence(
+                name,
+                width,
+                of_all.judged.value,
+                of_all.standard_error,
+                of_all.solved.degrees_of_freedom,
+                _alignment_of_any(of_all.solved, of_all.targets, known.groups),
+                of_all.judged,
+            )
+            return head, of_all.predictions
+        scaling = standardization(features)
+        matrix = scaling(np.asarray(features, np.float64))
+        found = cross_validate(matrix, known.values, seed=known.seed, groups=known.groups)
+        if others is not None:
+            found = cross_validate(
+                matrix,
+                known.values,
+                seed=known.seed,
+                strengths=[found.strength],
+                judged=scaling(np.asarray(others, np.float64)),
+                groups=known.groups,
+            )
     except ValueError as error:
         raise ValueError(f"no head can be fitted to {name}: {error}") from error
-    return HeadEvidence.of(name, found, matrix.shape[1], label)
-
-
-def _judged(
-    features: np.ndarray,
-    others: np.ndarray,
-    label: np.ndarray,
-    seed: int,
-    groups: np.ndarray | None,
-) -> float:
-    """The accuracy on images in another state of a head that was fitted to them as they are."""
-    scaling = standardization(features)
-    matrix = scaling(features)
-    strength = cross_validate(matrix, label, seed=seed, groups=groups).strength
-    judged = cross_validate(
-        matrix, label, seed=seed, strengths=[strength], judged=scaling(others), groups=groups
+    head = HeadEvidence(
+        name,
+        width,
+        found.accuracy,
+        found.standard_error,
+        found.degrees_of_freedom,
+        alignment(found.scores, known.values, known.groups),
+        (found.scores.argmax(axis=1) == known.values) & found.held_out,
     )
-    return judged.accuracy
+    return head, found.scores
 
 
-def _curve(features: np.ndarray, label: np.ndarray, seed: int) -> LearningCurve | None:
+def _smallest(known: _Classes | Outputs) -> int:
+    """See ``Evidence``."""
+    if isinstance(known, _Classes):
+        return int(np.bincount(known.values).min())
+    if known.task.standardizes:
+        return int((~np.isnan(known.values)).sum(axis=0).min())
+    return int(min((known.values == each).sum(axis=0).min() for each in (0, 1)))
+
+
+def _curve(features: np.ndarray, known: _Classes | Outputs) -> LearningCurve | None:
+    """How the error of a head falls with the labels; of classes without groups."""
+    if isinstance(known, Outputs) or known.groups is not None:
+        return None  # Its parts would tear groups apart.
     try:
-        return learning_curve(standardization(features)(features), label, seed=seed)
+        return learning_curve(standardization(features)(features), known.values, seed=known.seed)
     except ValueError:
         return None  # Too few of a class.
 
 
-def alignment(scores: np.ndarray, labels: np.ndarray) -> float:
+def _alignment_of_any(
+    solved: TargetValidation, targets: np.ndarray, groups: np.ndarray | None
+) -> float:
+    """The alignment of all outputs with one penalty, or of one alone with its own.
+
+    One that is learnable would be lost among many that are not, and many that are hardly learnable
+    are only so together. The largest of several is brought to the level of one (Bonferroni).
+    """
+    each = [
+        alignment(solved.scores[:, k : k + 1], targets[:, k : k + 1], groups)
+        for k in range(targets.shape[1])
+    ]
+    if len(each) == 1:
+        return each[0]
+    largest = max(alignment(solved.shared, targets, groups), *each)
+    level = float(log_ndtr(-largest)) + math.log(len(each) + 1)
+    return -float(ndtri_exp(min(level, math.log(0.5))))
+
+
+def _judged_on(
+    head: HeadEvidence, predictions: np.ndarray, known: _Classes | Outputs, few: np.ndarray
+) -> np.ndarray | Draws:
+    """What a head, fitted to all images, makes of a part of them."""
+    if not isinstance(head.judged, Draws):
+        return np.asarray(head.judged[few])
+    if few.all():
+        return head.judged
+    some = known.part(few)
+    return some.measure.judged(predictions[few], some.values, some.groups)
+
+
+def alignment(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> float:
     """How far scores go with labels, in standard deviations of labels that are shuffled.
 
-    The sum of each example's score for its own class, of which shuffled labels have a mean of 0 and
-    a known variance. Other than accuracy it does not ask for the largest class to be beaten, so
-    that it sees what rare classes show.
+    The sum over examples of the products of scores and labels, both centered, of which shuffled
+    labels have a mean of 0 and a known variance. Other than accuracy it does not ask for the
+    largest class to be beaten, so that it sees what rare classes show.
 
     Args:
-        scores: float ``[examples, classes]``, held out.
-        labels: integers ``[examples]``, 0 .. classes - 1.
+        scores: float ``[examples, outputs]``, held out.
+        labels: integers ``[examples]``, 0 .. classes - 1; or float ``[examples, outputs]``, which
+            are scaled to one standard deviation, NaN where missing.
+        groups: int ``[examples]``; labels and scores that are alike within groups say less.
 
     References:
         W. Hoeffding, "A Combinatorial Central Limit Theorem", 1951.
+        B. R. Moulton, "Random Group Effects and the Precision of Regression Estimates", 1986.
 
     >>> labels = np.arange(100) % 4
     >>> alignment(np.eye(4)[labels], labels) > 15, alignment(np.ones((100, 4)), labels)
     (True, 0.0)
+    >>> alignment(np.eye(4)[labels], labels, labels) < 4
+    True
     """
-    counts = np.bincount(labels, minlength=scores.shape[1])
-    shares = counts / len(labels)
+    if labels.ndim == 1:
+        wanted = (labels[:, None] == np.arange(scores.shape[1])).astype(np.float64)
+        wanted -= wanted.mean(axis=0)
+    else:
+        wanted = np.nan_to_num(labels - np.nanmean(labels, axis=0))
+        wanted /= np.maximum(np.sqrt(np.square(wanted).mean(axis=0)), 1e-12)
     centered = scores - scores.mean(axis=0)
-    centered = centered - (centered @ shares)[:, None]
-    variance = float((np.square(centered) @ counts).sum()) / (len(labels) - 1)
-    if variance <= 0:
+    of_scores, of_labels = centered.T @ centered, wanted.T @ wanted
+    variance = float((of_scores * of_labels).sum()) / (len(scores) - 1)
+    if groups is not None:
+        units = np.unique(groups, return_inverse=True)[1]
+        sums = [np.zeros((int(units.max()) + 1, scores.shape[1])) for _ in range(2)]
+        for total, values in zip(sums, (centered, wanted), strict=True):
+            np.add.at(total, units, values)
+        pairs = int(np.square(np.bincount(units)).sum()) - len(units)
+        within = (sums[0].T @ sums[0] - of_scores) * (sums[1].T @ sums[1] - of_labels)
+        variance += max(float(within.sum()), 0.0) / max(pairs, 1)
+    # Scores that differ by rounding alone say nothing.
+    if variance <= 1e-18 * max(float(np.square(scores).sum()), 1e-300):
         return 0.0
-    return float(centered[np.arange(len(labels)), labels].sum() / math.sqrt(variance))
-
-
-def paired(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """How much more often the first of two heads is right, as a share, and its standard error.
-
-    References:
-        Q. McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or
-        Percentages", 1947.
-
-    >>> paired(np.array([True, True, True, False]), np.array([True, False, False, False]))
-    (0.5, 0.3535533905932738)
-    """
-    won, lost = int((first & ~second).sum()), int((second & ~first).sum())
-    return (won - lost) / len(first), math.sqrt(won + lost) / len(first)
+    return float((centered * wanted).sum() / math.sqrt(variance))

@@ -1,4 +1,4 @@
-"""The race between strategies: arrays of right and wrong in, a decision out.
+"""The race between strategies: what each got right on the same images in, a decision out.
 
 Strategies are compared on the same held-out images, fold by fold, with the one that costs nothing.
 What is known beforehand of their gains is the prior, and each fold turns it into a posterior. The
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from flaxtransfer.metrics import Draws, compared
+
 __all__ = ["Prior", "Race", "Standing", "prior_of", "race"]
 
 DELTA = 0.01
-"""Strategies within one point are equal."""
+"""Strategies within one point of skill are equal."""
 
 DROP = 0.1
 """A strategy is dropped once it is the best, or within DELTA of it, with less probability."""
@@ -41,7 +43,7 @@ class Prior:
     """What is known of a strategy's gain over the free head before it is tried.
 
     Args:
-        mean: gain in accuracy.
+        mean: gain in skill; see ``metrics.Skill``.
         deviation: its standard deviation.
         noise: standard deviation between what a fold shows and what training on all labels gives,
             beside that of counting images.
@@ -60,10 +62,9 @@ class Standing:
 
     Args:
         name: of the strategy.
-        mean: posterior mean of its gain in accuracy.
+        mean: posterior mean of its gain in skill.
         deviation: posterior standard deviation.
-        won: images that only it got right.
-        lost: images that only the free head got right.
+        z: the gain on the images alone, in its standard errors.
         images: that both were judged on.
         best: probability of being the best, or within one point of it.
         dropped: whether it is out.
@@ -72,20 +73,14 @@ class Standing:
     name: str
     mean: float
     deviation: float
-    won: int = 0
-    lost: int = 0
+    z: float = 0.0
     images: int = 0
     best: float = 0.0
     dropped: bool = False
 
-    @property
-    def z(self) -> float:
-        """The gain on the images in its standard errors, by the images that differ."""
-        return (self.won - self.lost) / math.sqrt(max(1, self.won + self.lost))
-
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**vars(self), "z": self.z}
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class Race:
     Args:
         standings: one per strategy, the free head first.
         leader: the strategy that would be chosen now.
-        regret: expected accuracy that the leader loses to the best.
+        regret: expected skill that the leader loses to the best.
         over: whether another fold would hardly change the choice.
     """
 
@@ -120,10 +115,10 @@ class Race:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'strategy':<28} {'gain, points':>14} {'won':>5} {'lost':>5} {'best':>6}"]
+        lines = [f"{'strategy':<28} {'gain, points':>14} {'in errors':>9} {'best':>6}"]
         for one in self.standings:
             gain = f"{100 * one.mean:+.1f} ± {100 * one.deviation:.1f}"
-            row = f"{one.name:<28} {gain:>14} {one.won:>5} {one.lost:>5} {100 * one.best:>4.0f} %"
+            row = f"{one.name:<28} {gain:>14} {one.z:>+9.1f} {100 * one.best:>4.0f} %"
             lines.append(row + (" out" if one.dropped else ""))
         lines.append(
             f"{self.leader} is chosen: expected regret {100 * self.regret:.1f} points, "
@@ -188,12 +183,13 @@ def race(
     """Where a race stands after some folds.
 
     Args:
-        folds: by fold and strategy, bool ``[examples]``: what was right. The free head is in every
-            fold, a strategy that was not tried in some is missing there.
+        folds: by fold and strategy, bool ``[examples]``, what was right; or draws of the skill, see
+            ``metrics.Draws``. The free head is in every fold, a strategy that was not tried in some
+            is missing there.
         priors: of the challengers by name, in the order in which they are tried.
         costs: of all strategies, what decides between equal ones: parameters that move.
         free: the name of the head that costs nothing.
-        delta: accuracy below which two strategies are equal.
+        delta: skill below which two strategies are equal.
 
     Raises:
         ValueError: a fold without the free head, or with arrays of other lengths.
@@ -206,8 +202,8 @@ def race(
     >>> wrong = np.arange(100) < 70
     >>> fold, costs = {"head": wrong, "all": right}, {"head": 1, "all": 9}
     >>> found = race([fold], {"all": Prior()}, costs, "head")
-    >>> found.leader, found.standings[1].won
-    ('all', 30)
+    >>> found.leader, round(found.standings[1].z, 1)
+    ('all', 5.5)
     """
     standings = [
         Standing(free, 0.0, 0.0),
@@ -221,8 +217,7 @@ def race(
             one.name,
             one.mean,
             one.deviation,
-            one.won,
-            one.lost,
+            one.z,
             one.images,
             chance,
             # The free head stays: it is what all are measured by.
@@ -239,25 +234,34 @@ def race(
 def _standing(name: str, folds: Sequence[Mapping[str, Any]], prior: Prior, free: str) -> Standing:
     """The posterior of one strategy: a normal prior, and one normal observation per fold."""
     precision, weighted = prior.deviation**-2, prior.mean * prior.deviation**-2
-    won = lost = images = 0
+    gained, spread, images = 0.0, 0.0, 0
     for number, fold in enumerate(folds):
         if free not in fold:
             raise ValueError(f"fold {number} must have {free!r}, got {', '.join(fold)}")
         if name not in fold:
             continue
-        ours, theirs = (np.asarray(fold[key], bool) for key in (name, free))
-        if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
+        ours, theirs = fold[name], fold[free]
+        sizes = [
+            (one.examples,) if isinstance(one, Draws) else np.shape(one) for one in (ours, theirs)
+        ]
+        if sizes[0] != sizes[1] or len(sizes[0]) != 1 or not sizes[0][0]:
             raise ValueError(
                 f"in fold {number} {name!r} and {free!r} must be right on the same images, got "
-                f"{ours.shape} and {theirs.shape}"
+                f"{sizes[0]} and {sizes[1]}"
             )
-        here, there, count = int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(ours)
+        count = int(sizes[0][0])
+        gain, error = compared(ours, theirs)
         # Two images are added that differ, one each way: no fold is proof.
-        variance = (here + there + 2) / count**2 + prior.noise**2
+        variance = error**2 + 2 / count**2 + prior.noise**2
         precision += 1 / variance
-        weighted += (here - there) / count / variance
-        won, lost, images = won + here, lost + there, images + count
-    return Standing(name, weighted / precision, precision**-0.5, won, lost, images)
+        weighted += gain / variance
+        gained, spread, images = (
+            gained + count * gain,
+            spread + (count * error) ** 2,
+            images + count,
+        )
+    z = gained / math.sqrt(max(spread, 1.0))
+    return Standing(name, weighted / precision, precision**-0.5, z, images)
 
 
 def _posterior_draws(standings: Sequence[Standing]) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.advice.evidence import MOST_IMAGES, Evidence, gather
+from flaxtransfer.advice.evidence import Evidence, gather, most_images
 from flaxtransfer.analysis.frequency import FrequencyResponse, frequency_response
 from flaxtransfer.analysis.profile import (
     ErrorSplit,
@@ -30,6 +30,7 @@ from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import groups_of, subsample
 from flaxtransfer.features.inputs import standardization
+from flaxtransfer.metrics import Skill
 from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.moments import Moments, displacement
 from flaxtransfer.paths import flatten
@@ -59,8 +60,10 @@ class Understanding:
         response: by frequency, of each segment and of the same network with random weights.
         distance: by segment, from the images that the network was trained on, in their standard
             deviations: the median over the BatchNorms of the segment; empty without BatchNorm.
-        split: of the error of the best head; None with fewer than 2 images of a class.
-        suspects: labels that a head contradicts, their ``rows`` being positions in the source.
+        split: of the error of the best head; None with fewer than 2 images of a class, and for
+            labels that are no classes.
+        suspects: labels that a head contradicts, their ``rows`` being positions in the source; None
+            for labels that are no classes.
         class_names: of the labels.
         files: names of the images, where they have names.
         seconds: that it took.
@@ -70,7 +73,7 @@ class Understanding:
     response: FrequencyResponse
     distance: Mapping[str, float]
     split: ErrorSplit | None
-    suspects: LabelSuspects
+    suspects: LabelSuspects | None
     class_names: tuple[str, ...]
     files: Sequence[str] | None = field(default=None, repr=False)
     seconds: float = 0.0
@@ -85,18 +88,18 @@ class Understanding:
         ]
 
     def _of_depth(self) -> list[str]:
-        best, last = self.evidence.best, self.evidence.last
-        text = f"A head on {best.name} is right on {100 * best.accuracy:.1f} % of held-out images"
+        best, last, measure = self.evidence.best, self.evidence.last, self.evidence.measure
+        text = f"A head on {best.name} has {_held_out(measure, best.skill)} on held-out images"
         if best is not last:
-            text += f", one on {last.name} on {100 * last.accuracy:.1f} %"
+            text += f", one on {last.name} {measure.text(last.skill)}"
         freedom = best.degrees_of_freedom
         return [
-            f"{text}; the largest class has {100 * self.evidence.majority:.1f} %.",
+            f"{text}; a guess that looks at no image has {measure.text(measure.of_guess)}.",
             f"That head uses {freedom:.0f} of {best.features} degrees of freedom"
             + (
                 ": so few say that it found next to nothing."
                 if freedom < 1
-                else f", {freedom / self.evidence.examples:.2f} per label."
+                else f", {freedom / self.evidence.examples:.2f} per image."
             ),
         ]
 
@@ -135,6 +138,11 @@ class Understanding:
         ]
 
     def _of_labels(self) -> list[str]:
+        if self.suspects is None:
+            return [
+                "Which labels look wrong, and what part of the error more labels would mend, is "
+                f"said for one class per image alone, not for the task {self.evidence.task}."
+            ]
         sentences = []
         curve, split = self.evidence.curve, self.split
         if split is not None:
@@ -166,6 +174,8 @@ class Understanding:
     def suspected(self) -> list[tuple[str, str, str, float]]:
         """Name, label, what a head says instead, and by how much it finds that more probable."""
         found = self.suspects
+        if found is None:
+            return []
         rows = zip(found.rows.tolist(), found.labels, found.instead, found.margins, strict=True)
         return [
             (
@@ -180,13 +190,13 @@ class Understanding:
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and texts."""
         return {
-            "version": 1,
+            "version": 2,
             "findings": self.findings(),
             "evidence": self.evidence.to_json(),
             "response": self.response.to_json(),
             "distance": dict(self.distance),
             "split": None if self.split is None else self.split.to_json(),
-            "suspects": self.suspects.to_json(),
+            "suspects": None if self.suspects is None else self.suspects.to_json(),
             "class_names": list(self.class_names),
             "seconds": self.seconds,
         }
@@ -203,7 +213,7 @@ class Understanding:
             apart = self.distance.get(head.name)
             table.add_row(
                 head.name,
-                f"{100 * head.accuracy:.1f} ± {100 * head.standard_error:.1f} %",
+                self.evidence.measure.text(head.skill, head.standard_error),
                 str(head.features),
                 f"{head.degrees_of_freedom:.0f}",
                 "" if apart is None else f"{apart:.2f}",
@@ -218,6 +228,10 @@ class Understanding:
             doubts.columns[3].justify = "right"
             parts.append(doubts)
         return Group(*parts, *(f"- {text}" for text in self.findings()))
+
+
+def _held_out(measure: Skill, skill: float) -> str:
+    return f"{measure.name} {measure.text(skill)}"
 
 
 def _more(labels: int | None) -> str:
@@ -239,7 +253,7 @@ def understand(
 
     Args:
         network: pre-trained, with the preprocessing that the images want; its head is not used.
-        source: images and labels, one class each.
+        source: images and labels; what is said of single labels is for one class per image.
         positions: int ``[examples]``; by default all of the source.
         batch_size: images per forward pass.
         seed: of folds, halves and random weights.
@@ -257,34 +271,22 @@ def understand(
     >>> import jax
     >>> network = ft.Classifier(model, model.init(jax.random.key(0)), preprocessing)
     >>> found = understand(network, ft.ArraySource(images.astype(np.uint8), labels))
-    >>> found.evidence.best.accuracy, len(found.suspects.rows)
+    >>> found.evidence.best.skill, len(found.suspects.rows)
     (1.0, 0)
     """
     began = time.perf_counter()
     labels = np.asarray(source.labels())
     chosen = np.arange(len(labels)) if positions is None else np.asarray(positions)
-    looked = subsample(chosen, MOST_IMAGES, labels)
+    looked = subsample(chosen, most_images(labels), labels)
     evidence = gather(network, source, looked, batch_size=batch_size, seed=seed, mesh=mesh)
     assert evidence.features is not None, "all images were looked at"
     features, label = evidence.features
-    present, own = np.unique(label, return_inverse=True)
-    best = features[evidence.best.name]
-    matrix = standardization(best)(np.asarray(best, np.float64))
-    groups = groups_of(source)
-    of_head = label_suspects(
-        matrix, own, seed=seed, groups=None if groups is None else np.asarray(groups)[looked]
-    )
-    suspects = LabelSuspects(
-        looked[of_head.rows],
-        present[of_head.labels],
-        present[of_head.instead],
-        of_head.margins,
-        _spread(of_head.agreement, present, len(source.class_names)),
-        of_head.examples,
-    )
+    suspects, split = None, None
+    if label.ndim == 1:
+        best = features[evidence.best.name]
+        suspects, split = _of_classes(best, label, source, looked, seed)
     few = subsample(looked, MOST_FOR_RESPONSE, labels)
     (batch,) = eval_batches(source, few, network.preprocessing, batch_size=len(few))
-    halved = np.bincount(own).min() >= 2
     return Understanding(
         evidence,
         frequency_response(
@@ -302,12 +304,34 @@ def understand(
             batch_size=batch_size,
             mesh=mesh,
         ),
-        error_split(matrix, own, seed=seed) if halved else None,
+        split,
         suspects,
         tuple(source.class_names),
         getattr(source, "files", None),
         time.perf_counter() - began,
     )
+
+
+def _of_classes(
+    features: np.ndarray, label: np.ndarray, source: Source, looked: np.ndarray, seed: int
+) -> tuple[LabelSuspects, ErrorSplit | None]:
+    """Labels that look wrong, and the parts of the error."""
+    present, own = np.unique(label, return_inverse=True)
+    matrix = standardization(features)(np.asarray(features, np.float64))
+    groups = groups_of(source)
+    of_head = label_suspects(
+        matrix, own, seed=seed, groups=None if groups is None else np.asarray(groups)[looked]
+    )
+    suspects = LabelSuspects(
+        looked[of_head.rows],
+        present[of_head.labels],
+        present[of_head.instead],
+        of_head.margins,
+        _spread(of_head.agreement, present, len(source.class_names)),
+        of_head.examples,
+    )
+    halved = np.bincount(own).min() >= 2
+    return suspects, error_split(matrix, own, seed=seed) if halved else None
 
 
 def _spread(values: np.ndarray, present: np.ndarray, classes: int) -> np.ndarray:

@@ -13,28 +13,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.optimize
 import scipy.special
 
 from flaxtransfer.features.inputs import (
+    FOLDS,
     blas_threads,
     checked_examples,
     singleton_classes,
     standardization,
     stratified_folds,
 )
-from flaxtransfer.features.ridge import cross_validate, ridge_splits
+from flaxtransfer.features.ridge import (
+    TargetValidation,
+    cross_validate,
+    cross_validate_targets,
+    logit_scale,
+    ridge_splits,
+    target_folds,
+)
 from flaxtransfer.features.sweep import sweep_head
+from flaxtransfer.metrics import ACCURACY, METRICS, Draws, Skill
+from flaxtransfer.task import SINGLE_LABEL, Task, Units, mean_loss
 
 __all__ = [
     "ErrorSplit",
+    "JudgedOutputs",
     "LabelSuspects",
     "LearningCurve",
+    "Outputs",
     "Profile",
     "SegmentProbe",
     "error_split",
@@ -54,16 +66,18 @@ class SegmentProbe:
     Args:
         segment: name of the segment whose output is probed.
         features: channels, averaged over the image.
-        accuracy: on held-out examples, at the best strength.
-        standard_error: of the accuracy, binomial; segments closer than this are equal.
+        skill: on held-out examples, at the best strength: accuracy, for classes.
+        standard_error: of the skill, binomial or by the bootstrap; segments closer than this are
+            equal.
         loss: mean negative log-likelihood of the held-out examples, in nats. Ridge has no
-            probabilities: its scores are used as logits at the best temperature.
-        strength: the penalty with the smallest held-out loss.
+            probabilities: its scores are used as logits at the best temperature. Of numbers, the
+            squared error in variances.
+        strength: the penalty with the smallest held-out loss; of several outputs, the median.
     """
 
     segment: str
     features: int
-    accuracy: float
+    skill: float
     standard_error: float
     loss: float
     strength: float
@@ -76,34 +90,41 @@ class Profile:
     Args:
         kind: of probe.
         examples: number of examples.
-        majority: fraction of the largest class, the accuracy of a probe without information.
+        guess: skill of a probe without information: for classes, the fraction of the largest.
         probes: one per segment.
         seconds: time taken, without that for the features.
         notes: remarks on the data, in sentences.
+        measure: what the skill is of.
     """
 
     kind: Kind
     examples: int
-    majority: float
+    guess: float
     probes: tuple[SegmentProbe, ...]
     seconds: float
     notes: tuple[str, ...] = ()
+    measure: Skill = ACCURACY
 
     @property
     def best(self) -> SegmentProbe:
-        """The probe with the highest accuracy."""
-        return max(self.probes, key=lambda probe: probe.accuracy)
+        """The probe with the most skill."""
+        return max(self.probes, key=lambda probe: probe.skill)
 
     def __str__(self) -> str:
-        lines = [f"{'segment':<8} {'features':>8} {'accuracy':>14} {'nats':>7} {'strength':>9}"]
-        for probe in self.probes:
-            accuracy = f"{100 * probe.accuracy:.1f} ± {100 * probe.standard_error:.1f} %"
+        classes, text = self.measure is ACCURACY, self.measure.text
+        shown = [text(probe.skill, probe.standard_error) for probe in self.probes]
+        wide = max(14, len(self.measure.name), *map(len, shown))
+        unit = "nats" if classes else "loss"
+        head = f"{'segment':<8} {'features':>8} {self.measure.name:>{wide}} {unit:>7} "
+        lines = [f"{head}{'strength':>9}"]
+        for probe, skill in zip(self.probes, shown, strict=True):
             lines.append(
-                f"{probe.segment:<8} {probe.features:>8} {accuracy:>14} {probe.loss:>7.3f} "
+                f"{probe.segment:<8} {probe.features:>8} {skill:>{wide}} {probe.loss:>7.3f} "
                 f"{probe.strength:>9.3g}"
             )
         last = f"{self.kind} on {self.examples} examples, each held out once"
-        last += f"; largest class {100 * self.majority:.1f} %; {self.seconds:.1f} s"
+        last += f"; {'largest class' if classes else 'a guess'} {text(self.guess)}"
+        last += f"; {self.seconds:.1f} s"
         return "\n".join([*lines, last, *self.notes])
 
 
@@ -113,6 +134,8 @@ def probe_profile(
     *,
     kind: Kind = "ridge",
     classes: int | None = None,
+    task: Task = SINGLE_LABEL,
+    groups: Sequence[Any] | None = None,
 ) -> Profile:
     """Linear probe on the features of each segment, evaluated on held-out examples.
 
@@ -123,13 +146,18 @@ def probe_profile(
     Args:
         features: by segment, ``[examples, channels]``; see ``segment_features``.
         labels: integers ``[examples]``. Classes without examples are ignored. The only example of a
-            class counts as wrong with ridge and is never held out with logistic regression.
-        kind: "ridge" is in closed form; "logistic" is slower. Both use the same stratified folds.
+            class counts as wrong with ridge and is never held out with logistic regression. For
+            other tasks float ``[examples, outputs]``, NaN where missing.
+        kind: "ridge" is in closed form; "logistic" is slower, and for classes alone. Both use the
+            same stratified folds.
         classes: number of classes; default: the largest label plus 1.
+        task: what the labels are; skill is by its metric that ranks, and for classes accuracy.
+        groups: ``[examples]``, such as patients, each of which is held out as a whole.
 
     Raises:
         ValueError: no segment, another kind, one class, one example of every class, or features
-            that are not finite or of another shape; the text names the segment.
+            that are not finite or of another shape; the text names the segment. No output with two
+            values.
         TypeError: labels that are not integers.
 
     References:
@@ -139,7 +167,7 @@ def probe_profile(
     >>> labels = np.arange(30) % 3
     >>> noise = np.random.default_rng(0).normal(size=(30, 4))
     >>> profile = probe_profile({"stem": noise, "pool": noise + 9 * np.eye(4)[labels]}, labels)
-    >>> profile.best.segment, profile.best.accuracy
+    >>> profile.best.segment, profile.best.skill
     ('pool', 1.0)
     """
     if kind not in ("ridge", "logistic"):
@@ -147,6 +175,8 @@ def probe_profile(
     if not features:
         raise ValueError("features must have at least one segment, got none")
     began = time.perf_counter()
+    if task.name != SINGLE_LABEL.name:
+        return _profile_of_outputs(features, np.asarray(labels), kind, task, groups, began)
     probes, notes = [], []
     for name, values in features.items():
         try:
@@ -154,10 +184,10 @@ def probe_profile(
             present, label, counts = np.unique(label, return_inverse=True, return_counts=True)
             scaled = standardization(matrix)(matrix)
             if kind == "ridge":
-                out = cross_validate(scaled, label)
+                out = cross_validate(scaled, label, groups=groups)
                 accuracy, loss, strength = out.accuracy, out.loss, out.strength
             else:
-                swept = sweep_head(scaled, label, standardize=False)
+                swept = sweep_head(scaled, label, standardize=False, groups=groups)
                 accuracy, strength = swept.accuracy, swept.strength
                 loss = float(swept.losses[swept.best].mean())
         except ValueError as error:
@@ -169,8 +199,152 @@ def probe_profile(
     if single := singleton_classes(label):
         how = "counts as wrong" if kind == "ridge" else "is never held out"
         notes.append(f"{len(single)} classes have one example, which {how}.")
-    seconds, majority = time.perf_counter() - began, float(counts.max() / len(label))
-    return Profile(kind, len(label), majority, tuple(probes), seconds, tuple(notes))
+    seconds, guess = time.perf_counter() - began, float(counts.max() / len(label))
+    return Profile(kind, len(label), guess, tuple(probes), seconds, tuple(notes))
+
+
+def _profile_of_outputs(
+    features: Mapping[str, Any],
+    labels: np.ndarray,
+    kind: Kind,
+    task: Task,
+    groups: Sequence[Any] | None,
+    began: float,
+) -> Profile:
+    """The profile of several labels per image, or of numbers."""
+    if kind != "ridge":
+        raise ValueError(f"kind must be 'ridge' for the task {task.name}, got {kind!r}")
+    outputs = Outputs.of(labels, task, groups)
+    probes = []
+    for name, values in features.items():
+        try:
+            found = outputs.head(values)
+        except ValueError as error:
+            raise ValueError(f"the features of {name} cannot be probed: {error}") from error
+        probes.append(
+            SegmentProbe(
+                name,
+                np.asarray(values).shape[1],
+                found.judged.value,
+                found.standard_error,
+                found.loss,
+                float(np.median(found.solved.strengths)),
+            )
+        )
+    notes = []
+    if left := labels.shape[1] - outputs.values.shape[1]:
+        notes.append(f"{left} of {labels.shape[1]} outputs have one value alone, and are left out.")
+    measure = outputs.measure
+    return Profile(
+        kind, len(labels), measure.of_guess, tuple(probes), time.perf_counter() - began,
+        tuple(notes), measure,
+    )  # fmt: skip
+
+
+class JudgedOutputs(NamedTuple):
+    """A ridge head on held-out examples, see ``Outputs.head``.
+
+    Args:
+        solved: its scores and penalties.
+        targets: that it was fitted to: -1 and 1, or standard deviations; NaN where missing.
+        predictions: probabilities, or values in the units of the data.
+        judged: the skill, with its bootstrap.
+        loss: the task's, of the held-out examples.
+    """
+
+    solved: TargetValidation
+    targets: np.ndarray
+    predictions: np.ndarray
+    judged: Draws
+    loss: float
+
+    @property
+    def standard_error(self) -> float:
+        """Of the skill."""
+        return float(np.nanstd(self.judged.samples, ddof=1))
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """Several labels per image, or numbers, and how ridge heads of them are judged.
+
+    Args:
+        values: float ``[examples, outputs]`` in the units of the data, NaN where missing; each
+            output has two different values.
+        kept: the places of these outputs among all, int ``[outputs]``.
+        task: with units, for numbers.
+        measure: the metric that ranks the task, as a skill.
+        fold_of: int ``[examples]``.
+        groups: ``[examples]``, held out as a whole; or None.
+    """
+
+    values: np.ndarray
+    kept: np.ndarray
+    task: Task
+    measure: Skill
+    fold_of: np.ndarray
+    groups: np.ndarray | None
+
+    @classmethod
+    def of(
+        cls, values: np.ndarray, task: Task, groups: Sequence[Any] | None = None, seed: int = 0
+    ) -> Outputs:
+        """Leaves out the outputs of which all examples have one value.
+
+        Raises:
+            ValueError: no output has two; one group alone.
+        """
+        values = np.asarray(values, np.float64)
+        known = ~np.isnan(values)
+        low = np.where(known, values, np.inf).min(axis=0)
+        high = np.where(known, values, -np.inf).max(axis=0)
+        kept = np.flatnonzero(low < high)
+        if not len(kept):
+            raise ValueError(
+                "there must be a label or target with two different values, got one value of each"
+            )
+        values = values[:, kept]
+        if task.standardizes:
+            task = task.with_units(Units.of(values))
+        measure = Skill.of(task.rank or METRICS[task.name][task.ranking], values)
+        own = None if groups is None else np.asarray(groups)
+        return cls(values, kept, task, measure, target_folds(values, FOLDS, seed, groups), own)
+
+    def part(self, rows: np.ndarray) -> Outputs:
+        """Some of the examples, in the same folds."""
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, values=self.values[rows], fold_of=self.fold_of[rows], groups=groups)
+
+    def head(self, features: Any, others: Any = None) -> JudgedOutputs:
+        """A ridge head on features, each output with a penalty of its own.
+
+        Args:
+            features: ``[examples, features]``, finite; they are standardized.
+            others: the same of the images in another state, of which the predictions are.
+        """
+        scaling = standardization(features)
+        matrix = scaling(np.asarray(features, np.float64))
+        judged = None if others is None else scaling(np.asarray(others, np.float64))
+        targets = 2 * self.values - 1
+        if self.task.standardizes:
+            targets = np.asarray(self.task.targets(self.values), np.float64)
+        solved = cross_validate_targets(matrix, targets, self.fold_of, judged=judged)
+        outputs = solved.scores if self.task.standardizes else self._logits(solved.scores)
+        predictions = self.task.probabilities(outputs)
+        draws = self.measure.judged(predictions, self.values, self.groups)
+        assert isinstance(draws, Draws)  # of a metric that is no mean of truths
+        loss = mean_loss(self.task.loss, outputs, self.task.targets(self.values))
+        return JudgedOutputs(solved, targets, predictions, draws, loss)
+
+    def _logits(self, scores: np.ndarray) -> np.ndarray:
+        """Of held-out scores, each label by the factor that fits its examples."""
+        logits = np.empty_like(scores)
+        for k in range(scores.shape[1]):
+            known = ~np.isnan(self.values[:, k])
+            both = np.stack([-scores[known, k], scores[known, k]], axis=1)
+            factor, _ = logit_scale(both, self.values[known, k].astype(np.int64))
+            logits[:, k] = 2 * factor * scores[:, k]
+        return logits
 
 
 FARTHEST = 4

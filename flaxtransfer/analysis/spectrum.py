@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import scipy.fft
 from scipy.sparse import csr_array
 
+from flaxtransfer.metrics import ACCURACY, Draws, Skill, compared
 from flaxtransfer.overview import terminal
 from flaxtransfer.paths import listing
 
@@ -52,7 +53,7 @@ _PIXELS = 1 << 22
 """Pixels per batch of transforms: 64 MiB in double precision with their spectra."""
 
 _POINTS, _ERRORS = 0.10, 2.0
-"""A bottleneck is more than this difference in accuracy, and this many standard errors."""
+"""A bottleneck is more than this difference in skill, and this many standard errors."""
 
 _WIDTH = 80
 """Characters per line of ``str(value)``, where there is no terminal."""
@@ -318,13 +319,13 @@ class BottleneckRow:
 
     Args:
         segment: its name.
-        accuracy: of its probe.
-        difference: accuracy of the reference minus that of the probe.
+        skill: of its probe; for classes, accuracy.
+        difference: skill of the reference minus that of the probe.
         standard_error: of the difference, paired.
     """
 
     segment: str
-    accuracy: float
+    skill: float
     difference: float
     standard_error: float
 
@@ -340,11 +341,12 @@ class Bottleneck:
 
     Args:
         examples: number of examples.
-        reference: accuracy of the reference.
+        reference: skill of the reference; for classes, accuracy.
         rows: one per segment, from the input to the output.
-        octaves: accuracy of the reference by octave alone; empty if it was not given.
+        octaves: skill of the reference by octave alone; empty if it was not given.
         response: response in dB of the segment of the bottleneck in the octave that carries the
             classes; None without a bottleneck, octaves or a response.
+        measure: what the skill is of.
     """
 
     examples: int
@@ -352,6 +354,7 @@ class Bottleneck:
     rows: tuple[BottleneckRow, ...]
     octaves: tuple[tuple[str, float], ...] = ()
     response: float | None = None
+    measure: Skill = ACCURACY
 
     @property
     def segment(self) -> str | None:
@@ -382,14 +385,16 @@ class Bottleneck:
                 "reference says nothing more: shape is not in a power spectrum."
             )
         row = next(row for row in self.rows if row.segment == self.segment)
+        text_of = self.measure.text
         text = (
-            f"Spectral bottleneck at {row.segment}: its probe has {row.accuracy:.1%}, the power "
-            f"spectrum of the pixels {self.reference:.1%}. What {row.segment} does not pass, no "
-            "later layer can bring back."
+            f"Spectral bottleneck at {row.segment}: its probe has {text_of(row.skill)}, the power "
+            f"spectrum of the pixels {text_of(self.reference)}. What {row.segment} does not pass, "
+            "no later layer can bring back."
         )
         if self.octave is not None:
-            best = max(accuracy for _, accuracy in self.octaves)
-            text += f" The classes are at {self.octave} cycles per pixel ({best:.1%} by itself)"
+            best = max(skill for _, skill in self.octaves)
+            what = "classes" if self.measure.metric.name == "accuracy" else "labels"
+            text += f" The {what} are at {self.octave} cycles per pixel ({text_of(best)} by itself)"
             where = f", where {row.segment} responds with {self.response or 0:.1f} dB"
             text += f"{where if self.response is not None else ''}."
         return text
@@ -403,10 +408,11 @@ class Bottleneck:
             "octave": self.octave,
             "response_db": self.response,
             "octaves": dict(self.octaves),
+            "metric": self.measure.metric.name,
             "rows": [
                 {
                     "segment": row.segment,
-                    "accuracy": row.accuracy,
+                    "skill": row.skill,
                     "difference": row.difference,
                     "standard_error": row.standard_error,
                     "lost": row.lost,
@@ -422,16 +428,17 @@ class Bottleneck:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table("head on", "accuracy", "reference - probe, points", "")
+        text_of = self.measure.text
+        table = Table("head on", self.measure.name, "reference - probe, points", "")
         for column in table.columns[1:3]:
             column.justify = "right"
-        table.add_row("pixels' spectrum", f"{self.reference:.1%}", "", "reference")
-        for name, accuracy in self.octaves:
-            table.add_row(f"  {name}", f"{accuracy:.1%}", "", "one octave")
+        table.add_row("pixels' spectrum", text_of(self.reference), "", "reference")
+        for name, skill in self.octaves:
+            table.add_row(f"  {name}", text_of(skill), "", "one octave")
         for row in self.rows:
             table.add_row(
                 row.segment,
-                f"{row.accuracy:.1%}",
+                text_of(row.skill),
                 f"{100 * row.difference:+.1f} ± {100 * row.standard_error:.1f}",
                 "bottleneck" if row.segment == self.segment else "",
             )
@@ -444,6 +451,7 @@ def bottleneck(
     *,
     octave_correct: Mapping[str, Any] | None = None,
     response: Response | None = None,
+    measure: Skill | None = None,
 ) -> Bottleneck:
     """The first segment of a network at which the classes are worse known than in the pixels.
 
@@ -454,10 +462,11 @@ def bottleneck(
 
     Args:
         reference_correct: booleans ``[examples]``: whether a head on ``spectral_features`` is
-            right.
+            right; or draws of its skill, see ``metrics.Draws``.
         probe_correct: likewise of a head on each segment, from the input to the output.
         octave_correct: likewise of a head on each of ``octave_features``.
         response: of the same network, for the response in the octave with the classes.
+        measure: what the skill is of; by default accuracy.
 
     Raises:
         ValueError: no segment, no example, arrays of other lengths.
@@ -474,22 +483,22 @@ def bottleneck(
     if not probe_correct:
         raise ValueError("probe_correct must have at least one segment, got none")
     reference = _checked_correct("reference_correct", reference_correct, None)
-    count, rows = len(reference), []
+    count = reference.examples if isinstance(reference, Draws) else len(reference)
+    rows = []
     for name, values in probe_correct.items():
         probe = _checked_correct(f"probe_correct[{name!r}]", values, count)
-        won, lost = int((reference & ~probe).sum()), int((probe & ~reference).sum())
-        error = math.sqrt(won + lost) / count
-        rows.append(BottleneckRow(name, float(probe.mean()), (won - lost) / count, error))
+        rows.append(BottleneckRow(name, _skill(probe), *compared(reference, probe)))
     octaves = tuple(
-        (name, float(_checked_correct(f"octave_correct[{name!r}]", values, count).mean()))
+        (name, _skill(_checked_correct(f"octave_correct[{name!r}]", values, count)))
         for name, values in (octave_correct or {}).items()
     )
-    found = Bottleneck(count, float(reference.mean()), tuple(rows), octaves)
+    found = Bottleneck(count, _skill(reference), tuple(rows), octaves)
+    found = found if measure is None else replace(found, measure=measure)
     if response is None or found.segment is None or found.octave not in OCTAVE_NAMES:
         return found
     index = OCTAVE_NAMES.index(found.octave)
     decibel = {stage.segment: stage.decibels[index] for stage in response.stages}
-    return Bottleneck(count, found.reference, found.rows, octaves, decibel.get(found.segment))
+    return replace(found, response=decibel.get(found.segment))
 
 
 def checked_images(images: Any, *, least: int = 2) -> np.ndarray:
@@ -528,7 +537,15 @@ def table_text(value: Any) -> str:
     return text.getvalue().rstrip()
 
 
-def _checked_correct(name: str, values: Any, count: int | None) -> np.ndarray:
+def _skill(judged: np.ndarray | Draws) -> float:
+    return judged.value if isinstance(judged, Draws) else float(judged.mean())
+
+
+def _checked_correct(name: str, values: Any, count: int | None) -> np.ndarray | Draws:
+    if isinstance(values, Draws):
+        if count is not None and values.examples != count:
+            raise ValueError(f"{name} must be of {count} examples, got {values.examples}")
+        return values
     array = np.asarray(values)
     if array.dtype != bool:
         raise TypeError(f"{name} must be booleans, whether a head is right, got {array.dtype}")

@@ -255,7 +255,9 @@ def prepare(
     if strategy in MEASURED and "segment" not in settings:
         positions = subsample(splits.train, most_images(strategy), source.labels())
         batches = eval_batches(source, positions, preprocessing, batch_size=batch.batch_size)
-        evidence = measure(strategy, network, batches, len(splits.train))
+        groups = groups_of(source)
+        own = None if groups is None else [groups[i] for i in positions.tolist()]
+        evidence = measure(strategy, network, batches, len(splits.train), own)
     settings = {**_with_lengths(strategy, settings, data), **evidence.settings}
     plan = strategy_plan(strategy, network.params, settings)
     plan = regularized(balanced(plan, options.strategy.balance, task), options, task)

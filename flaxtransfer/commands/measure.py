@@ -41,7 +41,7 @@ from flaxtransfer.commands.subcommands import Advise, Diagnose, FindRate, Probe,
 from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source, open_unlabeled
 from flaxtransfer.data.source import Source, UnlabeledImages, task_of_source
-from flaxtransfer.data.splits import subsample
+from flaxtransfer.data.splits import groups_of, subsample
 from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.files import atomic_write, check_regular, refuse_link, write_file, write_json
 from flaxtransfer.groups import Group, WarmupCosine
@@ -50,7 +50,7 @@ from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.pages import print_report
 from flaxtransfer.shift.diagnosis import diagnose as diagnose_arrays
 from flaxtransfer.shift.report import ShiftReport
-from flaxtransfer.task import for_classes
+from flaxtransfer.task import OUTPUTS, for_classes
 from flaxtransfer.training.loop import fit
 from flaxtransfer.training.lr_finder import (
     RateSweep,
@@ -95,9 +95,10 @@ def _begun(options: Advise | Understand, console: Console) -> Start:
     start = begin(options.data, options.weights, options.input, options.split)
     print_notes(start.source, console)
     _say_levels(start.levels, console)
+    outputs = f"{len(start.source.class_names)} {OUTPUTS[task_of_source(start.source).name]}"
     console.print(
-        f"{options.data.name}: {len(start.splits.train)} training images, "
-        f"{len(start.source.class_names)} classes; {start.checkpoint!r}",
+        f"{options.data.name}: {len(start.splits.train)} training images, {outputs}; "
+        f"{start.checkpoint!r}",
         highlight=False,
         soft_wrap=True,
     )
@@ -117,7 +118,9 @@ def understand(options: Understand, console: Console) -> None:
         page = render_understanding(found, data=options.data.name, weights=repr(start.checkpoint))
         with atomic_write(options.html) as made:
             write_file(made, page.encode())
-    if options.suspects is not None:
+    if options.suspects is not None and found.suspects is None:
+        console.print(f"{options.suspects} is not written: its labels are no classes")
+    elif options.suspects is not None:
         text = io.StringIO()
         rows = csv.writer(text)
         rows.writerow(("image", "label", "instead", "margin"))
@@ -125,7 +128,8 @@ def understand(options: Understand, console: Console) -> None:
             rows.writerow((*map(cell_text, (name, label, instead)), f"{margin:.4f}"))
         with atomic_write(options.suspects) as made:
             write_file(made, text.getvalue().encode("utf-8", "surrogateescape"))
-    for path in filter(None, (options.json, options.html, options.suspects)):
+    suspects = None if found.suspects is None else options.suspects
+    for path in filter(None, (options.json, options.html, suspects)):
         console.print(f"written to {path}", highlight=False, soft_wrap=True)
 
 
@@ -147,22 +151,27 @@ def probe(options: Probe, console: Console) -> None:
         **data.columns.arguments(),
     )
     print_notes(source, console)
-    for_classes(task_of_source(source), "a profile of probes")
+    task = task_of_source(source)
     training = split(source, data.name, options.split).train
     positions = subsample(training, options.most_images, source.labels())
     classes = len(source.class_names)
     source, levels = leveled(source, training, checkpoint)
     own = checkpoint.preprocessing
     preprocessing = own if levels is None else levels.into(own)
-    network = transfer(checkpoint, classes=classes, preprocessing=preprocessing)
+    network = transfer(checkpoint, classes=classes, preprocessing=preprocessing, task=task)
     _say_levels("" if levels is None else levels.note, console)
     if weights.statistics == "measure":
         network = measured(network, source, positions)
     batches = eval_batches(source, positions, network.preprocessing)
     features, labels = segment_features(network, batches)
-    profile = probe_profile(features, labels, kind=options.kind, classes=classes)
+    groups = groups_of(source)
+    belonging = None if groups is None else [groups[i] for i in positions.tolist()]
+    profile = probe_profile(
+        features, labels, kind=options.kind, classes=classes, task=task, groups=belonging
+    )
+    outputs = f"{classes} {OUTPUTS[task.name]}"
     console.print(
-        f"{data.name}: {len(positions)} training images, {classes} classes; {checkpoint!r}",
+        f"{data.name}: {len(positions)} training images, {outputs}; {checkpoint!r}",
         highlight=False,
         soft_wrap=True,
     )

@@ -177,7 +177,8 @@ class Compile:
 class Advise:
     """Say which strategy fits your images, and why; nothing is trained.
 
-    One pass over the images, and solved heads on every depth of the network.
+    One pass over the images, and solved heads on every depth of the network: of classes, several
+    labels per image, or numbers, judged by the metric that ranks them.
 
     Example: flaxtransfer advise --data folder:scans --weights resnet50.pth
 
@@ -206,7 +207,8 @@ class Advise:
 class Understand:
     """Say what a network makes of your images; name doubtful labels.
 
-    Depths, frequencies, distance from its training, bias and variance.
+    Depths, frequencies, distance from its training; for one class per image also bias, variance
+    and doubtful labels.
 
     Example: flaxtransfer understand --data folder:scans --html scans.html
 
@@ -233,16 +235,16 @@ class Understand:
 
 @dataclass(frozen=True)
 class Probe:
-    """Print the accuracy of a linear probe on each segment.
+    """Print the held-out skill of a linear probe on each segment.
 
     Only the training images are used: the test images of "train" stay unseen.
 
     Example: flaxtransfer probe --data folder:scans --weights resnet50.pth
 
     Args:
-        kind: Kind of probe, on stratified folds: ridge, in closed form, or logistic.
+        kind: Kind of probe, on stratified folds: ridge, in closed form, or logistic (classes only).
         most_images: Use at most this many images.
-        out: Also draw the accuracies to this .png, .pdf or .svg file.
+        out: Also draw the skills to this .png, .pdf or .svg file.
     """
 
     kind: Literal["ridge", "logistic"] = "ridge"

@@ -464,7 +464,7 @@ def stratified_folds(
     _check_numbers(None, None, val_fraction, None, seed)
     if folds < 2:
         raise ValueError(f"folds must be >= 2, got {folds}")
-    strata, targets = _strata(labels)
+    strata, targets = strata_of(labels)
     units = unit_numbers(groups, len(strata))
     count, what = int(units.max()) + 1, "examples" if groups is None else "groups"
     if count < folds:
@@ -501,7 +501,7 @@ def _allotted_split(
     class_names: Sequence[str] | None,
 ) -> Splits:
     """A split by whole groups, with these shares of train, validation and test."""
-    strata, targets = _strata(labels)
+    strata, targets = strata_of(labels)
     units = unit_numbers(groups, len(strata))
     parts, what = np.flatnonzero(shares > 0), "examples" if groups is None else "groups"
     count = int(units.max()) + 1
@@ -542,7 +542,7 @@ _BINS = 10
 """Of a value, by its quantiles, so that parts have alike distributions of it."""
 
 
-def _strata(labels: Any) -> tuple[np.ndarray, np.ndarray | None]:
+def strata_of(labels: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """What parts should have alike, ``[examples, strata]``, and the classes of single labels."""
     if not _has_outputs(labels):
         targets = _checked_labels(labels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
 
@@ -291,6 +291,7 @@ def measure(
     network: Classifier,
     batches: Iterable[Batch],
     examples: int,
+    groups: Sequence[Any] | None = None,
 ) -> Measurement:
     """Measures what a recipe asks for.
 
@@ -302,14 +303,16 @@ def measure(
         network: pre-trained.
         batches: of the training images, without augmentation; see ``most_images``.
         examples: training images there are in all.
+        groups: of the images in the batches, such as patients; a depth is judged with each held out
+            as a whole.
 
     Raises:
         ValueError: a class without examples, gradients that are not finite; a curvature in several
             processes.
     """
-    for_classes(network.task, f"what the strategy {strategy} measures")
     if strategy == "depth_head":
-        return _best_depth(network, batches)
+        return _best_depth(network, batches, groups)
+    for_classes(network.task, f"what the strategy {strategy} measures")
     if strategy == "curvature_scaled":
         check_alone("the measurement of curvature_scaled")
     batches = list(batches)
@@ -331,12 +334,20 @@ def measure(
     return Measurement({"gradients": rounded}, "\n".join(lines))
 
 
-def _best_depth(network: Classifier, batches: Iterable[Batch]) -> Measurement:
+def _best_depth(
+    network: Classifier, batches: Iterable[Batch], groups: Sequence[Any] | None
+) -> Measurement:
     """The segment whose features know most, by cross-validation of a solved head on each."""
     segments = network.model.segments
     depths = segments[segments.index("stem") : segments.index("pool")]
     features, labels = segment_features(network, batches, depths)
-    profile = probe_profile(features, labels, classes=network.model.config.classes)
+    profile = probe_profile(
+        features,
+        labels,
+        classes=network.model.config.classes,
+        task=network.task,
+        groups=groups,
+    )
     best = profile.best.segment
     return Measurement({"segment": best}, str(profile), (features[best], labels))
 

@@ -121,7 +121,7 @@ def plot_rate_sweeps(path: str | os.PathLike[str], sweeps: Mapping[str, RateSwee
 
 
 def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
-    """Probe profile: accuracy of a probe after each segment, with standard errors.
+    """Probe profile: skill of a probe after each segment, with standard errors.
 
     Args:
         profile: From ``probe_profile``.
@@ -134,7 +134,7 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     figure = _blank_figure((6, 3.5))
     axes = figure.add_subplot()
     names = [probe.segment for probe in profile.probes]
-    percent = [100 * probe.accuracy for probe in profile.probes]
+    percent = [100 * probe.skill for probe in profile.probes]
     errors = [100 * probe.standard_error for probe in profile.probes]
     axes.errorbar(names, percent, yerr=errors, marker="o", capsize=3)
     for name, value, error in zip(names, percent, errors, strict=True):
@@ -145,10 +145,10 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
             textcoords="offset points",
             ha="center",
         )
-    axes.axhline(100 * profile.majority, color="0.6", linestyle="--", linewidth=1)
+    axes.axhline(100 * profile.guess, color="0.6", linestyle="--", linewidth=1)
     axes.annotate(
-        "largest class",
-        (1, 100 * profile.majority),
+        "guess",
+        (1, 100 * profile.guess),
         ha="right",
         va="bottom",
         xycoords=("axes fraction", "data"),
@@ -157,14 +157,14 @@ def plot_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     )
     axes.margins(x=0.1, y=0.15)
     axes.set_xlabel("probed after")
-    axes.set_ylabel("accuracy, held out (%)")
+    axes.set_ylabel(f"{profile.measure.name}, held out (points)")
     axes.set_title(f"{profile.kind} probes, {profile.examples} images", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
 def plot_advice(advice: Advice, path: str | os.PathLike[str] | BinaryIO) -> None:
-    """What heads know at each depth, beside the spectrum of the pixels and the largest class.
+    """What heads know at each depth, beside the spectrum of the pixels and a guess.
 
     Args:
         advice: From ``ft.advise``.
@@ -174,21 +174,21 @@ def plot_advice(advice: Advice, path: str | os.PathLike[str] | BinaryIO) -> None
     figure = _blank_figure((6, 3.5))
     axes = figure.add_subplot()
     names = [head.name for head in evidence.depths]
-    percent = [100 * head.accuracy for head in evidence.depths]
+    percent = [100 * head.skill for head in evidence.depths]
     errors = [100 * head.standard_error for head in evidence.depths]
     axes.errorbar(names, percent, yerr=errors, marker="o", capsize=3, label="head on the segment")
     best = names.index(evidence.best.name)
     axes.plot([names[best]], [percent[best]], "o", color="C1", markersize=10, zorder=0)
     for height, style, text in (
-        (evidence.reference.accuracy, "-.", "head on the pixels' spectrum"),
-        (evidence.majority, "--", "largest class"),
+        (evidence.reference.skill, "-.", "head on the pixels' spectrum"),
+        (evidence.measure.of_guess, "--", "guess"),
     ):
         axes.axhline(100 * height, color="0.5", linestyle=style, linewidth=1, label=text)
     axes.margins(x=0.1)
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("accuracy, held out (%)")
+    axes.set_ylim(min(0, *percent, 100 * evidence.reference.skill), 105)
+    axes.set_ylabel(f"{evidence.measure.name}, held out (points)")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
-    axes.set_title(f"{evidence.examples} images, {evidence.classes} classes", loc="left")
+    axes.set_title(f"{evidence.examples} images, {evidence.outputs_text}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format=None if isinstance(path, str | os.PathLike) else "png")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxtransfer.advice.advise import Advice
+from flaxtransfer.advice.evidence import Evidence
 from flaxtransfer.advice.understanding import Understanding
 from flaxtransfer.analysis.profile import LearningCurve
 from flaxtransfer.analysis.spectrum import Bottleneck
@@ -119,15 +120,14 @@ def render_advice(advice: Advice, *, data: str, weights: str) -> str:
     """
     evidence, drawn = advice.evidence, io.BytesIO()
     plot_advice(advice, drawn)
-    about = f"{data}: {evidence.examples} of {evidence.available} images, {evidence.classes} "
-    about += f"classes, the rarest with {evidence.smallest}; {weights}"
+    about = _about(evidence, data, weights)
     parts = [
         f"<h1>{escape(advice.summary)}</h1>",
         f'<p class="about">{escape(about)}</p>',
         section("Strategies", _strategies(advice)),
         section("Why", bullets(advice.reasons)),
         section("What cannot be known from these images", bullets(advice.unknown)),
-        section("What heads know at each depth", picture("Accuracy by depth", drawn.getvalue())),
+        section("What heads know at each depth", picture("Heads by depth", drawn.getvalue())),
         section("Heads", _heads(advice)),
         section("Labels", _labels(evidence.curve)),
         section("Plan", f"<pre>{escape(str(advice.plan))}</pre>") if advice.plan else "",
@@ -145,12 +145,11 @@ def render_understanding(found: Understanding, *, data: str, weights: str) -> st
     """
     evidence, drawn = found.evidence, io.BytesIO()
     plot_frequency(drawn, found.response)
-    about = f"{data}: {evidence.examples} of {evidence.available} images, {evidence.classes} "
-    about += f"classes, the rarest with {evidence.smallest}; {weights}"
+    about = _about(evidence, data, weights)
     heads = [
         (
             escape(head.name),
-            f"{100 * head.accuracy:.1f} ± {100 * head.standard_error:.1f} %",
+            evidence.measure.text(head.skill, head.standard_error),
             str(head.features),
             f"{head.degrees_of_freedom:.1f}",
             f"{found.distance[head.name]:.2f}" if head.name in found.distance else "",
@@ -163,9 +162,10 @@ def render_understanding(found: Understanding, *, data: str, weights: str) -> st
     ]
     columns = ("segment", "head, held out", "features", "used", "distance from training, sd")
     doubts = ("image", "label", "looks like", "more probable by")
+    shares = [] if found.suspects is None else found.suspects.agreement.tolist()
     agreed = [
         (escape(name), "" if math.isnan(share) else f"{100 * share:.0f} %")
-        for name, share in zip(found.class_names, found.suspects.agreement, strict=True)
+        for name, share in zip(found.class_names, shares, strict=False)
     ]
     parts = [
         f"<h1>{escape(data)}, as the network sees it</h1>",
@@ -178,23 +178,32 @@ def render_understanding(found: Understanding, *, data: str, weights: str) -> st
         section("Suspected labels", html_table(doubts, suspected, {3})) if suspected else "",
         section(
             "Labels that a held-out head confirms", html_table(("class", "confirmed"), agreed, {1})
-        ),
+        )
+        if agreed
+        else "",
     ]
     return page(f"Understanding: {data}", parts)
+
+
+def _about(evidence: Evidence, data: str, weights: str) -> str:
+    """What was looked at, in a line."""
+    count = f"{evidence.examples} of {evidence.available} images, {evidence.outputs_text}"
+    return f"{data}: {count}, the rarest with {evidence.smallest}; {weights}"
 
 
 def _strategies(advice: Advice) -> str:
     rows = [
         (
             f"<b>{escape(str(one))}</b>" if one is advice.best else escape(str(one)),
-            one.accuracy_text,
+            one.skill_text(advice.evidence.measure),
             f"{one.moves:,}",
             "0" if one.cost == 0 else f"{one.cost:.1f}x",
             escape(one.why),
         )
         for one in advice.candidates
     ]
-    headings = ("strategy", "accuracy, held out", "parameters that move", "costs", "why")
+    measured = f"{advice.evidence.measure.name}, held out"
+    headings = ("strategy", measured, "parameters that move", "costs", "why")
     return html_table(headings, rows, {1, 2, 3}) + "<p>Costs are in runs of full length.</p>"
 
 
@@ -205,7 +214,7 @@ def _heads(advice: Advice) -> str:
     rows = [
         (
             escape(name),
-            f"{100 * head.accuracy:.1f} ± {100 * head.standard_error:.1f} %",
+            evidence.measure.text(head.skill, head.standard_error),
             str(head.features),
             f"{head.degrees_of_freedom:.1f}",
             f"{head.alignment:.1f}",
@@ -213,34 +222,39 @@ def _heads(advice: Advice) -> str:
         for name, head in named
     ]
     rows += [
-        (f"spectrum, {escape(name)} cycles per pixel", f"{100 * accuracy:.1f} %", "", "", "")
-        for name, accuracy in evidence.bottleneck.octaves
+        (f"spectrum, {escape(name)} cycles per pixel", evidence.measure.text(skill), "", "", "")
+        for name, skill in evidence.bottleneck.octaves
     ]
-    headings = ("head on", "accuracy, held out", "features", "used", "from shuffled labels, sd")
+    measured = f"{evidence.measure.name}, held out"
+    headings = ("head on", measured, "features", "used", "from shuffled labels, sd")
     return html_table(headings, rows, {1, 2, 3, 4})
 
 
 def _pixels(found: Bottleneck) -> str:
-    rows = [("the pixels' power spectrum", f"{100 * found.reference:.1f} %", "")]
+    text = found.measure.text
+    rows = [("the pixels' power spectrum", text(found.reference), "")]
     rows += [
-        (f"spectrum, {escape(name)} cycles per pixel", f"{100 * accuracy:.1f} %", "")
-        for name, accuracy in found.octaves
+        (f"spectrum, {escape(name)} cycles per pixel", text(skill), "")
+        for name, skill in found.octaves
     ]
     rows += [
         (
             escape(row.segment),
-            f"{100 * row.accuracy:.1f} %",
+            text(row.skill),
             f"{100 * row.difference:+.1f} ± {100 * row.standard_error:.1f}",
         )
         for row in found.rows
     ]
-    headings = ("head on", "accuracy, held out", "spectrum - segment, points")
+    headings = ("head on", f"{found.measure.name}, held out", "spectrum - segment, points")
     return html_table(headings, rows, {1, 2}) + f"<p>{escape(found.summary())}</p>"
 
 
 def _labels(curve: LearningCurve | None) -> str:
     if curve is None:
-        return "<p>Too few images of a class for a learning curve.</p>"
+        return (
+            "<p>No learning curve: it is of classes, with 6 images of each or more, and without "
+            "groups, which its parts would tear.</p>"
+        )
     rows = [
         (str(size), f"{100 * error:.1f} %", f"{100 * deviation:.1f}" if deviation else "")
         for size, error, deviation in zip(curve.sizes, curve.errors, curve.deviations, strict=True)

@@ -57,7 +57,7 @@ def test_the_plan_is_of_what_is_recommended(advice):
     assert advice["random labels"].best is None
     # Of depths that are level the last, if it is one of them: it leaves the network whole.
     coarse = advice["coarse gratings"]
-    assert coarse.best.accuracy >= coarse.evidence.best.accuracy - 0.01
+    assert coarse.best.skill >= coarse.evidence.best.skill - 0.01
     assert coarse.best.cost == 0
     for found in advice.values():
         assert len(found.challengers) <= 4

@@ -5,8 +5,9 @@ import pytest
 from scipy.stats import binomtest
 
 import flaxtransfer as ft
-from flaxtransfer.advice.evidence import alignment, gather, paired
+from flaxtransfer.advice.evidence import alignment, gather
 from flaxtransfer.features import cross_validate, standardization
+from flaxtransfer.metrics import compared
 from tests.support.targets import pretrained, source
 
 
@@ -37,7 +38,7 @@ def test_rare_classes_are_seen_where_accuracy_sees_none():
 def test_two_heads_are_compared_on_the_same_examples():
     first = np.repeat([True, True, False, False], [40, 14, 4, 2])
     second = np.repeat([True, False, True, False], [40, 14, 4, 2])
-    gain, error = paired(first, second)
+    gain, error = compared(first, second)
     assert gain == pytest.approx(10 / 60)
     # McNemar's exact test of 14 against 4 agrees that two standard errors are exceeded.
     assert (gain / error) ** 2 == pytest.approx(100 / 18)
@@ -53,13 +54,13 @@ def test_all_depths_are_judged_on_one_pass(classifier):
     images = source("coarse gratings", 6, 0)
     found = gather(classifier, images)
     assert [head.name for head in found.depths] == ["stem", "layer1", "layer2", "layer3", "layer4"]
-    assert (found.examples, found.available, found.classes, found.smallest) == (36, 36, 6, 6)
-    assert found.majority == pytest.approx(1 / 6)
+    assert (found.examples, found.available, found.outputs, found.smallest) == (36, 36, 6, 6)
+    assert found.measure.of_guess == pytest.approx(1 / 6)
     batches = ft.eval_batches(images, np.arange(36), classifier.preprocessing, batch_size=64)
     features, labels = ft.features.segment_features(classifier, batches, ["layer2"])
     scaled = standardization(features["layer2"])(np.float64(features["layer2"]))
     wanted = cross_validate(scaled, labels)
-    assert found.depths[2].accuracy == wanted.accuracy
+    assert found.depths[2].skill == wanted.accuracy
     assert found.depths[2].degrees_of_freedom == wanted.degrees_of_freedom
     assert list(dict(found.bottleneck.octaves))[-1] == "> 1/4"
     assert found.curve.labels == 36
@@ -69,8 +70,8 @@ def test_batches_do_not_matter(classifier):
     images = source("coarse gratings", 6, 0)
     whole, parts = gather(classifier, images), gather(classifier, images, batch_size=7)
     for one, other in zip(whole.depths, parts.depths, strict=True):
-        np.testing.assert_array_equal(one.right, other.right)
-    np.testing.assert_array_equal(whole.reference.right, parts.reference.right)
+        np.testing.assert_array_equal(one.judged, other.judged)
+    np.testing.assert_array_equal(whole.reference.judged, parts.reference.judged)
 
 
 def test_images_that_are_there_twice_are_left_out(classifier):
@@ -81,7 +82,7 @@ def test_images_that_are_there_twice_are_left_out(classifier):
     thrice = ft.ArraySource(once.images[order], once.labels()[order], once.class_names)
     alone, found = gather(network, once), gather(network, thrice)
     assert (found.examples, found.available, found.repeated) == (48, 144, 96)
-    assert found.best.accuracy == alone.best.accuracy < 0.5
+    assert found.best.skill == alone.best.skill < 0.5
 
 
 @pytest.mark.parametrize(

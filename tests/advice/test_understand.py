@@ -124,7 +124,7 @@ def test_it_says_which_labels_look_wrong_and_speaks_json(network):
     found = understand(network, ft.ArraySource(pixels, labels, class_names=("dark", "bright")))
     assert found.suspected()[0][:3] == ("5", "dark", "bright")
     assert json.loads(json.dumps(found.to_json()))["suspects"]["rows"] == [5]
-    assert found.evidence.best.accuracy > 0.9
+    assert found.evidence.best.skill > 0.9
     text = str(found)
     assert max(map(len, text.splitlines())) <= 80
     assert "1 of 48 labels (2.1 %) are contradicted with confidence" in " ".join(text.split())

@@ -28,8 +28,8 @@ def test_a_probe_for_each(kind):
     assert [probe.segment for probe in profile.probes] == ["stem", "layer1"]
     assert profile.best.segment == "layer1"
     assert profile.best.loss < profile.probes[0].loss
-    assert profile.probes[0].accuracy < 0.6
-    assert profile.majority == pytest.approx(1 / 3)
+    assert profile.probes[0].skill < 0.6
+    assert profile.guess == pytest.approx(1 / 3)
     lines = str(profile).splitlines()
     assert lines[2].split()[:2] == ["layer1", "5"]
     assert lines[3].startswith(f"{kind} on 60 examples, each held out once; largest class 33.3 %")
@@ -39,7 +39,7 @@ def test_ridge_is_by_folds():
     features, labels = telling()
     probe = probe_profile(features, labels).best
     found = cross_validate(standardization(features["layer1"])(features["layer1"]), labels)
-    assert (probe.accuracy, probe.strength) == (found.accuracy, found.strength)
+    assert (probe.skill, probe.strength) == (found.accuracy, found.strength)
     assert (probe.standard_error, probe.loss) == (found.standard_error, found.loss)
 
 
@@ -49,7 +49,7 @@ def test_labels_without_relation_to_the_features_are_at_chance():
     for seed in range(50):
         random = np.random.default_rng(seed)
         labels = random.permutation(np.arange(60) % 4)
-        found.append(probe_profile({"stem": random.normal(size=(60, 40))}, labels).best.accuracy)
+        found.append(probe_profile({"stem": random.normal(size=(60, 40))}, labels).best.skill)
     assert abs(np.mean(found) - 0.25) < 0.02
 
 

@@ -192,7 +192,7 @@ def test_fine_gratings_are_lost_by_the_built_in_network():
     assert found.response == pytest.approx(-14.6, abs=1.5)
     # Chance is 17 %: the coarser octaves know nothing.
     assert dict(found.octaves)["1/16-1/8"] < 0.35
-    assert found.rows[1].accuracy < 0.35
+    assert found.rows[1].skill < 0.35
     assert "no later layer can bring back" in str(found)
     assert "-14." in str(found) or "-15." in str(found)
 
@@ -210,7 +210,7 @@ def test_digits_have_no_spectral_bottleneck():
         {name: right(values, labels) for name, values in probes.items()},
     )
     assert found.segment is None
-    assert 0.6 < found.reference < found.rows[1].accuracy
+    assert 0.6 < found.reference < found.rows[1].skill
 
 
 def test_the_first_segment_that_is_worse():
@@ -219,7 +219,7 @@ def test_the_first_segment_that_is_worse():
     found = bottleneck(reference, {"stem": level, "layer1": worse, "layer2": ~reference})
     assert found.segment == "layer1"
     row = found.rows[1]
-    assert (row.accuracy, row.difference) == (0.6, pytest.approx(0.3))
+    assert (row.skill, row.difference) == (0.6, pytest.approx(0.3))
     # McNemar: 30 examples are right in the reference alone.
     assert row.standard_error == pytest.approx(np.sqrt(30) / 100)
     loaded = json.loads(json.dumps(found.to_json(), allow_nan=False))

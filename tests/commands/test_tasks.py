@@ -92,14 +92,12 @@ def test_what_has_no_meaning_is_one_line(words, said, scheme, weights, tmp_path,
     ("words", "said"),
     [
         (["train", "--task", "single"], "--task must be that of own:multi_label, multi_label"),
-        (["train", "--strategy", "depth_head"], "what the strategy depth_head measures must"),
-        (["train", "--strategy", "auto"], "advice on a strategy must have one class per image"),
+        (["train", "--strategy", "gradient_scaled"], "what the strategy gradient_scaled measures"),
         (
             ["train", "--labels-per-class", "3"],
             "labels_per_class and val_per_class must be left",
         ),
-        (["advise"], "advice on a strategy must have one class per image"),
-        (["probe"], "a profile of probes must have one class per image"),
+        (["probe", "--kind", "logistic"], "kind must be 'ridge' for the task multi_label"),
     ],
 )
 def test_what_is_not_done_for_a_task_is_refused_before_training(
@@ -110,6 +108,16 @@ def test_what_is_not_done_for_a_task_is_refused_before_training(
     asked = [command, "--data", "own:multi_label", "--weights", str(weights), *place, *rest]
     assert run(asked) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("task", ["multi_label", "regression"])
+def test_a_depth_is_measured_for_every_task(task, scheme, weights, tmp_path, capsys):
+    place = ["--run", str(tmp_path / "run"), "--strategy", "depth_head", "--compare", "no"]
+    place += ["--val-fraction", "0.3"]
+    assert run(["train", "--data", f"own:{task}", "--weights", str(weights), *place]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert {"multi_label": "average precision", "regression": "R2"}[task] in said
+    assert "ridge on" in said
 
 
 @pytest.fixture(scope="module")
