@@ -354,8 +354,8 @@ _SILENT = {
 def takes_stem(config: ResNetConfig) -> bool:
     """Whether silent channels can make a stem one that timm's arguments give.
 
-    GroupNorm's groups would be others with silent channels. A shortcut behind the stem that timm
-    lacks cannot be added.
+    GroupNorm's groups would be others with silent channels, and a convolution instead of the pool
+    would need weights for them. A shortcut behind the stem that timm lacks cannot be added.
 
     >>> takes_stem(ResNetConfig(width=32)), takes_stem(ResNetConfig(stem_width=80))
     (True, False)
@@ -364,7 +364,8 @@ def takes_stem(config: ResNetConfig) -> bool:
     if config.stem != "plain" or width == STEM_WIDTH:
         return True
     lacks = config.width * config.expansion == STEM_WIDTH
-    return width < STEM_WIDTH and config.norm == "batch" and not lacks
+    silent = config.norm == "batch" and config.stem_pool != "convolution"
+    return width < STEM_WIDTH and silent and not lacks
 
 
 def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str, np.ndarray]:

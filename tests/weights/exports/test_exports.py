@@ -191,6 +191,7 @@ V2 = {"block": "bottleneck", "preactivation": True}
         ({"preactivation": True, "width": 8}, ""),
         (V1, "stride_in='1x1'"),
         ({"width": 96}, "stem_width=96"),
+        ({"width": 32, "stem_pool": "convolution"}, "stem_width=32"),
         ({"width": 64, "stem_width": 32}, "stem_width=32"),
         ({"width": 32, "norm": "group"}, "stem_width=32"),
         ({"stem_pool": "ceil"}, "stem_pool='ceil'"),
