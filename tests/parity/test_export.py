@@ -1,6 +1,7 @@
 """What we write, loaded strictly by the programs that it is for."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -47,10 +48,14 @@ def checkpoint_of(config, preprocessing=PREPROCESSING):
     )
 
 
+@functools.lru_cache(2)
+def compiled(config):
+    model = resnet(config)
+    return jax.jit(lambda variables, images: model.apply(variables, images)[0])
+
+
 def logits_of(checkpoint, images):
-    model = resnet(checkpoint.config)
-    run = jax.jit(lambda variables, images: model.apply(variables, images)[0])
-    return np.asarray(run(checkpoint.variables, images))
+    return np.asarray(compiled(checkpoint.config)(checkpoint.variables, images))
 
 
 def images_of(checkpoint, batch=2, size=75):

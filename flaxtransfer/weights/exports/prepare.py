@@ -180,15 +180,18 @@ def without_stem_bias(checkpoint: Pretrained) -> Pretrained:
     """Subtracts the stem's bias from the running means of the norms that see it.
 
     A pool that is padded with -inf passes the bias on, and so do blocks without a convolution in
-    their shortcut. GroupNorms have no running means, and zeros around a pool have no bias: such
-    networks are returned unchanged.
+    their shortcut. GroupNorms have no running means, zeros around a pool have no bias, and where no
+    such convolution follows, the bias reaches the head: such networks are returned unchanged.
     """
     config = checkpoint.config
     if not config.stem_bias or config.norm == "group" or config.stem_pool != "max":
         return checkpoint
+    blocks = [(s, b) for s, depth in enumerate(config.depths, 1) for b in range(depth)]
+    if not any(config.has_shortcut(stage, block) for stage, block in blocks):
+        return checkpoint
     flat = flatten(checkpoint.variables)
     bias = np.asarray(flat.pop("params/conv1/bias"), np.float64)
-    for stage, block in ((s, b) for s, depth in enumerate(config.depths, 1) for b in range(depth)):
+    for stage, block in blocks:
         mean = f"batch_stats/layer{stage}/{block}/bn1/mean"
         flat[mean] = (np.asarray(flat[mean], np.float64) - bias).astype(np.float32)
         if config.has_shortcut(stage, block):

@@ -186,6 +186,10 @@ _FIELDS = {field.name for field in dataclasses.fields(ResNetConfig)} - {
 }
 
 
+_MOST = 1 << 20
+"""Channels or blocks: more than any network has, and few enough to compute with."""
+
+
 def own(config: Mapping[str, Any]) -> ResNetConfig | None:
     """The network of a ``config.json`` with one of our names for timm; None for others.
 
@@ -211,6 +215,13 @@ def own(config: Mapping[str, Any]) -> ResNetConfig | None:
             f"model_args in config.json must state all fields of {name}, got none of "
             f"{', '.join(needed)}"
         )
+    for field, value in fields.items():
+        listed = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, int) and number > _MOST for number in listed):
+            text = shortened(str(value), 60)
+            raise ValueError(
+                f"{field} in model_args of config.json must be at most {_MOST:,}, got {text}"
+            )
     try:
         return ResNetConfig.from_json({**fields, "preactivation": kinds[name]})
     except (ValueError, TypeError) as error:
@@ -343,8 +354,8 @@ _SILENT = {
 def takes_stem(config: ResNetConfig) -> bool:
     """Whether silent channels can make a stem one that timm's arguments give.
 
-    GroupNorm's groups would be others with silent channels. A shortcut behind the stem that timm
-    lacks cannot be added.
+    GroupNorm's groups would be others with silent channels, and a convolution instead of the pool
+    would need weights for them. A shortcut behind the stem that timm lacks cannot be added.
 
     >>> takes_stem(ResNetConfig(width=32)), takes_stem(ResNetConfig(stem_width=80))
     (True, False)
@@ -353,7 +364,8 @@ def takes_stem(config: ResNetConfig) -> bool:
     if config.stem != "plain" or width == STEM_WIDTH:
         return True
     lacks = config.width * config.expansion == STEM_WIDTH
-    return width < STEM_WIDTH and config.norm == "batch" and not lacks
+    silent = config.norm == "batch" and config.stem_pool != "convolution"
+    return width < STEM_WIDTH and silent and not lacks
 
 
 def widened(arrays: Mapping[str, np.ndarray], config: ResNetConfig) -> dict[str, np.ndarray]:
