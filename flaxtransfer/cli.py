@@ -225,8 +225,8 @@ def _execute(options: Any) -> int:
         distributed.check_alike({"subcommand": name, **recorded(options, unrecorded=True)})
         if name not in SEVERAL_PROCESSES:
             raise ValueError(
-                f"the subcommand must be {' or '.join(SEVERAL_PROCESSES)} in a run over several "
-                f"processes, got {name}; start it in one"
+                f"the subcommand must be one of {', '.join(SEVERAL_PROCESSES)} in a run over "
+                f"several processes, got {name}; start it in one"
             )
     name = name.replace("-", "_")
     file = importlib.import_module(f"flaxtransfer.commands.{FILES.get(name, name)}")

@@ -267,6 +267,15 @@ def held_by_first(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[N
         yield
 
 
+def from_all(own: bytes) -> list[bytes]:
+    """The bytes that each process gives, in their order, in every process.
+
+    >>> from_all(b"mine")
+    [b'mine']
+    """
+    return _all_bytes(own) if several() else [own]
+
+
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is true in any process; also a moment that all processes wait for.
 

@@ -445,14 +445,7 @@ def begin(
         bands=checkpoint.config.bands if channels.bands is None else channels.bands,
         **data.columns.arguments(),
     )
-    # Before the first batch: with other numbers of them the processes would wait for ever.
-    check_alike(
-        {
-            "images": len(source),
-            "classes": list(source.class_names),
-            "labels": hashlib.sha256(np.asarray(source.labels()).tobytes()).hexdigest(),
-        }
-    )
+    check_same_images(source)
     task = task_of_source(source)
     if data.task is not None and TASK_NAMES[data.task] != task.name:
         raise ValueError(f"--task must be that of {data.name}, {task.name}, got {data.task}")
@@ -477,6 +470,20 @@ def begin(
     if weights.statistics == "measure":
         network = measured(network, source, subsample(splits.train, MOST_IMAGES, source.labels()))
     return Start(source, splits, checkpoint, network, "" if levels is None else levels.note)
+
+
+def check_same_images(source: Source) -> None:
+    """Refuses processes that have other images.
+
+    Before the first batch: with other numbers of them the processes would wait for ever.
+    """
+    check_alike(
+        {
+            "images": len(source),
+            "classes": list(source.class_names),
+            "labels": hashlib.sha256(np.asarray(source.labels()).tobytes()).hexdigest(),
+        }
+    )
 
 
 def leveled(

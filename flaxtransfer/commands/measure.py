@@ -23,6 +23,7 @@ from flaxtransfer.commands.job import (
     Job,
     Start,
     begin,
+    check_same_images,
     kept_validation,
     leveled,
     levels_note,
@@ -42,6 +43,7 @@ from flaxtransfer.data.loader import eval_batches
 from flaxtransfer.data.open import open_source, open_unlabeled
 from flaxtransfer.data.source import Source, UnlabeledImages, task_of_source
 from flaxtransfer.data.splits import groups_of, subsample
+from flaxtransfer.distributed import from_first
 from flaxtransfer.features.inputs import segment_features
 from flaxtransfer.files import atomic_write, check_regular, refuse_link, write_file, write_json
 from flaxtransfer.groups import Group, WarmupCosine
@@ -150,6 +152,7 @@ def probe(options: Probe, console: Console) -> None:
         bands=checkpoint.config.bands,
         **data.columns.arguments(),
     )
+    check_same_images(source)
     print_notes(source, console)
     task = task_of_source(source)
     training = split(source, data.name, options.split).train
@@ -179,8 +182,9 @@ def probe(options: Probe, console: Console) -> None:
     if options.out is not None:
         from flaxtransfer.report.figures import plot_profile
 
-        plot_profile(profile, options.out)
-        console.print(f"drawn in {options.out}", highlight=False, soft_wrap=True)
+        out = options.out
+        from_first(lambda: plot_profile(profile, out))
+        console.print(f"drawn in {out}", highlight=False, soft_wrap=True)
 
 
 def find_rate(options: FindRate, console: Console) -> None:

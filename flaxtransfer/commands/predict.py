@@ -8,16 +8,20 @@ trusted.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, TextIO
+from typing import TYPE_CHECKING, Any, SupportsIndex, TextIO, TypeAlias
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -46,6 +50,7 @@ from flaxtransfer.data.source import (
 )
 from flaxtransfer.data.splits import groups_of
 from flaxtransfer.data.transforms import evaluation_transform
+from flaxtransfer.distributed import check_alike, from_all, is_first, several, share
 from flaxtransfer.files import atomic_write, write_file
 from flaxtransfer.metrics import report
 from flaxtransfer.paths import listing, suggest, visible
@@ -427,7 +432,7 @@ def predict(options: Predict, console: Console) -> None:
     if options.adjust_prior or options.prior:
         # Before any image is read, so that a typing error costs no time.
         known, prior = known_of(options.run), given_prior(options.prior, names)
-        parts = list(_outputs(options, network, console))
+        parts = list(_outputs_of_all(options, network, console, features=True))
         if not parts:
             raise ValueError("none of the images could be read")
         paths = [path for some, *_ in parts for path in some]
@@ -436,10 +441,21 @@ def predict(options: Predict, console: Console) -> None:
     else:
         batches = (
             (paths, network.task.probabilities(logits))
-            for paths, logits, _ in _outputs(options, network, console)
+            for paths, logits, _ in _outputs_of_all(options, network, console)
         )
     top = min(max(options.top, 1), classes)
-    write(_rows(batches, names), top, sys.stdout)
+    with _of_first() as file:
+        write(_rows(batches, names), top, file)
+
+
+@contextmanager
+def _of_first() -> Iterator[TextIO]:
+    """Standard output, for process 0."""
+    if is_first():
+        yield sys.stdout
+        return
+    with open(os.devnull, "w") as nowhere:
+        yield nowhere
 
 
 def _files(options: Predict, console: Console) -> Iterator[Path]:
@@ -465,20 +481,21 @@ def _predict_columns(
 ) -> None:
     """Prints a probability for each label of an image, or the value of each target."""
     multi = network.task.name == MULTI_LABEL.name
-    writer = csv.writer(sys.stdout)
-    if options.format == "csv":
-        writer.writerow(["image", *map(cell_text, names)])
-    for paths, logits, _ in _outputs(options, network, console):
-        for path, row in zip(paths, network.task.probabilities(logits), strict=True):
-            values = dict(zip(names, (float(f"{value:.6g}") for value in row), strict=True))
-            if options.format == "csv":
-                writer.writerow([cell_text(str(path)), *values.values()])
-                continue
-            line: dict[str, Any] = {"image": str(path)}
-            if multi:
-                line["labels"] = [name for name, value in values.items() if value > 0.5]
-            line["probabilities" if multi else "values"] = values
-            print(json.dumps(line), flush=True)
+    with _of_first() as file:
+        writer = csv.writer(file)
+        if options.format == "csv":
+            writer.writerow(["image", *map(cell_text, names)])
+        for paths, logits, _ in _outputs_of_all(options, network, console):
+            for path, row in zip(paths, network.task.probabilities(logits), strict=True):
+                values = dict(zip(names, (float(f"{value:.6g}") for value in row), strict=True))
+                if options.format == "csv":
+                    writer.writerow([cell_text(str(path)), *values.values()])
+                    continue
+                line: dict[str, Any] = {"image": str(path)}
+                if multi:
+                    line["labels"] = [name for name, value in values.items() if value > 0.5]
+                line["probabilities" if multi else "values"] = values
+                print(json.dumps(line), file=file, flush=True)
 
 
 def _rows(
@@ -491,18 +508,66 @@ def _rows(
             yield {"image": str(path), "ranked": ranked}
 
 
-def _outputs(
-    options: Predict, network: Classifier, console: Console
-) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Per batch: the images that could be read, their logits and their features."""
-    bands, preprocessing = run_bands(options.run, network), network.preprocessing
+Outputs: TypeAlias = tuple[list[str], np.ndarray, np.ndarray]
+"""The images of a batch that could be read, their logits and their features."""
+
+
+def _outputs_of_all(
+    options: Predict, network: Classifier, console: Console, *, features: bool = False
+) -> Iterator[Outputs]:
+    """The outputs for all images, in their order; each process reads its share of the files.
+
+    Args:
+        options: with the images.
+        network: of the run.
+        console: for what is left out.
+        features: whether they are of use; otherwise those of other processes are not sent.
+    """
+    bands = run_bands(options.run, network)
     labels, files = np.zeros(len(options.images), np.int64), tuple(map(str, options.images))
     source = FolderSource(Path(), ("?",), files, labels, bands=bands)
     if note := levels_note(source, np.arange(len(files)), network):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    if not several():
+        yield from _outputs(options, network, bands, say)
+        return
+    number, count = share()
+    # By their names: a cache that they were fetched to may lie elsewhere on another machine.
+    own_names = json.dumps([path.name for path in options.images])
+    check_alike({"images": hashlib.sha256(own_names.encode()).hexdigest()})
+    own = np.array_split(np.arange(len(files)), count)[number].tolist()
+    left_out: list[str] = []
+    mine = replace(options, images=tuple(options.images[i] for i in own))
+    parts = list(_outputs(mine, network, bands, left_out.append)) if own else []
+    names = [name for some, *_ in parts for name in some]
+    empty = np.zeros((0, network.model.config.classes), np.float32)
+    arrays = {"logits": np.concatenate([empty, *(logits for _, logits, _ in parts)])}
+    if features:
+        nothing = np.zeros((0, network.model.config.features), np.float32)
+        arrays["features"] = np.concatenate([nothing, *(part for *_, part in parts)])
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **arrays)
+    told = [json.loads(text) for text in from_all(json.dumps([names, left_out]).encode())]
+    for (some, reasons), data in zip(told, from_all(packed.getvalue()), strict=True):
+        for reason in reasons:
+            say(reason)
+        found = np.load(io.BytesIO(data))
+        if some:
+            yield some, found["logits"], found["features"] if features else found["logits"][:, :0]
+
+
+def _outputs(
+    options: Predict, network: Classifier, bands: int, say: Callable[[str], None]
+) -> Iterator[Outputs]:
+    """The outputs for the images of this process, batch by batch, on its own devices."""
+    preprocessing = network.preprocessing
     transform = evaluation_transform(preprocessing, channels=len(preprocessing.mean))
     random = np.random.default_rng(0)  # evaluation draws no number from it
-    mesh = make_mesh()
+    mesh = make_mesh(jax.local_devices())
     run = forward_averaged(network.on(mesh), options.tta)
     variables = place_replicated(network.variables, mesh)
     # One list per batch of images that could be read, filled before the network runs on it.
@@ -510,7 +575,7 @@ def _outputs(
     size = options.reading.batch_size
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        images = _read(options, bands, network.preprocessing, console)
+        images = _read(options, bands, network.preprocessing, say)
         while some := list(itertools.islice(images, size)):
             readable.append([name for name, _ in some])
             # Always the same shape, so that the network is compiled once.
@@ -525,7 +590,7 @@ def _outputs(
 
 
 def _read(
-    options: Predict, bands: int, preprocessing: Preprocessing, console: Console
+    options: Predict, bands: int, preprocessing: Preprocessing, say: Callable[[str], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and pixels of each image that can be read; a file of n frames is n images."""
     levels = Levels.of(preprocessing)
@@ -538,7 +603,7 @@ def _read(
         except ImageError as error:
             if not options.reading.skip_corrupt:
                 raise
-            console.print(f"left out: {error}", highlight=False, markup=False)
+            say(f"left out: {error}")
 
 
 def _write_json_lines(rows: Iterator[dict[str, Any]], top: int, file: TextIO) -> None:

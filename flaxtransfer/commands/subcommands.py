@@ -669,7 +669,7 @@ SUBCOMMANDS: dict[str, type] = {
 }
 """The options of each subcommand, in the order of ``flaxtransfer --help``."""
 
-SEVERAL_PROCESSES = ("train", "evaluate")
+SEVERAL_PROCESSES = ("train", "evaluate", "predict", "probe")
 """What spreads its images over the processes of a run; all else would do the same in each."""
 
 FILES = {

@@ -597,4 +597,107 @@ def test_a_command_that_is_not_shared_is_refused_in_every_process():
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     for each in said:
-        assert "the subcommand must be train or evaluate in a run over several processes" in each
+        assert "the subcommand must be one of train, evaluate, predict, probe in a" in each
+
+
+def command(words: list[str], count: int, **more: str) -> list[str]:
+    """What each process of a command has said."""
+    processes = local.start(
+        [sys.executable, "-m", "flaxtransfer", *words],
+        count,
+        devices=2,
+        PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        **more,
+    )
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Eleven images of two classes."""
+    from PIL import Image
+
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(11):
+        place = folder / ("dark", "bright")[number % 2]
+        place.mkdir(exist_ok=True)
+        pixels = random.integers(0, 99, (16, 16, 3)) + 150 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
+    return folder
+
+
+SOLVED = ("--strategy", "solved_head", "--compare", "no", "--batch-size", "4")
+
+
+def profile_of(said: str) -> list[str]:
+    """The lines about segments, which one process prints."""
+    return [line for line in said.splitlines() if " ± " in line]
+
+
+@pytest.mark.slow
+def test_two_processes_predict_and_probe_as_one(images, tmp_path):
+    run_folder = tmp_path / "run"
+    data = ("--data", f"folder:{images}", "--labels-per-class", "4")
+    command(["train", "--run", str(run_folder), *data, *SOLVED], 1)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    files = [*sorted(map(str, images.rglob("*.png"))), str(tmp_path / "broken.png")]
+    for more in ([], ["--tta", "flip", "--top", "2"]):
+        words = ["predict", str(run_folder), *files, "--skip-corrupt", "--batch-size", "3", *more]
+        found = []
+        for count in (1, 2):
+            first, *others = command(words, count)
+            assert all("probability" not in said for said in others)
+            assert f"left out: {tmp_path / 'broken.png'}" in first
+            rows = [json.loads(line) for line in first.splitlines() if line.startswith("{")]
+            found.append(rows)
+        assert [row["image"] for row in found[1]] == files[:-1]
+        for one, two in zip(*found, strict=True):
+            assert (one["image"], one["label"]) == (two["image"], two["label"])
+            assert one["probability"] == pytest.approx(two["probability"], abs=1e-5)
+    # More processes than images.
+    first, other = command(["predict", str(run_folder), files[0]], 2)
+    rows = [json.loads(line) for line in first.splitlines() if line.startswith("{")]
+    assert [row["image"] for row in rows] == files[:1]
+    assert "probability" not in other
+    one, two = (command(["probe", *data], count) for count in (1, 2))
+    assert profile_of(two[0]) == profile_of(one[0])
+    assert len(profile_of(one[0])) == 5
+    assert profile_of(two[1]) == []
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_run_in_a_bucket(images, tmp_path):
+    """Process 0 alone writes it; what it holds is the run, and a second start goes on from it."""
+    pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
+    from tests.support.bucket import Store, serving
+
+    store = Store("runs")
+    for path in images.rglob("*.png"):
+        store.objects["runs"][f"images/{path.relative_to(images)}"] = path.read_bytes()
+    words = ["train", "--run", "gs://runs/one", "--data", "gs://runs/images", "--resume"]
+    words += ["--labels-per-class", "4", *SOLVED]
+    with serving(store) as host:
+
+        def machine(name: str) -> dict[str, str]:
+            return {"STORAGE_EMULATOR_HOST": host, "FLAXTRANSFER_CACHE": str(tmp_path / name)}
+
+        place = Path.cwd()
+        try:
+            for name in ("one", "two"):
+                (tmp_path / f"work-{name}").mkdir()
+                os.chdir(tmp_path / f"work-{name}")
+                compiled = ("--compilation-cache", "gs://runs/compiled")
+                first, other = command([*words, *compiled], 2, **machine(name))
+                assert "is mirrored to gs://runs/one" in first
+                assert "mirrored" not in other
+                assert "test accuracy" in first
+            assert "was fetched to runs/runs/one" in first
+            said = command(["evaluate", "gs://runs/one"], 2, **machine("three"))
+        finally:
+            os.chdir(place)
+    assert '"examples": 3' in said[0]
+    kept = {name.removeprefix("runs/one/") for name in store.names() if "/one/" in name}
+    assert {"manifest.json", "summary.json", "times.jsonl", "model.safetensors"} <= kept
+    assert any(name.startswith("runs/compiled/") for name in store.names())
