@@ -240,6 +240,8 @@ class Mirror:
         self._there = {name: each.mark for name, each in bucket.objects().items()}
         self._sent: dict[str, tuple[int, int]] = {}
         self._records: dict[str, str] = {}
+        whole = whole_steps(self._there)
+        self._safe = {f"{place}/{step}" for place, steps in whole.items() for step in steps}
         self._failure = ""
         self._sent_at = 0.0
         self._end = threading.Event()
@@ -267,7 +269,8 @@ class Mirror:
             self._sent_at = time.monotonic()
         for place in sorted({place for place, _ in steps}):
             for number in self._order(place, {n for other, n in steps if other == place}):
-                self._send_step(f"{place}/{number}")
+                if not self._send_step(f"{place}/{number}"):
+                    break  # It was the best, and is no longer: the next look sees which is.
         for step in sorted({each[:2] for each in map(_parts, self._there) if each}):
             place, number = step
             # Only where there is a newer one: a folder that somebody has emptied empties nothing.
@@ -304,8 +307,8 @@ class Mirror:
                 self._failure = ""
 
     def _told(self, error: Exception) -> str:
-        whole = sorted(whole_steps(self._there).get("checkpoints", ()))
-        safe = f"step {whole[-1]} is safe there" if whole else "no step is safe there"
+        found = [int(name.rpartition("/")[2]) for name in self._safe if name.count("/") == 1]
+        safe = f"step {max(found)} is safe there" if found else "no step is safe there"
         return (
             f"{error}; {safe}, and all is safe in {self.folder}: the same command with --resume "
             "sends the rest"
@@ -325,12 +328,15 @@ class Mirror:
         """The order in which steps are sent; damaged ones are not.
 
         The best comes first, and then the newest, whose run may go back to the best: wherever a
-        kill falls, the newest step in the bucket has beside it the best of those up to it.
+        kill falls, the newest step in the bucket has beside it the best of those up to it. None
+        are sent where one has gone meanwhile, which may have been the best.
         """
         sound = {}
         for step in sorted(steps, reverse=True):
             with suppress(Damage, OSError):
                 sound[step] = read_record(self.folder / place, step)
+        if not all((self.folder / place / str(step)).is_dir() for step in steps):
+            return []
         return list(dict.fromkeys([*ranked(sound)[:1], *sound]))
 
     def _small_files(self) -> Iterator[Path]:
@@ -363,7 +369,8 @@ class Mirror:
             self._put(name, data)
         self._sent[name] = signature
 
-    def _send_step(self, name: str) -> None:
+    def _send_step(self, name: str) -> bool:
+        """Sends a step, unless it is there; returns whether the folder still had it."""
         place = self.folder / name
         with ExitStack() as stack:
             try:
@@ -375,22 +382,25 @@ class Mirror:
                 }
                 record = files.pop(_RECORD).read()
             except (FileNotFoundError, KeyError):
-                return
+                return False
             digest = hashlib.sha256(record).hexdigest()
             seal = f"{name}/{_RECORD}"
             if name not in self._records and seal in self._there:
                 self._records[name] = hashlib.sha256(self.bucket.get(seal)).hexdigest()
             if self._records.get(name) == digest:
-                return
+                return True
             self._remove_step(name)  # What a killed process has left, or a damaged step.
             for inner, file in files.items():
                 self._put(f"{name}/{inner}", file.read())
             self._put(seal, record)
             self._records[name] = digest
+            self._safe.add(name)
+            return True
 
     def _remove_step(self, name: str) -> None:
         """Removes a step from the bucket, its record first: what is left is not whole."""
         self._records.pop(name, None)
+        self._safe.discard(name)
         seal = f"{name}/{_RECORD}"
         inner = {each for each in self._there if each.startswith(f"{name}/")} - {seal}
         for each in (*([seal] if seal in self._there else []), *sorted(inner)):

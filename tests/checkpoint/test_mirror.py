@@ -216,6 +216,31 @@ def test_metrics_that_grow_are_not_sent_at_every_look(store, moments, tmp_path, 
     assert store.requests[before:] == [("PUT", "runs/one/metrics.jsonl")]
 
 
+def test_a_best_step_that_goes_while_it_is_sent_holds_the_newest_back(store, moments, tmp_path):
+    """Else the newest in the bucket would be one whose best is nowhere."""
+    bring(tmp_path / "work", moments / "3")
+    sent = Mirror(tmp_path / "work", Bucket.at(ADDRESS), print)
+
+    def goes(kind: str, path: str) -> None:
+        if path.endswith("metrics.jsonl"):
+            bring(tmp_path / "work", moments / "end")
+
+    store.fault = goes
+    sent.sync()
+    assert mirror.whole_steps(Bucket.at(ADDRESS).objects()) == {}
+    store.fault = None
+    sent.sync()
+    assert mirror.whole_steps(Bucket.at(ADDRESS).objects()) == {"checkpoints": [3, 4]}
+
+
+def test_a_step_whose_record_was_refused_is_not_called_safe(store, moments, tmp_path):
+    bring(tmp_path / "work", moments / "1")
+    sent = Mirror(tmp_path / "work", Bucket.at(ADDRESS), print)
+    store.fault = lambda kind, path: 503 if path.endswith("record/metadata") else None
+    with pytest.raises(OSError, match=r"metadata could not be written .* no step is safe"):
+        sent.close()
+
+
 def test_a_step_of_the_same_number_and_another_content_takes_its_place(store, moments, tmp_path):
     send(tmp_path / "work", moments)
     place = tmp_path / "other"
@@ -394,6 +419,26 @@ def test_a_run_goes_on_on_an_empty_machine(store, tmp_path, capsys):
         assert (work / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     sent = {f"one/{name}": data for name, data in files_of(work).items()}
     assert store.objects["runs"] == sent
+
+
+def test_no_step_waits_for_the_storage(store):
+    """A storage that answers nothing until the run is complete on this machine."""
+    gate, done = threading.Event(), Path("runs/runs/one/manifest.json")
+
+    def hang(kind: str, path: str) -> None:
+        if kind == "PUT" and "may-write" not in path:
+            assert gate.wait(60)
+
+    def watch() -> None:
+        until(done.exists)
+        gate.set()
+
+    store.fault = hang
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    fit_head(ADDRESS)
+    watcher.join()
+    assert store.objects["runs"]["one/manifest.json"] == done.read_bytes()
 
 
 @pytest.mark.slow

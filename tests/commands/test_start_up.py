@@ -41,6 +41,8 @@ ERRORS = [
     ["train", "--folds", "1"],
     ["train", "--folds", "3", "--fold", "4"],
     ["train", "--fold", "2"],
+    ["train", "--profile", "15:10"],
+    ["train", "--run", "s3://bucket/run"],
     ["train", "--batch-size", "0"],
     ["train", "--batch-size", "x"],
     ["train", "--head", "old"],
