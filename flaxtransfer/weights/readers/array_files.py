@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import msgpack
 import numpy as np
 import safetensors.numpy
@@ -40,7 +40,7 @@ _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
-    "BF16": np.dtype(jnp.bfloat16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
@@ -205,7 +205,7 @@ def _array(kind: int, data: bytes) -> np.ndarray:
         raise ValueError(f"the dtype of an array must be numeric, got {name!r}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of an array must be integers >= 0, got {shape!r}")
-    dtype = np.dtype(jnp.bfloat16 if name == "bfloat16" else name)
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     if math.prod(shape) * dtype.itemsize != len(content):
         raise ValueError(f"the bytes of an array must fit {name}{shape}, got {len(content):,}")
     return np.frombuffer(content, dtype).reshape(shape)
