@@ -95,7 +95,7 @@ class FolderSource:
         path, frame = self._place(index)
         image = decode_bands(
             path,
-            name=str(self.root / self.files[index]),
+            name=os.path.join(self.root, self.files[index]),
             bands=self.bands,
             min_side=self.min_side,
             levels=self.levels,
