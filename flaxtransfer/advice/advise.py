@@ -40,6 +40,10 @@ CHANCE = 4.0
 """Alignment below which features are taken to say nothing: of 40 draws of labels without relation
 to the images, none is beyond it."""
 
+CHANCE_OF_OUTPUTS = 5.0
+"""The same for labels that are no classes, of which there may be many with few examples each: of
+1,040 draws of six kinds 18 are beyond 4, and none beyond 5."""
+
 LEVEL = 0.01
 """Differences in skill below this are none: one point."""
 
@@ -248,7 +252,7 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
     """
     best, last, reference = evidence.best, evidence.last, evidence.reference
     strongest = max((*evidence.depths, reference), key=lambda head: head.alignment)
-    known = strongest.alignment > CHANCE
+    known = strongest.alignment > _chance(evidence)
     gain, error = compared(best.judged, last.judged)
     deeper = best is not last and gain > max(LEVEL, 2 * error)
     level = all(_is_level(best, head) for head in evidence.depths) and best.left < LITTLE
@@ -277,6 +281,10 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
         evidence,
         None if recommended is None else recommended.plan(params),
     )
+
+
+def _chance(evidence: Evidence) -> float:
+    return CHANCE if evidence.task == SINGLE_LABEL.name else CHANCE_OF_OUTPUTS
 
 
 def _leaves_nothing(best: HeadEvidence, evidence: Evidence) -> bool:
@@ -413,7 +421,7 @@ def _reasons(
     best, last, text = evidence.best, evidence.last, evidence.measure.text
     found = [
         f"Held-out scores are {strongest.alignment:.1f} standard deviations from those of shuffled "
-        f"labels (threshold {CHANCE:g}): "
+        f"labels (threshold {_chance(evidence):g}): "
         + (
             "the images say something of the labels."
             if verdict != "nothing"
@@ -478,7 +486,9 @@ def _augmentation(verdict: Verdict, evidence: Evidence) -> list[str]:
     """Augmentations that change what the classes are made of, as far as a spectrum shows it."""
     reference, found, text = evidence.reference, [], evidence.measure.text
     drop = reference.skill - evidence.mirrored
-    if reference.alignment > CHANCE and drop > max(0.1, 2 * math.sqrt(2) * _error(reference)):
+    if reference.alignment > _chance(evidence) and drop > max(
+        0.1, 2 * math.sqrt(2) * _error(reference)
+    ):
         found.append(
             f"On mirrored images the head on the pixels' spectrum falls from "
             f"{text(reference.skill)} to {text(evidence.mirrored)} (threshold: 10 points and 2 "

@@ -57,7 +57,8 @@ class HeadEvidence:
         standard_error: of the skill: binomial, or by the bootstrap.
         degrees_of_freedom: effective ones, at the penalty that was chosen.
         alignment: how far held-out scores go with the labels, in standard deviations of labels
-            that are drawn anew; features without information are within 4.
+            that are drawn anew; features without information are within 4, and within 5 for labels
+            that are no classes.
         judged: whether each example was classified rightly, bool ``[examples]``; or draws.
     """
 

@@ -256,6 +256,7 @@ def _tiff(file: IO[bytes], asked: Asked) -> Picture | None:
 
 
 _LIBRARIES = r"(PIL|pydicom|tifffile|nibabel)\."
+_LOGGERS = tuple(map(logging.getLogger, ("PIL", "pydicom", "tifffile", "nibabel")))
 _IGNORED = ("ignore", None, Warning, re.compile(_LIBRARIES), 0)
 
 
@@ -268,8 +269,7 @@ def _silence() -> None:
     """
     if _IGNORED not in warnings.filters:
         warnings.filterwarnings("ignore", module=_LIBRARIES)
-    for name in ("PIL", "pydicom", "tifffile", "nibabel"):
-        logger = logging.getLogger(name)
+    for logger in _LOGGERS:
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -37,6 +37,8 @@ _SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp")
 )
 """Of file names that say "image". What another suffix means is read off the first bytes."""
+
+_ENDS = tuple(_SUFFIXES)
 
 _MOST_TO_OPEN = 2000
 """Files of a data set that are all opened when it is listed, which takes a moment. In a larger one
@@ -94,7 +96,7 @@ class FolderSource:
         path, frame = self._place(index)
         image = decode_bands(
             path,
-            name=str(self.root / self.files[index]),
+            name=os.path.join(self.root, self.files[index]),
             bands=self.bands,
             min_side=self.min_side,
             levels=self.levels,
@@ -376,6 +378,37 @@ def natural_key(name: str) -> str:
     return f"{_NUMBER.sub(_ranked, name)}\0\0{name}"
 
 
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """Names sorted by ``natural_key``.
+
+    Of a large folder nearly all names are one word with a number, for which no key is made.
+
+    >>> in_natural_order(["img10.png", "img2.png", "img1.png"])
+    ['img1.png', 'img2.png', 'img10.png']
+    """
+    found = sorted(names)
+    if not found:
+        return found
+    first, last = found[0], found[-1]
+    ending = re.sub(r".*[0-9]", "", first, flags=re.DOTALL)
+    # What the first and the last have in common, all have; a digit belongs to the number.
+    same = [*map(str.__eq__, first, last), False].index(False)
+    begins = re.sub(r"[0-9]+$", "", first[:same])
+    end = -len(ending) or None
+    numbers = [name[len(begins) : end] for name in found]
+    # Of all names at once, because a loop over them takes as long as the keys. No name has a "\0".
+    digits, whole = "".join(numbers), "\0".join([*found, ""])
+    alike = whole.count(f"{ending}\0") == len(found)
+    if not (alike and all(numbers) and digits.isascii() and digits.isdecimal()):
+        return sorted(found, key=natural_key)
+    if len(set(map(len, numbers))) == 1:
+        return found
+    if any(number[0] == "0" and number != "0" for number in numbers):
+        return sorted(found, key=natural_key)
+    found.sort(key=len)  # It is stable.
+    return found
+
+
 def _ranked(number: re.Match[str]) -> str:
     digits = number[1]
     return f"\0\1{chr(len(digits))}{digits}"
@@ -457,7 +490,7 @@ def _files_below(folder: Path, odd: list[str]) -> list[str]:
 
     Those that are no regular files, such as named pipes, are put into ``odd`` as well.
     """
-    return sorted(_walk(os.fspath(folder), "", odd), key=natural_key)
+    return in_natural_order(_walk(os.fspath(folder), "", odd))
 
 
 def _walk(folder: str, prefix: str, odd: list[str]) -> Iterator[str]:
@@ -487,8 +520,8 @@ def _doubtful(files: Sequence[str], odd: Collection[str]) -> tuple[list[str], li
     """The files to open of a large data set, and those that are believed if these are images."""
     kinds: dict[str, list[str]] = {}
     for file in files:
-        if (suffix := _suffix(file)) not in _SUFFIXES:
-            kinds.setdefault(suffix, []).append(file)
+        if not file.lower().endswith(_ENDS):
+            kinds.setdefault(_suffix(file), []).append(file)
     chosen, others = list(odd), []
     for kind in kinds.values():
         every = -(-len(kind) // _MOST_TO_OPEN)

@@ -118,6 +118,8 @@ def resize_crop(
     check_image(image)
     found = window(image, size, resize, crop_mode, processor)
     right, bottom = found.left + size, found.top + size
+    if image.shape[:2] == (found.height, found.width):
+        return image[found.top : bottom, found.left : right]
     if processor == "huggingface" and interpolation != "nearest":
         whole = _resized_once_rounded(image, found.width, found.height, interpolation)
         return whole[found.top : bottom, found.left : right]

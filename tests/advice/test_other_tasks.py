@@ -63,7 +63,7 @@ def made(name: str, seed: int) -> ft.ArraySource:
 KNOWN = {
     "random labels": {"nothing"},
     "one label of ten": {"depth", "early", "train"},
-    "labels with gaps": {"depth", "early"},
+    "labels with gaps": {"depth", "early", "train"},
     "fine gratings": {"early"},
     "random values": {"nothing"},
     "angle of the hue": {"depth"},

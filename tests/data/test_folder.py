@@ -246,6 +246,18 @@ NAMES = st.lists(st.text("0019ab./-_é\x01", max_size=6), max_size=8)
 @given(NAMES)
 def test_the_key_of_natural_order_orders_as_the_parts_do(names):
     assert sorted(names, key=folder.natural_key) == sorted(names, key=by_parts)
+    assert folder.in_natural_order(names) == sorted(names, key=folder.natural_key)
+
+
+@given(
+    st.sampled_from(["", "a", "a1", "x/y", "0"]),
+    st.lists(st.sampled_from(["0", "1", "01", "10", "2", "007", "12", "٣", "b", ""]), min_size=1),
+    st.sampled_from(["", ".png", "_png", "b2"]),
+)
+def test_names_that_differ_by_a_number_are_ordered_alike(begins, middles, ends):
+    """The short way and the keys agree, leading zeros and other digits included."""
+    names = [f"{begins}{middle}{ends}" for middle in middles]
+    assert folder.in_natural_order(names) == sorted(names, key=folder.natural_key)
 
 
 @pytest.fixture

@@ -59,6 +59,23 @@ def test_resize_crop_is_pillows_resize_and_a_central_crop(interpolation):
     np.testing.assert_array_equal(resize_crop(WIDE, 20, 24, interpolation), whole[2:22, 10:30])
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest", "box"])
+def test_an_image_of_the_size_is_what_pillow_makes_of_it(interpolation):
+    """It is not resampled, and Pillow's resampling to the same size changes no pixel."""
+    same = np.asarray(
+        Image.fromarray(WIDE).resize(WIDE.shape[1::-1], interpolation_of(interpolation))
+    )
+    np.testing.assert_array_equal(same, WIDE)
+    side = min(WIDE.shape[:2])
+    found = resize_crop(WIDE, side - 4, side, interpolation)
+    top, left = (round((length - side + 4) / 2) for length in WIDE.shape[:2])
+    np.testing.assert_array_equal(found, WIDE[top : top + side - 4, left : left + side - 4])
+
+
+def interpolation_of(name):
+    return Image.Resampling[name.upper()]
+
+
 def test_half_margins_round_to_even_as_in_torchvision():
     image = np.arange(5 * 8, dtype=np.uint8).reshape(5, 8, 1)
     found = resize_crop(image, 5, 5, "nearest")  # the margin is 1.5, which becomes 2
