@@ -312,13 +312,16 @@ def read_times(folder: Path) -> Times:
 
 def _time_rows(path: Path) -> list[bytes]:
     """The rows of times that can be read."""
-    found = []
+    found: list[bytes] = []
     with suppress(OSError, ValueError):
-        for line in _read(path).splitlines():
+        lines = _read(path).splitlines()
+        for line in lines:
             with suppress(ValueError, TypeError, KeyError):
                 row = parse_json(line, TIMES_FILE)
                 if all(math.isfinite(row[field.name]) for field in fields(Times)):
                     found.append(line)
+        if len(found) < len(lines):
+            log(f"{path}: {len(lines) - len(found)} rows cannot be read and are left out")
     return found
 
 

@@ -132,7 +132,7 @@ def test_a_program_that_is_made_is_not_a_step(tmp_path):
     assert found.steps < 0.05
 
 
-def test_times_of_an_interrupted_process_count_and_are_no_part_of_the_run(tmp_path):
+def test_times_of_an_interrupted_process_count_and_are_no_part_of_the_run(tmp_path, capsys):
     def broken(number):
         if number == 3:
             raise OSError("power cut")
@@ -146,6 +146,8 @@ def test_times_of_an_interrupted_process_count_and_are_no_part_of_the_run(tmp_pa
     with (tmp_path / "cut" / "times.jsonl").open("a") as file:
         file.write('{"kind": "else"}\n{"kind": "time", "wal')
     result = fit(tmp_path / "cut", evaluate_every=2)
+    said = f"{tmp_path / 'cut' / 'times.jsonl'}: 2 rows cannot be read and are left out"
+    assert capsys.readouterr().err.splitlines().count(said) == 1
     rows = rows_of(tmp_path / "cut")
     assert rows[0] == row
     assert [each["step"] for each in rows] == [2, 4, 4]
