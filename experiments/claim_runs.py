@@ -34,7 +34,7 @@ HELD = 20
 SPLIT_TARGETS = ("digits", "polygons", "counts")
 """Targets whose error is split into bias and variance."""
 
-MOST_LABELS = (*SPLIT_TARGETS, "photographs", "fine gratings")
+MOST_LABELS = (*SPLIT_TARGETS, "digits, shifted", "photographs", "fine gratings")
 """Targets whose heads get all of LABELS, and not all but the last."""
 
 

@@ -49,7 +49,7 @@ class Claims:
         weights: of the thin ResNet-50, a file with torchvision's names.
         scale: length of the runs.
         results: JSON lines.
-        figure: picture of all statements; only with all claims.
+        figure: file of a picture of all that was judged.
         processes: that share the work, each on its part of the CPU cores.
         print_only: judge what is there.
         worker: number of this process; for the script's own use.
@@ -95,11 +95,11 @@ def read(config: Claims) -> dict[tuple[Run, int], dict[str, float]]:
 
 
 def programs(config: Claims) -> list[list[Run]]:
-    """The runs in groups that are compiled once, long groups first."""
+    """The runs in groups that are compiled once."""
     found: dict[tuple[str, str, str], list[Run]] = {}
     for run in config.runs():
         found.setdefault((run.network, run.what, run.target), []).append(run)
-    return sorted(found.values(), key=len, reverse=True)
+    return list(found.values())
 
 
 def taken(config: Claims) -> Path:
@@ -133,11 +133,17 @@ def compute(config: Claims) -> None:
             append_row(config.results, row)
 
 
-def judged(config: Claims, table: Table) -> Iterator[tuple[str, str, list[Statement]]]:
-    """Name, network and statements of each claim."""
+Judged = tuple[str, str, list[Statement]]
+
+
+def judged(config: Claims, table: Table) -> Iterator[Judged]:
+    """Name, network and statements of each claim, if all of it is measured."""
     for name, claim in config.chosen().items():
         for network in config.networks(claim):
-            yield name, network, claim.statements(table, network)
+            if missing := sum(not table.has(run) for run in claim.runs(network)):
+                print(f"{name}, {network}: not judged, {missing} runs are missing", file=sys.stderr)
+            else:
+                yield name, network, claim.statements(table, network)
 
 
 def spread(values: np.ndarray) -> str:
@@ -145,9 +151,8 @@ def spread(values: np.ndarray) -> str:
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
-def print_tables(config: Claims, table: Table) -> None:
+def print_tables(config: Claims, table: Table, every: list[Judged]) -> None:
     """Verdicts, then every statement, then what they are made of, in Markdown."""
-    every = list(judged(config, table))
     print("| claim | network | verdict | other experiments |")
     print("|---|---|---|---|")
     for name, network, statements in every:
@@ -170,13 +175,13 @@ def print_tables(config: Claims, table: Table) -> None:
 
 def print_measured(config: Claims, table: Table) -> None:
     """Heads by depth and number of labels, and test accuracy of every training run."""
-    runs = config.runs()
+    runs = [run for run in config.runs() if table.has(run)]
     print("\n## Heads, test accuracy in percent\n")
     print("| network | target | per class | distance | " + " | ".join(DEPTHS) + " |")
     print("|---" * (4 + len(DEPTHS)) + "|")
     for run in sorted(run for run in runs if run.what == "heads"):
         apart = table.of(run, "distance") / 100
-        for count in LABELS:
+        for count in (n for n in LABELS if table.has(run, f"{n} stem")):
             shown = " | ".join(spread(table.of(run, f"{count} {depth}")) for depth in DEPTHS)
             print(f"| {run.network} | {run.target} | {count} | {np.mean(apart):.2f} | {shown} |")
     print("\n## Training runs, test accuracy in percent\n")
@@ -191,8 +196,11 @@ def print_measured(config: Claims, table: Table) -> None:
         print("\nFLOPs of a step in percent, everything up to a depth frozen:", ", ".join(costs))
 
 
-def draw(config: Claims, table: Table, file: Path) -> None:
+def draw(config: Claims, table: Table, every: list[Judged], file: Path) -> None:
     """A panel for each claim: curves where there are any, else its statements."""
+    found: dict[str, list[tuple[str, list[Statement]]]] = {}
+    for name, network, statements in every:
+        found.setdefault(name, []).append((network, statements))
     curves = {
         "hierarchy": by_depth,
         "freezing": by_frozen,
@@ -204,12 +212,13 @@ def draw(config: Claims, table: Table, file: Path) -> None:
         axes.tick_params(labelsize=7)
     for axes, (name, claim) in zip(grid.flat, CLAIMS.items(), strict=False):
         axes.set_title(textwrap.fill(claim.text, 45), fontsize=8)
-        if name in curves:
+        if name not in found:
+            axes.text(0.5, 0.5, "not measured", ha="center")
+        elif name in curves and len(found[name]) == len(config.networks(claim)):
             curves[name](axes, config, table)
             axes.legend(fontsize=5, ncols=2, framealpha=0.5)
         else:
-            every = [(n, claim.statements(table, n)) for n in config.networks(claim)]
-            forest(axes, every)
+            forest(axes, found[name])
     for axes in list(grid.flat)[len(CLAIMS) :]:
         axes.axis("off")
         for network, color in COLORS.items():
@@ -314,9 +323,10 @@ def main(config: Claims) -> None:
         share(config.processes)
     if config.worker is None:
         table = Table(read(config), range(config.seeds))
-        print_tables(config, table)
+        every = list(judged(config, table))
+        print_tables(config, table, every)
         if config.figure is not None:
-            draw(config, table, config.figure)
+            draw(config, table, every, config.figure)
 
 
 if __name__ == "__main__":

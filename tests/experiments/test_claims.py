@@ -15,7 +15,7 @@ import flaxtransfer as ft
 import targets
 from claim_rules import CLAIMS, Statement, Table, verdict
 from claim_runs import BUILT_IN, DEPTHS, GUIDED, STRATEGIES, THIN, Cell, Scale
-from claims import Claims, programs, take, taken
+from claims import Claims, judged, programs, take, taken
 
 SEEDS = range(5)
 
@@ -164,7 +164,7 @@ def test_rates_are_chosen_on_held_out_images():
 @pytest.mark.parametrize(
     ("name", "better", "network", "found"),
     [
-        ("unfreezing", "gradual", BUILT_IN, "abcd"),
+        ("unfreezing", "gradual", BUILT_IN, "ab"),
         ("unfreezing", "everything", BUILT_IN, ""),
         ("batch_norm", "BatchNorm", BUILT_IN, "abef"),
         ("batch_norm", ", running", BUILT_IN, "bf"),  # as good as everything, and both too low
@@ -205,6 +205,14 @@ def test_every_group_of_runs_is_taken_by_one_process(tmp_path):
     assert [take(config, number) for number in (0, 1, 0, 1, 2)] == [True, True, False, False, True]
     # Without a file, the built-in network is asked alone.
     assert {run.network for run in Claims().runs()} == {BUILT_IN}
+
+
+def test_what_is_not_measured_is_not_judged(capsys):
+    assert list(judged(Claims(names=("rates",)), Table({}, SEEDS))) == []
+    assert capsys.readouterr().err == "rates, built-in: not judged, 6 runs are missing\n"
+    there = {(run, seed): {"x": 1.0} for run in CLAIMS["rates"].runs(BUILT_IN) for seed in SEEDS}
+    assert not Table(there, range(6)).has(next(iter(there))[0])
+    assert Table(there, SEEDS).has(next(iter(there))[0], "x")
 
 
 @pytest.fixture(scope="module")
