@@ -18,7 +18,6 @@ other work on the machine meets both. Figures: experiments/results/data_pipeline
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import tempfile
@@ -218,35 +217,34 @@ def cpu_seconds() -> float:
 
 def depth(root: Path, options: DataPipeline) -> None:
     """PNGs of 8 and 16 bits, decoded one after the other."""
-    from flaxtransfer.data.decode import decode_bands
-    from flaxtransfer.data.scans import Levels
+    from flaxtransfer.data import Levels, open_source, with_levels
 
     picture = photographs()[0][..., 1].astype(np.uint16)
     random = np.random.default_rng(0)
-    files = {}
     # Twelve bits in sixteen, of which the last ones are noise, as in scans; and the upper eight.
     deep = (picture * 16 + random.integers(0, 16, picture.shape, np.uint16)).astype(np.uint16)
     for name, values in (("8", (deep >> 4).astype(np.uint8)), ("16", deep)):
-        file = io.BytesIO()
-        Image.fromarray(values).save(file, "PNG")
-        files[name] = file.getvalue()
-    levels = Levels((0.0,), (4095.0,))
+        (root / name).mkdir()
+        Image.fromarray(values).save(root / name / "picture.png")
+    plain = open_source(f"folder:{root}", bands=1)
+    source = with_levels(plain, Levels((0.0,), (4095.0,)))
+    sizes = [(root / name).stat().st_size for name in source.files]
 
-    def turn(name: str, **more: Any) -> float:
+    def turn(index: int) -> float:
         began = time.process_time()
         for _ in range(20):
-            decode_bands(files[name], name=name, bands=1, **more)
+            source[index]
         return time.process_time() - began
 
     ratios, seconds = [], []
     for _ in range(4 * options.rounds):
-        eight, sixteen = turn("8"), turn("16", levels=levels)
+        eight, sixteen = turn(0), turn(1)
         ratios.append(sixteen / eight)
         seconds.append((eight / 20, sixteen / 20))
     eight, sixteen = np.median(seconds, axis=0)
-    sizes = " and ".join(f"{len(data) / 1e3:.0f} kB" for data in files.values())
+    text = " and ".join(f"{size / 1e3:.0f} kB" for size in sizes)
     print(
-        f"| PNG of 8 and 16 bits ({sizes}) | {1e3 * eight:.2f} ms, {1e3 * sixteen:.2f} ms | "
+        f"| PNG of 8 and 16 bits ({text}) | {1e3 * eight:.2f} ms, {1e3 * sixteen:.2f} ms | "
         f"{np.median(ratios):.2f} |",
         flush=True,
     )
@@ -311,31 +309,26 @@ def labels(root: Path, options: DataPipeline) -> None:
     import optax
 
     import flaxtransfer as ft
-    from flaxtransfer.sharding import make_mesh, place_batch, place_replicated
-    from flaxtransfer.task import MULTI_LABEL, SINGLE_LABEL
-    from flaxtransfer.training.plan import Plan
-    from flaxtransfer.training.selection import prepared
-    from flaxtransfer.training.step import start, train_step
+    from flaxtransfer.training import make_mesh, place_batch, place_replicated, start, train_step
 
     random, mesh = np.random.default_rng(0), make_mesh()
     images = random.integers(0, 256, (BATCH, 64, 64, 3), np.uint8)
     targets = {
-        SINGLE_LABEL: random.integers(0, 20, BATCH),
-        MULTI_LABEL: (random.random((BATCH, 20)) < 0.2).astype(np.float32),
+        ft.task.SINGLE_LABEL: random.integers(0, 20, BATCH),
+        ft.task.MULTI_LABEL: (random.random((BATCH, 20)) < 0.2).astype(np.float32),
     }
     preprocessing = ft.Preprocessing((0.5,) * 3, (0.25,) * 3, 64, 64)
     model = ft.resnet(ft.models.ResNetConfig(depths=(2, 2, 2, 2), width=32, classes=20))
     variables = model.init(jax.random.key(0))
     steps, states, batches = {}, {}, {}
     for task, values in targets.items():
-        network = ft.Classifier(model, variables, preprocessing, task=task)
         phase = ft.Phase({"all": ft.everything()}, {"all": ft.Group(optax.sgd, 0.01)}, 10)
+        phase = ft.Plan([phase]).resolve(variables["params"]).phases[0]
         source = ft.ArraySource(images, values, tuple(map(str, range(20))), task=task.name)
         splits = ft.data.Splits.of(range(BATCH))
         data = ft.loaders(source, splits, preprocessing, batch_size=BATCH)
-        network, plan = prepared(network, Plan([phase]), data)
-        states[task] = place_replicated(start(network.variables, plan.phases[0], 0), mesh)
-        steps[task] = train_step(network.model, plan.phases[0], data, network.task, mesh)
+        states[task] = place_replicated(start(variables, phase, 0), mesh)
+        steps[task] = train_step(model, phase, data, task, mesh)
         batches[task] = place_batch(
             {"image": jnp.asarray(images), "label": jnp.asarray(values)}, mesh
         )

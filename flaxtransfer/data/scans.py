@@ -217,8 +217,7 @@ def between(values: np.ndarray, black: float, white: float) -> np.ndarray:
     [0, 0, 64, 255, 255]
     """
     if values.dtype == np.uint16 and values.size > 2**16:
-        table = between(np.arange(2**16), black, white)
-        return np.asarray(table[values])
+        return np.asarray(_table(black, white)[values])
     flat, pixels = values.reshape(-1), np.empty(values.size, np.uint8)
     # In pieces, for float64 takes eight times the memory of the result.
     for start in range(0, len(flat), _PIECE):
@@ -226,6 +225,12 @@ def between(values: np.ndarray, black: float, white: float) -> np.ndarray:
         scaled = np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
         pixels[start : start + _PIECE] = np.rint(np.clip(scaled, 0, 255))
     return pixels.reshape(values.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(black: float, white: float) -> np.ndarray:
+    """The pixel of every value of 16 bits, kept for the next image: levels are those of a set."""
+    return between(np.arange(2**16), black, white)
 
 
 _PIECE = 2**20

@@ -305,7 +305,7 @@ def test_auto_races_by_the_metric_that_ranks_and_trains_the_choice(tmp_path, mon
         return real(candidate, params, {"steps": 2} if costly else lengths)
 
     monkeypatch.setattr(Candidate, "plan", short)
-    colors = source("colors", 9, 1)
+    colors = source("colors", 20, 1)
     hue = colors.labels()
     labels = np.stack([hue < 4, hue % 2], axis=1) if task is MULTI_LABEL else hue[:, None] / 3
     images = ft.ArraySource(colors.images, labels.astype(np.float32), task=task.name)
@@ -327,7 +327,7 @@ def test_auto_races_by_the_metric_that_ranks_and_trains_the_choice(tmp_path, mon
 
 
 def test_in_the_terminal(tmp_path, capsys):
-    colors = source("colors", 6, 4)
+    colors = source("colors", 16, 4)
     rows = ["image,warm,odd"]
     for number, (image, hue) in enumerate(zip(colors.images, colors.labels(), strict=True)):
         Image.fromarray(image).save(tmp_path / f"{number}.png")

@@ -135,7 +135,7 @@ def test_in_the_terminal(tmp_path, capsys):
     words += [*("--html", str(tmp_path / "a.html")), *("--suspects", str(tmp_path / "a.csv"))]
     assert run(words) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "A head on layer4 is right on" in said
+    assert "A head on layer4 has accuracy" in said
     assert len(json.loads((tmp_path / "a.json").read_text())["findings"]) >= 5
     page = (tmp_path / "a.html").read_text()
     assert "What was found" in page
