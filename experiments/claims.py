@@ -1,6 +1,6 @@
 """Tries the claims of transfer learning, and says which hold.
 
-    nice python experiments/claims.py --weights thin_resnet50.safetensors     # 25 minutes
+    nice python experiments/claims.py --weights thin_resnet50.safetensors   # about 25 CPU minutes
     python experiments/claims.py rates unfreezing --seeds 8
     python experiments/claims.py --print-only
 
