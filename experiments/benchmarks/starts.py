@@ -34,7 +34,7 @@ def train(steps: int) -> None:
     import optax
 
     import flaxtransfer as ft
-    from flaxtransfer import distributed
+    import flaxtransfer.distributed as distributed
 
     distributed.start()
     random = np.random.default_rng(0)

@@ -177,8 +177,7 @@ class Compile:
 class Advise:
     """Say which strategy fits your images, and why; nothing is trained.
 
-    One pass over the images, and solved heads on every depth of the network: of classes, several
-    labels per image, or numbers, judged by the metric that ranks them.
+    One pass over the images; solved heads on every depth, for every task.
 
     Example: flaxtransfer advise --data folder:scans --weights resnet50.pth
 
@@ -207,8 +206,7 @@ class Advise:
 class Understand:
     """Say what a network makes of your images; name doubtful labels.
 
-    Depths, frequencies, distance from its training; for one class per image also bias, variance
-    and doubtful labels.
+    Depths, frequencies, distance from its training, bias and variance.
 
     Example: flaxtransfer understand --data folder:scans --html scans.html
 

@@ -266,7 +266,7 @@ def test_folds_test_each_image_once_and_are_resumed(trained, weights, tmp_path, 
         (["--data", "csv:"], "'csv:' needs a path"),
         (
             ["--ignore-label", "x"],
-            "--ignore-label must be given with --data csv:<path> and parquet",
+            "--ignore-label must be given with --data hf:<name or folder>[:config][:split], csv:",
         ),
         (["--folds", "3", "--test-fraction", "0.1"], "--folds tests on every image in turn; leave"),
         (["--folds", "3", "--fold", "4"], "--fold must be 1 .. 3, got 4"),

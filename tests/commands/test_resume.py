@@ -58,7 +58,8 @@ def move_image(images, weights):
 
 def replace_weights(images, weights):
     checkpoint = ft.load(weights)
-    checkpoint.variables["params"]["conv1"]["kernel"] *= 1.01
+    stem = checkpoint.variables["params"]["conv1"]
+    stem["kernel"] = stem["kernel"] * 1.01
     ft.save(weights, checkpoint)
 
 

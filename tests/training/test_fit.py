@@ -68,6 +68,7 @@ def test_the_audit_notices_a_leaf_that_moved(tmp_path, monkeypatch):
         return whole
 
     monkeypatch.setattr(step, "merge", drifting_merge)
+    monkeypatch.setattr(step, "_shared", step._compiled)  # and no program of an earlier test
     fitted = ft.fit(
         ft.Classifier(model, variables, feed().preprocessing), plan, feed(), tmp_path / "run"
     )
