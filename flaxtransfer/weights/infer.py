@@ -328,6 +328,10 @@ def _parts(shapes: Mapping[str, Shape], expansion: int) -> dict[str, Any]:
             if path.endswith("/se/fc1/kernel") and len(shape) == 4 and min(shape) > 0
         ]
         ratios = {1 / 16, 1 / 4, 1 / 8, *(min(1.0, inner / outer) for outer, inner in hidden)}
+        # Hidden channels are multiples of 8, and 8 at least; the middle of what all layers allow.
+        low = max(((inner - 4) / outer for outer, inner in hidden if inner > 8), default=0.0)
+        high = min(((inner + 4) / outer for outer, inner in hidden), default=1.0)
+        ratios |= {(low + high) / 2} if 0 < low + high <= 2 else set()
 
         def agreement(ratio: float) -> tuple[int, bool, float]:
             fits = sum(squeezed(outer, ratio) == inner for outer, inner in hidden)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import RESNETS
 from flaxtransfer.paths import flatten
 from flaxtransfer.weights import load
+from flaxtransfer.weights.infer import infer
 from flaxtransfer.weights.loading import collect_metadata
 from flaxtransfer.weights.readers import array_files, detect
 from flaxtransfer.weights.readers.detect import Tensors
@@ -30,6 +32,14 @@ def test_the_result_is_complete_float32_and_of_this_file(golden):
     assert set(checkpoint.variables) == {"params", "batch_stats"}
     assert len(checkpoint.sha256) == 64
     assert checkpoint.source == str(path)
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 1 / 3, 0.3, 0.07, 1.0])
+def test_a_ratio_that_no_layer_shows_exactly_fits_all_layers(ratio):
+    """Of some, the ratios that single layers show fit these layers only."""
+    config = ResNetConfig("bottleneck", (1, 1, 2, 1), width=32, attention="se", se_ratio=ratio)
+    shapes = leaf_shapes(config)
+    assert leaf_shapes(infer(shapes)) == shapes
 
 
 @pytest.fixture
