@@ -51,11 +51,13 @@ if _made is not None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 
-# CI tries these on one interpreter: they reach jax, flax and numpy through the rooms below, whose
-# tests, and the examples in the docstrings of every room, run on both.
-_UPPER_ROOMS = re.compile(
-    "(advice|analysis|commands|distributed|experiments|faults|recipes|report)/"
+# CI tries these on one interpreter: rooms that reach jax, flax and numpy through the rooms below
+# them, whose tests, and the examples in the docstrings of every room, run on both; and what tries
+# the same code for one more task or network.
+_ONCE = re.compile(
+    "(advice|analysis|commands|distributed|experiments|faults|recipes|report|shift)/"
     "|weights/(test_|exports/test_exports)"
+    "|training/test_(progressive|tasks)|models/test_variants"
 )
 
 
@@ -65,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
         inside = item.path.is_relative_to(tests)
-        if inside and _UPPER_ROOMS.match(item.path.relative_to(tests).as_posix()):
+        if inside and _ONCE.match(item.path.relative_to(tests).as_posix()):
             item.add_marker("once")
 
 

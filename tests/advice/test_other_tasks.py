@@ -24,8 +24,6 @@ from flaxtransfer.report.pages import render_advice, render_understanding
 from flaxtransfer.task import MULTI_LABEL, REGRESSION
 from tests.support.targets import pretrained, source
 
-pytestmark = pytest.mark.once
-
 
 def made(name: str, seed: int) -> ft.ArraySource:
     """A target of which it is known what can be learned from this network."""
