@@ -7,7 +7,7 @@ step: first with an empty folder of compiled programs, then with the one that th
 Wanted: the first step of the second start at most 0.4 times that of the first. Then the same
 training over two devices of the CPU, in one process and in two that are connected over loopback,
 which takes turns too; time per step is the difference of a long and a short run. Wanted: two
-processes no slower than one. Five minutes.
+processes no slower than one. Three minutes.
 """
 
 from __future__ import annotations
