@@ -6,6 +6,7 @@ formats there are is one table, ``DECODERS``; a format is recognized by its firs
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
 import logging
@@ -15,7 +16,9 @@ import re
 import struct
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
@@ -252,6 +255,7 @@ def _pillow(format: str, file: IO[bytes], asked: Asked) -> Picture | None:
 
 
 def _tiff(file: IO[bytes], asked: Asked) -> Picture | None:
+    _silence_libtiff()
     return read_tiff(file, asked, lambda: _pillow("TIFF", file, asked))
 
 
@@ -272,6 +276,24 @@ def _silence() -> None:
     for logger in _LOGGERS:
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keeps the lines off the terminal that libtiff itself writes about damaged files.
+
+    Pillow's wheels bring the library, and have no setting for it. Where it comes from elsewhere,
+    its lines remain.
+    """
+    import PIL
+
+    package = Path(PIL.__file__).parent
+    for path in (package.parent / "pillow.libs").glob("libtiff*"):
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(str(path))
+            for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+                setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+                setter(None)
 
 
 def _check_size(image: Image.Image, name: str) -> None:

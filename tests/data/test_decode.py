@@ -242,6 +242,18 @@ def test_a_named_pipe_is_no_image(tmp_path):
         count_frames(tmp_path / "x.png", name="x.png")
 
 
+def test_libtiff_does_not_write_about_damage(capfd):
+    """It writes from C, past ``sys.stderr``."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(file, "TIFF", compression="tiff_adobe_deflate")
+    data = bytearray(file.getvalue())
+    data[20:60] = bytes(40)
+    with pytest.raises(ImageError, match="the image cannot be decoded"):
+        decode(bytes(data), name="x.tif")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_pillow_does_not_write_about_damage(capfd):
     data = encoded(Image.new("L", (13, 7)), "TIFF")
     place = re.search(rb"\x01\x01[\3\4]\0", data).start()  # The height; its count is next.
