@@ -27,7 +27,8 @@ from tests.support.random_networks import networks
 # Keras warns of its own.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-LIMIT = 1e-5
+LIMIT = 2e-5
+"""Of the largest logit; networks with group normalization have up to 1.2e-5 in onnxruntime."""
 SIZE = 64
 """Of images: a multiple of 32, as average anti-aliasing needs, of which layer4 sees 2 x 2."""
 

@@ -49,8 +49,9 @@ __all__ = [
 
 
 LAYOUTS = ("safetensors", "torchvision", "timm", "huggingface", "keras", "onnx", "stablehlo")
-TOLERANCE = 1e-5
-"""Relative to the largest logit, in float32; the order of sums differs."""
+TOLERANCE = 5e-5
+"""Relative to the largest logit, in float32; the order of sums differs. Of random networks one with
+group normalization had 1.2e-5 in onnxruntime."""
 HALF_TOLERANCE = 5e-2
 """The same for a computation in float16, whose numbers have 3 digits; usual are 1e-3 to 5e-3."""
 _HALF = ("safetensors", "torchvision", "onnx")
