@@ -55,7 +55,7 @@ if _made is not None:
 # them, whose tests, and the examples in the docstrings of every room, run on both; and what tries
 # the same code for one more task or network.
 _ONCE = re.compile(
-    "(advice|analysis|commands|distributed|experiments|faults|recipes|report|shift)/"
+    "(adapt|advice|analysis|commands|distributed|experiments|faults|recipes|report|shift)/"
     "|weights/(test_|exports/test_exports)"
     "|training/test_(progressive|tasks)|models/test_variants"
 )
