@@ -53,7 +53,7 @@ if _made is not None:
 
 # CI tries these on one interpreter: rooms that reach jax, flax and numpy through the rooms below
 # them, whose tests, and the examples in the docstrings of every room, run on both; and what tries
-# the same code for one more task or network.
+# the same code for one more task, network or case.
 _ONCE = re.compile(
     "(adapt|advice|analysis|commands|distributed|experiments|faults|recipes|report|shift)/"
     "|weights/(test_|exports/test_exports)"
@@ -63,12 +63,16 @@ _ONCE = re.compile(
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what CI tries on one interpreter."""
+    """Marks what CI tries on one interpreter: some rooms, and all cases of a test but its first."""
     tests = Path(__file__).parent
+    seen = set()
     for item in items:
-        inside = item.path.is_relative_to(tests)
-        if inside and _ONCE.match(item.path.relative_to(tests).as_posix()):
+        if not item.path.is_relative_to(tests):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if test in seen or _ONCE.match(item.path.relative_to(tests).as_posix()):
             item.add_marker("once")
+        seen.add(test)
 
 
 def pytest_unconfigure() -> None:
