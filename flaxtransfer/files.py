@@ -71,6 +71,9 @@ MOST_JSON_BYTES = 1 << 27
 MOST_JSON_BRACKETS = 4_000_000
 """An empty list of three bytes takes 64 in memory; with this many, JSON stays below 1 GB."""
 
+MOST_JSON_DIGITS = 40
+"""Of a whole number; floats that were written as such have exponents."""
+
 MOST_JSON_DEPTH = 64
 """Files of ours are nested about ten deep; from about 1,000 on, Python cannot walk the value."""
 
@@ -156,7 +159,7 @@ def parse_json(data: bytes, name: str) -> Any:
     try:
         if data.count(b"[") + data.count(b"{") > MOST_JSON_BRACKETS:
             raise ValueError(f"more than {MOST_JSON_BRACKETS:,} brackets")
-        value = json.loads(data.decode())
+        value = json.loads(data.decode(), parse_int=_whole)
         if _depth_exceeds(value, MOST_JSON_DEPTH):
             raise RecursionError
     except RecursionError:
@@ -167,11 +170,17 @@ def parse_json(data: bytes, name: str) -> Any:
         place = f"line {error.lineno} column {error.colno}"
         reason = f"it is not JSON ({error.msg}, {place})" if data.strip() else "it is empty"
     except ValueError as error:
-        # Python refuses numbers of more than 4,300 digits, and explains how to allow them.
-        reason = "it has a number of too many digits" if "digits" in str(error) else str(error)
+        reason = str(error)
     else:
         return value
     raise ValueError(f"{name} is damaged: {reason}")
+
+
+def _whole(digits: str) -> int:
+    # What no float and no array holds overflows later, where nobody expects it.
+    if len(digits) > MOST_JSON_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def _depth_exceeds(value: Any, most: int) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from flaxtransfer.models.layout import fields_of, name_of
-from flaxtransfer.paths import suggest
+from flaxtransfer.paths import shortened, suggest
 
 __all__ = [
     "BASE_FIELDS",
@@ -80,6 +80,11 @@ class Adapter:
             f"{name} must be an integer >= {least}, got {value!r}"
             for name, value, least in (("bands", self.bands, 1), ("knots", self.knots, 2))
             if not _at_least(value, least)
+        ]
+        problems += [
+            f"{name} must be at most {_MOST:,}, got {shortened(str(value), 60)}"
+            for name, value in (("bands", self.bands), ("knots", self.knots))
+            if _at_least(value, _MOST + 1)
         ]
         if self.kind not in KINDS:
             problems.append(
@@ -230,6 +235,14 @@ class ResNetConfig:
             problems.append(
                 f"stem_width must be an integer >= {least} or None, got {self.stem_width!r}"
             )
+        problems += [
+            f"{name} must be at most {most:,}, got {shortened(str(value), 60)}"
+            for name, value, most in (
+                *((name, values[name], _MOST) for name in (*_COUNTS, "stem_width")),
+                *(("depths", depth, _MOST_BLOCKS) for depth in self.depths),
+            )
+            if _at_least(value, most + 1)
+        ]
         if not 0 < self.se_ratio <= 1:
             problems.append(f"se_ratio must be > 0 and <= 1, got {self.se_ratio!r}")
         problems += [
@@ -449,6 +462,9 @@ class ResNetConfig:
         >>> ResNetConfig.from_json(config.to_json()) == config
         True
         """
+        if not isinstance(fields, Mapping):
+            text = shortened(repr(fields), 60)
+            raise TypeError(f"a ResNetConfig must be a JSON object, got {text}")
         adapter = fields.get("adapter")
         given = {name: value for name, value in fields.items() if name != "adapter"}
         return cls(**given, adapter=None if adapter is None else Adapter(**adapter))
@@ -471,6 +487,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "stride_at": ("first", "last"),
     "stem_bias": (False, True),
 }
+
+
+_MOST, _MOST_BLOCKS = 1 << 24, 1 << 9
+"""Largest count, and most blocks of a stage: a file may state any number, and shapes are computed
+from it. The deepest networks that were published have 333 blocks in a stage.
+"""
 
 
 def _at_least(number: object, least: int) -> bool:

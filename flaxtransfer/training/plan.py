@@ -131,6 +131,11 @@ class Phase:
             solved = name == "steps" and value == 0 and self.probe is not None
             if value is not None and not value > 0 and not solved:
                 problems.append(f"{name} must be positive, got {value}")
+            elif value == math.inf:
+                problems.append(f"{name} must be finite, got {value}")
+        for name in ("steps", "patience"):
+            if isinstance(getattr(self, name), bool | float):
+                problems.append(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if self.ema is not None and not 0 <= self.ema < 1:
             problems.append(f"ema must be in [0, 1), got {self.ema}")
         for name in ("mixup", "cutmix"):

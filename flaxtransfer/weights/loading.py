@@ -144,7 +144,7 @@ def load(
     if chosen == "timm-v2":
         table = timm.v2_table_of(arrays, _pools_shortcuts(model, file))
     shapes = _shapes(table, arrays)
-    stated = _stated(file, shapes)
+    stated = _stated(file)
     if stated is None and not any(leaf.startswith("params/layer") for leaf in shapes):
         raise unfit(file, _no_resnet(file, format))
     _check_graph(file, chosen)
@@ -224,7 +224,7 @@ def load(
     )
 
 
-def _stated(file: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> ResNetConfig | None:
+def _stated(file: Tensors) -> ResNetConfig | None:
     """The network that a file says itself, where its leaves do not show it whole; None otherwise.
 
     Another file without layer4 is a damaged one, which has to be said.
@@ -232,13 +232,7 @@ def _stated(file: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> ResNetConfi
     header = pretrained.read_header(file.metadata)
     if header is not None:
         return header.config if len(header.config.depths) < 4 else None
-    said = timm.own(sidecar.beside(file))
-    if said is not None and sum(said.depths) > len(shapes):  # their leaves would take for ever
-        raise ValueError(
-            f"{file.path} has {len(shapes)} leaves, but config.json states {sum(said.depths):,} "
-            "blocks"
-        )
-    return said
+    return timm.own(sidecar.beside(file))
 
 
 def _with_stated(seen: ResNetConfig, stated: ResNetConfig | None) -> ResNetConfig:

@@ -159,6 +159,8 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
                 "newer release"
             )
         names, targets = content["class_names"], content.get("targets")
+        if names is not None and not _are_names(names):
+            raise ValueError(f"class_names must be a list of names, got {names!r}")
         task = task_named(content.get("task", SINGLE_LABEL.name))
         config = ResNetConfig.from_json(content["config"])
         if targets is not None:
@@ -178,6 +180,10 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
     except (ValueError, KeyError, TypeError) as error:
         reason = shortened(f"missing {error}" if isinstance(error, KeyError) else str(error), 400)
         raise ValueError(f"the flaxtransfer header of the file is invalid: {reason}") from error
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def fold_adapter(checkpoint: Pretrained) -> Pretrained:

@@ -95,6 +95,12 @@ def _in_one_form(config: dict[str, Any]) -> dict[str, Any]:
     >>> list(_in_one_form(flat)), list(_in_one_form({"architecture": "of somebody's own"}))
     (['architecture', 'pretrained_cfg'], ['architecture'])
     """
+    arguments = config.get("model_args")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ValueError(
+            "model_args in config.json must be an object of arguments, got "
+            f"{shortened(repr(arguments), 60)}"
+        )
     if "pretrained_cfg" in config or "architecture" not in config:
         return config
     if config.get("model_type") == "timm_wrapper":
@@ -104,8 +110,8 @@ def _in_one_form(config: dict[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in config.items() if name != "architecture"}
     if "labels" in fields:
         fields["label_names"] = fields.pop("labels")
-    arguments = {name: fields.pop(name) for name in ("model_args",) if name in fields}
-    return {"architecture": config["architecture"], "pretrained_cfg": fields, **arguments}
+    given = {name: fields.pop(name) for name in ("model_args",) if name in fields}
+    return {"architecture": config["architecture"], "pretrained_cfg": fields, **given}
 
 
 def timm_preprocessing(config: Mapping[str, Any]) -> tuple[Preprocessing, list[str]] | None:

@@ -16,7 +16,7 @@ from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.paths import flatten, unflatten
 from flaxtransfer.weights import Pretrained, load
 from flaxtransfer.weights.exports import exporting, onnx
-from flaxtransfer.weights.naming.onnx import read_onnx
+from flaxtransfer.weights.naming.onnx import GRAPH, read_onnx
 from flaxtransfer.weights.readers import onnx_file
 from flaxtransfer.weights.readers.onnx_file import Graph, Node
 
@@ -301,7 +301,7 @@ def test_norms_of_every_form_are_computed():
     graph = plain()
     leaves, metadata, notes = read_onnx(data_of(with_norms(graph)))
     bias, four = graph.arrays["conv1/bias"], np.arange(1, 5)
-    assert '"epsilon": 0.001' in metadata["graph of the file"]
+    assert '"epsilon": 0.001' in metadata[GRAPH]
     np.testing.assert_allclose(leaves["onnx:bn1/mean"], four + 2 - bias, rtol=1e-6)
     np.testing.assert_array_equal(leaves["onnx:bn1/scale"], four)
     np.testing.assert_array_equal(leaves["onnx:bn1/var"], four + 3)
@@ -372,7 +372,7 @@ def test_pads_that_are_computed_from_a_fixed_size(side, pool):
     """SAME pads an even number of pixels at the end alone, an odd number on both sides."""
     graph = plain(checkpoint_of(TINY))
     leaves, metadata, _ = read_onnx(data_of(with_computed_pads(graph, side)))
-    assert f'"stem_pool": "{pool}"' in metadata["graph of the file"]
+    assert f'"stem_pool": "{pool}"' in metadata[GRAPH]
     expected, _, _ = read_onnx(data_of(graph))
     assert all(np.array_equal(leaves[path], expected[path]) for path in expected)
 

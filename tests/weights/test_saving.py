@@ -13,11 +13,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from flaxtransfer.classifier import transfer
-from flaxtransfer.models.config import ResNetConfig
+from flaxtransfer.models.config import Adapter, ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.paths import flatten, unflatten
+from flaxtransfer.task import REGRESSION, Units
 from flaxtransfer.weights import IMAGENET, Preprocessing, Pretrained, load, save
-from flaxtransfer.weights.readers import array_files
+from flaxtransfer.weights.naming import onnx
+from flaxtransfer.weights.pretrained import HEADER_KEY, read_header, write_header
+from flaxtransfer.weights.readers import archives, array_files, torch_file
 
 CONFIG = ResNetConfig("bottleneck", (1, 2, 1, 1), 4, 32, 4, classes=3, in_channels=5)
 BANDS = Preprocessing((0.1, 0.2, 0.3, 0.4, 1 / 3), (0.5,) * 5, 64, 72, "bicubic")
@@ -178,6 +181,74 @@ def rewritten(path, change):
     change(content)
     path.write_bytes(array_files.write_safetensors(arrays, {"flaxtransfer": json.dumps(content)}))
     return path
+
+
+def places(value, path=()):
+    """The place of every value in JSON, as keys."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+ODD = (
+    *(0, -1, 2**24 + 1, 2**63, 10**39, 10**40, -(10**400), 1.5, float("inf"), float("nan"), None),
+    *(True, "", "x", [], {}, [None], [[1]], {"a": 1}, [10**9] * 4),
+)
+
+
+def header_or_error(text):
+    try:
+        return read_header({HEADER_KEY: text})
+    except ValueError as error:
+        return str(error)
+
+
+def test_whatever_stands_in_a_header_it_is_read_or_refused_in_one_line():
+    config = ResNetConfig(
+        *("bottleneck", (1, 2, 1, 1)),
+        classes=3,
+        adapter=Adapter(5, "curves"),
+        norm="group",
+        standardized=1e-5,
+    )
+    named = {"bands": tuple("abcde"), "wavelengths": (500.0,) * 5}
+    bands = dataclasses.replace(BANDS, **named, black=(0,) * 5, white=(1,) * 5)
+    task = REGRESSION.with_units(Units((0.0,) * 3, (1.0,) * 3))
+    said = Pretrained({"params": {}}, config, bands, class_names=("a", "b", "c"), task=task)
+    header = json.loads(write_header(said)[HEADER_KEY])
+    assert read_header({HEADER_KEY: json.dumps(header)}).config == config
+    tried = list(places(header))
+    assert len(tried) > 40
+    for *outer, last in tried:
+        for value in ODD:
+            changed = json.loads(json.dumps(header))
+            inner = changed
+            for key in outer:
+                inner = inner[key]
+            inner[last] = value
+            found = header_or_error(json.dumps(changed))
+            if isinstance(found, str):
+                assert "\n" not in found
+                assert len(found) <= 600
+            else:
+                assert all(isinstance(name, str) for name in found.class_names or ())
+                assert max(found.config.depths, default=0) <= 512
+
+
+def test_what_readers_find_themselves_no_file_can_state():
+    arrays = {"fc.bias": np.zeros(2, np.float32)}
+    found = (
+        torch_file.NAMES,
+        onnx.GRAPH,
+        array_files.MODEL,
+        array_files.CONFIG,
+        array_files.LAYERS,
+    )
+    assert all(key.startswith(archives.FOUND) for key in found)
+    data = array_files.write_safetensors(arrays, {"format": "pt"} | dict.fromkeys(found, "5"))
+    assert array_files.read_safetensors(data)[1] == {"format": "pt"}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from flaxtransfer.weights.naming.onnx_layers import (
     unfit,
 )
 from flaxtransfer.weights.preprocessing import Preprocessing
-from flaxtransfer.weights.readers import onnx_file
+from flaxtransfer.weights.readers import archives, onnx_file
 from flaxtransfer.weights.readers.onnx_file import Node
 
 __all__ = ["TABLE", "Stated", "read_onnx", "stated"]
@@ -41,7 +41,7 @@ _OWN = "onnx:"
 TABLE: Table = tuple(Rule(_OWN + rule.leaf.split("/", 1)[1], rule.leaf) for rule in native.TABLE)
 """The names that ``read_onnx`` gives: our paths without "params" and "batch_stats", marked."""
 
-_GRAPH = "graph of the file"
+GRAPH = f"{archives.FOUND}graph"
 """Key of the metadata with what the graph shows beyond its arrays, as JSON."""
 
 _CEIL = (0, 0, 1, 1)
@@ -85,7 +85,7 @@ class Stated:
 
 def stated(metadata: Mapping[str, str]) -> Stated | None:
     """What the graph of a file shows; None for files that hold no graph."""
-    text = metadata.get(_GRAPH)
+    text = metadata.get(GRAPH)
     return None if text is None else Stated(**json.loads(text))
 
 
@@ -112,7 +112,7 @@ def read_onnx(
         # Attributes and constants of other types than the operator has.
         reason = visible(shortened(f"{type(error).__name__} {error}", 100))
         raise ValueError(f"an ONNX model must have valid operators, got {reason}") from error
-    metadata = {key: text for key, text in graph.metadata.items() if key != _GRAPH}
+    metadata = archives.stated(graph.metadata)
     said = network.said
     if HEADER_KEY in metadata:
         if said.mean:
@@ -121,7 +121,7 @@ def read_onnx(
                 "graph that normalizes its input"
             )
         metadata[HEADER_KEY] = _with_fields(metadata[HEADER_KEY], said.fields)
-    metadata[_GRAPH] = json.dumps(dataclasses.asdict(said))
+    metadata[GRAPH] = json.dumps(dataclasses.asdict(said))
     if len(graph.outputs) > 1:
         network.told.append(f"{len(graph.outputs)} outputs: all but those of the head are left out")
     return {_OWN + path: leaf for path, leaf in leaves.items()}, metadata, network.notes()

@@ -10,7 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -20,7 +20,19 @@ from numpy.lib import format as npy
 
 from flaxtransfer.paths import shortened, visible
 
-__all__ = ["as_file", "check", "members", "most", "names", "opened", "read", "read_npz", "stored"]
+__all__ = [
+    "FOUND",
+    "as_file",
+    "check",
+    "members",
+    "most",
+    "names",
+    "opened",
+    "read",
+    "read_npz",
+    "stated",
+    "stored",
+]
 
 
 _RATIO, _SPARE = 50, 1 << 26
@@ -31,6 +43,19 @@ _PIECE = 1 << 20
 
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 """What torch, numpy and Keras write; zipfile cannot unpack the others piece by piece."""
+
+
+FOUND = "found by the reader: "
+"""How the keys of metadata begin under which a reader keeps what it has found itself."""
+
+
+def stated(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata that a file may state: without keys of what readers find.
+
+    >>> stated({"format": "pt", FOUND + "class names": "[]"})
+    {'format': 'pt'}
+    """
+    return {key: text for key, text in metadata.items() if not key.startswith(FOUND)}
 
 
 def most(size: int) -> int:

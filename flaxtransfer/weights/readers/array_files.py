@@ -84,7 +84,7 @@ def read_safetensors(
         array = np.frombuffer(body[first:last], kind) if first < last else np.empty(0, kind)
         # Nothing in the format aligns the header.
         arrays[name] = np.require(array, requirements="A").reshape(shape)
-    return arrays, metadata, []
+    return arrays, archives.stated(metadata), []
 
 
 def _spans(entries: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -214,7 +214,7 @@ def _array(kind: int, data: bytes) -> np.ndarray:
 _COLLECTIONS = ("params", "batch_stats")
 """Trees of one network that a program may have saved as items of their own."""
 
-MODEL = "model of the run"
+MODEL = f"{archives.FOUND}model of the run"
 """Key of the metadata with the network that a run trains, as JSON."""
 
 
@@ -265,9 +265,9 @@ def _of_run(folder: Path) -> dict[str, str]:
     return {MODEL: json.dumps(model)}
 
 
-CONFIG = "configuration of the Keras model"
+CONFIG = f"{archives.FOUND}configuration of the Keras model"
 """Key of the metadata with the layers of a model, as JSON."""
-LAYERS = "layers of the Keras model"
+LAYERS = f"{archives.FOUND}layers of the Keras model"
 """Key of the metadata with the names of layers without arrays too, by lines; without settings."""
 _HDF5_HEADER = "flaxtransfer"
 """Attribute of our own files with the text that states their network."""

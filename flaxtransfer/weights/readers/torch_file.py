@@ -150,7 +150,7 @@ def _walk(content: Any) -> Iterator[tuple[str, Any]]:
         left += reversed(inner)
 
 
-NAMES = "class names"
+NAMES = f"{archives.FOUND}class names"
 """Key of the metadata with the class names in a file by their places, as JSON."""
 
 _NAMED = {
