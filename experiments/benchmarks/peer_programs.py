@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -260,6 +261,7 @@ def _keras(name: str, suffix: str, around: bool) -> None:
 
     @program(f"Keras {name}, {layers}, {suffix}")
     def _(to: Path) -> Written:
+        os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras asks for TensorFlow otherwise
         import keras
 
         make = getattr(keras.applications, name)

@@ -1,6 +1,6 @@
 """Loads the files that other programs write and compares the logits with those of the peer.
 
-    pip install '.[parity]' fastai
+    pip install '.[whole-job]' -c constraints.txt    # parity, and fastai
     python experiments/benchmarks/weight_files.py
 
 Each row is a shape of file, each column a network of a peer with random weights and statistics. A
