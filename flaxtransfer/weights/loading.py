@@ -329,9 +329,14 @@ def _network(
     """
     path, beside = file.path, file.path.with_name("config.json")
     if array_files.MODEL in file.metadata:
-        own = ResNetConfig.from_json(
-            parse_json(file.metadata[array_files.MODEL].encode(), str(path))
-        )
+        fields = parse_json(file.metadata[array_files.MODEL].encode(), str(path))
+        try:
+            own = ResNetConfig.from_json(fields)
+        except (TypeError, ValueError) as error:
+            reason = shortened(str(error), 300)
+            raise ValueError(
+                f"config.json of the run of {path} must describe its network: {reason}"
+            ) from error
         if leaf_shapes(own) != leaf_shapes(seen):
             raise ValueError(
                 f"{path} holds {seen.name} ({described(seen)}), but its run trains {own.name}"
