@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as peer
 
-from flaxtransfer.metrics import METRICS, interval, metric_named, resampled, shown
+from flaxtransfer.metrics import METRICS, interval, metric_named, report, resampled, shown
 from flaxtransfer.task import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 RANDOM = np.random.default_rng(0)
@@ -71,6 +71,68 @@ def test_calibration_error_by_hand():
     soft = np.array([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1], [0.1, 0.9]])
     found = METRICS["single_label"]["calibration_error"].of(soft, np.array([0, 1, 0, 1]))
     assert found == pytest.approx(0.1)
+
+
+def test_metrics_of_three_images_by_hand():
+    """Three classes, of which the last has no image: 0 is found in 1 of 2, and 2 is said once."""
+    soft = np.array([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.0, 1.0, 0.0]], np.float32)
+    found = {
+        name: each.of(soft, np.array([0, 0, 1])) for name, each in METRICS["single_label"].items()
+    }
+    assert found == pytest.approx(
+        {
+            "accuracy": 2 / 3,
+            "balanced_accuracy": 3 / 4,
+            "top_5_accuracy": 1,
+            "macro_f1": (2 / 3 + 1 + 0) / 3,
+            # The mistake costs 4. By chance (shares 2/3 and 1/3 of three answers) one costs
+            # 2/3 + 4 * 2/3 as class 0, and 1/3 + 1/3 as class 1: 4, too.
+            "quadratic_kappa": 0,
+            "roc_auc": 1,
+            "average_precision": 1,
+            "brier": (3 / 8 + 7 / 8) / 3,
+            "log_loss": (np.log(2) + np.log(4)) / 3,
+            "calibration_error": 0,
+        },
+        abs=1e-9,
+    )
+
+
+def test_what_scikit_learn_warns_of_or_refuses():
+    """Classes of one image or none, two classes for five guesses, networks that diverged."""
+    many = METRICS["single_label"]["macro_f1"].of(np.eye(30), np.arange(30))
+    assert many == 1
+    lost = np.full((4, 2), np.nan)
+    for name, each in METRICS["regression"].items():
+        assert np.isnan(each.of(lost, VALUES[:4])), name
+    assert np.isnan(METRICS["multi_label"]["log_loss"].of(lost, LABELS[:4, :2]))
+    assert METRICS["single_label"]["top_5_accuracy"].of(np.eye(2), np.array([1, 0])) == 1
+    rows = report("single_label", np.eye(3)[[0, 2, 2]], np.array([0, 0, 2]), "abc", samples=2)
+    assert rows["outputs"]["b"] == {
+        "precision": None, "recall": None, "f1": None, "roc_auc": None,
+        "average_precision": None, "positives": 0, "examples": 3,
+    }  # fmt: skip
+    assert rows["confusion"] == [[1, 0, 1], [0, 0, 0], [0, 0, 1]]
+    assert rows["outputs"]["c"]["precision"] == 0.5
+
+
+def test_rows_of_labels_leave_out_what_is_not_known():
+    hidden = LABELS.copy()
+    hidden[40:, 1] = np.nan
+    rows = report("multi_label", CHANCES, hidden, "abc", samples=2)["outputs"]
+    for k, size in enumerate((100, 40, 100)):
+        truth, said = LABELS[:size, k], CHANCES[:size, k] > 0.5
+        precision, recall, f1, _ = peer.precision_recall_fscore_support(
+            truth, said, average="binary"
+        )
+        assert rows["abc"[k]] == {
+            "precision": precision, "recall": recall, "f1": f1,
+            "roc_auc": pytest.approx(peer.roc_auc_score(truth, CHANCES[:size, k])),
+            "average_precision": pytest.approx(
+                peer.average_precision_score(truth, CHANCES[:size, k])
+            ),
+            "positives": truth.sum(), "examples": size,
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MULTI)

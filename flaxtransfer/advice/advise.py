@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -49,6 +49,9 @@ LEVEL = 0.01
 
 LITTLE = 0.03
 """What depths that are level may leave to be gained, for the cheapest to be taken."""
+
+WORTH = 0.02
+"""Skill that more labels have to gain, and training not to, for them to be collected first."""
 
 _SHOWN = 80
 """Characters a line, where there is no terminal to ask."""
@@ -110,6 +113,9 @@ class Advice:
         evidence: all numbers.
         plan: of the recommended strategy, to be printed, changed and trained; None where nothing is
             learnable.
+        collect: how many more labels to collect before anything is trained: they gain 2 points,
+            and nothing that is trained is expected to; None where that cannot be said. It does not
+            change what is recommended.
     """
 
     verdict: Verdict
@@ -119,6 +125,7 @@ class Advice:
     unknown: tuple[str, ...]
     evidence: Evidence
     plan: Plan | None
+    collect: int | None = None
 
     @property
     def best(self) -> Candidate | None:
@@ -139,6 +146,7 @@ class Advice:
             "candidates": [one.to_json() for one in self.candidates],
             "reasons": list(self.reasons),
             "unknown": list(self.unknown),
+            "collect": self.collect,
             "evidence": self.evidence.to_json(),
         }
 
@@ -272,14 +280,20 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
     about = partial(prior_of, verdict, network=evidence.network, gains=known_gains(evidence, gains))
     candidates = _candidates(verdict, evidence, params, about)
     recommended = candidates[0] if verdict != "nothing" else None
+    collect: int | None = None
+    why: list[str] = []
+    if verdict in ("depth", "level", "train"):
+        priors = [about(one.strategy) for one in candidates if one.tried and one.skill is None]
+        collect, why = _collect(evidence, priors)
     return Advice(
         verdict,
-        _summary(verdict, evidence, recommended),
+        _summary(verdict, evidence, recommended, collect),
         tuple(candidates),
-        tuple(_reasons(verdict, evidence, strongest, recommended, about)),
+        (*_reasons(verdict, evidence, strongest, recommended, about), *why),
         tuple(_unknown(evidence)),
         evidence,
         None if recommended is None else recommended.plan(params),
+        collect,
     )
 
 
@@ -391,7 +405,36 @@ def _nouns(evidence: Evidence) -> str:
     return "classes" if evidence.task == SINGLE_LABEL.name else "labels"
 
 
-def _summary(verdict: Verdict, evidence: Evidence, chosen: Candidate | None) -> str:
+def _collect(evidence: Evidence, priors: Sequence[Prior]) -> tuple[int | None, list[str]]:
+    """How many labels to collect before anything is trained, and why; None and nothing if none.
+
+    Args:
+        evidence: of images that leave something to gain.
+        priors: of what could be trained.
+    """
+    curve = evidence.curve
+    looked = evidence.examples + evidence.repeated
+    if curve is None or not curve.fits or looked < evidence.available:
+        return None, []
+    more = curve.labels_for(WORTH)
+    trained = min(max([0.0, *(prior.mean for prior in priors)]), evidence.best.left)
+    if more is None or trained >= WORTH:
+        return None, []
+    gain, error = curve.gain(curve.labels + more)
+    if gain <= error:
+        return None, []
+    known = any(prior.targets for prior in priors)
+    told = "" if known else ", of which nothing is known with this network,"
+    return more, [
+        f"{more:,} more labels would gain {100 * gain:.1f} ± {100 * error:.1f} points (threshold: "
+        f"1 standard error), and training{told} is expected to gain {100 * trained:.1f} "
+        f"(threshold: {100 * WORTH:g}): collect labels first."
+    ]
+
+
+def _summary(
+    verdict: Verdict, evidence: Evidence, chosen: Candidate | None, collect: int | None
+) -> str:
     best = evidence.best
     if verdict == "nothing":
         return (
@@ -408,7 +451,8 @@ def _summary(verdict: Verdict, evidence: Evidence, chosen: Candidate | None) -> 
         "level": "All depths are level and leave little to gain: take the cheapest.",
         "train": f"A head on {best.name} is the one to beat; training may be better.",
     }[verdict]
-    return f"{text} Recommended: {chosen}."
+    end = "" if collect is None else f" Collect labels first: about {collect:,} more for 2 points."
+    return f"{text} Recommended: {chosen}.{end}"
 
 
 def _reasons(
@@ -469,7 +513,7 @@ def _reasons(
     )
     curve = evidence.curve
     if curve is not None and curve.fits:
-        more = curve.labels_for(0.02)
+        more = curve.labels_for(WORTH)
         end = (
             f"about {more:,} more would gain 2 points."
             if more is not None
@@ -569,6 +613,7 @@ SCHEMA: dict[str, Any] = {
         },
         "reasons": {"type": "array", "items": {"type": "string"}},
         "unknown": {"type": "array", "items": {"type": "string"}},
+        "collect": {"type": ["integer", "null"], "minimum": 1},
         "evidence": {
             "type": "object",
             "required": [

@@ -428,6 +428,17 @@ class LearningCurve:
         half = 1.645 * math.sqrt(max(variance, 0.0) + (_MISFIT * doublings) ** 2)
         return error, max(error - half, 0.0), min(error + half, 1.0)
 
+    def gain(self, labels: int) -> tuple[float, float]:
+        """How much lower the error is with so many labels than with those at hand; standard error.
+
+        Raises:
+            ValueError: as ``error_at``.
+        """
+        lower = self.error - self.error_at(labels)[0]
+        share = 1 / math.sqrt(self.labels) - 1 / math.sqrt(labels)
+        doublings = abs(math.log2(labels / self.labels))
+        return lower, math.hypot(share * math.sqrt(self.covariance[1][1]), _MISFIT * doublings)
+
     def labels_for(self, gain: float) -> int | None:
         """How many more labels lower the error by ``gain``; None beyond four times those at hand.
 

@@ -1,13 +1,15 @@
 """Targets that are made so that the right advice is known, and what is said of them."""
 
 import json
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
 import pytest
 
 import flaxtransfer as ft
-from flaxtransfer.advice.advise import SCHEMA
+from flaxtransfer.advice.advise import SCHEMA, decide
+from flaxtransfer.analysis.profile import LearningCurve
 from flaxtransfer.cli import run
 from flaxtransfer.report.pages import render_advice
 from tests.support.targets import pretrained, source
@@ -92,6 +94,66 @@ def test_json_follows_its_schema_and_the_page_holds_everything(advice):
         for text in (*found.reasons, *found.unknown):
             assert text.split(":")[0].replace("'", "&#x27;").replace(">", "&gt;") in page
         assert page.count("data:image/png;base64") == 1
+
+
+NONE = (0.0, 0.0)
+
+
+def curve(labels, at_hand=0.1, floor=0.05, variance=0.0):
+    """Of an error, ``floor`` of which no label mends, and ``at_hand`` of which goes with labels."""
+    slope, sizes = at_hand * np.sqrt(labels), (labels / 4, labels / 2, labels)
+    return LearningCurve(
+        sizes, tuple(floor + slope / np.sqrt(sizes)), (0.01, 0.01, 0.0), floor, slope,
+        (NONE, (0.0, variance)),
+    )  # fmt: skip
+
+
+def test_labels_are_to_be_collected_first_where_training_is_not_known_to_gain_as_much(advice):
+    """By the law, 0.1 / sqrt(1 + x) = 0.08 at x = 9 / 16 of the 160 labels: 90 more."""
+    known = advice["colors"].evidence
+    evidence = replace(known, network="of somebody", curve=curve(160))
+    params = pretrained().variables["params"]
+    found, plain = (decide(one, params) for one in (evidence, replace(evidence, curve=None)))
+    assert found.collect == 90
+    assert found.summary == f"{plain.summary} Collect labels first: about 90 more for 2 points."
+    # Beside the law, 1.5 points of error per doubling.
+    error = 1.5 * np.log2(25 / 16)
+    assert found.reasons[-1] == (
+        f"90 more labels would gain 2.0 ± {error:.1f} points (threshold: 1 standard error), and "
+        "training, of which nothing is known with this network, is expected to gain 0.0 "
+        "(threshold: 2): collect labels first."
+    )
+    # What is recommended stays.
+    assert (found.verdict, found.candidates) == (plain.verdict, plain.candidates)
+    jsonschema.validate(json.loads(json.dumps(found.to_json())), SCHEMA)
+    assert found.to_json()["collect"] == 90
+    row = {"mean": 0.019, "deviation": 0.1, "targets": 10}
+    gains = {"network": known.network, "gains": {"all": {"early_layers": row}}}
+    evidence = replace(evidence, network=known.network)
+    assert "training is expected to gain 1.9 " in decide(evidence, params, gains).reasons[-1]
+    row["mean"] = 0.021
+    assert decide(evidence, params, gains).collect is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("colors", {"curve": curve(160, 0.0)}),
+        ("colors", {"curve": curve(160, 0.039)}),  # 2 points are beyond 4 times as many
+        ("colors", {"curve": curve(160, 0.05)}),  # within, and beyond what the law is sure of
+        ("colors", {"curve": curve(160, variance=4.0)}),
+        ("colors", {"curve": replace(curve(160), errors=(0.5, 0.1, 0.4))}),  # no law fits
+        ("colors", {"curve": None}),
+        ("colors", {"curve": curve(160), "available": 10_000}),  # there are more at hand
+        ("fine gratings", {"curve": curve(120)}),  # early layers have to move
+        ("random labels", {"curve": curve(160)}),
+    ],
+)
+def test_labels_are_not_to_be_collected_first(advice, name, changed):
+    evidence = replace(advice[name].evidence, network="of somebody", **changed)
+    found = decide(evidence, pretrained().variables["params"])
+    assert found.collect is None
+    assert "ollect labels first" not in f"{found.summary} {found.reasons}"
 
 
 def test_images_that_say_nothing_get_no_advice():

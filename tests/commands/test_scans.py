@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from flaxtransfer.data import ArraySource, with_levels
 from flaxtransfer.data.scans import Levels
 from flaxtransfer.task import MULTI_LABEL
 from flaxtransfer.weights import load
-from tests.support.scans import band_items, geotiff, write_dicom
+from tests.support.scans import band_items, geotiff, traces_of, write_dicom
 from tests.support.terminal import SIZE, only_line, train
 
 QUICK = ("--strategy", "solved_head", "--labels-per-class", 4, "--batch-size", 8)
@@ -211,6 +212,44 @@ def test_the_files_of_a_patient_stay_in_one_part(weights, tmp_path, capsys):
         {int(name[-6:-4]) // 4 for name in record[part]} for part in ("train", "val", "test")
     ]
     assert sorted(patient for part in patients for patient in part) == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory):
+    """Forty images of five patients, each with images of both classes, and who they are."""
+    root, names = tmp_path_factory.mktemp("patients"), [f"Patient-{n}" for n in range(5)]
+    for name, low in (("dark", 100), ("bright", 1300)):
+        for number, picture in enumerate(pictures(low, low + 600, 20, seed=low)):
+            path = root / name / f"{number:02}.dcm"
+            write_dicom(path, picture, bits=12, patient=names[number // 4])
+    return root, names
+
+
+def test_nothing_written_tells_whose_a_picture_is(patients, weights, tmp_path, capsys):
+    """An unsalted digest is as good as the number, for somebody who can try all numbers."""
+    root, names = patients
+    target, files = tmp_path / "run", ("--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
+    words = ("--head-steps", 2, "--fine-tune-steps", 1, "--batch-size", 8, "--folds", 2)
+    words += ("--cache", "disk", "--cache-dir", tmp_path / "cache")
+    assert run(train(root, weights, target, *words)) == 0
+    assert run(["evaluate", str(target / "fold1")]) == 0
+    data = ("--data", f"folder:{root}", "--weights", weights)
+    assert run(list(map(str, ("advise", *data, *files)))) == 0
+    (tmp_path / "said.txt").write_text("".join(capsys.readouterr()))
+    assert len((target / "out_of_fold.csv").read_text().splitlines()) == 41
+    assert "groups" in json.loads((target / "fold1" / "split.json").read_text())
+    assert json.loads((tmp_path / "a.json").read_text())["evidence"]["grouped"]
+    assert any((tmp_path / "cache").rglob("*"))
+    assert traces_of(names, tmp_path) == set()
+
+
+def test_traces_of_identifiers_are_found(tmp_path):
+    digest = hashlib.sha256(b"Patient-3")
+    (tmp_path / "a.json").write_text(digest.hexdigest()[:16])
+    np.savez_compressed(tmp_path / "b.npz", x=np.frombuffer(digest.digest(), np.uint8))
+    (tmp_path / "c.txt").write_text("of Patient-3")
+    found = traces_of(["Patient-3", "Patient-4"], tmp_path)
+    assert {name for name, _ in found} == {"a.json", "b.npz", "c.txt"}
 
 
 @pytest.mark.parametrize("task", ["single_label", "multi_label"])

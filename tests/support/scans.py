@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +82,22 @@ def nifti(suffix: str = ".nii") -> bytes:
     values = np.arange(5 * 7 * 4, dtype=np.int16).reshape(5, 7, 4)
     data = nibabel.Nifti1Image(values, np.eye(4)).to_bytes()
     return gzip.compress(data) if suffix.endswith(".gz") else data
+
+
+def traces_of(identifiers, folder):
+    """What lies in a folder of identifiers, as they are or as an unsalted digest: (file, text)."""
+    texts = {}
+    for each in map(str, identifiers):
+        texts[each.encode()] = each
+        for name in ("sha256", "sha1", "md5", "blake2b"):
+            digest = hashlib.new(name, each.encode())
+            texts[digest.digest()[:8]] = texts[digest.hexdigest()[:12].encode()] = f"{name} {each}"
+    found = set()
+    for path in filter(Path.is_file, Path(folder).rglob("*")):
+        contents = [str(path).encode(), path.read_bytes()]
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                contents += map(archive.read, archive.namelist())
+        for content in contents:
+            found |= {(path.name, text) for trace, text in texts.items() if trace in content}
+    return found
