@@ -33,12 +33,10 @@ from flaxtransfer.data.source import Example, UnlabeledImages, position
 from flaxtransfer.data.splits import Splits
 from flaxtransfer.paths import listing
 
-_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp")
-)
+_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 """Of file names that say "image". What another suffix means is read off the first bytes."""
-
-_ENDS = tuple(_SUFFIXES)
 
 _MOST_TO_OPEN = 2000
 """Files of a data set that are all opened when it is listed, which takes a moment. In a larger one
@@ -216,11 +214,8 @@ def open_folder(
     root = _checked_root(path, bands)
     folders = _class_folders(root, partial)
     names = sorted(set(folders.values()), key=natural_key)
-    parts, odd = [], set()
-    for folder in folders:
-        unlike: list[str] = []
-        parts.append([f"{folder}/{file}" for file in _files_below(root / folder, unlike)])
-        odd |= {f"{folder}/{file}" for file in unlike}
+    odd: list[str] = []
+    parts = [_files_below(root / folder, odd, f"{folder}/") for folder in folders]
     files = list(chain.from_iterable(parts))
     labels = [names.index(name) for name in folders.values()]
     targets = np.repeat(np.array(labels, np.int64), [len(part) for part in parts])
@@ -240,7 +235,8 @@ def open_folder(
     if empty:
         names = [name for name, count in zip(names, counts, strict=True) if count]
         targets = (np.cumsum(counts > 0) - 1)[targets]
-    targets = np.repeat(targets, [scans.get(file, 1) for file in files])
+    if scans:
+        targets = np.repeat(targets, [scans.get(file, 1) for file in files])
     examples, frames = with_frames(files, scans)
     splits: Splits | None = None
     notes: tuple[str, ...] = ()
@@ -394,16 +390,16 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
     # What the first and the last have in common, all have; a digit belongs to the number.
     same = [*map(str.__eq__, first, last), False].index(False)
     begins = re.sub(r"[0-9]+$", "", first[:same])
-    end = -len(ending) or None
-    numbers = [name[len(begins) : end] for name in found]
     # Of all names at once, because a loop over them takes as long as the keys. No name has a "\0".
-    digits, whole = "".join(numbers), "\0".join([*found, ""])
-    alike = whole.count(f"{ending}\0") == len(found)
-    if not (alike and all(numbers) and digits.isascii() and digits.isdecimal()):
+    between = f"{ending}\0{begins}"
+    whole = "\0".join([ending, *found, begins])
+    numbers = whole.replace(between, "\0")
+    digits = numbers.replace("\0", "")
+    alike = whole.count(between) == len(found) + 1 and "\0\0" not in numbers
+    if not (alike and digits.isascii() and digits.isdecimal()):
         return sorted(found, key=natural_key)
-    if len(set(map(len, numbers))) == 1:
-        return found
-    if any(number[0] == "0" and number != "0" for number in numbers):
+    zeros_lead = numbers.count("\x000") > numbers.count("\x000\0")
+    if zeros_lead and len(set(map(len, found))) > 1:
         return sorted(found, key=natural_key)
     found.sort(key=len)  # It is stable.
     return found
@@ -485,12 +481,13 @@ def _only_folders(folder: Path) -> bool:
     return bool(inside) and all(inside)
 
 
-def _files_below(folder: Path, odd: list[str]) -> list[str]:
+def _files_below(folder: Path, odd: list[str], prefix: str = "") -> list[str]:
     """Files at any depth, by their paths below the folder; links to folders are not followed.
 
-    Those that are no regular files, such as named pipes, are put into ``odd`` as well.
+    Each begins with the prefix. Those that are no regular files, such as named pipes, are put into
+    ``odd`` as well.
     """
-    return in_natural_order(_walk(os.fspath(folder), "", odd))
+    return in_natural_order(_walk(os.fspath(folder), prefix, odd))
 
 
 def _walk(folder: str, prefix: str, odd: list[str]) -> Iterator[str]:
@@ -520,7 +517,8 @@ def _doubtful(files: Sequence[str], odd: Collection[str]) -> tuple[list[str], li
     """The files to open of a large data set, and those that are believed if these are images."""
     kinds: dict[str, list[str]] = {}
     for file in files:
-        if not file.lower().endswith(_ENDS):
+        # Most need no copy in lower case.
+        if not (file.endswith(_SUFFIXES) or file.lower().endswith(_SUFFIXES)):
             kinds.setdefault(_suffix(file), []).append(file)
     chosen, others = list(odd), []
     for kind in kinds.values():

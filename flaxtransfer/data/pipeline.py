@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypedDict
 
 import grain
@@ -441,7 +441,7 @@ def label_dtype(dimensions: int) -> Any:
 class Load:
     """Maps the position of an example to the example."""
 
-    source: Source
+    source: Source = field(repr=False)  # Grain asks for it, and of a folder it holds all names.
 
     def __call__(self, index: np.int64) -> Batch:
         example = self.source[index]

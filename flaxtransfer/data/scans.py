@@ -217,7 +217,7 @@ def between(values: np.ndarray, black: float, white: float) -> np.ndarray:
     [0, 0, 64, 255, 255]
     """
     if values.dtype == np.uint16 and values.size > 2**16:
-        return np.asarray(_table(black, white)[values])
+        return _table(black, white).take(values)
     flat, pixels = values.reshape(-1), np.empty(values.size, np.uint8)
     # In pieces, for float64 takes eight times the memory of the result.
     for start in range(0, len(flat), _PIECE):

@@ -114,8 +114,9 @@ def test_a_very_long_image_is_cropped_in_the_middle():
 
 
 def test_flips_mirror_left_and_right_half_of_the_time():
-    assert (HorizontalFlip(1.0)(GRAY, rng()) == GRAY[:, ::-1]).all()
-    assert (HorizontalFlip(0.0)(GRAY, rng()) == GRAY).all()
+    for image in (GRAY, PHOTO, PHOTO[::2, 1:], np.broadcast_to(GRAY, (8, 8, 3))):
+        assert (HorizontalFlip(1.0)(image, rng()) == image[:, ::-1]).all()
+        assert (HorizontalFlip(0.0)(image, rng()) == image).all()
     generator = rng()
     count = sum((HorizontalFlip()(GRAY, generator) != GRAY).any() for _ in range(1000))
     assert abs(count - 500) < 5 * 15.8  # five standard deviations
