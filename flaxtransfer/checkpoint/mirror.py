@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import logging
 import os
 import re
 import shutil
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +49,12 @@ TRIES = 3
 
 PAUSES_S = (1.0, 5.0)
 """Between the tries."""
+
+STORAGE = "https://storage.googleapis.com"
+"""Where it is, if neither STORAGE_EMULATOR_HOST nor the configuration of fsspec says otherwise."""
+
+ANSWER_S = 20.0
+"""Within which it gives the first answer of a process. Later ones are waited for longer."""
 
 LOOK_S = 2.0
 """Between two looks at the local folder."""
@@ -89,12 +101,14 @@ class Bucket:
         """The place of an address; the client is loaded now.
 
         Raises:
+            ConnectionError: the storage has not given any answer within ``ANSWER_S``.
             ValueError: it names no bucket; the extra is not installed.
         """
         found = cls(address.rstrip("/"))
         form = r"gs://[a-z0-9][a-z0-9._-]*(/[^/]+)*"
         if not (re.fullmatch(form, found.address) and _is_safe(found.address[5:])):
             raise ValueError(f"the address must be gs://<bucket>/<path>, got {address}")
+        _check_answers()
         _client()
         return found
 
@@ -200,6 +214,55 @@ class Bucket:
         if isinstance(error, OSError) and error.filename is not None:
             return error  # Of a local file.
         return ConnectionError(f"{what} could not be {done} in {TRIES} tries ({kind}: {text})")
+
+
+@cache
+def _check_answers() -> None:
+    """Asks the storage for nothing, once, before the client is made.
+
+    The client needs two minutes or more to find out that there is no network: it looks for
+    credentials first, and repeats every request. Any answer will do, a refusal too.
+
+    Raises:
+        ConnectionError: there was none within ``ANSWER_S``.
+    """
+    if find_spec("gcsfs") is None:
+        return  # The client says so.
+    from fsspec.config import conf
+
+    endpoints = [conf.get(name, {}).get("endpoint_url") for name in ("gs", "gcs")]
+    if any([os.environ.get("STORAGE_EMULATOR_HOST"), *endpoints]):
+        return
+    said = ["timed out"]
+
+    def ask() -> None:
+        for pause in (*PAUSES_S, 0.0):
+            said.append(_silence())
+            if not said[-1]:
+                return
+            time.sleep(pause)
+
+    # Looking a name up cannot be interrupted, and each of several addresses has its own time.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_S)
+    if said[-1]:
+        raise ConnectionError(
+            f"addresses gs:// cannot be reached: {STORAGE} does not answer ({said[-1]}); connect "
+            "this machine to it, or give a folder"
+        )
+
+
+def _silence() -> str:
+    """Why the storage does not answer; "" where it does."""
+    try:
+        urllib.request.urlopen(STORAGE, timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        return "" if isinstance(reason, ssl.SSLError) else str(reason)
+    return ""
 
 
 def _client() -> Any:

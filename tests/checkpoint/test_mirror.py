@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import fsspec
@@ -38,6 +40,7 @@ def store(monkeypatch, tmp_path):
     found = Store("runs")
     monkeypatch.setattr(BucketFileSystem, "store", found)
     monkeypatch.setattr(fsspec, "filesystem", lambda name: BucketFileSystem())
+    monkeypatch.setattr(mirror, "_check_answers", lambda: None)
     monkeypatch.setattr(mirror, "PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr(mirror, "LOOK_S", 0.02)
     monkeypatch.chdir(tmp_path)
@@ -347,11 +350,46 @@ def test_without_the_extra(monkeypatch):
     def missing(name: str) -> None:
         raise ImportError("Please install gcsfs to access Google Storage")
 
+    monkeypatch.setattr(mirror, "_check_answers", lambda: None)
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(
         ValueError, match=r"need the extra 'gcs': pip install 'flaxtransfer\[gcs\]'"
     ):
         Bucket.at(ADDRESS)
+
+
+@pytest.mark.parametrize(
+    ("answers", "wanted"),
+    [(True, None), (False, "timed out"), (None, "Connection refused")],
+    ids=["with 404", "never", "no server"],
+)
+def test_without_an_answer_it_is_said_at_once(monkeypatch, answers, wanted):
+    monkeypatch.setattr(mirror, "find_spec", lambda name: name)
+    monkeypatch.setattr(mirror, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(mirror, "ANSWER_S", 30.0 if answers else 0.3)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    mirror._check_answers.cache_clear()
+    with ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        place = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        if answers:
+            place = stack.enter_context(serving(Store()))
+        if answers is None:
+            silent.close()
+        monkeypatch.setattr(mirror, "STORAGE", place)
+        asked: list[str] = []
+        monkeypatch.setattr(fsspec, "filesystem", asked.append)
+        if wanted is None:
+            Bucket.at(ADDRESS)
+            mirror.STORAGE = "http://127.0.0.1:1"
+            Bucket.at(ADDRESS)  # It is asked once.
+            assert asked == ["gs", "gs"]
+        else:
+            with pytest.raises(ConnectionError, match=wanted) as error:
+                Bucket.at(ADDRESS)
+            assert f"{place} does not answer" in one_line(error.value)
+            assert not asked
+    mirror._check_answers.cache_clear()
 
 
 def test_a_tree_is_fetched_once_and_follows_the_bucket(store, tmp_path):

@@ -29,6 +29,7 @@ def store(monkeypatch, tmp_path, folder):
     found.objects["data"]["table/all.csv"] = table
     monkeypatch.setattr(BucketFileSystem, "store", found)
     monkeypatch.setattr(fsspec, "filesystem", lambda name: BucketFileSystem())
+    monkeypatch.setattr(mirror, "_check_answers", lambda: None)
     monkeypatch.setattr(mirror, "PAUSES_S", (0.0, 0.0))
     monkeypatch.setenv("FLAXTRANSFER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
