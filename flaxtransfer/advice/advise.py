@@ -425,10 +425,11 @@ def _collect(evidence: Evidence, priors: Sequence[Prior]) -> tuple[int | None, l
         return None, []
     known = any(prior.targets for prior in priors)
     told = "" if known else ", of which nothing is known with this network,"
+    unless = "" if known else ", unless a race (`--strategy auto`) shows that training gains more"
     return more, [
         f"{more:,} more labels would gain {100 * gain:.1f} ± {100 * error:.1f} points (threshold: "
         f"1 standard error), and training{told} is expected to gain {100 * trained:.1f} "
-        f"(threshold: {100 * WORTH:g}): collect labels first."
+        f"(threshold: {100 * WORTH:g}): collect labels first{unless}."
     ]
 
 

@@ -121,7 +121,8 @@ def test_labels_are_to_be_collected_first_where_training_is_not_known_to_gain_as
     assert found.reasons[-1] == (
         f"90 more labels would gain 2.0 ± {error:.1f} points (threshold: 1 standard error), and "
         "training, of which nothing is known with this network, is expected to gain 0.0 "
-        "(threshold: 2): collect labels first."
+        "(threshold: 2): collect labels first, unless a race (`--strategy auto`) shows that "
+        "training gains more."
     )
     # What is recommended stays.
     assert (found.verdict, found.candidates) == (plain.verdict, plain.candidates)
