@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,8 @@ def cpu_seconds() -> float:
     """Of this process and the processes that it has started and that are alive."""
     pids = {os.getpid()}
     for task in Path("/proc/self/task").iterdir():
-        pids |= set(map(int, (task / "children").read_text().split()))
+        with suppress(FileNotFoundError):  # a thread that has ended
+            pids |= set(map(int, (task / "children").read_text().split()))
     ticks = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
