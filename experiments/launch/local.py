@@ -7,6 +7,10 @@ same command, and FT_COORDINATOR, FT_PROCESSES and FT_PROCESS; ``--devices 4`` g
 four devices of the CPU. It was run on CPUs alone: with one GPU for each process, jax has to be told
 which (JAX_LOCAL_DEVICE_IDS).
 
+On Linux the processes with ``--devices`` get the scheduling policy SCHED_BATCH: they have the same
+share of the cores, but a thread that wakes does not interrupt another. Otherwise the thread that
+receives sums (Gloo) interrupts the one that holds its lock, and waits for it in a busy loop.
+
 Lines of output begin with the number of the process. SIGINT and SIGTERM go to all processes. When
 one ends with an error the others have a minute to end by themselves; then they are killed. The exit
 code is the first that is not 0, a signal's as 128 and its number.
@@ -15,6 +19,7 @@ code is the first that is not 0, a signal's as 128 and its number.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -66,7 +71,7 @@ def start(
         more: variables of the environment of all.
     """
     port = free_port()
-    return [
+    processes = [
         subprocess.Popen(
             [*command],
             env=environment(count, number, port, devices) | more,
@@ -77,6 +82,12 @@ def start(
         )
         for number in range(count)
     ]
+    if devices is not None and hasattr(os, "SCHED_BATCH"):
+        for process in processes:
+            # Threads that it starts later inherit it.
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
+    return processes
 
 
 def wait(processes: Sequence[subprocess.Popen[str]], most: float = MOST_S) -> list[int]:

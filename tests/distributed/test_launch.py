@@ -200,3 +200,15 @@ def test_processes_of_this_machine_are_numbered_and_their_errors_told(tmp_path):
         "[1] 1 of 2 ['--run', 'x']",
     ]
     assert done.stderr == "process 1 of 2 has ended with code 3\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+@pytest.mark.parametrize("devices", [(), ("--devices", "1")])
+def test_threads_do_not_interrupt_each_other_on_the_cpu(devices):
+    # The policy comes right after the start.
+    ask = "import os, time; time.sleep(0.5); print(os.sched_getscheduler(0) == os.SCHED_BATCH)"
+    command = [sys.executable, str(LAUNCH / "local.py"), "2", *devices, "--"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", ask], capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.splitlines()) == [f"[{n}] {bool(devices)}" for n in range(2)]
