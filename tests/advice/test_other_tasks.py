@@ -109,6 +109,7 @@ def test_json_page_and_plan(advice):
         assert (found.plan is None) == (found.verdict == "nothing")
 
 
+@pytest.mark.slow
 def test_an_error_that_ranks_is_told_as_a_share_of_that_of_a_guess():
     network = ft.transfer(pretrained(), classes=2, task=REGRESSION.ranked_by("rmse"))
     found = ft.advise(network, made("angle of the hue", 0))

@@ -39,7 +39,13 @@ def test_while_libraries_are_imported(end, name, code):
     assert done.stderr == f"flaxtransfer: ended by {name}\n"
 
 
-@pytest.mark.parametrize("words", [("predict", "RUN", "FOLDER/dark/0.png"), ("probe", "DATA")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict", "RUN", "FOLDER/dark/0.png"),
+        pytest.param(("probe", "DATA"), marks=pytest.mark.slow),
+    ],
+)
 def test_while_images_are_read(words, finished, folder, weights):
     places = {"RUN": str(finished), "DATA": f"--data=folder:{folder}"}
     given = [places.get(word, word.replace("FOLDER", str(folder))) for word in words]

@@ -279,7 +279,9 @@ def test_options_that_do_not_fit(options, text, tmp_path, monkeypatch, capsys):
     assert text in only_line(capsys)
 
 
-@pytest.mark.parametrize("kind", ["tags", "columns", "values"])
+@pytest.mark.parametrize(
+    "kind", ["tags", "columns", pytest.param("values", marks=pytest.mark.slow)]
+)
 def test_tables_of_several_labels_or_values_are_trained(trained, weights, tmp_path, capsys, kind):
     table, _ = trained
     images = rows_of(table.parent / "images")

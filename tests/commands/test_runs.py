@@ -187,6 +187,7 @@ def test_a_run_without_test_images_is_complete_and_says_so(folder, weights, tmp_
     assert (tmp_path / "run/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_batches_that_the_devices_do_not_divide_are_padded(folder, weights, finished, tmp_path):
     """Three devices, and batches of 64, 7 and 6: training, evaluation, probes and predictions."""
     target = tmp_path / "run"
