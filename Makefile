@@ -12,9 +12,8 @@ RUN := $(VENV)/bin/
 demo: install-test
 	$(RUN)flaxtransfer train --resume
 
-# In their order: files of few and long tests at the end would leave one of two cores idle.
 test: install-test
-	$(RUN)python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN)python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: install-slow
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN)python -m pytest -m slow $(ARGS)
