@@ -57,7 +57,7 @@ if _made is not None:
 _ONCE = re.compile(
     "(adapt|advice|analysis|commands|distributed|experiments|faults|recipes|report|shift)/"
     "|weights/(test_|exports/test_exports)"
-    "|test_costs|training/test_(?!fit|program|resume)|models/test_variants"
+    "|test_(costs|readme|sharding)|training/test_(?!fit|program|resume)|models/test_variants"
 )
 
 
