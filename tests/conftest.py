@@ -55,7 +55,8 @@ if _made is not None:
 # them, whose tests, and the examples in the docstrings of every room, run on both; and what tries
 # the same code for one more task, network or case.
 _ONCE = re.compile(
-    "(adapt|advice|analysis|commands|distributed|experiments|faults|recipes|report|shift)/"
+    "(adapt|advice|analysis|commands|data|distributed|experiments|faults|features)/"
+    "|(recipes|report|shift)/"
     "|weights/(test_|exports/test_exports)"
     "|test_(costs|readme|sharding)|training/test_(?!fit|program|resume)|models/test_variants"
 )
