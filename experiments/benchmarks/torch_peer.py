@@ -43,7 +43,7 @@ def prepare(job: Facts) -> tuple[Facts, Any]:
     cuda = device.type == "cuda"
     torch.manual_seed(0)
     model = getattr(torchvision.models, job["model"])()
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(device, memory_format=torch.channels_last).train(not job["inference"])
     forward = torch.compile(model) if cuda else model
     draw = np.random.default_rng(0)
     shape = (job["batch_size"], 3, job["image_size"], job["image_size"])
@@ -55,7 +55,13 @@ def prepare(job: Facts) -> tuple[Facts, Any]:
     cross_entropy = torch.nn.CrossEntropyLoss()
     steps = job["steps"] or (20 if cuda else 1)
 
-    def step() -> torch.Tensor:
+    @torch.inference_mode()
+    def infer() -> torch.Tensor:
+        half = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+        with half:
+            return forward(images).mean()
+
+    def train() -> torch.Tensor:
         sgd.zero_grad(set_to_none=True)
         half = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
         with half:
@@ -63,6 +69,8 @@ def prepare(job: Facts) -> tuple[Facts, Any]:
         loss.backward()
         sgd.step()
         return loss
+
+    step = infer if job["inference"] else train
 
     def turn() -> Facts:
         start = time.perf_counter()

@@ -61,6 +61,7 @@ class Model:
         convolution: the function that convolves.
         platform: of the devices that programs are compiled for ("cpu", "gpu", "tpu"), which decides
             how some layers are computed; None: that of jax's default device. See ``on``.
+        devices: that a batch is split over, where these are CPUs.
 
     Raises:
         TypeError: ``config`` is not a ``ResNetConfig``, ``dtype`` is not a floating dtype, or
@@ -73,6 +74,7 @@ class Model:
     zero_init_residual: bool = False
     convolution: Convolution = conv
     platform: str | None = None
+    devices: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, ResNetConfig):
@@ -105,7 +107,11 @@ class Model:
         """
         platform = mesh.devices.flat[0].platform
         # Equal programs stay equal: most meshes are of the devices that jax takes by itself.
-        return replace(self, platform=None if platform == platform_at_hand() else platform)
+        return replace(
+            self,
+            platform=None if platform == platform_at_hand() else platform,
+            devices=mesh.devices.size if platform == "cpu" else 1,
+        )
 
     @property
     def is_for_cpu(self) -> bool:
@@ -233,7 +239,7 @@ class Model:
         if segments:
             _check_input(segments[0], self.config, images.shape)
         network = Network(self.dtype, self.convolution, self.config)
-        with for_platform(self.platform):
+        with for_platform(self.platform, self.devices):
             if norm == "running":
                 output: Any = network.apply(variables, images, norm, segments, noise, remat)
                 return output, variables["batch_stats"]

@@ -244,3 +244,82 @@ def test_mixed_and_integer_dtypes_are_refused(image, kernel):
     x, w = jnp.ones((1, 4, 4, 1), image), jnp.ones((3, 3, 1, 1), kernel)
     with pytest.raises(TypeError, match=f"got {image} and {kernel}"):
         conv(x, w)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    ("image", "kernel", "stride", "padding"),
+    [
+        ((8, 9, 7, 3), (7, 7, 3, 4), 2, ((3, 3), (3, 3))),
+        ((4, 6, 5, 4), (3, 3, 4, 2), 1, ONE),
+        ((12, 6, 5, 2), (3, 3, 2, 3), 2, ONE),
+        ((4, 5, 6, 2), (3, 2, 2, 3), 1, ((2, 0), (0, 1))),
+    ],
+)
+def test_equals_lax_where_it_is_summed_over_rows(
+    image, kernel, stride, padding, devices, monkeypatch
+):
+    monkeypatch.setattr(layers, "_LARGE", 1)
+    monkeypatch.setattr(layers, "has_wide_registers", lambda: False)
+    how = {"strides": (stride, stride), "padding": padding}
+    static = ((stride, stride), padding, 1)
+    assert layers.images_at_a_time(image, kernel, *static, devices)
+
+    def by_rows(x, w, **how):
+        with for_platform(None, devices):
+            return conv(x, w, **how)
+
+    with jax.enable_x64(True):
+        x, w = arrays(image, kernel)
+        assert_equals_lax(by_rows, x, w, **how)
+        jacobians = [
+            jax.jit(jax.jacfwd(lambda w, f=f: f(x, w, **how).sum(-1)))(w)
+            for f in (by_rows, lax_conv)
+        ]
+        assert_same(*([each] for each in jacobians), 1e-12)
+        # Not linear in what it differentiates, so that second derivatives are not zero.
+        hessians = [
+            jax.jit(
+                jax.jvp,
+                static_argnums=0,
+            )(jax.grad(lambda w, f=f: (f(jnp.sin(x * w.sum()), w, **how) ** 3).sum()), (w,), (w,))
+            for f in (by_rows, lax_conv)
+        ]
+        assert_same(*hessians, 1e-10)
+        batched = [
+            jax.jit(jax.vmap(jax.grad(lambda w, x, f=f: (f(x, w, **how) ** 2).sum()), (None, 0)))(
+                w, jnp.stack([x, 2 * x])
+            )
+            for f in (by_rows, lax_conv)
+        ]
+        assert_same(*([each] for each in batched), 1e-12)
+
+
+def test_only_large_convolutions_of_a_whole_share_are_summed_over_rows(monkeypatch):
+    image, kernel, one = (32, 32, 32, 64), (3, 3, 64, 64), ((1, 1), ONE)
+    chosen = layers.images_at_a_time
+    monkeypatch.setattr(layers, "has_wide_registers", lambda: True)
+    assert chosen(image, kernel, *one, 1) == 0
+    monkeypatch.setattr(layers, "has_wide_registers", lambda: False)
+    assert chosen(image, kernel, *one, 1) == 2
+    assert chosen((33, *image[1:]), kernel, *one, 1) == 1
+    assert chosen(image, kernel, *one, 1, 2) == 2
+    # Three devices do not share 32 images evenly; one of 32 devices has too little to do.
+    assert [chosen(image, kernel, *one, 1, devices) for devices in (3, 32)] == [0, 0]
+    assert chosen(image, (1, 1, 64, 4096), (1, 1), NONE, 1) == 0
+    assert chosen((32, 8, 8, 64), kernel, *one, 1) == 0
+    assert chosen((32, 32, 32, 128), kernel, *one, 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "wide"),
+    [
+        ("fpu sse2 avx2 avx512f", True),
+        ("fpu sse2 avx2", False),
+        # Arm, where nothing of the kind was measured.
+        ("asimd sve2", True),
+    ],
+)
+def test_the_processor_is_looked_up(flags, wide, monkeypatch):
+    monkeypatch.setattr(layers.Path, "read_text", lambda self, **how: f"flags\t: {flags}\n")
+    assert layers.has_wide_registers.__wrapped__() is wide

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from flaxtransfer.cli import run
+from flaxtransfer.models import layers
 from flaxtransfer.models.model import Model
 from flaxtransfer.models.registry import costs, resnet
 from flaxtransfer.recipes import feature_extraction, full_fine_tuning, solved_head
@@ -54,6 +55,17 @@ def test_arithmetic_and_memory_follow_what_moves(model):
     batch = BATCH * (SIZE * SIZE * 3 + 4)
     moments = 2 * size(variables["params"])
     assert everything.arguments == pytest.approx(size(variables) + moments + batch, rel=0.01)
+
+
+def test_a_loop_counts_as_often_as_it_turns(model, monkeypatch):
+    """Convolutions that are loops on some processors: the arithmetic is what it is on others."""
+    monkeypatch.setattr(layers, "has_wide_registers", lambda: True)
+    without = cost_of(model, full_fine_tuning)
+    monkeypatch.setattr(layers, "_LARGE", 1)
+    monkeypatch.setattr(layers, "has_wide_registers", lambda: False)
+    loops = cost_of(model, full_fine_tuning)
+    assert loops.temporary != without.temporary, "the programs are the same"
+    assert loops.flops == without.flops
 
 
 def test_devices_that_need_not_be_here_decide_the_route(model):
