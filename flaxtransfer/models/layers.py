@@ -329,6 +329,10 @@ _SMALL_MAP = 16
 """Output positions up to which the sum over taps was faster in all three passes together
 (3x3, 256 to 512 channels, batch 32)."""
 
+_SMALL_DEEP_MAP, _DEEP = 49, 256
+"""Output positions up to which it was faster with at least so many channels (in whole networks at
+224 px, batch 8 and 32)."""
+
 _LARGE = 10**8
 """Multiplications on a device below which a loop over images is not worth its turns."""
 
@@ -416,7 +420,8 @@ def by_taps(
     if min(kernel[2:]) < _NARROW:
         return False
     height, width = _out_size(image, kernel, strides, padding)
-    return tuple(kernel[:2]) == (1, 1) or height * width <= _SMALL_MAP
+    small = _SMALL_DEEP_MAP if min(kernel[2:]) >= _DEEP else _SMALL_MAP
+    return tuple(kernel[:2]) == (1, 1) or height * width <= small
 
 
 def images_at_a_time(

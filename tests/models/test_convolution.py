@@ -71,8 +71,10 @@ ROUTES = [
     ((4, 4, 4, 256), (3, 3, 256, 512), 2, ONE, 1, True),
     ((4, 2, 2, 512), (3, 3, 512, 512), 1, ONE, 1, True),
     ((4, 16, 16, 128), (3, 3, 4, 128), 1, ONE, 32, True),
-    # Next to a limit: 20 positions instead of 16, 15 channels instead of 16.
-    ((4, 4, 5, 256), (3, 3, 256, 256), 1, ONE, 1, False),
+    ((4, 7, 7, 256), (3, 3, 256, 512), 1, ONE, 1, True),
+    # Next to a limit: 20 positions instead of 16, 56 instead of 49, 15 channels instead of 16.
+    ((4, 4, 5, 255), (3, 3, 255, 256), 1, ONE, 1, False),
+    ((4, 7, 8, 256), (3, 3, 256, 256), 1, ONE, 1, False),
     ((4, 4, 4, 15), (3, 3, 15, 16), 1, ONE, 1, False),
     ((4, 8, 8, 16), (1, 1, 16, 15), 1, NONE, 1, False),
 ]
