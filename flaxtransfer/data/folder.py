@@ -571,7 +571,8 @@ def unreadable_files(
             if decoder.frames is not None:
                 scans[file] = decoder.frames(root / file, file)
             if skip_corrupt:
-                read_picture(root / file, Asked(file, bands, min_side or 1))
+                for frame in range(scans.get(file, 1)):
+                    read_picture(root / file, Asked(file, bands, min_side or 1, frame))
         except MissingExtra:
             raise
         except ValueError as error:

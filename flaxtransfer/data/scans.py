@@ -273,6 +273,8 @@ _IMPORT = threading.Lock()
 _PICTURE_TAGS = """
     Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored
     PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit NumberOfFrames Modality
+    FloatPixelPaddingValue FloatPixelPaddingRangeLimit
+    DoubleFloatPixelPaddingValue DoubleFloatPixelPaddingRangeLimit
     RescaleSlope RescaleIntercept ModalityLUTSequence
     VOILUTSequence WindowCenter WindowWidth VOILUTFunction
     RedPaletteColorLookupTableDescriptor RedPaletteColorLookupTableData
@@ -305,9 +307,51 @@ def _pydicom(name: str) -> Any:
     return pydicom
 
 
-def _header(file: Any, name: str, tags: Sequence[str]) -> Any:
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+
+_MOST_META = 2**16
+"""Bytes of what stands before a data set, and says whether it is deflated."""
+
+
+@contextlib.contextmanager
+def _inflated(path: str | os.PathLike[str] | IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """A DICOM file at its start; a deflated data set is inflated, to a size that fits.
+
+    pydicom would inflate it to whatever size, and finds no picture in it.
+
+    Raises:
+        ImageError: deflated data that are damaged or too large.
+    """
+    with contextlib.ExitStack() as stack:
+        file = path if hasattr(path, "read") else stack.enter_context(open(path, "rb"))
+        file.seek(0)
+        head = file.read(_MOST_META)
+        file.seek(0)
+        # The first element says how long the meta information is.
+        known = head[132:140] == b"\x02\x00\x00\x00UL\x04\x00"
+        end = 144 + int.from_bytes(head[140:144], "little") if known else len(head)
+        if _DEFLATED not in head[:end]:
+            yield file
+            return
+        file.seek(end)
+        unzip = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = unzip.decompress(file.read(MOST_BYTES), MOST_BYTES)
+        except zlib.error as error:
+            raise ImageError(f"{name}: the DICOM file cannot be inflated ({error})") from error
+        if not unzip.eof:
+            raise ImageError(
+                f"{name}: a deflated DICOM file must be whole and inflate to at most "
+                f"{MOST_BYTES:,} bytes, got {len(data):,} and no end"
+            )
+        plain = _DEFLATED.removesuffix(b".99").ljust(len(_DEFLATED), b"\0")
+        yield io.BytesIO(head[:end].replace(_DEFLATED, plain) + data)
+
+
+def _header(file: IO[bytes], name: str, tags: Sequence[str]) -> Any:
     pydicom = _pydicom(name)
     try:
+        file.seek(0)
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(tags))
         for _ in header:  # Values are read when they are looked at.
             pass
@@ -337,11 +381,13 @@ def dicom_frames(path: str | os.PathLike[str], name: str) -> int:
     Raises:
         ImageError: no readable header, no picture, or more frames than the file has room for.
     """
-    header = _header(path, name, ("Modality", "Rows", "NumberOfFrames"))
+    with _inflated(path, name) as file:
+        header = _header(file, name, ("Modality", "Rows", "NumberOfFrames"))
+        size = file.seek(0, os.SEEK_END)
     _check_picture(header, name)
     frames = _number(header, "NumberOfFrames", 1)
     # In a compressed file 8 bytes stand before each frame.
-    if not 1 <= frames <= max(1, os.path.getsize(path) // 8):
+    if not 1 <= frames <= max(1, size // 8):
         got = f"{frames:,}" if frames > 0 else "none"
         raise ImageError(
             f"{name}: NumberOfFrames must be 1 or more and fit into the file, got {got}"
@@ -357,7 +403,8 @@ def dicom_group(path: str | os.PathLike[str], name: str) -> str:
     Raises:
         ImageError: no readable header.
     """
-    header = _header(path, name, ("PatientID", "StudyInstanceUID"))
+    with _inflated(path, name) as file:
+        header = _header(file, name, ("PatientID", "StudyInstanceUID"))
     whose = str(header.get("PatientID") or "") or str(header.get("StudyInstanceUID") or "")
     return hashlib.sha256(whose.encode(errors="replace")).hexdigest()[:16] if whose else ""
 
@@ -372,7 +419,12 @@ def read_dicom(file: IO[bytes], asked: Asked) -> Picture | None:
     References:
         DICOM Standard, PS3.3, C.11.1 and C.11.2: the modality and VOI look-up tables.
     """
-    header = _header(file, asked.name, _PICTURE_TAGS.split())
+    with _inflated(file, asked.name) as plain:
+        header = _header(plain, asked.name, _PICTURE_TAGS.split())
+        return _checked_picture(plain, header, asked)
+
+
+def _checked_picture(file: IO[bytes], header: Any, asked: Asked) -> Picture | None:
     try:
         return _dicom_picture(file, header, asked)
     except ImageError:
@@ -412,14 +464,16 @@ def _dicom_picture(file: IO[bytes], header: Any, asked: Asked) -> Picture | None
         return Picture(_colors(pixels, asked), whole_range if pixels.dtype == np.uint16 else None)
     _bands_of(1, asked)
     inverted = color == "MONOCHROME1"
+    missing = _padding(header, pixels)
     if plain:
-        pixels = np.minimum(pixels, 255).astype(np.uint8)  # 8 bits may be stored in 16.
-        return Picture(255 - pixels if inverted else pixels)
+        shown = np.minimum(pixels, 255).astype(np.uint8)  # 8 bits may be stored in 16.
+        shown = 255 - shown if inverted else shown
+        return Picture(shown if missing is None else np.where(missing, np.uint8(0), shown))
     values = processing.apply_modality_lut(pixels, part)
     # Machines read either order of bytes; 8 bits that are no final pixels are numbers, too.
     values = values.astype(values.dtype.newbyteorder("=") if values.itemsize > 1 else np.int16)
-    if header.get("PixelPaddingValue") is not None:
-        values = np.where(_padding(header, pixels), np.nan, values)
+    if missing is not None:
+        values = np.where(missing, np.nan, values)
     if values.dtype == np.float64 and bits <= 16:
         values = values.astype(np.float32)
     return Picture(values, window, window is not None, inverted)
@@ -445,10 +499,13 @@ def _rescale(part: Any) -> tuple[float, float]:
     return (float(slope), float(intercept)) if given else (1.0, 0.0)
 
 
-def _padding(header: Any, pixels: np.ndarray) -> np.ndarray:
-    """Where stored values are padding."""
-    ends = [header.PixelPaddingValue, header.get("PixelPaddingRangeLimit")]
-    low, high = sorted(int(ends[0] if each is None else each) for each in ends)
+def _padding(header: Any, pixels: np.ndarray) -> np.ndarray | None:
+    """Where stored values are padding; None for a file that does not say."""
+    kind = {"f4": "Float", "f8": "DoubleFloat"}.get(pixels.dtype.str[1:], "")
+    first, last = (header.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
+    if first is None:
+        return None
+    low, high = sorted(float(first if each is None else each) for each in (first, last))
     return np.asarray((pixels >= low) & (pixels <= high))
 
 
@@ -457,14 +514,21 @@ def _window(part: Any) -> Callable[[np.ndarray], np.ndarray] | None:
     if part.get("VOILUTSequence"):
         item = part.VOILUTSequence[0]
         count, first, depth = (int(each) for each in item.LUTDescriptor)
+        count = count or 2**16
         data, order = item.LUTData, "<u2" if part.original_encoding[1] else ">u2"
+        if depth == 8 and len(data) < 2 * count:
+            order = "u1"
         entries = np.frombuffer(data, order) if isinstance(data, bytes) else np.asarray(data)
-        table = between(entries[: count or 2**16].astype(np.float64), 0, 2**depth - 1)
-        last = len(table) - 1
-        return lambda x: table[np.clip(np.nan_to_num(x).astype(int) - first, 0, last)]
+        if len(entries) < count:
+            raise ValueError(f"its VOI table states {count} entries and has {len(entries)}")
+        table = between(entries[:count].astype(np.float64), 0, 2**depth - 1)
+        places = lambda x: np.floor(np.nan_to_num(x.astype(np.float64)) - first)
+        return lambda x: table[np.clip(places(x), 0, count - 1).astype(int)]
     try:
         center, width = (_first(part[tag].value) for tag in ("WindowCenter", "WindowWidth"))
     except (KeyError, TypeError, ValueError, IndexError):
+        return None
+    if not (math.isfinite(center) and math.isfinite(width)):
         return None
     kind = str(part.get("VOILUTFunction") or "LINEAR").upper()
     if kind == "SIGMOID" and width > 0:

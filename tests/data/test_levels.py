@@ -205,6 +205,17 @@ def test_frames_are_examples_of_one_group(tmp_path):
     assert getattr(plain, "groups", lambda: None)() is None
 
 
+def test_skip_corrupt_looks_at_every_frame(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("a/1", "b/1", "b/2"):
+        values = random.integers(0, 4096, (3, 8, 8)).astype(np.uint16)
+        # The file has 3 frames, and of the last one says that there are 5.
+        write_dicom(tmp_path / name, values, **({"NumberOfFrames": 5} if name == "b/2" else {}))
+    source = open_source(f"folder:{tmp_path}", skip_corrupt=True)
+    assert len(source) == 6
+    assert [each.partition(":")[0] for each in source.skipped] == ["b/2"]
+
+
 def test_loaders_warn_where_nothing_says_what_is_black(tmp_path):
     source = folder_of(tmp_path, ramps(4095), png)
     splits = ft.data.Splits.of([0, 1, 2], [3])

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -119,6 +120,75 @@ def test_a_table_is_preferred_to_a_window(tmp_path):
     np.testing.assert_allclose(shown(path), wanted, atol=0.5001)
 
 
+@pytest.mark.parametrize(("depth", "entry"), [(16, "<u2"), (8, "u1")])
+def test_a_table_of_values_between_whole_numbers(tmp_path, depth, entry):
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    entries = np.arange(256) ** 2 >> (16 - depth)
+    table.LUTDescriptor = [256, -100, depth]
+    table.LUTData = entries.astype(entry).tobytes()
+    tags = {"VOILUTSequence": [table], "RescaleSlope": "0.25", "RescaleIntercept": "-0.5"}
+    values = np.arange(-500, 700, dtype=np.int16).reshape(30, 40)
+    path = write_dicom(tmp_path / "x", values, **tags)
+    # As pydicom, whose reader of tables takes no bytes: the entry at or below the value.
+    places = np.clip(np.floor(values * 0.25 - 0.5 + 100), 0, 255).astype(int)
+    np.testing.assert_allclose(shown(path), entries[places] * 255 / (2**depth - 1), atol=0.5001)
+    if depth == 16:
+        peer = apply_voi_lut(apply_modality_lut(values, dcmread(path)), dcmread(path))
+        np.testing.assert_array_equal(peer, entries[places])
+
+
+def test_a_table_that_is_shorter_than_it_says_is_named(tmp_path):
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [256, 0, 16], bytes(20)
+    path = write_dicom(tmp_path / "x", TWELVE, bits=12, VOILUTSequence=[table])
+    with pytest.raises(ImageError, match="VOI table states 256 entries and has 10"):
+        shown(path)
+
+
+@pytest.mark.parametrize("window", [("nan", "100"), ("100", "inf"), ("100", "0"), ("100", "-5")])
+def test_a_window_without_meaning_is_none(tmp_path, window):
+    tags = dict(zip(("WindowCenter", "WindowWidth"), window, strict=True))
+    with pytest.warns(UserWarning) if "inf" in window or "nan" in window else nullcontext():
+        path = write_dicom(tmp_path / "x", TWELVE, bits=12, **tags)
+    assert not read_picture(path, Asked("x", bands=1)).window
+
+
+def deflated(path):
+    """The bytes of a DICOM file with its data set deflated, as pydicom writes it."""
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    data, file = dcmread(path), io.BytesIO()
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data.save_as(file)
+    return file.getvalue()
+
+
+def test_a_deflated_file_is_the_same_picture(tmp_path):
+    stack = np.stack([TWELVE, TWELVE[::-1], TWELVE // 2])
+    path = write_dicom(tmp_path / "x", stack, bits=12, patient="P1")
+    packed = tmp_path / "y"
+    packed.write_bytes(deflated(path))
+    assert count_frames(packed, name="y") == 3
+    assert dicom_group(packed, "y") == dicom_group(path, "x")
+    for frame in range(3):
+        values = read_picture(packed, Asked("y", bands=1, frame=frame)).values[..., 0]
+        np.testing.assert_array_equal(values, stack[frame])
+
+
+def test_a_deflated_file_is_inflated_to_a_size_that_fits(tmp_path, monkeypatch):
+    data = deflated(write_dicom(tmp_path / "x", TWELVE, bits=12))
+    for broken in (data[:-20], data[:500] + b"\xff" * 60):
+        with pytest.raises(ImageError, match="x: (a deflated DICOM|the DICOM file cannot be infl)"):
+            decode(broken, name="x")
+    monkeypatch.setattr(scans, "MOST_BYTES", 100)
+    with pytest.raises(ImageError, match="inflate to at most 100 bytes, got 100 and no end"):
+        decode(data, name="x")
+
+
 @pytest.mark.parametrize("levels", [None, Levels((0,), (4000,))])
 def test_monochrome1_is_monochrome2_inverted(tmp_path, levels):
     window = {"WindowCenter": "2000", "WindowWidth": "3001"}
@@ -154,6 +224,26 @@ def test_levels_are_in_units_of_the_modality_and_padding_is_black(tmp_path):
     path = write_dicom(tmp_path / "x", values, PhotometricInterpretation="MONOCHROME1", **tags)
     # 2 x - 1000: -1000, -600, -200, 1000; white is the lowest.
     assert shown(path, levels=Levels((-1000,), (1000,))).tolist() == [[0, 255, 204, 153, 0]]
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_in_eight_bits_too(tmp_path, kind):
+    values = np.array([[255, 0, 100, 101]], np.uint8)
+    tags = {"PhotometricInterpretation": kind, "PixelPaddingValue": 100}
+    path = write_dicom(tmp_path / "x", values, PixelPaddingRangeLimit=101, **tags)
+    assert shown(path).tolist() == [[0, 255, 0, 0] if kind == "MONOCHROME1" else [255, 0, 0, 0]]
+
+
+def test_padding_of_floats_is_no_measurement(tmp_path):
+    values = np.array([[1.5, -999, 4]], np.float32)
+    path = write_dicom(tmp_path / "x", values)
+    data = dcmread(path)
+    data.FloatPixelData, data.FloatPixelPaddingValue = data.PixelData, -999.0
+    del data.PixelData, data.BitsStored, data.HighBit, data.PixelRepresentation
+    data.save_as(path)
+    np.testing.assert_array_equal(
+        read_picture(path, Asked("x", bands=1)).values[..., 0], [[1.5, np.nan, 4]]
+    )
 
 
 def test_the_frames_of_a_file_are_examples(tmp_path):
