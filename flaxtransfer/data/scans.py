@@ -323,7 +323,10 @@ def _inflated(path: str | os.PathLike[str] | IO[bytes], name: str) -> Iterator[I
         ImageError: deflated data that are damaged or too large.
     """
     with contextlib.ExitStack() as stack:
-        file = path if hasattr(path, "read") else stack.enter_context(open(path, "rb"))
+        if isinstance(path, str | os.PathLike):
+            file: IO[bytes] = stack.enter_context(open(path, "rb"))
+        else:
+            file = path
         file.seek(0)
         head = file.read(_MOST_META)
         file.seek(0)
@@ -522,8 +525,7 @@ def _window(part: Any) -> Callable[[np.ndarray], np.ndarray] | None:
         if len(entries) < count:
             raise ValueError(f"its VOI table states {count} entries and has {len(entries)}")
         table = between(entries[:count].astype(np.float64), 0, 2**depth - 1)
-        places = lambda x: np.floor(np.nan_to_num(x.astype(np.float64)) - first)
-        return lambda x: table[np.clip(places(x), 0, count - 1).astype(int)]
+        return functools.partial(_looked_up, table=table, first=first)
     try:
         center, width = (_first(part[tag].value) for tag in ("WindowCenter", "WindowWidth"))
     except (KeyError, TypeError, ValueError, IndexError):
@@ -542,6 +544,13 @@ def _window(part: Any) -> Callable[[np.ndarray], np.ndarray] | None:
     if not span:
         return lambda x: np.where(x > low, 255, 0).astype(np.uint8)
     return lambda x: between(x, low, low + span)
+
+
+def _looked_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
+    """The entry at or below each value, of a table that starts with that of ``first``."""
+    places = np.floor(np.nan_to_num(values.astype(np.float64)) - first)
+    found: np.ndarray = table[np.clip(places, 0, len(table) - 1).astype(int)]
+    return found
 
 
 def _first(value: Any) -> float:
@@ -760,15 +769,21 @@ def _tiff_picture(tiff: Any, asked: Asked) -> Picture:
         raise ImageError(f"{asked.name}: {first.dtype or 'unknown'} pixels are not supported")
     if len({(page.imagewidth, page.imagelength) for page in pages}) > 1:
         raise ImageError(f"{asked.name}: its {len(pages)} pages differ in size")
+    _check_colors(first, asked)
     values = np.concatenate([_samples(page) for page in pages], axis=2)
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     elif first.bitspersample < 8:
         values = values.astype(np.int16)
     missing = _missing(first, masks, values)
+    if first.photometric == _PALETTE and asked.bands in (1, 3):
+        return _palette_picture(first, values[..., 0], missing, asked)
     items = _items(first)
     values, changed = _rescaled(values, items)
     own = None
+    inverted = first.photometric == 0
+    if inverted and values.dtype == np.uint8:
+        values, inverted = 255 - values, False
     if values.dtype == np.uint8:
         values = np.where(missing, np.uint8(0), values) if missing is not None else values
     elif missing is not None:
@@ -776,15 +791,37 @@ def _tiff_picture(tiff: Any, asked: Asked) -> Picture:
         values = np.where(missing, np.nan, values.astype(exact))
     if values.dtype == np.uint16 and not changed:
         own = whole_range
-    inverted = first.photometric == 0
-    if inverted and values.dtype == np.uint8:
-        values, inverted = 255 - values, False
     turned = _upright(values, first.tags.valueof(274, 1))
     names = _named(items, "DESCRIPTION", values.shape[2])
     nm = _wavelengths(items, values.shape[2])
     if asked.bands == 1 and values.shape[2] == 3:
         names, nm = (), ()
     return Picture(_colors(turned, asked), own, False, inverted, names, nm)
+
+
+_PALETTE, _YCBCR = 3, 6
+_LAB = {8: "CIELAB", 9: "ICCLAB", 10: "ITULAB", 32845: "LogLuv"}
+"""Codes of what the samples of a TIFF are, other than gray, RGB or bands."""
+
+
+def _check_colors(first: Any, asked: Asked) -> None:
+    """Refuses colors that neither are RGB nor become so when they are decoded."""
+    kind = _LAB.get(first.photometric)
+    if first.photometric == _YCBCR and first.compression not in (6, 7):  # JPEG
+        kind = "YCbCr"
+    if kind and asked.bands in (1, 3):
+        raise ImageError(f"{asked.name}: its colors must be RGB or gray, got {kind}; convert it")
+
+
+def _palette_picture(
+    first: Any, index: np.ndarray, missing: np.ndarray | None, asked: Asked
+) -> Picture:
+    """The colors of a palette, of which the upper 8 bits are taken, as Pillow does."""
+    pixels = np.moveaxis((first.colormap >> 8).astype(np.uint8)[:, index], 0, 2)
+    if missing is not None:
+        pixels = np.where(missing, np.uint8(0), pixels)
+    turned = _upright(pixels, first.tags.valueof(274, 1))
+    return Picture(_colors(turned, asked))
 
 
 def whole_range(values: np.ndarray) -> np.ndarray:
@@ -827,9 +864,12 @@ def _missing(first: Any, masks: Sequence[Any], values: np.ndarray) -> np.ndarray
     found = np.zeros(values.shape, bool)
     with contextlib.suppress(ValueError, OverflowError):
         nodata = float(str(first.tags.valueof(_NODATA, "nan")).strip(" \0") or "nan")
-        if math.isfinite(nodata):
-            # A float32 holds the nearest number to what the text says.
-            found |= values == (values.dtype.type(nodata) if values.dtype.kind == "f" else nodata)
+        if values.dtype.kind == "f":
+            # A float32 holds the nearest number to what the text says, or infinity.
+            with np.errstate(over="ignore"):
+                found |= values == values.dtype.type(nodata)
+        elif math.isfinite(nodata):
+            found |= values == nodata
     for mask in masks:
         if (mask.imagelength, mask.imagewidth) == values.shape[:2]:
             found |= _samples(mask)[..., :1] == 0
@@ -848,14 +888,19 @@ def _items(first: Any) -> list[Any]:
         return []
 
 
-def _named(items: Sequence[Any], name: str, bands: int) -> tuple[str, ...]:
-    """The entries of this name, one for each band; () unless there is one for each."""
+def _texts(items: Sequence[Any], name: str, bands: int) -> tuple[str, ...]:
+    """The entry of this name of each band; "" for a band without one."""
     found = {
         each.get("sample"): (each.text or "").strip()
         for each in items
         if (each.get("name") or "").upper() == name and each.get("sample") is not None
     }
-    texts = tuple(found.get(str(band), "") for band in range(bands))
+    return tuple(found.get(str(band), "") for band in range(bands))
+
+
+def _named(items: Sequence[Any], name: str, bands: int) -> tuple[str, ...]:
+    """The entries of this name, one for each band; () unless there is one for each."""
+    texts = _texts(items, name, bands)
     return texts if all(texts) and (name != "DESCRIPTION" or len(set(texts)) == bands) else ()
 
 
@@ -877,11 +922,14 @@ def _rescaled(values: np.ndarray, items: Sequence[Any]) -> tuple[np.ndarray, boo
     """Values in the unit of the file: times scale, plus offset."""
     bands = values.shape[2]
     try:
-        scale = [float(text) for text in _named(items, "SCALE", bands)] or [1.0] * bands
-        offset = [float(text) for text in _named(items, "OFFSET", bands)] or [0.0] * bands
+        # GDAL leaves out what is 1 or 0.
+        scale = [float(text or 1) for text in _texts(items, "SCALE", bands)]
+        offset = [float(text or 0) for text in _texts(items, "OFFSET", bands)]
     except ValueError:
         return values, False
-    if not (set(scale) | {1.0} != {1.0} or any(offset)):
+    if not all(map(math.isfinite, (*scale, *offset))) or not all(scale):
+        return values, False
+    if set(scale) == {1.0} and not any(offset):
         return values, False
     return (values * np.array(scale) + np.array(offset)).astype(np.float32), True
 

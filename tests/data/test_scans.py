@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
-from contextlib import nullcontext
+import warnings
 
 import numpy as np
 import pytest
@@ -152,7 +152,8 @@ def test_a_table_that_is_shorter_than_it_says_is_named(tmp_path):
 @pytest.mark.parametrize("window", [("nan", "100"), ("100", "inf"), ("100", "0"), ("100", "-5")])
 def test_a_window_without_meaning_is_none(tmp_path, window):
     tags = dict(zip(("WindowCenter", "WindowWidth"), window, strict=True))
-    with pytest.warns(UserWarning) if "inf" in window or "nan" in window else nullcontext():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of numbers that DICOM cannot hold
         path = write_dicom(tmp_path / "x", TWELVE, bits=12, **tags)
     assert not read_picture(path, Asked("x", bands=1)).window
 
@@ -182,7 +183,7 @@ def test_a_deflated_file_is_the_same_picture(tmp_path):
 def test_a_deflated_file_is_inflated_to_a_size_that_fits(tmp_path, monkeypatch):
     data = deflated(write_dicom(tmp_path / "x", TWELVE, bits=12))
     for broken in (data[:-20], data[:500] + b"\xff" * 60):
-        with pytest.raises(ImageError, match="x: (a deflated DICOM|the DICOM file cannot be infl)"):
+        with pytest.raises(ImageError, match=r"x: (a deflated|the) DICOM file"):
             decode(broken, name="x")
     monkeypatch.setattr(scans, "MOST_BYTES", 100)
     with pytest.raises(ImageError, match="inflate to at most 100 bytes, got 100 and no end"):
@@ -430,6 +431,40 @@ def test_missing_pixels_are_black_and_no_measurement(dtype, nodata):
     assert pixels[0, 0, 0] == pixels[1, 2, 1] == 0
 
 
+@pytest.mark.parametrize("nodata", ["inf", "-inf", "1e40"])
+def test_infinity_may_be_nodata(nodata):
+    with np.errstate(over="ignore"):
+        values = np.array([[np.float32(float(nodata)), 3]], np.float32)
+    values = read_picture(geotiff(values, nodata=nodata), Asked("x", 1)).values
+    np.testing.assert_array_equal(values[..., 0], [[np.nan, 3]])
+
+
+def test_missing_pixels_are_black_where_zero_is_white():
+    for dtype in (np.uint8, np.uint16):
+        data = geotiff(np.array([[7, 0, 200]], dtype), nodata=7, photometric="miniswhite")
+        found = decode_bands(data, name="x", bands=1, levels=Levels((0,), (255,)))
+        assert found.ravel().tolist() == [0, 255, 55]
+
+
+def test_a_palette_with_nodata_is_looked_up():
+    # Land cover, as GDAL writes it; Pillow is the peer, which does not know of nodata.
+    index = np.array([[0, 1, 2, 255]], np.uint8)
+    colors = RNG.integers(0, 256, (3, 256)).astype(np.uint16) * 257
+    options = {"photometric": "palette", "colormap": colors}
+    wanted = np.array(Image.open(io.BytesIO(geotiff(index, **options))).convert("RGB"))
+    wanted[0, 1] = 0
+    data = geotiff(index, nodata=1, **options)
+    np.testing.assert_array_equal(decode(data, name="x"), wanted)
+    assert read_picture(data, Asked("x", measured=True)) is None
+
+
+@pytest.mark.parametrize("kind", ["cielab", "ycbcr"])
+def test_other_colors_are_named_and_not_taken_for_rgb(kind):
+    data = geotiff(RNG.integers(0, 4096, (5, 4, 3), dtype=np.uint16), photometric=kind)
+    with pytest.raises(ImageError, match=f"(?i)x: its colors must be RGB or gray, got {kind}"):
+        decode(data, name="x")
+
+
 def test_scale_offset_names_and_wavelengths_are_those_of_the_file():
     # As GDAL writes them: SCALE and OFFSET, DESCRIPTION, CENTRAL_WAVELENGTH_UM in micrometers.
     items = band_items("SCALE", [0.5, 2]) + band_items("OFFSET", [-1, 0])
@@ -439,6 +474,17 @@ def test_scale_offset_names_and_wavelengths_are_those_of_the_file():
     picture = read_picture(geotiff(values, items=items, planarconfig="contig"), Asked("x", 2))
     np.testing.assert_array_equal(picture.values, [[[1, 20], [-1, 2]]])
     assert (picture.names, picture.wavelengths) == (("B2", "B8A"), (490, 865))
+
+
+def test_a_band_without_scale_has_scale_one():
+    # GDAL writes no entry for a scale of 1 and an offset of 0.
+    items = '<Item name="SCALE" sample="0" role="scale">0.5</Item>'
+    items += '<Item name="OFFSET" sample="1" role="offset">10</Item>'
+    values = np.array([[[4, 10, 7], [0, 1, 9]]], np.uint16)
+    data = geotiff(values, items=items, planarconfig="contig", photometric="rgb")
+    np.testing.assert_array_equal(
+        read_picture(data, Asked("x")).values, values * [0.5, 1, 1] + [0, 10, 0]
+    )
 
 
 def test_entities_are_not_unfolded():
@@ -523,6 +569,18 @@ def test_dark_colors_of_16_bits_that_pillow_cuts_off_are_named():
     with pytest.raises(ImageError, match="x: its 16-bit colors are all below 4096"):
         decode(imagecodecs.png_encode(dark), name="x")
     assert np.unique(decode(imagecodecs.png_encode(bright), name="x")).tolist() == [156]
+
+
+@pytest.mark.parametrize(("bands", "asked"), [(3, 3), (4, 4), (4, 3), (2, 1)])
+def test_dark_measurements_beside_an_alpha_are_named_too(bands, asked):
+    import imagecodecs
+
+    dark = np.full((4, 5, bands), 4000, np.uint16)
+    if bands != 3:
+        dark[..., -1] = 65535
+        dark[0, :, -1] = 0  # Composed over white, these pixels are bright.
+    with pytest.raises(ImageError, match="x: its 16-bit colors are all below 4096"):
+        decode_bands(imagecodecs.png_encode(dark), name="x", bands=asked)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
