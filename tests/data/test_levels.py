@@ -111,7 +111,7 @@ def test_bands_that_differ_between_files_are_refused(tmp_path):
 
 
 def test_a_geotiff_with_other_bands_than_its_neighbors_is_named(tmp_path):
-    shapes = iter([2, 2, 3, 2])
+    shapes = iter([2, 2, 3, 4])
     folder_of(
         tmp_path,
         ramps(3000),
@@ -120,7 +120,11 @@ def test_a_geotiff_with_other_bands_than_its_neighbors_is_named(tmp_path):
         ),
     )
     source = open_source(f"folder:{tmp_path}", bands=2)
-    with pytest.raises(ValueError, match=r"a/2: 2 bands were asked for and the file holds 3"):
+    one = r"a/2: 2 bands were asked for and the file holds 3"
+    with pytest.raises(ValueError, match=rf"^[^ ]*{one}"):
+        measure_levels(source, np.arange(3))
+    both = rf"^2 of 4 images cannot be used: .*{one}.*, .*[ab]/\d+: 2 bands .* the file holds 4"
+    with pytest.raises(ValueError, match=both):
         measure_levels(source, np.arange(4))
 
 
