@@ -772,7 +772,7 @@ def _tiff_picture(tiff: Any, asked: Asked) -> Picture:
     _check_colors(first, asked)
     values = np.concatenate([_samples(page) for page in pages], axis=2)
     if values.dtype == bool:
-        values = values.astype(np.uint8) * 255
+        values = values.astype(np.uint8) * (1 if first.photometric == _PALETTE else 255)
     elif first.bitspersample < 8:
         values = values.astype(np.int16)
     missing = _missing(first, masks, values)

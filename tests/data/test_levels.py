@@ -209,7 +209,7 @@ def test_frames_are_examples_of_one_group(tmp_path):
     assert getattr(plain, "groups", lambda: None)() is None
 
 
-def test_skip_corrupt_looks_at_every_frame(tmp_path):
+def test_skip_corrupt_looks_at_the_last_frame_too(tmp_path):
     random = np.random.default_rng(0)
     for name in ("a/1", "b/1", "b/2"):
         values = random.integers(0, 4096, (3, 8, 8)).astype(np.uint16)

@@ -458,6 +458,17 @@ def test_a_palette_with_nodata_is_looked_up():
     assert read_picture(data, Asked("x", measured=True)) is None
 
 
+def test_a_palette_of_two_colors_is_looked_up(tmp_path):
+    colors = np.array([[9, 200], [8, 100], [7, 50]], np.uint16) * 257
+    tags = [(42113, 2, 0, "0", True), (320, 3, 6, colors.ravel().tolist(), True)]
+    index = np.array([[True, False, True]])
+    tifffile.imwrite(tmp_path / "x", index, photometric="minisblack", extratags=tags, metadata=None)
+    with tifffile.TiffFile(tmp_path / "x", mode="r+b") as file:
+        file.pages[0].tags[262].overwrite(3)
+    wanted = [[[200, 100, 50], [0, 0, 0], [200, 100, 50]]]
+    assert decode(tmp_path / "x", name="x").tolist() == wanted
+
+
 @pytest.mark.parametrize("kind", ["cielab", "ycbcr"])
 def test_other_colors_are_named_and_not_taken_for_rgb(kind):
     data = geotiff(RNG.integers(0, 4096, (5, 4, 3), dtype=np.uint16), photometric=kind)
