@@ -7,7 +7,7 @@
   has a ``DataLoader`` with two processes, as in its tutorials. The pixels of evaluation are
   compared first; those of training are drawn from the same distribution.
 - Small files: PNGs of 32 x 32 px, likewise.
-- Depth: the same picture as a PNG of 8 and of 16 bits.
+- Depth: the same picture of 8 and of 16 bits, as PNG, TIFF and DICOM (extras ``geo``, ``dicom``).
 - Listing: ``open_source`` and the first batch of a folder of 100,000 files against ``os.scandir``
   with a sorted list of its names.
 - Labels: a training step of one class per image against one of several labels.
@@ -218,19 +218,59 @@ def cpu_seconds() -> float:
 
 
 def depth(root: Path, options: DataPipeline) -> None:
-    """PNGs of 8 and 16 bits, decoded one after the other."""
+    """Pictures of 8 and 16 bits in each format, decoded one after the other."""
     from flaxtransfer.data import Levels, open_source, with_levels
 
     picture = photographs()[0][..., 1].astype(np.uint16)
     random = np.random.default_rng(0)
     # Twelve bits in sixteen, of which the last ones are noise, as in scans; and the upper eight.
     deep = (picture * 16 + random.integers(0, 16, picture.shape, np.uint16)).astype(np.uint16)
-    for name, values in (("8", (deep >> 4).astype(np.uint8)), ("16", deep)):
-        (root / name).mkdir()
-        Image.fromarray(values).save(root / name / "picture.png")
-    plain = open_source(f"folder:{root}", bands=1)
-    source = with_levels(plain, Levels((0.0,), (4095.0,)))
-    sizes = [(root / name).stat().st_size for name in source.files]
+    for number, (kind, write) in enumerate(DEPTHS.items()):
+        place = root / str(number)
+        for name, values in (("8", (deep >> 4).astype(np.uint8)), ("16", deep)):
+            (place / name).mkdir(parents=True)
+            write(place / name / "picture", values)
+        one_depth(
+            kind,
+            with_levels(open_source(f"folder:{place}", bands=1), Levels((0.0,), (4095.0,))),
+            options,
+        )
+
+
+def by_pillow(kind: str, **settings: str) -> Callable[[Path, np.ndarray], None]:
+    return lambda path, values: Image.fromarray(values).save(path, kind, **settings)
+
+
+def dicom(path: Path, values: np.ndarray) -> None:
+    """Writes a DICOM file without compression."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+    data, bits = Dataset(), 8 * values.itemsize
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data.PhotometricInterpretation, data.SamplesPerPixel = "MONOCHROME2", 1
+    data.Rows, data.Columns = values.shape
+    data.BitsAllocated = data.BitsStored = bits
+    data.HighBit, data.PixelRepresentation = bits - 1, 0
+    data.PixelData = values.tobytes()
+    data.save_as(path, enforce_file_format=True)
+
+
+DEPTHS: dict[str, Callable[[Path, np.ndarray], None]] = {
+    "PNG": by_pillow("PNG"),
+    "TIFF": by_pillow("TIFF"),
+    "TIFF, deflate": by_pillow("TIFF", compression="tiff_adobe_deflate"),
+    "TIFF, LZW": by_pillow("TIFF", compression="tiff_lzw"),
+    "DICOM": dicom,
+}
+
+
+def one_depth(kind: str, source: Any, options: DataPipeline) -> None:
+    """Prints the times of the two files of a format, and their ratio."""
+    sizes = [(source.root / name).stat().st_size for name in source.files]
 
     def turn(index: int) -> float:
         began = time.process_time()
@@ -246,7 +286,7 @@ def depth(root: Path, options: DataPipeline) -> None:
     eight, sixteen = np.median(seconds, axis=0)
     text = " and ".join(f"{size / 1e3:.0f} kB" for size in sizes)
     print(
-        f"| PNG of 8 and 16 bits ({text}) | {1e3 * eight:.2f} ms, {1e3 * sixteen:.2f} ms | "
+        f"| {kind} of 8 and 16 bits ({text}) | {1e3 * eight:.2f} ms, {1e3 * sixteen:.2f} ms | "
         f"{np.median(ratios):.2f} |",
         flush=True,
     )

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -345,21 +345,29 @@ def _color_picture(image: Image.Image, asked: Asked) -> Picture:
     if asked.min_side is not None:
         _draft(image, asked.min_side)
     image.load()
+    clear = image.info.get("transparency")
     image = _upright(image)
     if image.mode in _MEASURED:
-        return _measured(np.array(image)[..., None])
+        return _measured(np.array(image)[..., None], clear)
+    if deep:
+        _check_dark(image, asked.name)
     try:
         pixels = _converted(image, asked.bands)
     except ValueError as error:  # a mode that Pillow cannot convert
         raise ImageError(
             f"{asked.name}: {image.mode} pixels cannot be converted ({error})"
         ) from error
-    if deep and pixels.max() < 16:
-        raise ImageError(
-            f"{asked.name}: its 16-bit colors are all below 4096, and Pillow keeps the upper 8 "
-            "bits of each; save it as a TIFF and install the extra geo"
-        )
     return Picture(pixels)
+
+
+def _check_dark(image: Image.Image, name: str) -> None:
+    """Refuses measurements of 12 bits in 16, of which Pillow leaves 16 gray levels."""
+    ends = zip(image.getbands(), image.getextrema(), strict=False)
+    if all(isinstance(end, tuple) and end[1] < 16 for band, end in ends if band != "A"):
+        raise ImageError(
+            f"{name}: its 16-bit colors are all below 4096, and Pillow keeps the upper 8 bits of "
+            "each; save it as a TIFF and install the extra geo"
+        )
 
 
 def _deep_colors(image: Image.Image) -> bool:
@@ -372,9 +380,12 @@ def _deep_colors(image: Image.Image) -> bool:
     return bool(max(bits if isinstance(bits, tuple) else (bits,)) > 8)
 
 
-def _measured(values: np.ndarray) -> Picture:
+def _measured(values: np.ndarray, clear: Any = None) -> Picture:
+    """Measurements; the value that is transparent in a PNG, where GDAL puts nodata, is none."""
     sixteen = values.dtype.kind == "u" and values.dtype.itemsize == 2
     values = values.astype(np.uint16) if sixteen else values
+    if isinstance(clear, int) and (missing := values == clear).any():
+        return Picture(np.where(missing, np.float32(np.nan), values.astype(np.float32)))
     return Picture(values, whole_range if sixteen else None)
 
 
@@ -417,7 +428,11 @@ def _stacked_pages(image: Image.Image, name: str, bands: int) -> Picture:
     modes: list[str] = []
     for page in ImageSequence.Iterator(image):
         _check_size(page, name)
-        pages.append(_page_values(page, name))
+        deep = _deep_colors(page)
+        page.load()
+        if deep:
+            _check_dark(page, name)
+        pages.append(_page_values(_upright(page), name))
         modes.append(page.mode)
         if len(pages) > bands:  # already one too many
             break

@@ -571,7 +571,9 @@ def unreadable_files(
             if decoder.frames is not None:
                 scans[file] = decoder.frames(root / file, file)
             if skip_corrupt:
-                read_picture(root / file, Asked(file, bands, min_side or 1))
+                # Of several frames the last one, which a file that was cut off lacks, shows most.
+                for frame in {0, scans.get(file, 1) - 1}:
+                    read_picture(root / file, Asked(file, bands, min_side or 1, frame))
         except MissingExtra:
             raise
         except ValueError as error:

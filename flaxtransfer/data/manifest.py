@@ -11,6 +11,7 @@ import csv
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -112,8 +113,9 @@ def open_manifest(
     """Opens a table with one row per image.
 
     Labels that are text or whole numbers are classes, in natural order. Several labels in a cell
-    (``cat|dog``), or several columns of 0, 1 and empty cells, are ``multi_label``: float32
-    ``[examples, outputs]``, in which NaN is missing. Other numbers are values (``regression``).
+    (``cat|dog``), or several columns of 0, 1 and empty cells (or NaN), are ``multi_label``:
+    float32 ``[examples, outputs]``, in which NaN is missing. Other numbers are values
+    (``regression``).
 
     Of the images only names are looked up, and the first bytes where there are at most 2000.
 
@@ -425,8 +427,8 @@ def _read_csv(path: Path, choose: Callable[[list[str]], Used]) -> Table:
         lines = _lines(file)
         try:
             first = next(lines, "")
-            marks = [mark for mark in ",;\t" if mark in first]
-            mark = marks[0] if marks else ","
+            plain = re.sub('"[^"]*"', "", first)
+            mark = max(",;\t", key=plain.count)
             rows = csv.reader(_chained(first, lines), delimiter=mark, strict=True)
             names = [name.strip() for name in next(rows, [])]
             _check_names(names)
@@ -736,6 +738,9 @@ _WHOLE = re.compile(r"[+-]?\d+")
 def read_labels(table: Table, wanted: Columns, problems: list[str]) -> RowLabels:
     used = table.used.label
     columns = [table.cells[name] for name in used]
+    if len(used) > 1 or wanted.task == "regression" or any(map(_is_fraction, {*columns[0]})):
+        # Among numbers, what programs write for a missing value is an empty cell.
+        columns = [["" if _is_missing(cell) else cell for cell in column] for column in columns]
     ignored = np.array([[_same(cell, wanted.ignore) for cell in column] for column in columns]).T
     empty = np.array([[not cell for cell in column] for column in columns]).T & ~ignored
     nothing, keep = (empty | ignored).all(axis=1), ~(empty | ignored).all(axis=1)
@@ -762,10 +767,20 @@ def read_labels(table: Table, wanted: Columns, problems: list[str]) -> RowLabels
     if not values:
         problems.append("no row has a label")
         return blank_labels
+    if never := [name for name, there in zip(used, known.any(axis=0), strict=True) if not there]:
+        problems.append(f"columns without a label in any row: {named(never)}; leave them out")
     several = len(columns) > 1
     if task == "multi_label" and not several and not _are_flags(values):
         return _tags(columns[0], used[0], wanted.separator, blank_labels)
     if task == "single_label" and not several:
+        commas = {value for value in values if _DECIMAL_COMMA.fullmatch(value)}
+        if wanted.task is None and commas and all(map(_WHOLE.fullmatch, values - commas)):
+            where = [i for i in np.flatnonzero(keep).tolist() if columns[0][i] in commas]
+            problems.append(
+                "numbers must have a decimal point, got a comma in "
+                f"{table.rows(where, columns[0].__getitem__)}; task='single_label' takes them as "
+                "classes"
+            )
         return _classes(table, columns[0], values, blank_labels, problems)
     read = _number if task == "regression" else _flag
     numbers = np.full(known.shape, np.nan, np.float32)
@@ -792,7 +807,9 @@ def read_labels(table: Table, wanted: Columns, problems: list[str]) -> RowLabels
 def _task_of(values: set[str], columns: int, separator: str) -> str:
     """What labels are, by their values."""
     if columns > 1:
-        return "multi_label" if not any(map(_is_fraction, values)) else "regression"
+        # 1.0 is 1: programs write so where a cell is empty.
+        fraction = any(_is_fraction(value) and _number(value) not in (-1, 0, 1) for value in values)
+        return "regression" if fraction else "multi_label"
     if separator and any(separator in value for value in values):
         return "multi_label"
     return "regression" if any(map(_is_fraction, values)) else "single_label"
@@ -801,6 +818,10 @@ def _task_of(values: set[str], columns: int, separator: str) -> str:
 def _is_fraction(text: str) -> bool:
     """Whether a text is a number that is not written as a whole one."""
     return _number(text) is not None and not _WHOLE.fullmatch(text)
+
+
+def _is_missing(text: str) -> bool:
+    return text.lower() in _MISSING
 
 
 def _same(cell: str, ignore: str | None) -> bool:
@@ -842,7 +863,7 @@ def _classes(
     # Numbers beside text, and what programs write for a missing value, are slips.
     if any(map(_is_fraction, values)) and found.task == "single_label":
         odd |= {value for value in values if _number(value) is None}
-    odd |= {value for value in values if value.lower() in _MISSING}
+    odd |= set(filter(_is_missing, values))
     if len(whole) > len(values - whole):
         odd |= {v for v in values - whole if v.lower() in (*_MISSING, "na", "none", "unknown", "?")}
     negative = {value for value in whole if value.startswith("-") and int(value) < 0}
@@ -858,9 +879,29 @@ def _classes(
         names = sorted(values, key=lambda value: (int(value), value))
     else:
         names = sorted(values, key=natural_key)
+    found.notes.extend(_doubts(names, whole == values))
     place = {name: label for label, name in enumerate(names)}
     targets = np.array([place.get(cell, 0) for cell in cells], np.int64)
     return found._replace(targets=targets, names=tuple(names))
+
+
+def _doubts(names: Sequence[str], whole: bool) -> Iterator[str]:
+    """What is odd about the names of classes, and may be meant."""
+    first: dict[str, str] = {}
+    alike = [
+        f"{other!r} and {name!r}"
+        for name in names
+        if (other := first.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)) != name
+    ]
+    if alike:
+        yield f"these names of classes differ in writing alone: {listing(alike, most=5)}"
+    if whole and len(names) > _MANY_NUMBERS:
+        yield f"{len(names)} numbers are classes: task='regression' would make values of them"
+
+
+_MANY_NUMBERS = 20
+
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 def _tags(cells: Sequence[str], column: str, separator: str, found: RowLabels) -> RowLabels:
@@ -890,7 +931,10 @@ def _one_hot(table: Table, numbers: np.ndarray, found: RowLabels, problems: list
 
 def _said(task: str, used: Sequence[str], numbers: np.ndarray) -> str:
     if task == "regression":
-        return f"labels are values of {named(used)}"
+        text = f"labels are values of {named(used)}"
+        if len(used) == 1 and not (numbers % 1 > 0).any():
+            text += ", all of them whole: task='single_label' would make classes of them"
+        return text
     text = f"labels are 0 or 1 for each of {named(used)}, empty for unknown"
     if len(used) > 1 and (np.nansum(numbers, axis=1) == 1).all():
         text += "; each row has one 1: task='single_label' would make one class of it"

@@ -273,6 +273,8 @@ _IMPORT = threading.Lock()
 _PICTURE_TAGS = """
     Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored
     PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit NumberOfFrames Modality
+    FloatPixelPaddingValue FloatPixelPaddingRangeLimit
+    DoubleFloatPixelPaddingValue DoubleFloatPixelPaddingRangeLimit
     RescaleSlope RescaleIntercept ModalityLUTSequence
     VOILUTSequence WindowCenter WindowWidth VOILUTFunction
     RedPaletteColorLookupTableDescriptor RedPaletteColorLookupTableData
@@ -305,9 +307,54 @@ def _pydicom(name: str) -> Any:
     return pydicom
 
 
-def _header(file: Any, name: str, tags: Sequence[str]) -> Any:
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+
+_MOST_META = 2**16
+"""Bytes of what stands before a data set, and says whether it is deflated."""
+
+
+@contextlib.contextmanager
+def _inflated(path: str | os.PathLike[str] | IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """A DICOM file at its start; a deflated data set is inflated, to a size that fits.
+
+    pydicom would inflate it to whatever size, and finds no picture in it.
+
+    Raises:
+        ImageError: deflated data that are damaged or too large.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(path, str | os.PathLike):
+            file: IO[bytes] = stack.enter_context(open(path, "rb"))
+        else:
+            file = path
+        file.seek(0)
+        head = file.read(_MOST_META)
+        file.seek(0)
+        # The first element says how long the meta information is.
+        known = head[132:140] == b"\x02\x00\x00\x00UL\x04\x00"
+        end = 144 + int.from_bytes(head[140:144], "little") if known else len(head)
+        if _DEFLATED not in head[:end]:
+            yield file
+            return
+        file.seek(end)
+        unzip = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = unzip.decompress(file.read(MOST_BYTES), MOST_BYTES)
+        except zlib.error as error:
+            raise ImageError(f"{name}: the DICOM file cannot be inflated ({error})") from error
+        if not unzip.eof:
+            raise ImageError(
+                f"{name}: a deflated DICOM file must be whole and inflate to at most "
+                f"{MOST_BYTES:,} bytes, got {len(data):,} and no end"
+            )
+        plain = _DEFLATED.removesuffix(b".99").ljust(len(_DEFLATED), b"\0")
+        yield io.BytesIO(head[:end].replace(_DEFLATED, plain) + data)
+
+
+def _header(file: IO[bytes], name: str, tags: Sequence[str]) -> Any:
     pydicom = _pydicom(name)
     try:
+        file.seek(0)
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(tags))
         for _ in header:  # Values are read when they are looked at.
             pass
@@ -337,11 +384,13 @@ def dicom_frames(path: str | os.PathLike[str], name: str) -> int:
     Raises:
         ImageError: no readable header, no picture, or more frames than the file has room for.
     """
-    header = _header(path, name, ("Modality", "Rows", "NumberOfFrames"))
+    with _inflated(path, name) as file:
+        header = _header(file, name, ("Modality", "Rows", "NumberOfFrames"))
+        size = file.seek(0, os.SEEK_END)
     _check_picture(header, name)
     frames = _number(header, "NumberOfFrames", 1)
     # In a compressed file 8 bytes stand before each frame.
-    if not 1 <= frames <= max(1, os.path.getsize(path) // 8):
+    if not 1 <= frames <= max(1, size // 8):
         got = f"{frames:,}" if frames > 0 else "none"
         raise ImageError(
             f"{name}: NumberOfFrames must be 1 or more and fit into the file, got {got}"
@@ -357,7 +406,8 @@ def dicom_group(path: str | os.PathLike[str], name: str) -> str:
     Raises:
         ImageError: no readable header.
     """
-    header = _header(path, name, ("PatientID", "StudyInstanceUID"))
+    with _inflated(path, name) as file:
+        header = _header(file, name, ("PatientID", "StudyInstanceUID"))
     whose = str(header.get("PatientID") or "") or str(header.get("StudyInstanceUID") or "")
     return hashlib.sha256(whose.encode(errors="replace")).hexdigest()[:16] if whose else ""
 
@@ -372,7 +422,12 @@ def read_dicom(file: IO[bytes], asked: Asked) -> Picture | None:
     References:
         DICOM Standard, PS3.3, C.11.1 and C.11.2: the modality and VOI look-up tables.
     """
-    header = _header(file, asked.name, _PICTURE_TAGS.split())
+    with _inflated(file, asked.name) as plain:
+        header = _header(plain, asked.name, _PICTURE_TAGS.split())
+        return _checked_picture(plain, header, asked)
+
+
+def _checked_picture(file: IO[bytes], header: Any, asked: Asked) -> Picture | None:
     try:
         return _dicom_picture(file, header, asked)
     except ImageError:
@@ -412,14 +467,16 @@ def _dicom_picture(file: IO[bytes], header: Any, asked: Asked) -> Picture | None
         return Picture(_colors(pixels, asked), whole_range if pixels.dtype == np.uint16 else None)
     _bands_of(1, asked)
     inverted = color == "MONOCHROME1"
+    missing = _padding(header, pixels)
     if plain:
-        pixels = np.minimum(pixels, 255).astype(np.uint8)  # 8 bits may be stored in 16.
-        return Picture(255 - pixels if inverted else pixels)
+        shown = np.minimum(pixels, 255).astype(np.uint8)  # 8 bits may be stored in 16.
+        shown = 255 - shown if inverted else shown
+        return Picture(shown if missing is None else np.where(missing, np.uint8(0), shown))
     values = processing.apply_modality_lut(pixels, part)
     # Machines read either order of bytes; 8 bits that are no final pixels are numbers, too.
     values = values.astype(values.dtype.newbyteorder("=") if values.itemsize > 1 else np.int16)
-    if header.get("PixelPaddingValue") is not None:
-        values = np.where(_padding(header, pixels), np.nan, values)
+    if missing is not None:
+        values = np.where(missing, np.nan, values)
     if values.dtype == np.float64 and bits <= 16:
         values = values.astype(np.float32)
     return Picture(values, window, window is not None, inverted)
@@ -445,10 +502,13 @@ def _rescale(part: Any) -> tuple[float, float]:
     return (float(slope), float(intercept)) if given else (1.0, 0.0)
 
 
-def _padding(header: Any, pixels: np.ndarray) -> np.ndarray:
-    """Where stored values are padding."""
-    ends = [header.PixelPaddingValue, header.get("PixelPaddingRangeLimit")]
-    low, high = sorted(int(ends[0] if each is None else each) for each in ends)
+def _padding(header: Any, pixels: np.ndarray) -> np.ndarray | None:
+    """Where stored values are padding; None for a file that does not say."""
+    kind = {"f4": "Float", "f8": "DoubleFloat"}.get(pixels.dtype.str[1:], "")
+    first, last = (header.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
+    if first is None:
+        return None
+    low, high = sorted(float(first if each is None else each) for each in (first, last))
     return np.asarray((pixels >= low) & (pixels <= high))
 
 
@@ -457,14 +517,20 @@ def _window(part: Any) -> Callable[[np.ndarray], np.ndarray] | None:
     if part.get("VOILUTSequence"):
         item = part.VOILUTSequence[0]
         count, first, depth = (int(each) for each in item.LUTDescriptor)
+        count = count or 2**16
         data, order = item.LUTData, "<u2" if part.original_encoding[1] else ">u2"
+        if depth == 8 and len(data) < 2 * count:
+            order = "u1"
         entries = np.frombuffer(data, order) if isinstance(data, bytes) else np.asarray(data)
-        table = between(entries[: count or 2**16].astype(np.float64), 0, 2**depth - 1)
-        last = len(table) - 1
-        return lambda x: table[np.clip(np.nan_to_num(x).astype(int) - first, 0, last)]
+        if len(entries) < count:
+            raise ValueError(f"its VOI table states {count} entries and has {len(entries)}")
+        table = between(entries[:count].astype(np.float64), 0, 2**depth - 1)
+        return functools.partial(_looked_up, table=table, first=first)
     try:
         center, width = (_first(part[tag].value) for tag in ("WindowCenter", "WindowWidth"))
     except (KeyError, TypeError, ValueError, IndexError):
+        return None
+    if not (math.isfinite(center) and math.isfinite(width)):
         return None
     kind = str(part.get("VOILUTFunction") or "LINEAR").upper()
     if kind == "SIGMOID" and width > 0:
@@ -478,6 +544,13 @@ def _window(part: Any) -> Callable[[np.ndarray], np.ndarray] | None:
     if not span:
         return lambda x: np.where(x > low, 255, 0).astype(np.uint8)
     return lambda x: between(x, low, low + span)
+
+
+def _looked_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
+    """The entry at or below each value, of a table that starts with that of ``first``."""
+    places = np.floor(np.nan_to_num(values.astype(np.float64)) - first)
+    found: np.ndarray = table[np.clip(places, 0, len(table) - 1).astype(int)]
+    return found
 
 
 def _first(value: Any) -> float:
@@ -696,15 +769,21 @@ def _tiff_picture(tiff: Any, asked: Asked) -> Picture:
         raise ImageError(f"{asked.name}: {first.dtype or 'unknown'} pixels are not supported")
     if len({(page.imagewidth, page.imagelength) for page in pages}) > 1:
         raise ImageError(f"{asked.name}: its {len(pages)} pages differ in size")
+    _check_colors(first, asked)
     values = np.concatenate([_samples(page) for page in pages], axis=2)
     if values.dtype == bool:
-        values = values.astype(np.uint8) * 255
+        values = values.astype(np.uint8) * (1 if first.photometric == _PALETTE else 255)
     elif first.bitspersample < 8:
         values = values.astype(np.int16)
     missing = _missing(first, masks, values)
+    if first.photometric == _PALETTE and asked.bands in (1, 3):
+        return _palette_picture(first, values[..., 0], missing, asked)
     items = _items(first)
     values, changed = _rescaled(values, items)
     own = None
+    inverted = first.photometric == 0
+    if inverted and values.dtype == np.uint8:
+        values, inverted = 255 - values, False
     if values.dtype == np.uint8:
         values = np.where(missing, np.uint8(0), values) if missing is not None else values
     elif missing is not None:
@@ -712,15 +791,37 @@ def _tiff_picture(tiff: Any, asked: Asked) -> Picture:
         values = np.where(missing, np.nan, values.astype(exact))
     if values.dtype == np.uint16 and not changed:
         own = whole_range
-    inverted = first.photometric == 0
-    if inverted and values.dtype == np.uint8:
-        values, inverted = 255 - values, False
     turned = _upright(values, first.tags.valueof(274, 1))
     names = _named(items, "DESCRIPTION", values.shape[2])
     nm = _wavelengths(items, values.shape[2])
     if asked.bands == 1 and values.shape[2] == 3:
         names, nm = (), ()
     return Picture(_colors(turned, asked), own, False, inverted, names, nm)
+
+
+_PALETTE, _YCBCR = 3, 6
+_LAB = {8: "CIELAB", 9: "ICCLAB", 10: "ITULAB", 32845: "LogLuv"}
+"""Codes of what the samples of a TIFF are, other than gray, RGB or bands."""
+
+
+def _check_colors(first: Any, asked: Asked) -> None:
+    """Refuses colors that neither are RGB nor become so when they are decoded."""
+    kind = _LAB.get(first.photometric)
+    if first.photometric == _YCBCR and first.compression not in (6, 7):  # JPEG
+        kind = "YCbCr"
+    if kind and asked.bands in (1, 3):
+        raise ImageError(f"{asked.name}: its colors must be RGB or gray, got {kind}; convert it")
+
+
+def _palette_picture(
+    first: Any, index: np.ndarray, missing: np.ndarray | None, asked: Asked
+) -> Picture:
+    """The colors of a palette, of which the upper 8 bits are taken, as Pillow does."""
+    pixels = np.moveaxis((first.colormap >> 8).astype(np.uint8)[:, index], 0, 2)
+    if missing is not None:
+        pixels = np.where(missing, np.uint8(0), pixels)
+    turned = _upright(pixels, first.tags.valueof(274, 1))
+    return Picture(_colors(turned, asked))
 
 
 def whole_range(values: np.ndarray) -> np.ndarray:
@@ -763,9 +864,12 @@ def _missing(first: Any, masks: Sequence[Any], values: np.ndarray) -> np.ndarray
     found = np.zeros(values.shape, bool)
     with contextlib.suppress(ValueError, OverflowError):
         nodata = float(str(first.tags.valueof(_NODATA, "nan")).strip(" \0") or "nan")
-        if math.isfinite(nodata):
-            # A float32 holds the nearest number to what the text says.
-            found |= values == (values.dtype.type(nodata) if values.dtype.kind == "f" else nodata)
+        if values.dtype.kind == "f":
+            # A float32 holds the nearest number to what the text says, or infinity.
+            with np.errstate(over="ignore"):
+                found |= values == values.dtype.type(nodata)
+        elif math.isfinite(nodata):
+            found |= values == nodata
     for mask in masks:
         if (mask.imagelength, mask.imagewidth) == values.shape[:2]:
             found |= _samples(mask)[..., :1] == 0
@@ -784,14 +888,19 @@ def _items(first: Any) -> list[Any]:
         return []
 
 
-def _named(items: Sequence[Any], name: str, bands: int) -> tuple[str, ...]:
-    """The entries of this name, one for each band; () unless there is one for each."""
+def _texts(items: Sequence[Any], name: str, bands: int) -> tuple[str, ...]:
+    """The entry of this name of each band; "" for a band without one."""
     found = {
         each.get("sample"): (each.text or "").strip()
         for each in items
         if (each.get("name") or "").upper() == name and each.get("sample") is not None
     }
-    texts = tuple(found.get(str(band), "") for band in range(bands))
+    return tuple(found.get(str(band), "") for band in range(bands))
+
+
+def _named(items: Sequence[Any], name: str, bands: int) -> tuple[str, ...]:
+    """The entries of this name, one for each band; () unless there is one for each."""
+    texts = _texts(items, name, bands)
     return texts if all(texts) and (name != "DESCRIPTION" or len(set(texts)) == bands) else ()
 
 
@@ -813,11 +922,14 @@ def _rescaled(values: np.ndarray, items: Sequence[Any]) -> tuple[np.ndarray, boo
     """Values in the unit of the file: times scale, plus offset."""
     bands = values.shape[2]
     try:
-        scale = [float(text) for text in _named(items, "SCALE", bands)] or [1.0] * bands
-        offset = [float(text) for text in _named(items, "OFFSET", bands)] or [0.0] * bands
+        # GDAL leaves out what is 1 or 0.
+        scale = [float(text or 1) for text in _texts(items, "SCALE", bands)]
+        offset = [float(text or 0) for text in _texts(items, "OFFSET", bands)]
     except ValueError:
         return values, False
-    if not (set(scale) | {1.0} != {1.0} or any(offset)):
+    if not all(map(math.isfinite, (*scale, *offset))) or not all(scale):
+        return values, False
+    if set(scale) == {1.0} and not any(offset):
         return values, False
     return (values * np.array(scale) + np.array(offset)).astype(np.float32), True
 

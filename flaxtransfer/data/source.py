@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, SupportsIndex, TypedDict
 
 import numpy as np
 
-from flaxtransfer.data.scans import Levels, Picture
+from flaxtransfer.data.scans import ImageError, Levels, MissingExtra, Picture
 from flaxtransfer.paths import listing
 
 if TYPE_CHECKING:
@@ -495,9 +495,7 @@ def measure_levels(
     places = places[np.unique(np.linspace(0, len(places) - 1, _MOST_FOR_LEVELS).astype(int))]
     read, found = getattr(source, "picture", None), list[Picture]()
     if read is not None:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            pictures = pool.map(lambda i: _thinned(read(int(i), measured=True)), places)
-            found = [picture for picture in pictures if picture is not None]
+        found = _pictures(read, places)
     if not found:
         if window is not None:
             raise ValueError(
@@ -522,6 +520,32 @@ def measure_levels(
         note += f"; {missing:.1%} of the pixels have no measurement and are black"
     nm = levels.wavelengths or found[0].wavelengths
     return replace(levels, names=levels.names or names, wavelengths=nm, note=note)
+
+
+def _pictures(read: Callable[..., Picture | None], places: np.ndarray) -> list[Picture]:
+    """The images of more than 8 bits among these, thinned.
+
+    Raises:
+        ImageError: images that cannot be read: the first ten, and how many.
+    """
+
+    def look(place: np.int64) -> Picture | ImageError | None:
+        try:
+            return _thinned(read(int(place), measured=True))
+        except MissingExtra:
+            raise
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        looked = list(pool.map(look, places))
+    if errors := [str(each) for each in looked if isinstance(each, ImageError)]:
+        if len(errors) == 1:
+            raise ImageError(errors[0])
+        raise ImageError(
+            f"{len(errors)} of {len(looked)} images cannot be used: {listing(errors, most=10)}"
+        )
+    return [each for each in looked if isinstance(each, Picture)]
 
 
 def _thinned(picture: Picture | None) -> Picture | None:

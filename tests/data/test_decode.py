@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flaxtransfer.data import decode as decoding
-from flaxtransfer.data.decode import ImageError, count_frames, decode, decode_bands, is_image
+from flaxtransfer.data.decode import (
+    ImageError,
+    count_frames,
+    decode,
+    decode_bands,
+    is_image,
+    read_picture,
+)
+from flaxtransfer.data.scans import Asked, Levels
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -137,6 +145,25 @@ def test_exif_orientation_is_applied_once(orientation, kind):
     exif[0x0112] = orientation
     found = decode(encoded(Image.fromarray(pixels), kind, exif=exif), name="x", channels=1)
     np.testing.assert_allclose(found[..., 0].astype(int), upright(pixels).astype(int), atol=8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_bands_are_turned_as_colors_are(kind):
+    pixels = RNG.integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    data = encoded(Image.fromarray(pixels), kind, exif=exif, **options)
+    np.testing.assert_array_equal(decode_bands(data, name="x", bands=4), np.rot90(pixels, -1))
+
+
+def test_the_transparent_value_of_16_bits_is_no_measurement():
+    # Where GDAL's driver of PNG puts nodata; Pillow writes the same chunk.
+    data = encoded(Image.fromarray(LEVELS), transparency=256)
+    found = read_picture(data, Asked("x", bands=1)).values[..., 0]
+    np.testing.assert_array_equal(found, np.where(LEVELS == 256, np.nan, LEVELS))
+    levels = Levels((0,), (65535,))
+    assert decode_bands(data, name="x", bands=1, levels=levels)[0, 3] == 0
 
 
 def test_broken_exif_does_not_hide_the_pixels():

@@ -111,7 +111,7 @@ def test_bands_that_differ_between_files_are_refused(tmp_path):
 
 
 def test_a_geotiff_with_other_bands_than_its_neighbors_is_named(tmp_path):
-    shapes = iter([2, 2, 3, 2])
+    shapes = iter([2, 2, 3, 4])
     folder_of(
         tmp_path,
         ramps(3000),
@@ -120,7 +120,11 @@ def test_a_geotiff_with_other_bands_than_its_neighbors_is_named(tmp_path):
         ),
     )
     source = open_source(f"folder:{tmp_path}", bands=2)
-    with pytest.raises(ValueError, match=r"a/2: 2 bands were asked for and the file holds 3"):
+    one = r"a/2: 2 bands were asked for and the file holds 3"
+    with pytest.raises(ValueError, match=rf"^[^ ]*{one}"):
+        measure_levels(source, np.arange(3))
+    both = rf"^2 of 4 images cannot be used: .*{one}.*, .*[ab]/\d+: 2 bands .* the file holds 4"
+    with pytest.raises(ValueError, match=both):
         measure_levels(source, np.arange(4))
 
 
@@ -203,6 +207,17 @@ def test_frames_are_examples_of_one_group(tmp_path):
     assert open_unlabeled(f"folder:{tmp_path}").names == source.files
     plain = ArraySource(np.zeros((2, 4, 4), np.uint8), [0, 1])
     assert getattr(plain, "groups", lambda: None)() is None
+
+
+def test_skip_corrupt_looks_at_the_last_frame_too(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("a/1", "b/1", "b/2"):
+        values = random.integers(0, 4096, (3, 8, 8)).astype(np.uint16)
+        # The file has 3 frames, and of the last one says that there are 5.
+        write_dicom(tmp_path / name, values, **({"NumberOfFrames": 5} if name == "b/2" else {}))
+    source = open_source(f"folder:{tmp_path}", skip_corrupt=True)
+    assert len(source) == 6
+    assert [each.partition(":")[0] for each in source.skipped] == ["b/2"]
 
 
 def test_loaders_warn_where_nothing_says_what_is_black(tmp_path):

@@ -180,6 +180,39 @@ def test_several_columns_are_labels_that_an_image_has_or_lacks(table):
     np.testing.assert_array_equal(source.labels(), [[1.5, 0], [np.nan, 1]])
 
 
+@pytest.mark.parametrize("nothing", ["", "NaN", "nan", "NULL", "<NA>"])
+def test_findings_as_pandas_writes_them(table, nothing):
+    # 1.0 where a column has empty cells, and -1.0 for doubtful, as in CheXpert's tables.
+    rows = [("path", "edema", "mass"), ("0.png", "1.0", nothing), ("1.png", "-1.0", "0.0")]
+    both = ["edema", "mass"]
+    source = table(as_csv([*rows, ("2.png", nothing, "1.0")]), label_column=both, ignore_label="-1")
+    assert source.task == "multi_label"
+    np.testing.assert_array_equal(source.labels(), [[1, np.nan], [np.nan, 0], [np.nan, 1]])
+    with pytest.raises(ValueError, match=r"must be 0, 1 or empty, got .* line 3 \(edema '-1.0'\)"):
+        table(as_csv(rows), label_column=both)
+    values = [("path", "x", "y"), ("0.png", "1.5", nothing), ("1.png", "2", "7")]
+    source = table(as_csv(values), label_column=["x", "y"])
+    np.testing.assert_array_equal(source.labels(), [[1.5, np.nan], [2, 7]])
+    rows = [("path", "edema", "mass"), ("0.png", 1, nothing), ("1.png", 0, nothing)]
+    with pytest.raises(ValueError, match="columns without a label in any row: 'mass'; leave them"):
+        table(as_csv(rows), label_column=both)
+
+
+def test_doubtful_labels_are_said(table):
+    def notes(*cells):
+        rows = [("path", "label"), *((f"{i}.png", cell) for i, cell in enumerate(cells))]
+        return table(as_csv(rows)).notes[-1]
+
+    # One "e" with an accent, and two signs, which look alike.
+    assert notes("Caf\u00e9", "cafe\u0301", "tea") == (
+        "these names of classes differ in writing alone: 'Caf\u00e9' and 'cafe\u0301'"
+    )
+    assert notes("1.0", "2.0", "1.0").endswith(
+        "all of them whole: task='single_label' would make classes of them"
+    )
+    assert notes("1.5", "2.0", "1.0") == "labels are values of 'label'"
+
+
 @pytest.mark.parametrize("value", ["-1", "-1.0", "unknown"])
 def test_rows_without_a_label_are_left_out_and_counted(table, value):
     cells = ["cat", value, "dog", value] if value == "unknown" else ["0", "-1", "1", "-1"]
@@ -221,6 +254,8 @@ BAD = [
     ("path,label\n0.png,0\n1.png,-1\n2.png,1\n", "labels that no class can be, '-1', in line 3"),
     ("path,label\n0.png,cat\n1.png,NaN\n2.png,dog\n", "that no class can be, 'NaN', in line 3"),
     ("path,label\n0.png,1\n1.png,2\n2.png,unknown\n", "no class can be, 'unknown', in line 4"),
+    ("path,label\n0.png,1.5\n1.png,NaN\n2.png,2\n", r"without a label: line 3; --ignore-label ''"),
+    ('path,label\n0.png,"1,5"\n1.png,2\n', r"have a decimal point, .* in line 2 \(1,5\)"),
     ("path,label\n0.png,1.5\n1.png,x\n2.png,2\n", r"must be numbers, .* line 3 \(label 'x'\)"),
     ("path,label\n0.png,1.5\n1.png,1e39\n2.png,2\n", r"must be numbers, .* line 3 \(label '1e39'"),
     ("path,label\n0.png,1.5\n1.png,inf\n2.png,2\n", r"must be numbers, .* line 3 \(label 'inf'\)"),

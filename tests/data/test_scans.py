@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -119,6 +120,76 @@ def test_a_table_is_preferred_to_a_window(tmp_path):
     np.testing.assert_allclose(shown(path), wanted, atol=0.5001)
 
 
+@pytest.mark.parametrize(("depth", "entry"), [(16, "<u2"), (8, "u1")])
+def test_a_table_of_values_between_whole_numbers(tmp_path, depth, entry):
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    entries = np.arange(256) ** 2 >> (16 - depth)
+    table.LUTDescriptor = [256, -100, depth]
+    table.LUTData = entries.astype(entry).tobytes()
+    tags = {"VOILUTSequence": [table], "RescaleSlope": "0.25", "RescaleIntercept": "-0.5"}
+    values = np.arange(-500, 700, dtype=np.int16).reshape(30, 40)
+    path = write_dicom(tmp_path / "x", values, **tags)
+    # As pydicom, whose reader of tables takes no bytes: the entry at or below the value.
+    places = np.clip(np.floor(values * 0.25 - 0.5 + 100), 0, 255).astype(int)
+    np.testing.assert_allclose(shown(path), entries[places] * 255 / (2**depth - 1), atol=0.5001)
+    if depth == 16:
+        peer = apply_voi_lut(apply_modality_lut(values, dcmread(path)), dcmread(path))
+        np.testing.assert_array_equal(peer, entries[places])
+
+
+def test_a_table_that_is_shorter_than_it_says_is_named(tmp_path):
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [256, 0, 16], bytes(20)
+    path = write_dicom(tmp_path / "x", TWELVE, bits=12, VOILUTSequence=[table])
+    with pytest.raises(ImageError, match="VOI table states 256 entries and has 10"):
+        shown(path)
+
+
+@pytest.mark.parametrize("window", [("nan", "100"), ("100", "inf"), ("100", "0"), ("100", "-5")])
+def test_a_window_without_meaning_is_none(tmp_path, window):
+    tags = dict(zip(("WindowCenter", "WindowWidth"), window, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of numbers that DICOM cannot hold
+        path = write_dicom(tmp_path / "x", TWELVE, bits=12, **tags)
+    assert not read_picture(path, Asked("x", bands=1)).window
+
+
+def deflated(path):
+    """The bytes of a DICOM file with its data set deflated, as pydicom writes it."""
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    data, file = dcmread(path), io.BytesIO()
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data.save_as(file)
+    return file.getvalue()
+
+
+def test_a_deflated_file_is_the_same_picture(tmp_path):
+    stack = np.stack([TWELVE, TWELVE[::-1], TWELVE // 2])
+    path = write_dicom(tmp_path / "x", stack, bits=12, patient="P1")
+    packed = tmp_path / "y"
+    packed.write_bytes(deflated(path))
+    assert count_frames(packed, name="y") == 3
+    assert dicom_group(packed, "y") == dicom_group(path, "x")
+    for frame in range(3):
+        values = read_picture(packed, Asked("y", bands=1, frame=frame)).values[..., 0]
+        np.testing.assert_array_equal(values, stack[frame])
+
+
+def test_a_deflated_file_is_inflated_to_a_size_that_fits(tmp_path, monkeypatch):
+    data = deflated(write_dicom(tmp_path / "x", TWELVE, bits=12))
+    for broken in (data[:-20], data[:500] + b"\xff" * 60):
+        with pytest.raises(ImageError, match=r"x: (a deflated|the) DICOM file"):
+            decode(broken, name="x")
+    monkeypatch.setattr(scans, "MOST_BYTES", 100)
+    with pytest.raises(ImageError, match="inflate to at most 100 bytes, got 100 and no end"):
+        decode(data, name="x")
+
+
 @pytest.mark.parametrize("levels", [None, Levels((0,), (4000,))])
 def test_monochrome1_is_monochrome2_inverted(tmp_path, levels):
     window = {"WindowCenter": "2000", "WindowWidth": "3001"}
@@ -154,6 +225,26 @@ def test_levels_are_in_units_of_the_modality_and_padding_is_black(tmp_path):
     path = write_dicom(tmp_path / "x", values, PhotometricInterpretation="MONOCHROME1", **tags)
     # 2 x - 1000: -1000, -600, -200, 1000; white is the lowest.
     assert shown(path, levels=Levels((-1000,), (1000,))).tolist() == [[0, 255, 204, 153, 0]]
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_in_eight_bits_too(tmp_path, kind):
+    values = np.array([[255, 0, 100, 101]], np.uint8)
+    tags = {"PhotometricInterpretation": kind, "PixelPaddingValue": 100}
+    path = write_dicom(tmp_path / "x", values, PixelPaddingRangeLimit=101, **tags)
+    assert shown(path).tolist() == [[0, 255, 0, 0] if kind == "MONOCHROME1" else [255, 0, 0, 0]]
+
+
+def test_padding_of_floats_is_no_measurement(tmp_path):
+    values = np.array([[1.5, -999, 4]], np.float32)
+    path = write_dicom(tmp_path / "x", values)
+    data = dcmread(path)
+    data.FloatPixelData, data.FloatPixelPaddingValue = data.PixelData, -999.0
+    del data.PixelData, data.BitsStored, data.HighBit, data.PixelRepresentation
+    data.save_as(path)
+    np.testing.assert_array_equal(
+        read_picture(path, Asked("x", bands=1)).values[..., 0], [[1.5, np.nan, 4]]
+    )
 
 
 def test_the_frames_of_a_file_are_examples(tmp_path):
@@ -340,6 +431,51 @@ def test_missing_pixels_are_black_and_no_measurement(dtype, nodata):
     assert pixels[0, 0, 0] == pixels[1, 2, 1] == 0
 
 
+@pytest.mark.parametrize("nodata", ["inf", "-inf", "1e40"])
+def test_infinity_may_be_nodata(nodata):
+    with np.errstate(over="ignore"):
+        values = np.array([[np.float32(float(nodata)), 3]], np.float32)
+    values = read_picture(geotiff(values, nodata=nodata), Asked("x", 1)).values
+    np.testing.assert_array_equal(values[..., 0], [[np.nan, 3]])
+
+
+def test_missing_pixels_are_black_where_zero_is_white():
+    for dtype in (np.uint8, np.uint16):
+        data = geotiff(np.array([[7, 0, 200]], dtype), nodata=7, photometric="miniswhite")
+        found = decode_bands(data, name="x", bands=1, levels=Levels((0,), (255,)))
+        assert found.ravel().tolist() == [0, 255, 55]
+
+
+def test_a_palette_with_nodata_is_looked_up():
+    # Land cover, as GDAL writes it; Pillow is the peer, which does not know of nodata.
+    index = np.array([[0, 1, 2, 255]], np.uint8)
+    colors = RNG.integers(0, 256, (3, 256)).astype(np.uint16) * 257
+    options = {"photometric": "palette", "colormap": colors}
+    wanted = np.array(Image.open(io.BytesIO(geotiff(index, **options))).convert("RGB"))
+    wanted[0, 1] = 0
+    data = geotiff(index, nodata=1, **options)
+    np.testing.assert_array_equal(decode(data, name="x"), wanted)
+    assert read_picture(data, Asked("x", measured=True)) is None
+
+
+def test_a_palette_of_two_colors_is_looked_up(tmp_path):
+    colors = np.array([[9, 200], [8, 100], [7, 50]], np.uint16) * 257
+    tags = [(42113, 2, 0, "0", True), (320, 3, 6, colors.ravel().tolist(), True)]
+    index = np.array([[True, False, True]])
+    tifffile.imwrite(tmp_path / "x", index, photometric="minisblack", extratags=tags, metadata=None)
+    with tifffile.TiffFile(tmp_path / "x", mode="r+b") as file:
+        file.pages[0].tags[262].overwrite(3)
+    wanted = [[[200, 100, 50], [0, 0, 0], [200, 100, 50]]]
+    assert decode(tmp_path / "x", name="x").tolist() == wanted
+
+
+@pytest.mark.parametrize("kind", ["cielab", "ycbcr"])
+def test_other_colors_are_named_and_not_taken_for_rgb(kind):
+    data = geotiff(RNG.integers(0, 4096, (5, 4, 3), dtype=np.uint16), photometric=kind)
+    with pytest.raises(ImageError, match=f"(?i)x: its colors must be RGB or gray, got {kind}"):
+        decode(data, name="x")
+
+
 def test_scale_offset_names_and_wavelengths_are_those_of_the_file():
     # As GDAL writes them: SCALE and OFFSET, DESCRIPTION, CENTRAL_WAVELENGTH_UM in micrometers.
     items = band_items("SCALE", [0.5, 2]) + band_items("OFFSET", [-1, 0])
@@ -349,6 +485,17 @@ def test_scale_offset_names_and_wavelengths_are_those_of_the_file():
     picture = read_picture(geotiff(values, items=items, planarconfig="contig"), Asked("x", 2))
     np.testing.assert_array_equal(picture.values, [[[1, 20], [-1, 2]]])
     assert (picture.names, picture.wavelengths) == (("B2", "B8A"), (490, 865))
+
+
+def test_a_band_without_scale_has_scale_one():
+    # GDAL writes no entry for a scale of 1 and an offset of 0.
+    items = '<Item name="SCALE" sample="0" role="scale">0.5</Item>'
+    items += '<Item name="OFFSET" sample="1" role="offset">10</Item>'
+    values = np.array([[[4, 10, 7], [0, 1, 9]]], np.uint16)
+    data = geotiff(values, items=items, planarconfig="contig", photometric="rgb")
+    np.testing.assert_array_equal(
+        read_picture(data, Asked("x")).values, values * [0.5, 1, 1] + [0, 10, 0]
+    )
 
 
 def test_entities_are_not_unfolded():
@@ -433,6 +580,18 @@ def test_dark_colors_of_16_bits_that_pillow_cuts_off_are_named():
     with pytest.raises(ImageError, match="x: its 16-bit colors are all below 4096"):
         decode(imagecodecs.png_encode(dark), name="x")
     assert np.unique(decode(imagecodecs.png_encode(bright), name="x")).tolist() == [156]
+
+
+@pytest.mark.parametrize(("bands", "asked"), [(3, 3), (4, 4), (4, 3), (2, 1)])
+def test_dark_measurements_beside_an_alpha_are_named_too(bands, asked):
+    import imagecodecs
+
+    dark = np.full((4, 5, bands), 4000, np.uint16)
+    if bands != 3:
+        dark[..., -1] = 65535
+        dark[0, :, -1] = 0  # Composed over white, these pixels are bright.
+    with pytest.raises(ImageError, match="x: its 16-bit colors are all below 4096"):
+        decode_bands(imagecodecs.png_encode(dark), name="x", bands=asked)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -257,3 +257,9 @@ def test_claims_are_judged_and_computed_once(tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
 def test_what_a_script_imports_is_there(name):
     importlib.import_module(name)
+
+
+@pytest.mark.slow
+def test_tasks_go_the_whole_way():
+    found = run("tasks.py", "--count", "60", "--steps", "2")
+    assert found.count("| solved head |") == found.count("| fine-tuned |") == 2
