@@ -75,14 +75,17 @@ def run(
             environment = {k: v for k, v in environment.items() if not k.startswith("FT_")}
             environment |= launcher(number)
         # Files, because a pipe that nobody reads would stop its writer.
-        with (folder / f"said-{number}").open("w") as said:
+        with (
+            (folder / f"said-{number}").open("w") as said,
+            (folder / f"printed-{number}").open("w") as printed,
+        ):
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-W", "error", str(SCRIPT), str(folder), own],
                     cwd=ROOT,
                     env={**environment, "PYTHONPATH": str(ROOT)},
-                    stdout=said,
-                    stderr=subprocess.STDOUT,
+                    stdout=printed,
+                    stderr=said,
                 )
             )
     try:
@@ -97,7 +100,12 @@ def run(
         for process in processes:
             process.kill()
     seconds = 0.0 if first is None else time.monotonic() - first
-    said = [(folder / f"said-{number}").read_text() for number in range(count)]
+    printed, said = (
+        [(folder / f"{name}-{number}").read_text() for number in range(count)]
+        for name in ("printed", "said")
+    )
+    assert "Gloo" not in "".join(printed)
+    said = list(map("".join, zip(printed, said, strict=True)))
     return Ended([process.wait() for process in processes], said, seconds)
 
 
