@@ -126,3 +126,19 @@ def test_a_run_that_could_not_be_sent_is_complete_here(store, weights, folder, c
     assert run([*train(folder, weights, "gs://runs/one", *SHORT), "--resume"]) == 0
     assert "one/model.safetensors" in store.objects["runs"]
     assert run(["evaluate", "gs://runs/one"]) == 0
+
+
+def test_a_run_that_another_start_takes_over_ends_with_one_line(store, weights, folder, capsys):
+    def taken(kind: str, path: str) -> None:
+        if (kind, path) == ("PUT", "runs/one/config.json"):
+            store.objects["runs"]["one/.owner.json"] = json.dumps(
+                {"token": "2", "writer": "process 7 on b", "since": "now", "ended": False}
+            ).encode()
+
+    store.fault = taken
+    assert run(train(folder, weights, "gs://runs/one", *SHORT)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "gs://runs/one was taken over by process 7 on b, since now: this run has" in last
+    after = store.requests[store.requests.index(("PUT", "runs/one/config.json")) + 1 :]
+    assert {path for _, path in after} == {"runs/one/.owner.json"}
+    assert {kind for kind, _ in after} == {"GET"}
