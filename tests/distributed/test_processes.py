@@ -348,13 +348,16 @@ def test_two_processes_train_and_evaluate_as_one(reference, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_blend_drop_and_accumulate_as_one(tmp_path):
-    """Partners, shares and what is dropped belong to the rows of a batch, not to the devices."""
+    """Partners, shares and what is dropped belong to the rows of a batch, not to the devices.
+
+    In float64: Adam makes whole steps of gradients that are nothing but rounding.
+    """
     settings = {"mixup": 0.4, "cutmix": 1.0, "dropout": 0.3, "stochastic_depth": 0.3}
-    job = {"settings": {**settings, "accumulate": 2}, "steps": 4, "every": 4}
+    job = {"settings": {**settings, "accumulate": 2}, "steps": 4, "every": 4, "x64": True}
     one = alone(tmp_path / "one", job)
     ended = run(tmp_path / "two", {**job, "mesh": "alternating"})
     assert ended.codes == [0, 0], ended.said
-    assert_same(tmp_path / "two", one, 2)
+    assert_same(tmp_path / "two", one, 2, within=1e-12)
 
 
 def test_several_processes_keep_no_activations_on_disk(monkeypatch):
