@@ -265,7 +265,7 @@ def fetch_from_bucket(address: str) -> tuple[str, Path, list[str]]:
         OSError: the storage or the disk failed.
         ValueError: it is no such address, or the extra is not installed.
     """
-    from flaxtransfer.checkpoint.mirror import fetch_tree  # Far more than a name.
+    from flaxtransfer.checkpoint.mirror import Bucket, fetch_tree  # Far more than a name.
 
     parent, _, name = address.rpartition("/")
     if not has_weights_name(name):
@@ -280,12 +280,15 @@ def fetch_from_bucket(address: str) -> tuple[str, Path, list[str]]:
     folder = cache_folder() / hashlib.sha256(address.encode()).hexdigest()[:16]
     if not name:
         folder /= address.rpartition("/")[2]
+    note = ""
     try:
         note = fetch_tree(parent, folder, keep=wanted)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no {address} ({error})") from error
-    if not (folder / name).exists():
-        raise FileNotFoundError(f"there is no {address}")
+    except FileNotFoundError:
+        if not name:
+            raise
+    if not note or not (folder / name).exists():
+        known = Bucket.at(parent).objects()  # Or there is no such bucket.
+        raise FileNotFoundError(f"there is no {address}{suggest(name, known)}")
     return address, folder / name, [note]
 
 

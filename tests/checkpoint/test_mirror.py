@@ -630,6 +630,6 @@ def test_with_the_real_client_killed_at_uploads_and_resumed(tmp_path):
         assert "Traceback" not in errors
     assert harness.outcome(tmp_path / "last" / "runs" / "runs" / "one") == wanted
     kept = {name.removeprefix("runs/one/") for name in store.names()}
-    assert kept == set(files_of(tmp_path / "last" / "runs" / "runs" / "one"))
+    assert kept == {*files_of(tmp_path / "last" / "runs" / "runs" / "one"), mirror._OWNER}
     assert json.loads(store.objects["runs"]["one/manifest.json"])["files"]
     assert ft.load(tmp_path / "last/runs/runs/one/model.safetensors")

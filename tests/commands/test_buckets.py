@@ -107,8 +107,11 @@ def no_extra(name: str) -> None:
         (["evaluate", "gs://data/table"], "the run in gs://data/table has not finished"),
         (["explain", "gs://data/table", "--out", "maps"], "in gs://data/table has not finished"),
         (["explain", "gs://data/a.pth", "--out", "maps"], "--data must name images, unless the"),
-        (["convert", "gs://data/a.pth", "b.safetensors"], "there is no gs://data/a.pth (there"),
-        (["convert", "gs://data/weights/a.pth", "b.onnx"], "is no gs://data/weights/a.pth"),
+        (["convert", "gs://data/a.pth", "b.safetensors"], "there is no gs://data/a.pth"),
+        (
+            ["convert", "gs://data/weights/tiny.safetensor.pth", "b.onnx"],
+            "there is no gs://data/weights/tiny.safetensor.pth; did you mean 'tiny.safetensors'?",
+        ),
         (["train", "--weights", "gs://data/none/"], "there is nothing at gs://data/none"),
         (["train", "--weights", "gs://none/a.pth"], "there is no bucket none for gs://none"),
         (["diagnose", "--run", "gs://runs/one", "--target", "folder:."], "--out must name"),
