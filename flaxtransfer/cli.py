@@ -269,6 +269,10 @@ def _one_line(error: BaseException, options: Any = None) -> str:
 
 def _was_ended(error: BaseException) -> bool:
     """Whether a signal is behind an error: libraries wrap what is raised within them."""
+    # Where another start writes to the bucket of the run, the mirror has sent the signal itself.
+    mirror = sys.modules.get("flaxtransfer.checkpoint.mirror")
+    if mirror is not None and isinstance(error, mirror.TakenOver):
+        return False
     cause: BaseException | None = error
     while cause is not None:
         if not isinstance(cause, (Exception, SystemExit)):

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -94,7 +95,8 @@ def start(*, stop_together: bool = True) -> None:
     Cloud TPU says, where one of them has started this process; else it does nothing. With
     ``FT_PROCESSES=1`` it does nothing in any case. From then on all end with code 2 where one has
     an error, is gone, or lets the others wait for longer than ``FT_LONGEST_WAIT`` (seconds;
-    ``LONGEST_WAIT_S``), and each says why. A program calls ``finish`` at its end.
+    ``LONGEST_WAIT_S``), and each says why. What libraries in C print goes to stderr, so that stdout
+    has Python's output alone. A program calls ``finish`` at its end.
 
     Args:
         stop_together: whether SIGTERM to any process is kept for ``stop_requested``, as training
@@ -139,6 +141,7 @@ def start(*, stop_together: bool = True) -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if not several():
         return
+    _print_apart()
     atexit.register(_ending.set)
     sys.excepthook = _leave_with_traceback
     _delay_abort()
@@ -151,6 +154,26 @@ def start(*, stop_together: bool = True) -> None:
         raise ValueError(f"all processes must have the same number of devices, got {listed}")
     settings = {name: str(getattr(jax.config, name)) for name in _ARITHMETIC}
     check_alike({"versions": _versions(), LONGEST_WAIT: _longest_wait(), **settings})
+
+
+def _print_apart() -> None:
+    """Sends what libraries in C print to stderr: stdout may be JSON, which somebody reads.
+
+    Gloo prints a line for each device whenever it connects those of a program, at any step.
+    """
+    out = sys.stdout
+    # Where they were closed, the numbers 1 and 2 belong to something else.
+    if not isinstance(out, io.TextIOWrapper) or out.fileno() != 1 or sys.__stderr__ is None:
+        return
+    out.flush()
+    sys.stdout = io.TextIOWrapper(
+        # Open until the process ends, as it was.
+        io.BufferedWriter(io.FileIO(os.dup(1), "w", closefd=False)),
+        encoding=out.encoding,
+        errors=out.errors,
+        line_buffering=out.line_buffering or out.write_through,
+    )
+    os.dup2(2, 1)
 
 
 def share() -> tuple[int, int]:

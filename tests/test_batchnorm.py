@@ -4,7 +4,7 @@ import jax
 import optax
 import pytest
 
-from flaxtransfer.batchnorm import check, mode, modules, policy
+from flaxtransfer.batchnorm import check, divided_over, mesh_at_hand, mode, modules, policy
 from flaxtransfer.groups import FROZEN, trainable_mask
 from flaxtransfer.labels import label, rest
 from flaxtransfer.masks import batch_norm, everything, glob, head, resolve, stage, stem
@@ -161,3 +161,14 @@ def test_check_refuses_what_does_not_fit(norm, error, text):
 )
 def test_mode_of_one_batch_norm(norm, module, expected):
     assert mode(norm, module) == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows", "divided"), [(4, 8, True), (4, 6, False), (1, 8, False)]
+)
+def test_rows_are_divided_where_each_device_has_as_many(devices, rows, divided):
+    """Otherwise the BatchNorm is flax's; what it computes is compared in ``test_sharding``."""
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",))
+    with divided_over(mesh):
+        assert mesh_at_hand(rows) == (mesh if divided else None)
+    assert mesh_at_hand(rows) is None

@@ -243,7 +243,11 @@ def test_large_leaves_are_split_and_the_rest_is_as_before():
     assert found["difference of eight"] < 1e-12
     assert found["difference of split"] < 1e-12
     # Kernels are joined, and no image is sent: convolutions stay those of a device's own images.
-    assert found["all-gather"] == len(found["split"])
+    # A BatchNorm by the batch has one message in each pass; flax's, on one device, has none here,
+    # and over devices 3.7 of them.
+    assert found["norms"] == 11
+    assert found["all-gather"] == len(found["split"]) + found["norms"]
+    assert found["all-reduce"] <= 2 * found["norms"]
     assert found["all-to-all"] == found["collective-permute"] == 0
 
 

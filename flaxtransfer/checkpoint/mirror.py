@@ -3,7 +3,9 @@
 A bucket has no lock, no append and no rename, on which everything that is proven about kills rests.
 A run therefore works in a local folder, and a thread mirrors it: the small files first, then each
 checkpoint with its record last, so that a step with a record is whole and the files beside it fit.
-Whoever starts on an empty machine fetches the whole steps, and continues from the newest.
+Whoever starts on an empty machine fetches the whole steps, and continues from the newest. Of two
+that write to one address the later start takes over: the earlier one reads so before its next
+upload, and stops.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import http.client
 import logging
 import os
 import re
+import secrets
 import shutil
+import signal
+import socket
 import ssl
 import threading
 import time
@@ -37,6 +42,8 @@ from flaxtransfer.files import (
     MANIFEST_FILE,
     bucket_address,
     folder_lock,
+    json_bytes,
+    parse_json,
     read_json,
     write_json,
 )
@@ -70,8 +77,15 @@ _RECORD = "record/metadata"
 _NOT_SENT = ("checkpoints", "features")
 """Folders of a run that are sent as steps, or made again."""
 
+_OWNER = ".owner.json"
+"""The object that tells who writes to an address: the start that came last."""
+
 _INDEX = ".bucket.json"
 """What is known of the files of a folder that was fetched: size and mark of their objects."""
+
+
+class TakenOver(ValueError):
+    """Another start writes to the address now; this one has stopped."""
 
 
 class Object(NamedTuple):
@@ -118,7 +132,9 @@ class Bucket:
         return self.address.removeprefix("gs://").partition("/")[0]
 
     def objects(self) -> dict[str, Object]:
-        """All objects below the address, by name; those that stand for folders are left out.
+        """All objects below the address, by name.
+
+        Those that stand for folders are left out, and the record of who writes.
 
         Raises:
             OSError: they cannot be listed.
@@ -137,6 +153,8 @@ class Bucket:
             if not path.startswith(root) or path.endswith("/"):
                 continue
             name = path.removeprefix(root)
+            if name == _OWNER:
+                continue
             if not _is_safe(name):
                 raise ValueError(f"{self.address} must hold names of files, got {name!r}")
             mark = each.get("md5Hash") or each.get("etag") or each.get("generation") or ""
@@ -285,21 +303,101 @@ def _client() -> Any:
         ) from error
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Who writes to an address, which a bucket keeps beside the run.
+
+    A bucket has no lock that would end with a process, and who was killed cannot be told from who
+    is slow. So the start that comes last owns the address, a restarted job among them, and whoever
+    wrote there before stops at its next upload.
+
+    Args:
+        token: of this start, drawn at random.
+        writer: process and machine, for a person.
+        since: when it began, UTC.
+        ended: whether it has sent all that it had.
+    """
+
+    token: str
+    writer: str
+    since: str
+    ended: bool = False
+
+    @classmethod
+    def of(cls, bucket: Bucket) -> Owner | None:
+        """Who writes to an address; None where nobody has, or the record is damaged.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        try:
+            found = parse_json(bucket.get(_OWNER), f"{bucket.address}/{_OWNER}")
+            token, writer, since = (str(found[name]) for name in ("token", "writer", "since"))
+            return cls(token, writer, since, found["ended"] is True)
+        except (FileNotFoundError, ValueError, TypeError, LookupError):
+            return None
+
+    @classmethod
+    def claim(cls, bucket: Bucket, say: Say) -> Owner:
+        """Makes this process the owner; says so where another one may be at work.
+
+        Raises:
+            OSError: the record cannot be read or written.
+        """
+        before = cls.of(bucket)
+        writer = f"process {os.getpid()} on {socket.gethostname()}"
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        owner = cls(secrets.token_hex(16), writer, since)
+        owner.write(bucket)
+        if before is not None and not before.ended:
+            say(
+                f"{bucket.address} is taken over from {before.writer}, since {before.since}: where "
+                "that still runs, it stops at its next upload"
+            )
+        return owner
+
+    def write(self, bucket: Bucket, *, ended: bool = False) -> None:
+        """Writes the record."""
+        bucket.put(_OWNER, json_bytes({**vars(self), "ended": ended}))
+
+    def check(self, bucket: Bucket, folder: Path) -> None:
+        """Asks whether this process still is the owner.
+
+        Args:
+            bucket: where it writes.
+            folder: that it mirrors, for the error.
+
+        Raises:
+            TakenOver: it is not.
+            OSError: the record cannot be read.
+        """
+        found = Owner.of(bucket)
+        if found is None or found.token != self.token:
+            other = "another start" if found is None else f"{found.writer}, since {found.since}"
+            raise TakenOver(
+                f"{bucket.address} was taken over by {other}: this run has stopped, and is kept in "
+                f"{folder}; let one of them write there, or give another --run"
+            )
+
+
 class Mirror:
     """A run folder that is mirrored to a bucket, by a thread; made by ``mirrored``.
-
-    One process writes to an address at a time: a bucket has no lock that would end with a process.
 
     Args:
         folder: local.
         bucket: where it is mirrored to.
         say: gets one line for a person, when the storage fails and when it works again.
+        owner: who this process is there; asked for before each change. None asks nobody.
     """
 
-    def __init__(self, folder: Path, bucket: Bucket, say: Say) -> None:
+    def __init__(self, folder: Path, bucket: Bucket, say: Say, owner: Owner | None = None) -> None:
         self.folder = folder
         self.bucket = bucket
+        self.taken: TakenOver | None = None
         self._say = say
+        self._owner = owner
+        # What is interrupted when another start takes over.
+        self._in_main = threading.current_thread() is threading.main_thread()
         self._there = {name: each.mark for name, each in bucket.objects().items()}
         self._sent: dict[str, tuple[int, int]] = {}
         self._records: dict[str, str] = {}
@@ -346,12 +444,20 @@ class Mirror:
 
         Raises:
             OSError: the storage failed; the text says what is safe where.
+            TakenOver: another start writes there.
         """
         self._end.set()
         if self._thread.ident is not None:
             self._thread.join()
+        if self.taken is not None:
+            raise self.taken
         try:
             self.sync()
+            if self._owner is not None:
+                self._check_owner()
+                self._owner.write(self.bucket, ended=True)
+        except TakenOver:
+            raise
         except Exception as error:
             raise OSError(self._told(error)) from error
         self._say(f"{self.folder} is mirrored to {self.bucket.address}")
@@ -360,6 +466,10 @@ class Mirror:
         while not self._end.wait(LOOK_S if not self._failure else 10 * LOOK_S):
             try:
                 self.sync(now=False)
+            except TakenOver as error:
+                self.taken = error
+                self._stop()
+                return
             except Exception as error:
                 if not self._failure:
                     self._say(f"{self._told(error)}; the run goes on")
@@ -368,6 +478,14 @@ class Mirror:
                 if self._failure:
                     self._say(f"{self.bucket.address} is written again")
                 self._failure = ""
+
+    def _stop(self) -> None:
+        """Stops what the main thread does, as Ctrl-C would: training ends with a checkpoint."""
+        while self._in_main and not self._end.is_set():
+            if callable(signal.getsignal(signal.SIGINT)):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            self._end.wait(LOOK_S)
 
     def _told(self, error: Exception) -> str:
         found = [int(name.rpartition("/")[2]) for name in self._safe if name.count("/") == 1]
@@ -467,10 +585,16 @@ class Mirror:
         seal = f"{name}/{_RECORD}"
         inner = {each for each in self._there if each.startswith(f"{name}/")} - {seal}
         for each in (*([seal] if seal in self._there else []), *sorted(inner)):
+            self._check_owner()
             self.bucket.remove(each)
             self._there.pop(each, None)
 
+    def _check_owner(self) -> None:
+        if self._owner is not None:
+            self._owner.check(self.bucket, self.folder)
+
     def _put(self, name: str, data: bytes) -> None:
+        self._check_owner()
         self._there[name] = ""  # Before: it may be there although the answer is lost.
         self.bucket.put(name, data)
 
@@ -589,7 +713,9 @@ def mirrored(address: str, *, resume: bool, say: Say) -> Iterator[Path]:
         The folder, which is kept.
 
     Raises:
-        ValueError: no such address; the extra is missing; there is a run and ``resume`` is not set.
+        ValueError: no such address; the extra is missing; there is a run and ``resume`` is not set;
+            another process of this machine writes in the folder; or, at any time, another start has
+            taken the address over (``TakenOver``): training is stopped as by SIGINT.
         OSError: the storage refuses, before anything is computed; or it failed, and at the end of
             the block not all is there: the text says what is safe where.
     """
@@ -598,15 +724,20 @@ def mirrored(address: str, *, resume: bool, say: Say) -> Iterator[Path]:
     def begin() -> str:
         bucket, folder = Bucket.at(address), local_folder(address)
         bucket.check_writable()
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume:
-            say(fetch_steps(bucket, folder))
-        elif bucket.objects() or any(path.name[0] != "." for path in folder.iterdir()):
-            raise ValueError(
-                f"{address}, and {folder} here, must be empty for a new run; add --resume "
-                "(resume=True) to continue the run there, or give another address"
-            )
-        mirrors.append(Mirror(folder, bucket, say))
+        # Who is refused here must not take over from a process of this machine.
+        with folder_lock(folder):
+            if not resume and (
+                bucket.objects() or any(path.name[0] != "." for path in folder.iterdir())
+            ):
+                raise ValueError(
+                    f"{address}, and {folder} here, must be empty for a new run; add --resume "
+                    "(resume=True) to continue the run there, or give another address"
+                )
+            # Before it is looked what is there: the other one may be sending more.
+            owner = Owner.claim(bucket, say)
+            if resume:
+                say(fetch_steps(bucket, folder))
+        mirrors.append(Mirror(folder, bucket, say, owner))
         mirrors[0].start()
         return str(folder)
 
@@ -617,10 +748,12 @@ def mirrored(address: str, *, resume: bool, say: Say) -> Iterator[Path]:
     folder = Path(from_first(begin))
     try:
         yield folder
-    except BaseException:
+    except BaseException as interruption:
         # Every process may leave by another way here, and none waits for another.
         try:
             end()
+        except TakenOver as error:
+            raise error from interruption
         except OSError as error:
             say(str(error))
         raise

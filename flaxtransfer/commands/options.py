@@ -256,7 +256,7 @@ class WeightsOptions:
 
     Args:
         weights: Weights of a ResNet: builtin, a file (.safetensors, .pth, .npz, .h5, .keras), a
-            folder with one, hf://organization/name[@revision] or https://.
+            folder with one, hf://organization/name[@revision], https:// or gs://bucket/path.
         model: Network that the weights must be, by name, such as resnet50_v1: it also says what no
             weights show, here the stride in the first convolution.
         mean: Mean that the network subtracts from each channel, for pixels from 0 to 1: one number

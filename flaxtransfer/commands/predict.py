@@ -61,6 +61,7 @@ from flaxtransfer.training.evaluation import predict as run_network
 from flaxtransfer.training.run_folder import split_of
 from flaxtransfer.weights.loading import load
 from flaxtransfer.weights.preprocessing import Preprocessing
+from flaxtransfer.weights.readers.detect import has_weights_name
 
 if TYPE_CHECKING:
     from flaxtransfer.analysis.saliency import Saliency
@@ -698,6 +699,8 @@ def explain(options: Explain, console: Console) -> None:
 def _opened(options: Explain, console: Console) -> tuple[Classifier, UnlabeledImages, np.ndarray]:
     """The network, images with names, and the positions of those to explain."""
     run, skip = Path(options.source), options.reading.skip_corrupt
+    if not has_weights_name(options.source):
+        run = local_run(run)  # One in a bucket is fetched.
     if run.is_dir():
         network = trained_network(run)
         bands = run_bands(run, network)

@@ -50,6 +50,7 @@ from flaxtransfer.commands.options import (
 from flaxtransfer.files import bucket_address
 from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.figures import FIGURE_SUFFIXES
+from flaxtransfer.weights.readers.detect import has_weights_name
 
 __all__ = [
     "FILES",
@@ -488,7 +489,7 @@ class Explain:
     Example: flaxtransfer explain runs/scans-seed0 --data folder:new --out explained
 
     Args:
-        source: Run folder, or weights of a ResNet with a head.
+        source: Run folder, or its address gs://bucket/path; or weights of a ResNet with a head.
         out: Folder for the pictures and explanation.json.
         most_images: Use at most this many images, drawn at random.
         layer: Segment whose map is used, by name: stem, ...
@@ -519,7 +520,8 @@ class Explain:
 
     def problems(self) -> Iterator[str]:
         """An unknown data source, none at all, and a folder that cannot be written."""
-        if self.data is None and not Path(self.source).is_dir():
+        in_bucket = bucket_address(self.source) is not None and not has_weights_name(self.source)
+        if self.data is None and not (Path(self.source).is_dir() or in_bucket):
             yield f"--data must name images, unless the source is a run folder, got {self.source}"
         if self.data is not None and not self.data.startswith("npz:"):
             yield from data_problems("--data", self.data)
@@ -591,7 +593,7 @@ class Convert:
 
     Args:
         source: Weights of a ResNet: builtin, a file, a folder with one, a run folder,
-            hf://organization/name or https://.
+            hf://organization/name, https:// or gs://bucket/path.
         target: File to write (.safetensors, .onnx, .stablehlo, or .h5 for Keras), or folder for
             timm and huggingface.
         model: Network that the source must be, by name, such as resnet50_v1: it also says what no

@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flaxtransfer.batchnorm import Norm, mode
+from flaxtransfer.batchnorm import Norm, mesh_at_hand, mode, normalized_over
 from flaxtransfer.models.config import GROUPS, ResNetConfig
 
 __all__ = [
@@ -166,6 +166,29 @@ def standardize(kernel: jax.Array, epsilon: float) -> jax.Array:
     return centered * jax.lax.rsqrt((centered**2).mean((0, 1, 2)) + epsilon)
 
 
+class BatchNormOverDevices(nn.BatchNorm):
+    """A BatchNorm by the statistics of a batch that the devices of ``mesh_at_hand`` divide."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
+    ) -> jax.Array:
+        """Normalizes ``x``, ``[batch, ..., channels]``, and updates the running statistics."""
+        del use_running_average, mask
+        mesh, shape, wide = mesh_at_hand(len(x)), x.shape[-1:], jnp.float32
+        assert mesh is not None
+        running = [
+            self.variable("batch_stats", "mean", jnp.zeros, shape, wide),
+            self.variable("batch_stats", "var", jnp.ones, shape, wide),
+        ]
+        scale = self.param("scale", self.scale_init, shape, wide)
+        bias = self.param("bias", self.bias_init, shape, wide)
+        y, moments = normalized_over(x, scale, bias, self.epsilon, mesh)
+        for kept, new in zip(running, moments, strict=True):
+            kept.value = self.momentum * kept.value + (1 - self.momentum) * new
+        return y
+
+
 class Layers(nn.Module):
     """Base class of modules with convolutions and normalizations.
 
@@ -216,7 +239,8 @@ class Layers(nn.Module):
                 f"maps of shape {x.shape} have {values}: use larger images, a larger batch, or "
                 "norm='running'"
             )
-        layer = nn.BatchNorm(
+        divided = by_batch and mesh_at_hand(len(x)) is not None
+        layer = (BatchNormOverDevices if divided else nn.BatchNorm)(
             use_running_average=not by_batch,
             momentum=MOMENTUM,
             epsilon=self.config.epsilon,

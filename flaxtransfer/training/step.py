@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from flaxtransfer.batchnorm import divided_over
 from flaxtransfer.data.loader import Batch, DataLoaders
 from flaxtransfer.groups import FROZEN, Group
 from flaxtransfer.models.layers import lax_conv
@@ -318,14 +319,15 @@ def _compiled(program: CompileKey) -> Callable[[State, Batch], tuple[State, Metr
             noise = None
             if phase.dropout or depth:
                 noise = Noise(noise_key, part.rows, count, phase.dropout, depth)
-            logits, batch_stats = model.apply(
-                variables,
-                inputs,
-                norm=norm,
-                start=program.start,
-                noise=noise,
-                remat=phase.remat,
-            )
+            with divided_over(mesh):
+                logits, batch_stats = model.apply(
+                    variables,
+                    inputs,
+                    norm=norm,
+                    start=program.start,
+                    noise=noise,
+                    remat=phase.remat,
+                )
             losses, scores = loss_and_score(logits, part, loss_key, blend)
             return losses.mean(), (batch_stats, scores.mean())
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flaxtransfer.files import parse_json
+from flaxtransfer.files import bucket_address, parse_json
 from flaxtransfer.models.config import BASE_FIELDS, ResNetConfig
 from flaxtransfer.models.model import leaf_shapes
 from flaxtransfer.models.registry import ARCHITECTURES, named
@@ -77,7 +77,8 @@ def load(
             a run. Or an address:
             ``hf://organization/name[@revision][:file]``, which is downloaded to the hub's cache
             with the JSON files next to it; ``https://.../name-<first digits of sha256>.pth``, which
-            is verified by its name. Or "builtin", or "builtin:<name>".
+            is verified by its name; ``gs://bucket/path`` of a file or folder (extra ``gcs``), which
+            is fetched to the cache. Or "builtin", or "builtin:<name>".
         model: the expected network, a name such as "resnet50" or a configuration, except for the
             number of classes and image channels. Names are in ``models.ARCHITECTURES`` and those
             that ``ResNetConfig.name`` composes, with widths and endings. It also states what no
@@ -251,10 +252,12 @@ def locate(source: str | os.PathLike[str]) -> tuple[str, Path, list[str]]:
         return locations.fetch_from_hub(text)
     if text.startswith(("https://", "http://")):
         return locations.fetch_from_web(text)
+    if (address := bucket_address(text)) is not None:
+        return locations.fetch_from_bucket(address)
     if "://" in text:
         raise ValueError(
             f"{text}: unknown kind of address; known: "
-            f"{locations.HUB_PREFIX}organization/name and https://"
+            f"{locations.HUB_PREFIX}organization/name, https:// and gs://bucket/path"
         )
     return text, Path(text), []
 

@@ -1,4 +1,4 @@
-"""Locations of weights: built-in files, web addresses and the Hugging Face hub.
+"""Locations of weights: built-in files, web addresses, buckets and the Hugging Face hub.
 
 Files from the web are stored in a cache, and the digits of the sha256 in a file's name are checked.
 Files from the hub go into its own cache, whose folder, token, endpoint and offline mode are set as
@@ -34,6 +34,7 @@ __all__ = [
     "builtin_names",
     "cache_folder",
     "card",
+    "fetch_from_bucket",
     "fetch_from_hub",
     "fetch_from_web",
     "locate_builtin",
@@ -244,6 +245,51 @@ def _check_room(expected: int | None, there: int, path: Path) -> None:
         raise OSError(
             f"the file has {expected:,} bytes, but {path.parent} only has room for {free:,}"
         )
+
+
+_NOT_WEIGHTS = {"checkpoints", "features"}
+"""Folders of a run, whose network lies beside them."""
+
+
+def fetch_from_bucket(address: str) -> tuple[str, Path, list[str]]:
+    """Fetches weights in a bucket to the cache (extra ``gcs``); returns address, path and notes.
+
+    A file comes with the JSON files beside it, which may describe it; a folder, such as that of a
+    run, without checkpoints. What is in the cache already is compared and not fetched again.
+
+    Args:
+        address: ``gs://bucket/path``, of a file or a folder.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: the storage or the disk failed.
+        ValueError: it is no such address, or the extra is not installed.
+    """
+    from flaxtransfer.checkpoint.mirror import Bucket, fetch_tree  # Far more than a name.
+
+    parent, _, name = address.rpartition("/")
+    if not has_weights_name(name):
+        parent, name = address, ""
+
+    def wanted(each: str) -> bool:
+        if not name or name.endswith(".json"):  # A folder, or the index of several files.
+            return _NOT_WEIGHTS.isdisjoint(each.split("/"))
+        return each == name or ("/" not in each and each.endswith(".json"))
+
+    # A place of its own, for files of one folder may come at the same time; its name stays.
+    folder = cache_folder() / hashlib.sha256(address.encode()).hexdigest()[:16]
+    if not name:
+        folder /= address.rpartition("/")[2]
+    note = ""
+    try:
+        note = fetch_tree(parent, folder, keep=wanted)
+    except FileNotFoundError:
+        if not name:
+            raise
+    if not note or not (folder / name).exists():
+        known = Bucket.at(parent).objects()  # Or there is no such bucket.
+        raise FileNotFoundError(f"there is no {address}{suggest(name, known)}")
+    return address, folder / name, [note]
 
 
 HUB_PREFIX = "hf://"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,16 @@ import pytest
 
 import flaxtransfer as ft
 from flaxtransfer.checkpoint import CheckpointManager, mirror, step_files
-from flaxtransfer.checkpoint.mirror import Bucket, Mirror, fetch_steps, fetch_tree, mirrored
+from flaxtransfer.checkpoint.mirror import (
+    Bucket,
+    Mirror,
+    Owner,
+    TakenOver,
+    fetch_steps,
+    fetch_tree,
+    mirrored,
+)
+from flaxtransfer.files import folder_lock
 from tests.faults import harness
 from tests.support import small
 from tests.support.bucket import BucketFileSystem, Store, serving
@@ -285,7 +295,8 @@ def test_failing_storage_is_said_once_and_at_the_end(store, moments, tmp_path):
     store.fault = None
     with mirrored(ADDRESS, resume=True, say=said.append):
         pass
-    assert store.names() == sorted(f"runs/one/{name}" for name in files_of(moments / "end"))
+    names = [*files_of(moments / "end"), mirror._OWNER]
+    assert store.names() == sorted(f"runs/one/{name}" for name in names)
 
 
 def test_a_storage_that_recovers_is_said_too(store, moments, tmp_path):
@@ -302,6 +313,79 @@ def test_a_storage_that_recovers_is_said_too(store, moments, tmp_path):
         "gs://runs/one is written again",
         f"{tmp_path / 'work'} is mirrored to {ADDRESS}",
     ]
+
+
+def test_the_later_of_two_starts_takes_over_and_the_earlier_one_stops(store, moments, tmp_path):
+    """It is interrupted where it trains, and sends nothing more; what it made is kept here."""
+    bucket, other = Bucket.at(ADDRESS), tmp_path / "other"
+    said: list[str] = []
+
+    def run() -> None:
+        with mirrored(ADDRESS, resume=False, say=print) as folder:
+            bring(folder, moments / "2")
+            sealed = {f"runs/one/checkpoints/{step}/record/metadata" for step in (1, 2)}
+            until(lambda: sealed <= set(store.names()))
+            # Another machine: it fetches what is there, goes on, and ends.
+            owner = Owner.claim(bucket, said.append)
+            fetch_steps(bucket, other)
+            bring(other, moments / "3")
+            Mirror(other, bucket, print, owner).close()
+            before.update(store.objects["runs"])
+            bring(folder, moments / "end")
+            until(lambda: False)
+
+    before: dict[str, bytes] = {}
+    with pytest.raises(TakenOver) as error:
+        run()
+    assert isinstance(error.value.__cause__, KeyboardInterrupt)
+    assert re.fullmatch(
+        rf"{ADDRESS} was taken over by process {os.getpid()} on \S+, since \S+ \S+ UTC: this run "
+        "has stopped, and is kept in runs/runs/one; let one of them write there, or give another "
+        "--run",
+        one_line(error.value),
+    )
+    assert re.fullmatch(
+        rf"{ADDRESS} is taken over from process {os.getpid()} on \S+, since \S+ \S+ UTC: where "
+        "that still runs, it stops at its next upload",
+        "".join(said),
+    )
+    assert store.objects["runs"] == before
+    assert files_of(Path("runs/runs/one")) == files_of(moments / "end")
+    # The other one has ended: nobody is taken over from.
+    said.clear()
+    Owner.claim(bucket, said.append)
+    assert said == []
+
+
+def test_who_is_told_at_the_end_stops_as_well(store, moments):
+    """Nothing was left to send, and the address is another's."""
+
+    def run() -> None:
+        with mirrored(ADDRESS, resume=False, say=print):
+            Owner.claim(Bucket.at(ADDRESS), print)
+
+    with pytest.raises(TakenOver, match="was taken over by process"):
+        run()
+    record = store.objects["runs"].pop(f"one/{mirror._OWNER}")
+    assert not json.loads(record)["ended"]
+    # Somebody has removed or damaged the record: whose the address is, nobody knows.
+    owner = Owner.claim(Bucket.at(ADDRESS), print)
+    for left in ({}, {f"one/{mirror._OWNER}": b"[]"}):
+        store.objects["runs"] = dict(left)
+        with pytest.raises(TakenOver, match="was taken over by another start: this run"):
+            Mirror(Path("nothing"), Bucket.at(ADDRESS), print, owner).close()
+
+
+def test_a_second_start_on_one_machine_takes_nothing_over(store, moments):
+    with mirrored(ADDRESS, resume=False, say=print) as folder, folder_lock(folder):
+        before = dict(store.objects["runs"])
+        for resume in (False, True):
+            with (
+                pytest.raises(ValueError, match="runs/runs/one is being written by process"),
+                mirrored(ADDRESS, resume=resume, say=print),
+            ):
+                raise AssertionError("must not begin")
+        assert store.objects["runs"] == before
 
 
 def one_line(error: Exception) -> str:
@@ -455,6 +539,7 @@ def test_a_run_goes_on_on_an_empty_machine(store, tmp_path, capsys):
     work = Path("runs/runs/one")
     for name in ("metrics.jsonl", "audit.json", "result.json", "validation.npz"):
         assert (work / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert json.loads(store.objects["runs"].pop("one/.owner.json"))["ended"]
     sent = {f"one/{name}": data for name, data in files_of(work).items()}
     assert store.objects["runs"] == sent
 
@@ -464,7 +549,7 @@ def test_no_step_waits_for_the_storage(store):
     gate, done = threading.Event(), Path("runs/runs/one/manifest.json")
 
     def hang(kind: str, path: str) -> None:
-        if kind == "PUT" and "may-write" not in path:
+        if kind == "PUT" and "/." not in path:
             assert gate.wait(60)
 
     def watch() -> None:
@@ -545,6 +630,6 @@ def test_with_the_real_client_killed_at_uploads_and_resumed(tmp_path):
         assert "Traceback" not in errors
     assert harness.outcome(tmp_path / "last" / "runs" / "runs" / "one") == wanted
     kept = {name.removeprefix("runs/one/") for name in store.names()}
-    assert kept == set(files_of(tmp_path / "last" / "runs" / "runs" / "one"))
+    assert kept == {*files_of(tmp_path / "last" / "runs" / "runs" / "one"), mirror._OWNER}
     assert json.loads(store.objects["runs"]["one/manifest.json"])["files"]
     assert ft.load(tmp_path / "last/runs/runs/one/model.safetensors")

@@ -50,6 +50,7 @@ def main() -> None:
         assert jax.tree.all(jax.tree.map(lambda a, b: a == b, wanted, after)), name
         states[name] = values(state)
         if name == "split":
+            found["norms"] = len(phase.batch_norm_policy())
             found |= facts(state, step.lower(state, place(0, mesh)).compile().as_text())
     for name in ("eight", "split"):
         found[f"difference of {name}"] = max(
