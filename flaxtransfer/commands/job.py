@@ -247,6 +247,7 @@ def prepare(
             feed=feed,
             lengths=lambda name: _with_lengths(name, {}, data),
             cache=choosing.cache,
+            gains=options.strategy.gains,
             say=choosing.say,
         )
         strategy, settings = choice.candidate.strategy, dict(choice.candidate.settings)
