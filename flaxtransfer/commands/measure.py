@@ -116,7 +116,13 @@ def _begun(options: Advise | Understand, console: Console) -> Start:
 def understand(options: Understand, console: Console) -> None:
     """Runs ``flaxtransfer understand``."""
     start = _begun(options, console)
-    found = understood(start.network, start.source, start.splits.train, seed=options.split.seed)
+    found = understood(
+        start.network,
+        start.source,
+        start.splits.train,
+        seed=options.split.seed,
+        attributes=options.attributes,
+    )
     console.print(found)
     if options.json is not None:
         write_json(options.json, found.to_json())

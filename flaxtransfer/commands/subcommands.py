@@ -218,11 +218,14 @@ class Understand:
         json: Also write all numbers to this .json file.
         html: Also write a report to this .html file.
         suspects: Also write all suspected labels to this .csv file.
+        attributes: Also say what each depth knows of generated images: orientation, hue, texture,
+            number, polygon, letter.
     """
 
     json: Annotated[Path | None, default("none")] = None
     html: Annotated[Path | None, default("none")] = None
     suspects: Annotated[Path | None, default("none")] = None
+    attributes: Flag = False
     data: DataOptions = field(default_factory=DataOptions)
     split: SplitOptions = field(default_factory=SplitOptions)
     weights: WeightsOptions = field(default_factory=WeightsOptions)
