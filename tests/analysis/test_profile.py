@@ -117,8 +117,9 @@ def test_depths_are_added_that_know_what_the_others_do_not():
     found = greedy_depths(features, labels)
     assert sorted(found.segments) == ["layer2", "stem"]
     added, left_out = found.tried
-    assert added.gain == pytest.approx(0.5, abs=0.06)
-    assert added.gain > 5 * added.error
+    # One bit alone is right for half of the classes, and at random up to two thirds.
+    assert added.skill > 0.9
+    assert added.gain > max(0.25, 5 * added.error)
     assert left_out.segment == "layer1"
     assert left_out.gain <= left_out.error
     assert str(found).splitlines()[-2:] == [
