@@ -126,7 +126,8 @@ class Strategy:
         lengths: dict[str, Any] = {"steps": config.steps}
         if self.recipe is ft.recipes.progressive_unfreezing:
             lengths = {"steps": config.phase_steps}
-        if self.recipe in (ft.recipes.solved_head, ft.recipes.depth_head):
+        heads = (ft.recipes.solved_head, ft.recipes.depth_head, ft.recipes.depths_head)
+        if self.recipe in heads:
             lengths = {}
         if self.recipe is ft.recipes.head_then_fine_tune:
             head = config.steps // 3
@@ -143,6 +144,7 @@ def scratch(params: ft.models.Params, *, steps: int) -> ft.Plan:
 STRATEGIES = {
     "solved_head": Strategy(ft.recipes.solved_head),
     "depth_head": Strategy(ft.recipes.depth_head, measures=True),
+    "depths_head": Strategy(ft.recipes.depths_head, measures=True),
     "feature_extraction": Strategy(ft.recipes.feature_extraction),
     "batch_norm_only": Strategy(ft.recipes.batch_norm_only),
     "batch_norm_only, running statistics": Strategy(

@@ -137,7 +137,7 @@ class Classifier:
         return f"Classifier({config.name}, {config.classes} classes, {self.task.name})"
 
 
-def ending_at(network: Classifier, segment: str | None) -> Classifier:
+def ending_at(network: Classifier, segment: str | Sequence[str] | None) -> Classifier:
     """The network that ends at a segment: its head reads the mean of that output over pixels.
 
     What follows the segment is dropped, so that the network is smaller and faster in use, too. The
@@ -146,7 +146,8 @@ def ending_at(network: Classifier, segment: str | None) -> Classifier:
 
     Args:
         network: from ``transfer``, or made of a model and its weights; not changed.
-        segment: its name, as in ``model.segments``; None for the network as it is.
+        segment: its name, as in ``model.segments``; several, whose means the head reads all, and of
+            which the network ends at the last; None for the network as it is.
 
     Raises:
         ValueError: no such segment, or one without a map.

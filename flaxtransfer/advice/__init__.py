@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from flaxtransfer.advice.race import Prior as Prior
     from flaxtransfer.advice.race import Race as Race
     from flaxtransfer.advice.race import race as race
+    from flaxtransfer.advice.understanding import AttributeProfile as AttributeProfile
     from flaxtransfer.advice.understanding import Understanding as Understanding
+    from flaxtransfer.advice.understanding import attribute_profile as attribute_profile
     from flaxtransfer.advice.understanding import source_distance as source_distance
     from flaxtransfer.advice.understanding import understand as understand
 

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from jax.sharding import Mesh
 
 from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather
-from flaxtransfer.advice.race import Prior, prior_of
+from flaxtransfer.advice.race import FEWEST, Gains, Prior, Verdict, checked_gains, prior_of
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source, task_of_source
@@ -29,12 +29,7 @@ from flaxtransfer.task import REGRESSION, SINGLE_LABEL
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["SCHEMA", "Advice", "Candidate", "Verdict", "advise", "decide", "known_gains"]
-
-Verdict = Literal["nothing", "ceiling", "early", "depth", "level", "train"]
-"""What the evidence says: nothing is learnable from these features; a head is as good as anything;
-early layers have to move; an earlier depth knows more; all depths are level and leave little;
-training is next."""
+__all__ = ["SCHEMA", "Advice", "Candidate", "advise", "decide", "known_gains"]
 
 CHANCE = 4.0
 """Alignment below which features are taken to say nothing: of 40 draws of labels without relation
@@ -194,7 +189,7 @@ def advise(
     seed: int = 0,
     batch_size: int = 64,
     mesh: Mesh | None = None,
-    gains: Mapping[str, Any] | None = None,
+    gains: Gains | None = None,
 ) -> Advice:
     """Which strategy fits these images, from one pass over them; nothing is trained.
 
@@ -215,12 +210,15 @@ def advise(
         seed: of the folds.
         batch_size: images per forward pass.
         mesh: devices; by default all of them.
-        gains: what each strategy gained on other data with this network, as
-            ``experiments/strategy_grid.py`` measures it; by default known of the built-in one.
+        gains: what each strategy gained on other data with this network, or the JSON file of it, as
+            ``experiments/strategy_grid.py --gains`` writes it; see ``checked_gains`` in
+            ``advice/race.py``. By default known of the built-in network.
 
     Raises:
-        ValueError: too few images or classes, no label or target with two values, images of other
-            bands than the network's, another task than the network's, features that are not finite.
+        TypeError: gains of another type.
+        ValueError: gains of another network or that are no such numbers; too few images or classes,
+            no label or target with two values, images of other bands than the network's, another
+            task than the network's, features that are not finite.
 
     References:
         A. Royer, C. Lampert, "A Flexible Selection Scheme for Minimum-Effort Transfer Learning",
@@ -246,11 +244,13 @@ def advise(
             f"network must have the task of the data, {task.name}, got {network.task.name}; give "
             f"task= to ft.transfer"
         )
+    if gains is not None:  # Before anything is computed.
+        gains = checked_gains(gains, network.model.config.name)
     evidence = gather(network, source, positions, batch_size=batch_size, seed=seed, mesh=mesh)
     return decide(evidence, network.params, gains)
 
 
-def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None = None) -> Advice:
+def decide(evidence: Evidence, params: Params, gains: Gains | None = None) -> Advice:
     """The recommendation that follows from the evidence; see BUILD_NOTES.md for the rule.
 
     Args:
@@ -290,7 +290,7 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
         _summary(verdict, evidence, recommended, collect),
         tuple(candidates),
         (*_reasons(verdict, evidence, strongest, recommended, about), *why),
-        tuple(_unknown(evidence)),
+        (*_unknown(evidence), *_not_measured(gains, candidates, about)),
         evidence,
         None if recommended is None else recommended.plan(params),
         collect,
@@ -307,11 +307,29 @@ def _leaves_nothing(best: HeadEvidence, evidence: Evidence) -> bool:
     return leaves_nothing(best.skill, best.examples, evidence.measure.of_guess)
 
 
-def known_gains(evidence: Evidence, gains: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """What is known of gains: those that the package holds are of accuracies."""
-    if gains is None and evidence.task != SINGLE_LABEL.name:
-        return {"network": None, "gains": {}}
-    return gains
+def known_gains(evidence: Evidence, gains: Gains | None) -> Mapping[str, Any] | None:
+    """What is known of gains: those that the package holds are of accuracies.
+
+    Raises:
+        TypeError, ValueError: see ``checked_gains``.
+    """
+    if gains is not None:
+        return checked_gains(gains, evidence.network)
+    return None if evidence.task == SINGLE_LABEL.name else {"network": None, "gains": {}}
+
+
+def _not_measured(
+    gains: Gains | None, candidates: Sequence[Candidate], about: Callable[[str], Prior]
+) -> list[str]:
+    """Strategies that the user's own gains do not cover."""
+    tried = [one.strategy for one in candidates if one.tried and one.skill is None]
+    missing = [name for name in tried if not about(name).targets]
+    if gains is None or not missing:
+        return []
+    return [
+        f"What {listing(missing)} gained elsewhere: the gains that were given have fewer than "
+        f"{FEWEST} kinds of images of it; 0 ± {100 * Prior().deviation:g} points are assumed."
+    ]
 
 
 def _error(head: HeadEvidence) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxtransfer.advice.advise import Advice, Candidate, advise, known_gains
-from flaxtransfer.advice.race import Race, prior_of, race
+from flaxtransfer.advice.race import Gains, Race, prior_of, race
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders, reading
 from flaxtransfer.data.source import Source
@@ -150,7 +150,7 @@ def choose(
     lengths: Lengths = lambda strategy: {},
     cache: Cache | None = None,
     mesh: Mesh | None = None,
-    gains: Mapping[str, Any] | None = None,
+    gains: Gains | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Choice:
     """Which strategy to train: by evidence, and by a race where evidence does not say.
@@ -328,7 +328,7 @@ def auto(
     resume: bool = False,
     cache: Cache | None = None,
     mesh: Mesh | None = None,
-    gains: Mapping[str, Any] | None = None,
+    gains: Gains | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Auto:
     """Chooses a strategy by advice and a race, and trains it on all labels.

@@ -11,16 +11,29 @@ import functools
 import importlib.resources
 import json
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import scipy.stats
 
+from flaxtransfer.files import read_json
 from flaxtransfer.metrics import Draws, compared
+from flaxtransfer.paths import listing, shortened, suggest
+from flaxtransfer.recipes.catalog import RECIPES
 
-__all__ = ["Prior", "Race", "Standing", "prior_of", "race"]
+__all__ = ["Gains", "Prior", "Race", "Standing", "Verdict", "checked_gains", "prior_of", "race"]
+
+Verdict = Literal["nothing", "ceiling", "early", "depth", "level", "train"]
+"""What the evidence says: nothing is learnable from these features; a head is as good as anything;
+early layers have to move; an earlier depth knows more; all depths are level and leave little;
+training is next."""
+
+Gains = Mapping[str, Any] | str | os.PathLike[str]
+"""What each strategy gained on other data with a network, or the file of it."""
 
 DELTA = 0.01
 """Strategies within one point of skill are equal."""
@@ -139,8 +152,8 @@ def prior_of(
         verdict: of the advice.
         strategy: name of a recipe.
         network: name of its configuration.
-        gains: what ``experiments/strategy_grid.py --gains`` writes; by default that of the built-in
-            network, which the package holds.
+        gains: see ``checked_gains``; by default those of the built-in network, which the package
+            holds.
 
     >>> prior_of("depth", "no such strategy", "resnet18w32") == Prior()
     True
@@ -150,7 +163,7 @@ def prior_of(
     if network == found["network"]:
         for bucket in (verdict, "all"):
             row = found["gains"].get(bucket, {}).get(strategy)
-            if row is not None and row["targets"] >= _FEWEST:
+            if row is not None and row["targets"] >= FEWEST:
                 deviation = max(row["deviation"], _SUREST)
                 return Prior(row["mean"], deviation, noise, row["targets"])
     return Prior(noise=noise)
@@ -163,11 +176,115 @@ def _measured() -> Mapping[str, Any]:
     return found
 
 
+def checked_gains(gains: Gains, network: str) -> Mapping[str, Any]:
+    """Gains that were measured with a network, or the JSON file of them, checked.
+
+    Args:
+        gains: what ``experiments/strategy_grid.py --gains`` writes: ``{"network": name, "gains":
+            {"all": {strategy: row}}}``, a row being ``{"mean": 0.02, "deviation": 0.05, "targets":
+            10}``: mean and standard deviation over that many kinds of images of the gain in skill
+            over the best solved head, 0.02 being 2 points. Beside "all" there may be rows for a
+            verdict alone. Other keys are not read.
+        network: name of the configuration that advice is asked on.
+
+    Raises:
+        TypeError: neither a mapping nor a path.
+        ValueError: gains of another network, of unknown strategies or verdicts, or that are no such
+            numbers; a file that is no such JSON. All problems in one line.
+        FileNotFoundError: no such file.
+
+    >>> row = {"mean": 0.02, "deviation": 0.05, "targets": 10}
+    >>> found = checked_gains({"network": "mine", "gains": {"all": {"surgical": row}}}, "mine")
+    >>> prior_of("depth", "surgical", "mine", found).mean
+    0.02
+    """
+    name, found = "`gains`", gains
+    if isinstance(gains, str | os.PathLike):
+        name, found = os.fspath(gains), _read(gains)
+    elif not isinstance(gains, Mapping):
+        what = shortened(repr(gains), 60)
+        raise TypeError(f"`gains` must be a mapping or the path of a JSON file, got {what}")
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name} must hold a JSON object, got {shortened(repr(found), 60)}")
+    if problems := list(_problems_of_gains(found, network)):
+        more = f"; and {len(problems) - 3} more" if problems[3:] else ""
+        raise ValueError(shortened(f"{name} {'; '.join(problems[:3])}{more}", 600))
+    return found
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"`gains` must name a file, got {os.fspath(path)}: there is none")
+    return read_json(path)
+
+
+def _problems_of_gains(found: Mapping[str, Any], network: str) -> Iterator[str]:
+    """What keeps gains from being read; each follows the word "gains"."""
+    if any(key not in found for key in ("network", "gains")):
+        other = [key for key in found if key not in ("network", "gains")]
+        near = next(filter(None, (suggest(str(key), ("network", "gains")) for key in other)), "")
+        got = listing(map(repr, found)) or "nothing"
+        yield f"must have 'network' and 'gains', got {shortened(got)}{near}"
+        return
+    if found["network"] != network:
+        yield (
+            f"must be of the network that is advised on, {network}, got gains of "
+            f"{shortened(repr(found['network']), 80)}, which say nothing of it"
+        )
+    by_verdict, verdicts = found["gains"], (*get_args(Verdict), "all")
+    if not isinstance(by_verdict, Mapping) or "all" not in by_verdict:
+        whole = not isinstance(by_verdict, Mapping)
+        got = repr(by_verdict) if whole else listing(map(repr, by_verdict)) or "nothing"
+        yield f"must have ['gains']['all'], strategies over all verdicts, got {shortened(got)}"
+    for verdict, rows in by_verdict.items() if isinstance(by_verdict, Mapping) else ():
+        if verdict not in verdicts:
+            yield (
+                f"must be by verdict ({', '.join(verdicts)}), got {shortened(repr(verdict))}"
+                f"{suggest(str(verdict), verdicts)}"
+            )
+        elif not isinstance(rows, Mapping):
+            yield f"must have strategies in [{verdict!r}], got {shortened(repr(rows), 60)}"
+        else:
+            for strategy, row in rows.items():
+                yield from _problems_of_row(verdict, strategy, row)
+
+
+def _problems_of_row(verdict: str, strategy: Any, row: Any) -> Iterator[str]:
+    place = f"in [{verdict!r}][{shortened(repr(strategy), 60)}]"
+    if strategy not in RECIPES:
+        near = suggest(str(strategy), RECIPES) or f"; there are {', '.join(RECIPES)}"
+        yield f"must be of recipes, got {shortened(repr(strategy), 60)}{near}"
+        return
+    if not isinstance(row, Mapping) or any(key not in row for key in _ROW):
+        got, near = shortened(repr(row), 60), ""
+        if isinstance(row, Mapping):
+            got = listing(map(repr, row)) or "nothing"
+            other = [key for key in row if key not in _ROW]
+            near = next(filter(None, (suggest(str(key), _ROW) for key in other)), "")
+        yield f"must have {', '.join(map(repr, _ROW))} {place}, got {got}{near}"
+        return
+    for key, (least, most, what) in _ROW.items():
+        kind = numbers.Integral if most == math.inf else numbers.Real
+        right = isinstance(row[key], kind) and not isinstance(row[key], bool)
+        value = float(row[key]) if right else math.nan
+        if not least <= value <= most:
+            near = f"; did you mean {value / 100:g}?" if most < abs(value) <= 100 else ""
+            yield f"{key!r} {place} must be {what}, got {shortened(repr(row[key]), 60)}{near}"
+
+
+_ROW: dict[str, tuple[float, float, str]] = {
+    "mean": (-1, 1, "a share from -1 to 1, 0.01 being a point"),
+    "deviation": (0, 1, "a share from 0 to 1, 0.01 being a point"),
+    "targets": (0, math.inf, "an integer >= 0"),
+}
+"""What a row of gains has: least and largest number, and both in words."""
+
+
 _UNSTEADY = {"from_scratch": 0.16}
 """Noise of strategies of which two thirds of the labels say little about all of them: measured on
 full-length hold-outs of small sets."""
 
-_FEWEST, _SUREST = 8, 0.03
+FEWEST, _SUREST = 8, 0.03
 """Targets that make a prior, and the least standard deviation of one: targets differ. Means of
 three to five targets chose worse, each left out in turn, than the mean of all."""
 

@@ -3,16 +3,19 @@
 Beside the evidence that advice is made of, this measures what explains it: the frequencies that
 each segment responds to, how far the images are from those that the network was trained on, what
 part of the error more labels would mend, and labels that look wrong. Nothing is trained.
+``attribute_profile`` says what each depth of a network knows, by images that are made for it.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy.ndimage
 from jax.sharding import Mesh
 
 from flaxtransfer.advice.evidence import Evidence, gather, most_images
@@ -22,21 +25,29 @@ from flaxtransfer.analysis.profile import (
     LabelSuspects,
     error_split,
     label_suspects,
+    probe_profile,
 )
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES, table_text
 from flaxtransfer.batchnorm import modules
 from flaxtransfer.classifier import Classifier
-from flaxtransfer.data.loader import eval_batches
+from flaxtransfer.data.loader import Batch, eval_batches
 from flaxtransfer.data.source import Source
 from flaxtransfer.data.splits import groups_of, subsample
-from flaxtransfer.features.inputs import standardization
+from flaxtransfer.features.inputs import FOLDS, segment_features, standardization
 from flaxtransfer.metrics import Skill
 from flaxtransfer.models.layout import segment_of
 from flaxtransfer.models.moments import Moments, displacement
 from flaxtransfer.paths import flatten
 from flaxtransfer.training.evaluation import measure_moments
 
-__all__ = ["Understanding", "source_distance", "understand"]
+__all__ = [
+    "ATTRIBUTES",
+    "AttributeProfile",
+    "Understanding",
+    "attribute_profile",
+    "source_distance",
+    "understand",
+]
 
 MOST_FOR_RESPONSE = 16
 """Images for frequencies: their spread is below half a decibel there."""
@@ -67,6 +78,7 @@ class Understanding:
         class_names: of the labels.
         files: names of the images, where they have names.
         seconds: that it took.
+        attributes: what each depth knows of generated images; None where it was not asked for.
     """
 
     evidence: Evidence
@@ -77,6 +89,7 @@ class Understanding:
     class_names: tuple[str, ...]
     files: Sequence[str] | None = field(default=None, repr=False)
     seconds: float = 0.0
+    attributes: AttributeProfile | None = None
 
     def findings(self) -> list[str]:
         """What follows, a sentence for each number with its threshold."""
@@ -198,6 +211,7 @@ class Understanding:
             "split": None if self.split is None else self.split.to_json(),
             "suspects": None if self.suspects is None else self.suspects.to_json(),
             "class_names": list(self.class_names),
+            "attributes": None if self.attributes is None else self.attributes.to_json(),
             "seconds": self.seconds,
         }
 
@@ -221,6 +235,7 @@ class Understanding:
         for column in table.columns[1:]:
             column.justify = "right"
         parts: list[Any] = [table, self.response]
+        parts += [] if self.attributes is None else [self.attributes]
         if suspected := self.suspected():
             doubts = Table("suspected label", "is", "looks like", "more probable by")
             for name, label, instead, margin in suspected[:_SHOWN]:
@@ -248,6 +263,7 @@ def understand(
     batch_size: int = 64,
     seed: int = 0,
     mesh: Mesh | None = None,
+    attributes: bool = False,
 ) -> Understanding:
     """What a pre-trained network makes of labelled images; nothing is trained.
 
@@ -258,9 +274,11 @@ def understand(
         batch_size: images per forward pass.
         seed: of folds, halves and random weights.
         mesh: devices; by default all of them.
+        attributes: whether to say, too, what each depth knows of generated images; see
+            ``attribute_profile``.
 
     Raises:
-        ValueError: as ``flaxtransfer.advice.gather``.
+        ValueError: as ``flaxtransfer.advice.gather``, and as ``attribute_profile``.
 
     >>> import flaxtransfer as ft
     >>> random = np.random.default_rng(0)
@@ -274,7 +292,9 @@ def understand(
     >>> found.evidence.best.skill, len(found.suspects.rows)
     (1.0, 0)
     """
-    began = time.perf_counter()
+    began, known = time.perf_counter(), None
+    if attributes:  # First: it refuses networks of other bands.
+        known = attribute_profile(network, seed=seed, batch_size=batch_size, mesh=mesh)
     labels = np.asarray(source.labels())
     chosen = np.arange(len(labels)) if positions is None else np.asarray(positions)
     looked = subsample(chosen, most_images(labels), labels)
@@ -309,6 +329,7 @@ def understand(
         tuple(source.class_names),
         getattr(source, "files", None),
         time.perf_counter() - began,
+        known,
     )
 
 
@@ -385,3 +406,323 @@ def source_distance(
         by_segment.setdefault(segment_of(f"{path}/scale"), []).append(apart)
     order = [name for name in network.model.segments if name in by_segment]
     return {name: float(np.median(by_segment[name])) for name in order}
+
+
+_LARGEST = 64
+"""Sides of generated images in pixels, at most: what they show is drawn in pixels, or fits."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttributeProfile:
+    """Result of ``attribute_profile``; it prints as a table.
+
+    Args:
+        segments: from the input to the output.
+        accuracy: by attribute, of a head on each segment, held out.
+        guess: by attribute, of a head that knows nothing: one in as many as it has values.
+        images: by attribute, their number.
+        size: side of the images in pixels.
+        seconds: that it took.
+        notes: what was left out.
+    """
+
+    segments: tuple[str, ...]
+    accuracy: Mapping[str, tuple[float, ...]]
+    guess: Mapping[str, float]
+    images: Mapping[str, int]
+    size: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def best(self, attribute: str) -> str:
+        """The segment that knows most of an attribute; of equal ones the earliest."""
+        found = self.accuracy[attribute]
+        return self.segments[found.index(max(found))]
+
+    def findings(self) -> list[str]:
+        """Where each attribute is known, and where it is lost, in sentences."""
+        error = math.sqrt(0.25 / min(self.images.values()))
+        lost, late, unknown = [], [], []
+        for name, found in self.accuracy.items():
+            top, last = max(found), found[-1]
+            text = f"{name} ({100 * top:.0f} % at {self.best(name)}, {100 * last:.0f} % at the end)"
+            if top - self.guess[name] < 4 * error:
+                unknown.append(name)
+            elif top - last > 4 * error:
+                lost.append(text)
+            elif last - found[0] > 4 * error:
+                late.append(f"{name} ({100 * found[0]:.0f} %, and {100 * last:.0f} % at the end)")
+        sentences = [
+            f"{what}: {', '.join(names)}."
+            for what, names in (
+                ("Lost on the way through the network, by more than 4 standard errors", lost),
+                ("Known less at the beginning, by as much", late),
+                ("Known at no depth", unknown),
+            )
+            if names
+        ]
+        return [*sentences, *self.notes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "segments": list(self.segments),
+            "accuracy": {name: list(found) for name, found in self.accuracy.items()},
+            "guess": dict(self.guess),
+            "images": dict(self.images),
+            "size": self.size,
+            "seconds": self.seconds,
+            "findings": self.findings(),
+        }
+
+    def __str__(self) -> str:
+        return table_text(self)
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("accuracy, %", *self.segments, "guess")
+        for name, found in self.accuracy.items():
+            cells = (f"{100 * value:.0f}" for value in (*found, self.guess[name]))
+            table.add_row(name, *cells)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        return Group(
+            f"What each depth knows, by heads on generated images of {self.size} px:",
+            table,
+            *self.findings(),
+        )
+
+
+def attribute_profile(
+    network: Classifier,
+    *,
+    per_class: int = 30,
+    seed: int = 0,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> AttributeProfile:
+    """What each depth of a network knows: orientation, hue, texture, number, polygon, letter.
+
+    Each attribute has a set of generated images in which nothing else decides: a head in closed
+    form on each segment says, on held-out images, how much of it a linear map can read there. It
+    needs no images and no labels of yours, and says nothing about them: see ``understand`` for
+    that. Images have the size of the network's, 64 px at most.
+
+    Args:
+        network: of gray or RGB images; its head is not used.
+        per_class: images of each value of an attribute, 5 or more.
+        seed: of the images and the folds.
+        batch_size: images per forward pass.
+        mesh: devices; by default all of them.
+
+    Raises:
+        ValueError: a network of other bands, fewer images.
+
+    >>> import flaxtransfer as ft
+    >>> model = ft.resnet(ft.models.ResNetConfig(depths=(1, 1, 1, 1), width=4, classes=2))
+    >>> preprocessing = ft.weights.Preprocessing((0.5,) * 3, (0.25,) * 3, size=32, resize=32)
+    >>> import jax
+    >>> network = ft.Classifier(model, model.init(jax.random.key(0)), preprocessing)
+    >>> found = attribute_profile(network, per_class=6)
+    >>> list(found.accuracy)[:3], len(found.accuracy["hue"])
+    (['coarse orientation', 'fine orientation', 'hue'], 5)
+
+    References:
+        M. D. Zeiler, R. Fergus, "Visualizing and Understanding Convolutional Networks", 2014 (that
+        depths differ in what they respond to).
+        K. Hermann, A. Lampinen, "What Shapes Feature Representations? Exploring Datasets,
+        Architectures, and Training", 2020 (attributes decoded by depth, on generated images).
+    """
+    began = time.perf_counter()
+    bands = network.model.config.bands
+    if bands not in (1, 3):
+        raise ValueError(
+            f"network must be of images with 1 or 3 bands to be shown some, got {bands}"
+        )
+    if per_class < FOLDS:
+        raise ValueError(f"per_class must be >= {FOLDS}, got {per_class}")
+    segments = network.model.segments
+    depths = segments[segments.index("stem") : segments.index("pool")]
+    size = min(network.preprocessing.size, _LARGEST)
+    accuracy, images, notes = {}, {}, []
+    for number, (name, (values, maker)) in enumerate(ATTRIBUTES.items()):
+        if name == "hue" and bands == 1:
+            notes.append("Hue is left out: the network is of gray images.")
+            continue
+        random = np.random.default_rng([seed, number])
+        label = random.permutation(np.repeat(np.arange(values), per_class))
+        made = np.clip(maker(label, random, size), 0, 255).astype(np.uint8)
+        pixels = made[..., :bands]
+        features, labels = segment_features(
+            network, _batched(pixels, label, batch_size), depths, mesh
+        )
+        profile = probe_profile(features, labels, classes=values)
+        accuracy[name] = tuple(probe.skill for probe in profile.probes)
+        images[name] = len(label)
+    return AttributeProfile(
+        depths,
+        accuracy,
+        {name: 1 / ATTRIBUTES[name][0] for name in accuracy},
+        images,
+        size,
+        time.perf_counter() - began,
+        tuple(notes),
+    )
+
+
+def _batched(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    """Batches of one size: the last one is filled up with images of weight 0."""
+    for first in range(0, len(images), batch_size):
+        rows = np.arange(first, first + batch_size)
+        inside = np.minimum(rows, len(images) - 1)
+        yield {
+            "image": images[inside],
+            "label": labels[inside],
+            "weight": (rows < len(images)).astype(np.float32),
+        }
+
+
+# Generated images: float [images, side, side, 3], of labels [images].
+
+
+def _gratings(
+    labels: np.ndarray,
+    random: np.random.Generator,
+    side: int,
+    periods: tuple[float, float],
+    contrast: tuple[float, float],
+    background: float,
+) -> np.ndarray:
+    """Waves in one of six directions, of periods in pixels, on a background without detail."""
+    rows, columns = np.mgrid[:side, :side]
+    count = (len(labels), 1, 1)
+    angle = np.pi * labels[:, None, None] / 6
+    along = np.cos(angle) * columns + np.sin(angle) * rows
+    turns = along / random.uniform(*periods, count) + random.random(count)
+    wave = random.uniform(*contrast, count) * np.sin(2 * np.pi * turns)
+    return _gray(128 + wave + _slow(len(labels), random, side, background), random)
+
+
+def _coarse(labels: np.ndarray, random: np.random.Generator, side: int) -> np.ndarray:
+    return _gratings(labels, random, side, (8.0, 16.0), (30.0, 60.0), 20.0)
+
+
+def _fine(labels: np.ndarray, random: np.random.Generator, side: int) -> np.ndarray:
+    return _gratings(labels, random, side, (2.2, 3.0), (8.0, 16.0), 40.0)
+
+
+def _hues(labels: np.ndarray, random: np.random.Generator, side: int) -> np.ndarray:
+    """The hue of a disk, of eight; its brightness and the gray around it are drawn."""
+    rows, columns = np.mgrid[:side, :side] / side
+    place = random.uniform(0.25, 0.75, (2, len(labels), 1, 1))
+    radius = random.uniform(0.12, 0.25, (len(labels), 1, 1))
+    inside = np.hypot(rows - place[0], columns - place[1]) < radius
+    turn = 2 * np.pi * (labels / 8 + random.normal(0, 0.012, len(labels)))
+    hue = np.stack([np.cos(turn - shift) for shift in (0, 2 * np.pi / 3, 4 * np.pi / 3)], axis=-1)
+    color = random.uniform(90, 170, (len(labels), 1)) + 60 * hue
+    ground = random.uniform(60, 200, (len(labels), 1, 1, 1))
+    images = np.where(inside[..., None], color[:, None, None], ground)
+    found: np.ndarray = images + random.normal(0, 8, images.shape)
+    return found
+
+
+def _textures(labels: np.ndarray, random: np.random.Generator, side: int) -> np.ndarray:
+    """Sparse noise through one of eight kernels of 3 x 3 pixels."""
+    kernels = np.random.default_rng(5).choice([-1.0, 1.0], (8, 1, 3, 3))
+    shape = (len(labels), side, side)
+    points = (random.random(shape) < 0.15) * random.choice([-1.0, 1.0], shape)
+    texture = np.empty(shape)
+    for value in np.unique(labels):
+        chosen = labels == value
+        texture[chosen] = scipy.ndimage.convolve(points[chosen], kernels[value], mode="wrap")
+    texture *= random.uniform(10, 18, (len(labels), 1, 1))
+    return _gray(128 + texture + _slow(len(labels), random, side, 40.0), random)
+
+
+def _counts(labels: np.ndarray, random: np.random.Generator, side: int) -> np.ndarray:
+    """One to six disks of different sizes, which do not touch: each in a cell of nine."""
+    rows, columns = (np.mgrid[:side, :side] + 0.5) / side
+    ink = np.zeros((len(labels), side, side))
+    for image, label in zip(ink, labels, strict=True):
+        for cell in random.permutation(9)[: label + 1]:
+            radius = random.uniform(0.04, 0.09)
+            y, x = (np.divmod(cell, 3) + random.uniform(0.36, 0.64, 2)) / 3
+            apart = radius - np.hypot(rows - y, columns - x)
+            np.maximum(image, np.clip(side * apart + 0.5, 0, 1), out=image)
+    return _inked(ink, random)
+
+
+def _polygons(labels: np.ndarray, random: np.random.Generator, side: int) -> np.ndarray:
+    """The outline of a regular polygon of three to eight corners."""
+    rows, columns = (np.mgrid[:side, :side] + 0.5) / side
+    ink = np.zeros((len(labels), side, side))
+    for image, label in zip(ink, labels, strict=True):
+        corners, radius = label + 3, random.uniform(0.2, 0.36)
+        y, x = random.uniform(0.4, 0.6, 2)
+        turns = 2 * np.pi * (np.arange(corners) + random.random()) / corners
+        across = [(columns - x) * np.cos(t) + (rows - y) * np.sin(t) for t in turns]
+        outside = np.max(across, axis=0) - radius * np.cos(np.pi / corners)
+        image[:] = np.clip(side * (0.024 - np.abs(outside)) + 0.5, 0, 1)
+    return _inked(ink, random)
+
+
+_LETTERS = """
+.###. ####. .#### ##### #...# #...# #.... #...# #...# #####
+#...# #...# #.... #.... #...# #..#. #.... ##.## ##..# ..#..
+#...# #...# #.... #.... #...# #.#.. #.... #.#.# #.#.# ..#..
+##### ####. #.... ####. ##### ##... #.... #.#.# #.#.# ..#..
+#...# #...# #.... #.... #...# #.#.. #.... #...# #..## ..#..
+#...# #...# #.... #.... #...# #..#. #.... #...# #...# ..#..
+#...# ####. .#### ##### #...# #...# ##### #...# #...# ..#..
+"""
+"""A, B, C, E, H, K, L, M, N and T."""
+
+
+def _letters(labels: np.ndarray, random: np.random.Generator, side: int) -> np.ndarray:
+    """One of ten letters, of different size, slightly turned, somewhere near the middle."""
+    lines = [line.split() for line in _LETTERS.split("\n") if line]
+    forms = [np.array([[c == "#" for c in row[n]] for row in lines], float) for n in range(10)]
+    rows, columns = (np.mgrid[:side, :side] + 0.5) / side
+    ink = np.zeros((len(labels), side, side))
+    for image, label in zip(ink, labels, strict=True):
+        y, x = random.uniform(0.42, 0.58, 2)
+        turn, pen = random.normal(0, 0.12), random.uniform(0.06, 0.1)
+        down = ((rows - y) * np.cos(turn) + (columns - x) * np.sin(turn)) / pen
+        right = ((columns - x) * np.cos(turn) - (rows - y) * np.sin(turn)) / pen
+        places = [down + 3, right + 2]
+        scipy.ndimage.map_coordinates(forms[label], places, order=1, output=image)
+    return _inked(ink, random)
+
+
+def _inked(ink: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Drawings from 0 to 1 on a ground, the brightness of both being drawn."""
+    ground = random.uniform(30, 90, (len(ink), 1, 1))
+    return _gray(ground + random.uniform(80, 150, (len(ink), 1, 1)) * ink, random)
+
+
+def _slow(count: int, random: np.random.Generator, side: int, deviation: float) -> np.ndarray:
+    """A background without fine detail."""
+    coarse = random.normal(0, deviation, (count, 4, 4))
+    found: np.ndarray = scipy.ndimage.zoom(coarse, (1, side / 4, side / 4), order=3)
+    return found
+
+
+def _gray(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    noisy = pixels + random.normal(0, 4, pixels.shape)
+    return np.repeat(noisy[..., None], 3, axis=-1)
+
+
+Maker = Callable[[np.ndarray, np.random.Generator, int], np.ndarray]
+
+ATTRIBUTES: dict[str, tuple[int, Maker]] = {
+    "coarse orientation": (6, _coarse),
+    "fine orientation": (6, _fine),
+    "hue": (8, _hues),
+    "fine texture": (8, _textures),
+    "number": (6, _counts),
+    "polygon": (6, _polygons),
+    "letter": (10, _letters),
+}
+"""How many values an attribute has, and how images of it are made."""

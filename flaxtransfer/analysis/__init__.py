@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from flaxtransfer.analysis.map_checks import faithfulness as faithfulness
     from flaxtransfer.analysis.map_checks import impute as impute
     from flaxtransfer.analysis.map_checks import randomization_test as randomization_test
+    from flaxtransfer.analysis.profile import DepthSet as DepthSet
     from flaxtransfer.analysis.profile import ErrorSplit as ErrorSplit
     from flaxtransfer.analysis.profile import LabelSuspects as LabelSuspects
     from flaxtransfer.analysis.profile import Profile as Profile
     from flaxtransfer.analysis.profile import error_split as error_split
+    from flaxtransfer.analysis.profile import greedy_depths as greedy_depths
     from flaxtransfer.analysis.profile import label_suspects as label_suspects
     from flaxtransfer.analysis.profile import probe_profile as probe_profile
     from flaxtransfer.analysis.saliency import PooledHead as PooledHead

@@ -27,6 +27,7 @@ from flaxtransfer.analysis.spectrum import (
     table_text,
     windowed_power,
 )
+from flaxtransfer.models.layers import conv, conv_by_patches
 from flaxtransfer.models.model import Model
 from flaxtransfer.paths import Variables, listing, suggest
 from flaxtransfer.weights.preprocessing import Preprocessing, normalize
@@ -309,6 +310,8 @@ def frequency_response(
     basis, names = _basis(shape[-1])
     power = windowed_power(np.asarray(inputs, np.float64) @ basis).mean(axis=0)
     measured = []
+    if model.convolution is conv:
+        model = replace(model, convolution=conv_by_patches)  # Most of the time is compilation.
     everyone = [variables]
     if random_weights:
         drawn = replace(model, zero_head=False, zero_init_residual=False)

@@ -6,14 +6,14 @@ with the number of labels, and how far it may. Two of its numbers are stable eno
 the error at the labels at hand, and what half of them would cost. The exponent is fixed, for three
 parameters fitted to as many points say nothing. ``error_split`` divides the error into what stays
 with other labels and what comes and goes with them, and ``label_suspects`` names examples whose
-labels the others contradict.
+labels the others contradict. ``greedy_depths`` adds segments that know what the best one does not.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -38,10 +38,13 @@ from flaxtransfer.features.ridge import (
     target_folds,
 )
 from flaxtransfer.features.sweep import sweep_head
-from flaxtransfer.metrics import ACCURACY, METRICS, Draws, Skill
+from flaxtransfer.metrics import ACCURACY, METRICS, Draws, Skill, compared
+from flaxtransfer.paths import suggest
 from flaxtransfer.task import SINGLE_LABEL, Task, Units, mean_loss
 
 __all__ = [
+    "Addition",
+    "DepthSet",
     "ErrorSplit",
     "JudgedOutputs",
     "LabelSuspects",
@@ -50,6 +53,7 @@ __all__ = [
     "Profile",
     "SegmentProbe",
     "error_split",
+    "greedy_depths",
     "label_suspects",
     "learning_curve",
     "probe_profile",
@@ -239,6 +243,147 @@ def _profile_of_outputs(
         kind, len(labels), measure.of_guess, tuple(probes), time.perf_counter() - began,
         tuple(notes), measure,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A segment that was tried beside others.
+
+    Args:
+        segment: its name.
+        gain: in skill, on the same held-out examples.
+        error: standard error of the gain.
+        skill: of the head that reads this one, too.
+    """
+
+    segment: str
+    gain: float
+    error: float
+    skill: float
+
+
+@dataclass(frozen=True)
+class DepthSet:
+    """Segments that a head reads, one added after the other.
+
+    Args:
+        segments: in the order in which they were added.
+        tried: of each round the one that gained most; the last of them was not added, unless
+            nothing was left.
+        measure: what the skill is of.
+    """
+
+    segments: tuple[str, ...]
+    tried: tuple[Addition, ...]
+    measure: Skill = ACCURACY
+
+    def __str__(self) -> str:
+        lines = []
+        for number, one in enumerate(self.tried, start=1):
+            added = number < len(self.segments)
+            lines.append(
+                f"{one.segment} beside {', '.join(self.segments[:number])}: {100 * one.gain:+.1f} "
+                f"± {100 * one.error:.1f} points to {self.measure.text(one.skill)} (threshold: 1 "
+                f"standard error): {'added' if added else 'left out'}"
+            )
+        return "\n".join([*lines, f"the head reads {', '.join(self.segments)}"])
+
+
+def greedy_depths(
+    features: Mapping[str, Any],
+    labels: Any,
+    *,
+    task: Task = SINGLE_LABEL,
+    groups: Sequence[Any] | None = None,
+    first: str | None = None,
+    seed: int = 0,
+) -> DepthSet:
+    """Segments whose features know together what none of them knows alone.
+
+    It begins with the best segment, and adds the one that gains most for as long as the gain is
+    above one standard error on the same held-out examples. One ridge head reads all: with one
+    penalty for all, segments that say nothing cost more than they bring, so that few are added.
+
+    Args:
+        features: by segment, ``[examples, channels]``; see ``segment_features``.
+        labels: as for ``probe_profile``.
+        task: what the labels are.
+        groups: ``[examples]``, such as patients, each of which is held out as a whole.
+        first: segment to begin with; by default the one with the most skill.
+        seed: of the folds.
+
+    Raises:
+        ValueError: as ``probe_profile``; no such segment.
+
+    References:
+        U. Evci, V. Dumoulin, H. Larochelle, M. C. Mozer, "Head2Toe: Utilizing Intermediate
+        Representations for Better Transfer Learning", 2022.
+        A. W. Whitney, "A Direct Method of Nonparametric Measurement Selection", 1971 (greedy
+        forward selection).
+
+    >>> labels = np.arange(80) % 4
+    >>> noise = np.random.default_rng(0).normal(size=(3, 80, 4))
+    >>> parts = {"stem": noise[0], "layer1": noise[1], "layer2": noise[2]}
+    >>> parts["stem"][:, 0] += 9 * (labels % 2)
+    >>> parts["layer2"][:, 0] += 9 * (labels // 2)
+    >>> sorted(greedy_depths(parts, labels).segments)
+    ['layer2', 'stem']
+    """
+    if not features:
+        raise ValueError("features must have at least one segment, got none")
+    if first is not None and first not in features:
+        raise ValueError(
+            f"first must be one of {', '.join(features)}, got {first!r}{suggest(first, features)}"
+        )
+    judge = _judge_of(labels, task, groups, seed)
+
+    def judged(names: Sequence[str]) -> np.ndarray | Draws:
+        try:
+            return judge(np.concatenate([np.asarray(features[name]) for name in names], axis=1))
+        except ValueError as error:
+            raise ValueError(
+                f"the features of {', '.join(names)} cannot be probed: {error}"
+            ) from error
+
+    alone = {name: judged([name]) for name in ([first] if first else features)}
+    chosen = [max(alone, key=lambda name: _skill(alone[name]))]
+    best, tried = alone[chosen[0]], []
+    while rest := [name for name in features if name not in chosen]:
+        found = {name: judged([*chosen, name]) for name in rest}
+        name = max(found, key=lambda one: _skill(found[one]))
+        gain, error = compared(found[name], best)
+        tried.append(Addition(name, gain, error, _skill(found[name])))
+        if gain <= error:
+            break
+        chosen.append(name)
+        best = found[name]
+    measure = ACCURACY
+    if task.name != SINGLE_LABEL.name:
+        measure = Outputs.of(np.asarray(labels), task, groups, seed).measure
+    return DepthSet(tuple(chosen), tuple(tried), measure)
+
+
+def _skill(judged: np.ndarray | Draws) -> float:
+    return judged.value if isinstance(judged, Draws) else float(judged.mean())
+
+
+def _judge_of(
+    labels: Any, task: Task, groups: Sequence[Any] | None, seed: int
+) -> Callable[[np.ndarray], np.ndarray | Draws]:
+    """Features in, what a ridge head on them gets right of each held-out example out."""
+    if task.name != SINGLE_LABEL.name:
+        outputs = Outputs.of(np.asarray(labels), task, groups, seed)
+        return lambda matrix: outputs.head(matrix).judged
+
+    def of_classes(matrix: np.ndarray) -> np.ndarray:
+        checked, label, _ = checked_examples(matrix, labels)
+        label = np.unique(label, return_inverse=True)[1]
+        scaled = standardization(checked)(np.asarray(checked, np.float64))
+        found = cross_validate(scaled, label, groups=groups, seed=seed)
+        right: np.ndarray = (found.scores.argmax(axis=1) == label) & found.held_out
+        return right
+
+    return of_classes
 
 
 class JudgedOutputs(NamedTuple):

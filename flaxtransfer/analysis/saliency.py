@@ -246,6 +246,11 @@ def logits_function(
 def end_segment(model: Model, head: PooledHead | None) -> str:
     """The segment whose pooled output the head reads."""
     known = model.segments[: model.segments.index("pool")]
+    if head is None and (reads := model.config.head_reads):
+        raise ValueError(
+            "maps must be of a head that reads one depth (depth_head, solved_head), got one that "
+            f"reads {', '.join((*reads, known[-1]))}"
+        )
     if head is None:
         return known[-1]
     if head.segment not in known:

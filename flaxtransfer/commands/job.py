@@ -247,12 +247,13 @@ def prepare(
             feed=feed,
             lengths=lambda name: _with_lengths(name, {}, data),
             cache=choosing.cache,
+            gains=options.strategy.gains,
             say=choosing.say,
         )
         strategy, settings = choice.candidate.strategy, dict(choice.candidate.settings)
         evidence = Measurement(pooled=choice.pooled)
     network = beginning(strategy, network, seed)
-    if strategy in MEASURED and "segment" not in settings:
+    if strategy in MEASURED and not {"segment", "segments"} & set(settings):
         positions = subsample(splits.train, most_images(strategy), source.labels())
         batches = eval_batches(source, positions, preprocessing, batch_size=batch.batch_size)
         groups = groups_of(source)
@@ -802,6 +803,7 @@ _LENGTHS = {
     "progressive_unfreezing": {"steps": (100, 5)},
     "solved_head": {},
     "depth_head": {},
+    "depths_head": {},
 }
 """Default lengths of the recipes with several phases: least steps, and epochs."""
 

@@ -73,7 +73,13 @@ MOST_CSV_BYTES = 1 << 26
 def advise(options: Advise, console: Console) -> None:
     """Runs ``flaxtransfer advise``."""
     start = _begun(options, console)
-    found = give_advice(start.network, start.source, start.splits.train, seed=options.split.seed)
+    found = give_advice(
+        start.network,
+        start.source,
+        start.splits.train,
+        seed=options.split.seed,
+        gains=options.gains,
+    )
     console.print(found)
     if options.json is not None:
         write_json(options.json, found.to_json())
@@ -110,7 +116,13 @@ def _begun(options: Advise | Understand, console: Console) -> Start:
 def understand(options: Understand, console: Console) -> None:
     """Runs ``flaxtransfer understand``."""
     start = _begun(options, console)
-    found = understood(start.network, start.source, start.splits.train, seed=options.split.seed)
+    found = understood(
+        start.network,
+        start.source,
+        start.splits.train,
+        seed=options.split.seed,
+        attributes=options.attributes,
+    )
     console.print(found)
     if options.json is not None:
         write_json(options.json, found.to_json())

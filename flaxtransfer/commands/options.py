@@ -360,6 +360,16 @@ class InputOptions:
             yield "--adapter and --wavelengths belong to --bands; give it as well"
 
 
+GainsFile = Annotated[
+    Path | None,
+    described(
+        "File of what each strategy gained elsewhere with this network, in the form of "
+        "flaxtransfer/advice/gains.json.",
+        default="known of the built-in network",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class StrategyOptions:
     """How the network is adapted.
@@ -392,6 +402,7 @@ class StrategyOptions:
     budget: Annotated[
         str, described(f"Full runs (4x) or minutes (10m) for {AUTO}, the last run included.")
     ] = "4x"
+    gains: Annotated[GainsFile, UNRECORDED] = None
 
     def problems(self) -> Iterator[str]:
         """An unknown recipe or metric, a plan that does not exist, a budget of another form."""
@@ -405,6 +416,9 @@ class StrategyOptions:
                 "--budget must be a number of full runs or of minutes, such as 4x or 10m, got "
                 f"{self.budget!r}"
             )
+        if self.gains is not None and self.strategy != AUTO:
+            yield f"--gains belongs to --strategy {AUTO}; a named strategy reads none"
+        yield from input_problems("--gains", self.gains)
 
 
 @dataclass(frozen=True)
@@ -619,6 +633,13 @@ def data_problems(option: str, name: str) -> Iterator[str]:
             yield f"{option}: {error}"
 
 
+def input_problems(option: str, path: Path | None) -> Iterator[str]:
+    """Why a file cannot be read, as far as its name tells; None is no file."""
+    if path is not None and not path.is_file():
+        what = "be a regular file" if path.exists() else "exist"
+        yield f"{option} must name a file; {path} does not {what}"
+
+
 def is_file(strategy: str) -> bool:
     """Whether a strategy is the path of a plan, rather than the name of a recipe."""
     return strategy.endswith(PLAN_SUFFIXES)
@@ -742,6 +763,9 @@ def recorded(options: Any, *, unrecorded: bool = False) -> dict[str, Any]:
         check_regular(options.strategy)
         content = Path(options.strategy).read_bytes()
         found["plan"] = hashlib.sha256(content).hexdigest()[:12]
+    if isinstance(options, StrategyOptions) and options.gains is not None:
+        check_regular(options.gains)
+        found["known_gains"] = hashlib.sha256(options.gains.read_bytes()).hexdigest()[:12]
     return found
 
 

@@ -31,6 +31,7 @@ from flaxtransfer.commands.options import (
     Count,
     DataOptions,
     Flag,
+    GainsFile,
     InputOptions,
     JobOptions,
     Rate,
@@ -43,6 +44,7 @@ from flaxtransfer.commands.options import (
     default,
     described,
     fraction_problems,
+    input_problems,
     model_problems,
     output_problems,
     strategy_problems,
@@ -191,13 +193,15 @@ class Advise:
     json: Annotated[Path | None, default("none")] = None
     html: Annotated[Path | None, default("none")] = None
     plan: Annotated[Path | None, default("none")] = None
+    gains: GainsFile = None
     data: DataOptions = field(default_factory=DataOptions)
     split: SplitOptions = field(default_factory=SplitOptions)
     weights: WeightsOptions = field(default_factory=WeightsOptions)
     input: InputOptions = field(default_factory=InputOptions)
 
     def problems(self) -> Iterator[str]:
-        """Files that cannot be written."""
+        """Files that cannot be read or written."""
+        yield from input_problems("--gains", self.gains)
         yield from output_problems("--json", self.json, suffixes=(".json",))
         yield from output_problems("--html", self.html, suffixes=(".html",))
         yield from output_problems("--plan", self.plan, suffixes=PLAN_SUFFIXES)
@@ -215,11 +219,14 @@ class Understand:
         json: Also write all numbers to this .json file.
         html: Also write a report to this .html file.
         suspects: Also write all suspected labels to this .csv file.
+        attributes: Also say what each depth knows of generated images: orientation, hue, texture,
+            number, polygon, letter.
     """
 
     json: Annotated[Path | None, default("none")] = None
     html: Annotated[Path | None, default("none")] = None
     suspects: Annotated[Path | None, default("none")] = None
+    attributes: Flag = False
     data: DataOptions = field(default_factory=DataOptions)
     split: SplitOptions = field(default_factory=SplitOptions)
     weights: WeightsOptions = field(default_factory=WeightsOptions)

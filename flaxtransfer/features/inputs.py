@@ -132,11 +132,18 @@ def _pooled(
     """Compiled: images [batch, height, width, channels] -> float32 features of each segment."""
     last = model.segments.index(chosen[-1]) + 2
     steps = list(itertools.pairwise(model.segments[:last]))
+    several = bool(model.config.head_reads) and chosen[-1] == "pool"
 
     @jax.jit
     def run(variables: Variables, images: jax.Array) -> tuple[jax.Array, ...]:
-        x, found = normalize(images, preprocessing.mean, preprocessing.std), []
+        images = normalize(images, preprocessing.mean, preprocessing.std)
+        x, found = images, []
         for name, following in steps:
+            if several and name == "pool":
+                # Of several depths, not of the last map; the compiler sees that it is known.
+                pooled, _ = model.apply(variables, images, norm="running", stop=following)
+                found.append(pooled.astype(jnp.float32))
+                break
             x, _ = model.apply(variables, x, norm="running", start=name, stop=following)
             if name in chosen:
                 pooled = x if x.ndim == 2 else x.mean((1, 2), dtype=jnp.float32)

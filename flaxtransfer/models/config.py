@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from flaxtransfer.models.layout import fields_of, name_of
-from flaxtransfer.paths import shortened, suggest
+from flaxtransfer.paths import listing, shortened, suggest
 
 __all__ = [
     "BASE_FIELDS",
@@ -147,6 +147,8 @@ class ResNetConfig:
         stem_bias: whether the stem's convolution has a bias (Keras v2).
         standardized: epsilon of weight standardization; None without weight standardization.
         epsilon: of the norms (Keras: 1.001e-5).
+        head_reads: segments before the last one whose means the head reads too, such as ("stem",
+            "layer2"), before those of the last.
 
     References:
         K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2016.
@@ -205,9 +207,11 @@ class ResNetConfig:
     stem_bias: bool = False
     standardized: float | None = None
     epsilon: float = 1e-5
+    head_reads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(self.depths))
+        object.__setattr__(self, "head_reads", tuple(self.head_reads))
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
             raise TypeError(f"adapter must be an Adapter or None, got {self.adapter!r}")
         if self.stem == "plain" and self.stem_width == self.width:
@@ -230,6 +234,12 @@ class ResNetConfig:
         ]
         if len(self.depths) > 4 or not all(_at_least(depth, 1) for depth in self.depths):
             problems.append(f"depths must be at most 4 integers >= 1, got {self.depths!r}")
+        earlier = self._ends[:-1]
+        if [name for name in earlier if name in self.head_reads] != list(self.head_reads):
+            problems.append(
+                f"head_reads must be some of {', '.join(earlier) or 'no segment'}, in this order, "
+                f"got {shortened(repr(self.head_reads), 60)}"
+            )
         least = 1 if self.stem == "plain" else 4
         if self.stem_width is not None and not _at_least(self.stem_width, least):
             problems.append(
@@ -391,32 +401,55 @@ class ResNetConfig:
 
         >>> [ResNetConfig(depths=depths).features for depths in ((2, 2, 2, 2), (2, 2), ())]
         [512, 128, 64]
+        >>> ResNetConfig(head_reads=("stem", "layer3")).features
+        832
         """
-        if not self.depths:
+        return sum(map(self.channels, (*self.head_reads, self._ends[-1])))
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        """The segments with a map that a head can read."""
+        return ("stem", *(f"layer{stage}" for stage in range(1, len(self.depths) + 1)))
+
+    def channels(self, segment: str) -> int:
+        """Channels of the output of the stem or of a stage.
+
+        >>> ResNetConfig("bottleneck", (3, 4, 6, 3)).channels("layer2")
+        512
+        """
+        if segment == "stem":
             return self.stem_channels[-1]
-        last = len(self.depths) - 1
-        return self.width * self.expansion << last
+        return self.width * self.expansion << int(segment.removeprefix("layer")) - 1
 
     @property
     def name(self) -> str:
         """The name in torchvision or timm, with widths and endings: see ``name_of``."""
         return name_of(self)
 
-    def ending_at(self, segment: str) -> ResNetConfig:
+    def ending_at(self, segment: str | Sequence[str]) -> ResNetConfig:
         """The network that ends at a segment, whose output its head reads.
+
+        Args:
+            segment: its name; or several, of which the network ends at the last, and whose outputs
+                its head reads all.
 
         Raises:
             ValueError: no segment with a map, or one that this network has not.
 
         >>> ResNetConfig("bottleneck", (3, 4, 6, 3)).ending_at("layer2").name
         'resnet-bottleneck-3-4'
+        >>> ResNetConfig().ending_at(["layer3", "stem"]).name
+        'resnet-basic-2-2-2_with-stem'
         """
-        ends = ["stem", *(f"layer{stage}" for stage in range(1, len(self.depths) + 1))]
-        if segment not in ends:
-            raise ValueError(
-                f"{self.name} can end at {', '.join(ends)}, got {segment!r}{suggest(segment, ends)}"
-            )
-        return dataclasses.replace(self, depths=self.depths[: ends.index(segment)])
+        names, ends = [segment] if isinstance(segment, str) else list(segment), self._ends
+        unknown = [name for name in names if name not in ends]
+        if unknown or not names:
+            near = suggest(str(unknown[0]), ends) if unknown else ""
+            got = listing(map(repr, unknown)) or "none"
+            raise ValueError(f"{self.name} can end at {', '.join(ends)}, got {got}{near}")
+        *earlier, last = (name for name in ends if name in names)
+        depths = self.depths[: ends.index(last)]
+        return dataclasses.replace(self, depths=depths, head_reads=tuple(earlier))
 
     def stride(self, stage: int, block: int) -> int:
         """Stride of a block, counted from 0, in a stage, counted from 1.

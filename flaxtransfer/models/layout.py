@@ -284,7 +284,8 @@ def name_of(config: Any) -> str:
     (GroupNorm), ``_ws`` (weight standardization), ``_bit`` (both, and a zero-padded pool), ``_v1``
     (stride in the first convolution), ``_last`` (stride in the last block), ``_bias`` (of the
     stem), ``_zeropool``, ``_ceilpool`` and ``_convpool`` (the stem's pool), and ``_ratio0.5``
-    (hidden channels of squeeze-and-excitation). A name does not carry classes, image channels,
+    (hidden channels of squeeze-and-excitation), and ``_with-stem-layer2`` (segments that the head
+    reads beside the last). A name does not carry classes, image channels,
     adapter, and the numbers ``epsilon`` and ``standardized``. ``config_of`` reads names.
 
     >>> from flaxtransfer.models.config import ResNetConfig
@@ -321,6 +322,8 @@ def name_of(config: Any) -> str:
             told.append(word)
     if config.attention == "se" and config.se_ratio != implied.get("se_ratio", 1 / 16):
         told.append(f"ratio{config.se_ratio!r}")
+    if config.head_reads:
+        told.append("-".join(("with", *config.head_reads)))
     return "_".join((name, *told))
 
 
@@ -375,7 +378,8 @@ _NAME = re.compile(
 )
 _REST = re.compile(
     rf"w(?P<width>{_COUNT})|s(?P<stem>{_COUNT})|_first(?P<first>{_COUNT})|_down(?P<down>[13])|"
-    rf"_ratio(?P<ratio>\d+(?:\.\d+)?(?:e-\d+)?)|_(?P<word>{'|'.join(_ENDINGS)})(?=_|[ws]\d|$)"
+    rf"_ratio(?P<ratio>\d+(?:\.\d+)?(?:e-\d+)?)|_with(?P<with>(?:-stem|-layer[1-3])+)|"
+    rf"_(?P<word>{'|'.join(_ENDINGS)})(?=_|[ws]\d|$)"
 )
 
 
@@ -450,6 +454,8 @@ def _told(text: str) -> dict[str, Any]:
             new = _ENDINGS[found["word"]]
         elif kind == "ratio":
             new = {"se_ratio": float(found["ratio"])}
+        elif kind == "with":
+            new = {"head_reads": tuple(found["with"][1:].split("-"))}
         else:
             new = {names[kind]: int(found[kind])}
         if again := [field for field in new if field in fields]:

@@ -194,7 +194,8 @@ class Model:
 
         ``apply(variables, apply(variables, images, stop=s)[0], start=s)`` equals
         ``apply(variables, images)`` for every segment ``s``, so that the output of a frozen prefix
-        can be computed once and cached.
+        can be computed once and cached. Of a network whose head reads several depths, this holds
+        up to the first of them, and for "head".
 
         Args:
             variables: ``{"params": ..., "batch_stats": ...}``. Segments that do not run may be
@@ -235,6 +236,12 @@ class Model:
             raise TypeError(
                 "images must be floating and normalized by the checkpoint's preprocessing, got "
                 f"{images.dtype}"
+            )
+        reads = self.config.head_reads
+        if reads and "pool" in segments and reads[0] not in segments:
+            raise ValueError(
+                f"start must be at most {reads[0]}, or 'head', for a network whose head reads "
+                f"{', '.join(reads)} too, got {start!r}"
             )
         if segments:
             _check_input(segments[0], self.config, images.shape)
@@ -361,8 +368,11 @@ def _check_input(segment: str, config: ResNetConfig, shape: Sequence[int]) -> No
         channels = config.in_channels
     elif segment == "layer1":
         channels, source = config.stem_channels[-1], "the output of the stem"
-    elif segment in ("pool", "head"):
+    elif segment == "head":
         channels, source = config.features, "the output of the previous segment"
+    elif segment == "pool":
+        last = f"layer{len(config.depths)}" if config.depths else "stem"
+        channels, source = config.channels(last), "the output of the previous segment"
     else:
         stage = int(segment.removeprefix("layer")) - 1
         channels = config.width * 2 ** (stage - 1) * config.expansion

@@ -369,13 +369,15 @@ class Network(Layers):
         noise: Noise | None = None,
         remat: bool = False,
     ) -> jax.Array:
+        means: list[jax.Array] = []  # of earlier segments, for the head
         for segment in segments_of(self.config) if segments is None else segments:
             if segment == "adapter" and self.config.adapter is not None:
                 x = InputAdapter(self.config.adapter, name="adapter")(x)
             elif segment == "stem":
                 x = self._stem(x, norm)
             elif segment == "pool":
-                x = _wide(x).mean((1, 2))
+                means.append(_wide(x).mean((1, 2)))
+                x = means[0] if len(means) == 1 else jnp.concatenate(means, axis=-1)
             elif segment == "head":
                 # `Model.init` draws the kernel.
                 head = nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="fc")
@@ -384,6 +386,8 @@ class Network(Layers):
                 number = int(segment.removeprefix("layer"))
                 stage = Stage(self.dtype, self.convolution, self.config, number, name=segment)
                 x = stage(x, norm, noise, remat)
+            if segment in self.config.head_reads:
+                means.append(_wide(x).mean((1, 2)))
         return x
 
     def _stem(self, x: jax.Array, norm: Norm) -> jax.Array:

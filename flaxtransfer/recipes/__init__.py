@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flaxtransfer.recipes.catalog import batch_norm_only as batch_norm_only
     from flaxtransfer.recipes.catalog import curvature_scaled as curvature_scaled
     from flaxtransfer.recipes.catalog import depth_head as depth_head
+    from flaxtransfer.recipes.catalog import depths_head as depths_head
     from flaxtransfer.recipes.catalog import discriminative as discriminative
     from flaxtransfer.recipes.catalog import early_layers as early_layers
     from flaxtransfer.recipes.catalog import feature_extraction as feature_extraction

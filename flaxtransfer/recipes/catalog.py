@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -43,6 +43,7 @@ __all__ = [
     "batch_norm_only",
     "curvature_scaled",
     "depth_head",
+    "depths_head",
     "discriminative",
     "early_layers",
     "feature_extraction",
@@ -101,6 +102,34 @@ def depth_head(
         Learning", 2020 (an intermediate or early layer is often the best).
     """
     return replace(solved_head(params, kind=kind), ends_at=segment)
+
+
+@recipe
+def depths_head(
+    params: Params, *, segments: Sequence[str], kind: Literal["ridge", "logistic"] = "ridge"
+) -> Plan:
+    """A solved head on several outputs of the network; what follows the last of them is dropped.
+
+    Use it where images differ from those of the pre-training in kind and no depth knows all of it:
+    a hue is known early, a shape late. Which segments is found in one pass: the one that knows most
+    by cross-validation, then one after the other whose features gain a standard error on the same
+    images (``greedy_depths``); the command line does so by itself. Often that is one segment, and
+    the head that of ``depth_head``. Where it is several, the weights can be exported as safetensors
+    and StableHLO alone.
+
+    Args:
+        segments: Names of the segments that the head reads, as in ``model.segments``.
+        kind: Of head, see ``solved_head``.
+
+    References:
+        U. Evci, V. Dumoulin, H. Larochelle, M. C. Mozer, "Head2Toe: Utilizing Intermediate
+        Representations for Better Transfer Learning", 2022 (single features of all depths; here
+        they are chosen by whole segments).
+    """
+    if isinstance(segments, str) or not segments:
+        raise ValueError(f"segments must be names of segments, got {segments!r}")
+    several = tuple(segments) if len(segments) > 1 else segments[0]
+    return replace(solved_head(params, kind=kind), ends_at=several)
 
 
 @recipe

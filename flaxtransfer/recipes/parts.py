@@ -22,7 +22,7 @@ from flaxtransfer.analysis.curvature import (
     mean_gradient,
     relative_gradient_norms,
 )
-from flaxtransfer.analysis.profile import probe_profile
+from flaxtransfer.analysis.profile import greedy_depths, probe_profile
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import Batch
 from flaxtransfer.distributed import check_alone
@@ -69,7 +69,7 @@ RECIPES: dict[str, Callable[..., Plan]] = {}
 MEASURED: list[str] = []
 """Those that measure, or can."""
 
-_MEASUREMENTS = ("curvature", "gradients", "segment")
+_MEASUREMENTS = ("curvature", "gradients", "segment", "segments")
 """The arguments that are measured."""
 
 _ARGUMENTS = {
@@ -263,6 +263,8 @@ MOST_IMAGES = 512
 MOST_IMAGES_FOR_DEPTH = 5000
 """The same where an image costs a forward pass alone."""
 
+_OF_DEPTHS = ("depth_head", "depths_head")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -272,7 +274,7 @@ class Measurement:
         settings: arguments of the recipe, rounded to what is printed, so that a run that is resumed
             elsewhere measures the same.
         text: the same as a table.
-        pooled: features ``[examples, channels]`` of the segment that was chosen, and the labels,
+        pooled: features ``[examples, channels]`` of the segments that were chosen, and the labels,
             for whoever would run the network for them again; None where no segment is chosen.
     """
 
@@ -283,7 +285,7 @@ class Measurement:
 
 def most_images(strategy: str) -> int:
     """How many images a strategy looks at."""
-    return MOST_IMAGES_FOR_DEPTH if strategy == "depth_head" else MOST_IMAGES
+    return MOST_IMAGES_FOR_DEPTH if strategy in _OF_DEPTHS else MOST_IMAGES
 
 
 def measure(
@@ -310,8 +312,8 @@ def measure(
         ValueError: a class without examples, gradients that are not finite; a curvature in several
             processes.
     """
-    if strategy == "depth_head":
-        return _best_depth(network, batches, groups)
+    if strategy in _OF_DEPTHS:
+        return _best_depths(network, batches, groups, several=strategy == "depths_head")
     for_classes(network.task, f"what the strategy {strategy} measures")
     if strategy == "curvature_scaled":
         check_alone("the measurement of curvature_scaled")
@@ -334,10 +336,17 @@ def measure(
     return Measurement({"gradients": rounded}, "\n".join(lines))
 
 
-def _best_depth(
-    network: Classifier, batches: Iterable[Batch], groups: Sequence[Any] | None
+def _best_depths(
+    network: Classifier, batches: Iterable[Batch], groups: Sequence[Any] | None, *, several: bool
 ) -> Measurement:
-    """The segment whose features know most, by cross-validation of a solved head on each."""
+    """The segment whose features know most, by cross-validation of a solved head on each.
+
+    Args:
+        network: pre-trained.
+        batches: of the training images.
+        groups: of the images.
+        several: whether others are added that know what it does not.
+    """
     segments = network.model.segments
     depths = segments[segments.index("stem") : segments.index("pool")]
     features, labels = segment_features(network, batches, depths)
@@ -349,7 +358,12 @@ def _best_depth(
         groups=groups,
     )
     best = profile.best.segment
-    return Measurement({"segment": best}, str(profile), (features[best], labels))
+    if not several:
+        return Measurement({"segment": best}, str(profile), (features[best], labels))
+    added = greedy_depths(features, labels, task=network.task, groups=groups, first=best)
+    chosen = [name for name in depths if name in added.segments]
+    matrix = np.concatenate([features[name] for name in chosen], axis=1)
+    return Measurement({"segments": chosen}, f"{profile}\n{added}", (matrix, labels))
 
 
 def _logits(network: Classifier) -> Any:

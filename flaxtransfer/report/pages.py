@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flaxtransfer.advice.advise import Advice
 from flaxtransfer.advice.evidence import Evidence
-from flaxtransfer.advice.understanding import Understanding
+from flaxtransfer.advice.understanding import AttributeProfile, Understanding
 from flaxtransfer.analysis.profile import LearningCurve
 from flaxtransfer.analysis.spectrum import Bottleneck
 from flaxtransfer.overview import plain
@@ -173,6 +173,7 @@ def render_understanding(found: Understanding, *, data: str, weights: str) -> st
         section("What was found", bullets(found.findings())),
         section("By depth", html_table(columns, heads, {1, 2, 3, 4})),
         section("By frequency", picture("Response by frequency", drawn.getvalue())),
+        _attributes(found.attributes),
         section("Pixels and depths", _pixels(evidence.bottleneck)),
         section("Labels", _labels(evidence.curve)),
         section("Suspected labels", html_table(doubts, suspected, {3})) if suspected else "",
@@ -183,6 +184,20 @@ def render_understanding(found: Understanding, *, data: str, weights: str) -> st
         else "",
     ]
     return page(f"Understanding: {data}", parts)
+
+
+def _attributes(found: AttributeProfile | None) -> str:
+    """What each depth knows of generated images; nothing where it was not asked for."""
+    if found is None:
+        return ""
+    rows = [
+        (escape(name), *(f"{100 * value:.0f} %" for value in (*values, found.guess[name])))
+        for name, values in found.accuracy.items()
+    ]
+    columns = ("", *found.segments, "guess")
+    table = html_table(columns, rows, set(range(1, len(columns))))
+    about = f"<p>Accuracy of solved heads on generated images of {found.size} px, held out.</p>"
+    return section("What each depth knows", about + table + bullets(found.findings()))
 
 
 def _about(evidence: Evidence, data: str, weights: str) -> str:

@@ -27,7 +27,7 @@ from flaxtransfer.labels import ParamGroups, Rest, label
 from flaxtransfer.losses import Loss, bound
 from flaxtransfer.masks import Mask, as_mask, selected
 from flaxtransfer.overview import plain, terminal
-from flaxtransfer.paths import Params, flatten, listing
+from flaxtransfer.paths import Params, flatten, listing, shortened
 
 # What a field of a phase decides beside what is learned; see `Phase`.
 _OUTSIDE_STEP = {"in_step": False}
@@ -283,7 +283,8 @@ class Plan:
         min_gain: what every further phase has to earn over what was kept before it, in the metric
             that ranks (accuracy: a share).
         ends_at: the segment whose output the head reads; what follows it is dropped from the
-            network. None for the whole network.
+            network. Several: the head reads the outputs of all, and the network ends at the last.
+            None for the whole network.
         min_z: how many standard errors the gain has to exceed on top, so that luck does not pass
             for a gain. The two states are compared on the same images: with w that only the new one
             gets right and l that only the old one does, the standard error is sqrt(w + l) images
@@ -305,7 +306,7 @@ class Plan:
     patience: int | None = None
     min_gain: float = 0.0
     min_z: float = 0.0
-    ends_at: str | None = None
+    ends_at: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -325,8 +326,12 @@ class Plan:
             raise ValueError(f"min_gain must be in [0, 1), got {self.min_gain}")
         if not 0 <= self.min_z < math.inf:
             raise ValueError(f"min_z must be 0 standard errors or more, got {self.min_z}")
-        if self.ends_at is not None and not isinstance(self.ends_at, str):
-            raise ValueError(f"ends_at must be the name of a segment, got {self.ends_at!r}")
+        if isinstance(self.ends_at, list):  # of a file
+            object.__setattr__(self, "ends_at", tuple(self.ends_at))
+        ends = self.ends_at if isinstance(self.ends_at, tuple) else (self.ends_at or "",)
+        if self.ends_at == () or not all(isinstance(name, str) for name in ends):
+            got = shortened(repr(self.ends_at))
+            raise ValueError(f"ends_at must be the name of a segment, or several, got {got}")
 
     def __str__(self) -> str:
         return plan_text(self)
@@ -528,7 +533,14 @@ def _sizes(phase: Phase, params: Params) -> dict[str, int]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    ends = [f"The network ends at {plan.ends_at}: what follows is dropped."] if plan.ends_at else []
+    ends = []
+    if isinstance(plan.ends_at, str):
+        ends = [f"The network ends at {plan.ends_at}: what follows is dropped."]
+    elif plan.ends_at:
+        ends = [
+            f"The head reads {', '.join(plan.ends_at)}: what follows all of them is dropped from "
+            "the network."
+        ]
     if plan.patience is None:
         return ends
     phases = "a phase" if plan.patience == 1 else f"{plan.patience} phases in a row"

@@ -246,8 +246,11 @@ def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: DataL
         feed: of the run, with ``examples``.
     """
     moving = phase.param_groups.trainable_paths
-    cut = lowest_moving(model.segments, params, moving, phase.batch_norm_policy())
+    lowest = lowest_moving(model.segments, params, moving, phase.batch_norm_policy())
+    cut = _with_what_the_head_reads(model, lowest)
     reason = _never(cache, cut, feed, phase)
+    if cut is None and lowest is not None and cache.where != "off":
+        reason = f"for the head reads {model.config.head_reads[0]}, before which nothing is frozen"
     if reason or feed.examples is None or cut is None:
         return Choice(None, f"phase {phase.name!r}: nothing is cached, {reason}")
     examples = feed.examples
@@ -281,6 +284,14 @@ def choose(cache: Cache, model: Model, params: Params, phase: Phase, feed: DataL
         f"{begin}, are not cached: {bytes_text(smallest)} are more than the budget of "
         f"{_budget(cache)}" + ("; several processes keep none on disk" if several() else ""),
     )
+
+
+def _with_what_the_head_reads(model: Model, cut: str | None) -> str | None:
+    """The cut, moved to the first segment that the head reads, if that would be lost behind it."""
+    reads, segments = model.config.head_reads, model.segments
+    if not reads or cut in (None, "head") or segments.index(cut) <= segments.index(reads[0]):
+        return cut
+    return None if reads[0] == segments[0] else reads[0]
 
 
 def _places(cache: Cache) -> Iterator[tuple[_Dtype, _Place, int]]:

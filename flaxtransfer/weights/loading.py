@@ -232,7 +232,8 @@ def _stated(file: Tensors) -> ResNetConfig | None:
     """
     header = pretrained.read_header(file.metadata)
     if header is not None:
-        return header.config if len(header.config.depths) < 4 else None
+        known = header.config
+        return known if len(known.depths) < 4 or known.head_reads else None
     return timm.own(sidecar.beside(file))
 
 

@@ -132,6 +132,13 @@ def test_labels_are_to_be_collected_first_where_training_is_not_known_to_gain_as
     gains = {"network": known.network, "gains": {"all": {"early_layers": row}}}
     evidence = replace(evidence, network=known.network)
     assert "training is expected to gain 1.9 " in decide(evidence, params, gains).reasons[-1]
+    # What they do not cover is said.
+    (left,) = (
+        text for text in decide(evidence, params, gains).unknown if "gained elsewhere" in text
+    )
+    assert "high_rate_fine_tuning" in left
+    assert "fewer than 8 kinds of images of it; 0 ± 6 points are assumed" in left
+    assert not any("gained elsewhere" in text for text in decide(evidence, params).unknown)
     row["mean"] = 0.021
     assert decide(evidence, params, gains).collect is None
 
@@ -192,6 +199,7 @@ def test_in_the_terminal(tmp_path, capsys):
     files = [
         word for pair in zip(("--json", "--html", "--plan"), out, strict=True) for word in pair
     ]
+    gains = tmp_path / "gains.json"
     assert run(["advise", "--data", f"folder:{folder}", *map(str, files)]) == 0
     printed = capsys.readouterr().out
     assert "Recommended: early_layers." in printed
@@ -199,6 +207,19 @@ def test_in_the_terminal(tmp_path, capsys):
     assert "Recommended" in out[1].read_text()
     plan = ft.training.load_plan(out[2])
     assert plan.phases[0].steps == 300
+    # Of a network of which something else is known, something else is said; of another, nothing.
+    row = {"mean": -0.1, "deviation": 0.05, "targets": 10}
+    names = ("early_layers", "high_rate_fine_tuning", "discriminative", "from_scratch")
+    known = {"network": "resnet18w32", "gains": {"all": dict.fromkeys(names, row)}}
+    gains.write_text(json.dumps(known))
+    words = ["advise", "--data", f"folder:{folder}", "--gains", str(gains)]
+    assert run(words) == 0
+    assert "Recommended: depth_head (segment stem)." in capsys.readouterr().out
+    gains.write_text(json.dumps(known | {"network": "resnet50"}))
+    assert run(words) == 2
+    assert "gains.json must be of the network that is advised on, resnet18w32, got gains of " in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_head_that_leaves_nothing_to_gain_is_where_train_ends_by_itself(tmp_path, capsys):
@@ -250,6 +271,7 @@ def test_a_head_that_leaves_nothing_to_gain_is_where_train_ends_by_itself(tmp_pa
         (["--json", "a.txt"], "--json: its name must end in .json"),
         (["--plan", "nowhere/plan.yaml"], "nowhere"),
         (["--data", "folder:nowhere"], "nowhere"),
+        (["--gains", "nowhere.json"], "--gains must name a file; nowhere.json does not exist"),
     ],
 )
 def test_what_cannot_be_advised_is_one_line(words, text, capsys):

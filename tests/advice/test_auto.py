@@ -168,6 +168,7 @@ def test_budgets():
         ),
         (["train", "--strategy", "auto", "--steps", "5"], "chooses --steps itself"),
         (["train", "--strategy", "autp"], "did you mean 'auto'"),
+        (["train", "--gains", "README.md"], "--gains belongs to --strategy auto"),
         (["find-rate", "--strategy", "auto"], "is for flaxtransfer train"),
         (["plan", "--strategy", "auto"], "--strategy must be a recipe"),
     ],

@@ -1,13 +1,17 @@
 """Races of drawn rights and wrongs, where it is known who should win."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxtransfer.advice.race import DELTA, Prior, prior_of, race
+import flaxtransfer as ft
+from flaxtransfer.advice import race as module
+from flaxtransfer.advice.race import DELTA, Prior, checked_gains, prior_of, race
 
 PRIORS = {"low": Prior(), "high": Prior(), "scratch": Prior()}
 COSTS = {"head": 10.0, "low": 900.0, "high": 1000.0, "scratch": 1000.0}
@@ -147,3 +151,81 @@ def test_what_is_known_of_gains_is_shared_with_the_package():
     text = str(race(drawn(1, head=0.6, low=0.9), {"low": Prior()}, COSTS, "head"))
     assert "is chosen: expected regret" in text
     assert max(map(len, text.splitlines())) <= 110
+
+
+ROW = {"mean": 0.02, "deviation": 0.05, "targets": 10}
+
+
+def known(network="mine", **rows):
+    return {"network": network, "gains": {"all": {"surgical": ROW} | rows}}
+
+
+def test_gains_are_taken_as_they_are_or_from_a_file(tmp_path):
+    file = tmp_path / "gains.json"
+    file.write_text(json.dumps(known()))
+    for given_ in (known(), file, str(file)):
+        found = checked_gains(given_, "mine")
+        assert prior_of("depth", "surgical", "mine", found) == Prior(0.02, 0.05, targets=10)
+    # The package's own are of that form, too, with every verdict that advice can come to.
+    own = Path(module.__file__).with_name("gains.json")
+    assert checked_gains(own, ft.load("builtin").config.name)["made_by"]
+
+
+@pytest.mark.parametrize(
+    ("given_", "text"),
+    [
+        ({}, "must have 'network' and 'gains', got nothing"),
+        ({"netwrk": "mine", "gains": {}}, "got 'netwrk', 'gains'; did you mean 'network'?"),
+        (known("other"), "advised on, mine, got gains of 'other'"),
+        ({"network": "mine", "gains": []}, r"must have \['gains'\]\['all'\], .*, got \[\]"),
+        ({"network": "mine", "gains": {"depth": {}}}, "got 'depth'"),
+        ({"network": "mine", "gains": {"all": {}, "dept": {}}}, "'dept'; did you mean 'depth'"),
+        ({"network": "mine", "gains": {"all": [1]}}, r"must have strategies in \['all'\], got"),
+        (known(surgicl=ROW), "must be of recipes, got 'surgicl'; did you mean 'surgical'"),
+        (known(surgical={"mean": 0.1}), "must have 'mean', 'deviation', 'targets' in .*'mean'$"),
+        (
+            known(surgical={"deviatoin": 0.1, "mean": 0, "targets": 9}),
+            "got 'deviatoin', 'mean', 'targets'; did you mean 'deviation'",
+        ),
+        (known(surgical=ROW | {"mean": math.nan}), "'mean' in .* must be a share .*, got nan"),
+        (known(surgical=ROW | {"mean": 15.3}), "got 15.3; did you mean 0.153"),
+        (known(surgical=ROW | {"deviation": -0.1}), "must be a share from 0 to 1.*got -0.1"),
+        (known(surgical=ROW | {"mean": "0.1"}), "got '0.1'"),
+        (known(surgical=ROW | {"targets": True}), "must be an integer >= 0, got True"),
+        (known(surgical=None), "must have .*, got None"),
+    ],
+)
+def test_gains_that_are_none_are_refused_in_one_line(given_, text):
+    with pytest.raises(ValueError, match=text) as refused:
+        checked_gains(given_, "mine")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) <= 600
+
+
+def test_all_that_is_wrong_with_gains_is_said_at_once():
+    rows = {f"strategy {number}": ROW for number in range(500)}
+    with pytest.raises(ValueError, match=r"'other'.* and 498 more") as refused:
+        checked_gains(known("other", **rows), "mine")
+    assert len(str(refused.value)) <= 600
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("[1]", r"gains.json must hold a JSON object, got \[1\]"),
+        ("NaN", "gains.json must hold a JSON object, got nan"),
+        ("{", "gains.json is damaged: it is not JSON"),
+        ("", "gains.json is damaged: it is empty"),
+    ],
+)
+def test_a_file_that_holds_no_gains_is_refused_by_its_name(content, text, tmp_path):
+    (tmp_path / "gains.json").write_text(content)
+    with pytest.raises(ValueError, match=text):
+        checked_gains(tmp_path / "gains.json", "mine")
+
+
+def test_gains_of_another_type_and_a_file_that_there_is_not():
+    with pytest.raises(TypeError, match="`gains` must be a mapping or the path of a JSON file"):
+        checked_gains(3, "mine")
+    with pytest.raises(FileNotFoundError, match=r"`gains` must name a file, got nowhere\.json"):
+        checked_gains("nowhere.json", "mine")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss
 
-from flaxtransfer.analysis.profile import probe_profile
+from flaxtransfer.analysis.profile import greedy_depths, probe_profile
 from flaxtransfer.features import cross_validate, standardization, stratified_folds
+from flaxtransfer.task import MULTI_LABEL
 from tests.support.peers import logistic_regression
 
 
@@ -98,3 +99,54 @@ def test_what_cannot_be_probed(features, labels, text):
 def test_other_kinds():
     with pytest.raises(ValueError, match="kind must be 'ridge' or 'logistic', got 'svm'"):
         probe_profile({}, [], kind="svm")
+
+
+def apart(count: int = 200, seed: int = 0):
+    """Four classes: one bit of the label in each of two segments, none in the third."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 4
+    noise = dict(zip(("stem", "layer1", "layer2"), random.normal(size=(3, count, 5)), strict=True))
+    noise["stem"][:, 0] += 6 * (labels % 2)
+    noise["layer2"][:, 0] += 6 * (labels // 2)
+    return noise, labels
+
+
+def test_depths_are_added_that_know_what_the_others_do_not():
+    """By construction: each of two depths says one of two bits, and the third says nothing."""
+    features, labels = apart()
+    found = greedy_depths(features, labels)
+    assert sorted(found.segments) == ["layer2", "stem"]
+    added, left_out = found.tried
+    # One bit alone is right for half of the classes, and at random up to two thirds.
+    assert added.skill > 0.9
+    assert added.gain > max(0.25, 5 * added.error)
+    assert left_out.segment == "layer1"
+    assert left_out.gain <= left_out.error
+    assert str(found).splitlines()[-2:] == [
+        f"layer1 beside {', '.join(found.segments)}: {100 * left_out.gain:+.1f} ± "
+        f"{100 * left_out.error:.1f} points to {100 * left_out.skill:.1f} % (threshold: 1 standard "
+        "error): left out",
+        f"the head reads {', '.join(found.segments)}",
+    ]
+    # The same bits as two labels, whose skill is that of the metric that ranks them.
+    both = np.stack([labels % 2, labels // 2], axis=1).astype(np.float32)
+    several = greedy_depths(features, both, task=MULTI_LABEL, first="stem")
+    assert several.segments == ("stem", "layer2")
+    assert several.tried[0].skill > 0.95
+    # With all of it in one depth, no other is added.
+    features["layer1"][:, :4] += 6 * np.eye(4)[labels]
+    assert greedy_depths(features, labels).segments == ("layer1",)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"features": {}}, "features must have at least one segment"),
+        ({"first": "layer9"}, "first must be one of stem, layer1, layer2, got 'layer9'; did you"),
+        ({"labels": np.zeros(200, int)}, "the features of stem cannot be probed"),
+    ],
+)
+def test_depths_that_cannot_be_compared(change, text):
+    features, labels = apart()
+    with pytest.raises(ValueError, match=text):
+        greedy_depths(**{"features": features, "labels": labels} | change)

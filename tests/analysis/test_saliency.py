@@ -420,6 +420,13 @@ def test_what_is_no_network(logits):
         faithfulness(lambda images: logits, corner_images(), np.ones((12, 4, 4)))
 
 
+def test_a_head_that_reads_several_depths_has_no_map():
+    model, _ = network()
+    several = ft.resnet(model.config.ending_at(["stem", "layer2"]))
+    with pytest.raises(ValueError, match=r"of a head that reads one depth .*, layer2$"):
+        saliency_maps(several, several.init(jax.random.key(0)), pictures(1))
+
+
 def test_weights_that_are_not_finite():
     model, variables = network()
     broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)

@@ -79,8 +79,35 @@ def test_a_depth_is_chosen_and_its_head_solved_in_one_pass(folder, weights, tmp_
         raise AssertionError("the network is run again for features that are known")
 
     monkeypatch.setattr("flaxtransfer.training.loop.pooled_features", again)
-    assert run(train(folder, weights, tmp_path / "run", "--strategy", "depth_head")) == 0
-    assert json.loads((tmp_path / "run/summary.json").read_text())["results"][0]["steps"] == 1
+    for strategy in ("depth_head", "depths_head"):
+        place = tmp_path / strategy
+        assert run(train(folder, weights, place, "--strategy", strategy)) == 0
+        assert json.loads((place / "summary.json").read_text())["results"][0]["steps"] == 1
+
+
+def test_a_head_on_several_depths_goes_through_a_file_and_is_used_as_any_other(
+    folder, weights, tmp_path, capsys
+):
+    path, target = tmp_path / "plan.yaml", tmp_path / "run"
+    params = ft.load(weights).variables["params"]
+    ft.training.save_plan(path, ft.recipes.depths_head(params, segments=("stem", "layer2")))
+    assert "ends_at:\n- stem\n- layer2\n" in path.read_text()
+    assert run(train(folder, weights, target, "--strategy", path)) == 0
+    assert "The head reads stem, layer2" in " ".join(capsys.readouterr().out.split())
+    assert ft.load(target).config.head_reads == ("stem",)
+    assert run([*map(str, train(folder, weights, target, "--strategy", path)), "--resume"]) == 0
+    assert run(["evaluate", str(target)]) == 0
+    capsys.readouterr()
+    assert run(["predict", str(target), *map(str, (folder / "dark").iterdir())]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert run(["convert", str(target), str(tmp_path / "net.stablehlo")]) == 0
+    capsys.readouterr()
+    for words, said in (
+        (["convert", str(target), str(tmp_path / "net.onnx")], "use --to safetensors or stablehlo"),
+        (["explain", str(target), "--out", str(tmp_path / "maps")], "reads stem, layer2"),
+    ):
+        assert run(words) == 2
+        assert said in only_line(capsys)
 
 
 def test_a_plan_that_has_to_be_measured(capsys):

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from flaxtransfer.models import ResNetConfig, layers
-from flaxtransfer.models.layers import by_taps, conv, for_platform, lax_conv
+from flaxtransfer.models.layers import by_taps, conv, conv_by_patches, for_platform, lax_conv
 from flaxtransfer.models.registry import resnet
 from tests.support.rounding import rounding
 
@@ -150,6 +150,7 @@ def test_equals_lax_where_it_is_summed_over_taps(image, kernel, how):
     with jax.enable_x64(True):
         x, w = arrays(image, kernel)
         assert_equals_lax(conv, x, w, **how)
+        assert_equals_lax(conv_by_patches, x, w, **how)
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)

@@ -1,5 +1,7 @@
 """A network cut in two is the whole, and its parts ask for their own leaves alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,35 @@ class TestCuts:
         logits, second = model.apply(variables, middle, norm=norm, start=cut)
         np.testing.assert_allclose(logits, whole, rtol=1e-6, atol=1e-6)
         jax.tree.map(np.testing.assert_array_equal, second, statistics)
+
+    def test_a_head_that_reads_several_depths_reads_their_means(self, small):
+        """By definition: means of the maps that the cuts give, one after the other."""
+        model, variables = small
+        several = resnet(model.config.ending_at(["layer3", "stem", "layer2"]))
+        assert several.config.head_reads == ("stem", "layer2")
+        assert several.segments[-3:] == ("layer3", "pool", "head")
+        assert several.abstract()["params"]["fc"]["kernel"].shape == (16 + 32 + 64, 3)
+        images = noise(4, 16, 16, 3)
+        body = {k: {n: t for n, t in v.items() if n not in ("fc", "layer4")}
+                for k, v in variables.items()}  # fmt: skip
+        means = [
+            model.apply(variables, images, stop=following)[0].mean((1, 2))
+            for following in ("layer1", "layer3", "layer4")
+        ]
+        features, _ = several.apply(body, images, stop="head")
+        np.testing.assert_allclose(features, np.concatenate(means, axis=1), rtol=1e-5, atol=1e-6)
+        stem, _ = several.apply(body, images, stop="stem")
+        np.testing.assert_array_equal(
+            several.apply(body, stem, start="stem", stop="head")[0], features
+        )
+        late, _ = several.apply(body, images, stop="layer1")
+        with pytest.raises(ValueError, match="start must be at most stem, or 'head', for a net"):
+            several.apply(body, late, start="layer1", stop="head")
+
+    @pytest.mark.parametrize("reads", [("layer4",), ("layer2", "stem"), ("stem", "stem"), "stem"])
+    def test_what_a_head_cannot_read_beside_the_last(self, reads):
+        with pytest.raises(ValueError, match="head_reads must be some of stem, layer1, layer2, la"):
+            dataclasses.replace(SMALL, head_reads=reads)
 
     @pytest.mark.parametrize(
         ("stop", "shape"),

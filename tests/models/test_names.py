@@ -25,9 +25,15 @@ def said_by_a_name(config):
     return dataclasses.replace(config, adapter=None, **lost)
 
 
-@given(networks(widths=(32, 64, 96, 192)), st.none() | known_depths)
+EARLIER = ("stem", "layer1", "layer2", "layer3")
+
+
+@given(
+    networks(widths=(32, 64, 96, 192)), st.none() | known_depths, st.sets(st.sampled_from(EARLIER))
+)
 @settings(deadline=None, max_examples=400)
-def test_a_name_is_read_as_the_network_that_has_it(config, depths):
+def test_a_name_is_read_as_the_network_that_has_it(config, depths, reads):
+    config = dataclasses.replace(config, head_reads=[name for name in EARLIER if name in reads])
     if depths is not None:
         config = dataclasses.replace(config, depths=depths)
     assert config_of(config.name) == said_by_a_name(config)

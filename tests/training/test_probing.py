@@ -105,19 +105,23 @@ def solved(kind: str, **changes: object) -> ft.Plan:
 
 
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
-@pytest.mark.parametrize("segment", [None, "layer1", "stem"])
+@pytest.mark.parametrize(
+    "segment", [None, "layer1", "stem", ("stem", "layer2"), ("layer1", "layer3", "layer4")]
+)
 def test_a_run_can_end_with_a_solved_head_at_any_depth(tmp_path, kind, segment):
     model, variables = network()
     data = feed()
     start = ft.Classifier(model, variables, data.preprocessing)
     fitted = ft.fit(start, solved(kind, ends_at=segment), data, tmp_path)
-    features, labels = ft.features.segment_features(start, data.calibration(), [segment or "pool"])
-    head = fit_linear_probe(features[segment or "pool"], labels, 3, kind=kind)
+    reads = segment if isinstance(segment, tuple) else (segment or "layer4",)
+    features, labels = ft.features.segment_features(start, data.calibration(), reads)
+    matrix = np.concatenate([features[name] for name in reads], axis=1)
+    head = fit_linear_probe(matrix, labels, 3, kind=kind)
     for name in ("kernel", "bias"):
         wanted, found = getattr(head, name), fitted.variables["params"]["fc"][name]
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
     names = [n for n in fitted.network.model.segments if n not in ("pool", "head")]
-    assert names[-1] == (segment or model.segments[-3])
+    assert names[-1] == reads[-1]
     body = flatten(start.variables)
     for path, leaf in flatten(fitted.variables).items():
         if "/fc/" not in path:
@@ -232,5 +236,38 @@ def test_a_network_that_cannot_end_there(tmp_path):
     start = ft.Classifier(model, variables, feed().preprocessing)
     with pytest.raises(ValueError, match=r"can end at stem, layer1, .*, got 'layer9'"):
         ft.fit(start, solved("ridge", ends_at="layer9"), feed(), tmp_path)
-    with pytest.raises(ValueError, match="ends_at must be the name of a segment, got 3"):
-        solved("ridge", ends_at=3)
+    with pytest.raises(ValueError, match=r"can end at stem, .*, got 'layer9'; did you mean"):
+        ft.fit(start, solved("ridge", ends_at=("stem", "layer9")), feed(), tmp_path)
+    for wrong in (3, (), ("stem", 3)):
+        with pytest.raises(ValueError, match="ends_at must be the name of a segment, or several"):
+            solved("ridge", ends_at=wrong)
+
+
+def test_layers_between_the_depths_that_a_head_reads_can_be_trained_on(tmp_path, capsys):
+    """A cut would lose what is read before it: cached from the first of them, or not at all."""
+    model, variables = network()
+    data = feed()
+    start = ft.Classifier(model, variables, data.preprocessing)
+    labels = {"all": ft.stage(2) | ft.head(), "frozen": ft.rest()}
+    groups = {"all": ft.Group(optax.sgd, 1e-2), "frozen": ft.FROZEN}
+    moved = ft.Phase(labels, groups, 4, norm="running", name="layer2", probe="ridge")
+    found = []
+    for where, reads in (("memory", "layer1"), ("off", "layer1"), ("auto", "stem")):
+        plan = ft.Plan([moved], ends_at=(reads, "layer2"))
+        cache = ft.Cache(where, dtype="float32")
+        found.append(flatten(ft.fit(start, plan, data, tmp_path / where, cache=cache).variables))
+        said = capsys.readouterr().err
+        if where != "off":
+            wanted = {
+                "layer1": "20 activations",
+                "stem": "nothing is cached, for the head reads stem, before which nothing is",
+            }
+            assert wanted[reads] in said
+            assert ("cache before layer1" in said) == (reads == "layer1")
+    cached, plain, _ = found
+    before = flatten(variables)
+    for path, leaf in plain.items():
+        np.testing.assert_allclose(cached[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+        if "/fc/" not in path:
+            moves = path.startswith("params/layer2/")
+            assert np.array_equal(leaf, before[path]) != moves, path

@@ -131,6 +131,12 @@ def export(
     kinds = ("float32", "float16") if layout in _HALF else ("float32",)
     if np.dtype(dtype).name not in kinds:
         raise ValueError(f"dtype must be {' or '.join(kinds)} for {layout}, got {np.dtype(dtype)}")
+    if checkpoint.config.head_reads and layout not in ("safetensors", "stablehlo"):
+        raise ValueError(
+            f"{layout} files are of networks whose head reads one depth, and the head of "
+            f"{checkpoint.config.name} reads several; use --to safetensors or stablehlo, or train "
+            "depth_head or solved_head"
+        )
     checkpoint = in_units(checkpoint)
     if layout in _FOLDERS:
         return _export_folder(checkpoint, target, layout)

@@ -182,7 +182,8 @@ pre-activation. The arguments of their functions are the fields of our configura
 
 _FIELDS = {field.name for field in dataclasses.fields(ResNetConfig)} - {
     *("classes", "in_channels"),  # timm has names of its own for these
-    *("preactivation", "epsilon", "adapter"),  # the name says the first; no export has the others
+    # The name says the first; no export has the others.
+    *("preactivation", "epsilon", "adapter", "head_reads"),
 }
 
 

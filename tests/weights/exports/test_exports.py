@@ -453,6 +453,24 @@ def test_a_network_that_ends_earlier_is_exported(tmp_path, depths):
         assert load(tmp_path / name).config == short.config
 
 
+def test_a_head_that_reads_several_depths_is_exported_where_files_can_say_so(tmp_path):
+    several = checkpoint_of(TINY.ending_at(["stem", "layer2"]))
+    for name in ("net.stablehlo", "net.safetensors"):
+        assert exporting.export(several, tmp_path / name).difference <= 1e-6
+    again = load(tmp_path / "net.safetensors")
+    assert again.config == several.config
+    # All four stages, too.
+    whole = checkpoint_of(dataclasses.replace(TINY, head_reads=("layer1",)))
+    assert exporting.export(whole, tmp_path / "whole.safetensors").difference == 0
+    assert load(tmp_path / "whole.safetensors").config == whole.config
+    there = entries(tmp_path)
+    names = {"onnx": "other.onnx", "keras": "other.h5", "torchvision": "other.safetensors"}
+    for layout in ("torchvision", "timm", "huggingface", "keras", "onnx"):
+        with pytest.raises(ValueError, match=f"{layout} files are .*; use --to safetensors or st"):
+            exporting.export(several, tmp_path / names.get(layout, "other"), to=layout)
+    assert entries(tmp_path) == there
+
+
 @pytest.mark.parametrize(
     ("name", "to", "text"),
     [
