@@ -323,11 +323,11 @@ def greedy_depths(
 
     >>> labels = np.arange(80) % 4
     >>> noise = np.random.default_rng(0).normal(size=(3, 80, 4))
-    >>> parts = {"stem": noise[0], "layer1": noise[1], "layer2": noise[2]}
+    >>> parts = {"stem": noise[0], "middle": noise[1], "deep": noise[2]}
     >>> parts["stem"][:, 0] += 9 * (labels % 2)
-    >>> parts["layer2"][:, 0] += 9 * (labels // 2)
+    >>> parts["deep"][:, 0] += 9 * (labels // 2)
     >>> sorted(greedy_depths(parts, labels).segments)
-    ['layer2', 'stem']
+    ['deep', 'stem']
     """
     if not features:
         raise ValueError("features must have at least one segment, got none")
