@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather
-from flaxtransfer.advice.race import Prior, prior_of
+from flaxtransfer.advice.race import LEARNED, Prior, on_target, prior_of
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source, task_of_source
@@ -29,7 +29,16 @@ from flaxtransfer.task import REGRESSION, SINGLE_LABEL
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["SCHEMA", "Advice", "Candidate", "Verdict", "advise", "decide", "known_gains"]
+__all__ = [
+    "SCHEMA",
+    "Advice",
+    "Candidate",
+    "Verdict",
+    "advise",
+    "decide",
+    "expectations",
+    "known_gains",
+]
 
 Verdict = Literal["nothing", "ceiling", "early", "depth", "level", "train"]
 """What the evidence says: nothing is learnable from these features; a head is as good as anything;
@@ -278,12 +287,13 @@ def decide(evidence: Evidence, params: Params, gains: Mapping[str, Any] | None =
     else:
         verdict = "train"
     about = partial(prior_of, verdict, network=evidence.network, gains=known_gains(evidence, gains))
-    candidates = _candidates(verdict, evidence, params, about)
+    expected = expectations(verdict, evidence, gains)
+    candidates = _candidates(verdict, evidence, params, expected)
     recommended = candidates[0] if verdict != "nothing" else None
     collect: int | None = None
     why: list[str] = []
     if verdict in ("depth", "level", "train"):
-        priors = [about(one.strategy) for one in candidates if one.tried and one.skill is None]
+        priors = [expected(one.strategy) for one in candidates if one.tried and one.skill is None]
         collect, why = _collect(evidence, priors)
     return Advice(
         verdict,
@@ -312,6 +322,27 @@ def known_gains(evidence: Evidence, gains: Mapping[str, Any] | None) -> Mapping[
     if gains is None and evidence.task != SINGLE_LABEL.name:
         return {"network": None, "gains": {}}
     return gains
+
+
+def expectations(
+    verdict: Verdict, evidence: Evidence, gains: Mapping[str, Any] | None
+) -> Callable[[str], Prior]:
+    """What is expected of a strategy by its name, on these images: gains elsewhere, and evidence.
+
+    Args:
+        verdict: of the advice.
+        evidence: from ``gather``.
+        gains: see ``advise``.
+    """
+    known = known_gains(evidence, gains)
+
+    def expected(strategy: str) -> Prior:
+        prior = prior_of(verdict, strategy, evidence.network, known)
+        if evidence.task != SINGLE_LABEL.name:
+            return prior
+        return on_target(prior, evidence.best.left, evidence.wrong, evidence.outputs)
+
+    return expected
 
 
 def _error(head: HeadEvidence) -> float:
@@ -504,6 +535,13 @@ def _reasons(
                 if gain > max(LEVEL, 2 * error)
                 else "the two may be level; the earlier is cheaper in use."
             )
+        )
+    if evidence.wrong:
+        found.append(
+            f"About {100 * evidence.wrong:.0f} % of the labels look wrong: they contradict a head "
+            "that is sure, and name any class (threshold: 20 times as likely as no wrong label). "
+            "What is trained learns them, too, and a solved head averages over them: "
+            f"{100 * LEARNED * evidence.wrong:.0f} points less are expected of training."
         )
     found += _augmentation(verdict, evidence)
     found.append(
