@@ -241,7 +241,7 @@ def choose(
 
     state, done = standing(), 0
     while done < runs - 1:  # The last run of the budget is that of the choice, on all labels.
-        name = following(state, folds, FOLDS, free.strategy)
+        name = following(state, folds, priors, FOLDS, free.strategy)
         if name is None or (done and state.over):
             break
         fold = next(number for number, one in enumerate(folds) if name not in one)

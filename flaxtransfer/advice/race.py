@@ -290,20 +290,32 @@ def race(
     return Race(tuple(standings), leader, regret, regret < delta / 2)
 
 
-def following(state: Race, folds: Sequence[Mapping[str, Any]], most: int, free: str) -> str | None:
+def following(
+    state: Race,
+    folds: Sequence[Mapping[str, Any]],
+    priors: Mapping[str, Prior],
+    most: int,
+    free: str,
+) -> str | None:
     """The challenger whose next fold is worth a run; None where the race is over.
 
-    In the order in which they are tried: the first is judged until it is clear whether it is better
-    than the free head, then the next one is tried, and so on. Folds that are spent on all of them
-    say of none whether it is better: 40 images more tell strategies apart that are 15 points apart.
+    Where gains are known the first is judged until it is clear whether it is better than the free
+    head, then the next one is tried, and so on: which of two challengers is ahead by a few points a
+    fold of 40 images does not say. Where nothing is known all are equal, and the best of several is
+    worth more than to be sure of one: each is tried once, before any is tried again. (Drawn with
+    gains of 0 ± 6 points, three runs on three strategies lose 3.0 points, one after the other 3.9.)
 
     Args:
         state: where the race stands.
         folds: see ``race``.
+        priors: see ``race``.
         most: folds that there are.
         free: the name of the head that costs nothing.
     """
     seen = {one.name: sum(one.name in fold for fold in folds) for one in state.standings}
+    for one in state.standings[1:]:
+        if not (one.dropped or seen[one.name] or priors[one.name].targets):
+            return one.name
     tried = [one for one in state.standings if one.name == free or seen[one.name]]
     for one in state.standings[1:]:
         if one.dropped or seen[one.name] >= most:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flaxtransfer.advice.race import DELTA, Prior, following, on_target, prior_of, race
 
 PRIORS = {"low": Prior(), "high": Prior(), "scratch": Prior()}
+KNOWN = dict.fromkeys(PRIORS, Prior(targets=9))
 COSTS = {"head": 10.0, "low": 900.0, "high": 1000.0, "scratch": 1000.0}
 
 
@@ -68,8 +69,9 @@ def test_what_a_target_leaves_bounds_what_is_expected():
 
 
 def test_the_first_is_judged_until_it_is_clear_then_the_next_is_tried():
-    def after(*folds):
-        return following(race(folds, PRIORS, COSTS, "head"), folds, 3, "head")
+    def after(*folds, priors=KNOWN):
+        state = race(folds, priors, COSTS, "head")
+        return following(state, folds, priors, 3, "head")
 
     right = np.arange(60)
     level = {"head": right < 40, "low": (right < 41) & (right > 0)}
@@ -78,8 +80,15 @@ def test_the_first_is_judged_until_it_is_clear_then_the_next_is_tried():
     assert after(level) == "low"
     assert after(level, level, level) == "high"
     assert after(better) == "high"
-    both = better | {"high": right < 49}
-    assert after(both) == "low"
+    assert after(better | {"high": right < 49}) == "low"
+    # Where nothing is known each is tried once, before any is tried again.
+    assert after(level, priors=PRIORS) == "high"
+    both = level | {"high": level["low"]}
+    assert after(both, priors=PRIORS) == "scratch"
+    assert after(both | {"scratch": level["low"]}, priors=PRIORS) == "low"
+    # Unless it is clear who is best: nothing is left to be judged.
+    one = {"low": Prior(targets=9)}
+    assert following(race([better] * 3, one, COSTS, "head"), [better] * 3, one, 3, "head") is None
 
 
 def test_before_any_fold_the_free_head_leads():
