@@ -5,12 +5,12 @@
 
 Judged on draws of the targets that no rule was made on. What is known of gains comes from the other
 draws of all other families: each family is left out in turn. What `advise` recommends and what the
-race chooses were trained by strategy_grid.py, from whose file their accuracies are read.
+race chooses were trained by strategy_grid.py, from whose file their accuracies are read. What is in
+the file of choices already is not computed again.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import tyro
 import flaxtransfer as ft
 import strategy_grid
 import targets
+import workers
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Regret:
 
     Args:
         results: JSON lines of strategy_grid.py.
+        choices: JSON lines of this script, which goes on where it stopped.
         seeds: draws to judge on.
         known_seeds: draws that the gains are taken of.
         per_class: labels per class.
@@ -40,6 +42,7 @@ class Regret:
     """
 
     results: Path = Path("strategy_grid.jsonl")
+    choices: Path = Path("advisor_regret.jsonl")
     seeds: tuple[int, ...] = (1,)
     known_seeds: tuple[int, ...] = (0,)
     per_class: int = 20
@@ -85,6 +88,8 @@ def judged(config: Regret, rows: list[dict[str, Any]], family: str, seed: int) -
     best = max(accuracy.values())
     return {
         "family": family,
+        "seed": seed,
+        "wrong": choice.advice.evidence.wrong,
         "verdict": choice.advice.verdict,
         "best": max(accuracy, key=lambda name: accuracy[name]),
         "advice": recommended.strategy,
@@ -93,21 +98,24 @@ def judged(config: Regret, rows: list[dict[str, Any]], family: str, seed: int) -
         "auto_regret": best - accuracy[choice.candidate.strategy],
         "runs": choice.runs,
         "stated": None if choice.race is None else choice.race.regret,
+        "race": None if choice.race is None else choice.race.to_json(),
         "fixed": {name: best - value for name, value in accuracy.items()},
     }
 
 
 def main(config: Regret) -> None:
     """Prints a row per target, and means."""
-    rows = [json.loads(line) for line in config.results.read_text().splitlines()]
-    found = []
+    rows, found = workers.read_rows(config.results), []
+    made = {(one["family"], one["seed"]): one for one in workers.read_rows(config.choices)}
     print(
         f"{'target':<22} {'seed':>4} {'verdict':<8} {'advice':<22} {'lost':>5} {'auto':<22}", end=""
     )
     print(f" {'lost':>5} {'runs':>4} {'said':>5}  best")
     for seed in config.seeds:
         for family in config.families:
-            one = judged(config, rows, family, seed)
+            if (one := made.get((family, seed))) is None:
+                one = judged(config, rows, family, seed)
+                workers.append_row(config.choices, one)
             found.append(one)
             said = "" if one["stated"] is None else f"{100 * one['stated']:.1f}"
             print(

@@ -155,15 +155,11 @@ def result(config: Grid, cell: Cell, advice: ft.advice.Advice, name: str) -> dic
     began = time.perf_counter()
     row = {"family": cell.family, "per_class": cell.per_class, "seed": cell.seed, "what": name}
     params, network = cell.network.params, cell.network
-    if name == "advice":
+    if name == "advice":  # What it recommends has a row of its own.
         content = advice.to_json()
-        recommended = advice.best
-        accuracy = 1 / network.model.config.classes
-        if advice.plan is not None:
-            accuracy = cell.accuracy(advice.plan, network, config.batch_size)
-        row["recommended"] = None if recommended is None else str(recommended)
-        row |= {"verdict": content["verdict"], "evidence": content["evidence"]}
-        return row | {"accuracy": accuracy, "seconds": round(time.perf_counter() - began, 1)}
+        recommended = None if advice.best is None else advice.best.strategy
+        row |= {"recommended": recommended, "verdict": content["verdict"]}
+        return row | {"evidence": content["evidence"]}
     if name in ("depth_head", "solved_head"):
         settings = {"segment": advice.evidence.best.name} if name == "depth_head" else {}
         plan = ft.recipes.RECIPES[name](params, **settings)
@@ -178,12 +174,16 @@ def result(config: Grid, cell: Cell, advice: ft.advice.Advice, name: str) -> dic
 def table(found: list[dict[str, Any]]) -> None:
     """Accuracies by cell and strategy, and the regret of always taking one."""
     cells: dict[tuple[str, int, int], dict[str, float]] = {}
-    verdicts = {}
+    verdicts, recommended = {}, {}
     for row in found:
         key = (row["family"], row["per_class"], row["seed"])
-        cells.setdefault(key, {})[row["what"]] = row["accuracy"]
         if row["what"] == "advice":
-            verdicts[key] = row["verdict"]
+            verdicts[key], recommended[key] = row["verdict"], row["recommended"]
+        else:
+            cells.setdefault(key, {})[row["what"]] = row["accuracy"]
+    for key, strategy in recommended.items():
+        if strategy in cells.get(key, {}):
+            cells[key]["advice"] = cells[key][strategy]
     names = ["advice", "depth_head", "solved_head", *TRAINED]
     print(f"{'target':<22} {'n':>3} {'seed':>4} {'verdict':<8}", *(f"{n[:9]:>9}" for n in names))
     regrets: dict[str, list[float]] = {name: [] for name in names}
@@ -246,7 +246,7 @@ def main(config: Grid) -> None:
             with config.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             found.append(row)
-            print(row["family"], row["per_class"], row["seed"], row["what"], row["accuracy"])
+            print(row["family"], row["per_class"], row["seed"], row["what"], row.get("accuracy"))
     table(found)
     if config.gains is not None:
         content = {

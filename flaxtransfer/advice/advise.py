@@ -16,7 +16,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from flaxtransfer.advice.evidence import Evidence, HeadEvidence, gather
-from flaxtransfer.advice.race import FEWEST, Gains, Prior, Verdict, checked_gains, prior_of
+from flaxtransfer.advice.race import (
+    FEWEST,
+    LEARNED,
+    Gains,
+    Prior,
+    Verdict,
+    checked_gains,
+    on_target,
+    prior_of,
+)
 from flaxtransfer.analysis.spectrum import OCTAVE_NAMES
 from flaxtransfer.classifier import Classifier, transfer
 from flaxtransfer.data.source import Source, task_of_source
@@ -29,7 +38,7 @@ from flaxtransfer.task import REGRESSION, SINGLE_LABEL
 from flaxtransfer.training.plan import Plan
 from flaxtransfer.weights.pretrained import Pretrained
 
-__all__ = ["SCHEMA", "Advice", "Candidate", "advise", "decide", "known_gains"]
+__all__ = ["SCHEMA", "Advice", "Candidate", "advise", "decide", "expectations", "known_gains"]
 
 CHANCE = 4.0
 """Alignment below which features are taken to say nothing: of 40 draws of labels without relation
@@ -278,19 +287,20 @@ def decide(evidence: Evidence, params: Params, gains: Gains | None = None) -> Ad
     else:
         verdict = "train"
     about = partial(prior_of, verdict, network=evidence.network, gains=known_gains(evidence, gains))
-    candidates = _candidates(verdict, evidence, params, about)
+    expected = expectations(verdict, evidence, gains)
+    candidates = _candidates(verdict, evidence, params, expected)
     recommended = candidates[0] if verdict != "nothing" else None
     collect: int | None = None
     why: list[str] = []
     if verdict in ("depth", "level", "train"):
-        priors = [about(one.strategy) for one in candidates if one.tried and one.skill is None]
+        priors = [expected(one.strategy) for one in candidates if one.tried and one.skill is None]
         collect, why = _collect(evidence, priors)
     return Advice(
         verdict,
         _summary(verdict, evidence, recommended, collect),
         tuple(candidates),
         (*_reasons(verdict, evidence, strongest, recommended, about), *why),
-        (*_unknown(evidence), *_not_measured(gains, candidates, about)),
+        (*_unknown(evidence), *_not_measured(gains, candidates, expected)),
         evidence,
         None if recommended is None else recommended.plan(params),
         collect,
@@ -330,6 +340,27 @@ def _not_measured(
         f"What {listing(missing)} gained elsewhere: the gains that were given have fewer than "
         f"{FEWEST} kinds of images of it; 0 ± {100 * Prior().deviation:g} points are assumed."
     ]
+
+
+def expectations(
+    verdict: Verdict, evidence: Evidence, gains: Gains | None
+) -> Callable[[str], Prior]:
+    """What is expected of a strategy by its name, on these images: gains elsewhere, and evidence.
+
+    Args:
+        verdict: of the advice.
+        evidence: from ``gather``.
+        gains: see ``advise``.
+    """
+    known = known_gains(evidence, gains)
+
+    def expected(strategy: str) -> Prior:
+        prior = prior_of(verdict, strategy, evidence.network, known)
+        if evidence.task != SINGLE_LABEL.name:
+            return prior
+        return on_target(prior, evidence.best.left, evidence.wrong, evidence.outputs)
+
+    return expected
 
 
 def _error(head: HeadEvidence) -> float:
@@ -522,6 +553,13 @@ def _reasons(
                 if gain > max(LEVEL, 2 * error)
                 else "the two may be level; the earlier is cheaper in use."
             )
+        )
+    if evidence.wrong:
+        found.append(
+            f"About {100 * evidence.wrong:.0f} % of the labels look wrong: they contradict a head "
+            "that is sure, and name any class (threshold: 20 times as likely as no wrong label). "
+            "What is trained learns them, too, and a solved head averages over them: "
+            f"{100 * LEARNED * evidence.wrong:.0f} points less are expected of training."
         )
     found += _augmentation(verdict, evidence)
     found.append(

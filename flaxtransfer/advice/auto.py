@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxtransfer.advice.advise import Advice, Candidate, advise, known_gains
-from flaxtransfer.advice.race import Gains, Race, prior_of, race
+from flaxtransfer.advice.advise import Advice, Candidate, advise, expectations
+from flaxtransfer.advice.race import Gains, Race, following, race
 from flaxtransfer.classifier import Classifier
 from flaxtransfer.data.loader import DataLoaders, eval_batches, loaders, reading
 from flaxtransfer.data.source import Source
@@ -187,8 +187,7 @@ def choose(
     say(str(found))
     free = next(one for one in found.candidates if one.skill is not None)
     challengers = [one for one in found.candidates if one.tried and one is not free]
-    known = known_gains(found.evidence, gains)
-    about = partial(prior_of, found.verdict, network=found.evidence.network, gains=known)
+    about = expectations(found.verdict, found.evidence, gains)
     challengers.sort(key=lambda one: -about(one.strategy).mean)
     priors = {one.strategy: about(one.strategy) for one in challengers}
     if found.verdict in ("ceiling", "level") or not challengers:
@@ -211,38 +210,45 @@ def choose(
     else:
         fold_of = target_folds(labels, FOLDS, seed, own)
     by_name = {one.strategy: one for one in (free, *challengers)}
-    folds: list[dict[str, np.ndarray | Draws]] = []
-    state = race(folds, priors, costs, free.strategy)
-    done = 0
-    for fold in range(FOLDS):
-        # The last run of the budget is that of the choice, on all labels.
-        alive = [one.name for one in state.standings[1:] if not one.dropped][: runs - 1 - done]
-        if not alive or (done and state.over):
+    parts = [
+        Splits.of(splits.train[fold_of != fold], (), splits.train[fold_of == fold])
+        for fold in range(FOLDS)
+    ]
+    folds: list[dict[str, np.ndarray | Draws]] = [{} for _ in parts]
+
+    def judge(name: str, fold: int) -> None:
+        say(f"race, fold {fold + 1}: {by_name[name]}")
+        fitted = fit(
+            beginning(name, network, seed),
+            by_name[name].plan(network.params, lengths(name)),
+            feed(parts[fold]),
+            folder / f"{fold}-{name}",
+            seed=seed,
+            resume=True,
+            cache=cache,
+            mesh=mesh,
+        )
+        test = parts[fold].test
+        said = predict(fitted.network, eval_batches(source, test, network.preprocessing), mesh)
+        folds[fold][name] = found.evidence.measure.judged(
+            said.task.probabilities(said.logits),
+            said.labels,
+            None if groups is None else np.array([groups[i] for i in test.tolist()]),
+        )
+
+    def standing() -> Race:
+        return race([fold for fold in folds if fold], priors, costs, free.strategy)
+
+    state, done = standing(), 0
+    while done < runs - 1:  # The last run of the budget is that of the choice, on all labels.
+        name = following(state, folds, priors, FOLDS, free.strategy)
+        if name is None or (done and state.over):
             break
-        parts = Splits.of(splits.train[fold_of != fold], (), splits.train[fold_of == fold])
-        data = feed(parts)
-        folds.append({})
-        for name in (free.strategy, *alive):
-            say(f"race, fold {fold + 1}: {by_name[name]}")
-            fitted = fit(
-                beginning(name, network, seed),
-                by_name[name].plan(network.params, lengths(name)),
-                data,
-                folder / f"{fold}-{name}",
-                seed=seed,
-                resume=True,
-                cache=cache,
-                mesh=mesh,
-            )
-            judged = eval_batches(source, parts.test, network.preprocessing)
-            said = predict(fitted.network, judged, mesh)
-            folds[-1][name] = found.evidence.measure.judged(
-                said.task.probabilities(said.logits),
-                said.labels,
-                None if groups is None else np.array([groups[i] for i in parts.test.tolist()]),
-            )
-        done += len(alive)
-        state = race(folds, priors, costs, free.strategy)
+        fold = next(number for number, one in enumerate(folds) if name not in one)
+        for each in (free.strategy, name):
+            if each not in folds[fold]:
+                judge(each, fold)
+        state, done = standing(), done + 1
     say(str(state))
     chosen = by_name[state.leader]
     choice = Choice(chosen, found, state, done)

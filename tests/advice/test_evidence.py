@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binomtest
 
 import flaxtransfer as ft
-from flaxtransfer.advice.evidence import alignment, gather
+from flaxtransfer.advice.evidence import alignment, gather, wrong_labels
 from flaxtransfer.features import cross_validate, standardization
 from flaxtransfer.metrics import compared
 from tests.support.targets import pretrained, source
@@ -112,3 +112,24 @@ def test_no_images_and_features_that_are_not_finite(classifier):
     network = classifier.with_variables({**classifier.variables, "params": broken})
     with pytest.raises(ValueError, match="fitted to stem: features must be finite"):
         gather(network, images)
+
+
+def test_wrong_labels_are_counted_and_hard_ones_are_not():
+    """Drawn from the model itself: logits are known, and so is the share of labels drawn anew."""
+    random = np.random.default_rng(0)
+
+    def share(images: int, size: float, drawn: float, classes: int = 6) -> float:
+        scores = size * random.normal(size=(images, classes))
+        chance = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+        labels = (random.random((images, 1)) > chance.cumsum(axis=1)).sum(axis=1)
+        new = random.random(images) < drawn
+        return wrong_labels(
+            scores / max(size, 1.0), np.where(new, random.integers(0, classes, images), labels)
+        )
+
+    # The better the head, the surer the count; a sixth of labels that are drawn are right.
+    assert share(1000, 8.0, 0.4) == pytest.approx(0.4 * 5 / 6, abs=0.05)
+    assert share(1000, 8.0, 0.1) == pytest.approx(0.1 * 5 / 6, abs=0.03)
+    assert np.mean([share(200, 4.0, 0.4) for _ in range(20)]) == pytest.approx(1 / 3, abs=0.06)
+    for size in (0.0, 0.5, 1.0, 2.0, 8.0):  # From nothing known to all but a few.
+        assert sum(share(150, size, 0.0) > 0 for _ in range(40)) <= 2

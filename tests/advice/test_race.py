@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 import flaxtransfer as ft
 from flaxtransfer.advice import race as module
-from flaxtransfer.advice.race import DELTA, Prior, checked_gains, prior_of, race
+from flaxtransfer.advice.race import (
+    DELTA,
+    Prior,
+    checked_gains,
+    following,
+    on_target,
+    prior_of,
+    race,
+)
 
 PRIORS = {"low": Prior(), "high": Prior(), "scratch": Prior()}
+KNOWN = dict.fromkeys(PRIORS, Prior(targets=9))
 COSTS = {"head": 10.0, "low": 900.0, "high": 1000.0, "scratch": 1000.0}
 
 
@@ -45,6 +54,53 @@ def test_the_posterior_is_that_of_a_normal_mean():
     assert low.mean == pytest.approx(0.10 / variance / precision)
     assert low.deviation == pytest.approx(precision**-0.5)
     assert low.z == pytest.approx(10 / math.sqrt(14))
+
+
+def test_more_folds_lower_the_error_of_counting_alone():
+    """By hand: what folds show differs from what all labels give, however many folds there are."""
+    fold = {"head": np.arange(50) < 25, "low": np.arange(50) < 30}
+    prior = Prior(noise=0.05, growth=0.03, drawn=0.2)
+    (_, low) = race([fold, fold], {"low": prior}, COSTS, "head").standings
+    variance = 12 / 100**2 / 0.8**2 + 0.05**2
+    precision = prior.deviation**-2 + 1 / variance
+    assert low.mean == pytest.approx((0.10 / 0.8 + 0.03) / variance / precision)
+    assert low.deviation == pytest.approx(precision**-0.5)
+
+
+def test_what_a_target_leaves_bounds_what_is_expected():
+    """By hand: 40 % of ten classes' labels drawn, so 36 % wrong, and a head right in 90 of 100."""
+    left = 1 - (0.6 * 0.9 + 0.4 / 10)
+    expected = on_target(Prior(0.15, 0.17, targets=9), left, 0.36, 10)
+    assert expected.drawn == pytest.approx(0.4)
+    assert expected.mean == pytest.approx(0.1 - 0.18)
+    assert expected.deviation == pytest.approx(math.hypot(0.1, 0.36 / math.sqrt(12)))
+    assert expected.growth == pytest.approx(0.18 * 0.1)
+    # Growth was measured where gains were.
+    assert on_target(Prior(0.1, 0.1, targets=9), 0.5).mean == 0.1
+    assert on_target(Prior(), 0.5).growth == 0
+
+
+def test_the_first_is_judged_until_it_is_clear_then_the_next_is_tried():
+    def after(*folds, priors=KNOWN):
+        state = race(folds, priors, COSTS, "head")
+        return following(state, folds, priors, 3, "head")
+
+    right = np.arange(60)
+    level = {"head": right < 40, "low": (right < 41) & (right > 0)}
+    better = {"head": right < 20, "low": right < 50}
+    assert after() == "low"
+    assert after(level) == "low"
+    assert after(level, level, level) == "high"
+    assert after(better) == "high"
+    assert after(better | {"high": right < 49}) == "low"
+    # Where nothing is known each is tried once, before any is tried again.
+    assert after(level, priors=PRIORS) == "high"
+    both = level | {"high": level["low"]}
+    assert after(both, priors=PRIORS) == "scratch"
+    assert after(both | {"scratch": level["low"]}, priors=PRIORS) == "low"
+    # Unless it is clear who is best: nothing is left to be judged.
+    one = {"low": Prior(targets=9)}
+    assert following(race([better] * 3, one, COSTS, "head"), [better] * 3, one, 3, "head") is None
 
 
 def test_before_any_fold_the_free_head_leads():
