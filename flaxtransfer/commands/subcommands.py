@@ -52,7 +52,6 @@ from flaxtransfer.commands.options import (
 from flaxtransfer.files import bucket_address
 from flaxtransfer.paths import listing, suggest
 from flaxtransfer.report.figures import FIGURE_SUFFIXES
-from flaxtransfer.weights.readers.detect import has_weights_name
 
 __all__ = [
     "FILES",
@@ -525,10 +524,16 @@ class Explain:
     image_column: ImageColumn = None
     reading: ReadingOptions = field(default_factory=lambda: ReadingOptions(batch_size=64))
 
+    def _is_run_in_bucket(self) -> bool:
+        if bucket_address(self.source) is None:
+            return False
+        from flaxtransfer.weights.readers.detect import has_weights_name  # It imports jax.
+
+        return not has_weights_name(self.source)
+
     def problems(self) -> Iterator[str]:
         """An unknown data source, none at all, and a folder that cannot be written."""
-        in_bucket = bucket_address(self.source) is not None and not has_weights_name(self.source)
-        if self.data is None and not (Path(self.source).is_dir() or in_bucket):
+        if self.data is None and not (Path(self.source).is_dir() or self._is_run_in_bucket()):
             yield f"--data must name images, unless the source is a run folder, got {self.source}"
         if self.data is not None and not self.data.startswith("npz:"):
             yield from data_problems("--data", self.data)
