@@ -479,10 +479,11 @@ def wrong_labels(scores: np.ndarray, labels: np.ndarray) -> float:
         J. B. Copas, "Binary Regression Models for Contaminated Data", 1988.
 
     >>> labels = np.arange(200) % 4
-    >>> wrong_labels(np.eye(4)[labels], labels)
+    >>> scores = np.linspace(0, 1, 200)[:, None] * np.eye(4)[labels]  # Some are surer than others.
+    >>> wrong_labels(scores, labels)
     0.0
-    >>> swapped = np.where(np.arange(200) < 60, (labels + 1 + np.arange(200) // 4 % 3) % 4, labels)
-    >>> round(wrong_labels(np.eye(4)[labels], swapped), 2)
+    >>> swapped = np.where(np.arange(200) % 10 < 3, (labels + 1) % 4, labels)
+    >>> round(wrong_labels(scores, swapped), 1)
     0.3
     """
     rows = np.unique(np.linspace(0, len(labels) - 1, MOST_FOR_SPECTRA).astype(int))
