@@ -68,8 +68,6 @@ class TrainStep:
       steps: steps a turn; unset, 1 on CPU and 20 on accelerators.
       peak_tflops: of the device, for the model FLOP utilization; unset, looked up by its name.
       json: file for the figures.
-      first: gives the contestants real-time priority, so that other work on the machine does
-        not disturb them; needs root, and holds others up meanwhile.
     """
 
     model: Name = "resnet50"
@@ -81,7 +79,6 @@ class TrainStep:
     steps: int | None = None
     peak_tflops: float | None = None
     json: Path | None = None
-    first: bool = False
 
 
 def missing(options: TrainStep) -> list[str]:
@@ -104,8 +101,6 @@ def measure(options: TrainStep) -> list[Contestant]:
             script = "torch_peer.py" if name == "torch" else "jax_peer.py"
             contestant = Contestant(name, script, {**job, "contestant": name})
             contestants.append(processes.enter_context(contestant))
-            if options.first:
-                contestant.go_first()
         alternate(contestants, options.rounds)
     return contestants
 
