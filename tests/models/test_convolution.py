@@ -109,8 +109,8 @@ def test_a_model_takes_the_routes_of_its_mesh_and_not_of_the_process():
     def program(model):
         return primitives(lambda v, x: model.apply(v, x)[0], variables, jnp.zeros((1, 32, 32, 3)))
 
-    def mesh(platform):
-        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    def mesh(platform, count=1):
+        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)] * count))
 
     assert "reduce_window_max" in program(model.on(mesh("tpu")))
     assert "reduce_window_max" not in program(model.on(mesh("cpu")))
@@ -119,6 +119,7 @@ def test_a_model_takes_the_routes_of_its_mesh_and_not_of_the_process():
         assert program(model) == program(model.on(mesh("cpu")))
     assert model.on(mesh("tpu")) != model  # Or they would share a compiled program.
     assert model.on(mesh("tpu")).on(mesh("cpu")) == model.on(mesh("cpu"))
+    assert (model.on(mesh("cpu", 4)).devices, model.on(mesh("tpu", 4)).devices) == (4, 1)
 
 
 @pytest.mark.parametrize(
